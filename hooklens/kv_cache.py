@@ -1,0 +1,458 @@
+"""The key-value cache: past keys and values of every layer, to append to or to share.
+
+Memory per token and row is `2 * n_layers * n_kv_heads * d_head * itemsize` bytes; grouped-query heads are
+stored once. Keys are stored after rotary, as hooks left them.
+
+A frozen cache is a value: running a model on it leaves it as it is, so it can serve any number of calls,
+and one with a single row serves a batch of any size.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooklens.config import HookedConfig
+from hooklens.errors import CacheError
+
+_FORMAT = "hooklens-kv-cache-1"
+
+
+class HookedKeyValueCacheEntry:
+    """One layer's past keys and values.
+
+    Buffers grow by doubling, so n appends move O(n) bytes in all.
+
+    Args:
+        past_keys: `[batch pos n_kv_heads d_head]`.
+        past_values: the same shape, dtype and device.
+        frozen: appending stores nothing.
+
+    Raises:
+        CacheError: keys and values do not go together.
+    """
+
+    def __init__(
+        self,
+        past_keys: Float[Tensor, "batch pos kv_head d_head"],
+        past_values: Float[Tensor, "batch pos kv_head d_head"],
+        frozen: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        if past_keys.shape != past_values.shape or past_keys.dtype != past_values.dtype:
+            raise CacheError(
+                f"past keys are {list(past_keys.shape)} {past_keys.dtype}, past values {list(past_values.shape)} "
+                f"{past_values.dtype}; expected the same shape and dtype"
+            )
+        self._keys = past_keys
+        self._values = past_values
+        self._length = past_keys.shape[1]
+        self.frozen = frozen
+
+    @classmethod
+    def init_cache_entry(
+        cls,
+        cfg: HookedConfig,
+        device: torch.device | str | None = None,
+        batch_size: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> "HookedKeyValueCacheEntry":
+        """An empty entry for one layer of a model."""
+        shape = (batch_size, 0, cfg.n_kv_heads, cfg.d_head)
+        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+
+    @property
+    def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """The keys so far, after rotary."""
+        return self._keys[:, : self._length]
+
+    @property
+    def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """The values so far."""
+        return self._values[:, : self._length]
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self._keys.shape[0]
+
+    def append(
+        self, new_keys: Float[Tensor, "batch new kv_head d_head"], new_values: Float[Tensor, "batch new kv_head d_head"]
+    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
+        """Past + new keys and values; stored, too, unless the entry is frozen.
+
+        A frozen entry of one row serves new tokens of any batch. What is stored keeps no autograd graph.
+
+        Raises:
+            CacheError: the new tensors' rows, heads, dtype or device do not fit.
+        """
+        self._check_new(new_keys, "keys")
+        self._check_new(new_values, "values")
+        if self.frozen:
+            return self._join(self.past_keys, new_keys), self._join(self.past_values, new_values)
+        past_keys, past_values = self.past_keys, self.past_values
+        self._store(new_keys.detach(), new_values.detach())
+        if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
+            return self._join(past_keys, new_keys), self._join(past_values, new_values)
+        return self.past_keys, self.past_values
+
+    def _store(self, new_keys: Tensor, new_values: Tensor) -> None:
+        length = self._length + new_keys.shape[1]
+        if length > self._keys.shape[1]:
+            # A first fill takes what it needs; each later one at least doubles.
+            capacity = length if self._length == 0 else max(length, 2 * self._length)
+            self._keys = self._grow(self.past_keys, capacity)
+            self._values = self._grow(self.past_values, capacity)
+        self._keys[:, self._length : length] = new_keys
+        self._values[:, self._length : length] = new_values
+        self._length = length
+
+    @staticmethod
+    def _grow(past: Tensor, capacity: int) -> Tensor:
+        batch, length, n_kv_heads, d_head = past.shape
+        grown = past.new_empty(batch, capacity, n_kv_heads, d_head)
+        grown[:, :length] = past
+        return grown
+
+    @staticmethod
+    def _join(past: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([past.expand(new.shape[0], -1, -1, -1), new], dim=1)
+
+    def _check_new(self, new: Tensor, noun: str) -> None:
+        past = self._keys
+        fits = new.shape[0] == past.shape[0] or (self.frozen and past.shape[0] == 1)
+        if not fits or new.shape[2:] != past.shape[2:] or new.dtype != past.dtype or new.device != past.device:
+            rows = "any number of" if self.frozen and past.shape[0] == 1 else str(past.shape[0])
+            raise CacheError(
+                f"new {noun} are {list(new.shape)} {new.dtype} on {new.device}; this cache takes {rows} rows of "
+                f"{past.shape[2]} key-value heads of width {past.shape[3]}, {past.dtype} on {past.device}"
+            )
+
+    def roll_back(self, length: int) -> None:
+        """Forget what was stored past `length` columns."""
+        self._length = min(self._length, length)
+
+
+class HookedKeyValueCache:
+    """The entries of all layers, with the attention mask of the tokens they hold.
+
+    Args:
+        entries: one per layer.
+        previous_attention_mask: `[batch pos]`, which of the cached columns are real tokens.
+        frozen: running a model on the cache leaves it as it is.
+        fingerprint: of the model's configuration, see `config_fingerprint`; None: not checked.
+
+    Attributes:
+        last_logits: `[batch d_vocab]`, logits at the last position, where `model.prefill` made the cache.
+
+    Raises:
+        CacheError: entries of different lengths, rows or frozenness, or a mask that does not fit them.
+    """
+
+    last_logits: Float[Tensor, "batch d_vocab"] | None = None
+
+    def __init__(
+        self,
+        entries: Sequence[HookedKeyValueCacheEntry],
+        previous_attention_mask: Bool[Tensor, "batch pos"],
+        frozen: bool = False,  # noqa: FBT001, FBT002
+        *,
+        fingerprint: str | None = None,
+    ) -> None:
+        if not entries:
+            raise CacheError("a key-value cache needs at least one entry; use HookedKeyValueCache.init_cache(cfg)")
+        self.entries = list(entries)
+        self.previous_attention_mask = previous_attention_mask.bool()
+        self._frozen = frozen
+        self.fingerprint = fingerprint
+        for entry in self.entries:
+            entry.frozen = entry.frozen or frozen
+        self.check_consistent()
+
+    @classmethod
+    def init_cache(
+        cls,
+        cfg: HookedConfig,
+        device: torch.device | str | None = None,
+        batch_size: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> "HookedKeyValueCache":
+        """An empty cache for a model."""
+        entries = [
+            HookedKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, dtype=dtype) for _ in range(cfg.n_layers)
+        ]
+        mask = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+        return cls(entries, mask, fingerprint=config_fingerprint(cfg))
+
+    def __len__(self) -> int:
+        """Columns so far, padding included."""
+        return self.previous_attention_mask.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.previous_attention_mask.shape[0]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether running a model on the cache leaves it as it is."""
+        return self._frozen
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys and values."""
+        return self.entries[0].past_keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values lie."""
+        return self.entries[0].past_keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values so far (buffers may hold room for more)."""
+        return sum(2 * entry.past_keys.nbytes for entry in self.entries)
+
+    def __repr__(self) -> str:
+        state = "frozen, " if self.frozen else ""
+        return (
+            f"HookedKeyValueCache({state}{len(self.entries)} layers, batch={self.batch_size}, pos={len(self)}, "
+            f"{self.nbytes / 2**20:.2f} MiB)"
+        )
+
+    def freeze(self) -> "HookedKeyValueCache":
+        """Make the cache an immutable value; returns it."""
+        self._set_frozen(value=True)
+        return self
+
+    def unfreeze(self) -> "HookedKeyValueCache":
+        """Let calls append again; returns the cache."""
+        self._set_frozen(value=False)
+        return self
+
+    def _set_frozen(self, *, value: bool) -> None:
+        self._frozen = value
+        for entry in self.entries:
+            entry.frozen = value
+
+    @contextmanager
+    def frozen_context(self) -> Iterator["HookedKeyValueCache"]:
+        """Frozen inside the `with` block, as it was before after it."""
+        before = self._frozen
+        self._set_frozen(value=True)
+        try:
+            yield self
+        finally:
+            self._set_frozen(value=before)
+
+    def check_consistent(self) -> None:
+        """Check that all layers hold the same tokens, and are all frozen or none.
+
+        Raises:
+            CacheError: they do not; the layers are named.
+        """
+        odd = [layer for layer, entry in enumerate(self.entries) if entry.frozen != self._frozen]
+        if odd:
+            raise CacheError(
+                f"the entries of layers {odd} are {'not ' if self._frozen else ''}frozen and the cache is "
+                f"{'' if self._frozen else 'not '}: after a call its layers would hold different tokens. "
+                "Freeze or unfreeze the whole cache"
+            )
+        rows, columns = self.previous_attention_mask.shape
+        odd = [
+            layer
+            for layer, entry in enumerate(self.entries)
+            if len(entry) != columns or entry.batch_size not in (rows,)
+        ]
+        if odd:
+            found = [(self.entries[layer].batch_size, len(self.entries[layer])) for layer in odd]
+            raise CacheError(
+                f"the attention mask covers {rows} rows of {columns} columns, but layers {odd} hold (rows, columns) "
+                f"{found}; every layer must hold the same tokens"
+            )
+
+    def append_attention_mask(self, mask_of_new_tokens: Bool[Tensor, "batch new"]) -> Bool[Tensor, "batch key"]:
+        """The mask over past + new columns; stored, too, unless the cache is frozen."""
+        new = mask_of_new_tokens.to(device=self.previous_attention_mask.device, dtype=torch.bool)
+        past = self.previous_attention_mask
+        if new.shape[0] != past.shape[0] and not (self.frozen and past.shape[0] == 1):
+            raise CacheError(
+                f"the mask of the new tokens has {new.shape[0]} rows, the cache {past.shape[0]}; only a frozen cache "
+                "with one row serves another number of rows"
+            )
+        joined = torch.cat([past.expand(new.shape[0], -1), new], dim=1)
+        if not self.frozen:
+            self.previous_attention_mask = joined
+        return joined
+
+    def roll_back(self, n_columns: int) -> None:
+        """Forget what a call that failed half-way has stored."""
+        for entry in self.entries:
+            entry.roll_back(n_columns)
+        self.previous_attention_mask = self.previous_attention_mask[:, :n_columns]
+
+    def _derive(
+        self, entries: list[HookedKeyValueCacheEntry], mask: Tensor, last_logits: Tensor | None
+    ) -> "HookedKeyValueCache":
+        derived = HookedKeyValueCache(entries, mask, self._frozen, fingerprint=self.fingerprint)
+        derived.last_logits = last_logits
+        return derived
+
+    def clone(self) -> "HookedKeyValueCache":
+        """A copy that shares nothing."""
+        entries = [
+            HookedKeyValueCacheEntry(entry.past_keys.clone(), entry.past_values.clone(), self._frozen)
+            for entry in self.entries
+        ]
+        logits = None if self.last_logits is None else self.last_logits.clone()
+        return self._derive(entries, self.previous_attention_mask.clone(), logits)
+
+    def crop(self, n: int) -> "HookedKeyValueCache":
+        """A cache of the first `n` columns; this one stays as it is, and tensors are shared.
+
+        Raises:
+            CacheError: `n` is outside 0 to `len(cache)`.
+        """
+        if not 0 <= n <= len(self):
+            raise CacheError(f"cannot crop a cache of {len(self)} columns to {n}; expected 0 to {len(self)}")
+        entries = [
+            HookedKeyValueCacheEntry(entry.past_keys[:, :n], entry.past_values[:, :n], self._frozen)
+            for entry in self.entries
+        ]
+        return self._derive(entries, self.previous_attention_mask[:, :n], self.last_logits if n == len(self) else None)
+
+    def select(self, rows: Sequence[int] | Tensor | slice) -> "HookedKeyValueCache":
+        """A cache of some rows, by index, slice or boolean mask; this one stays as it is.
+
+        Raises:
+            CacheError: a row is out of range.
+        """
+        index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(list(rows), dtype=torch.long)
+        try:
+            mask = self.previous_attention_mask[index]
+            entries = [
+                HookedKeyValueCacheEntry(entry.past_keys[index], entry.past_values[index], self._frozen)
+                for entry in self.entries
+            ]
+        except IndexError as error:
+            raise CacheError(f"rows {rows!r} do not fit a cache of {self.batch_size} rows: {error}") from None
+        return self._derive(entries, mask, None if self.last_logits is None else self.last_logits[index])
+
+    def expand(self, n: int) -> "HookedKeyValueCache":
+        """A cache of `n` rows, each the one row of this cache. Appending to it makes copies; reading does not.
+
+        Raises:
+            CacheError: this cache has more than one row.
+        """
+        if self.batch_size != 1:
+            raise CacheError(f"only a cache of one row can be expanded; this one has {self.batch_size}")
+        entries = [
+            HookedKeyValueCacheEntry(
+                entry.past_keys.expand(n, -1, -1, -1), entry.past_values.expand(n, -1, -1, -1), self._frozen
+            )
+            for entry in self.entries
+        ]
+        logits = None if self.last_logits is None else self.last_logits.expand(n, -1)
+        return self._derive(entries, self.previous_attention_mask.expand(n, -1), logits)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "HookedKeyValueCache":
+        """The cache on another device or in another floating dtype."""
+        entries = [
+            HookedKeyValueCacheEntry(
+                entry.past_keys.to(device=device, dtype=dtype),
+                entry.past_values.to(device=device, dtype=dtype),
+                self._frozen,
+            )
+            for entry in self.entries
+        ]
+        logits = None if self.last_logits is None else self.last_logits.to(device=device, dtype=dtype)
+        return self._derive(entries, self.previous_attention_mask.to(device=device), logits)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file."""
+        tensors = {"attention_mask": self.previous_attention_mask.to(torch.uint8).contiguous()}
+        for layer, entry in enumerate(self.entries):
+            tensors[f"{layer}.keys"] = entry.past_keys.contiguous()
+            tensors[f"{layer}.values"] = entry.past_values.contiguous()
+        if self.last_logits is not None:
+            tensors["last_logits"] = self.last_logits.contiguous()
+        metadata = {
+            "format": _FORMAT,
+            "n_layers": str(len(self.entries)),
+            "frozen": str(int(self._frozen)),
+            "fingerprint": self.fingerprint or "",
+        }
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
+        """Read what `save` wrote.
+
+        Raises:
+            CacheError: the file is missing, damaged, or not a key-value cache.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise CacheError(f"{path} is not a saved key-value cache; write one with cache.save(path)")
+                frozen = metadata["frozen"] == "1"
+                entries = [
+                    HookedKeyValueCacheEntry(file.get_tensor(f"{i}.keys"), file.get_tensor(f"{i}.values"), frozen)
+                    for i in range(int(metadata["n_layers"]))
+                ]
+                cache = cls(
+                    entries,
+                    file.get_tensor("attention_mask").bool(),
+                    frozen,
+                    fingerprint=metadata["fingerprint"] or None,
+                )
+                if "last_logits" in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    cache.last_logits = file.get_tensor("last_logits")
+                return cache
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error
+
+    def check_fits(self, cfg: HookedConfig, *, device: torch.device, dtype: torch.dtype, batch: int) -> None:
+        """Check that a model can run `batch` rows on this cache.
+
+        Raises:
+            CacheError: another model's, another device or dtype, or rows that it cannot serve.
+        """
+        self.check_consistent()
+        keys = self.entries[0].past_keys
+        found = (len(self.entries), keys.shape[2], keys.shape[3])
+        wanted = (cfg.n_layers, cfg.n_kv_heads, cfg.d_head)
+        if found != wanted:
+            raise CacheError(
+                f"the cache has (layers, key-value heads, d_head) {found}, the model {wanted}: it was made by another "
+                "model; make one with model.prefill(prefix)"
+            )
+        if self.fingerprint is not None and self.fingerprint != config_fingerprint(cfg):
+            raise CacheError(
+                "the cache was made by a model with another configuration (their fingerprints differ); "
+                "make one with model.prefill(prefix)"
+            )
+        if (self.dtype, self.device) != (dtype, device):
+            raise CacheError(
+                f"the cache is {self.dtype} on {self.device}, the model {dtype} on {device}; "
+                "convert it with cache.to(device, dtype)"
+            )
+        if batch != self.batch_size and not (self.frozen and self.batch_size == 1):
+            way_out = "freeze it: a frozen cache of one row serves any batch" if self.batch_size == 1 else "use select"
+            raise CacheError(f"the cache has {self.batch_size} rows and the input {batch}; {way_out}")
+
+
+def config_fingerprint(cfg: HookedConfig) -> str:
+    """A short hash of everything in a configuration that decides the network."""
+    return hashlib.sha256(cfg.replace(origin=None).to_json().encode()).hexdigest()[:16]

@@ -1,0 +1,84 @@
+"""Attention as arithmetic on heads: the fused kernel, and scores, pattern and values one by one.
+
+All tensors are `[batch pos heads d_head]`; grouped-query keys and values keep their `kv_head` axis and query
+head `h` reads key-value head `h // (n_heads / n_kv_heads)`.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def attend(
+    q: Float[Tensor, "batch query head d"],
+    k: Float[Tensor, "batch key kv_head d"],
+    v: Float[Tensor, "batch key kv_head d"],
+    *,
+    score_scale: float,
+    mask: Float[Tensor, "rows one query key"] | None,
+    is_causal: bool,
+) -> Float[Tensor, "batch query head d"]:
+    """Values weighted by the softmax of the scores, by the fused kernel; no query x key tensor is made."""
+    grouped = q.shape[2] != k.shape[2]
+    z = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=score_scale,
+        enable_gqa=grouped,
+    )
+    return z.transpose(1, 2)
+
+
+def compute_scores(
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "rows key kv_head d_head"],
+    *,
+    score_scale: float,
+    term: Float[Tensor, "rows key head"] | None,
+    softcap: float | None,
+    hidden: Bool[Tensor, "some one query key"] | None,
+) -> Float[Tensor, "batch head query key"]:
+    """Scores before the softmax: scaled, biased, soft-capped, -inf where a query may not see a key."""
+    scores = _by_group(q, k.shape[2]) @ k.permute(0, 2, 3, 1) * score_scale
+    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if term is not None:
+        scores = (scores + term.permute(0, 2, 1)[:, :, None, :]).to(q.dtype)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+
+def compute_pattern(
+    scores: Float[Tensor, "batch head query key"], *, can_hide_all: bool
+) -> Float[Tensor, "batch head query key"]:
+    """The softmax of the scores over keys, in float32 for half precision.
+
+    Args:
+        scores: as `compute_scores` gives them.
+        can_hide_all: some rows may be -inf throughout; they become 0.
+    """
+    pattern = torch.softmax(scores, -1, dtype=torch.float32 if scores.dtype.itemsize < 4 else None)
+    if can_hide_all:
+        pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    return pattern.to(scores.dtype)
+
+
+def weigh_values(
+    pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "rows key kv_head d_head"]
+) -> Float[Tensor, "batch query head d_head"]:
+    """The pattern times the values."""
+    batch, n_heads, n_query, n_key = pattern.shape
+    n_kv_heads = v.shape[2]
+    grouped = pattern.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_query, n_key)
+    z = grouped @ v.permute(0, 2, 1, 3)
+    return z.reshape(batch, n_heads, n_query, v.shape[3]).transpose(1, 2)
+
+
+def _by_group(q: Tensor, n_kv_heads: int) -> Float[Tensor, "batch kv_head group_query d_head"]:
+    """Queries of the heads that share a key-value head, one after another."""
+    batch, n_query, n_heads, d_head = q.shape
+    return q.transpose(1, 2).reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_query, d_head)

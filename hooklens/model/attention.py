@@ -1,0 +1,160 @@
+"""Attention: projections, positions, the pattern where somebody watches it, and the write to the stream."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooklens.config import AlibiPositions, HookedConfig, RotaryPositions
+from hooklens.hooks import HookedModule, HookPoint
+from hooklens.kv_cache import HookedKeyValueCacheEntry
+from hooklens.model.alibi import alibi_slopes, alibi_term, fold_into_heads
+from hooklens.model.attend import attend, compute_pattern, compute_scores, weigh_values
+from hooklens.model.norm import Norm
+from hooklens.model.positions import TokenPlan
+from hooklens.model.rotary import CosSin, RotaryTables
+from hooklens.weights.layout import empty_weight
+
+# The normed stream, the same for all heads or (edited per head) a copy for each.
+HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos heads d_model"]
+
+
+class Attention(HookedModule):
+    r"""Multi-head, grouped-query or multi-query attention.
+
+        x -- W_Q -- hook_q -- [q_norm] -- [rotary, hook_rot_q] --\
+        x -- W_K -- hook_k -- [k_norm] -- [rotary, hook_rot_k] --- scores - pattern --\
+        x -- W_V -- hook_v --------------------------------------------------------- hook_z -- W_O
+
+    The fused kernel goes from the three inputs straight to `hook_z`. With a listener on `hook_attn_scores` or
+    `hook_pattern` these are computed beside it; `hook_z` is recomputed from the pattern only when a listener
+    changed one of them. The same holds for `hook_result` and the output.
+    """
+
+    def __init__(self, cfg: HookedConfig, layer: int, rotary: RotaryTables | None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.window = cfg.window(layer)
+        self.rotary = rotary
+        self.alibi = cfg.positions if isinstance(cfg.positions, AlibiPositions) else None
+        self.slopes = alibi_slopes(cfg.n_heads) if self.alibi is not None else None
+        self._make_weights(cfg)
+        self.hook_q = HookPoint()
+        self.hook_k = HookPoint()
+        self.hook_v = HookPoint()
+        if cfg.qk_norm is not None:
+            self.q_norm = Norm(cfg.qk_norm, cfg.d_head)
+            self.k_norm = Norm(cfg.qk_norm, cfg.d_head)
+        if isinstance(cfg.positions, RotaryPositions):
+            self.hook_rot_q = HookPoint()
+            self.hook_rot_k = HookPoint()
+        self.hook_attn_scores = HookPoint()
+        self.hook_pattern = HookPoint()
+        self.hook_z = HookPoint()
+        self.hook_result = HookPoint()
+
+    def _make_weights(self, cfg: HookedConfig) -> None:
+        def weight(name: str, *shape: int) -> nn.Parameter:
+            return nn.Parameter(empty_weight(name, shape))
+
+        d_model, d_head = cfg.d_model, cfg.d_head
+        self.W_Q = weight("W_Q", cfg.n_heads, d_model, d_head)
+        self.W_K = weight("W_K", cfg.n_kv_heads, d_model, d_head)
+        self.W_V = weight("W_V", cfg.n_kv_heads, d_model, d_head)
+        self.W_O = weight("W_O", cfg.n_heads, d_head, d_model)
+        self.b_Q = weight("b_Q", cfg.n_heads, d_head) if cfg.qkv_bias else None
+        self.b_K = weight("b_K", cfg.n_kv_heads, d_head) if cfg.qkv_bias else None
+        self.b_V = weight("b_V", cfg.n_kv_heads, d_head) if cfg.qkv_bias else None
+        self.b_O = weight("b_O", d_model) if cfg.out_bias else None
+
+    def forward(
+        self,
+        q_input: HeadInput,
+        k_input: HeadInput,
+        v_input: HeadInput,
+        plan: TokenPlan,
+        rotary_table: CosSin | None,
+        entry: HookedKeyValueCacheEntry | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the stream.
+
+        Args:
+            q_input: the normed stream that queries read, the same for all heads or a copy for each.
+            k_input: the same for keys.
+            v_input: the same for values.
+            plan: the tokens of this call.
+            rotary_table: cosines and sines of this call's positions.
+            entry: this layer's past keys and values, which the new ones are appended to.
+        """
+        q = self.hook_q(project_heads(q_input, self.W_Q, self.b_Q))
+        k = self.hook_k(project_heads(k_input, self.W_K, self.b_K))
+        v = self.hook_v(project_heads(v_input, self.W_V, self.b_V))
+        if self.cfg.qk_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None and rotary_table is not None:
+            q = self.hook_rot_q(self.rotary.rotate(q, rotary_table))
+            k = self.hook_rot_k(self.rotary.rotate(k, rotary_table))
+        if entry is not None:
+            k, v = entry.append(k, v)
+        return self._write(self.hook_z(self._attend(q, k, v, plan)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan) -> Float[Tensor, "batch pos head d_head"]:
+        if not (self.hook_attn_scores.listening or self.hook_pattern.listening) and self.cfg.attn_softcap is None:
+            return self._attend_fused(q, k, v, plan)
+        pattern, changed = self._watch_pattern(q, k, plan)
+        if changed or self.cfg.attn_softcap is not None:
+            return weigh_values(pattern, v)
+        return self._attend_fused(q, k, v, plan)
+
+    def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan) -> Tensor:
+        scale, d_head = self.cfg.score_scale, q.shape[-1]
+        is_causal = plan.is_causal_only(self.window)
+        mask = None if is_causal else plan.additive_mask(self.window, q.dtype)
+        term = self._alibi_term(plan, q.dtype)
+        if term is None:
+            return attend(q, k, v, score_scale=scale, mask=mask, is_causal=is_causal)
+        q, k, v = fold_into_heads(q, k, v, term, scale)
+        return attend(q, k, v, score_scale=scale, mask=mask, is_causal=is_causal)[..., :d_head]
+
+    def _watch_pattern(self, q: Tensor, k: Tensor, plan: TokenPlan) -> tuple[Tensor, bool]:
+        """The pattern as listeners leave it, and whether they changed the scores or it."""
+        scores = compute_scores(
+            q,
+            k,
+            score_scale=self.cfg.score_scale,
+            term=self._alibi_term(plan, q.dtype),
+            softcap=self.cfg.attn_softcap,
+            hidden=plan.hidden(self.window),
+        )
+        scores, scores_changed = self.hook_attn_scores.watch(scores)
+        if not (scores_changed or self.hook_pattern.listening or self.cfg.attn_softcap is not None):
+            return scores, False
+        pattern = compute_pattern(scores, can_hide_all=plan.can_hide_all or scores_changed)
+        pattern, pattern_changed = self.hook_pattern.watch(pattern)
+        return pattern, scores_changed or pattern_changed
+
+    def _alibi_term(self, plan: TokenPlan, dtype: torch.dtype) -> Tensor | None:
+        if self.alibi is None or self.slopes is None:
+            return None
+        return alibi_term(self.alibi, self.slopes, plan.key_positions, self.cfg.score_scale, dtype)
+
+    def _write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.hook_result.listening:
+            result = torch.einsum("bpnh,nhm->bpnm", z, self.W_O)
+            result, changed = self.hook_result.watch(result)
+            if changed:
+                summed = result.sum(2)
+                return summed if self.b_O is None else summed + self.b_O
+        return F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O)
+
+
+def project_heads(
+    x: HeadInput, weight: Float[Tensor, "heads d_model d_head"], bias: Float[Tensor, "heads d_head"] | None
+) -> Float[Tensor, "batch pos heads d_head"]:
+    """`x W + b` for each head, on one input for all heads or a copy for each."""
+    n_heads, _, d_head = weight.shape
+    if x.ndim == 3:
+        flat = F.linear(x, weight.mT.flatten(0, 1), None if bias is None else bias.flatten())
+        return flat.view(*flat.shape[:-1], n_heads, d_head)
+    heads: Tensor = torch.einsum("bpnm,nmh->bpnh", x, weight)
+    return heads if bias is None else heads + bias
