@@ -406,7 +406,7 @@ class HookedCausalLM(WeightViews):
         ):
             output = self._run_call(call, **run_keywords)
             if incl_bwd:
-                output.backward()  # type: ignore[union-attr, no-untyped-call]
+                output.backward()  # type: ignore[union-attr]
         cache = ActivationCache(
             captured,
             cfg=self.cfg,
@@ -417,7 +417,7 @@ class HookedCausalLM(WeightViews):
         )
         return output, cache.remove_batch_dim() if remove_batch_dim else cache
 
-    def run_with_hooks(
+    def run_with_hooks(  # type: ignore[override]
         self,
         input: Input,
         *,
@@ -517,7 +517,10 @@ class HookedCausalLM(WeightViews):
 
         Sizes that the input decides stand in the shape as axis names.
         """
-        return import_package("pandas").DataFrame([self._describe_point(name) for name in self.hook_points()])
+        table: pandas.DataFrame = import_package("pandas").DataFrame(
+            [self._describe_point(name) for name in self.hook_points()]
+        )
+        return table
 
     def _describe_point(self, name: str) -> dict[str, Any]:
         site = find_site(name)

@@ -49,6 +49,9 @@ class Capture:
 
     def __call__(self, tensor: Tensor, point: HookPoint) -> None:
         """Keep what passes `point`."""
+        if self._as_is and not tensor.requires_grad:
+            self.tensors[point.name or ""] = tensor
+            return
         self.add(point.name or "", tensor)
 
     def add(self, name: str, tensor: Tensor, *, like: str | None = None) -> None:

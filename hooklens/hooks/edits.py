@@ -12,7 +12,7 @@ token. Tokens that are not part of the current call are left alone.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ Phase = Literal["prefill", "decode"]
 Indices = int | Sequence[int] | slice | None
 
 
+@runtime_checkable
 class TokenIndex(Protocol):
     """Which tokens a call runs: what an edit needs to find its positions.
 

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from hooklens.axes import ALIASES, find_site, get_act_name
 from hooklens.errors import HookNameError, suggest_names
 
-NamesFilter = None | str | tuple[str, int] | tuple[str, int, str] | Sequence[str] | Callable[[str], bool]
+_Shorthand = str | tuple[str, int] | tuple[str, int, str]
+NamesFilter = None | _Shorthand | Sequence[_Shorthand] | Callable[[str], bool]
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -57,7 +58,7 @@ def is_on_request(name: str) -> bool:
 
 
 def _split(
-    names_filter: str | Sequence[str] | tuple[str, int] | tuple[str, int, str],
+    names_filter: _Shorthand | Sequence[_Shorthand],
 ) -> list[str | tuple[object, ...]]:
     if isinstance(names_filter, str):
         return [names_filter]

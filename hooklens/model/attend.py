@@ -33,6 +33,71 @@ def attend(
     return z.transpose(1, 2)
 
 
+def attend_with_log_sum(
+    q: Float[Tensor, "batch query head d"],
+    k: Float[Tensor, "batch key kv_head d"],
+    v: Float[Tensor, "batch key kv_head d"],
+    *,
+    score_scale: float,
+    mask: Float[Tensor, "rows one some_query key"] | None,
+    is_causal: bool,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]]:
+    """What `attend` gives, and the log of the sum of the exponentiated scores, -inf where every key is hidden.
+
+    With both, attention over parts of the keys can be put together, see `merge_parts`. The kernel that gives
+    both serves the CPU where no gradients are needed: its backward pass leaves the log-sum out.
+    """
+    needs_graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type != "cpu" or needs_graph or softcap is not None:
+        return _attend_explicitly(q, k, v, score_scale=score_scale, mask=mask, is_causal=is_causal, softcap=softcap)
+    z, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=score_scale
+    )
+    if mask is not None:
+        # The kernel gives 0 for a query with no key at all.
+        log_sum = log_sum.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+    return z.transpose(1, 2), log_sum
+
+
+def _attend_explicitly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score_scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    hidden = None if mask is None else mask == -torch.inf
+    if is_causal:
+        hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)[None, None]
+    scores = compute_scores(q, k, score_scale=score_scale, term=None, softcap=softcap, hidden=hidden)
+    log_sum = scores.to(_wide(scores.dtype)).logsumexp(-1)
+    pattern = compute_pattern(scores, can_hide_all=True)
+    return weigh_values(pattern, v), log_sum
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def merge_parts(
+    first: tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]],
+    second: tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]],
+) -> Float[Tensor, "batch query head d"]:
+    """Attention over two parts of the keys, from the attention over each and its log-sum.
+
+    The softmax over both is the two softmaxes, weighted by their sums of exponentiated scores.
+    """
+    (z_first, log_sum_first), (z_second, log_sum_second) = first, second
+    share = torch.sigmoid(log_sum_first - log_sum_second)
+    # Where neither part has a visible key both z are 0, and the share is 0 / 0.
+    share = share.masked_fill(log_sum_second == -torch.inf, 1.0)
+    return torch.lerp(z_second, z_first, share.transpose(1, 2)[..., None].to(z_first.dtype))
+
+
 def compute_scores(
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "rows key kv_head d_head"],
@@ -61,7 +126,7 @@ def compute_pattern(
         scores: as `compute_scores` gives them.
         can_hide_all: some rows may be -inf throughout; they become 0.
     """
-    pattern = torch.softmax(scores, -1, dtype=torch.float32 if scores.dtype.itemsize < 4 else None)
+    pattern = torch.softmax(scores, -1, dtype=_wide(scores.dtype))
     if can_hide_all:
         pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     return pattern.to(scores.dtype)

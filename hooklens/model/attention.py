@@ -1,5 +1,7 @@
 """Attention: projections, positions, the pattern where somebody watches it, and the write to the stream."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,7 +11,14 @@ from hooklens.config import AlibiPositions, HookedConfig, RotaryPositions
 from hooklens.hooks import HookedModule, HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.alibi import alibi_slopes, alibi_term, fold_into_heads
-from hooklens.model.attend import attend, compute_pattern, compute_scores, weigh_values
+from hooklens.model.attend import (
+    attend,
+    attend_with_log_sum,
+    compute_pattern,
+    compute_scores,
+    merge_parts,
+    weigh_values,
+)
 from hooklens.model.norm import Norm
 from hooklens.model.positions import TokenPlan
 from hooklens.model.rotary import CosSin, RotaryTables
@@ -94,16 +103,24 @@ class Attention(HookedModule):
         if self.rotary is not None and rotary_table is not None:
             q = self.hook_rot_q(self.rotary.rotate(q, rotary_table))
             k = self.hook_rot_k(self.rotary.rotate(k, rotary_table))
-        if entry is not None:
+        if entry is not None and not entry.frozen:
             k, v = entry.append(k, v)
-        return self._write(self.hook_z(self._attend(q, k, v, plan)))
+            entry = None
+        return self._write(self.hook_z(self._attend(q, k, v, plan, entry)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan) -> Float[Tensor, "batch pos head d_head"]:
-        if not (self.hook_attn_scores.listening or self.hook_pattern.listening) and self.cfg.attn_softcap is None:
-            return self._attend_fused(q, k, v, plan)
-        pattern, changed = self._watch_pattern(q, k, plan)
-        if changed or self.cfg.attn_softcap is not None:
-            return weigh_values(pattern, v)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan, frozen: HookedKeyValueCacheEntry | None
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Pattern-weighted values; with a frozen entry `k` and `v` are the new tokens' only."""
+        watched = self.hook_attn_scores.listening or self.hook_pattern.listening
+        softcapped = self.cfg.attn_softcap is not None and frozen is None
+        if watched or softcapped:
+            all_k, all_v = (k, v) if frozen is None else frozen.append(k, v)
+            pattern, changed = self._watch_pattern(q, all_k, plan)
+            if changed or softcapped:
+                return weigh_values(pattern, all_v)
+        if frozen is not None and len(frozen):
+            return self._attend_in_parts(q, k, v, plan, frozen)
         return self._attend_fused(q, k, v, plan)
 
     def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan) -> Tensor:
@@ -115,6 +132,42 @@ class Attention(HookedModule):
             return attend(q, k, v, score_scale=scale, mask=mask, is_causal=is_causal)
         q, k, v = fold_into_heads(q, k, v, term, scale)
         return attend(q, k, v, score_scale=scale, mask=mask, is_causal=is_causal)[..., :d_head]
+
+    def _attend_in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan, frozen: HookedKeyValueCacheEntry
+    ) -> Tensor:
+        """Attention over a frozen past and over the new tokens, put together; the past is not copied.
+
+        A past of one row serves all rows of the batch: their queries stand one after another as the queries
+        of one row.
+        """
+        d_head, n_past = q.shape[-1], len(frozen)
+        past_k, past_v = frozen.past_keys, frozen.past_values
+        fold_rows = frozen.batch_size == 1 and len(q) > 1
+        new_plan = plan.new_part()
+        is_causal = new_plan.is_causal_only(self.window)
+        options: dict[str, Any] = {"score_scale": self.cfg.score_scale, "softcap": self.cfg.attn_softcap}
+
+        past_q, new_q = q, q
+        if (term := self._alibi_term(plan, q.dtype)) is not None:
+            past_term = term[: len(past_k), :n_past]
+            past_q, past_k, past_v = fold_into_heads(q, past_k, past_v, past_term, self.cfg.score_scale)
+            new_q, k, v = fold_into_heads(q, k, v, term[:, n_past:], self.cfg.score_scale)
+        new_part = attend_with_log_sum(
+            new_q,
+            k,
+            v,
+            mask=None if is_causal else new_plan.additive_mask(self.window, q.dtype),
+            is_causal=is_causal,
+            **options,
+        )
+        past_mask = plan.past_mask(self.window, q.dtype, fold_rows=fold_rows)
+        folded_q = past_q.flatten(0, 1)[None] if fold_rows else past_q
+        past_z, past_log_sum = attend_with_log_sum(folded_q, past_k, past_v, mask=past_mask, is_causal=False, **options)
+        if fold_rows:
+            past_z = past_z.view(past_q.shape)
+            past_log_sum = past_log_sum.view(-1, len(q), q.shape[1]).transpose(0, 1)
+        return merge_parts((past_z, past_log_sum), new_part)[..., :d_head]
 
     def _watch_pattern(self, q: Tensor, k: Tensor, plan: TokenPlan) -> tuple[Tensor, bool]:
         """The pattern as listeners leave it, and whether they changed the scores or it."""
@@ -145,7 +198,7 @@ class Attention(HookedModule):
             if changed:
                 summed = result.sum(2)
                 return summed if self.b_O is None else summed + self.b_O
-        return F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O)
+        return F.linear(z.flatten(2), self.W_O.reshape(-1, self.cfg.d_model).T, self.b_O)
 
 
 def project_heads(
@@ -154,7 +207,7 @@ def project_heads(
     """`x W + b` for each head, on one input for all heads or a copy for each."""
     n_heads, _, d_head = weight.shape
     if x.ndim == 3:
-        flat = F.linear(x, weight.mT.flatten(0, 1), None if bias is None else bias.flatten())
+        flat = F.linear(x, weight.mT.reshape(-1, x.shape[-1]), None if bias is None else bias.view(-1))
         return flat.view(*flat.shape[:-1], n_heads, d_head)
     heads: Tensor = torch.einsum("bpnm,nmh->bpnh", x, weight)
     return heads if bias is None else heads + bias

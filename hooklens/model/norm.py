@@ -55,8 +55,12 @@ class Norm(HookedModule):
 
     def _forward_watched(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        centred = wide - wide.mean(-1, keepdim=True) if self.cfg.kind == "layer" else wide
-        scale = (centred.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()
+        if self.cfg.kind == "layer":
+            variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+            centred = wide - mean
+        else:
+            variance, centred = wide.pow(2).mean(-1, keepdim=True), wide
+        scale = (variance + self.cfg.eps).sqrt()
         scale, scale_changed = self.hook_scale.watch(scale) if self.hook_scale.listening else (scale, False)
         normalized = (centred / scale).to(x.dtype)
         changed = scale_changed

@@ -54,6 +54,7 @@ class TokenPlan:
         self._positions = positions
         self._token_index: Tensor | None = None
         self._hidden: dict[int | None, Tensor | None] = {}
+        self._new_part: TokenPlan | None = None
         self._additive: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def _join_masks(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
@@ -133,12 +134,16 @@ class TokenPlan:
             return None
         query = torch.arange(self.n_past, self.n_keys, device=self.device)[:, None]
         key = torch.arange(self.n_keys, device=self.device)[None, :]
-        hidden = key > query
-        if window is not None:
-            hidden = hidden | (key <= query - window)
-        hidden = hidden[None, None]
+        hidden = (key > query)[None, None]
         if self.key_mask is not None:
             hidden = hidden | ~self.key_mask[:, None, None, :]
+            if window is not None:
+                # Padding between past and new tokens does not count as distance.
+                key_position = self.key_positions[:, None, None, :]
+                query_position = self.key_positions[:, None, self.n_past :, None]
+                hidden = hidden | (key_position <= query_position - window)
+        elif window is not None:
+            hidden = hidden | (key <= query - window)
         return hidden
 
     def additive_mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "rows one query key"] | None:
@@ -152,6 +157,36 @@ class TokenPlan:
                 else torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
             )
         return self._additive[key]
+
+    def new_part(self) -> "TokenPlan":
+        """The plan as if the cache were not there: what the new tokens may attend to among themselves."""
+        if self._new_part is None:
+            self._new_part = TokenPlan(
+                batch=self.batch, n_new=self.n_new, device=self.device, attention_mask=self.attention_mask
+            )
+        return self._new_part
+
+    def past_mask(
+        self, window: int | None, dtype: torch.dtype, *, fold_rows: bool
+    ) -> Float[Tensor, "rows one some_query past"] | None:
+        """What the new tokens may not see of the cache, as a term of the scores; None when they see all of it.
+
+        Args:
+            window: how many of the latest keys a query sees; None: all.
+            dtype: of the scores.
+            fold_rows: the queries of all rows stand one after another in one row.
+        """
+        if window is not None and window >= self.n_keys:
+            window = None
+        if window is None and (self.key_mask is None or bool(self.key_mask[:, : self.n_past].all())):
+            return None
+        hidden = self.hidden(window)
+        if hidden is None:
+            return None
+        hidden = hidden[..., : self.n_past]
+        if fold_rows:
+            hidden = hidden.expand(self.batch, -1, -1, -1).reshape(1, 1, self.batch * self.n_new, self.n_past)
+        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
 
     @property
     def can_hide_all(self) -> bool:

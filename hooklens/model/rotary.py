@@ -107,17 +107,19 @@ class RotaryTables:
     ) -> Float[Tensor, "batch pos heads d_head"]:
         """Turn queries or keys by the angles of their positions."""
         cos, signed_sin = table
+        return torch.addcmul(heads * cos, self._swap_partners(heads), signed_sin)
+
+    def _swap_partners(self, heads: Tensor) -> Tensor:
+        """Each entry's partner in its place; entries that do not turn stay."""
         dim, half = self.positions.dim, self.positions.dim // 2
         if self.positions.layout == "half":
-            parts = [heads[..., half:dim], heads[..., :half]]
-            if dim < self.d_head:
-                parts.append(heads[..., dim:])
-            partner = torch.cat(parts, -1)
-        else:
-            partner = heads[..., :dim].reshape(*heads.shape[:-1], half, 2).flip(-1).flatten(-2)
-            if dim < self.d_head:
-                partner = torch.cat([partner, heads[..., dim:]], -1)
-        return torch.addcmul(heads * cos, partner, signed_sin)
+            if dim == self.d_head:
+                return heads.roll(half, -1)
+            first, second, still = heads.split((half, half, self.d_head - dim), -1)
+            return torch.cat((second, first, still), -1)
+        turning, still = heads.split((dim, self.d_head - dim), -1)
+        swapped = turning.reshape(*heads.shape[:-1], half, 2).flip(-1).flatten(-2)
+        return torch.cat((swapped, still), -1) if dim < self.d_head else swapped
 
 
 def rotary_frequencies(

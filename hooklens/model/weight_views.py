@@ -155,7 +155,7 @@ class WeightViews(Decoder):
         Returns:
             Scores in [0, 1], 0 where the second head is not in a later layer.
         """
-        return all_composition_scores(self.W_Q, self.W_K, self.W_V, self.W_O, mode)  # type: ignore[arg-type]
+        return all_composition_scores(self.W_Q, self.W_K, self.W_V, self.W_O, mode)
 
     def all_head_labels(self) -> list[str]:
         """`["L0H0", "L0H1", ...]`."""

@@ -1,0 +1,208 @@
+"""What a family of checkpoints is: its names, its config map and its weight map, read in both directions."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from hooklens.adapters.config_map import BiasFlag, ConfigMap
+from hooklens.adapters.rules import WeightRule
+from hooklens.config import HookedConfig, Origin
+from hooklens.errors import ConfigError, UnsupportedModelError, join_names
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A weight rule at one layer: `{i}` filled in on both sides.
+
+    Attributes:
+        rule: the rule.
+        hub: name of the tensor on disk, in the numbering of the checkpoint.
+        ours: HookLens names, in the numbering of the model.
+        layer: layer of the model; 0 where the rule has none.
+    """
+
+    rule: WeightRule
+    hub: str
+    ours: tuple[str, ...]
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of checkpoints, as data.
+
+    Attributes:
+        name: the family's name.
+        model_types: values of `model_type` in `config.json`; the first is written on save.
+        architectures: values of `architectures`; the first is written on save.
+        base_prefix: what the base model's parameter names begin with. A file saved from the base model alone
+            lacks it; transformers reads those too.
+        embedding, head: names on disk of the token embedding and the unembedding.
+        config: the config map.
+        weights: the weight map.
+        weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
+        renamed: names that transformers uses in memory, with the names on disk.
+        dialects: older `model_type`s, each with the function that rewrites its config.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    base_prefix: str
+    embedding: str
+    head: str
+    config: ConfigMap
+    weights: tuple[WeightRule, ...]
+    weightless: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
+
+    def read_config(self, config: Config, *, where: str, warn: bool = True) -> HookedConfig:
+        """The network that `config` describes, with the family and `config` as its origin.
+
+        Raises:
+            UnsupportedModelError: a key is missing, or holds a value that is not implemented.
+        """
+        origin = Origin(family=self.name, hub_config=json.dumps(dict(config), default=str))
+        try:
+            fields = self.config.read(self._translate(config), where=where, warn=warn)
+            return HookedConfig(origin=origin, **fields)
+        except ConfigError as error:
+            raise UnsupportedModelError(f"{where}: config.json describes a network that cannot be: {error}") from error
+
+    def write_config(self, cfg: HookedConfig) -> dict[str, Any]:
+        """The `config.json` of `cfg`: the keys it was read from, with what has changed since, or new ones.
+
+        Raises:
+            UnsupportedModelError: no config of this family describes the network; the fields are listed.
+        """
+        written, differing = self._write_config(cfg)
+        if differing:
+            raise UnsupportedModelError(
+                f"a {self.name} checkpoint cannot express {_describe(cfg, differing)}; "
+                "change these fields back before saving, or keep the model in HookLens' own format "
+                "(state_dict and cfg.to_json())"
+            )
+        return written
+
+    def inexpressible_fields(self, cfg: HookedConfig) -> list[str]:
+        """The fields of `cfg` that a checkpoint of this family cannot express."""
+        return self._write_config(cfg)[1]
+
+    def bind_rules(self, cfg: HookedConfig, layers: Sequence[int] | None = None) -> Iterator[BoundRule]:
+        """All rules that apply to `cfg`, layer by layer.
+
+        Args:
+            cfg: the whole checkpoint's config.
+            layers: checkpoint layers to take, in this order; they become layers 0, 1, ... None: all.
+        """
+        taken = range(cfg.n_layers) if layers is None else layers
+        applying = [rule for rule in self.weights if rule.when(cfg)]
+        for is_layered, group in groupby(applying, lambda rule: "{i}" in rule.hub):
+            rules = list(group)
+            for new, old in enumerate(taken) if is_layered else [(0, 0)]:
+                for rule in rules:
+                    yield BoundRule(rule, rule.hub.format(i=old), tuple(name.format(i=new) for name in rule.ours), new)
+
+    def is_weightless(self, name: str) -> bool:
+        """Whether a tensor of this name on disk holds no weight."""
+        return any(re.fullmatch(pattern, name) for pattern in self.weightless)
+
+    def _translate(self, config: Config) -> Config:
+        dialect = self.dialects.get(config.get("model_type", ""))
+        return config if dialect is None else dialect(config)
+
+    def _write_config(self, cfg: HookedConfig) -> tuple[dict[str, Any], list[str]]:
+        """The config, and the fields that reading it back would not give again."""
+        fields, original = _fields_of(cfg), self._original_config(cfg)
+        if original is None:
+            written = self.config.write(fields)
+        else:
+            known = _fields_of(self.read_config(original, where="the original config", warn=False))
+            written = self.config.update(original, known, fields)
+            # The files it names are not part of what HookLens writes.
+            written.pop("auto_map", None)
+        written |= {"architectures": [self.architectures[0]], "model_type": self.model_types[0]}
+        try:
+            read_back = self.read_config(written, where=f"config of a {self.name} model", warn=False)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"a {self.name} checkpoint cannot hold this network: {error}") from error
+        return written, self._differing_fields(cfg, read_back)
+
+    def _original_config(self, cfg: HookedConfig) -> Config | None:
+        if cfg.origin is None or cfg.origin.family != self.name:
+            return None
+        return self._translate(json.loads(cfg.origin.hub_config))
+
+    def _differing_fields(self, cfg: HookedConfig, read_back: HookedConfig) -> list[str]:
+        ours, theirs = _fields_of(cfg), _fields_of(read_back)
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        # Which biases of a flag that is on are there is told by the tensors, not by the config.
+        told_by_tensors = {
+            name
+            for part in self.config.parts
+            if isinstance(part, BiasFlag) and any(ours[name] for name in part.names)
+            for name in part.names
+        }
+        return [name for name in differing if name not in told_by_tensors]
+
+
+def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
+    return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
+
+
+def _describe(cfg: HookedConfig, names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
+
+
+def find_family(config: Config, families: Sequence[Family], *, where: str) -> Family:
+    """The family of a `config.json`, by `model_type` and `architectures`, never by a model's name.
+
+    Raises:
+        UnsupportedModelError: there is none; the text names the architecture and the supported ones.
+    """
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    for family in families:
+        known_type = model_type is None or model_type in (*family.model_types, *family.dialects)
+        known_class = not architectures or bool(set(architectures) & set(family.architectures))
+        if known_type and known_class and (model_type or architectures):
+            return family
+    supported = [f"{'/'.join(family.model_types)} ({join_names(family.architectures)})" for family in families]
+    raise UnsupportedModelError(
+        f"{where}: architecture {join_names(architectures) or 'not given'} with model_type {model_type!r} is not "
+        f"supported; supported are {'; '.join(supported)}"
+    )
+
+
+def choose_family(cfg: HookedConfig, families: Sequence[Family]) -> Family:
+    """The family whose format `cfg` is saved in: the one it came from, or the first that can express it.
+
+    Raises:
+        UnsupportedModelError: no family can express `cfg`; the text says which fields.
+    """
+    if cfg.origin is not None:
+        for family in families:
+            if family.name == cfg.origin.family:
+                return family
+    differing = {}
+    for family in families:
+        try:
+            differing[family.name] = family.inexpressible_fields(cfg)
+        except UnsupportedModelError as error:
+            differing[family.name] = [str(error)]
+            continue
+        if not differing[family.name]:
+            return family
+    everywhere = [spec for spec in _fields_of(cfg) if all(spec in names for names in differing.values())]
+    per_family = "; ".join(f"{name}: {', '.join(names)}" for name, names in differing.items())
+    lead = f"no family can express {_describe(cfg, everywhere)}" if everywhere else "no family can express this config"
+    raise UnsupportedModelError(
+        f"{lead}. Fields that differ, per family: {per_family}. Change them to save a Hugging Face checkpoint, or "
+        "keep the model in HookLens' own format (state_dict and cfg.to_json())"
+    )

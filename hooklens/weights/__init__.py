@@ -1,0 +1,1 @@
+"""Functions on weights and state dicts that need no network: layout, processing, factored matrices."""

@@ -1,0 +1,79 @@
+"""A working copy of part of a state dict, on which weight processing does its arithmetic."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.weights.layout import logical_view, to_stored_layout
+from hooklens.weights.shapes import Shape
+
+
+class WeightDraft:
+    """Some parameters of a network, read and written in one working precision and rounded once at the end.
+
+    The parameters it covers are those of the network *after* processing: a bias that processing brings into
+    being reads as zeros, an unembedding that it unties reads as `W_E` transposed. The state dict it was made
+    from is never changed, and what is not written stays the very same tensor.
+    """
+
+    def __init__(
+        self, state: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, dtype: torch.dtype, tied: bool
+    ) -> None:
+        """Cover the parameters in `shapes`.
+
+        Args:
+            state: the parameters before processing.
+            shapes: names and shapes of the parameters after it.
+            dtype: the working precision.
+            tied: `unembed.W_U` is `embed.W_E` transposed in `state`.
+        """
+        self._state = state
+        self._shapes = shapes
+        self._dtype = dtype
+        self._tied = tied
+        self._written: dict[str, Tensor] = {}
+
+    def present(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that the network has after processing."""
+        return [name for name in names if name in self._shapes]
+
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        """A parameter's current value in the working precision; not to be edited in place."""
+        if name in self._written:
+            return self._written[name]
+        source = self._source(name)
+        if source is None:
+            weight = self._weight_of_bias(name)
+            return torch.zeros(self._shapes[name], dtype=self._dtype, device=weight.device)
+        return source.detach().to(self._dtype)
+
+    def write(self, name: str, value: Float[Tensor, "..."]) -> None:
+        """Set a parameter."""
+        assert tuple(value.shape) == tuple(self._shapes[name])
+        self._written[name] = value
+
+    def finish(self) -> dict[str, Tensor]:
+        """All covered parameters: those written and those brought into being rounded to their dtype and laid out."""
+        finished = {}
+        for name in self._shapes:
+            source = self._source(name)
+            if name not in self._written and source is not None:
+                finished[name] = source
+                continue
+            dtype = self._weight_of_bias(name).dtype if source is None else source.dtype
+            finished[name] = to_stored_layout(name, self.read(name).to(dtype))
+        return finished
+
+    def _source(self, name: str) -> Tensor | None:
+        if name == "unembed.W_U" and self._tied:
+            return logical_view(name, self._state["embed.W_E"])
+        return self._state.get(name)
+
+    def _weight_of_bias(self, name: str) -> Tensor:
+        """The weight whose device and dtype a new bias takes: `attn.W_Q` for `attn.b_Q`."""
+        module, _, part = name.rpartition(".")
+        weight = self._source(f"{module}.W{part.removeprefix('b')}")
+        assert weight is not None
+        return weight

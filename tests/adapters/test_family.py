@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+
+from hooklens.adapters import read_hf_model, to_hub
+from hooklens.adapters.families import load_families
+from hooklens.adapters.family import choose_family, find_family
+from hooklens.config import HookedConfig, NormConfig, RotaryPositions
+from hooklens.errors import UnsupportedModelError
+from tests.checkpoints import VARIANTS, build_variant
+
+FAMILIES = load_families()
+
+
+def test_families_are_found_without_a_registry() -> None:
+    assert [family.name for family in FAMILIES] == ["falcon", "gpt_neox", "llama"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config_survives_the_round_trip_with_and_without_its_origin(name) -> None:
+    cfg, _ = read_hf_model(build_variant(name))
+    family = find_family(json.loads(cfg.origin.hub_config), FAMILIES, where="here")
+    assert family.read_config(family.write_config(cfg), where="here") == cfg
+    bare = cfg.replace(origin=None)
+    other = choose_family(bare, FAMILIES)
+    assert other.read_config(other.write_config(bare), where="here") == cfg
+    assert HookedConfig.from_json(cfg.to_json()).origin == cfg.origin
+
+
+def test_saving_keeps_the_original_keys_and_updates_what_changed() -> None:
+    cfg, _ = read_hf_model(build_variant("neox-parallel"))
+    (family,) = [family for family in FAMILIES if family.name == "gpt_neox"]
+    config = json.loads(cfg.origin.hub_config)
+    del config["rope_parameters"]
+    config |= {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 10000,
+        "hidden_dropout": 0.1,
+        "eos_token_id": 7,
+    }
+    cfg = family.read_config(config, where="here")
+    assert family.write_config(cfg) == config
+    assert family.write_config(cfg.replace(n_layers=1)) == {**config, "num_hidden_layers": 1}
+
+    longer = family.write_config(cfg.replace(n_ctx=128))
+    assert longer["max_position_embeddings"] == 128
+    assert longer["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert "rotary_pct" not in longer
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' with .* 'mistral'"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ({}, "architecture not given with model_type None"),
+    ],
+)
+def test_unsupported_architectures_are_named_with_the_supported_ones(config, named) -> None:
+    with pytest.raises(UnsupportedModelError, match=named) as caught:
+        find_family(config, FAMILIES, where="here")
+    for supported in ("falcon ('FalconForCausalLM'", "gpt_neox ('GPTNeoXForCausalLM'", "llama ('LlamaForCausalLM'"):
+        assert supported in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "llama"}, {"architectures": ["LlamaForCausalLM"]}, {"model_type": "RefinedWeb"}]
+)
+def test_either_name_is_enough(config) -> None:
+    assert find_family(config, FAMILIES, where="here").name in ("llama", "falcon")
+
+
+def test_a_config_no_family_can_express_says_which_field() -> None:
+    cfg = HookedConfig(
+        d_model=8,
+        n_layers=1,
+        n_heads=2,
+        d_vocab=7,
+        n_ctx=16,
+        positions=RotaryPositions(dim=4),
+        norm=NormConfig(kind="rms", eps=1e-6, bias=False),
+        gated_mlp=True,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        attn_softcap=50.0,
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"no family can express attn_softcap=50.0\. .*llama: attn_softcap\."
+    ):
+        to_hub(cfg, {})
+    assert choose_family(cfg.replace(attn_softcap=None), FAMILIES).name == "llama"
+
+
+def test_a_change_the_origin_cannot_express_says_which_field() -> None:
+    cfg, state = read_hf_model(build_variant("llama-gqa"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"llama checkpoint cannot express wiring='parallel', embed_scale=2.0"
+    ):
+        to_hub(cfg.replace(wiring="parallel", embed_scale=2.0), state)
+
+
+def test_impossible_sizes_are_an_error_of_the_checkpoint() -> None:
+    config = json.loads(read_hf_model(build_variant("llama-gqa"))[0].origin.hub_config)
+    (family,) = [family for family in FAMILIES if family.name == "llama"]
+    with pytest.raises(
+        UnsupportedModelError, match=r"here: .* cannot be: .*n_heads=4 is not a multiple of n_kv_heads=3"
+    ):
+        family.read_config({**config, "num_key_value_heads": 3}, where="here")
+    with pytest.raises(UnsupportedModelError, match="n_heads=0"):
+        family.read_config({**config, "num_attention_heads": 0, "head_dim": None}, where="here")
+
+
+def test_rules_name_every_parameter_once() -> None:
+    from hooklens.adapters import parameter_shapes
+
+    for name in VARIANTS:
+        cfg, _ = read_hf_model(build_variant(name))
+        (family,) = [family for family in FAMILIES if family.name == cfg.origin.family]
+        named = [ours for bound in family.bind_rules(cfg) for ours in bound.ours]
+        expected = [ours for ours in parameter_shapes(cfg) if not (cfg.tied_unembed and ours == "unembed.W_U")]
+        assert sorted(named) == sorted(expected)
+        assert torch.tensor([bound.layer for bound in family.bind_rules(cfg)]).max() == cfg.n_layers - 1

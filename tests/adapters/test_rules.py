@@ -1,0 +1,92 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hooklens.adapters.rules import Copy, FusedQKV, expected_shape
+from hooklens.config import HookedConfig
+
+NAMES = ("b.{i}.W_Q", "b.{i}.W_K", "b.{i}.W_V")
+
+
+@st.composite
+def configs(draw) -> HookedConfig:
+    n_kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    return HookedConfig(
+        d_model=draw(st.integers(1, 6)),
+        n_heads=n_kv_heads * group,
+        n_kv_heads=n_kv_heads,
+        d_head=draw(st.integers(1, 5)),
+        d_vocab=7,
+        n_layers=1,
+        n_ctx=8,
+    )
+
+
+def fused(cfg: HookedConfig, *, weight: bool) -> torch.Tensor:
+    rows = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
+    shape = (rows, cfg.d_model) if weight else (rows,)
+    return torch.arange(float(torch.Size(shape).numel())).view(shape)
+
+
+@given(configs(), st.sampled_from(["grouped", "blocked"]), st.booleans())
+def test_fused_qkv_is_a_permutation_with_its_own_inverse(cfg, order, weight) -> None:
+    rule, tensor = FusedQKV("qkv", NAMES, order=order), fused(cfg, weight=weight)
+    parts = rule.load(tensor, cfg)
+    entries = torch.cat([part.flatten() for part in parts])
+    assert torch.equal(entries.sort().values, tensor.flatten())
+    assert torch.equal(rule.save(parts, cfg), tensor)
+
+
+@given(configs())
+def test_grouped_rows_by_brute_force(cfg) -> None:
+    """Rows are (kv_head, [q ... q, k, v], d_head); query head h belongs to group h // group."""
+    tensor, group = fused(cfg, weight=True), cfg.n_heads // cfg.n_kv_heads
+    query, key, value = FusedQKV("qkv", NAMES, order="grouped").load(tensor, cfg)
+    row = 0
+    for kv_head in range(cfg.n_kv_heads):
+        for slot in range(group + 2):
+            for entry in range(cfg.d_head):
+                if slot < group:
+                    found = query[kv_head * group + slot, :, entry]
+                else:
+                    found = (key if slot == group else value)[kv_head, :, entry]
+                assert torch.equal(found, tensor[row])
+                row += 1
+
+
+@given(configs())
+def test_blocked_rows_by_brute_force(cfg) -> None:
+    tensor = fused(cfg, weight=True)
+    heads = [head for part in FusedQKV("qkv", NAMES, order="blocked").load(tensor, cfg) for head in part]
+    rows = [head[:, entry] for head in heads for entry in range(cfg.d_head)]
+    assert torch.equal(torch.stack(rows), tensor)
+
+
+@given(configs(), st.sampled_from(["grouped", "blocked"]))
+def test_fused_parts_are_stored_as_a_linear_weight(cfg, order) -> None:
+    for part in FusedQKV("qkv", NAMES, order=order).load(fused(cfg, weight=True), cfg):
+        assert part.permute(0, 2, 1).flatten(0, 1).is_contiguous()
+        assert part.permute(0, 2, 1).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "logical"),
+    [
+        (None, (6,), (6,)),
+        ("f m -> m f", (10, 6), (6, 10)),
+        ("(n h) m -> n m h", (8, 6), (4, 6, 2)),
+        ("m (n h) -> n h m", (6, 8), (4, 2, 6)),
+        ("(n h) -> n h", (8,), (4, 2)),
+    ],
+)
+def test_copy_is_a_view_both_ways(pattern, shape, logical) -> None:
+    cfg = HookedConfig(d_model=6, n_heads=4, d_head=2, d_mlp=10, d_vocab=7, n_layers=1, n_ctx=8)
+    rule, tensor = Copy("hub", "b.{i}.ours", pattern), torch.randn(shape)
+    (loaded,) = rule.load(tensor, cfg)
+    saved = rule.save((loaded,), cfg)
+    assert loaded.shape == logical
+    assert torch.equal(saved, tensor)
+    assert loaded.data_ptr() == saved.data_ptr() == tensor.data_ptr()
+    assert saved.is_contiguous()
+    assert expected_shape(rule, 3, {"b.3.ours": logical}, cfg) == shape
