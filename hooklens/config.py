@@ -5,9 +5,11 @@ here knows where a checkpoint came from; adapters translate to and from these fi
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from hooklens.errors import ConfigError
@@ -291,6 +293,12 @@ class HookedConfig:
     def window(self, layer: int) -> int | None:
         """How many of the latest keys a query of this layer may see; None: all."""
         return None if self.windows is None else self.windows[layer]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of everything that decides the network; what a cache is compared by."""
+        values = {name: value for name, value in self.to_dict().items() if name != "origin"}
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "HookedConfig":
         """A copy with some fields changed, checked anew; an unknown field is a `TypeError`."""

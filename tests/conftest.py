@@ -8,9 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+import tests.annotations  # noqa: F401  (the hook imports `tests` and takes attributes from there on)
+
 # Benchmarks time the package as users run it, without the checks.
 if not os.environ.get("HOOKLENS_BENCHMARK"):
-    install_import_hook("hooklens", "beartype.beartype")
+    install_import_hook("hooklens", "tests.annotations.check_calls")
 
 import pytest
 import torch

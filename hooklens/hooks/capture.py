@@ -42,7 +42,7 @@ class Capture:
         self.tensors: dict[str, Tensor] = {}
         self._device = torch.device(device) if device is not None else None
         self._dtype = dtype
-        self._pos_slice = slice(pos_slice, pos_slice + 1 or None) if isinstance(pos_slice, int) else pos_slice
+        self._pos_slice = [pos_slice] if isinstance(pos_slice, int) else pos_slice
         self._keep_graph = keep_graph
         self._as_is = device is None and dtype is None and pos_slice is None
         self._kept: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -87,7 +87,10 @@ class Capture:
         if axis is None:
             return tensor
         index: list[slice | Tensor] = [slice(None)] * tensor.ndim
-        chosen = self._pos_slice
+        chosen, size = self._pos_slice, tensor.shape[axis]
+        outside = [] if isinstance(chosen, slice) else [pos for pos in chosen or () if not -size <= pos < size]
+        if outside:
+            raise HookLensError(f"pos_slice: {outside} out of range at {name!r}, which has {size} positions")
         index[axis] = chosen if isinstance(chosen, slice) else torch.as_tensor(chosen, device=tensor.device)
         # A copy, so that the positions left out are not kept alive by a view.
         return tensor[tuple(index)].clone()

@@ -11,7 +11,7 @@ token. Tokens that are not part of the current call are left alone.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -127,12 +127,14 @@ class Edit(ABC):
             subject=subject,
             tensor_shape=tuple(tensor.shape),
             n_rows=len(rows),
-            n_positions=columns.shape[1],
             drop_pos=isinstance(self.pos, int),
             drop_head=isinstance(self.head, int),
+            heads_first=has_heads and "query" in axes,
             pair_row=pair_row,
-            pair_slot=pair_slot,
+            layouts=((columns.shape[1], pair_slot),),
         )
+        if isinstance(self.pos, slice):
+            selection = selection.with_slice(self.pos, batch_index, pos_index, tokens, canonical.shape[1])
         if has_heads and self.head is not None:
             heads = _resolve_indices(self.head, canonical.shape[2], f"{subject}: head", "heads")
             index = (batch_index[:, None], pos_index[:, None], torch.as_tensor(heads, device=tensor.device)[None, :])
@@ -187,27 +189,54 @@ class Selection:
         subject: the edit, for messages.
         tensor_shape: shape of the whole tensor.
         n_rows: rows selected.
-        n_positions: positions selected in each row.
         drop_pos, drop_head: a single int was given, so a value has no such axis.
-        pair_row, pair_slot: for each entry of the region's `token` axis, which row and which position it is;
-            None when the region is the whole tensor.
+        heads_first: the tensor's head axis stands before its position axis.
+        pair_row: for each entry of the region's `token` axis, which selected row it is; None when the region is
+            the whole tensor.
+        layouts: the sizes that a value's position axis may have, each with the index on it of every entry of the
+            `token` axis.
     """
 
     subject: str
     tensor_shape: tuple[int, ...]
     n_rows: int
-    n_positions: int = 0
     drop_pos: bool = False
     drop_head: bool = False
+    heads_first: bool = False
     pair_row: Tensor | None = None
-    pair_slot: Tensor | None = None
+    layouts: tuple[tuple[int, Tensor], ...] = ()
+
+    def with_slice(
+        self, wanted: slice, batch_index: Tensor, pos_index: Tensor, tokens: TokenIndex | None, n_columns: int
+    ) -> "Selection":
+        """The selection of a slice of positions: a value may also have just the positions in the slice.
+
+        That needs as many of them in every row; whether a row's tokens are all part of this call does not matter.
+        """
+        if tokens is None:
+            lengths, token_index = torch.full_like(batch_index, n_columns), pos_index
+        else:
+            lengths = tokens.n_tokens.to(pos_index.device)[batch_index]
+            token_index = tokens.token_index.to(pos_index.device)[batch_index, pos_index]
+        ranges = {length: range(*wanted.indices(length)) for length in set(lengths.tolist())}
+        if len({len(positions) for positions in ranges.values()}) > 1:
+            return self
+        first = torch.zeros_like(lengths)
+        for length, positions in ranges.items():
+            first[lengths == length] = positions.start
+        step = 1 if wanted.step is None else wanted.step
+        n_positions = len(next(iter(ranges.values())))
+        return replace(self, layouts=((n_positions, (token_index - first) // step), *self.layouts))
 
     def lay_over(self, value: Tensor | float, region: Tensor, region_axes: tuple[str, ...]) -> Tensor:
         """Bring a value to the region's shape.
 
-        A value is a number; or has the shape of the whole selection (axes chosen by a single int left out);
-        or that without the batch axis, for all rows alike; or is a vector along the last axis. Nothing else
-        is accepted, and nothing is cast.
+        A value is a number; or has the shape of the selected part of the tensor (its axes in their own order, those
+        chosen by a single int left out); or that without the batch axis, for all rows alike; or is a vector along
+        the last axis. Nothing else is accepted, and nothing is cast.
+
+        For a slice of positions, the position axis is the slice's length, where that is the same in all rows, or
+        all columns of the call, of which the selected ones are read.
 
         Raises:
             EditError: the value has another shape, dtype or device.
@@ -221,24 +250,37 @@ class Selection:
             )
         if value.shape == region.shape[-1:] or value.ndim == 0:
             return value.expand_as(region)
-        if self.pair_row is None or self.pair_slot is None:
+        if self.pair_row is None:
             allowed = [tuple(region.shape), tuple(region.shape[1:])]
             if tuple(value.shape) in allowed:
                 return value.expand_as(region)
             raise self._wrong_shape(value, allowed, region)
-        tail = list(region.shape[1:])
-        value_tail = tail[1:] if self.drop_head and region_axes[1] in ("head", "kv_head") else tail
-        per_row = ([] if self.drop_pos else [self.n_positions]) + value_tail
-        allowed = [(self.n_rows, *per_row), tuple(per_row)]
-        if tuple(value.shape) not in allowed:
-            raise self._wrong_shape(value, allowed, region)
-        laid = value.reshape(-1 if tuple(value.shape) == allowed[0] else 1, self.n_positions or 1, *tail)
-        return laid.expand(self.n_rows, *laid.shape[1:])[self.pair_row, self.pair_slot]
+        allowed = []
+        heads = list(region.shape[1:2]) if region_axes[1] in ("head", "kv_head") else []
+        for n_positions, slot in self.layouts:
+            positions = [] if self.drop_pos else [n_positions]
+            kept_heads = [] if self.drop_head else heads
+            front = kept_heads + positions if self.heads_first else positions + kept_heads
+            per_row = (*front, *region.shape[1 + len(heads) :])
+            allowed += [(self.n_rows, *per_row), per_row]
+            if tuple(value.shape) in allowed[-2:]:
+                n_laid = self.n_rows if value.ndim == len(per_row) + 1 else 1
+                return self._spread(value, n_laid, n_positions, heads, region)[self.pair_row, slot]
+        raise self._wrong_shape(value, allowed, region)
+
+    def _spread(self, value: Tensor, n_laid: int, n_positions: int, heads: list[int], region: Tensor) -> Tensor:
+        """A value as `[rows positions (heads) ...]`."""
+        rest = region.shape[1 + len(heads) :]
+        if self.heads_first and heads:
+            laid = value.reshape(n_laid, *heads, n_positions, *rest).transpose(1, 2)
+        else:
+            laid = value.reshape(n_laid, n_positions, *heads, *rest)
+        return laid.expand(self.n_rows, *laid.shape[1:])
 
     def _wrong_shape(self, value: Tensor, allowed: list[tuple[int, ...]], region: Tensor) -> EditError:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        shapes = " or ".join(str(list(shape)) for shape in dict.fromkeys(allowed))
         return EditError(
-            f"{self.subject}: the value has shape {list(value.shape)}; expected {shapes} (the second for all rows "
+            f"{self.subject}: the value has shape {list(value.shape)}; expected {shapes} (without rows: for all rows "
             f"alike), a vector [{region.shape[-1]}], or a number; the activation is {list(self.tensor_shape)}"
         )
 

@@ -1,8 +1,8 @@
 """The base class of every module with hook points: finding, attaching, capturing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ class HookedModule(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
+        was_submodule = name in self.__dict__.get("_modules", ())
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self._note_submodule(name, value)
+        elif was_submodule:
+            self.__dict__.pop(name, None)
+            self._note_change()
 
     def __delattr__(self, name: str) -> None:
         if name in self._modules:
@@ -70,16 +74,17 @@ class HookedModule(nn.Module):
         return dict(table)
 
     def _hook_point_table(self) -> dict[str, HookPoint]:
-        version: int
-        table: dict[str, HookPoint]
-        version, table = self.__dict__.get("_hook_point_cache", (-1, {}))
-        if version != _tree_version:
-            table = {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
-            for name, point in table.items():
-                point.__dict__["name"] = name
-            self.__dict__["_hook_point_cache"] = (_tree_version, table)
+        cached: _HookPointTable | None = self.__dict__.get("_hook_point_cache")
+        if cached is None or not cached.is_current():
+            cached = _HookPointTable(self)
+            self.__dict__["_hook_point_cache"] = cached
             self.__dict__["_selection_cache"] = {}
-        return table
+        return cached.points
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to copy or pickle: the table of hook points is made anew."""
+        made_anew = ("_hook_point_cache", "_selection_cache")
+        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
 
     def select_hook_points(self, names_filter: NamesFilter) -> list[HookPoint]:
         """The hook points a filter selects; see `hooklens.hooks.select_names`.
@@ -135,10 +140,7 @@ class HookedModule(nn.Module):
         if not isinstance(edit, Edit):
             raise HookLensError(f"an edit is a value from hooklens.edits, got {type(edit).__name__}")
 
-        def run_edit(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-            return edit.apply(tensor, hook, self.running_tokens())
-
-        return self.add_hook(edit.name, run_edit, is_permanent=is_permanent)
+        return self.add_hook(edit.name, _EditHook(edit, self), is_permanent=is_permanent)
 
     def reset_hooks(
         self,
@@ -165,12 +167,28 @@ class HookedModule(nn.Module):
             edits: values from `hooklens.edits`; they act after `fwd_hooks`.
         """
         with ExitStack() as stack:
-            for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
-                for name, fn in _checked_pairs(pairs, direction):
-                    stack.enter_context(self.add_hook(name, fn, dir=direction))  # type: ignore[arg-type]
-            for edit in edits:
-                stack.enter_context(self.add_edit(edit))
+            try:
+                for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                    for name, fn in _checked_pairs(pairs, direction):
+                        stack.enter_context(self.add_hook(name, fn, dir=direction))  # type: ignore[arg-type]
+                for edit in edits:
+                    stack.enter_context(self.add_edit(edit))
+            except HookNameError as error:
+                self._list_unknown(
+                    [pair[0] for pair in (*fwd_hooks, *bwd_hooks)] + [edit.name for edit in edits], error
+                )
             yield self
+
+    def _list_unknown(self, filters: Sequence[NamesFilter | HookPoint], first: HookNameError) -> NoReturn:
+        """Raise an error about every filter that selects nothing, where there are several."""
+        texts: list[str] = []
+        for names_filter in filters:
+            try:
+                if names_filter is not None and not isinstance(names_filter, HookPoint):
+                    self.select_hook_points(names_filter)
+            except HookNameError as error:
+                texts.append(str(error))
+        raise first if len(texts) < 2 else HookNameError("; ".join(dict.fromkeys(texts)))
 
     @contextmanager
     def capture(
@@ -223,6 +241,91 @@ class HookedModule(nn.Module):
         require_gradients(bwd_hooks, "bwd_hooks")
         with self.hooks(fwd_hooks, bwd_hooks, edits):
             return self(*args, **forward_keywords)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        incl_bwd: bool = False,
+        pos_slice: PosSlice = None,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        edits: Sequence[Edit] = (),
+        **forward_keywords: Any,
+    ) -> tuple[Any, Mapping[str, Tensor]]:
+        """Call the model and keep activations by hook name; other keywords go to `forward`.
+
+        Args:
+            *args: what `forward` takes.
+            names_filter: which activations, see `select_hook_points`.
+            device: where to keep them; None: where they are, uncopied.
+            dtype: what to keep them in; None: their own.
+            incl_bwd: also run backward from the output, which must be a scalar, and keep gradients under
+                `"<name>_grad"`.
+            pos_slice: positions to keep, at points whose axes are known.
+            fwd_hooks: pairs (name or filter, function) that last for this call.
+            bwd_hooks: the same for gradients.
+            edits: values from `hooklens.edits`.
+            **forward_keywords: keywords of `forward`.
+
+        Returns:
+            The output, and the tensors by hook name.
+
+        Raises:
+            HookNameError: some part of the filter selects nothing.
+            HookLensError: `incl_bwd` with an output that is no scalar.
+        """
+        require_gradients(incl_bwd or bwd_hooks, "incl_bwd" if incl_bwd else "bwd_hooks")
+        with (
+            self.hooks(fwd_hooks, bwd_hooks, edits),
+            self.capture(names_filter, device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd) as captured,
+        ):
+            output = self(*args, **forward_keywords)
+            if incl_bwd:
+                if not isinstance(output, Tensor) or output.numel() != 1:
+                    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                    raise HookLensError(f"incl_bwd runs backward from the output, which must be a scalar; got {found}")
+                output.backward()  # type: ignore[no-untyped-call]
+        return output, captured
+
+
+class _HookPointTable:
+    """The hook points of a module tree by name, and what tells that the tree has changed since.
+
+    A `HookedModule` counts its changes. Plain modules in the tree do not, so their children are compared.
+    """
+
+    def __init__(self, root: HookedModule) -> None:
+        modules = dict(root.named_modules())
+        self.points = {name: module for name, module in modules.items() if isinstance(module, HookPoint)}
+        for name, point in self.points.items():
+            point.__dict__["name"] = name
+        self._version = _tree_version
+        self._plain = [
+            (module._modules, tuple(module._modules.items()))
+            for module in modules.values()
+            if not isinstance(module, HookedModule | HookPoint)
+        ]
+
+    def is_current(self) -> bool:
+        """Whether the tree is as it was when the table was made."""
+        return self._version == _tree_version and all(tuple(now.items()) == then for now, then in self._plain)
+
+
+class _EditHook:
+    """An edit as a hook of a module, which it asks what tokens run; in a copy of the module it asks the copy."""
+
+    def __init__(self, edit: Edit, module: HookedModule) -> None:
+        self.edit = edit
+        self.module = module
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
+        return self.edit.apply(tensor, hook, self.module.running_tokens())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_EditHook":
+        return _EditHook(self.edit, memo.get(id(self.module), self.module))
 
 
 def require_gradients(asked: object, what: str) -> None:

@@ -49,7 +49,7 @@ def fold_into_heads(
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "rows key kv_head d_head"],
     v: Float[Tensor, "rows key kv_head d_head"],
-    term: Float[Tensor, "rows key head"],
+    term: Float[Tensor, "term_rows key head"],
     score_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values that give the biased attention without a mask.

@@ -6,7 +6,7 @@ head `h` reads key-value head `h // (n_heads / n_kv_heads)`.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -70,10 +70,10 @@ def _attend_explicitly(
     is_causal: bool,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    hidden = None if mask is None else mask == -torch.inf
     if is_causal:
-        hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)[None, None]
-    scores = compute_scores(q, k, score_scale=score_scale, term=None, softcap=softcap, hidden=hidden)
+        later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+        mask = torch.zeros(later.shape, dtype=q.dtype, device=q.device).masked_fill(later, -torch.inf)[None, None]
+    scores = compute_scores(q, k, score_scale=score_scale, term=None, softcap=softcap, mask=mask)
     log_sum = scores.to(_wide(scores.dtype)).logsumexp(-1)
     pattern = compute_pattern(scores, can_hide_all=True)
     return weigh_values(pattern, v), log_sum
@@ -103,18 +103,21 @@ def compute_scores(
     k: Float[Tensor, "rows key kv_head d_head"],
     *,
     score_scale: float,
-    term: Float[Tensor, "rows key head"] | None,
+    term: Float[Tensor, "term_rows key head"] | None,
     softcap: float | None,
-    hidden: Bool[Tensor, "some one query key"] | None,
+    mask: Float[Tensor, "rows_of_mask one some_query key"] | None,
 ) -> Float[Tensor, "batch head query key"]:
     """Scores before the softmax: scaled, biased, soft-capped, -inf where a query may not see a key."""
-    scores = _by_group(q, k.shape[2]) @ k.permute(0, 2, 3, 1) * score_scale
-    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    products = _by_group(q, k.shape[2]) @ k.permute(0, 2, 3, 1)
+    products = products.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if term is None and softcap is None and mask is not None:
+        return torch.add(mask, products, alpha=score_scale)
+    scores = products * score_scale
     if term is not None:
         scores = (scores + term.permute(0, 2, 1)[:, :, None, :]).to(q.dtype)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    return scores if mask is None else scores + mask
 
 
 def compute_pattern(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.config import AlibiPositions, HookedConfig, RotaryPositions
-from hooklens.hooks import HookedModule, HookPoint
+from hooklens.hooks import HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.alibi import alibi_slopes, alibi_term, fold_into_heads
 from hooklens.model.attend import (
@@ -22,13 +22,14 @@ from hooklens.model.attend import (
 from hooklens.model.norm import Norm
 from hooklens.model.positions import TokenPlan
 from hooklens.model.rotary import CosSin, RotaryTables
+from hooklens.model.stored import StoredWeights
 from hooklens.weights.layout import empty_weight
 
 # The normed stream, the same for all heads or (edited per head) a copy for each.
-HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos heads d_model"]
+HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos _ d_model"]
 
 
-class Attention(HookedModule):
+class Attention(StoredWeights):
     r"""Multi-head, grouped-query or multi-query attention.
 
         x -- W_Q -- hook_q -- [q_norm] -- [rotary, hook_rot_q] --\
@@ -39,6 +40,8 @@ class Attention(HookedModule):
     `hook_pattern` these are computed beside it; `hook_z` is recomputed from the pattern only when a listener
     changed one of them. The same holds for `hook_result` and the output.
     """
+
+    _view_names = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
 
     def __init__(self, cfg: HookedConfig, layer: int, rotary: RotaryTables | None) -> None:
         super().__init__()
@@ -95,18 +98,20 @@ class Attention(HookedModule):
             rotary_table: cosines and sines of this call's positions.
             entry: this layer's past keys and values, which the new ones are appended to.
         """
-        q = self.hook_q(project_heads(q_input, self.W_Q, self.b_Q))
-        k = self.hook_k(project_heads(k_input, self.W_K, self.b_K))
-        v = self.hook_v(project_heads(v_input, self.W_V, self.b_V))
+        W_Q, b_Q, W_K, b_K, W_V, b_V, W_O, b_O = self.stored_weights()
+        d_head = self.cfg.d_head
+        q = self.hook_q(project_heads(q_input, W_Q, b_Q, d_head))
+        k = self.hook_k(project_heads(k_input, W_K, b_K, d_head))
+        v = self.hook_v(project_heads(v_input, W_V, b_V, d_head))
         if self.cfg.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None and rotary_table is not None:
             q = self.hook_rot_q(self.rotary.rotate(q, rotary_table))
             k = self.hook_rot_k(self.rotary.rotate(k, rotary_table))
-        if entry is not None and not entry.frozen:
+        if entry is not None and (not entry.frozen or not len(entry)):
             k, v = entry.append(k, v)
             entry = None
-        return self._write(self.hook_z(self._attend(q, k, v, plan, entry)))
+        return self._write(self.hook_z(self._attend(q, k, v, plan, entry)), W_O, b_O)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan, frozen: HookedKeyValueCacheEntry | None
@@ -119,7 +124,7 @@ class Attention(HookedModule):
             pattern, changed = self._watch_pattern(q, all_k, plan)
             if changed or softcapped:
                 return weigh_values(pattern, all_v)
-        if frozen is not None and len(frozen):
+        if frozen is not None:
             return self._attend_in_parts(q, k, v, plan, frozen)
         return self._attend_fused(q, k, v, plan)
 
@@ -149,10 +154,11 @@ class Attention(HookedModule):
         options: dict[str, Any] = {"score_scale": self.cfg.score_scale, "softcap": self.cfg.attn_softcap}
 
         past_q, new_q = q, q
-        if (term := self._alibi_term(plan, q.dtype)) is not None:
-            past_term = term[: len(past_k), :n_past]
+        past_term = self._alibi_term(plan, q.dtype, rows=slice(len(past_k)), keys=slice(n_past))
+        new_term = self._alibi_term(plan, q.dtype, keys=slice(n_past, None))
+        if past_term is not None and new_term is not None:
             past_q, past_k, past_v = fold_into_heads(q, past_k, past_v, past_term, self.cfg.score_scale)
-            new_q, k, v = fold_into_heads(q, k, v, term[:, n_past:], self.cfg.score_scale)
+            new_q, k, v = fold_into_heads(q, k, v, new_term, self.cfg.score_scale)
         new_part = attend_with_log_sum(
             new_q,
             k,
@@ -177,7 +183,7 @@ class Attention(HookedModule):
             score_scale=self.cfg.score_scale,
             term=self._alibi_term(plan, q.dtype),
             softcap=self.cfg.attn_softcap,
-            hidden=plan.hidden(self.window),
+            mask=plan.additive_mask(self.window, q.dtype),
         )
         scores, scores_changed = self.hook_attn_scores.watch(scores)
         if not (scores_changed or self.hook_pattern.listening or self.cfg.attn_softcap is not None):
@@ -186,28 +192,37 @@ class Attention(HookedModule):
         pattern, pattern_changed = self.hook_pattern.watch(pattern)
         return pattern, scores_changed or pattern_changed
 
-    def _alibi_term(self, plan: TokenPlan, dtype: torch.dtype) -> Tensor | None:
+    def _alibi_term(
+        self, plan: TokenPlan, dtype: torch.dtype, *, rows: slice = slice(None), keys: slice = slice(None)
+    ) -> Tensor | None:
         if self.alibi is None or self.slopes is None:
             return None
-        return alibi_term(self.alibi, self.slopes, plan.key_positions, self.cfg.score_scale, dtype)
+        return alibi_term(self.alibi, self.slopes, plan.key_positions[rows, keys], self.cfg.score_scale, dtype)
 
-    def _write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+    def _write(
+        self,
+        z: Float[Tensor, "batch pos head d_head"],
+        W_O: Float[Tensor, "d_model heads_and_d_head"],
+        b_O: Float[Tensor, " d_model"] | None,
+    ) -> Float[Tensor, "batch pos d_model"]:
         if self.hook_result.listening:
             result = torch.einsum("bpnh,nhm->bpnm", z, self.W_O)
             result, changed = self.hook_result.watch(result)
             if changed:
                 summed = result.sum(2)
-                return summed if self.b_O is None else summed + self.b_O
-        return F.linear(z.flatten(2), self.W_O.reshape(-1, self.cfg.d_model).T, self.b_O)
+                return summed if b_O is None else summed + b_O
+        return F.linear(z.flatten(2), W_O, b_O)
 
 
 def project_heads(
-    x: HeadInput, weight: Float[Tensor, "heads d_model d_head"], bias: Float[Tensor, "heads d_head"] | None
+    x: HeadInput,
+    weight: Float[Tensor, "heads_and_d_head d_model"],
+    bias: Float[Tensor, " heads_and_d_head"] | None,
+    d_head: int,
 ) -> Float[Tensor, "batch pos heads d_head"]:
-    """`x W + b` for each head, on one input for all heads or a copy for each."""
-    n_heads, _, d_head = weight.shape
+    """`x W + b` for each head, on one input for all heads or a copy for each; weight and bias as they are stored."""
     if x.ndim == 3:
-        flat = F.linear(x, weight.mT.reshape(-1, x.shape[-1]), None if bias is None else bias.view(-1))
-        return flat.view(*flat.shape[:-1], n_heads, d_head)
-    heads: Tensor = torch.einsum("bpnm,nmh->bpnh", x, weight)
-    return heads if bias is None else heads + bias
+        flat = F.linear(x, weight, bias)
+        return flat.view(flat.shape[0], flat.shape[1], -1, d_head)
+    heads: Tensor = torch.einsum("bpnm,nhm->bpnh", x, weight.view(-1, d_head, x.shape[-1]))
+    return heads if bias is None else heads + bias.view(-1, d_head)

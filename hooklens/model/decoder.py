@@ -1,5 +1,8 @@
 """The network: embedding, blocks, final norm, unembedding, with every activation in a hook point."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -18,7 +21,7 @@ from hooklens.model.rotary import RotaryTables
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
-Logits = Float[Tensor, "batch pos d_vocab"]
+Logits = Float[Tensor, "batch chosen d_vocab"]
 
 
 class Decoder(HookedModule):
@@ -68,6 +71,16 @@ class Decoder(HookedModule):
     def running_tokens(self) -> TokenIndex | None:
         """Which tokens the call in progress runs."""
         return self._plan
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Calls inside the `with` block run generated tokens: edits see the phase `"decode"`."""
+        before = self._phase
+        self.__dict__["_phase"] = "decode"
+        try:
+            yield
+        finally:
+            self.__dict__["_phase"] = before
 
     @property
     def device(self) -> torch.device:
@@ -311,7 +324,8 @@ def next_token_loss(
         attention_mask: real tokens; pairs that touch padding do not count.
         per_token: the losses themselves, `[batch pos-1]`, 0 where a pair touches padding.
     """
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    losses = F.cross_entropy(wide[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     losses = losses.view(tokens.shape[0], -1)
     if attention_mask is None:
         return losses if per_token else losses.mean()

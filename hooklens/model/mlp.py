@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.config import Activation, HookedConfig
-from hooklens.hooks import HookedModule, HookPoint
+from hooklens.hooks import HookPoint
+from hooklens.model.stored import StoredWeights
 from hooklens.weights.layout import empty_weight
 
 
@@ -31,7 +32,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(HookedModule):
+class MLP(StoredWeights):
     """`act(x W_in + b_in) W_out + b_out`, or gated `(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out`.
 
     `hook_pre` is what the activation function sees: the gate where there is one.
@@ -40,6 +41,8 @@ class MLP(HookedModule):
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__()
         self.gated = cfg.gated_mlp
+        gate = ("W_gate", "b_gate") if self.gated else ()
+        self._view_names = ("W_in", "b_in", "W_out", "b_out", *gate)
         self.act = ACTIVATIONS[cfg.act_fn]
 
         def weight(name: str, *shape: int) -> nn.Parameter:
@@ -61,10 +64,12 @@ class MLP(HookedModule):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP makes of the normed stream."""
+        W_in, b_in, W_out, b_out, *gate = self.stored_weights()
         if self.gated:
-            pre = self.hook_pre(F.linear(x, self.W_gate.T, self.b_gate))
-            pre_linear = self.hook_pre_linear(F.linear(x, self.W_in.T, self.b_in))
+            W_gate, b_gate = gate
+            pre = self.hook_pre(F.linear(x, W_gate, b_gate))
+            pre_linear = self.hook_pre_linear(F.linear(x, W_in, b_in))
             post = self.act(pre) * pre_linear
         else:
-            post = self.act(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
-        return F.linear(self.hook_post(post), self.W_out.T, self.b_out)
+            post = self.act(self.hook_pre(F.linear(x, W_in, b_in)))
+        return F.linear(self.hook_post(post), W_out, b_out)

@@ -54,16 +54,11 @@ class Norm(HookedModule):
         return 1.0 + self.w if self.cfg.unit_offset else self.w
 
     def _forward_watched(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if self.cfg.kind == "layer":
-            variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-            centred = wide - mean
-        else:
-            variance, centred = wide.pow(2).mean(-1, keepdim=True), wide
-        scale = (variance + self.cfg.eps).sqrt()
-        scale, scale_changed = self.hook_scale.watch(scale) if self.hook_scale.listening else (scale, False)
+        centred, scale = self._centre_and_scale(x)
+        changed = False
+        if self.hook_scale.listening:
+            scale, changed = self.hook_scale.watch(scale)
         normalized = (centred / scale).to(x.dtype)
-        changed = scale_changed
         if self.hook_normalized.listening:
             normalized, normalized_changed = self.hook_normalized.watch(normalized)
             changed = changed or normalized_changed
@@ -71,3 +66,14 @@ class Norm(HookedModule):
             return self.apply_weights(x)
         out = normalized * self._gain()
         return out if self.b is None else out + self.b
+
+    def _centre_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.cfg.kind == "rms":
+            return wide, (wide.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()
+        if wide is x and not (torch.is_grad_enabled() and x.requires_grad):
+            # The kernel gives its statistics away, though without gradients; the reductions cost far more.
+            _, mean, inverse_scale = torch.native_layer_norm(x, self.size, None, None, self.cfg.eps)
+            return x - mean, inverse_scale.reciprocal()
+        centred = wide - wide.mean(-1, keepdim=True)
+        return centred, (centred.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()

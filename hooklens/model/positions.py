@@ -102,9 +102,9 @@ class TokenPlan:
         return self.n_keys if self._positions is None else int(self._positions.max()) + 1
 
     @property
-    def runs_from_start(self) -> bool:
-        """Whether positions are simply 0, 1, 2, ... in every row."""
-        return self._positions is None and self.key_mask is None and self.n_past == 0
+    def is_contiguous(self) -> bool:
+        """Whether positions simply go on from the cache, 0, 1, 2, ... in every row."""
+        return self._positions is None and self.key_mask is None
 
     @property
     def key_positions(self) -> Int[Tensor, "rows key"]:
@@ -178,12 +178,16 @@ class TokenPlan:
         """
         if window is not None and window >= self.n_keys:
             window = None
-        if window is None and (self.key_mask is None or bool(self.key_mask[:, : self.n_past].all())):
-            return None
-        hidden = self.hidden(window)
-        if hidden is None:
-            return None
-        hidden = hidden[..., : self.n_past]
+        if window is None:
+            if self.key_mask is None or bool(self.key_mask[:, : self.n_past].all()):
+                return None
+            # Padding hides the same from all queries of a row, and folded rows have one past.
+            rows = slice(1) if fold_rows else slice(None)
+            hidden = ~self.key_mask[rows, None, None, : self.n_past]
+            return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        whole = self.hidden(window)
+        assert whole is not None
+        hidden = whole[..., : self.n_past]
         if fold_rows:
             hidden = hidden.expand(self.batch, -1, -1, -1).reshape(1, 1, self.batch * self.n_new, self.n_past)
         return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
@@ -201,8 +205,14 @@ class TokenPlan:
                 real token. An int keeps the axis, with size 1.
 
         Raises:
-            InputError: a position outside a row, or a slice that selects different numbers of tokens.
+            InputError: a position outside a row, no position, a slice that runs backwards, or one that selects
+                different numbers of tokens.
         """
+        if isinstance(wanted, slice):
+            if wanted.step is not None and wanted.step < 1:
+                raise InputError(f"logits_at: {wanted!r} runs backwards; give a list of positions")
+        elif not isinstance(wanted, int) and not wanted:
+            raise InputError("logits_at is empty; give at least one position, or return_type=None for no logits")
         if self.attention_mask is None:
             columns = range(self.n_new)
             if isinstance(wanted, slice):

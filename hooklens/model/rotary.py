@@ -42,8 +42,9 @@ class RotaryTables:
         if self.depends_on_length(n_positions):
             return self._look_up_by_length(plan, n_positions, dtype)
         cos, sin = self._table(n_positions, plan.device, dtype)
-        if plan.runs_from_start:
-            return cos[None, :n_positions, None], sin[None, :n_positions, None]
+        if plan.is_contiguous:
+            columns = slice(plan.n_past, n_positions)
+            return cos[None, columns, None], sin[None, columns, None]
         positions = plan.positions
         return cos[positions][:, :, None], sin[positions][:, :, None]
 
@@ -115,9 +116,9 @@ class RotaryTables:
         if self.positions.layout == "half":
             if dim == self.d_head:
                 return heads.roll(half, -1)
-            first, second, still = heads.split((half, half, self.d_head - dim), -1)
+            first, second, still = torch.split(heads, [half, half, self.d_head - dim], -1)
             return torch.cat((second, first, still), -1)
-        turning, still = heads.split((dim, self.d_head - dim), -1)
+        turning, still = torch.split(heads, [dim, self.d_head - dim], -1)
         swapped = turning.reshape(*heads.shape[:-1], half, 2).flip(-1).flatten(-2)
         return torch.cat((swapped, still), -1) if dim < self.d_head else swapped
 

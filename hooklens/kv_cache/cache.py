@@ -1,145 +1,17 @@
-"""The key-value cache: past keys and values of every layer, to append to or to share.
+"""The entries of all layers with the mask of their tokens: what a model call takes as `past_kv_cache`."""
 
-Memory per token and row is `2 * n_layers * n_kv_heads * d_head * itemsize` bytes; grouped-query heads are
-stored once. Keys are stored after rotary, as hooks left them.
-
-A frozen cache is a value: running a model on it leaves it as it is, so it can serve any number of calls,
-and one with a single row serves a batch of any size.
-"""
-
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError
-
-_FORMAT = "hooklens-kv-cache-1"
-
-
-class HookedKeyValueCacheEntry:
-    """One layer's past keys and values.
-
-    Buffers grow by doubling, so n appends move O(n) bytes in all.
-
-    Args:
-        past_keys: `[batch pos n_kv_heads d_head]`.
-        past_values: the same shape, dtype and device.
-        frozen: appending stores nothing.
-
-    Raises:
-        CacheError: keys and values do not go together.
-    """
-
-    def __init__(
-        self,
-        past_keys: Float[Tensor, "batch pos kv_head d_head"],
-        past_values: Float[Tensor, "batch pos kv_head d_head"],
-        frozen: bool = False,  # noqa: FBT001, FBT002
-    ) -> None:
-        if past_keys.shape != past_values.shape or past_keys.dtype != past_values.dtype:
-            raise CacheError(
-                f"past keys are {list(past_keys.shape)} {past_keys.dtype}, past values {list(past_values.shape)} "
-                f"{past_values.dtype}; expected the same shape and dtype"
-            )
-        self._keys = past_keys
-        self._values = past_values
-        self._length = past_keys.shape[1]
-        self.frozen = frozen
-
-    @classmethod
-    def init_cache_entry(
-        cls,
-        cfg: HookedConfig,
-        device: torch.device | str | None = None,
-        batch_size: int = 1,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> "HookedKeyValueCacheEntry":
-        """An empty entry for one layer of a model."""
-        shape = (batch_size, 0, cfg.n_kv_heads, cfg.d_head)
-        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
-
-    @property
-    def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
-        """The keys so far, after rotary."""
-        return self._keys[:, : self._length]
-
-    @property
-    def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
-        """The values so far."""
-        return self._values[:, : self._length]
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def batch_size(self) -> int:
-        """Rows."""
-        return self._keys.shape[0]
-
-    def append(
-        self, new_keys: Float[Tensor, "batch new kv_head d_head"], new_values: Float[Tensor, "batch new kv_head d_head"]
-    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
-        """Past + new keys and values; stored, too, unless the entry is frozen.
-
-        A frozen entry of one row serves new tokens of any batch. What is stored keeps no autograd graph.
-
-        Raises:
-            CacheError: the new tensors' rows, heads, dtype or device do not fit.
-        """
-        self._check_new(new_keys, "keys")
-        self._check_new(new_values, "values")
-        if self.frozen:
-            return self._join(self.past_keys, new_keys), self._join(self.past_values, new_values)
-        past_keys, past_values = self.past_keys, self.past_values
-        self._store(new_keys.detach(), new_values.detach())
-        if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
-            return self._join(past_keys, new_keys), self._join(past_values, new_values)
-        return self.past_keys, self.past_values
-
-    def _store(self, new_keys: Tensor, new_values: Tensor) -> None:
-        length = self._length + new_keys.shape[1]
-        if length > self._keys.shape[1]:
-            # A first fill takes what it needs; each later one at least doubles.
-            capacity = length if self._length == 0 else max(length, 2 * self._length)
-            self._keys = self._grow(self.past_keys, capacity)
-            self._values = self._grow(self.past_values, capacity)
-        self._keys[:, self._length : length] = new_keys
-        self._values[:, self._length : length] = new_values
-        self._length = length
-
-    @staticmethod
-    def _grow(past: Tensor, capacity: int) -> Tensor:
-        batch, length, n_kv_heads, d_head = past.shape
-        grown = past.new_empty(batch, capacity, n_kv_heads, d_head)
-        grown[:, :length] = past
-        return grown
-
-    @staticmethod
-    def _join(past: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([past.expand(new.shape[0], -1, -1, -1), new], dim=1)
-
-    def _check_new(self, new: Tensor, noun: str) -> None:
-        past = self._keys
-        fits = new.shape[0] == past.shape[0] or (self.frozen and past.shape[0] == 1)
-        if not fits or new.shape[2:] != past.shape[2:] or new.dtype != past.dtype or new.device != past.device:
-            rows = "any number of" if self.frozen and past.shape[0] == 1 else str(past.shape[0])
-            raise CacheError(
-                f"new {noun} are {list(new.shape)} {new.dtype} on {new.device}; this cache takes {rows} rows of "
-                f"{past.shape[2]} key-value heads of width {past.shape[3]}, {past.dtype} on {past.device}"
-            )
-
-    def roll_back(self, length: int) -> None:
-        """Forget what was stored past `length` columns."""
-        self._length = min(self._length, length)
+from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
+from hooklens.kv_cache.storage import StoredCache, read_cache, write_cache
 
 
 class HookedKeyValueCache:
@@ -149,7 +21,7 @@ class HookedKeyValueCache:
         entries: one per layer.
         previous_attention_mask: `[batch pos]`, which of the cached columns are real tokens.
         frozen: running a model on the cache leaves it as it is.
-        fingerprint: of the model's configuration, see `config_fingerprint`; None: not checked.
+        fingerprint: of the model's configuration, see `HookedConfig.fingerprint`; None: not checked.
 
     Attributes:
         last_logits: `[batch d_vocab]`, logits at the last position, where `model.prefill` made the cache.
@@ -192,7 +64,7 @@ class HookedKeyValueCache:
             HookedKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, dtype=dtype) for _ in range(cfg.n_layers)
         ]
         mask = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
-        return cls(entries, mask, fingerprint=config_fingerprint(cfg))
+        return cls(entries, mask, fingerprint=cfg.fingerprint)
 
     def __len__(self) -> int:
         """Columns so far, padding included."""
@@ -263,22 +135,18 @@ class HookedKeyValueCache:
         """
         odd = [layer for layer, entry in enumerate(self.entries) if entry.frozen != self._frozen]
         if odd:
+            found, rest = ("not frozen", "frozen") if self._frozen else ("frozen", "not frozen")
             raise CacheError(
-                f"the entries of layers {odd} are {'not ' if self._frozen else ''}frozen and the cache is "
-                f"{'' if self._frozen else 'not '}: after a call its layers would hold different tokens. "
-                "Freeze or unfreeze the whole cache"
+                f"the entries of layers {odd} are {found} and the rest of the cache is {rest}: after a call its layers "
+                "would hold different tokens. Freeze or unfreeze the whole cache"
             )
         rows, columns = self.previous_attention_mask.shape
-        odd = [
-            layer
-            for layer, entry in enumerate(self.entries)
-            if len(entry) != columns or entry.batch_size not in (rows,)
-        ]
+        odd = [layer for layer, entry in enumerate(self.entries) if (entry.batch_size, len(entry)) != (rows, columns)]
         if odd:
-            found = [(self.entries[layer].batch_size, len(self.entries[layer])) for layer in odd]
+            held = [(self.entries[layer].batch_size, len(self.entries[layer])) for layer in odd]
             raise CacheError(
                 f"the attention mask covers {rows} rows of {columns} columns, but layers {odd} hold (rows, columns) "
-                f"{found}; every layer must hold the same tokens"
+                f"{held}; every layer must hold the same tokens"
             )
 
     def append_attention_mask(self, mask_of_new_tokens: Bool[Tensor, "batch new"]) -> Bool[Tensor, "batch key"]:
@@ -337,7 +205,11 @@ class HookedKeyValueCache:
         Raises:
             CacheError: a row is out of range.
         """
-        index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(list(rows), dtype=torch.long)
+        if isinstance(rows, slice | Tensor):
+            index = rows
+        else:
+            is_mask = len(rows) > 0 and all(isinstance(row, bool) for row in rows)
+            index = torch.as_tensor(list(rows), dtype=torch.bool if is_mask else torch.long)
         try:
             mask = self.previous_attention_mask[index]
             entries = [
@@ -379,20 +251,20 @@ class HookedKeyValueCache:
         return self._derive(entries, self.previous_attention_mask.to(device=device), logits)
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a safetensors file."""
-        tensors = {"attention_mask": self.previous_attention_mask.to(torch.uint8).contiguous()}
-        for layer, entry in enumerate(self.entries):
-            tensors[f"{layer}.keys"] = entry.past_keys.contiguous()
-            tensors[f"{layer}.values"] = entry.past_values.contiguous()
-        if self.last_logits is not None:
-            tensors["last_logits"] = self.last_logits.contiguous()
-        metadata = {
-            "format": _FORMAT,
-            "n_layers": str(len(self.entries)),
-            "frozen": str(int(self._frozen)),
-            "fingerprint": self.fingerprint or "",
-        }
-        save_file(tensors, path, metadata=metadata)
+        """Write the cache to a safetensors file.
+
+        Raises:
+            CacheError: the file cannot be written.
+        """
+        stored = StoredCache(
+            keys=[entry.past_keys for entry in self.entries],
+            values=[entry.past_values for entry in self.entries],
+            attention_mask=self.previous_attention_mask,
+            last_logits=self.last_logits,
+            frozen=self._frozen,
+            fingerprint=self.fingerprint,
+        )
+        write_cache(path, stored)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
@@ -401,27 +273,16 @@ class HookedKeyValueCache:
         Raises:
             CacheError: the file is missing, damaged, or not a key-value cache.
         """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise CacheError(f"{path} is not a saved key-value cache; write one with cache.save(path)")
-                frozen = metadata["frozen"] == "1"
-                entries = [
-                    HookedKeyValueCacheEntry(file.get_tensor(f"{i}.keys"), file.get_tensor(f"{i}.values"), frozen)
-                    for i in range(int(metadata["n_layers"]))
-                ]
-                cache = cls(
-                    entries,
-                    file.get_tensor("attention_mask").bool(),
-                    frozen,
-                    fingerprint=metadata["fingerprint"] or None,
-                )
-                if "last_logits" in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    cache.last_logits = file.get_tensor("last_logits")
-                return cache
-        except (OSError, SafetensorError) as error:
-            raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error
+        stored = read_cache(path, device=device)
+        pairs = zip(stored.keys, stored.values, strict=True)
+        cache = cls(
+            [HookedKeyValueCacheEntry(keys, values, stored.frozen) for keys, values in pairs],
+            stored.attention_mask,
+            stored.frozen,
+            fingerprint=stored.fingerprint,
+        )
+        cache.last_logits = stored.last_logits
+        return cache
 
     def check_fits(self, cfg: HookedConfig, *, device: torch.device, dtype: torch.dtype, batch: int) -> None:
         """Check that a model can run `batch` rows on this cache.
@@ -438,7 +299,7 @@ class HookedKeyValueCache:
                 f"the cache has (layers, key-value heads, d_head) {found}, the model {wanted}: it was made by another "
                 "model; make one with model.prefill(prefix)"
             )
-        if self.fingerprint is not None and self.fingerprint != config_fingerprint(cfg):
+        if self.fingerprint is not None and self.fingerprint != cfg.fingerprint:
             raise CacheError(
                 "the cache was made by a model with another configuration (their fingerprints differ); "
                 "make one with model.prefill(prefix)"
@@ -451,8 +312,3 @@ class HookedKeyValueCache:
         if batch != self.batch_size and not (self.frozen and self.batch_size == 1):
             way_out = "freeze it: a frozen cache of one row serves any batch" if self.batch_size == 1 else "use select"
             raise CacheError(f"the cache has {self.batch_size} rows and the input {batch}; {way_out}")
-
-
-def config_fingerprint(cfg: HookedConfig) -> str:
-    """A short hash of everything in a configuration that decides the network."""
-    return hashlib.sha256(cfg.replace(origin=None).to_json().encode()).hexdigest()[:16]

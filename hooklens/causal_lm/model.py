@@ -1,0 +1,307 @@
+"""The model class: calls, captures and prefixes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hooklens import tokens as tokenization
+from hooklens.activation_cache import ActivationCache
+from hooklens.axes import find_site
+from hooklens.causal_lm.calls import (
+    CallKeywords,
+    Input,
+    LogitsAndLoss,
+    PreparedCall,
+    ReturnType,
+    check_return_type,
+    check_stream,
+)
+from hooklens.causal_lm.checkpoints import CheckpointMethods
+from hooklens.errors import InputError
+from hooklens.generation import TextGeneration
+from hooklens.hooks.capture import PosSlice
+from hooklens.hooks.edits import Edit
+from hooklens.hooks.module import HookList, require_gradients
+from hooklens.hooks.names import NamesFilter
+from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.model.decoder import next_token_loss
+from hooklens.model.positions import LogitsAt
+from hooklens.optional import import_package
+from hooklens.tokens import PaddingSide
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class HookedCausalLM(CheckpointMethods, TextGeneration):
+    """A decoder-only language model with a named hook point at every activation.
+
+    Args:
+        cfg: the network.
+        tokenizer: a transformers tokenizer, needed only for text.
+
+    Attributes:
+        cfg: the network's configuration.
+        tokenizer: the tokenizer, or None.
+        transforms: the weight-processing steps that were done, in order.
+
+    Example:
+        >>> model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
+        >>> logits, cache = model.run_with_cache("When Mary and John went to the store")
+        >>> cache["pattern", 0].shape
+        torch.Size([1, 4, 9, 9])
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Input,
+        *,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        past_kv_cache: HookedKeyValueCache | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        logits_at: LogitsAt = None,
+    ) -> Tensor | LogitsAndLoss | None:
+        """Run the model.
+
+        Args:
+            input: text, a list of texts, token ids `[batch pos]` or `[pos]`; with `start_at_layer` the residual
+                stream `[batch pos d_model]` entering that block.
+            return_type: `"logits"` `[batch pos d_vocab]`; `"loss"`, the mean cross-entropy of the next token in
+                nats; `"both"`, a named tuple of the two; None, nothing, and no logits are computed unless
+                somebody listens there.
+            loss_per_token: the losses themselves, `[batch pos-1]`.
+            prepend_bos: for text; None is the tokenizer's own rule (with a cache: False, text goes on).
+            padding_side: for texts of different length; None is the tokenizer's own.
+            attention_mask: `[batch pos]`, 1 for tokens and 0 for padding. None: for text, what padding was
+                added; for ids, what can be inferred from the tokenizer's padding token.
+            positions: position of each column, in place of what the mask says.
+            past_kv_cache: what came before; a frozen one is read, another one is appended to.
+            start_at_layer: `input` is the stream entering this block; blocks below do not run.
+            stop_at_layer: return the stream entering this block (`n_layers`: the last `resid_post`); blocks
+                from here on do not run.
+            logits_at: positions to unembed (an int, a slice, or a list), counted over each row's real tokens;
+                negative ones from its end. The position axis stays.
+
+        Raises:
+            InputError: arguments that do not fit each other or the model.
+            CacheError: a cache that does not fit.
+        """
+        call = self._prepare(
+            input,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            positions=positions,
+            past_kv_cache=past_kv_cache,
+            start_at_layer=start_at_layer,
+        )
+        return self._run_call(
+            call,
+            return_type=return_type,
+            loss_per_token=loss_per_token,
+            stop_at_layer=stop_at_layer,
+            logits_at=logits_at,
+        )
+
+    def _run_call(
+        self,
+        call: PreparedCall,
+        *,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        logits_at: LogitsAt = None,
+    ) -> Tensor | LogitsAndLoss | None:
+        wants_loss = return_type in ("loss", "both")
+        check_return_type(return_type, loss_per_token, call.start_at_layer, stop_at_layer, logits_at)
+        out = self.run(
+            call.input,
+            call.plan,
+            past_kv_cache=call.past_kv_cache,
+            start_at_layer=call.start_at_layer,
+            stop_at_layer=stop_at_layer,
+            logits_at=logits_at,
+            unembed=return_type is not None or self._listens_past_blocks(),
+        )
+        if return_type is None and stop_at_layer is None:
+            return None
+        if not wants_loss:
+            return out
+        loss = next_token_loss(out, call.input, call.plan.attention_mask, per_token=loss_per_token)
+        return LogitsAndLoss(out, loss) if return_type == "both" else loss
+
+    def _listens_past_blocks(self) -> bool:
+        unembed = self.unembed
+        return self.ln_final.listening or unembed.hook_in.listening or unembed.hook_out.listening
+
+    def _prepare(
+        self,
+        input: Input,
+        *,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        past_kv_cache: HookedKeyValueCache | None = None,
+        start_at_layer: int | None = None,
+    ) -> PreparedCall:
+        """Turn an input into token ids (or take the stream as it is) and plan the call."""
+        if start_at_layer is not None:
+            stream = check_stream(input, self.cfg.d_model, self.dtype, self.device)
+            plan = self.make_plan(stream, attention_mask, positions, past_kv_cache)
+            return PreparedCall(stream, plan, past_kv_cache, start_at_layer)
+        if isinstance(input, Tensor):
+            tokenization.check_token_ids(input, self.cfg.d_vocab)
+            ids = input[None] if input.ndim == 1 else input
+            if attention_mask is None and self.tokenizer is not None:
+                attention_mask = self._infer_attention_mask(ids, padding_side)
+            elif attention_mask is not None and attention_mask.ndim == 1:
+                attention_mask = attention_mask[None]
+        else:
+            if prepend_bos is None and past_kv_cache is not None and len(past_kv_cache):
+                prepend_bos = False
+            ids, text_mask = tokenization.to_tokens(
+                self._need_tokenizer(),
+                input,
+                prepend_bos=prepend_bos,
+                padding_side=padding_side,
+                truncate=False,
+                n_ctx=self.cfg.n_ctx,
+            )
+            attention_mask = text_mask if attention_mask is None else attention_mask
+        ids = ids.to(self.device)
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return PreparedCall(ids, self.make_plan(ids, mask, positions, past_kv_cache), past_kv_cache, None)
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        input: Input,
+        *,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: PosSlice = None,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        edits: Sequence[Edit] = (),
+        **forward_keywords: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """Run the model and keep activations.
+
+        Args:
+            input: as for a call.
+            names_filter: which activations: None for all but the on-request ones, a name, word or glob
+                (`"*"` is everything), a list of them, or `predicate(name)`.
+            device: where to keep them; None: where they are, uncopied.
+            dtype: what to keep them in; None: their own.
+            remove_batch_dim: drop the batch axis, which must have size 1.
+            incl_bwd: also run backward from the output, which must be a scalar loss (`return_type="loss"`),
+                and keep gradients under `"<name>_grad"`. The parameters' gradients accumulate, too.
+            pos_slice: positions (columns) to keep.
+            fwd_hooks: pairs (name or filter, `fn(tensor, hook)`) that last for this call.
+            bwd_hooks: the same for gradients.
+            edits: values from `hooklens.edits`.
+            **forward_keywords: keywords of a call (`return_type`, `attention_mask`, ...).
+
+        Returns:
+            The output, and an `ActivationCache`.
+
+        Raises:
+            HookNameError: a part of the filter selects nothing.
+        """
+        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
+        require_gradients(incl_bwd or bwd_hooks, "incl_bwd" if incl_bwd else "bwd_hooks")
+        if incl_bwd and (forward_keywords.get("return_type") != "loss" or forward_keywords.get("loss_per_token")):
+            raise InputError("incl_bwd needs a scalar to run backward from: call with return_type='loss'")
+        call = self._prepare(input, **prepare_keywords)
+        with (
+            self.hooks(fwd_hooks, bwd_hooks, edits),
+            self.capture(names_filter, device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd) as captured,
+        ):
+            output = self._run_call(call, **run_keywords)
+            if incl_bwd:
+                output.backward()  # type: ignore[union-attr]
+        cache = ActivationCache(
+            captured,
+            cfg=self.cfg,
+            transforms=self.transforms,
+            tokens=call.input if call.start_at_layer is None else None,
+            attention_mask=call.plan.key_mask,
+            weights=self.named_weights(),
+        )
+        return output, cache.remove_batch_dim() if remove_batch_dim else cache
+
+    def run_with_hooks(  # type: ignore[override]
+        self,
+        input: Input,
+        *,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        edits: Sequence[Edit] = (),
+        **forward_keywords: Any,
+    ) -> Any:
+        """Run the model with hooks and edits that last for this call; other keywords are a call's.
+
+        Raises:
+            HookNameError: a hook or edit names no hook point.
+        """
+        _KEYWORDS.split(forward_keywords)
+        return super().run_with_hooks(input, fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, edits=edits, **forward_keywords)
+
+    def prefill(self, prefix: Input, **forward_keywords: Any) -> HookedKeyValueCache:
+        """A frozen key-value cache of a prefix, to run any number of continuations on.
+
+        A prefix of one row serves batches of any size. `kv.last_logits` holds the logits at each row's last
+        token.
+
+        Args:
+            prefix: text or token ids.
+            **forward_keywords: keywords of a call (`attention_mask`, `prepend_bos`, ...).
+        """
+        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
+        clash = sorted({*run_keywords, "past_kv_cache", "start_at_layer"} & forward_keywords.keys())
+        if clash:
+            raise InputError(f"prefill sets {clash} itself: leave them out")
+        ids = self._prepare(prefix, **prepare_keywords)
+        cache = HookedKeyValueCache.init_cache(self.cfg, self.device, len(ids.input), dtype=self.dtype)
+        plan = self.make_plan(ids.input, ids.plan.attention_mask, prepare_keywords.get("positions"), cache)
+        # Out of inference_mode, whose tensors no later call could compute gradients with.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            logits = self.run(ids.input, plan, past_kv_cache=cache, logits_at=-1)
+        cache.last_logits = logits[:, 0].detach()
+        return cache.freeze()
+
+    def hook_table(self) -> "pandas.DataFrame":
+        """Every hook point of this model: name, axes, shape, on_request, description.
+
+        Sizes that the input decides stand in the shape as axis names.
+        """
+        table: pandas.DataFrame = import_package("pandas").DataFrame(
+            [self._describe_point(name) for name in self.hook_points()]
+        )
+        return table
+
+    def _describe_point(self, name: str) -> dict[str, Any]:
+        site = find_site(name)
+        assert site is not None
+        by_input = {"batch", "pos", "query", "key"}
+        return {
+            "name": name,
+            "axes": site.axes,
+            "shape": tuple(axis if axis in by_input else self.cfg.size(axis) for axis in site.axes),
+            "on_request": site.on_request,
+            "description": site.description,
+        }
+
+
+_KEYWORDS = CallKeywords(HookedCausalLM._prepare, HookedCausalLM._run_call)

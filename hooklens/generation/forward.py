@@ -1,0 +1,142 @@
+"""The model calls of a generation: the prompts once, then one token a step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.generation.edits import StepEdits
+from hooklens.generation.model import GeneratingModel, init_cache
+from hooklens.generation.options import GenerationOptions
+from hooklens.generation.prompts import Prompts
+from hooklens.generation.recording import Recorder
+from hooklens.generation.rows import Rows
+from hooklens.kv_cache import HookedKeyValueCache
+
+Logits = Float[Tensor, "batch d_vocab"]
+
+_UNEMBED_POINTS = ("unembed.hook_in", "unembed.hook_out")
+
+
+class Forward:
+    """Runs the model for one generation, with its edits and captures.
+
+    Args:
+        model: runs.
+        prompts: what to begin with.
+        options: cache, samples, edits and captures.
+    """
+
+    def __init__(self, model: GeneratingModel, prompts: Prompts, options: GenerationOptions) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._n_samples = options.num_return_sequences
+        given = options.past_kv_cache
+        # A hook may count on its rows, and a cache that is appended to keeps its own.
+        foreign_hooks = any(point.listening for point in model.hook_points().values())
+        self._masks_finished = given is not None and not given.frozen
+        self.keeps_all_rows = foreign_hooks or self._masks_finished
+        self.recorder = Recorder(model, options.names_filter)
+        self.edits = StepEdits(
+            model,
+            options.edits,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            n_samples=self._n_samples,
+            whole_sequences=not options.use_past_kv_cache,
+        )
+        self._listens = bool(self.recorder) or bool(self.edits)
+        self._uses_cache = options.use_past_kv_cache
+        self._cache = self._open_cache(given) if self._uses_cache else None
+        self._unembed_points = [model.hook_points()[name] for name in _UNEMBED_POINTS if name in model.hook_points()]
+
+    def _open_cache(self, given: HookedKeyValueCache | None) -> HookedKeyValueCache:
+        n_prompts = len(self._prompts.lengths)
+        if given is None:
+            return init_cache(self._model, n_prompts)
+        if not given.frozen:
+            return given
+        # New objects over the same tensors: the first append copies them, the given cache stays as it is.
+        rows = given.expand(n_prompts) if given.batch_size == 1 else given.select(slice(None))
+        return rows.unfreeze()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Edits act and captures record inside the `with` block."""
+        with torch.no_grad(), self.edits.attached(), self.recorder.attached():
+            yield
+
+    def run_prompts(self) -> Logits:
+        """Logits of the first new token of every row."""
+        prompts = self._prompts
+        plan = self._model.make_plan(prompts.ids, prompts.mask, None, self._cache)
+        if self.edits:
+            self.edits.begin_step(plan, None, ())
+        logits = self._run_last(prompts.ids, plan)
+        if self.recorder:
+            self.recorder.end_step(n_new=prompts.ids.shape[1], first_column=0, rows=None, places=None)
+        if self._n_samples == 1:
+            return logits
+        samples = torch.arange(len(logits), device=logits.device).repeat_interleave(self._n_samples)
+        if self._cache is not None:
+            one = self._cache.batch_size == 1
+            self._cache = self._cache.expand(self._n_samples) if one else self._cache.select(samples)
+        return logits[samples]
+
+    def run_step(self, tokens: Int[Tensor, " active"], rows: Rows) -> Logits:
+        """Logits of the next token of every active row.
+
+        Args:
+            tokens: the newest token of every active row.
+            rows: which rows these are.
+        """
+        finished = rows.finished_places
+        if self._cache is None:
+            ids, mask = rows.table, self._mask_table(rows)
+        else:
+            ids = tokens[:, None]
+            mask = self._mask_finished(len(ids), finished) if finished and self._masks_finished else None
+        with self._model.decoding() if self._uses_cache else nullcontext():
+            plan = self._model.make_plan(ids, mask, None, self._cache)
+            if not self._listens:
+                return self._run_last(ids, plan)
+            if self.edits:
+                self.edits.begin_step(plan, rows.active, finished)
+            logits = self._run_last(ids, plan)
+        if self.recorder:
+            places = torch.tensor(rows.places, device=logits.device)
+            unfinished = rows.active_index[places]
+            self.recorder.end_step(
+                n_new=1,
+                first_column=rows.n_columns - 1,
+                rows=unfinished,
+                places=None if len(rows.places) == len(rows.active) else places,
+            )
+        return logits
+
+    def drop_rows(self, staying: Sequence[int]) -> None:
+        """Go on with some of the rows, by their places in the batch."""
+        if self._cache is not None:
+            self._cache = self._cache.select(staying)
+
+    def _run_last(self, ids: Tensor, plan: object) -> Logits:
+        """Logits at the last column; at all of them only where somebody listens there."""
+        only_last = ids.shape[1] > 1 and not any(point.listening for point in self._unembed_points)
+        logits: Tensor = self._model.run(ids, plan, past_kv_cache=self._cache, logits_at=-1 if only_last else None)
+        return logits[:, -1]
+
+    def _mask_table(self, rows: Rows) -> Bool[Tensor, "active pos"] | None:
+        """Which columns of whole sequences are tokens."""
+        prompt_mask = self._prompts.mask
+        if prompt_mask is None:
+            return None
+        mask = torch.ones(len(rows.active), rows.n_columns, dtype=torch.bool, device=prompt_mask.device)
+        mask[:, : prompt_mask.shape[1]] = prompt_mask.repeat_interleave(self._n_samples, 0)[rows.active_index]
+        return mask
+
+    def _mask_finished(self, batch: int, finished: Sequence[int]) -> Bool[Tensor, "batch one"]:
+        mask = torch.ones(batch, 1, dtype=torch.bool, device=self._prompts.ids.device)
+        mask[list(finished)] = False
+        return mask

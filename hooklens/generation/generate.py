@@ -1,0 +1,180 @@
+"""Generation from start to end: whole results, and streams of steps."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooklens.errors import InputError
+from hooklens.generation.decoding import Decoding
+from hooklens.generation.model import GeneratingModel
+from hooklens.generation.options import GenerationOptions, ReturnKind, Streamer, check_return_type
+from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
+from hooklens.generation.prompts import Input, Prompts, read_prompts
+from hooklens.generation.text import TextPieces, decode_plain
+from hooklens.optional import import_package
+
+Generated = str | list[str] | Tensor | GenerationOutput
+
+
+def generate(
+    model: GeneratingModel,
+    input: Input,
+    options: GenerationOptions,
+    *,
+    streamer: Streamer | None = None,
+    return_type: ReturnKind = "input",
+    verbose: bool = True,
+) -> Generated:
+    """Prompts with their continuations.
+
+    Breaking off (Ctrl-C) ends the generation with a warning, and what there is so far is returned.
+
+    Args:
+        model: runs.
+        input: text, texts, or token ids.
+        options: how.
+        streamer: is put the prompts, then the tokens of every step.
+        return_type: `"input"` gives text for text and ids for ids, `"tokens"` ids `[rows pos]`, `"str"` text (a
+            list for several rows), `"output"` a `GenerationOutput`.
+        verbose: show a progress bar.
+
+    Raises:
+        InputError: anything that does not fit, before any work.
+        CacheError: the key-value cache does not fit.
+    """
+    check_return_type(return_type)
+    gives_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
+    # Text that was given needs a tokenizer before text that is to be given back does.
+    if gives_text and isinstance(input, Tensor) and model.tokenizer is None:
+        raise InputError(
+            f"generate: return_type={return_type!r} needs a tokenizer and the model has none; use 'tokens'"
+        )
+    prompts = read_prompts(model, input, options)
+    decoding = Decoding(model, prompts, options, keeps_logprobs=return_type == "output")
+    clock = _Clock()
+    interrupted = False
+    try:
+        with decoding.attached(), _progress_bar(options.max_new_tokens, shown=verbose) as advance:
+            for _ in _steps(decoding, prompts, streamer):
+                clock.tick()
+                advance()
+    except KeyboardInterrupt:
+        interrupted = True
+        warnings.warn(f"generation was interrupted after {clock.n_steps} tokens a row", UserWarning, stacklevel=3)
+    if streamer is not None:
+        streamer.end()
+    tokens = decoding.tokens()
+    if return_type == "output":
+        return _build_output(model, decoding, tokens, clock, interrupted=interrupted)
+    if not gives_text:
+        return tokens
+    text = _decode_rows(model, decoding, tokens)
+    return text[0] if len(text) == 1 and isinstance(input, str | Tensor) else text
+
+
+def generate_stream(model: GeneratingModel, input: Input, options: GenerationOptions) -> Iterator[GenerationStep]:
+    """The steps of a generation as they are made.
+
+    Between two steps the model is free: edits act only while a step is made.
+
+    Raises:
+        InputError: anything that does not fit, before any work.
+        CacheError: the key-value cache does not fit.
+    """
+    if options.names_filter is not None:
+        raise InputError("generate_stream has no result to put captured activations in; use generate, or add a hook")
+    prompts = read_prompts(model, input, options)
+    decoding = Decoding(model, prompts, options, keeps_logprobs=True)
+    return _stream(model, decoding, prompts)
+
+
+def _stream(model: GeneratingModel, decoding: Decoding, prompts: Prompts) -> Iterator[GenerationStep]:
+    pieces: list[TextPieces] | None = None
+    if model.tokenizer is not None:
+        n_samples = len(decoding.rows) // len(prompts.lengths)
+        pieces = [
+            TextPieces(model.tokenizer, ids[padding:].tolist())
+            for ids, padding in zip(prompts.ids, prompts.padding, strict=True)
+            for _ in range(n_samples)
+        ]
+    while not decoding.rows.done:
+        with decoding.attached():
+            decoding.step()
+        yield decoding.newest_step(pieces)
+
+
+def _steps(decoding: Decoding, prompts: Prompts, streamer: Streamer | None) -> Iterator[None]:
+    """Make the steps, telling the streamer."""
+    if streamer is not None:
+        streamer.put(prompts.ids.cpu())
+    rows = decoding.rows
+    step = 0
+    while not rows.done:
+        decoding.step()
+        step += 1
+        if streamer is not None:
+            newest = [ids[-1] if len(ids) == step else decoding.filling for ids in rows.new_ids]
+            streamer.put(torch.tensor(newest))
+        yield
+
+
+class _Clock:
+    """Takes the time of steps; reading tokens waits for the device, so steps end when their tokens are there."""
+
+    def __init__(self) -> None:
+        self.start = self.latest = time.perf_counter()
+        self.first: float | None = None
+        self.n_steps = 0
+
+    def tick(self) -> None:
+        self.latest = time.perf_counter()
+        self.n_steps += 1
+        if self.first is None:
+            self.first = self.latest
+
+    def timing(self) -> GenerationTiming:
+        first = self.latest if self.first is None else self.first
+        return GenerationTiming(
+            time_to_first_token=first - self.start, total=self.latest - self.start, n_steps=self.n_steps
+        )
+
+
+@contextmanager
+def _progress_bar(total: int, *, shown: bool) -> Iterator[Any]:
+    """A function that moves the bar by one step."""
+    if not shown:
+        yield lambda: None
+        return
+    with import_package("tqdm.auto").tqdm(total=total, desc="generating", unit="token", leave=False) as bar:
+        yield bar.update
+
+
+def _decode_rows(model: GeneratingModel, decoding: Decoding, tokens: Tensor) -> list[str]:
+    assert model.tokenizer is not None
+    lengths = zip(decoding.prompt_lengths, decoding.rows.new_ids, strict=True)
+    return [
+        decode_plain(model.tokenizer, row[: length + len(ids)].tolist())
+        for row, (length, ids) in zip(tokens, lengths, strict=True)
+    ]
+
+
+def _build_output(
+    model: GeneratingModel, decoding: Decoding, tokens: Tensor, clock: _Clock, *, interrupted: bool
+) -> GenerationOutput:
+    rows = decoding.rows
+    return GenerationOutput(
+        tokens=tokens,
+        prompt_lengths=decoding.prompt_lengths,
+        n_new_tokens=[len(ids) for ids in rows.new_ids],
+        finish_reasons=["interrupted" if reason is None else reason for reason in rows.reasons],
+        logprobs=decoding.logprobs(),
+        text=None if model.tokenizer is None else _decode_rows(model, decoding, tokens),
+        cache=decoding.activation_cache(tokens),
+        timing=clock.timing(),
+        interrupted=interrupted,
+    )

@@ -1,0 +1,56 @@
+"""What generation asks of a model."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hooklens.config import HookedConfig
+from hooklens.hooks.names import NamesFilter
+from hooklens.hooks.point import HookPoint
+from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.tokens import Tokenizer
+
+
+@runtime_checkable
+class GeneratingModel(Protocol):
+    """A network with hook points that can plan a call and run it; `HookedCausalLM` is one."""
+
+    cfg: HookedConfig
+    tokenizer: Tokenizer | None
+    transforms: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+
+    @property
+    def make_plan(self) -> Callable[..., Any]:
+        """`make_plan(ids, attention_mask, positions, past_kv_cache)` checks a call and works out its positions."""
+
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        """`run(ids, plan, past_kv_cache=..., logits_at=...)` gives logits `[batch chosen d_vocab]`."""
+
+    def hook_points(self) -> dict[str, HookPoint]:
+        """All hook points by name."""
+
+    def select_hook_points(self, names_filter: NamesFilter) -> list[HookPoint]:
+        """The hook points a filter selects."""
+
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """The weights by name, shared."""
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Calls inside the `with` block run generated tokens: edits see the phase `"decode"`."""
+
+
+def init_cache(model: GeneratingModel, batch_size: int) -> HookedKeyValueCache:
+    """An empty key-value cache for a model."""
+    return HookedKeyValueCache.init_cache(model.cfg, model.device, batch_size, dtype=model.dtype)

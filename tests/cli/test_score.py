@@ -1,0 +1,109 @@
+"""`hooklens score`: results, errors by line, and a run that is killed half-way and finished later."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+PREFIX = "When Mary and John went to the store ,"
+# A word of the vocabulary, since the tokenizer knows whole words only.
+WORDS = ["John", "Mary", "gave", "a", "drink", "to"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    prefix, items, out = tmp_path / "prefix.txt", tmp_path / "items.jsonl", tmp_path / "results.jsonl"
+    prefix.write_text(PREFIX + "\n")
+    lines = [{"continuation": " " + " ".join(WORDS[: 1 + i % 6])} for i in range(12)]
+    items.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return prefix, items, out
+
+
+def arguments(checkpoint: Path, files: tuple[Path, Path, Path]) -> list[str]:
+    prefix, items, out = files
+    options = ["--prefix", prefix, "--items", items, "--out", out, "--batch-size", "1", "--no-progress"]
+    return ["score", str(checkpoint), *map(str, options)]
+
+
+def read_results(path: Path) -> dict[str, float]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    results = {record["id"]: record["logprob"] for record in records}
+    assert len(results) == len(records)
+    return results
+
+
+def test_items_are_scored_behind_the_prefix(run: Run, checkpoint: Path, files: tuple[Path, Path, Path]) -> None:
+    from hooklens import HookedCausalLM
+    from hooklens.evaluation import score_continuations
+
+    result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{files[2]}: 12 items scored\n"
+    texts = [json.loads(line)["continuation"] for line in files[1].read_text().splitlines()]
+    model = HookedCausalLM.from_pretrained(checkpoint)
+    expected = score_continuations(model, PREFIX, texts, progress=False)["logprob"].tolist()
+    found = read_results(files[2])
+    # Batches of another size are summed in another order; sums are of about 40 nats in float32.
+    assert [found[str(i)] for i in range(1, 13)] == pytest.approx(expected, abs=1e-4)
+    again = run(*arguments(checkpoint, files))
+    assert again.stdout == f"{files[2]}: 0 items scored, 12 were there already\n"
+
+
+def test_faulty_lines_are_named_and_the_exit_code_says_so(
+    run: Run, checkpoint: Path, files: tuple[Path, Path, Path]
+) -> None:
+    with files[1].open("a") as file:
+        file.write('{"continuation": ""}\n')
+    result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 1
+    assert f"hooklens: {files[1]}, line 13: 'continuation' is empty: there is nothing to score" in result.stderr
+    assert result.stdout == f"{files[2]}: 12 items scored, 1 could not be scored\n"
+
+
+def test_files_that_cannot_be_read_are_errors(run: Run, checkpoint: Path, files: tuple[Path, Path, Path]) -> None:
+    prefix, items, _ = files
+    prefix.write_bytes(b"\xff\xfe")
+    result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 2
+    assert f"the prefix in {prefix} is not UTF-8 text" in result.stderr
+    prefix.unlink()
+    assert f"cannot read the prefix from {prefix}: No such file" in run(*arguments(checkpoint, files)).stderr
+    prefix.write_text(PREFIX)
+    items.unlink()
+    result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 2
+    assert f"cannot read items from {items}" in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that no process can catch")
+def test_killed_run_is_finished_by_the_next(run: Run, checkpoint: Path, files: tuple[Path, Path, Path]) -> None:
+    """The process is killed once some results stand in the file, which then also ends in half a line."""
+    prefix, items, out = files
+    lines = [json.dumps({"continuation": " " + " ".join(WORDS[: 1 + i % 6])}) for i in range(3000)]
+    items.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "hooklens.cli", *arguments(checkpoint, files)]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    before = out.read_bytes()
+    assert 5 <= before.count(b"\n") < 3000
+    # What is left to do is kept short; the lines that are done stay the same items.
+    done = {json.loads(line)["id"] for line in before.split(b"\n")[:-1]}
+    kept = [line if str(i) in done or i <= 20 else "" for i, line in enumerate(lines, start=1)]
+    items.write_text("\n".join(kept))
+    out.write_bytes(before[: before.rfind(b"\n") + 1] + b'{"id": "2", "logp')
+    result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 0, result.output
+    wanted = {str(i) for i, line in enumerate(kept, start=1) if line}
+    assert read_results(out).keys() == wanted
+    assert f"{len(wanted - done)} items scored, {len(done)} were there already" in result.stdout
+    assert prefix.read_text() == PREFIX + "\n"

@@ -1,0 +1,123 @@
+"""Tests of hooklens.hooks.capture, alone and through a model."""
+
+import gc
+
+import pytest
+import torch
+
+from hooklens.errors import HookLensError
+from hooklens.hooks import Capture
+from tests.annotations import unchecked
+from tests.model.networks import CONFIGS, make_model, random_tokens
+
+
+def kept_storages(tensors):
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+
+
+@pytest.mark.parametrize("network", CONFIGS)
+def test_nothing_is_copied(network):
+    """Each captured tensor is the very memory that the hook point passed on."""
+    model, tokens = make_model(network), random_tokens(2, 5)
+    passed = {}
+    hooks = [(name, lambda t, hook: passed.update({hook.name: t})) for name in model.hook_points()]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter="*", fwd_hooks=hooks)
+    assert list(cache) == list(passed)
+    # A point on a shared tensor hands its hooks a copy; what goes on is the tensor itself.
+    shared = {name for name, point in model.hook_points().items() if point.shared}
+    for name, tensor in passed.items():
+        assert (cache[name].data_ptr() == tensor.data_ptr()) is (name not in shared), name
+    for layer in range(1, model.cfg.n_layers):
+        assert cache["resid_pre", layer].data_ptr() == cache["resid_post", layer - 1].data_ptr()
+
+
+def test_tensors_are_kept_without_their_graph():
+    """A cache kept the whole autograd graph alive."""
+    model = make_model("rotary")
+    _, cache = model.run_with_cache(random_tokens(1, 4))
+    assert not any(tensor.requires_grad for tensor in cache.values())
+    capture = Capture(keep_graph=True)
+    x = torch.ones(2, requires_grad=True) * 1
+    capture.add("x", x)
+    assert capture.tensors["x"] is x
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_conversion_is_made_once_for_all_aliases(grad):
+    """`device=` copied each name of one tensor separately: 2.24 times the bytes."""
+    model, tokens = make_model("grouped"), random_tokens(2, 5)
+    with torch.set_grad_enabled(grad):
+        _, plain = model.run_with_cache(tokens)
+        _, converted = model.run_with_cache(tokens, dtype=torch.float32)
+    distinct = {tensor.data_ptr(): tensor.numel() for tensor in plain.values()}
+    assert sum(kept_storages(converted).values()) == 4 * sum(distinct.values())
+    assert sum(distinct.values()) < sum(tensor.numel() for tensor in plain.values())
+    for name, tensor in converted.items():
+        assert torch.equal(tensor, plain[name].float()), name
+
+
+def test_the_same_device_and_dtype_copy_nothing():
+    model, tokens = make_model("grouped"), random_tokens(2, 5)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, dtype=torch.float64, device="cpu")
+    assert cache["resid_pre", 1].data_ptr() == cache["resid_post", 0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("pos_slice", "columns"),
+    [(0, [0]), (-1, [4]), (slice(1, 3), [1, 2]), (slice(None, None, 2), [0, 2, 4]), ([3, 0], [3, 0]), (-5, [0])],
+)
+@pytest.mark.parametrize("network", ["grouped", "learned, tied"])
+def test_pos_slice(network, pos_slice, columns):
+    model, tokens = make_model(network), random_tokens(2, 5)
+    _, full = model.run_with_cache(tokens, names_filter="*")
+    _, part = model.run_with_cache(tokens, names_filter="*", pos_slice=pos_slice)
+    for name, tensor in part.items():
+        axis = 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
+        assert torch.equal(tensor, full[name].index_select(axis, torch.tensor(columns))), name
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "columns left out are kept alive"
+
+
+@pytest.mark.parametrize("pos_slice", [5, -6, [0, 7]])
+def test_pos_slice_out_of_range_is_refused(pos_slice):
+    """An int past the end gave empty tensors without a word."""
+    model = make_model("bare")
+    with pytest.raises(HookLensError, match=r"pos_slice: \[(5|-6|7)\] out of range at 'hook_embed', which has 5 posit"):
+        model.run_with_cache(random_tokens(2, 5), pos_slice=pos_slice)
+
+
+def test_pos_slice_needs_axes_that_are_known():
+    with pytest.raises(HookLensError, match="the axes of 'my_point' are not known"):
+        Capture(pos_slice=0).add("my_point", torch.zeros(2, 3))
+
+
+def test_dtype_must_be_floating():
+    with pytest.raises(HookLensError, match=r"kept as torch.int64; expected a floating dtype"):
+        Capture(dtype=torch.int64)
+
+
+def count_live_tensors() -> int:
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"dtype": torch.float32}, {"pos_slice": -1}, {"names_filter": "resid_post"}])
+def test_two_hundred_calls_leave_nothing_behind(keywords):
+    model, tokens = make_model("bare"), random_tokens(1, 3)
+    model.run_with_cache(tokens, **keywords)
+    before = count_live_tensors()
+    with unchecked():
+        for _ in range(200):
+            model.run_with_cache(tokens, **keywords)
+    assert count_live_tensors() == before
+
+
+def test_two_hundred_calls_with_gradients_leave_nothing_behind():
+    model, tokens = make_model("bare"), random_tokens(1, 3)
+    model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    before = count_live_tensors()
+    with unchecked():
+        for _ in range(200):
+            model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    assert count_live_tensors() == before

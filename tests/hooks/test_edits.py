@@ -1,0 +1,297 @@
+"""Tests of hooklens.hooks.edits against indexing by hand, one row and one position at a time."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hooklens import HookPoint, edits
+from hooklens.axes import find_site
+from hooklens.errors import EditError
+from tests.annotations import unchecked
+from tests.model.networks import make_model, pad_rows, random_tokens
+
+SIZES = {"batch": 3, "pos": 5, "query": 5, "key": 6, "head": 4, "kv_head": 2, "d_model": 7, "d_head": 3, "one": 1}
+NAMES = ["blocks.0.hook_resid_pre", "blocks.0.attn.hook_q", "blocks.0.attn.hook_k", "blocks.0.attn.hook_pattern"]
+
+
+def make_tensor(name, *, seed=0):
+    shape = [SIZES[axis] for axis in find_site(name).axes]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_point(name):
+    point = HookPoint()
+    point.name = name
+    return point
+
+
+def make_tokens(padding, n_past=0):
+    """Rows with so much padding on the left (negative: on the right), after `n_past` cached tokens."""
+    n = SIZES["pos"]
+    index = torch.full((len(padding), n), -1)
+    for row, pad in enumerate(padding):
+        real = range(max(pad, 0), n + min(pad, 0))
+        index[row, list(real)] = n_past + torch.arange(len(real))
+    return SimpleNamespace(token_index=index, n_tokens=index.amax(1) + 1, phase="prefill")
+
+
+def wanted_cells(edit, name, tokens):
+    """(row, column, head) of everything an edit should touch, and nothing else."""
+    axes = find_site(name).axes
+    n_heads = next((SIZES[axis] for axis in axes if axis in ("head", "kv_head")), 1)
+    every = lambda n: list(range(n))  # noqa: E731
+
+    def pick(chosen, n):
+        if chosen is None:
+            return every(n)
+        if isinstance(chosen, slice):
+            return every(n)[chosen]
+        return [every(n)[i] for i in ([chosen] if isinstance(chosen, int) else chosen)]
+
+    for row in pick(edit.rows, SIZES["batch"]):
+        positions = pick(edit.pos, int(tokens.n_tokens[row]))
+        for column in range(SIZES["pos"]):
+            if int(tokens.token_index[row, column]) in positions:
+                for head in pick(edit.head, n_heads):
+                    yield row, column, head
+
+
+def cell(tensor, name, row, column, head):
+    """A view of one head at one column of one row."""
+    axes = find_site(name).axes
+    if "query" in axes:
+        return tensor[row, head, column]
+    return tensor[row, column, head] if {"head", "kv_head"} & set(axes) else tensor[row, column]
+
+
+_rows = st.none() | st.integers(-3, 2) | st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
+_pos = st.none() | st.integers(-2, 1) | st.lists(st.integers(0, 1), min_size=1, unique=True) | st.builds(
+    slice, st.none() | st.integers(-5, 4), st.none() | st.integers(-5, 5), st.none() | st.sampled_from([-2, -1, 1, 2])
+)  # fmt: skip
+_padding = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    name=st.sampled_from(NAMES), kind=st.sampled_from(["Zero", "Scale", "Add", "Replace", "Custom", "Project"]),
+    rows=_rows, pos=_pos, head=st.none() | st.integers(-2, 1) | st.just([1, 0]), padding=_padding,
+)  # fmt: skip
+def test_what_is_touched_and_what_is_not(name, kind, rows, pos, head, padding):
+    if "hook_resid" in name:
+        head = None
+    if rows is None and pos is None and head is None:
+        rows = [0, 1, 2]
+    vector = torch.linspace(1, 2, make_tensor(name).shape[-1], dtype=torch.float64)
+    at = {"rows": rows, "pos": pos, "head": head}
+    edit, change = {
+        "Zero": (edits.Zero(name, **at), lambda x: 0 * x),
+        "Scale": (edits.Scale(name, -1.5, **at), lambda x: -1.5 * x),
+        "Add": (edits.Add(name, vector, **at), lambda x: x + vector),
+        "Replace": (edits.Replace(name, 2.5, **at), lambda x: 0 * x + 2.5),
+        "Custom": (edits.Custom(name, lambda region: region**2, **at), lambda x: x**2),
+        "Project": (edits.Project(name, vector, **at), lambda x: x - vector * (x @ vector) / (vector @ vector)),
+    }[kind]
+    tokens, tensor = make_tokens(padding), make_tensor(name)
+    expected, before = tensor.clone(), tensor.clone()
+    touched = list(wanted_cells(edit, name, tokens))
+    for where in touched:
+        cell(expected, name, *where).copy_(change(cell(tensor, name, *where)))
+    edited = edit.apply(tensor, make_point(name), tokens)
+    assert torch.equal(tensor, before), "an edit works out of place"
+    if not touched:
+        assert edited is None
+        return
+    # 1e-12: a projection through QR rounds otherwise than the one by hand.
+    torch.testing.assert_close(edited, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    name=st.sampled_from(NAMES), rows=_rows, pos=_pos, head=st.none() | st.integers(0, 1) | st.just([1, 0]),
+    with_batch=st.booleans(),
+)  # fmt: skip
+def test_a_value_has_the_shape_of_what_indexing_gives(name, rows, pos, head, with_batch):
+    """Values at the pattern were read as [rows, pos, head, key], transposed without a word where sizes agree.
+
+    And a slice of positions wanted a value with all positions.
+    """
+    if "hook_resid" in name:
+        head = None
+    axes, tensor, clean = find_site(name).axes, make_tensor(name), make_tensor(name, seed=1)
+    index = {
+        "batch": [rows] if isinstance(rows, int) else rows,
+        "pos": pos,
+        "query": pos,
+        "head": head,
+        "kv_head": head,
+    }
+    value, expected = clean, tensor.clone()
+    cells = list(wanted_cells(edits.Zero(name, rows=rows, pos=pos, head=head), name, make_tokens([0, 0, 0])))
+    # An int drops its axis, last axes first so that the numbers of the others stay.
+    for axis in reversed(range(len(axes))):
+        chosen = index.get(axes[axis])
+        if isinstance(chosen, int):
+            value = value.select(axis, chosen)
+        elif isinstance(chosen, slice):
+            value = value.index_select(axis, torch.tensor(range(value.shape[axis])[chosen], dtype=torch.long))
+        elif chosen is not None:
+            value = value.index_select(axis, torch.tensor(chosen) % value.shape[axis])
+    if not with_batch:
+        value = value[0]
+        first = range(SIZES["batch"])[index["batch"][0]] if index["batch"] else 0
+        clean = clean[first].expand_as(clean)
+    for where in cells:
+        cell(expected, name, *where).copy_(cell(clean, name, *where))
+    edited = edits.Replace(name, value, rows=rows, pos=pos, head=head).apply(tensor, make_point(name), None)
+    assert torch.equal(tensor if edited is None else edited, expected)
+
+
+def test_values_are_laid_over_rows_with_padding():
+    name, tokens = "blocks.0.hook_resid_pre", make_tokens([2, 0, -1])
+    tensor, value = make_tensor(name), make_tensor(name, seed=1)
+    at_last = edits.Replace(name, value[:, 0], pos=-1).apply(tensor, make_point(name), tokens)
+    for row, column in ((0, 4), (1, 4), (2, 3)):
+        assert torch.equal(at_last[row, column], value[row, 0])
+    two = edits.Replace(name, value[:, :2], pos=[1, -1]).apply(tensor, make_point(name), tokens)
+    for row, column, slot in ((0, 3, 0), (0, 4, 1), (1, 1, 0), (2, 1, 0), (2, 3, 1)):
+        assert torch.equal(two[row, column], value[row, slot])
+    first_two = edits.Replace(name, value[:, :2], pos=slice(0, 2)).apply(tensor, make_point(name), tokens)
+    for row, start in enumerate((2, 0, 0)):
+        assert torch.equal(first_two[row, start : start + 2], value[row, :2])
+    # As many positions in every row is what a value needs; of all columns the selected ones are read.
+    real = edits.Replace(name, value, pos=slice(None)).apply(tensor, make_point(name), tokens)
+    assert torch.equal(real, torch.where((tokens.token_index >= 0)[..., None], value, tensor))
+    with pytest.raises(EditError, match=r"the value has shape \[3, 2, 7\]; expected \[3, 5, 7\] or \[5, 7\]"):
+        edits.Replace(name, value[:, :2], pos=slice(None)).apply(tensor, make_point(name), tokens)
+
+
+def test_positions_are_absolute_with_a_cache():
+    name, tokens = "blocks.0.hook_resid_pre", make_tokens([0, 1, 2], n_past=10)
+    tensor = make_tensor(name)
+    zeroed = edits.Zero(name, pos=11).apply(tensor, make_point(name), tokens)
+    assert [int((zeroed[row] == 0).all(-1).nonzero()) for row in range(3)] == [1, 2, 3]
+    assert edits.Zero(name, pos=3).apply(tensor, make_point(name), tokens) is None
+    assert edits.Zero(name, pos=slice(0, 10)).apply(tensor, make_point(name), tokens) is None
+    value = make_tensor(name, seed=1)[:, :4]
+    edited = edits.Replace(name, value, pos=slice(8, 12)).apply(tensor, make_point(name), tokens)
+    assert torch.equal(edited[1, 1:3], value[1, 2:])
+    assert torch.equal(edited[:, 3:][0], tensor[:, 3:][0])
+
+
+def test_phases():
+    name, tensor = "blocks.0.hook_resid_pre", make_tensor("blocks.0.hook_resid_pre")
+    for when, acts in (("all", (True, True)), ("prefill", (True, False)), ("decode", (False, True))):
+        for phase, expected in zip(("prefill", "decode"), acts, strict=True):
+            tokens = SimpleNamespace(**{**vars(make_tokens([0, 0, 0])), "phase": phase})
+            edited = edits.Zero(name, when=when).apply(tensor, make_point(name), tokens)
+            assert (edited is not None) is expected
+    with unchecked(), pytest.raises(EditError, match=r"Zero\('x'\): when is 'never'; expected 'all', 'prefill' or"):
+        edits.Zero("x", when="never")
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_mean_is_over_the_tokens_selected(name):
+    tokens, tensor = make_tokens([2, 0, -1]), make_tensor(name)
+    real = tokens.token_index >= 0
+    edited = edits.Mean(name, pos=slice(None)).apply(tensor, make_point(name), tokens)
+    torch.testing.assert_close(edited[real], tensor[real].mean(0).expand_as(tensor[real]))
+    assert torch.equal(edited[~real], tensor[~real])
+    whole = edits.Mean(name).apply(tensor, make_point(name), tokens)
+    torch.testing.assert_close(whole, tensor.mean((0, 1)).expand_as(tensor))
+
+
+def test_mean_of_a_pattern_is_over_rows_and_queries():
+    tensor = make_tensor(NAMES[3])
+    whole = edits.Mean(NAMES[3]).apply(tensor, make_point(NAMES[3]), None)
+    torch.testing.assert_close(whole, tensor.mean((0, 2), keepdim=True).expand_as(tensor))
+
+
+@settings(deadline=None)
+@given(k=st.integers(1, 3), keep=st.booleans(), seed=st.integers(0, 99))
+def test_project(k, keep, seed):
+    name = NAMES[0]
+    directions = torch.randn(k, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    tensor = make_tensor(name)
+    out = edits.Project(name, directions, keep=keep).apply(tensor, make_point(name), None)
+    inside = tensor @ torch.linalg.pinv(directions) @ directions
+    # 1e-9: pinv and QR round differently, the more the closer the directions lie together.
+    torch.testing.assert_close(out, inside if keep else tensor - inside, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (edits.Replace("x", torch.zeros(3, 7)), r"expected \[3, 5, 7\] or \[5, 7\]"),
+        (edits.Replace("x", torch.zeros(1, 5, 7)), r"the value has shape \[1, 5, 7\]; expected \[3, 5, 7\]"),
+        (edits.Replace("x", torch.zeros(2, 7), pos=0), r"expected \[3, 7\] or \[7\] .*a vector \[7\], or a number"),
+        (edits.Replace("x", torch.zeros(3, 1, 7), pos=0), r"the value has shape \[3, 1, 7\]"),
+        (
+            edits.Add("x", torch.zeros(7, dtype=torch.float64)),
+            r"the value is torch.float64 on cpu, the activation torc",
+        ),
+        (edits.Add("x", torch.zeros(7, device="meta")), r"the value is torch.float32 on meta.*convert the value first"),
+        (
+            edits.Zero("x", pos=5),
+            r"edit Zero\('blocks.0.hook_resid_pre'\): position 5 is outside row 0, which has 5 tok",
+        ),
+        (edits.Zero("x", pos=[0, -6]), r"position -6 is outside row 0"),
+        (edits.Zero("x", rows=3), r"rows: \[3\] out of range; there are 3 rows, 0 to 2"),
+        (edits.Zero("x", head=0), r"head=0, but its axes are \['batch', 'pos', 'd_model'\], without heads"),
+        (edits.Project("x", torch.zeros(6)), r"directions have shape \[6\]; expected \[7\] or \[k, 7\]"),
+        (edits.Project("x", torch.zeros(1, 1, 7)), r"directions have shape \[1, 1, 7\]"),
+        (edits.Custom("x", lambda t: t[:1]), r"fn returned shape \[1, 5, 7\], torch.float32; expected .*'d_model'"),
+        (edits.Custom("x", lambda t: t.double(), pos=0), r"fn returned shape \[3, 7\], torch.float64; expected"),
+        (edits.Custom("x", lambda t: None), r"fn returned a NoneType"),
+    ],
+)
+def test_refusals(edit, text):
+    tensor = make_tensor(NAMES[0]).float()
+    with unchecked(), pytest.raises(EditError, match=text):
+        edit.apply(tensor, make_point(NAMES[0]), None)
+
+
+def test_heads_out_of_range():
+    for name, n_heads in ((NAMES[1], 4), (NAMES[2], 2)):
+        with pytest.raises(
+            EditError, match=rf"head: \[9\] out of range; there are {n_heads} heads, 0 to {n_heads - 1}"
+        ):
+            edits.Zero(name, head=9).apply(make_tensor(name), make_point(name), None)
+
+
+def test_a_position_outside_a_padded_row_names_the_row():
+    with pytest.raises(EditError, match=r"position 4 is outside row 1, which has 3 tokens"):
+        edits.Zero("x", pos=4).apply(make_tensor(NAMES[0]), make_point(NAMES[0]), make_tokens([0, 2, 0]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pos", [0, -1, slice(1, 3), [0, 2]])
+@pytest.mark.parametrize("network", ["rotary", "alibi", "learned, tied"])
+def test_in_a_model_padded_rows_are_edited_as_single_ones(network, pos, side):
+    model = make_model(network)
+    rows = [random_tokens(1, n, seed=n)[0] for n in (5, 3)]
+    ids, mask = pad_rows(rows, side)
+    chosen = [edits.Scale("blocks.0.hook_resid_post", 3.0, pos=pos), edits.Zero("pattern1", pos=pos, head=1)]
+    batched = model.run_with_hooks(ids, attention_mask=mask, edits=chosen)
+    for row, tokens in enumerate(rows):
+        alone = model.run_with_hooks(tokens, edits=chosen)[0]
+        # 1e-10: other shapes, other order of float64 sums.
+        torch.testing.assert_close(batched[row][mask[row].bool()], alone, rtol=1e-10, atol=1e-10)
+        assert (alone - model(tokens)[0]).abs().max() > 1e-3
+
+
+def test_positions_cannot_be_matched_where_only_some_are_computed():
+    model = make_model("rotary")
+    with pytest.raises(EditError, match=r"this call computes 1 of 4 positions here \(logits_at\).*edit at ln_final"):
+        model.run_with_hooks(random_tokens(1, 4), edits=[edits.Zero("unembed.hook_in", pos=0)], logits_at=-1)
+
+
+def test_edits_are_values():
+    edit = edits.Zero("z", head=1)
+    with pytest.raises(AttributeError):
+        edit.head = 2
+    assert edit in [edit]
+    assert edit != edits.Zero("z", head=1)
+    assert len({edit, edits.Zero("z", head=1)}) == 2

@@ -1,0 +1,141 @@
+"""The rules that keep the package readable: who imports whom, and who may know what."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.source_tree import HEAVY, ROWS, SourceTree
+
+ROOT = Path(__file__).parents[1]
+# Of code: an interface is allowed to be long where it is long because it is explained.
+MOST_LINES = 450
+# Seconds that `import hooklens` may take on top of `import torch`: a notebook's first cell is no place to wait.
+MOST_IMPORT_TIME = 0.3
+
+
+@pytest.fixture(scope="module")
+def tree() -> SourceTree:
+    return SourceTree(ROOT / "hooklens")
+
+
+def test_imports_go_down_the_rows(tree: SourceTree) -> None:
+    assert tree.row_violations() == []
+
+
+def test_no_import_cycles(tree: SourceTree) -> None:
+    assert tree.cycles() == []
+
+
+def test_no_import_hides_in_a_function(tree: SourceTree) -> None:
+    assert tree.hidden_imports() == []
+
+
+def test_heavy_packages_are_imported_when_used(tree: SourceTree) -> None:
+    assert tree.heavy_imports() == []
+
+
+def test_no_family_name_outside_adapters_and_bundled(tree: SourceTree) -> None:
+    assert tree.family_words() == []
+
+
+def test_family_words_know_every_adapter(tree: SourceTree) -> None:
+    """A family without a pattern in FAMILY_WORD could be named anywhere."""
+    families = [name for name in tree.modules if name.startswith("hooklens.adapters.families.")]
+    assert families
+    unseen = [name for name in families if not list(tree.modules[name].family_words())]
+    assert unseen == []
+
+
+def test_no_file_without_a_concept(tree: SourceTree) -> None:
+    nameless = {"utils", "util", "helpers", "helper", "misc", "common"}
+    assert [name for name in tree.modules if nameless & set(name.split("."))] == []
+
+
+def test_no_file_outgrows_its_idea(tree: SourceTree) -> None:
+    lines = {name: module.n_code_lines for name, module in tree.modules.items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_contributing_lists_the_same_rows() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [f"{number}  {'  '.join(parts)}" for number, parts in enumerate(ROWS, start=1)]
+    assert [row for row in rows if row not in text] == []
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    return done.stdout
+
+
+def test_import_loads_no_heavy_package() -> None:
+    """torch itself may bring some of them, so what counts is what `import hooklens` adds."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import hooklens;"
+        f"print(*sorted({set(HEAVY)!r} & (set(sys.modules) - before)))"
+    )
+    assert run_python(code).split() == []
+
+
+def test_import_is_quick(tmp_path: Path) -> None:
+    """Processor time, not the clock's, and the best of four: other processes' load is none of the package's.
+
+    The first run fills the bytecode cache, as the first import after an installation does.
+    """
+    code = "import time, torch; start = time.process_time(); import hooklens; print(time.process_time() - start)"
+    seconds = [float(run_python(code, PYTHONPYCACHEPREFIX=str(tmp_path), PYTHONDONTWRITEBYTECODE="")) for _ in range(4)]
+    assert min(seconds) < MOST_IMPORT_TIME
+
+
+@pytest.fixture
+def bad_tree(tmp_path: Path) -> SourceTree:
+    """A package that breaks every rule once."""
+    folder = tmp_path / "hooklens"
+    sources = {
+        "__init__.py": "",
+        "errors.py": "",
+        "config.py": "from hooklens import model\n",
+        "hooks/__init__.py": "from hooklens.config import x\n",
+        "hooks/point.py": "import hooklens.axes\nfrom hooklens import __version__\n",
+        "axes.py": "from .errors import x\n",
+        "model/__init__.py": "from hooklens.model.block import x\n",
+        "model/block.py": "from hooklens.model import x\n",
+        "weights.py": "def f():\n    import json\n    import_package('hooklens.model')\n    __import__('os')\n",
+        "tokens.py": "import pandas.core\nif TYPE_CHECKING:\n    import transformers\n",
+        "stray.py": "",
+        "causal_lm.py": "load_llama = 1  # 'bundled:tiny-llama' and llama3 pass, GPT2 does not\n",
+    }
+    for name, source in sources.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return SourceTree(folder)
+
+
+def test_checks_report_what_breaks_the_rules(bad_tree: SourceTree) -> None:
+    assert bad_tree.row_violations() == [
+        "hooklens.axes:1 imports .errors: write the absolute name",
+        "hooklens.config:1 imports hooklens.model: model does not stand in a row below config",
+        "hooklens.hooks:1 imports hooklens.config: config does not stand in a row below hooks",
+        "hooklens.hooks.point:2 imports hooklens: import the module that defines the name",
+        "hooklens.stray: 'stray' stands in no row; add it to ROWS and CONTRIBUTING.md",
+    ]
+    assert bad_tree.cycles() == [["hooklens.model", "hooklens.model.block"]]
+    assert bad_tree.hidden_imports() == [
+        "hooklens.weights:2 imports json inside a function",
+        "hooklens.weights:3 hides an import of the package's own module",
+        "hooklens.weights:4 imports by name; use optional.import_package",
+    ]
+    assert bad_tree.heavy_imports() == [
+        "hooklens.tokens:1 imports pandas.core at module level; use optional.import_package"
+    ]
+    assert bad_tree.family_words() == ["hooklens.causal_lm:1 says 'llama'", "hooklens.causal_lm:1 says 'GPT2'"]

@@ -1,0 +1,104 @@
+"""Tests of hooklens.axes: the glossary and the grammar of hook names."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hooklens.axes import ALIASES, AXES, HOOK_SITES, find_site, get_act_name, layer_of, resolve_layer
+from hooklens.errors import HookNameError
+
+
+@pytest.mark.parametrize("site", HOOK_SITES.values(), ids=lambda site: site.template)
+def test_sites_speak_the_glossary(site):
+    assert set(site.axes) <= set(AXES)
+    assert len(set(site.axes)) == len(site.axes)
+    assert site.axes[0] == "batch"
+    assert site.description
+    assert site.per_layer == site.template.startswith("blocks.{i}.")
+
+
+def test_only_points_with_a_copy_of_the_stream_per_head_are_on_request():
+    on_request = {site.template.rpartition(".")[2] for site in HOOK_SITES.values() if site.on_request}
+    assert on_request == {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_result"}
+
+
+def test_find_site_knows_the_grammar_only():
+    assert find_site("blocks.11.attn.hook_k").axes == ("batch", "pos", "kv_head", "d_head")
+    assert find_site("hook_embed").axes == ("batch", "pos", "d_model")
+    for name in ("blocks.hook_k", "blocks.x.attn.hook_k", "encoder.hook_hidden", "blocks.1.attn.hook_q_grad", ""):
+        assert find_site(name) is None
+
+
+def test_layer_of():
+    assert layer_of("blocks.12.ln1.hook_scale") == 12
+    assert layer_of("ln_final.hook_scale") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("resid_pre", 3), "blocks.3.hook_resid_pre"),
+        (("resid_pre3",), "blocks.3.hook_resid_pre"),
+        (("k3",), "blocks.3.attn.hook_k"),
+        (("pattern", 3), "blocks.3.attn.hook_pattern"),
+        (("attn", 3), "blocks.3.attn.hook_pattern"),
+        (("attn_logits", 0), "blocks.0.attn.hook_attn_scores"),
+        (("query", 0), "blocks.0.attn.hook_q"),
+        (("key", 0), "blocks.0.attn.hook_k"),
+        (("value", 0), "blocks.0.attn.hook_v"),
+        (("mlp_post", 1), "blocks.1.mlp.hook_post"),
+        (("scale", 3, "ln1"), "blocks.3.ln1.hook_scale"),
+        (("scale3ln1",), "blocks.3.ln1.hook_scale"),
+        (("normalized", 0, "q_norm"), "blocks.0.attn.q_norm.hook_normalized"),
+        (("scale",), "ln_final.hook_scale"),
+        (("normalized",), "ln_final.hook_normalized"),
+        (("embed",), "hook_embed"),
+        (("pos_embed",), "hook_pos_embed"),
+        (("in",), "unembed.hook_in"),
+        (("blocks.7.attn.hook_z",), "blocks.7.attn.hook_z"),
+    ],
+)
+def test_shorthands(arguments, expected):
+    assert get_act_name(*arguments) == expected
+
+
+@given(template=st.sampled_from(sorted(HOOK_SITES)), layer=st.integers(0, 200))
+def test_every_full_name_has_a_shorthand(template, layer):
+    *path, point = template.split(".")
+    word, part = point.removeprefix("hook_"), path[-1] if path else None
+    name = template.replace("{i}", str(layer))
+    given_layer = layer if "{i}" in template else None
+    assert get_act_name(word, given_layer, part) == name
+    assert get_act_name(name) == name
+    assert find_site(name) is HOOK_SITES[template]
+    assert layer_of(name) == given_layer
+
+
+def test_negative_layers_count_from_the_end():
+    assert get_act_name("resid_post", -1, n_layers=4) == "blocks.3.hook_resid_post"
+    assert get_act_name("k-2", n_layers=4) == "blocks.2.attn.hook_k"
+    assert resolve_layer(-4, 4, what="x") == 0
+
+
+def test_aliases_lead_to_words_that_exist():
+    words = {template.rpartition(".")[2].removeprefix("hook_") for template in HOOK_SITES}
+    assert set(ALIASES.values()) <= words
+    assert not set(ALIASES) & words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_layers", "text"),
+    [
+        (("patern", 0), None, r"no hook point is called 'patern'\. Did you mean 'pattern'.*hook_table\(\) lists"),
+        (("scale", 0), None, r"'scale' needs the module it sits in, one of 'k_norm', 'ln1'.*got None"),
+        (("scale", 0, "ln9"), None, r"needs the module it sits in, one of .*; got 'ln9'"),
+        (("pattern",), None, r"'pattern' exists once per block: give the layer, as in \('pattern', 0\)"),
+        (("embed", 2), None, r"'hook_embed' exists once per model: leave the layer 2 out"),
+        (("pattern", 4), 4, r"layer 4 is out of range; the model has 4 layers, 0 to 3 \(or -4 to -1 from the end\)"),
+        (("pattern", -5), 4, r"layer -5 is out of range"),
+        (("pattern", -1), None, r"a negative layer \(-1\) needs the number of layers"),
+    ],
+)
+def test_what_is_no_name_is_refused(arguments, n_layers, text):
+    with pytest.raises(HookNameError, match=text):
+        get_act_name(*arguments, n_layers=n_layers)

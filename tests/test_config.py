@@ -1,0 +1,155 @@
+"""Tests of hooklens.config: defaults, refusals, round trips."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hooklens.config import (
+    AlibiPositions,
+    HookedConfig,
+    LearnedPositions,
+    NormConfig,
+    Origin,
+    RotaryPositions,
+    RotaryScaling,
+)
+from hooklens.errors import ConfigError
+from tests.annotations import unchecked
+from tests.model.networks import CONFIGS
+
+SIZES = {"d_model": 12, "n_layers": 2, "n_heads": 4, "d_vocab": 7, "n_ctx": 9}
+
+
+def test_sizes_left_out_are_derived():
+    cfg = HookedConfig(**SIZES)
+    assert (cfg.n_kv_heads, cfg.d_head, cfg.d_mlp) == (4, 3, 48)
+    assert cfg.score_scale == 3**-0.5
+    assert HookedConfig(**SIZES, attn_scale=0.25).score_scale == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"d_model": 0, "n_ctx": -1}, r"config: d_model=0, n_ctx=-1; expected numbers above 0"),
+        ({"n_layers": -1}, r"n_layers=-1; expected a number >= 0"),
+        ({"d_model": 13}, r"d_model=13 is not a multiple of n_heads=4; give d_head"),
+        ({"n_kv_heads": 3}, r"n_heads=4 is not a multiple of n_kv_heads=3; each key-value head serves"),
+        ({"act_fn": "swish"}, r"act_fn is 'swish'; expected one of 'relu', 'relu2', 'gelu'"),
+        ({"wiring": "both"}, r"wiring is 'both'; expected one of 'sequential', 'parallel'"),
+        ({"shared_norm": True}, r"shared_norm needs wiring='parallel' and norm_before=True"),
+        ({"wiring": "parallel", "shared_norm": True, "norm_before": False}, r"shared_norm needs"),
+        ({"positions": RotaryPositions(dim=4)}, r"rotary dim 4 is larger than d_head=3"),
+        ({"windows": (3,)}, r"windows has 1 entries for 2 layers"),
+        ({"tied_unembed": True, "unembed_bias": True}, r"a tied unembedding has no bias"),
+        ({"attn_softcap": 0.0}, r"attn_softcap=0.0; expected numbers above 0"),
+    ],
+)
+def test_what_describes_no_network_is_refused(changes, text):
+    with unchecked(), pytest.raises(ConfigError, match=text):
+        HookedConfig(**{**SIZES, **changes})
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: NormConfig(kind="batch", eps=1e-5), r"norm kind is 'batch'; expected one of 'layer', 'rms'"),
+        (lambda: NormConfig(kind="rms", eps=1e-5), r"an RMSNorm has no bias: set bias=False"),
+        (lambda: NormConfig(kind="layer", eps=-1.0), r"norm eps is -1.0; expected a number >= 0"),
+        (lambda: RotaryPositions(dim=3), r"rotary dim is 3; expected an even number"),
+        (lambda: RotaryPositions(dim=2, base=0), r"base=0; expected numbers above 0"),
+        (lambda: RotaryPositions(dim=2, layout="odd"), r"rotary layout is 'odd'"),
+        (lambda: RotaryScaling(kind="ntk", factor=2.0), r"rotary scaling kind is 'ntk'"),
+        (lambda: RotaryScaling(kind="yarn", factor=2.0), r"rotary scaling 'yarn' needs original_n_ctx"),
+        (lambda: RotaryScaling(kind="linear", factor=0.0), r"rotary scaling: factor=0.0"),
+        (
+            lambda: RotaryScaling(kind="llama3", factor=2.0, original_n_ctx=8, low_freq_factor=1.0),
+            r"needs low_freq_factor and high_freq_factor",
+        ),
+    ],
+)
+def test_parts_are_checked_when_made(make, text):
+    with unchecked(), pytest.raises(ConfigError, match=text):
+        make()
+
+
+def test_configs_are_frozen_and_keyword_only():
+    cfg = HookedConfig(**SIZES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.d_model = 3
+    with pytest.raises(TypeError):
+        HookedConfig(12, 2, 4, 7, 9)
+    with pytest.raises(TypeError, match="d_modle"):
+        HookedConfig(**SIZES, d_modle=3)
+
+
+def test_replace_checks_anew():
+    cfg = HookedConfig(**SIZES)
+    assert cfg.replace(n_ctx=100).n_ctx == 100
+    with pytest.raises(ConfigError, match="windows has 2 entries for 3 layers"):
+        cfg.replace(windows=(1, 2)).replace(n_layers=3)
+    with pytest.raises(TypeError):
+        cfg.replace(hidden_size=3)
+
+
+def test_size_of_axes():
+    cfg = CONFIGS["grouped"]
+    sizes = {axis: cfg.size(axis) for axis in ("head", "kv_head", "d_head", "d_model", "d_mlp", "d_vocab", "one")}
+    assert sizes == {"head": 4, "kv_head": 2, "d_head": 6, "d_model": 12, "d_mlp": 20, "d_vocab": 23, "one": 1}
+    with pytest.raises(ConfigError, match=r"axis 'pos' has no size of its own; the config fixes head, kv_head"):
+        cfg.size("pos")
+
+
+def test_window_per_layer():
+    assert [CONFIGS["capped"].window(layer) for layer in range(2)] == [3, None]
+    assert CONFIGS["rotary"].window(1) is None
+
+
+def test_the_origin_is_no_part_of_equality():
+    cfg = CONFIGS["rotary"]
+    from_disk = cfg.replace(origin=Origin(family="f", hub_config="{}"))
+    assert from_disk == cfg
+    assert hash(from_disk) == hash(cfg)
+    assert HookedConfig.from_json(from_disk.to_json()).origin == from_disk.origin
+
+
+_scaling = st.one_of(
+    st.none(),
+    st.builds(RotaryScaling, kind=st.just("linear"), factor=st.floats(1.0, 8.0)),
+    st.builds(RotaryScaling, kind=st.sampled_from(["dynamic", "yarn"]), factor=st.floats(1.0, 8.0),
+              original_n_ctx=st.integers(1, 99), mscale=st.one_of(st.none(), st.floats(0.5, 1.0))),
+    st.builds(RotaryScaling, kind=st.just("llama3"), factor=st.floats(1.0, 8.0), original_n_ctx=st.integers(1, 99),
+              low_freq_factor=st.just(1.0), high_freq_factor=st.just(4.0)),
+)  # fmt: skip
+_positions = st.one_of(
+    st.none(),
+    st.builds(AlibiPositions, scaled=st.booleans(), bfloat16=st.booleans()),
+    st.builds(LearnedPositions, offset=st.integers(0, 3)),
+    st.builds(RotaryPositions, dim=st.just(2), layout=st.sampled_from(["half", "interleaved"]), scaling=_scaling),
+)
+_norms = st.one_of(
+    st.builds(NormConfig, kind=st.just("layer"), eps=st.floats(0, 1), bias=st.booleans()),
+    st.builds(NormConfig, kind=st.just("rms"), eps=st.floats(0, 1), bias=st.just(False), unit_offset=st.booleans()),
+)
+_configs = st.builds(
+    HookedConfig, d_model=st.just(12), n_layers=st.just(2), n_heads=st.just(4), d_vocab=st.integers(1, 9),
+    n_ctx=st.integers(1, 9), n_kv_heads=st.sampled_from([1, 2, 4]), norm=_norms, qk_norm=st.none() | _norms,
+    positions=_positions, windows=st.none() | st.tuples(st.none(), st.integers(1, 9)),
+    attn_softcap=st.none() | st.floats(1, 9), tied_unembed=st.booleans(),
+)  # fmt: skip
+
+
+@given(cfg=_configs)
+def test_json_round_trip(cfg):
+    assert HookedConfig.from_json(cfg.to_json()) == cfg
+    assert HookedConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_unknown_fields_in_a_file_are_listed():
+    values = {**HookedConfig(**SIZES).to_dict(), "hidden_size": 3, "rope_theta": 1}
+    with pytest.raises(ConfigError, match=r"unknown fields \['hidden_size', 'rope_theta'\]; known ones are"):
+        HookedConfig.from_dict(values)
+    with pytest.raises(ConfigError, match=r"positions kind is 'sinusoidal'; expected one of 'rotary', 'alibi'"):
+        HookedConfig.from_dict({**SIZES, "positions": {"kind": "sinusoidal"}})

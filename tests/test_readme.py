@@ -1,0 +1,48 @@
+"""What the README says can be done can be done."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    """A checkout that CI accepts is one on which a reader's first command works."""
+    *_, test_command = code_blocks("bash")
+    assert test_command.strip().endswith("-m pytest")
+    assert test_command.strip() in [line.removesuffix(" </dev/null") for line in CI.splitlines()]
+
+
+def test_commands_install_the_tested_versions() -> None:
+    commands = code_blocks("bash")
+    assert len(commands) == 2
+    for command in commands:
+        assert command.count("-m venv") == command.count("pip install -c constraints.txt -e ") == 1
+
+
+def test_example_prints_what_its_comments_say() -> None:
+    (example,) = code_blocks("python")
+    expected = re.findall(r"^print\(.*\)  # (.*)$", example, flags=re.MULTILINE)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    assert expected
+    assert printed.getvalue().splitlines() == expected
+
+
+def test_constraints_fix_every_version_once_per_python() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [
+        line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+( ; python_version (<|>=) \"3\.11\")?", line)
+    ] == []
+    keys = [re.sub(r"==[\w.]+", "", line).lower() for line in lines]
+    assert len(keys) == len(set(keys))
+    assert {"torch==2.13.0", 'transformers==5.23.0 ; python_version >= "3.11"'} <= set(lines)

@@ -1,0 +1,114 @@
+"""Every tutorial runs from top to bottom, and the numbers that its text quotes are the ones it computes.
+
+Text quotes a value as `**0.93**<!-- name -->`: bold for the reader, and the name of the notebook's variable for
+this test. Numbers hold within rounding to the decimals shown; anything else is compared as text.
+"""
+
+import copy
+import json
+import re
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
+QUOTE = re.compile(r"\*\*(?P<text>[^*\n]+)\*\*<!-- (?P<name>\w+) -->")
+NUMBER_WITHOUT_A_NAME = re.compile(r"\*\*[-+]?\d[\d.,]*%?\*\*(?!<!--)")
+MOST_BYTES = 200_000
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def find_quotes(notebook: Any) -> list[tuple[str, str]]:
+    """Pairs of quoted text and variable name, from all the notebook's text."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [(match["text"], match["name"]) for text in texts for match in QUOTE.finditer(text)]
+
+
+def agrees(quoted: str, value: object) -> bool:
+    """Whether a value is what was quoted, within rounding to as many decimals as are shown."""
+    if not isinstance(value, int | float):
+        return quoted == value
+    shown = Decimal(quoted)
+    # Half a unit in the last place is rounding; the rest is for processors that sum in another order.
+    return abs(shown - Decimal(value)) <= Decimal("0.55").scaleb(int(shown.as_tuple().exponent))
+
+
+def format_like(quoted: str, value: object) -> str:
+    """A value with as many decimals as what was quoted has; text as it is."""
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:.{len(quoted.partition('.')[2])}f}"
+
+
+def run_notebook(path: Path, names: list[str]) -> dict[str, Any]:
+    """Execute a notebook in this Python and return the values of some of its variables."""
+    notebook = copy.deepcopy(read(path))
+    report = (
+        f"import json, sys\nprint(json.dumps({{'python': sys.executable, **{{n: globals()[n] for n in {names!r}}}}}))"
+    )
+    notebook.cells.append(nbformat.v4.new_code_cell(report))
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    values: dict[str, Any] = json.loads(notebook.cells[-1].outputs[0].text)
+    return values
+
+
+def test_there_are_tutorials() -> None:
+    assert TUTORIALS
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_runs_and_quotes_what_it_computes(path: Path) -> None:
+    quotes = find_quotes(read(path))
+    assert quotes, "a tutorial whose text quotes nothing is not held to anything"
+    values = run_notebook(path, [name for _, name in quotes])
+    assert values.pop("python") == sys.executable
+    wrong = {name: (text, values[name]) for text, name in quotes if not agrees(text, values[name])}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_is_kept_as_its_readers_should_see_it(path: Path) -> None:
+    """With the outputs of one run from top to bottom, without errors, and small."""
+    notebook = read(path)
+    assert path.stat().st_size < MOST_BYTES
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert [output for cell in code for output in cell.outputs if output.output_type == "error"] == []
+    assert [output.text for cell in code for output in cell.outputs if output.get("name") == "stderr"] == []
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert NUMBER_WITHOUT_A_NAME.findall(text) == []
+    assert str(Path.home()) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("quoted", "value", "expected"),
+    [
+        ("0.93", 0.9349, True),
+        ("0.93", 0.936, False),
+        ("-1.5", -1.46, True),
+        ("-1.5", 1.5, False),
+        ("81", 81, True),
+        ("81", 82, False),
+        ("Mary", "Mary", True),
+        ("Mary", "John", False),
+    ],
+)
+def test_quotes_agree_within_rounding(quoted: str, value: object, expected: bool) -> None:
+    assert agrees(quoted, value) is expected
+
+
+@pytest.mark.parametrize(
+    ("quoted", "value", "expected"),
+    [("0.93", 1, "1.00"), ("7", 12, "12"), ("-1.5", 2.26, "2.3"), ("Mary", "Tom", "Tom")],
+)
+def test_refreshed_quotes_keep_their_decimals(quoted: str, value: object, expected: str) -> None:
+    assert format_like(quoted, value) == expected
+    assert agrees(expected, value)

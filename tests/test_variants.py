@@ -1,0 +1,94 @@
+"""Every architecture variant, loaded from disk, passes every check of `hooklens.verify`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hooklens import HookedCausalLM
+from hooklens.axes import HOOK_SITES, find_site
+from hooklens.verification import VerificationReport, verify
+from hooklens.verification.editing import CHANGES_LOGITS, EQUAL_COPY, IN_PLACE, REACHES, SPARES, STAYS
+from hooklens.verification.gradients import GRADIENT
+from hooklens.verification.reference import FLOAT32_BOUND, FLOAT64_BOUND, LOGITS
+from hooklens.verification.watching import AXES, EQUAL_IN_PLACE, FIRES, KEPT, SAME_TENSOR, WATCHING
+from tests.checkpoints import FALCON_VARIANTS, NEOX_VARIANTS, VARIANTS, save_variant
+
+PER_POINT = [
+    FIRES,
+    AXES,
+    WATCHING,
+    KEPT,
+    SAME_TENSOR,
+    EQUAL_COPY,
+    EQUAL_IN_PLACE,
+    CHANGES_LOGITS,
+    REACHES,
+    SPARES,
+    STAYS,
+    IN_PLACE,
+    GRADIENT,
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_passes_every_check(variant: str, tmp_path: Path) -> None:
+    report = verify(save_variant(variant, tmp_path), progress=False)
+
+    assert report.passed, str(report)
+    assert report.notes == ()
+    _assert_every_point_checked(report, tmp_path)
+    _assert_bounds_as_promised(report, variant)
+
+
+def _assert_every_point_checked(report: VerificationReport, folder: Path) -> None:
+    """`hook_table` and the checks name the same points: none is left out."""
+    names = set(HookedCausalLM.from_pretrained(folder).hook_table()["name"])
+    for check, results in report.by_check().items():
+        if check in PER_POINT:
+            assert {result.subject for result in results} & names == names, check
+    assert set(PER_POINT) <= set(report.by_check())
+
+
+def _assert_bounds_as_promised(report: VerificationReport, variant: str) -> None:
+    """The bounds that verify adapts to large networks are the plain ones here, and every batch was compared.
+
+    Half precision has its own bound, 1.2 times the reference's error.
+    """
+    logits = report.by_check()[LOGITS]
+    assert len(logits) == 15
+    for result in logits:
+        dtype, _, batch = result.subject.partition(", ")
+        assert dtype in ("float32", "float64", "bfloat16")
+        assert batch.endswith("-padded") or batch.startswith("single row")
+        if dtype == "float32":
+            assert result.measured <= FLOAT32_BOUND
+        # RMSNorm is computed in float32 in transformers, whatever the model's dtype.
+        if dtype == "float64" and variant in NEOX_VARIANTS + FALCON_VARIANTS:
+            assert result.bound == FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("variant", ["neox-parallel", "llama-gqa", "falcon-rw"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_variant_in_other_dtypes(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Hook points keep their promises in the dtype of the checkpoint, whatever that is."""
+    report = verify(save_variant(variant, tmp_path, dtype=dtype), dtypes=(dtype,), progress=False)
+
+    assert report.passed, str(report)
+    assert str(dtype).removeprefix("torch.") in report.subject
+
+
+def test_variants_have_every_kind_of_point_that_the_families_use(tmp_path: Path) -> None:
+    """What no variant has (learned positions, query-key norm, norms after) is tested in test_verification.py."""
+    seen = set()
+    for number, variant in enumerate(("neox-sequential", "llama-gqa", "falcon-7b")):
+        model = HookedCausalLM.from_pretrained(save_variant(variant, tmp_path / str(number)))
+        seen |= {site.template for name in model.hook_points() if (site := find_site(name)) is not None}
+    unseen = {template for template in HOOK_SITES if template not in seen}
+    assert {name.removeprefix("blocks.{i}.").partition(".hook")[0] for name in unseen} == {
+        "hook_pos_embed",
+        "attn.q_norm",
+        "attn.k_norm",
+        "ln1_post",
+        "ln2_post",
+    }
