@@ -17,8 +17,9 @@ from torch import Tensor
 from hooklens.errors import EditError
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.prompts import Prompts
-from hooklens.hooks.edits import Add, Edit, Indices, Mean, Phase, Project, Replace, Scale, TokenIndex, Zero
+from hooklens.hooks.edits import Add, Edit, Mean, Project, Replace, Scale, Zero
 from hooklens.hooks.point import HookPoint
+from hooklens.hooks.selection import Indices, Phase, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ token. Tokens that are not part of the current call are left alone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,33 +21,14 @@ from hooklens.axes import HookSite, find_site
 from hooklens.errors import EditError
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
-
-Phase = Literal["prefill", "decode"]
-Indices = int | Sequence[int] | slice | None
-
-
-@runtime_checkable
-class TokenIndex(Protocol):
-    """Which tokens a call runs: what an edit needs to find its positions.
-
-    Attributes:
-        token_index: `[batch pos]`, the position of each column's token in its row's whole sequence; -1 for
-            padding.
-        n_tokens: `[batch]`, real tokens of each row so far, those in a cache included.
-        phase: `"prefill"`, or `"decode"` while generating.
-    """
-
-    @property
-    def token_index(self) -> Tensor:
-        """`[batch pos]`."""
-
-    @property
-    def n_tokens(self) -> Tensor:
-        """`[batch]`."""
-
-    @property
-    def phase(self) -> Phase:
-        """What the call is part of."""
+from hooklens.hooks.selection import (
+    Indices,
+    Selection,
+    TokenIndex,
+    axes_in_canonical_order,
+    in_slice,
+    resolve_indices,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +55,7 @@ class Edit(ABC):
             raise EditError(f"{self._subject()}: when is {self.when!r}; expected 'all', 'prefill' or 'decode'")
 
     @abstractmethod
-    def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: "Selection") -> Tensor:
+    def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
         """The new values of a region, in the region's shape.
 
         Args:
@@ -107,14 +88,14 @@ class Edit(ABC):
 
     def _apply_to_region(self, tensor: Tensor, site: HookSite, name: str, tokens: TokenIndex | None) -> Tensor | None:
         subject = self._subject(name)
-        order = _axes_in_canonical_order(site.axes)
+        order = axes_in_canonical_order(site.axes)
         canonical = tensor.permute(order)
         axes = tuple(site.axes[i] for i in order)
         has_heads = len(axes) > 2 and axes[2] in ("head", "kv_head")
         if self.head is not None and not has_heads:
             raise EditError(f"{subject}: head={self.head!r}, but its axes are {list(site.axes)}, without heads")
 
-        rows = _resolve_indices(self.rows, canonical.shape[0], f"{subject}: rows", "rows")
+        rows = resolve_indices(self.rows, canonical.shape[0], f"{subject}: rows", "rows")
         columns, real = self._find_columns(rows, canonical.shape[1], subject, tokens, tensor.device)
         pair_row, pair_slot = real.nonzero(as_tuple=True)
         if pair_row.numel() == 0:
@@ -136,7 +117,7 @@ class Edit(ABC):
         if isinstance(self.pos, slice):
             selection = selection.with_slice(self.pos, batch_index, pos_index, tokens, canonical.shape[1])
         if has_heads and self.head is not None:
-            heads = _resolve_indices(self.head, canonical.shape[2], f"{subject}: head", "heads")
+            heads = resolve_indices(self.head, canonical.shape[2], f"{subject}: head", "heads")
             index = (batch_index[:, None], pos_index[:, None], torch.as_tensor(heads, device=tensor.device)[None, :])
         region = canonical[index]
         edited = canonical.clone()
@@ -164,7 +145,7 @@ class Edit(ABC):
             columns = torch.arange(n_columns, device=device).expand(len(rows), n_columns)
             if self.pos is None:
                 return columns, token_index >= 0
-            return columns, _in_slice(token_index, self.pos, n_tokens)
+            return columns, in_slice(token_index, self.pos, n_tokens)
         wanted = torch.as_tensor([self.pos] if isinstance(self.pos, int) else list(self.pos), device=device)
         absolute = torch.where(wanted[None, :] < 0, wanted[None, :] + n_tokens[:, None], wanted[None, :])
         outside = (absolute < 0) | (absolute >= n_tokens[:, None])
@@ -174,115 +155,15 @@ class Edit(ABC):
                 f"{subject}: position {int(wanted[slot])} is outside row {rows[row]}, which has {int(n_tokens[row])} "
                 "tokens"
             )
+        doubled = (absolute[:, :, None] == absolute[:, None, :]).sum((1, 2)) > absolute.shape[1]
+        if doubled.any():
+            row = rows[int(doubled.nonzero()[0])]
+            raise EditError(f"{subject}: pos={self.pos!r} names a token of row {row} twice; name it once")
         matches = token_index[:, None, :] == absolute[:, :, None]
         return matches.int().argmax(-1), matches.any(-1)
 
     def _subject(self, name: str | None = None) -> str:
         return f"edit {type(self).__name__}({name or self.name!r})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The part of a tensor that an edit touches, and how a value is laid over it.
-
-    Attributes:
-        subject: the edit, for messages.
-        tensor_shape: shape of the whole tensor.
-        n_rows: rows selected.
-        drop_pos, drop_head: a single int was given, so a value has no such axis.
-        heads_first: the tensor's head axis stands before its position axis.
-        pair_row: for each entry of the region's `token` axis, which selected row it is; None when the region is
-            the whole tensor.
-        layouts: the sizes that a value's position axis may have, each with the index on it of every entry of the
-            `token` axis.
-    """
-
-    subject: str
-    tensor_shape: tuple[int, ...]
-    n_rows: int
-    drop_pos: bool = False
-    drop_head: bool = False
-    heads_first: bool = False
-    pair_row: Tensor | None = None
-    layouts: tuple[tuple[int, Tensor], ...] = ()
-
-    def with_slice(
-        self, wanted: slice, batch_index: Tensor, pos_index: Tensor, tokens: TokenIndex | None, n_columns: int
-    ) -> "Selection":
-        """The selection of a slice of positions: a value may also have just the positions in the slice.
-
-        That needs as many of them in every row; whether a row's tokens are all part of this call does not matter.
-        """
-        if tokens is None:
-            lengths, token_index = torch.full_like(batch_index, n_columns), pos_index
-        else:
-            lengths = tokens.n_tokens.to(pos_index.device)[batch_index]
-            token_index = tokens.token_index.to(pos_index.device)[batch_index, pos_index]
-        ranges = {length: range(*wanted.indices(length)) for length in set(lengths.tolist())}
-        if len({len(positions) for positions in ranges.values()}) > 1:
-            return self
-        first = torch.zeros_like(lengths)
-        for length, positions in ranges.items():
-            first[lengths == length] = positions.start
-        step = 1 if wanted.step is None else wanted.step
-        n_positions = len(next(iter(ranges.values())))
-        return replace(self, layouts=((n_positions, (token_index - first) // step), *self.layouts))
-
-    def lay_over(self, value: Tensor | float, region: Tensor, region_axes: tuple[str, ...]) -> Tensor:
-        """Bring a value to the region's shape.
-
-        A value is a number; or has the shape of the selected part of the tensor (its axes in their own order, those
-        chosen by a single int left out); or that without the batch axis, for all rows alike; or is a vector along
-        the last axis. Nothing else is accepted, and nothing is cast.
-
-        For a slice of positions, the position axis is the slice's length, where that is the same in all rows, or
-        all columns of the call, of which the selected ones are read.
-
-        Raises:
-            EditError: the value has another shape, dtype or device.
-        """
-        if not isinstance(value, Tensor):
-            return torch.full_like(region, value)
-        if value.dtype != region.dtype or value.device != region.device:
-            raise EditError(
-                f"{self.subject}: the value is {value.dtype} on {value.device}, the activation {region.dtype} on "
-                f"{region.device}; convert the value first"
-            )
-        if value.shape == region.shape[-1:] or value.ndim == 0:
-            return value.expand_as(region)
-        if self.pair_row is None:
-            allowed = [tuple(region.shape), tuple(region.shape[1:])]
-            if tuple(value.shape) in allowed:
-                return value.expand_as(region)
-            raise self._wrong_shape(value, allowed, region)
-        allowed = []
-        heads = list(region.shape[1:2]) if region_axes[1] in ("head", "kv_head") else []
-        for n_positions, slot in self.layouts:
-            positions = [] if self.drop_pos else [n_positions]
-            kept_heads = [] if self.drop_head else heads
-            front = kept_heads + positions if self.heads_first else positions + kept_heads
-            per_row = (*front, *region.shape[1 + len(heads) :])
-            allowed += [(self.n_rows, *per_row), per_row]
-            if tuple(value.shape) in allowed[-2:]:
-                n_laid = self.n_rows if value.ndim == len(per_row) + 1 else 1
-                return self._spread(value, n_laid, n_positions, heads, region)[self.pair_row, slot]
-        raise self._wrong_shape(value, allowed, region)
-
-    def _spread(self, value: Tensor, n_laid: int, n_positions: int, heads: list[int], region: Tensor) -> Tensor:
-        """A value as `[rows positions (heads) ...]`."""
-        rest = region.shape[1 + len(heads) :]
-        if self.heads_first and heads:
-            laid = value.reshape(n_laid, *heads, n_positions, *rest).transpose(1, 2)
-        else:
-            laid = value.reshape(n_laid, n_positions, *heads, *rest)
-        return laid.expand(self.n_rows, *laid.shape[1:])
-
-    def _wrong_shape(self, value: Tensor, allowed: list[tuple[int, ...]], region: Tensor) -> EditError:
-        shapes = " or ".join(str(list(shape)) for shape in dict.fromkeys(allowed))
-        return EditError(
-            f"{self.subject}: the value has shape {list(value.shape)}; expected {shapes} (without rows: for all rows "
-            f"alike), a vector [{region.shape[-1]}], or a number; the activation is {list(self.tensor_shape)}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,32 +277,3 @@ class Custom(Edit):
                 f"{region.dtype}"
             )
         return returned
-
-
-def _axes_in_canonical_order(axes: tuple[str, ...]) -> list[int]:
-    """Batch first, then the position axis, then heads, then the rest."""
-    position = "query" if "query" in axes else "pos"
-    front = [axes.index("batch"), axes.index(position)]
-    heads = [i for i, axis in enumerate(axes) if axis in ("head", "kv_head")]
-    return front + heads + [i for i in range(len(axes)) if i not in front + heads]
-
-
-def _resolve_indices(wanted: Indices, size: int, subject: str, noun: str) -> list[int]:
-    if wanted is None:
-        return list(range(size))
-    if isinstance(wanted, slice):
-        return list(range(size))[wanted]
-    indices = [wanted] if isinstance(wanted, int) else list(wanted)
-    outside = [index for index in indices if not -size <= index < size]
-    if outside:
-        raise EditError(f"{subject}: {outside} out of range; there are {size} {noun}, 0 to {size - 1}")
-    return [index % size for index in indices]
-
-
-def _in_slice(token_index: Tensor, wanted: slice, n_tokens: Tensor) -> Tensor:
-    """Which columns hold tokens inside a slice of each row's positions."""
-    inside = torch.zeros_like(token_index, dtype=torch.bool)
-    for row, length in enumerate(n_tokens.tolist()):
-        chosen = torch.tensor(range(*wanted.indices(int(length))), device=token_index.device)
-        inside[row] = torch.isin(token_index[row], chosen)
-    return inside

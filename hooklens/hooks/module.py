@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from hooklens.errors import HookLensError, HookNameError
 from hooklens.hooks.capture import Capture, PosSlice
-from hooklens.hooks.edits import Edit, TokenIndex
+from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter, select_names
 from hooklens.hooks.point import Direction, HookFunction, HookHandle, HookPoint
+from hooklens.hooks.selection import TokenIndex
 
 HookList = Sequence[tuple[NamesFilter, HookFunction]]
 

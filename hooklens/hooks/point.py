@@ -3,7 +3,8 @@
 A hook point returns its input after one attribute check when nobody listens. Three kinds of listeners
 attach to it, and run in this order:
 
-1. hooks, `fn(tensor, hook) -> None | tensor`, may edit: in place, or by returning another tensor;
+1. hooks, `fn(tensor, hook) -> None | tensor`, may edit: by returning another tensor, or in place by tensor
+   operations (a write through `.data` or `.numpy()` leaves no trace that could be noticed);
 2. gradient hooks, `fn(grad, hook) -> None | grad`, run in the backward pass;
 3. captures only look, and see what the hooks made of the tensor.
 """

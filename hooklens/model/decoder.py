@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hooklens.config import HookedConfig, LearnedPositions, RotaryPositions
 from hooklens.errors import CacheError, InputError
 from hooklens.hooks import HookedModule, HookPoint
-from hooklens.hooks.edits import Phase, TokenIndex
+from hooklens.hooks.selection import Phase, TokenIndex
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.block import Block
 from hooklens.model.embed import Embed, PosEmbed, TiedUnembed, Unembed

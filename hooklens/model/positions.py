@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.errors import InputError
-from hooklens.hooks.edits import Phase
+from hooklens.hooks.selection import Phase
 
 LogitsAt = int | slice | Sequence[int] | None
 
