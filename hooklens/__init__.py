@@ -21,6 +21,7 @@ from hooklens.config import (
 from hooklens.errors import HookLensError
 from hooklens.hooks import HookedModule, HookPoint, edits
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
+from hooklens.verification import VerificationReport, verify
 from hooklens.weights.factored import FactoredMatrix
 
 __version__ = "0.1.0"
@@ -40,6 +41,8 @@ __all__ = [
     "NormConfig",
     "RotaryPositions",
     "RotaryScaling",
+    "VerificationReport",
     "edits",
     "get_act_name",
+    "verify",
 ]

@@ -115,7 +115,7 @@ SAVED_VARIANTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "step"), itertools.product(SAVED_VARIANTS, STEPS))
+@pytest.mark.parametrize(("variant", "step"), list(itertools.product(SAVED_VARIANTS, STEPS)))
 def test_a_processed_model_is_saved_whole_or_not_at_all(variant, step, tmp_path):
     """Either the folder gives equal logits in transformers, or the text names the fields and nothing is written."""
     model = HookedCausalLM.from_hf(build_variant(variant))

@@ -49,8 +49,8 @@ class Recipe:
         warmup: share of the steps until the top.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
-        repeats_from: share of the steps before which repeated sequences are rare. A network with parallel blocks
-            that can repeat first is slow to learn which of two names not to repeat.
+        repeats_from: share of the steps before which repeated sequences are rare. A network that can repeat
+            first is slow to learn which of two names not to repeat.
         threads: CPU threads; their number decides the order of sums, so it is part of the recipe.
         measure_every: steps between the entries of the record's history of skills.
     """
@@ -63,7 +63,7 @@ class Recipe:
     warmup: float = 0.05
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    repeats_from: float = 0.0
+    repeats_from: float = 0.4
     threads: int = 1
     measure_every: int = 200
 
@@ -80,9 +80,9 @@ _EARLY_REPEATS = 0.03
 
 # What each architecture is trained with.
 RECIPES: dict[str, Recipe] = {
-    "tiny-gpt-neox": Recipe(repeats_from=0.4, steps=2000),
-    "tiny-llama": Recipe(),
-    "tiny-falcon": Recipe(repeats_from=0.4, steps=2000),
+    "tiny-gpt-neox": Recipe(seed=1, steps=2400, weight_decay=0.1),
+    "tiny-llama": Recipe(seed=1, steps=2400, weight_decay=0.1),
+    "tiny-falcon": Recipe(steps=2000),
 }
 
 

@@ -5,7 +5,7 @@ A new command is a module here with a documented function, and one line below.
 
 import typer
 
-from hooklens.cli import convert, demo, generate, info, score, verify
+from hooklens.cli import convert, demo, generate, info, patch, score, verify
 from hooklens.cli.group import HookLensGroup
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo.demo, info.info, verify.verify, convert.convert, generate.generate, score.score):
+for command in (demo.demo, info.info, verify.verify, convert.convert, generate.generate, score.score, patch.patch):
     app.command()(command)
 
 __all__ = ["app"]

@@ -1,0 +1,155 @@
+"""What is read of each component of the stream: its vector, the norm of it, or numbers along directions.
+
+A norm is not linear, but with its denominator held at the value it had in the run it is:
+
+    norm(x) = (x - mean(x)) / scale * gain + bias        (an RMSNorm has no mean and no bias)
+
+so the parts of `x` go through it one by one and their sum, plus `bias`, is the norm's true output. For the
+same reason a direction can be pulled back through it, `<norm(x) - bias, d> = <x, centre(gain * d)> / scale`,
+and a component that is a product (a head's `z W_O`, a neuron's `post W_out`) is projected by projecting its
+weights first: nothing of size components x positions x d_model is made.
+
+Arithmetic is in the precision of the activations, but at least in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.activation_cache.captured import CapturedActivations
+from hooklens.activation_cache.stream import PosSlice, require, require_weight, take_positions
+from hooklens.errors import CacheError
+
+
+def widen(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The tensor in the precision that sums are taken in: at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def like(weight: Float[Tensor, "..."], activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A weight where an activation is, in the precision that its sums are taken in."""
+    return weight.to(activation.device, torch.promote_types(activation.dtype, torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenNorm:
+    """A norm with its denominator held fixed; see the module.
+
+    Attributes:
+        scale: the denominator at each position.
+        gain: what each entry is multiplied with.
+        bias: what is added in the end; no part of a component's share.
+        centres: whether the mean is subtracted.
+    """
+
+    scale: Float[Tensor, "*batch_pos one"]
+    gain: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"] | None
+    centres: bool
+
+    def apply(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """A component's share of the norm's output, without the bias."""
+        return self._centre(widen(x)) / self.scale * self.gain
+
+    def pull_back(self, directions: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Directions whose product with `x`, over `scale`, is the product of the given ones with `apply(x)`."""
+        return self._centre(directions * self.gain)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+
+def freeze_norm(cache: CapturedActivations, norm: str, *, pos_slice: PosSlice = None, purpose: str) -> FrozenNorm:
+    """The norm called `norm` (`"ln_final"`, `"blocks.3.ln1"`) with the denominator it had in the run.
+
+    Raises:
+        MissingActivationError: its `hook_scale` was not captured.
+        CacheError: the cache has no weights.
+    """
+    point = f"{norm}.hook_scale"
+    require(cache, [point], purpose=purpose)
+    scale = widen(take_positions(cache[point], -2, pos_slice))
+    weight = like(require_weight(cache, f"{norm}.w"), scale)
+    return FrozenNorm(
+        scale=scale,
+        gain=1 + weight if cache.cfg.norm.unit_offset else weight,
+        bias=like(require_weight(cache, f"{norm}.b"), scale) if cache.cfg.norm.bias else None,
+        centres=cache.cfg.norm.kind == "layer",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readout:
+    """How the components of a decomposition are read.
+
+    Attributes:
+        pos_slice: the positions.
+        norm: read them through this norm.
+        directions: read their products with these directions, `n` numbers in the place of the vector;
+            leading axes broadcast with batch and pos.
+    """
+
+    pos_slice: PosSlice = None
+    norm: FrozenNorm | None = None
+    directions: Float[Tensor, "*batch_pos n d_model"] | None = None
+
+    def read_vectors(self, x: Float[Tensor, "... pos d_model"]) -> Float[Tensor, "... read"]:
+        """What is read of vectors of the stream; they keep their dtype if they are read as they are."""
+        return self.read_taken(take_positions(x, -2, self.pos_slice))
+
+    def read_taken(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... read"]:
+        """The same for vectors whose positions have been taken."""
+        if self.norm is not None:
+            x = self.norm.apply(x)
+        if self.directions is None:
+            return x
+        return torch.einsum("...d,...nd->...n", widen(x), self._directions_like(x))
+
+    def read_products(
+        self,
+        factors: Float[Tensor, "*batch_pos part inner"],
+        weight: Float[Tensor, "part inner d_model"],
+        exit_norm: FrozenNorm | None,
+    ) -> Float[Tensor, "part *batch_pos read"]:
+        """What is read of components that are products of activations and weights.
+
+        Args:
+            factors: the activations of each component, positions taken.
+            weight: the map of each component into the stream.
+            exit_norm: a norm between the map and the stream.
+        """
+        weight = like(weight, factors)
+        factors = widen(factors)
+        if self.directions is None:
+            vectors = torch.einsum("...kh,khd->k...d", factors, weight)
+            return self.read_taken(vectors if exit_norm is None else exit_norm.apply(vectors))
+        directions = self._directions_like(factors)
+        for norm in (self.norm, exit_norm):
+            directions = directions if norm is None else norm.pull_back(directions)
+        projected = torch.einsum("khd,...nd->...khn", weight, directions)
+        values = torch.einsum("...kh,...khn->k...n", factors, projected)
+        for norm in (self.norm, exit_norm):
+            values = values if norm is None else values / norm.scale
+        return values
+
+    def _directions_like(self, activation: Tensor) -> Tensor:
+        assert self.directions is not None
+        return like(self.directions, activation)
+
+
+def check_projection(directions: Tensor | None, d_model: int) -> Tensor | None:
+    """Directions `[d_model]` or `[d_model, n]` as `[n, d_model]`.
+
+    Raises:
+        CacheError: another shape.
+    """
+    if directions is None:
+        return None
+    if directions.ndim not in (1, 2) or directions.shape[0] != d_model:
+        raise CacheError(
+            f"project_output_onto has shape {list(directions.shape)}; expected [{d_model}] or [{d_model}, n]: "
+            "directions of the stream as columns"
+        )
+    return directions[None] if directions.ndim == 1 else directions.T

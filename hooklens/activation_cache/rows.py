@@ -1,0 +1,78 @@
+"""Choosing rows of the batch, and the positions of a row that are no padding."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooklens.activation_cache.memory import take
+from hooklens.errors import CacheError, join_names
+
+Axes = tuple[str, ...] | None
+
+
+def select_rows(rows: int | slice | list[int], batch: int) -> range | list[int]:
+    """The indices (from 0 on) of rows of the batch.
+
+    Raises:
+        CacheError: a row is out of range, or none is selected.
+    """
+    if isinstance(rows, slice):
+        indices: range | list[int] = range(batch)[rows]
+        if not indices:
+            raise CacheError(f"rows {rows} select none of the {batch} rows of this cache")
+        return indices
+    wanted = [rows] if isinstance(rows, int) else rows
+    outside = [row for row in wanted if isinstance(row, bool) or not -batch <= row < batch]
+    if outside or not wanted:
+        found = f"rows {outside} are not in this cache" if outside else "an empty list selects no rows"
+        raise CacheError(f"{found}; it has {batch} rows, 0 to {batch - 1} (or -{batch} to -1 from the end)")
+    return [row % batch for row in wanted]
+
+
+def kept_positions(mask: Bool[Tensor, " pos"]) -> list[int]:
+    """The positions that a mask marks as real."""
+    return [index for index, keep in enumerate(mask.tolist()) if keep]
+
+
+def strip_padding(tensor: Tensor, axes: Axes, mask: Bool[Tensor, " key"], n_new: int) -> Tensor:
+    """An activation without the positions that `mask` rules out of its pos, query and key axes.
+
+    Args:
+        tensor: of one row.
+        axes: its axes.
+        mask: over past + new tokens, or over the new tokens only; past keys it does not cover are kept.
+        n_new: how many of the mask's last entries are new tokens.
+    """
+    positions, masked_keys = kept_positions(mask[len(mask) - n_new :]), kept_positions(mask)
+    for axis, word in enumerate(axes or ()):
+        if word in {"pos", "query"}:
+            tensor = take(tensor, axis, positions)
+        elif word == "key":
+            n_unmasked = tensor.shape[axis] - len(mask)
+            tensor = take(tensor, axis, [*range(n_unmasked), *(n_unmasked + key for key in masked_keys)])
+    return tensor
+
+
+def check_positions(activations: Mapping[str, tuple[Tensor, Axes]], *, n_new: int, n_masked: int) -> None:
+    """Refuse activations whose pos, query or key axis is not the whole of the run.
+
+    Raises:
+        CacheError: lists the activations that do not fit.
+    """
+    bad = []
+    for name, (tensor, axes) in activations.items():
+        if axes is None or len(axes) != tensor.ndim:
+            bad.append(f"{name} {list(tensor.shape)}: its axes are not known")
+            continue
+        for word, size in zip(axes, tensor.shape, strict=True):
+            if word in {"pos", "query"} and size != n_new:
+                bad.append(f"{name}: {size} positions")
+            # A mask over the new tokens only says nothing about the keys of the past.
+            if word == "key" and (size < n_masked or size > n_masked > n_new):
+                bad.append(f"{name}: {size} keys")
+    if bad:
+        raise CacheError(
+            f"unpad: the run has {n_new} new positions and a mask over {n_masked}, which do not fit "
+            f"{join_names(bad, limit=5)}; capture without pos_slice, and leave points outside the model's own out"
+        )

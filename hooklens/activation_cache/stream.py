@@ -1,0 +1,158 @@
+"""Places on the residual stream, and what a decomposition there needs of a cache.
+
+The stream that enters attention or MLP of block `layer` is the sum of all that was written below:
+
+    stream(layer) = embed + pos_embed + sum over l < layer of (attn_out[l] + mlp_out[l])
+
+(Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). `layer = n_layers` is the stream
+that the final norm and the unembedding read.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.activation_cache.captured import CapturedActivations
+from hooklens.activation_cache.missing import MissingActivationError, explain_missing, why_absent
+from hooklens.config import HookedConfig
+from hooklens.errors import CacheError, join_names
+
+PosSlice = int | slice | Sequence[int] | Tensor | None
+"""Positions to read, counted over the captured ones; an int drops the axis, None is all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPoint:
+    """A place on the residual stream of a model; `locate` checks one.
+
+    Attributes:
+        cfg: the model's configuration.
+        layer: the block that reads the stream there; `n_layers` is the unembedding.
+        mlp_input: the block's MLP reads it, not its attention.
+    """
+
+    cfg: HookedConfig
+    layer: int
+    mlp_input: bool
+
+    @property
+    def has_mid(self) -> bool:
+        """Whether this is the place between attention and MLP of a sequential block."""
+        return self.mlp_input and self.cfg.wiring == "sequential"
+
+    @property
+    def attention_layers(self) -> range:
+        """Layers whose attention has written to the stream here; the MLP of a parallel block reads beside it."""
+        return range(self.layer + self.has_mid)
+
+    @property
+    def mlp_layers(self) -> range:
+        """Layers whose MLP has written to the stream here."""
+        return range(self.layer)
+
+    @property
+    def norm(self) -> str | None:
+        """The norm through which the stream is read here; None where blocks read it as it is."""
+        if self.layer == self.cfg.n_layers:
+            return "ln_final"
+        if not self.cfg.norm_before:
+            return None
+        own_norm = self.mlp_input and not self.cfg.shared_norm
+        return f"blocks.{self.layer}.{'ln2' if own_norm else 'ln1'}"
+
+    @property
+    def names(self) -> list[str]:
+        """Hook points that carry the stream here, the one to prefer first."""
+        if self.layer == self.cfg.n_layers:
+            return [f"blocks.{self.layer - 1}.hook_resid_post"] if self.layer else ["hook_embed"]
+        block = f"blocks.{self.layer}"
+        if self.has_mid:
+            return [f"{block}.hook_resid_mid", f"{block}.hook_mlp_in"]
+        below = [f"blocks.{self.layer - 1}.hook_resid_post"] if self.layer else []
+        return [f"{block}.hook_resid_pre", *below]
+
+    def read(self, cache: CapturedActivations) -> Float[Tensor, "*batch pos d_model"]:
+        """The stream here.
+
+        Raises:
+            MissingActivationError: it was not captured.
+        """
+        held = next((name for name in self.names if name in cache), self.names[0])
+        return cache[held]
+
+
+def locate(cfg: HookedConfig, layer: int | None, *, mlp_input: bool = False) -> StreamPoint:
+    """The place that `layer` names: 0 to `n_layers`; None and -1 are the end of the stream.
+
+    Raises:
+        CacheError: the layer is out of range, or the end of the stream has no MLP.
+    """
+    end = layer is None or layer == -1
+    resolved = cfg.n_layers if end or layer is None else layer
+    if not 0 <= resolved <= cfg.n_layers:
+        raise CacheError(
+            f"layer {layer} is out of range: the stream enters layers 0 to {cfg.n_layers - 1}, and {cfg.n_layers} "
+            "(or None, or -1) is its end, which the unembedding reads"
+        )
+    if mlp_input and resolved == cfg.n_layers:
+        raise CacheError(
+            f"mlp_input: layer {layer} is the end of the stream, which the unembedding reads, not an MLP; "
+            f"give a layer from 0 to {cfg.n_layers - 1}"
+        )
+    return StreamPoint(cfg=cfg, layer=resolved, mlp_input=mlp_input)
+
+
+def require(cache: CapturedActivations, names: Iterable[str], *, purpose: str) -> None:
+    """Refuse a cache that lacks activations; all that are missing are told at once.
+
+    Raises:
+        MissingActivationError: names what to capture.
+    """
+    missing = [name for name in names if name not in cache]
+    if not missing:
+        return
+    absent = next((name for name in missing if why_absent(name, cache.cfg) is not None), None)
+    if absent is not None:
+        raise MissingActivationError(f"{purpose}: {explain_missing(absent, cache, cache.cfg)}")
+    raise MissingActivationError(
+        f"{purpose} needs activations that this cache does not hold: {join_names(missing)}; "
+        "add them to names_filter (None captures all but the on-request ones)"
+    )
+
+
+def require_weight(cache: CapturedActivations, name: str) -> Tensor:
+    """A weight of the model of the run.
+
+    Raises:
+        CacheError: the cache has no weights, or not this one.
+    """
+    if cache.weights is None:
+        raise CacheError(
+            f"the cache holds no weights, and {name!r} is needed; a cache read from a file has none. Give it its "
+            "model's: cache = hooklens.analysis.connect_cache(cache, model)"
+        )
+    if name not in cache.weights:
+        raise CacheError(f"the weights that the cache was given lack {name!r}; expected those of the model of the run")
+    return cache.weights[name]
+
+
+def take_positions(tensor: Tensor, axis: int, pos_slice: PosSlice) -> Tensor:
+    """Some positions of an activation; `axis` counts from the end (`-2` in the stream).
+
+    Raises:
+        CacheError: a position is out of range.
+    """
+    if pos_slice is None:
+        return tensor
+    if isinstance(pos_slice, slice):
+        return tensor.movedim(axis, 0)[pos_slice].movedim(0, axis)
+    index = torch.as_tensor(pos_slice, device=tensor.device)
+    n_pos = tensor.shape[axis]
+    if index.numel() and not bool(((-n_pos <= index) & (index < n_pos)).all()):
+        raise CacheError(f"pos_slice={pos_slice!r} is out of range: {n_pos} positions were captured")
+    if index.ndim == 0:
+        return tensor.select(axis, int(index))
+    return tensor.index_select(axis, index % n_pos)

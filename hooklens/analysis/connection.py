@@ -1,0 +1,35 @@
+"""Putting a cache and a model together, if they belong together."""
+
+import dataclasses
+
+from hooklens.activation_cache import ActivationCache
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import CacheError, TransformError
+from hooklens.weights.processing import check_transforms_match
+
+
+def connect_cache(cache: ActivationCache, model: HookedCausalLM) -> ActivationCache:
+    """The cache with the model's weights to read it by; for one that was read from a file, say.
+
+    Activations of a model read by the weights of another give numbers that look like any others, so both
+    records have to match: the configuration and the steps of weight processing.
+
+    Raises:
+        TransformError: the weights were processed differently; names both records.
+        CacheError: the configurations differ; names the fields and both values.
+    """
+    try:
+        check_transforms_match(cache.transforms, model.transforms)
+    except TransformError as error:
+        raise TransformError(f"the cache (first) and the model (second) do not belong together: {error}") from error
+    fields = [field.name for field in dataclasses.fields(cache.cfg) if field.compare]
+    pairs = [(name, getattr(cache.cfg, name), getattr(model.cfg, name)) for name in fields]
+    differing = [
+        f"{name} is {ours!r} in the cache and {theirs!r} in the model" for name, ours, theirs in pairs if ours != theirs
+    ]
+    if differing:
+        raise CacheError(
+            f"the cache is of another model: {'; '.join(differing)}; run this model with run_with_cache, or take the "
+            "cache's own"
+        )
+    return cache.with_weights(model.named_weights())

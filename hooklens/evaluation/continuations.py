@@ -1,0 +1,114 @@
+"""The log-probability of many continuations of one prefix, as a table."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+from hooklens.evaluation.batching import BatchSize, check_batch_size
+from hooklens.evaluation.prefix import Text, encode_continuation, make_prefix
+from hooklens.evaluation.scoring import RowScore, check_context, score_rows
+from hooklens.hooks.edits import Edit
+from hooklens.optional import import_package
+
+if TYPE_CHECKING:
+    import pandas
+
+_SHOWN = 10
+
+
+def score_continuations(
+    model: HookedCausalLM,
+    prefix: Text,
+    continuations: Sequence[Text],
+    *,
+    batch_size: BatchSize = "auto",
+    edits: Sequence[Edit] = (),
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> "pandas.DataFrame":
+    r"""Score continuations of a prefix; the prefix runs once.
+
+    A continuation that is text is encoded alone, without BOS or other special tokens, so begin it with a space
+    where the text has one. Where the tokenizer would split prefix and continuation together in another way, give
+    token ids.
+
+    Edits act as on the full sequence. Those that may act on several tokens at once (`Custom`, `Mean`, several
+    positions, positions from the end, attention scores and patterns) make each full sequence run alone.
+
+    Args:
+        model: scores.
+        prefix: text, or token ids `[pos]` or `[1 pos]`.
+        continuations: texts or rows of token ids, mixed as you like.
+        batch_size: rows at once; `"auto"` by memory, see `batching.estimate_bytes_per_token`.
+        edits: values from `hooklens.edits`; they name no rows.
+        prepend_bos: for a prefix that is text; None is the tokenizer's own rule.
+        progress: show a progress bar.
+
+    Returns:
+        A row per continuation, in the order given: `index`; `continuation`, its text (None without a tokenizer);
+        `tokens`, its ids; `n_tokens`; `n_bytes`, of the text in UTF-8; `logprob`, the sum in nats;
+        `logprob_per_token`; `logprob_per_byte` (NaN without a text); `token_logprobs`; `is_greedy`, whether it is
+        what greedy decoding gives.
+
+    Raises:
+        InputError: no continuation, empty ones, or such as do not fit the context (all are named).
+    """
+    check_batch_size(batch_size)
+    rows = encode_all(model, continuations)
+    ready = make_prefix(model, prefix, edits=edits, prepend_bos=prepend_bos)
+    check_context(model, len(ready), [len(row) for row in rows])
+    scores: dict[int, RowScore] = {}
+    bar = import_package("tqdm.auto").tqdm(total=len(rows), desc="scoring", disable=not progress, leave=False)
+    with bar:
+        for batch in score_rows(model, ready, rows, batch_size=batch_size):
+            scores.update(batch)
+            bar.update(len(batch))
+    records = [
+        {"index": i, **describe_score(model, continuations[i], rows[i], scores[i])} for i in range(len(continuations))
+    ]
+    table: pandas.DataFrame = import_package("pandas").DataFrame(records)
+    return table
+
+
+def encode_all(model: HookedCausalLM, continuations: Sequence[Text]) -> list[list[int]]:
+    """Token ids of continuations.
+
+    Raises:
+        InputError: there is none, or some cannot be scored; all of them are named.
+    """
+    if isinstance(continuations, str):
+        raise InputError("continuations is one string; give a list of them")
+    if not len(continuations):
+        raise InputError("there is no continuation to score; give at least one")
+    rows, wrong = [], []
+    for index, continuation in enumerate(continuations):
+        try:
+            rows.append(encode_continuation(model, continuation))
+        except InputError as error:
+            wrong.append(f"continuation {index}: {error}")
+    if wrong:
+        more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise InputError("\n".join(wrong[:_SHOWN]) + more)
+    return rows
+
+
+def describe_score(model: HookedCausalLM, text: Text, tokens: Sequence[int], score: RowScore) -> dict[str, Any]:
+    """A continuation's score as a record of plain values."""
+    shown: str | None = None
+    if isinstance(text, str):
+        shown = text
+    elif model.tokenizer is not None:
+        shown = str(model.to_string(list(tokens)))
+    n_bytes = 0 if shown is None else len(shown.encode())
+    return {
+        "continuation": shown,
+        "tokens": list(tokens),
+        "n_tokens": len(tokens),
+        "n_bytes": n_bytes,
+        "logprob": score.total,
+        "logprob_per_token": score.total / len(tokens),
+        "logprob_per_byte": score.total / n_bytes if n_bytes else float("nan"),
+        "token_logprobs": score.logprobs,
+        "is_greedy": score.is_greedy,
+    }

@@ -1,0 +1,138 @@
+"""Log-probabilities of rows of tokens behind one prefix, batch by batch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+from hooklens.evaluation.batching import BatchSize, check_batch_size, plan_batches
+from hooklens.evaluation.prefix import Prefix
+from hooklens.kv_cache import HookedKeyValueCache
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScore:
+    """The score of one continuation.
+
+    Attributes:
+        logprobs: of each token given what stands before it, in nats.
+        is_greedy: every token is the most likely one at its place.
+    """
+
+    logprobs: list[float]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """The log-probability of the whole continuation, in nats."""
+        return math.fsum(self.logprobs)
+
+
+def score_rows(
+    model: HookedCausalLM, prefix: Prefix, rows: Sequence[Sequence[int]], *, batch_size: BatchSize = "auto"
+) -> Iterator[dict[int, RowScore]]:
+    """Score continuations, given as token ids; yields the scores of each batch by index of row.
+
+    Raises:
+        InputError: rows that do not fit the model's context.
+    """
+    check_batch_size(batch_size)
+    check_context(model, len(prefix), [len(row) for row in rows])
+    whole = [i for i, row in enumerate(rows) if prefix.cache_for(model, len(prefix) + len(row)) is None]
+    apart = set(whole)
+    for index in whole:
+        yield {index: _score_whole(model, prefix, rows[index])}
+    on_cache = [index for index in range(len(rows)) if index not in apart]
+    lengths = [len(rows[index]) for index in on_cache]
+    for batch in plan_batches(model, lengths, n_prefix=len(prefix), batch_size=batch_size):
+        indices = [on_cache[i] for i in batch]
+        scores = _score_or_halve(model, prefix, [rows[index] for index in indices], may_halve=batch_size == "auto")
+        yield dict(zip(indices, scores, strict=True))
+
+
+def check_context(model: HookedCausalLM, n_prefix: int, lengths: Sequence[int]) -> None:
+    """Check that each row fits behind the prefix.
+
+    Raises:
+        InputError: some do not; all are named.
+    """
+    n_ctx = model.cfg.n_ctx
+    too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if n_prefix + length > n_ctx]
+    if too_long:
+        more = f" and {len(too_long) - _SHOWN} more" if len(too_long) > _SHOWN else ""
+        raise InputError(
+            f"continuations {', '.join(too_long[:_SHOWN])}{more} do not fit behind a prefix of {n_prefix} tokens: the "
+            f"model has n_ctx={n_ctx}; shorten the prefix or leave them out"
+        )
+
+
+def _score_or_halve(
+    model: HookedCausalLM, prefix: Prefix, rows: list[Sequence[int]], *, may_halve: bool
+) -> list[RowScore]:
+    """Score a batch; where the estimate was too low and memory runs out, in halves."""
+    cache = prefix.cache
+    assert cache is not None
+    try:
+        return _score_batch(model, prefix, cache, rows)
+    except torch.OutOfMemoryError:
+        if not may_halve or len(rows) == 1:
+            raise
+    middle = len(rows) // 2
+    return [
+        score
+        for part in (rows[:middle], rows[middle:])
+        for score in _score_or_halve(model, prefix, part, may_halve=True)
+    ]
+
+
+@torch.no_grad()
+def _score_batch(
+    model: HookedCausalLM, prefix: Prefix, cache: HookedKeyValueCache, rows: list[Sequence[int]]
+) -> list[RowScore]:
+    assert cache.last_logits is not None
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    logprobs, is_best = _score_tokens(cache.last_logits[:, None].expand(len(rows), -1, -1), ids[:, :1])
+    if width > 1:
+        # A row of one token takes part with a token that stands for nothing, since none may be empty.
+        run_mask = mask[:, 1:].clone()
+        run_mask[:, 0] = True
+        logits = model.run_with_hooks(ids[:, :-1], edits=prefix.edits, attention_mask=run_mask, past_kv_cache=cache)
+        later, later_best = _score_tokens(logits, ids[:, 1:])
+        logprobs, is_best = torch.cat([logprobs, later], 1), torch.cat([is_best, later_best], 1)
+    greedy = (is_best | ~mask).all(1).tolist()
+    return [
+        RowScore(logprobs=row[:length], is_greedy=best)
+        for row, length, best in zip(logprobs.tolist(), lengths, greedy, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _score_whole(model: HookedCausalLM, prefix: Prefix, row: Sequence[int]) -> RowScore:
+    """Score one sequence run from its start, alone."""
+    targets = torch.as_tensor(row, device=model.device)[None]
+    tokens = torch.cat([prefix.tokens, targets], dim=1)
+    logits = model.run_with_hooks(tokens, edits=prefix.edits, attention_mask=torch.ones_like(tokens))
+    logprobs, is_best = _score_tokens(logits[:, len(prefix) - 1 : -1], targets)
+    return RowScore(logprobs=logprobs[0].tolist(), is_greedy=bool(is_best.all()))
+
+
+def _score_tokens(
+    logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Log-probabilities in nats, float32 at least, and whether each target is the most likely token."""
+    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    logprobs = wide.gather(-1, targets[..., None])[..., 0] - wide.logsumexp(-1)
+    return logprobs, wide.argmax(-1) == targets

@@ -1,0 +1,180 @@
+"""Logits against transformers: the checkpoint's reference implementation, attending with `sdpa`.
+
+Three dtypes, three questions:
+
+- float64: is it the same function? To 1e-9 where the reference computes in float64 throughout. Some
+  architectures in transformers narrow activations to float32 inside their norms; this is observed while the
+  reference runs, and the float32 bound is then used.
+- float32: 2e-5, or where the network is so deep or its activations so large that transformers itself is
+  further from float64, 2.2 times its distance: two computations that are each that far off, ours by at most
+  1.2 times as much, can differ by that.
+- half precision: the error of our logits against the same weights in float64 is at most 1.2 times that of
+  transformers' (root mean square over real positions: the largest error of a small batch is a matter of luck).
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.optional import import_package
+from hooklens.verification.probe import PaddingSide, Probe, as_logits, largest_difference
+from hooklens.verification.report import CheckResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS = "logits against transformers"
+FLOAT64_BOUND = 1e-9
+FLOAT32_BOUND = 2e-5
+ERROR_RATIO = 1.2
+# Triangle inequality: |ours - theirs| <= |ours - exact| + |theirs - exact|.
+_DISTANCE_RATIO = 1 + ERROR_RATIO
+
+LoadReference = Callable[[torch.dtype], "PreTrainedModel"]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """An input, and which of its columns are real."""
+
+    label: str
+    tokens: Tensor
+    mask: Tensor
+
+    def real(self, logits: Tensor) -> Tensor:
+        """The logits at real positions, one after another."""
+        return logits[self.mask]
+
+
+def reference_loader(source: str | Path | HookedCausalLM, device: torch.device) -> LoadReference:
+    """A function from a dtype to the transformers model of a checkpoint folder, or of a model in memory.
+
+    The function raises UnsupportedModelError where no transformers architecture can hold a model in memory.
+    """
+    if isinstance(source, HookedCausalLM):
+        return lambda dtype: cast_model(source, dtype).to_hf()
+    transformers = import_package("transformers")
+
+    def load(dtype: torch.dtype) -> "PreTrainedModel":
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        return model.eval().to(device=device)
+
+    return load
+
+
+def cast_model(model: HookedCausalLM, dtype: torch.dtype) -> HookedCausalLM:
+    """A copy of the very model, with whatever was put into it, in a dtype."""
+    return copy.deepcopy(model).to(dtype)
+
+
+def check_logits(probe: Probe, load: LoadReference, dtypes: Sequence[torch.dtype]) -> list[CheckResult]:
+    """Single rows, a left-padded and a right-padded batch in each dtype; only real positions count."""
+    results = []
+    for dtype in dtypes:
+        ours = probe.model if dtype == probe.dtype else cast_model(probe.model, dtype)
+        batches = list(_batches(probe))
+        found = {batch.label: batch.real(as_logits(ours(batch.tokens, attention_mask=batch.mask))) for batch in batches}
+        del ours
+        theirs = load(dtype)
+        expected, narrows = _run_reference(theirs, probe, batches)
+        # The same weights, widened: what is left is the error of the computation.
+        exact = (
+            expected if dtype == torch.float64 else _run_reference(theirs.to(dtype=torch.float64), probe, batches)[0]
+        )
+        del theirs
+        for label, logits in found.items():
+            subject = f"{str(dtype).removeprefix('torch.')}, {label}"
+            results.append(_compare(subject, dtype, logits, expected[label], exact[label], narrows=narrows))
+    return results
+
+
+def _batches(probe: Probe) -> Iterator[_Batch]:
+    # Shortest first: transformers' frequencies that depend on length keep the longest seen so far.
+    rows = sorted(probe.rows(), key=lambda row: row.shape[1])
+    for row in rows:
+        yield _Batch(f"single row of {row.shape[1]}", row, torch.ones_like(row, dtype=torch.bool))
+    sides: tuple[PaddingSide, ...] = ("left", "right")
+    for side in sides:
+        yield _Batch(f"{side}-padded", *probe.pad(side))
+
+
+def _run_reference(model: "PreTrainedModel", probe: Probe, batches: Sequence[_Batch]) -> tuple[dict[str, Tensor], bool]:
+    """Logits of each batch at real positions, and whether float64 activations were narrowed on the way.
+
+    Where rotary frequencies depend on the sequence's length transformers takes the longest row's for the whole
+    batch; there the padded batches are held against the rows run one by one, which padding must not change.
+    """
+    narrowing = _NarrowingWatch(probe.n_tokens)
+    with narrowing if model.dtype == torch.float64 else nullcontext():
+        logits = {batch.label: batch.real(_call(model, batch.tokens, batch.mask)) for batch in batches}
+    rotary = probe.model.rotary
+    if rotary is not None and rotary.depends_on_length(probe.n_tokens):
+        alone = {row.shape[1]: logits[f"single row of {row.shape[1]}"] for row in probe.rows()}
+        in_order = torch.cat([alone[length] for length in probe.lengths])
+        logits |= {batch.label: in_order for batch in batches if batch.label.endswith("padded")}
+    return logits, narrowing.seen
+
+
+def _call(model: "PreTrainedModel", tokens: Tensor, mask: Tensor) -> Tensor:
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _compare(
+    subject: str, dtype: torch.dtype, found: Tensor, expected: Tensor, exact: Tensor, *, narrows: bool
+) -> CheckResult:
+    if dtype.itemsize < 4:
+        measured, bound = _root_mean_square(found, exact), ERROR_RATIO * _root_mean_square(expected, exact)
+        message = "root mean square error against float64, ours and 1.2 times that of transformers"
+        return CheckResult(check=LOGITS, subject=subject, measured=measured, bound=bound, message=message)
+    measured = largest_difference(found, expected)
+    bound, message = FLOAT64_BOUND, ""
+    if dtype == torch.float32:
+        bound = max(FLOAT32_BOUND, _DISTANCE_RATIO * largest_difference(expected, exact))
+    elif narrows:
+        bound = FLOAT32_BOUND * max(1.0, float(expected.abs().max()) / 16)
+        message = "transformers narrows activations to float32 inside this network, so the float32 bound holds"
+    if not measured <= bound:
+        message = "the logits are not those of the reference: compare config.json, weights and positions. " + message
+    return CheckResult(check=LOGITS, subject=subject, measured=measured, bound=bound, message=message)
+
+
+def _root_mean_square(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).square().mean().sqrt())
+
+
+class _NarrowingWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices when an activation, `[batch pos ...]`, goes from float64 to float32.
+
+    Constants such as rotary tables are narrower on purpose, and have no such axes.
+    """
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._n_tokens = n_tokens
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        source = args[0] if args else None
+        if (
+            isinstance(source, Tensor)
+            and isinstance(output, Tensor)
+            and (source.dtype, output.dtype) == (torch.float64, torch.float32)
+            and source.ndim == 3
+            and source.shape[1] == self._n_tokens
+        ):
+            self.seen = True
+        return output

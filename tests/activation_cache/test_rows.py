@@ -1,0 +1,163 @@
+"""Rows of the batch, and rows without their padding, on hand-made captures."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hooklens.activation_cache import ActivationCache
+from hooklens.axes import find_site
+from hooklens.errors import CacheError
+from tests.activation_cache.captures import CFG, assert_aliases_kept, assert_same_tensors, make_cache
+
+
+class TestBatchAxis:
+    def test_remove_batch_dim(self):
+        tokens = torch.zeros(1, 5, dtype=torch.long)
+        cache = make_cache(1, 5, tokens=tokens)
+        single = cache.remove_batch_dim()
+        assert not single.has_batch_dim
+        assert_same_tensors(single, {name: tensor.squeeze(0) for name, tensor in cache.items()})
+        assert single["hook_embed"].data_ptr() == cache["hook_embed"].data_ptr()
+        assert single.tokens is tokens
+        assert single.remove_batch_dim() is single
+        assert single.axes_of("blocks.0.attn.hook_pattern") == ("head", "query", "key")
+
+    def test_remove_batch_dim_of_a_larger_batch(self):
+        with pytest.raises(
+            CacheError, match=r"not size 1 in 'hook_embed \[2, 5, 8\]', .* and 17 more; take one row first"
+        ):
+            make_cache(2, 5).remove_batch_dim()
+
+    @given(
+        batch=st.integers(1, 5),
+        rows=st.one_of(st.slices(5), st.integers(-5, 4), st.lists(st.integers(-5, 4), min_size=1, max_size=6)),
+    )
+    @settings(deadline=None)
+    def test_slices_are_those_of_a_python_list(self, batch, rows):
+        """Lists of row numbers are the oracle: torch has no slices with a negative step."""
+        cache = make_cache(batch, 3, tokens=torch.arange(3 * batch).reshape(batch, 3))
+        numbers = list(range(batch))
+        wanted = [rows] if isinstance(rows, int) else rows
+        if isinstance(rows, slice):
+            picked = numbers[rows]
+        else:
+            picked = [numbers[row] for row in wanted] if all(-batch <= row < batch for row in wanted) else []
+        if not picked:
+            with pytest.raises(CacheError, match=r"select none of the|are not in this cache"):
+                cache.apply_slice_to_batch_dim(rows)
+            return
+        taken = cache.apply_slice_to_batch_dim(rows)
+        assert taken.has_batch_dim is not isinstance(rows, int)
+        expected = {name: torch.stack([tensor[row] for row in picked]) for name, tensor in cache.items()}
+        if isinstance(rows, int):
+            expected = {name: tensor[0] for name, tensor in expected.items()}
+        assert_same_tensors(taken, expected)
+        assert taken.tokens.tolist() == [cache.tokens.tolist()[row] for row in picked]
+        assert_aliases_kept(taken)
+
+    def test_evenly_spaced_rows_are_views(self):
+        cache = make_cache(5, 3)
+        for rows in (2, slice(1, 3), slice(None, None, 2), [0, 1], [1, 3]):
+            taken = cache.apply_slice_to_batch_dim(rows)
+            assert taken.nbytes == cache.nbytes
+            assert all(taken[name]._base is not None for name in ("hook_embed", "blocks.1.attn.hook_pattern"))
+
+    def test_rows_that_are_not_there(self):
+        cache = make_cache(2)
+        with pytest.raises(CacheError, match=r"rows \[5, -3\] are not in this cache; it has 2 rows, 0 to 1"):
+            cache.apply_slice_to_batch_dim([0, 5, -3])
+        with pytest.raises(CacheError, match="an empty list selects no rows"):
+            cache.apply_slice_to_batch_dim([])
+        with pytest.raises(CacheError, match=r"rows \[True, False\] are not in this cache"):
+            cache.apply_slice_to_batch_dim([True, False])
+
+    def test_without_a_batch_axis(self):
+        single = make_cache(1).remove_batch_dim()
+        with pytest.raises(CacheError, match="apply_slice_to_batch_dim: this cache has no batch axis"):
+            single.apply_slice_to_batch_dim(0)
+        with pytest.raises(CacheError, match="unpad: this cache has no batch axis"):
+            single.unpad(0)
+
+    def test_activations_that_differ_in_batch(self):
+        cache = ActivationCache({"hook_embed": torch.zeros(2, 1, 8), "unembed.hook_in": torch.zeros(3, 1, 8)}, cfg=CFG)
+        with pytest.raises(CacheError, match=r"the activations have batch sizes \[2, 3\]"):
+            cache.apply_slice_to_batch_dim(0)
+
+
+def strip_by_hand(name, tensor, row, key_mask):
+    """Row `row` of an activation without masked positions, by boolean indexing along each axis."""
+    kept = tensor[row : row + 1]
+    for axis, word in enumerate(find_site(name.removesuffix("_grad")).axes):
+        size = kept.shape[axis]
+        if word in {"pos", "query", "key"}:
+            kept = kept.transpose(0, axis)[key_mask[len(key_mask) - size :]].transpose(0, axis)
+    return kept
+
+
+class TestUnpad:
+    @given(
+        masks=st.integers(1, 6).flatmap(
+            lambda pos: st.lists(
+                st.lists(st.booleans(), min_size=pos, max_size=pos).filter(any), min_size=1, max_size=3
+            )
+        ),
+        past=st.integers(0, 3),
+        data=st.data(),
+    )
+    @settings(deadline=None)
+    def test_any_mask(self, masks, past, data):
+        """Left, right and inner padding, with and without past keys."""
+        batch, pos = len(masks), len(masks[0])
+        past_masks = [data.draw(st.lists(st.booleans(), min_size=past, max_size=past)) for _ in masks]
+        full = torch.tensor([[*old, *new] for old, new in zip(past_masks, masks, strict=True)])
+        tokens = torch.arange(batch * pos).reshape(batch, pos)
+        cache = make_cache(batch, pos, past=past, with_grad=True, tokens=tokens, attention_mask=full.long())
+        row = data.draw(st.integers(-batch, batch - 1))
+        unpadded = cache.unpad(row)
+        row %= batch
+        assert_same_tensors(
+            unpadded, {name: strip_by_hand(name, tensor, row, full[row]) for name, tensor in cache.items()}
+        )
+        assert unpadded.tokens.tolist() == [tokens[row][full[row, past:]].tolist()]
+        assert unpadded.attention_mask.tolist() == [[1] * int(full[row].sum())]
+        assert_aliases_kept(unpadded)
+        assert_same_tensors(unpadded.unpad(0), unpadded)
+
+    def test_a_mask_over_the_new_tokens_keeps_all_past_keys(self):
+        cache = make_cache(
+            2,
+            3,
+            past=2,
+            tokens=torch.zeros(2, 3, dtype=torch.long),
+            attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        )
+        unpadded = cache.unpad(0)
+        assert unpadded["pattern", 1].equal(cache["pattern", 1][:1, :, 1:, :][..., [0, 1, 3, 4]])
+        assert unpadded["resid_pre", 1].equal(cache["resid_pre", 1][:1, 1:])
+
+    def test_contiguous_positions_are_views(self):
+        cache = make_cache(2, 4, attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]))
+        for row, first in ((0, 1), (1, 0)):
+            expected = cache["resid_pre", 1][row, first]
+            assert cache.unpad(row)["resid_pre", 1].data_ptr() == expected.data_ptr()
+
+    def test_without_a_mask_nothing_is_padding(self):
+        cache = make_cache(2, 4)
+        assert_same_tensors(cache.unpad(1), {name: tensor[1:] for name, tensor in cache.items()})
+
+    def test_what_cannot_be_unpadded(self):
+        mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+        cache = make_cache(2, 3, attention_mask=mask)
+        with pytest.raises(CacheError, match="rules out every position of this row"):
+            cache.unpad(1)
+        with pytest.raises(CacheError, match=r"rows \[2\] are not in this cache; it has 2 rows"):
+            cache.unpad(2)
+        toy = ActivationCache({"toy.hook_hidden": torch.zeros(2, 3)}, cfg=CFG, attention_mask=mask)
+        with pytest.raises(CacheError, match=r"'toy.hook_hidden \[1, 3\]: its axes are not known'"):
+            toy.unpad(0)
+        part = make_cache(2, 2, tokens=torch.zeros(2, 3, dtype=torch.long), attention_mask=mask)
+        with pytest.raises(
+            CacheError, match=r"the run has 3 new positions .* 'hook_embed: 2 positions'.* without pos_slice"
+        ):
+            part.unpad(0)
