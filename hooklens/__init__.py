@@ -7,6 +7,8 @@ logits, cache = model.run_with_cache("When Mary and John went to the store , Joh
 cache["pattern", 2]
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hooklens.activation_cache import ActivationCache
 from hooklens.axes import get_act_name
 from hooklens.causal_lm import HookedCausalLM
@@ -21,8 +23,12 @@ from hooklens.config import (
 from hooklens.errors import HookLensError
 from hooklens.hooks import HookedModule, HookPoint, edits
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
+from hooklens.optional import import_package
 from hooklens.verification import VerificationReport, verify
 from hooklens.weights.factored import FactoredMatrix
+
+if TYPE_CHECKING:
+    from hooklens import analysis, evaluation, patching
 
 __version__ = "0.1.0"
 
@@ -42,7 +48,19 @@ __all__ = [
     "RotaryPositions",
     "RotaryScaling",
     "VerificationReport",
+    "analysis",
     "edits",
+    "evaluation",
     "get_act_name",
+    "patching",
     "verify",
 ]
+
+# Packages of experiments, imported when first used: `hl.patching.sweep(...)`.
+_LATE = frozenset({"analysis", "evaluation", "patching"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return import_package(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """What every test runs under: no network, and shape annotations checked on every call."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -11,7 +12,7 @@ from jaxtyping import install_import_hook
 import tests.annotations  # noqa: F401  (the hook imports `tests` and takes attributes from there on)
 
 # Benchmarks time the package as users run it, without the checks.
-if not os.environ.get("HOOKLENS_BENCHMARK"):
+if not any("benchmarks" in argument for argument in sys.argv):
     install_import_hook("hooklens", "tests.annotations.check_calls")
 
 import pytest
@@ -19,6 +20,10 @@ import torch
 import transformers
 
 transformers.utils.logging.disable_progress_bar()
+
+# Workers that each take every core only get in each other's way.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

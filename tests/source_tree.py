@@ -14,11 +14,11 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "axes", "optional"),
-    ("config", "hooks", "viz"),
+    ("config", "hooks"),
     ("weights", "kv_cache", "activation_cache", "tokens", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
-    ("patching", "analysis", "evaluation", "pool", "verification"),
+    ("patching", "analysis", "evaluation", "verification"),
     ("cli",),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.

@@ -17,7 +17,7 @@ def code_blocks(language: str) -> list[str]:
 def test_ci_runs_the_readmes_test_command() -> None:
     """A checkout that CI accepts is one on which a reader's first command works."""
     *_, test_command = code_blocks("bash")
-    assert test_command.strip().endswith("-m pytest")
+    assert test_command.strip().endswith("-m pytest -n auto")
     assert test_command.strip() in [line.removesuffix(" </dev/null") for line in CI.splitlines()]
 
 

@@ -30,7 +30,7 @@ def patch(
 ) -> None:
     """Patch each site of one prompt's run with the other's activation, and tell what it does to the answer.
 
-    The image is left out where matplotlib is not installed (pip install 'hooklens[plot]').
+    The image is left out where the plot extra of HookLens is not installed.
     """
     metric: Metric = LogProb(answer) if wrong is None else LogitDiff(answer, wrong)
     result = sweep(

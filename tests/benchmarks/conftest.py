@@ -3,11 +3,6 @@
 Run with `python -m pytest tests/benchmarks`. Nothing fails on a slow machine: read the table.
 """
 
-import os
-
-# Read by tests/conftest.py before the package is imported: no annotation checks while timing.
-os.environ["HOOKLENS_BENCHMARK"] = "1"
-
 from collections.abc import Callable, Iterator
 
 import pytest

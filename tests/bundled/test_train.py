@@ -45,11 +45,11 @@ def test_the_first_loss_is_that_of_a_uniform_guess_and_training_lowers_it(name):
 def test_batches_hold_the_promised_tokens_in_rows_of_the_listed_lengths():
     ids = {word: i for i, word in enumerate(VOCABULARY)}
     rng = random.Random(0)
-    batches = [train.sample_batch(rng, train.Recipe(), ids) for _ in range(60)]
-    assert {tuple(tokens.shape) for tokens, _ in batches} == {(16, 64), (8, 128), (4, 256)}
+    batches = [train.sample_batch(rng, train.Recipe(), ids, step=step) for step in range(1200, 1260)]
+    assert {tuple(tokens.shape) for tokens, _ in batches} == {(48, 64), (24, 128), (12, 256)}
     for tokens, weights in batches:
         assert weights.shape == tokens.shape
-        assert set(weights.unique().tolist()) == set(torch.tensor([0.1, 0.5, 5.0]).tolist())
+        assert set(weights.unique().tolist()) == set(torch.tensor([0.1, 1.0, 5.0]).tolist())
 
 
 def test_the_loss_is_the_weighted_mean_of_the_next_token_losses():

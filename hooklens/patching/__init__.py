@@ -1,0 +1,88 @@
+"""Activation patching: sweeps over sites, planned and batched, with values exact."""
+
+from hooklens.patching.act_patch import (
+    generic_activation_patch,
+    get_act_patch_attn_head_all_pos_every,
+    get_act_patch_attn_head_by_pos_every,
+    get_act_patch_attn_head_k_all_pos,
+    get_act_patch_attn_head_k_by_pos,
+    get_act_patch_attn_head_out_all_pos,
+    get_act_patch_attn_head_out_by_pos,
+    get_act_patch_attn_head_pattern_all_pos,
+    get_act_patch_attn_head_pattern_by_pos,
+    get_act_patch_attn_head_pattern_dest_src_pos,
+    get_act_patch_attn_head_q_all_pos,
+    get_act_patch_attn_head_q_by_pos,
+    get_act_patch_attn_head_v_all_pos,
+    get_act_patch_attn_head_v_by_pos,
+    get_act_patch_attn_out,
+    get_act_patch_block_every,
+    get_act_patch_mlp_out,
+    get_act_patch_resid_mid,
+    get_act_patch_resid_pre,
+)
+from hooklens.patching.attribution import attribution
+from hooklens.patching.edges import EdgeScores, edge_attribution
+from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
+from hooklens.patching.metrics import (
+    KL,
+    Accuracy,
+    FractionRecovered,
+    FunctionMetric,
+    LogitDiff,
+    LogProb,
+    Loss,
+    Metric,
+    Probability,
+)
+from hooklens.patching.path import path_patch
+from hooklens.patching.result import SweepResult, SweepStats
+from hooklens.patching.sites import Cell, Grid, grid
+from hooklens.patching.sweep import sweep
+from hooklens.patching.template import Pair, stack_pairs
+
+__all__ = [
+    "KL",
+    "Accuracy",
+    "Cell",
+    "EdgeScores",
+    "FractionRecovered",
+    "FunctionMetric",
+    "Grid",
+    "LogProb",
+    "LogitDiff",
+    "Loss",
+    "Metric",
+    "MetricError",
+    "Pair",
+    "Probability",
+    "SiteError",
+    "SweepInterruptedError",
+    "SweepResult",
+    "SweepStats",
+    "attribution",
+    "edge_attribution",
+    "generic_activation_patch",
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
+    "get_act_patch_attn_head_k_all_pos",
+    "get_act_patch_attn_head_k_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+    "get_act_patch_attn_head_pattern_by_pos",
+    "get_act_patch_attn_head_pattern_dest_src_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_q_by_pos",
+    "get_act_patch_attn_head_v_all_pos",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_out",
+    "get_act_patch_block_every",
+    "get_act_patch_mlp_out",
+    "get_act_patch_resid_mid",
+    "get_act_patch_resid_pre",
+    "grid",
+    "path_patch",
+    "stack_pairs",
+    "sweep",
+]

@@ -1,0 +1,251 @@
+"""One pass: patched rows enter at their layers, go up together, and are unembedded where the metric reads.
+
+The rows of a pass are sorted by the layer in which they are patched. Going up, the batch grows: at each layer the
+rows patched there join with the unpatched run's stream, so every block runs once for all rows that need it, and
+for no others.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.axes import find_site
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.hooks import HookPoint
+from hooklens.kv_cache import HookedKeyValueCacheEntry
+from hooklens.model.positions import TokenPlan
+from hooklens.patching.baseline import Baseline, find_entry, unembed
+from hooklens.patching.packing import Packing, Segment, count_up
+from hooklens.patching.sites import Cell
+
+
+class Index(NamedTuple):
+    """Entries of an activation: the rows, and what stands at its other axes."""
+
+    rows: Tensor
+    rest: tuple[Tensor | slice, ...]
+
+
+class Pass:
+    """Some segments, run as one growing batch.
+
+    Args:
+        model: the model.
+        baseline: the unpatched runs.
+        cells: all cells of the sweep, which segments name by index.
+        segments: what to run.
+
+    Attributes:
+        token_layers: how many tokens went through how many blocks, in all.
+    """
+
+    def __init__(
+        self, model: HookedCausalLM, baseline: Baseline, cells: Sequence[Cell], segments: Sequence[Segment]
+    ) -> None:
+        self.model, self.baseline, self.cells = model, baseline, cells
+        self.packing = Packing(segments, device=model.device)
+        self.segments = self.packing.segments
+        self.pairs = torch.tensor(self.packing.pairs, device=model.device)
+        self.token_layers = 0
+        self._edits = self._collect_edits()
+
+    def run(self) -> Float[Tensor, "segments read d_vocab"]:
+        """The logits of every segment's prompt at the positions that the metric reads."""
+        packing, n_layers = self.packing, self.model.cfg.n_layers
+        plan = None if packing.is_plain else packing.make_plan()
+        table = None
+        stream: Tensor | None = None
+        for layer in range(packing.layers[0], n_layers):
+            stream = self._join(stream, layer)
+            n_rows = len(stream)
+            rows = self._plain_plan(n_rows) if plan is None else plan.first_rows(n_rows)
+            if self.model.rotary is not None and table is None:
+                table = self.model.rotary.look_up(plan or rows, stream.dtype)
+            cut = None if table is None else (table[0][:n_rows], table[1][:n_rows])
+            with self._patched(layer):
+                stream = self.model.block_list()[layer](stream, rows, cut, self._past(layer, n_rows))
+            self.token_layers += n_rows * packing.width
+        return self._read_logits(self._join(stream, n_layers))
+
+    def _plain_plan(self, n_rows: int) -> TokenPlan:
+        packing = self.packing
+        return TokenPlan(batch=n_rows, n_new=packing.width, device=self.model.device, n_past=packing.n_past)
+
+    def _join(self, stream: Tensor | None, layer: int) -> Float[Tensor, "rows width d_model"]:
+        """The rows so far, and those that enter at this layer with the unpatched run's stream, or a patched one."""
+        layers = self.packing.layers
+        first = 0 if stream is None else len(stream)
+        last = next((row for row in range(first, len(layers)) if layers[row] > layer), len(layers))
+        if first == last and stream is not None:
+            return stream
+        pairs, columns = self.pairs[first:last, None], self.packing.column[first:last]
+        entering = self.baseline.streams[layer][pairs, columns]
+        for index, values in self._edits.get((layer, "stream"), ()):
+            entering[(index.rows - first, *index.rest)] = values
+        return entering if stream is None else torch.cat([stream, entering])
+
+    def _past(self, layer: int, n_rows: int) -> HookedKeyValueCacheEntry | None:
+        """The unpatched run's keys and values before the segments: one row where all are of one pair."""
+        n_past = self.packing.n_past
+        if n_past == 0:
+            return None
+        keys, values = (tensor[:, :n_past] for tensor in self.baseline.keys_values[layer])
+        if len(keys) > 1:
+            rows = self.pairs[:1] if len(set(self.packing.pairs)) == 1 else self.pairs[:n_rows]
+            keys, values = keys[rows], values[rows]
+        return HookedKeyValueCacheEntry(keys, values, frozen=True)
+
+    @contextmanager
+    def _patched(self, layer: int) -> Iterator[None]:
+        """The edits inside a block, attached while it runs."""
+        points = self.model.hook_points()
+        names = [name for at, name in self._edits if at == layer and name != "stream"]
+        handles = [points[name].add_hook(_PutIn(self._edits[layer, name])) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _collect_edits(self) -> dict[tuple[int, str], list[tuple[Index, Tensor]]]:
+        """What to write where: by layer and hook name (`"stream"`: on entering), pairs of an index and values."""
+        groups: dict[tuple[str, bool, bool], list[int]] = {}
+        for index, segment in enumerate(self.segments):
+            cell = self.cells[segment.cell]
+            groups.setdefault((cell.name, cell.head is None, cell.pos is None), []).append(index)
+        edits: dict[tuple[int, str], list[tuple[Index, Tensor]]] = {}
+        for (name, *_), members in groups.items():
+            entry = find_entry(name, self.model.cfg)
+            if entry.stage == "head":
+                continue
+            site = find_site(name)
+            assert site is not None
+            made = self._edit_pattern(name, members) if "key" in site.axes else self._edit_columns(name, members)
+            key = "stream" if entry.stage == "stream" else name
+            edits.setdefault((entry.layer, key), []).append(made)
+        return edits
+
+    def _edit_columns(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
+        """The index and values for points whose second axis is the position."""
+        which, columns = self._columns_of(members)
+        device = self.model.device
+        segments = [self.segments[i] for i in members]
+        pairs = np.array([segment.pair for segment in segments])[which]
+        rows, slots = self._places(members, which, columns)
+        into: list[Tensor] = [torch.from_numpy(rows).to(device), torch.from_numpy(slots).to(device)]
+        of: list[Tensor] = [torch.from_numpy(pairs).to(device), torch.from_numpy(columns).to(device)]
+        heads = [self.cells[segment.cell].head for segment in segments]
+        if heads[0] is not None:
+            head = torch.from_numpy(np.array(heads)[which]).to(device)
+            into.append(head)
+            of.append(head)
+        return Index(into[0], tuple(into[1:])), self.baseline.values[name][tuple(of)]
+
+    def _edit_pattern(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
+        """The index and values for scores and patterns: a key stands in the past or in the segment's own row."""
+        device, n_past = self.model.device, self.packing.n_past
+        queries_of, query = self._columns_of(members)
+        segments = [self.segments[i] for i in members]
+        sources = [self.cells[segment.cell].source for segment in segments]
+        lengths = np.array([self.baseline.lengths[segment.pair] for segment in segments])
+        n_keys = np.where([source is None for source in sources], lengths, 1)[queries_of]
+        which = np.repeat(queries_of, n_keys)
+        query = np.repeat(query, n_keys)
+        key = count_up(n_keys) + np.array([source or 0 for source in sources])[which]
+        rows, slots = self._places(members, which, query)
+        starts = np.array([segment.start for segment in segments])[which]
+        offsets = np.array([self.packing.offset[i] for i in members])[which]
+        key_slots = np.where(key < starts, key, n_past + offsets + key - starts)
+        pairs = np.array([segment.pair for segment in segments])[which]
+        heads = [self.cells[segment.cell].head for segment in segments]
+        tensors = [torch.from_numpy(one).to(device) for one in (rows, slots, key_slots, pairs, query, key)]
+        row, slot, key_slot, pair, query_at, key_at = tensors
+        head = slice(None) if heads[0] is None else torch.from_numpy(np.array(heads)[which]).to(device)
+        values = self.baseline.values[name][pair, head, query_at, key_at]
+        return Index(row, (head, slot, key_slot)), values
+
+    def _columns_of(self, members: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The columns that segments' cells patch: for each, which of `members` it belongs to, and its number."""
+        segments = [self.segments[i] for i in members]
+        pos_of = [self._pos(segment) for segment in segments]
+        starts = np.array(
+            [segment.start if pos is None else pos for segment, pos in zip(segments, pos_of, strict=True)]
+        )
+        counts = np.array(
+            [segment.stop - segment.start if pos is None else 1 for segment, pos in zip(segments, pos_of, strict=True)]
+        )
+        return np.repeat(np.arange(len(members)), counts), np.repeat(starts, counts) + count_up(counts)
+
+    def _pos(self, segment: Segment) -> int | None:
+        pos = self.cells[segment.cell].pos
+        return None if pos is None else pos % self.baseline.lengths[segment.pair]
+
+    def _places(self, members: list[int], which: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row and place in the row of columns of segments."""
+        starts = np.array([self.segments[i].start for i in members])
+        offsets = np.array([self.packing.offset[i] for i in members])
+        return np.array([self.packing.row[i] for i in members])[which], (offsets - starts)[which] + columns
+
+    def _read_logits(self, stream: Float[Tensor, "rows width d_model"]) -> Float[Tensor, "segments read d_vocab"]:
+        """Logits where the metric reads; before its start a segment's are those of the unpatched run."""
+        device = self.model.device
+        pairs = torch.tensor([segment.pair for segment in self.segments], device=device)
+        starts, stops, offsets, rows = (
+            torch.tensor(values, device=device)[:, None]
+            for values in (
+                [segment.start for segment in self.segments],
+                [segment.stop for segment in self.segments],
+                self.packing.offset,
+                self.packing.row,
+            )
+        )
+        columns = self.baseline.reads[pairs]
+        ran = (columns >= starts) & (columns < stops)
+        segment_at, read_at = ran.nonzero(as_tuple=True)
+        places = (columns - starts + offsets)[segment_at, read_at]
+        chosen = stream[rows[segment_at, 0], places][:, None]
+        with self._patched_head(segment_at, columns[segment_at, read_at]):
+            logits = unembed(self.model, chosen)[:, 0]
+        if bool(ran.all()):
+            return logits.view(*columns.shape, -1)
+        out = self.baseline.into_logits[pairs]
+        out[segment_at, read_at] = logits
+        return out
+
+    @contextmanager
+    def _patched_head(self, segment_at: Tensor, columns: Tensor) -> Iterator[None]:
+        """The edits in the final norm and the unembedding, attached while they run."""
+        points = self.model.hook_points()
+        edits: dict[str, list[tuple[Index, Tensor]]] = {}
+        for index, segment in enumerate(self.segments):
+            name = self.cells[segment.cell].name
+            if find_entry(name, self.model.cfg).stage != "head":
+                continue
+            pos = self._pos(segment)
+            at = segment_at == index if pos is None else (segment_at == index) & (columns == pos)
+            [read] = at.nonzero(as_tuple=True)
+            values = self.baseline.values[name][segment.pair, columns[read]]
+            edits.setdefault(name, []).append((Index(read, (slice(0, 1),)), values[:, None]))
+        handles = [points[name].add_hook(_PutIn(edit)) for name, edit in edits.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _PutIn:
+    """A hook that writes values into an activation."""
+
+    def __init__(self, edits: list[tuple[Index, Tensor]]) -> None:
+        self._edits = edits
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        """Write, in place: the tensor is the pass's own."""
+        for index, values in self._edits:
+            tensor[(index.rows, *index.rest)] = values

@@ -1,0 +1,110 @@
+import pandas as pd
+import pytest
+import torch
+
+from hooklens import get_act_name, patching
+from hooklens.errors import InputError
+from hooklens.patching import LogitDiff, MetricError
+from tests.model.networks import make_model, random_tokens
+
+
+def metric(logits):
+    return (logits[:, -1, 3] - logits[:, 1, 5]).mean()
+
+
+@pytest.fixture(scope="module", params=["grouped", "alibi"])
+def setting(request):
+    model = make_model(request.param)
+    clean, corrupted = random_tokens(2, 4), random_tokens(2, 4, seed=9)
+    corrupted[:, 0] = clean[:, 0]
+    return model, corrupted, model.run_with_cache(clean)[1]
+
+
+def one_forward(model, corrupted, cache, name, index):
+    """The field's own way: one hook that writes the clean activation, one full forward."""
+
+    def hook(tensor, hook):
+        patched = tensor.clone()
+        patched[(slice(None), *index)] = cache[name][(slice(None), *index)]
+        return patched
+
+    with torch.no_grad():
+        return metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, hook)]))
+
+
+EVERY = slice(None)
+CASES = [
+    ("resid_pre", "resid_pre", lambda pos: (pos,), ["pos"]),
+    ("resid_mid", "resid_mid", lambda pos: (pos,), ["pos"]),
+    ("attn_out", "attn_out", lambda pos: (pos,), ["pos"]),
+    ("mlp_out", "mlp_out", lambda pos: (pos,), ["pos"]),
+    ("attn_head_out_by_pos", "z", lambda pos, head: (pos, head), ["pos", "head"]),
+    ("attn_head_q_by_pos", "q", lambda pos, head: (pos, head), ["pos", "head"]),
+    ("attn_head_k_by_pos", "k", lambda pos, head: (pos, head), ["pos", "kv_head"]),
+    ("attn_head_v_by_pos", "v", lambda pos, head: (pos, head), ["pos", "kv_head"]),
+    ("attn_head_pattern_by_pos", "pattern", lambda head, dest: (head, dest), ["head", "pos"]),
+    ("attn_head_pattern_dest_src_pos", "pattern", lambda head, dest, src: (head, dest, src), ["head", "pos", "pos"]),
+    ("attn_head_out_all_pos", "z", lambda head: (EVERY, head), ["head"]),
+    ("attn_head_q_all_pos", "q", lambda head: (EVERY, head), ["head"]),
+    ("attn_head_k_all_pos", "k", lambda head: (EVERY, head), ["kv_head"]),
+    ("attn_head_v_all_pos", "v", lambda head: (EVERY, head), ["kv_head"]),
+    ("attn_head_pattern_all_pos", "pattern", lambda head: (head,), ["head"]),
+]
+
+
+@pytest.mark.parametrize(("name", "site", "index_of", "axes"), CASES)
+def test_equals_one_forward_per_index(setting, name, site, index_of, axes):
+    model, corrupted, cache = setting
+    values = getattr(patching, f"get_act_patch_{name}")(model, corrupted, cache, metric)
+    sizes = {"pos": 4, "head": 4, "kv_head": model.cfg.n_kv_heads}
+    assert values.shape == (2, *(sizes[axis] for axis in axes))
+    flat = list(torch.cartesian_prod(*(torch.arange(size) for size in values.shape)).tolist())
+    for layer, *rest in flat[:: max(1, len(flat) // 5)]:
+        expected = one_forward(model, corrupted, cache, get_act_name(site, layer), index_of(*rest))
+        torch.testing.assert_close(values[(layer, *rest)], expected, rtol=0, atol=1e-10)
+
+
+def test_the_every_forms_stack(setting):
+    model, corrupted, cache = setting
+    block = patching.get_act_patch_block_every(model, corrupted, cache, metric)
+    assert block.shape == (3, 2, 4)
+    assert torch.equal(block[1], patching.get_act_patch_attn_out(model, corrupted, cache, metric))
+    heads = patching.get_act_patch_attn_head_all_pos_every(model, corrupted, cache, metric)
+    assert heads.shape == (5, 2, 4)
+    k = patching.get_act_patch_attn_head_k_all_pos(model, corrupted, cache, metric)
+    assert torch.equal(heads[2, :, : k.shape[1]], k)
+    assert not heads[2, :, k.shape[1] :].any()
+    by_pos = patching.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, metric)
+    assert by_pos.shape == (5, 2, 4, 4)
+    pattern = patching.get_act_patch_attn_head_pattern_by_pos(model, corrupted, cache, metric)
+    assert torch.equal(by_pos[4], pattern.transpose(1, 2))
+
+
+def test_generic_takes_a_setter_of_ones_own(setting):
+    model, corrupted, cache = setting
+
+    def set_pos(corrupted_activation, index, clean_activation):
+        corrupted_activation[:, index[1]] = clean_activation[:, index[1]]
+        return corrupted_activation
+
+    arguments = (model, corrupted, cache, metric, set_pos, "resid_pre")
+    values, table = patching.generic_activation_patch(*arguments, ("layer", "pos"), return_index_df=True)
+    expected = patching.get_act_patch_resid_pre(model, corrupted, cache, metric)
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-6)
+    assert list(table.columns) == ["layer", "pos"]
+    chosen = pd.DataFrame({"layer": [1, 0], "pos": [3, 2]})
+    some = patching.generic_activation_patch(*arguments, index_df=chosen)
+    assert torch.equal(some, values[[1, 0], [3, 2]])
+    with pytest.raises(InputError, match="either index_axis_names or index_df"):
+        patching.generic_activation_patch(*arguments)
+
+
+def test_metrics_of_this_package_are_averaged(setting):
+    model, corrupted, cache = setting
+    own = patching.get_act_patch_resid_pre(model, corrupted, cache, LogitDiff(3, 5))
+    theirs = patching.get_act_patch_resid_pre(
+        model, corrupted, cache, lambda logits: (logits[:, -1, 3] - logits[:, -1, 5]).mean()
+    )
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+    with pytest.raises(MetricError, match="expected a single number"):
+        patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits[:, -1, 0])
