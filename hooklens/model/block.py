@@ -64,20 +64,29 @@ class Block(HookedModule):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The stream leaving the block."""
         resid_pre = self.hook_resid_pre(resid)
+        attn_out, normed = self._run_attention(resid_pre, plan, rotary_table, entry)
+        if self.is_parallel:
+            mlp_out = self._run_mlp(resid_pre, normed)
+            return self.hook_resid_post(resid_pre + attn_out + mlp_out)
+        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
+        # The MLP is where a block needs most memory.
+        del attn_out, normed
+        return self.hook_resid_post(resid_mid + self._run_mlp(resid_mid, None))
+
+    def _run_attention(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        plan: TokenPlan,
+        rotary_table: CosSin | None,
+        entry: HookedKeyValueCacheEntry | None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+        """What attention adds to the stream, and the normed stream where the MLP reads it, too."""
         normed = resid_pre if self.ln1 is None else self.ln1(resid_pre)
         q_input, k_input, v_input = self._head_inputs(resid_pre, normed)
         attn_out = self.attn(q_input, k_input, v_input, plan, rotary_table, entry)
         if self.ln1_post is not None:
             attn_out = self.ln1_post(attn_out)
-        attn_out = self.hook_attn_out(attn_out)
-
-        resid_mid = resid_pre + attn_out
-        if self.is_parallel:
-            mlp_out = self._run_mlp(resid_pre, normed)
-        else:
-            resid_mid = self.hook_resid_mid(resid_mid)
-            mlp_out = self._run_mlp(resid_mid, None)
-        return self.hook_resid_post(resid_mid + mlp_out)
+        return self.hook_attn_out(attn_out), normed if self.cfg.shared_norm else None
 
     def _run_mlp(self, resid: Tensor, normed: Tensor | None) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the stream; with a shared norm, `normed` is the output of `ln1`."""

@@ -65,11 +65,19 @@ class MLP(StoredWeights):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP makes of the normed stream."""
         W_in, b_in, W_out, b_out, *gate = self.stored_weights()
-        if self.gated:
-            W_gate, b_gate = gate
-            pre = self.hook_pre(F.linear(x, W_gate, b_gate))
-            pre_linear = self.hook_pre_linear(F.linear(x, W_in, b_in))
-            post = self.act(pre) * pre_linear
-        else:
-            post = self.act(self.hook_pre(F.linear(x, W_in, b_in)))
-        return F.linear(self.hook_post(post), W_out, b_out)
+        return F.linear(self.hook_post(self._activate(x, W_in, b_in, *gate)), W_out, b_out)
+
+    def _activate(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        W_in: Float[Tensor, "d_mlp d_model"],
+        b_in: Float[Tensor, " d_mlp"] | None,
+        W_gate: Float[Tensor, "d_mlp d_model"] | None = None,
+        b_gate: Float[Tensor, " d_mlp"] | None = None,
+    ) -> Float[Tensor, "batch pos d_mlp"]:
+        """The neurons; a function of its own, so that what they are made of is freed before they are read."""
+        if W_gate is None:
+            return self.act(self.hook_pre(F.linear(x, W_in, b_in)))
+        pre = self.hook_pre(F.linear(x, W_gate, b_gate))
+        pre_linear = self.hook_pre_linear(F.linear(x, W_in, b_in))
+        return self.act(pre) * pre_linear

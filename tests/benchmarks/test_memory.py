@@ -36,19 +36,20 @@ def test_forward_and_capture_at_2048_positions(family: str, record: Any) -> None
 
 
 _LOAD = """
-    import resource, sys
-    import torch, transformers
+    import re
     from pathlib import Path
+    import torch
+    import transformers
     import hooklens
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not ru_maxrss: a process starts with that of the one it was forked from.
+        return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-    source, first = sys.argv[1:3] if len(sys.argv) > 2 else ({source!r}, {first!r})
-    # The smallest model first: what the interpreter and its packages take is not the model's.
-    hooklens.HookedCausalLM.from_pretrained(first)
+    # A small model first: what the interpreter and its packages take is not the model's.
+    hooklens.HookedCausalLM.from_pretrained({first!r})
     before = peak()
-    model = hooklens.HookedCausalLM.from_pretrained(source)
+    model = hooklens.HookedCausalLM.from_pretrained({source!r})
     # Mapped files count once their pages are read, as a forward does.
     total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
     size = sum(parameter.nbytes for parameter in model.parameters())
