@@ -40,16 +40,21 @@ class _SafetensorsReader:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def read(self, path: Path, name: str) -> Tensor:
-        tensor: Tensor = self._file(path).get_tensor(name)
+        # A mapping of its own: the pages of a tensor that is split into copies are given back with it.
+        tensor: Tensor = _open_safetensors(path).get_tensor(name)
         return tensor
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors ({error}). {_DAMAGED}") from error
+            self._open[path] = _open_safetensors(path)
         return self._open[path]
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}). {_DAMAGED}") from error
 
 
 class _PickleReader:
