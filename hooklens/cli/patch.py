@@ -8,7 +8,7 @@ import typer
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.cli.arguments import Model
 from hooklens.errors import MissingDependencyError
-from hooklens.patching import LogitDiff, LogProb, Metric, sweep
+from hooklens.patching import LogitDiff, LogProb, Metric, Pair, sweep
 
 
 def patch(
@@ -33,8 +33,10 @@ def patch(
     The image is left out where the plot extra of HookLens is not installed.
     """
     metric: Metric = LogProb(answer) if wrong is None else LogitDiff(answer, wrong)
+    loaded = HookedCausalLM.from_pretrained(model)
+    pair = Pair.from_text(loaded, clean, corrupted)
     result = sweep(
-        HookedCausalLM.from_pretrained(model),
+        loaded,
         clean,
         corrupted,
         site,
@@ -46,7 +48,7 @@ def patch(
     typer.echo(result.top(top).to_string(index=False))
     written = [str(out)]
     try:
-        figure = result.plot(backend="matplotlib")
+        figure = result.plot(backend="matplotlib", labels={"pos": pair.labels} if "pos" in result.axes else None)
     except MissingDependencyError as missing:
         typer.echo(f"no image: {missing}")
     else:

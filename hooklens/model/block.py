@@ -1,6 +1,6 @@
 """One transformer block, for every wiring."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.config import HookedConfig
@@ -61,10 +61,24 @@ class Block(HookedModule):
         plan: TokenPlan,
         rotary_table: CosSin | None,
         entry: HookedKeyValueCacheEntry | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The stream leaving the block."""
+        *,
+        wanted: tuple[Int[Tensor, " token"], Int[Tensor, " token"]] | None = None,
+    ) -> Float[Tensor, "some_batch some_pos d_model"]:
+        """The stream leaving the block.
+
+        Args:
+            resid: the stream entering it.
+            plan: the tokens of this call.
+            rotary_table: cosines and sines of this call's positions.
+            entry: this layer's past keys and values.
+            wanted: rows and columns of the tokens whose stream is wanted; `[token 1 d_model]` comes back. The MLP
+                runs for these only, so all points after attention see no others.
+        """
         resid_pre = self.hook_resid_pre(resid)
         attn_out, normed = self._run_attention(resid_pre, plan, rotary_table, entry)
+        if wanted is not None:
+            resid_pre, attn_out = resid_pre[wanted][:, None], attn_out[wanted][:, None]
+            normed = None if normed is None else normed[wanted][:, None]
         if self.is_parallel:
             mlp_out = self._run_mlp(resid_pre, normed)
             return self.hook_resid_post(resid_pre + attn_out + mlp_out)

@@ -1,5 +1,6 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
+from hooklens.patching.acdc import discover_circuit
 from hooklens.patching.act_patch import (
     generic_activation_patch,
     get_act_patch_attn_head_all_pos_every,
@@ -22,22 +23,18 @@ from hooklens.patching.act_patch import (
     get_act_patch_resid_pre,
 )
 from hooklens.patching.attribution import attribution
+from hooklens.patching.circuit import Circuit
+from hooklens.patching.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
 from hooklens.patching.edges import EdgeScores, edge_attribution
 from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
-from hooklens.patching.metrics import (
-    KL,
-    Accuracy,
-    FractionRecovered,
-    FunctionMetric,
-    LogitDiff,
-    LogProb,
-    Loss,
-    Metric,
-    Probability,
-)
+from hooklens.patching.faithfulness import evaluate_circuits
+from hooklens.patching.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
+from hooklens.patching.function_metric import FunctionMetric
+from hooklens.patching.metrics import KL, Accuracy, FractionRecovered, LogitDiff, LogProb, Loss, Metric, Probability
 from hooklens.patching.path import path_patch
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sites import Cell, Grid, grid
+from hooklens.patching.sources import draw_activations, mean_activations
 from hooklens.patching.sweep import sweep
 from hooklens.patching.template import Pair, stack_pairs
 
@@ -45,7 +42,13 @@ __all__ = [
     "KL",
     "Accuracy",
     "Cell",
+    "Circuit",
+    "Decision",
+    "Discovery",
+    "DiscoveryInterruptedError",
+    "DiscoveryStats",
     "EdgeScores",
+    "FaithfulnessCurve",
     "FractionRecovered",
     "FunctionMetric",
     "Grid",
@@ -61,7 +64,11 @@ __all__ = [
     "SweepResult",
     "SweepStats",
     "attribution",
+    "discover_circuit",
+    "draw_activations",
     "edge_attribution",
+    "evaluate_circuits",
+    "faithfulness_curve",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
@@ -82,6 +89,7 @@ __all__ = [
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
     "grid",
+    "mean_activations",
     "path_patch",
     "stack_pairs",
     "sweep",

@@ -26,7 +26,7 @@ from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics import Cells, Metric, Positions, Values
 from hooklens.patching.sites import Grid, grid
-from hooklens.patching.sweep import sweep
+from hooklens.patching.sweep import check_source, sweep
 
 if TYPE_CHECKING:
     import pandas
@@ -90,6 +90,7 @@ def generic_activation_patch(
 
     Raises:
         InputError: both or neither of `index_axis_names` and `index_df`.
+        TransformError: the cache of a model with other processing.
     """
     if (index_axis_names is None) == (index_df is None):
         raise InputError("generic_activation_patch takes either index_axis_names or index_df")
@@ -102,6 +103,7 @@ def generic_activation_patch(
     else:
         indices = index_df.to_numpy().tolist()
         shape = [len(indices)]
+    check_source(model, clean_cache)
     layers = sorted({index[0] for index in indices})
     measure = _as_function(patching_metric)
     values = []

@@ -25,7 +25,8 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
 from hooklens.patching.baseline import Baseline, Direction, find_entry, run_baseline
-from hooklens.patching.metrics import Metric, MetricFunction, as_metric
+from hooklens.patching.function_metric import MetricFunction, as_metric
+from hooklens.patching.metrics import Metric
 from hooklens.patching.pair import Prompt, PromptPairs, read_pairs
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sites import Cell, Sites, lay_out

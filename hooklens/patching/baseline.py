@@ -18,12 +18,13 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.patching.errors import SiteError
-from hooklens.patching.metrics import Metric, Runs
+from hooklens.patching.metrics import Metric, Runs, prepare_metric
 from hooklens.patching.pair import PromptPairs
+from hooklens.patching.sources import fit_given
 
 Direction = Literal["denoise", "noise"]
 Source = Literal["other", "zero"] | Mapping[str, Tensor]
-Stage = Literal["stream", "block", "head"]
+Stage = Literal["stream", "written", "block", "head"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Entry:
 
     Attributes:
         layer: the first block that runs; `n_layers` when none does.
-        stage: what is patched: the `stream` that enters that block, a hook point inside the `block`, or one in
-            the `head` (final norm and unembedding).
+        stage: what is patched: the `stream` that enters that block, what heads have `written` to it, a hook point
+            inside the `block`, or one in the `head` (final norm and unembedding).
     """
 
     layer: int
@@ -44,7 +45,8 @@ def find_entry(name: str, cfg: HookedConfig) -> Entry:
     """Where rows patched at a hook point start: as late as the hook point allows.
 
     What is only added to the stream (an MLP's output, in parallel blocks also attention's, the embeddings)
-    changes nothing else, so its difference is added to the stream, and the block that wrote it does not run.
+    changes nothing else, so its difference is added to the stream, and the block that wrote it does not run. The
+    same goes in parallel blocks for the heads' `z`, whose difference goes through `W_O` first.
     """
     layer = layer_of(name)
     word = name.rpartition(".")[2]
@@ -54,6 +56,8 @@ def find_entry(name: str, cfg: HookedConfig) -> Entry:
         return Entry(layer, "stream")
     if word in ("hook_resid_post", "hook_mlp_out") or (word == "hook_attn_out" and cfg.wiring == "parallel"):
         return Entry(layer + 1, "stream")
+    if word == "hook_z" and cfg.wiring == "parallel" and not cfg.norm_after:
+        return Entry(layer + 1, "written")
     return Entry(layer, "block")
 
 
@@ -68,6 +72,7 @@ class Baseline:
         keys_values: keys and values of `into` in each layer, `[pairs pos kv_head d_head]`.
         values: by hook name, what a patch puts in: the activation's new value, or for what enters with the stream
             the stream's.
+        replaced: for what heads have written, by hook name, the activation's value in `into`.
         differs: by hook name, where the new value is not the old one, `[pairs pos ...]` (query positions
             before heads and keys), the last axis of vectors reduced.
         reads: `[pairs read]`, columns whose logits the metric reads.
@@ -82,6 +87,7 @@ class Baseline:
     streams: list[Float[Tensor, "pairs pos d_model"]]
     keys_values: list[tuple[Tensor, Tensor]]
     values: dict[str, Tensor]
+    replaced: dict[str, Tensor]
     differs: dict[str, Bool[Tensor, "pairs pos *rest"]]
     reads: Int[Tensor, "pairs read"]
     into_logits: Float[Tensor, "pairs read d_vocab"]
@@ -121,22 +127,18 @@ def run_baseline(
     width = max(lengths)
     clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
     into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    # Two runs of one shape, so that where the prompts agree their activations agree to the last bit.
-    cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(chosen), dtype=model.dtype)
-    own = _run_unpatched(model, into, lengths, names, cache)
-    others = _run_unpatched(model, other, lengths, names if source == "other" else [], None)
+    captured, cache = _run_unpatched(model, torch.cat([into, other]), lengths, names)
 
-    n_layers = model.cfg.n_layers
-    last = f"blocks.{n_layers - 1}.hook_resid_post"
-    streams = [own[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)] + [own[last]]
+    n_layers, n_pairs = model.cfg.n_layers, len(chosen)
+    last = captured[f"blocks.{n_layers - 1}.hook_resid_post"]
+    streams = [captured[f"blocks.{layer}.hook_resid_pre"][:n_pairs] for layer in range(n_layers)] + [last[:n_pairs]]
     reads = _find_reads(metric, lengths, width, model.device)
-    into_logits, other_logits = (
-        unembed(model, run[last].take_along_dim(reads[..., None], dim=1)) for run in (own, others)
-    )
+    into_logits, other_logits = unembed(model, last.take_along_dim(reads.repeat(2, 1)[..., None], dim=1)).chunk(2)
     clean_logits, corrupted_logits = (
         (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
     )
-    prepared = metric.prepare(
+    prepared = prepare_metric(
+        metric,
         Runs(
             model=model,
             pairs=tuple(chosen),
@@ -145,21 +147,28 @@ def run_baseline(
             lengths=lengths,
             clean_logits=clean_logits,
             corrupted_logits=corrupted_logits,
-        )
+        ),
     )
-    values, differs = {}, {}
+    values, replaced, differs = {}, {}, {}
+    may_differ = (into != other).cumsum(1) > 0
     for name in names:
-        current = own[name]
-        new = others[name] if source == "other" else _value_of(source, name, current, chosen, len(prompts))
+        current, new = captured[name].chunk(2)
+        if source == "other":
+            new = _keep_agreeing(name, current, new, may_differ)
+        else:
+            new = _value_of(source, name, current, chosen, prompts)
         differs[name] = _find_differences(name, current, new)
         entry = find_entry(name, model.cfg)
         values[name] = streams[entry.layer] + (new - current) if _is_added(name, entry) else new
+        if entry.stage == "written":
+            replaced[name] = current
     return Baseline(
         pairs=tuple(chosen),
         lengths=lengths,
         streams=streams,
-        keys_values=[(entry.past_keys, entry.past_values) for entry in cache.entries],
+        keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in cache.entries],
         values=values,
+        replaced=replaced,
         differs=differs,
         reads=reads,
         into_logits=into_logits,
@@ -175,25 +184,21 @@ def unembed(model: HookedCausalLM, stream: Float[Tensor, "rows pos d_model"]) ->
 
 
 def _run_unpatched(
-    model: HookedCausalLM,
-    tokens: Int[Tensor, "pairs pos"],
-    lengths: tuple[int, ...],
-    names: list[str],
-    cache: HookedKeyValueCache | None,
-) -> dict[str, Tensor]:
-    """Run one prompt of each pair, capturing the streams and what is patched; keys and values go into the cache."""
+    model: HookedCausalLM, tokens: Int[Tensor, "rows pos"], lengths: tuple[int, ...], names: list[str]
+) -> tuple[dict[str, Tensor], HookedKeyValueCache]:
+    """Run both prompts of each pair as one batch: the streams, what is patched, and keys and values."""
     n_layers = model.cfg.n_layers
-    watched = [f"blocks.{n_layers - 1}.hook_resid_post", *names]
-    if cache is not None:
-        watched += [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
+    watched = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), *names]
+    watched.append(f"blocks.{n_layers - 1}.hook_resid_post")
     mask = None
     if len(set(lengths)) > 1:
         columns = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = columns < torch.tensor(lengths, device=tokens.device)[:, None]
+        mask = columns < torch.tensor(2 * lengths, device=tokens.device)[:, None]
+    cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(tokens), dtype=model.dtype)
     reads_head = any(find_entry(name, model.cfg).stage == "head" for name in names)
     with model.capture(list(dict.fromkeys(watched))) as captured:
         model.run(tokens, model.make_plan(tokens, mask, None, cache), past_kv_cache=cache, unembed=reads_head)
-    return captured
+    return captured, cache
 
 
 def _find_reads(
@@ -212,25 +217,35 @@ def _find_reads(
     return torch.tensor([[pos % length for pos in positions] for length in lengths], device=device)
 
 
-def _value_of(source: Source, name: str, like: Tensor, pairs: list[int], n_pairs: int) -> Tensor:
+def _value_of(
+    source: Source, name: str, like: Tensor, pairs: list[int], prompts: PromptPairs
+) -> Float[Tensor, "pairs pos *rest"]:
     if isinstance(source, str):
         return torch.zeros_like(like)
     if name not in source:
         raise SiteError(f"the source of activations has none for {name!r}; it has {sorted(source)[:5]} ...")
-    value = source[name].to(like)
-    if value.ndim == like.ndim and len(value) == n_pairs:
-        value = value[pairs]
-    try:
-        return value.expand_as(like)
-    except RuntimeError:
-        raise SiteError(
-            f"the source's activation at {name!r} has shape {list(value.shape)}; expected what broadcasts to "
-            f"[pairs pos ...], {list(like.shape)}"
-        ) from None
+    return fit_given(name, source[name], like, pairs, n_pairs=len(prompts), width=max(prompts.lengths))
 
 
 def _is_added(name: str, entry: Entry) -> bool:
     return entry.stage == "stream" and not name.endswith(("hook_resid_pre", "hook_resid_post"))
+
+
+def _keep_agreeing(name: str, current: Tensor, new: Tensor, may_differ: Bool[Tensor, "pairs pos"]) -> Tensor:
+    """The new values, with the old ones where the prompts have agreed so far.
+
+    There the activations are the same, but rows of one batch need not round alike.
+    """
+    shape = [len(new), *[1] * (new.ndim - 1)]
+    axis = _position_axis(name)
+    shape[axis] = new.shape[axis]
+    return torch.where(may_differ.view(shape), new, current)
+
+
+def _position_axis(name: str) -> int:
+    site = find_site(name)
+    assert site is not None
+    return site.axes.index("query" if "query" in site.axes else "pos")
 
 
 def _find_differences(name: str, current: Tensor, new: Tensor) -> Bool[Tensor, "pairs pos *rest"]:

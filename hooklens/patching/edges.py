@@ -13,6 +13,7 @@ Scores are made layer by layer as one matrix product over positions and the stre
 changes `[writer pos d_model]` and the readers' gradients `[reader pos d_model]`, never a product of both.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -26,8 +27,20 @@ from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.attribution import average_gradients, change_of
 from hooklens.patching.baseline import Direction, run_baseline
-from hooklens.patching.metrics import Metric, MetricFunction, as_metric
-from hooklens.patching.nodes import Reader, Writer, check_additive, list_readers, list_writers, reaches
+from hooklens.patching.circuit import Circuit
+from hooklens.patching.function_metric import MetricFunction, as_metric
+from hooklens.patching.metrics import Metric
+from hooklens.patching.nodes import (
+    Edge,
+    Reader,
+    Writer,
+    check_additive,
+    inputs_of,
+    list_readers,
+    list_writers,
+    reaches,
+    split_writer,
+)
 from hooklens.patching.pair import Prompt, read_pairs
 from hooklens.patching.sweep import check_model
 
@@ -65,6 +78,49 @@ class EdgeScores:
         order = strength.argsort(descending=True, stable=True)[: min(k, int(self.exists.sum()))].tolist()
         n_readers = len(self.readers)
         return [(self.writers[index // n_readers], self.readers[index % n_readers]) for index in order]
+
+    def circuit(self, k: int, *, connected: bool = True) -> Circuit:
+        """The circuit of the `k` strongest edges, all edges where there are no more.
+
+        Args:
+            k: how many edges.
+            connected: choose greedily from the logits backwards (Hanna et al. 2024): each step takes the strongest
+                edge that ends in the logits or in a head or MLP of which an edge is chosen already, so no edge leads
+                nowhere. The circuit of `k` edges is part of that of `k + 1`. False: simply `top(k)`.
+
+        Raises:
+            InputError: a negative `k`.
+        """
+        if k < 0:
+            raise InputError(f"EdgeScores.circuit: k={k}; expected a number of edges >= 0")
+        return Circuit(self._choose_connected(k) if connected else self.top(k))
+
+    def _choose_connected(self, k: int) -> list[Edge]:
+        """The edges in the order in which the greedy search takes them."""
+        strength = self.scores.abs().tolist()
+        exists = self.exists.tolist()
+        row = {name: index for index, name in enumerate(self.readers)}
+        group_size = sum(name.endswith(".q") for name in self.readers) // sum(name.endswith(".k") for name in row)
+        chosen: list[Edge] = []
+        seen: set[str] = set()
+        waiting: list[tuple[float, int, int]] = []
+
+        def open_reader(reader: str) -> None:
+            if reader not in seen:
+                seen.add(reader)
+                for writer in range(len(self.writers)):
+                    if exists[writer][row[reader]]:
+                        # Of equally strong edges the first in the table is taken, as by `top`.
+                        heapq.heappush(waiting, (-strength[writer][row[reader]], writer, row[reader]))
+
+        open_reader("logits")
+        while waiting and len(chosen) < k:
+            _, writer, reader = heapq.heappop(waiting)
+            name = self.writers[writer]
+            chosen.append((name, self.readers[reader]))
+            for source in inputs_of(split_writer(name), group_size=group_size):
+                open_reader(str(source))
+        return chosen
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per edge: writer, reader, score; the strongest first."""

@@ -12,28 +12,27 @@ and `p = softmax(l)`:
 - `Loss`: the mean cross-entropy of the next token in nats.
 - `FractionRecovered`: another metric, scaled so that the corrupted run is 0 and the clean run 1.
 
-Any function from logits `[batch pos d_vocab]` to values `[batch]` is a metric, too; it is given the logits at
-all positions, so a metric that says which positions it reads is cheaper.
+Any function from logits `[batch pos d_vocab]` to values `[batch]` is a metric, too (`function_metric`); it is given
+the logits at all positions, so a metric that says which positions it reads is cheaper.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.patching.answers import Tokens, encode_tokens, ids_of_pairs, list_tokens
 from hooklens.patching.errors import MetricError
+from hooklens.precision import wide_dtype, widen
 
-Token = int | str
-Tokens = Token | Sequence[Token] | Int[Tensor, "..."]
 Positions = int | Sequence[int] | None
-MetricFunction = Callable[[Tensor], Tensor]
 
 Cells = Float[Tensor, "cells pairs read d_vocab"]
 Values = Float[Tensor, "cells pairs"]
@@ -69,6 +68,7 @@ class Metric(ABC):
     Attributes:
         pos: the positions read, among a prompt's real tokens; negative ones count from its end; None: all.
             With several positions the metric is their mean.
+        real: of prompts of different length, which columns are tokens and not padding; None: all.
         needs_all_pairs: the metric cannot be measured for some of the pairs alone.
     """
 
@@ -76,6 +76,7 @@ class Metric(ABC):
 
     _: KW_ONLY
     pos: Positions = -1
+    real: Bool[Tensor, "pairs read"] | None = field(default=None, repr=False)
 
     @property
     def positions(self) -> list[int] | None:
@@ -94,6 +95,20 @@ class Metric(ABC):
 
         Raises:
             InputError: an answer that is no single token, outside the vocabulary, or not one per pair.
+        """
+        return self
+
+    def average(self, values: Float[Tensor, "cells pairs read"]) -> Values:
+        """The mean over the positions read, padding left out."""
+        if self.real is None:
+            return values.mean(-1)
+        return values.masked_fill(~self.real, 0.0).sum(-1) / self.real.sum(-1)
+
+    def encode(self, model: HookedCausalLM) -> "Metric":
+        """The metric with texts replaced by the model's token ids, for calls on logits outside a sweep.
+
+        Raises:
+            InputError: a text that is no single token.
         """
         return self
 
@@ -119,10 +134,31 @@ class _OfAnswer(Metric):
 
     def prepare(self, runs: Runs) -> "Metric":
         """The metric with the answers' ids."""
-        return replace(self, answer=_token_ids(runs, self.answer, f"{self.name}: answer"))
+        return replace(
+            self, answer=ids_of_pairs(runs.model, self.answer, runs.pairs, runs.n_pairs, f"{self.name}: answer")
+        )
+
+    def encode(self, model: HookedCausalLM) -> "Metric":
+        """The metric with the answers' ids."""
+        return replace(self, answer=torch.tensor(encode_tokens(model, self.answer)))
+
+    def _ids(self, tokens: Tokens, logits: Cells) -> Int[Tensor, "_ _ _"]:
+        """Ids of answers, one for all pairs or one for each."""
+        given = list_tokens(tokens)
+        texts = [token for token in given if isinstance(token, str)]
+        if texts:
+            raise MetricError(
+                f"{self.name}: {texts[0]!r} is text, whose token id logits do not tell; call metric.encode(model) first"
+            )
+        ids = torch.tensor(given, device=logits.device).reshape(1, -1, 1)
+        if ids.shape[1] not in (1, logits.shape[1]):
+            raise MetricError(
+                f"{self.name}: {ids.shape[1]} tokens for {logits.shape[1]} rows of logits; expected 1 or one for each"
+            )
+        return ids
 
     def _read(self, values: Cells, tokens: Tokens) -> Float[Tensor, "cells pairs read"]:
-        ids = torch.as_tensor(tokens, device=values.device).reshape(1, -1, 1, 1)
+        ids = self._ids(tokens, values)[..., None]
         return values.take_along_dim(ids.expand(len(values), values.shape[1], values.shape[2], 1), -1)[..., 0]
 
 
@@ -141,12 +177,21 @@ class LogitDiff(_OfAnswer):
 
     def prepare(self, runs: Runs) -> "Metric":
         """The metric with the ids of both answers."""
-        answer = _token_ids(runs, self.answer, f"{self.name}: answer")
-        return replace(self, answer=answer, wrong=_token_ids(runs, self.wrong, f"{self.name}: wrong"))
+        answer = ids_of_pairs(runs.model, self.answer, runs.pairs, runs.n_pairs, f"{self.name}: answer")
+        return replace(
+            self,
+            answer=answer,
+            wrong=ids_of_pairs(runs.model, self.wrong, runs.pairs, runs.n_pairs, f"{self.name}: wrong"),
+        )
+
+    def encode(self, model: HookedCausalLM) -> "Metric":
+        """The metric with the ids of both answers."""
+        answer, wrong = (torch.tensor(encode_tokens(model, tokens)) for tokens in (self.answer, self.wrong))
+        return replace(self, answer=answer, wrong=wrong)
 
     def measure(self, logits: Cells) -> Values:
         """`l[answer] - l[wrong]`."""
-        return (self._read(logits, self.answer) - self._read(logits, self.wrong)).mean(-1)
+        return self.average(self._read(logits, self.answer) - self._read(logits, self.wrong))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +200,7 @@ class LogProb(_OfAnswer):
 
     def measure(self, logits: Cells) -> Values:
         """`log p[answer]`."""
-        return (self._read(logits, self.answer) - _wide(logits).logsumexp(-1)).mean(-1)
+        return self.average(self._read(logits, self.answer) - widen(logits).logsumexp(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +209,7 @@ class Probability(_OfAnswer):
 
     def measure(self, logits: Cells) -> Values:
         """`p[answer]`."""
-        return (self._read(logits, self.answer) - _wide(logits).logsumexp(-1)).exp().mean(-1)
+        return self.average((self._read(logits, self.answer) - widen(logits).logsumexp(-1)).exp())
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +218,8 @@ class Accuracy(_OfAnswer):
 
     def measure(self, logits: Cells) -> Values:
         """Whether the answer comes first."""
-        ids = torch.as_tensor(self.answer, device=logits.device).reshape(1, -1, 1)
-        return (logits.argmax(-1) == ids).to(_wide(logits).dtype).mean(-1)
+        ids = self._ids(self.answer, logits)
+        return self.average((logits.argmax(-1) == ids).to(wide_dtype(logits.dtype)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +250,9 @@ class KL(Metric):
         """`sum r (log r - log p)`."""
         if not isinstance(self.reference, Tensor):
             raise MetricError("KL was not prepared: give logits as reference to use it outside a sweep")
-        reference = _wide(self.reference).log_softmax(-1)
-        patched = _wide(logits).log_softmax(-1)
-        return (reference.exp() * (reference - patched)).sum(-1).mean(-1)
+        reference = widen(self.reference).log_softmax(-1)
+        patched = widen(logits).log_softmax(-1)
+        return self.average((reference.exp() * (reference - patched)).sum(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +281,7 @@ class Loss(Metric):
         if self.tokens is None:
             raise MetricError("Loss was not prepared: give tokens to use it outside a sweep")
         targets = self.tokens[None, :, 1:].expand(len(logits), -1, -1)
-        losses = F.cross_entropy(_wide(logits[:, :, :-1]).flatten(0, 2), targets.flatten(), reduction="none")
+        losses = F.cross_entropy(widen(logits[:, :, :-1]).flatten(0, 2), targets.flatten(), reduction="none")
         losses = losses.view(targets.shape)
         return losses.sum(-1) / (targets >= 0).sum(-1)
 
@@ -269,7 +314,7 @@ class FractionRecovered(Metric):
         Raises:
             InputError: a pair's two runs have the same value, so there is nothing to recover.
         """
-        inner = self.metric.prepare(runs)
+        inner = prepare_metric(self.metric, runs)
         ends = inner.measure(torch.stack([runs.corrupted_logits, runs.clean_logits]))
         same = [pair for pair, (low, high) in zip(runs.pairs, ends.T.tolist(), strict=True) if low == high]
         if same:
@@ -279,6 +324,10 @@ class FractionRecovered(Metric):
             )
         return replace(self, metric=inner, ends=(ends[0], ends[1]))
 
+    def encode(self, model: HookedCausalLM) -> "Metric":
+        """The metric with the inner one encoded."""
+        return replace(self, metric=self.metric.encode(model))
+
     def measure(self, logits: Cells) -> Values:
         """`(m - m_corrupted) / (m_clean - m_corrupted)`."""
         if self.ends is None:
@@ -287,84 +336,14 @@ class FractionRecovered(Metric):
         return (self.metric.measure(logits) - corrupted) / (clean - corrupted)
 
 
-@dataclass(frozen=True, eq=False)
-class FunctionMetric(Metric):
-    """A function from logits `[batch pos d_vocab]` to values `[batch]`, as a metric.
-
-    For a single pair the rows are patched runs, any number of them. For several pairs the function is called
-    once per patch, and row `i` is pair `i`; rows are padded on the right.
-
-    Attributes:
-        fn: the function.
-    """
-
-    needs_all_pairs: ClassVar[bool] = True
-
-    fn: MetricFunction
-    _: KW_ONLY
-    pos: Positions = None
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return getattr(self.fn, "__name__", type(self.fn).__name__)
-
-    def measure(self, logits: Cells) -> Values:
-        """The function's values.
-
-        Raises:
-            MetricError: they are not one per row.
-        """
-        n_cells, n_pairs = logits.shape[:2]
-        if n_pairs == 1:
-            return self._call(logits[:, 0], n_cells)[:, None]
-        return torch.stack([self._call(cell, n_pairs) for cell in logits])
-
-    def _call(self, logits: Tensor, n_rows: int) -> Float[Tensor, " rows"]:
-        values = self.fn(logits)
-        if not isinstance(values, Tensor) or values.shape != (n_rows,):
-            found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-            raise MetricError(
-                f"metric {self.name!r} returned {found} for logits {list(logits.shape)} [batch pos d_vocab]; expected "
-                f"one value per row, [{n_rows}]: reduce over positions and vocabulary, not over rows"
-            )
-        return values
-
-
-def as_metric(metric: Metric | MetricFunction) -> Metric:
-    """The metric itself, or a function as one.
+def prepare_metric(metric: Metric, runs: Runs) -> Metric:
+    """The metric for some pairs, with token ids, references and padding filled in.
 
     Raises:
-        MetricError: neither a metric nor callable.
+        InputError: see `Metric.prepare`.
     """
-    if isinstance(metric, Metric):
-        return metric
-    if not callable(metric):
-        raise MetricError(
-            f"a metric is a value such as patching.LogitDiff(answer, wrong) or a function from logits to one value per "
-            f"row; got {type(metric).__name__}"
-        )
-    return FunctionMetric(metric)
-
-
-def _token_ids(runs: Runs, tokens: Tokens, subject: str) -> Int[Tensor, " pairs"]:
-    """The ids for the pairs of a run: one for all, or the pairs' own."""
-    if isinstance(tokens, Tensor):
-        given: list[Token] = tokens.reshape(-1).tolist()
-    elif isinstance(tokens, int | str):
-        given = [tokens]
-    else:
-        given = list(tokens)
-    if len(given) not in (1, runs.n_pairs):
-        raise InputError(f"{subject}: {len(given)} tokens for {runs.n_pairs} pairs; expected 1 or {runs.n_pairs}")
-    chosen = given if len(given) == 1 else [given[pair] for pair in runs.pairs]
-    ids = [runs.model.to_single_token(token) if isinstance(token, str) else int(token) for token in chosen]
-    d_vocab = runs.model.cfg.d_vocab
-    outside = [token for token in ids if not 0 <= token < d_vocab]
-    if outside:
-        raise InputError(f"{subject}: token ids {outside} are outside the vocabulary, 0 to {d_vocab - 1}")
-    return torch.tensor(ids, device=runs.tokens.device)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
+    prepared = metric.prepare(runs)
+    if prepared.positions is not None or len(set(runs.lengths)) == 1:
+        return prepared
+    columns = torch.arange(runs.tokens.shape[1], device=runs.tokens.device)
+    return replace(prepared, real=columns < torch.tensor(runs.lengths, device=columns.device)[:, None])

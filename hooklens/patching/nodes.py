@@ -13,8 +13,13 @@ to key-value heads.
 | | | the final norm | `logits` |
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from hooklens.config import HookedConfig
 from hooklens.errors import InputError
@@ -22,6 +27,13 @@ from hooklens.patching.errors import SiteError
 
 WriterKind = Literal["embed", "head", "mlp"]
 ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
+Edge = tuple[str, str]
+"""A writer's name and a reader's."""
+
+_NUMBER = "(0|[1-9][0-9]*)"
+_WRITER_NAME = re.compile(rf"embed|a{_NUMBER}\.h{_NUMBER}|m{_NUMBER}")
+_READER_NAME = re.compile(rf"logits|a{_NUMBER}\.h{_NUMBER}\.([qkv])|m{_NUMBER}")
+_PLACE_OF_KIND = {"q": 0, "k": 1, "v": 2, "mlp": 3}
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,103 @@ def reaches(writer: Writer, reader: Reader, cfg: HookedConfig) -> bool:
     if writer.layer != reader.layer:
         return writer.layer < reader.layer
     return writer.kind == "head" and reader.kind == "mlp" and cfg.wiring == "sequential"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All nodes of a network.
+
+    Attributes:
+        writers: in the order in which they write.
+        readers: in the order in which they read.
+        n_inputs: how many writers each reader reads. These are always the first ones.
+    """
+
+    writers: tuple[Writer, ...]
+    readers: tuple[Reader, ...]
+    n_inputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cfg: HookedConfig) -> "Graph":
+        """The nodes of a network."""
+        writers, readers = tuple(list_writers(cfg)), tuple(list_readers(cfg))
+        n_inputs = {
+            key: sum(reaches(writer, reader, cfg) for writer in writers)
+            for key, reader in {(reader.kind, reader.layer): reader for reader in readers}.items()
+        }
+        return cls(writers, readers, tuple(n_inputs[reader.kind, reader.layer] for reader in readers))
+
+    def exists(self) -> Bool[Tensor, "reader writer"]:
+        """Where there is an edge."""
+        return torch.arange(len(self.writers)) < torch.tensor(self.n_inputs)[:, None]
+
+
+def list_edges(cfg: HookedConfig) -> list[Edge]:
+    """All edges, reader by reader in the order in which they read, the writers of each in the order of writing."""
+    graph = Graph.of(cfg)
+    writers = list(map(str, graph.writers))
+    return [
+        (writer, str(reader)) for reader, n in zip(graph.readers, graph.n_inputs, strict=True) for writer in writers[:n]
+    ]
+
+
+def inputs_of(writer: Writer, *, group_size: int) -> list[Reader]:
+    """The readers from whose inputs a writer's output is made: none for the embeddings, three for a head.
+
+    Args:
+        writer: the writer.
+        group_size: query heads per key-value head.
+    """
+    if writer.kind == "embed":
+        return []
+    if writer.kind == "mlp":
+        return [Reader("mlp", writer.layer)]
+    kv_head = writer.head // group_size
+    return [
+        Reader("q", writer.layer, writer.head),
+        Reader("k", writer.layer, kv_head),
+        Reader("v", writer.layer, kv_head),
+    ]
+
+
+def split_writer(name: str) -> Writer:
+    """The writer of a name, in whatever network.
+
+    Raises:
+        SiteError: it is no writer's name.
+    """
+    match = _WRITER_NAME.fullmatch(name)
+    if match is None:
+        raise SiteError(f"{name!r} is no writer's name; these are 'embed', heads 'a0.h1' and MLPs 'm0'")
+    layer, head, mlp = match.groups()
+    if mlp is not None:
+        return Writer("mlp", int(mlp))
+    return Writer("embed") if layer is None else Writer("head", int(layer), int(head))
+
+
+def writer_place(name: str) -> tuple[int, bool, int]:
+    """Where the writer of a name stands in the order of writing.
+
+    Raises:
+        SiteError: it is no writer's name.
+    """
+    writer = split_writer(name)
+    return writer.layer, writer.kind == "mlp", writer.head
+
+
+def reader_place(name: str) -> tuple[float, int, int]:
+    """Where the reader of a name stands in the order of reading.
+
+    Raises:
+        SiteError: it is no reader's name.
+    """
+    match = _READER_NAME.fullmatch(name)
+    if match is None:
+        raise SiteError(f"{name!r} is no reader's name; these are 'a0.h1.q' (or '.k', '.v'), MLPs 'm0' and 'logits'")
+    layer, head, kind, mlp = match.groups()
+    if mlp is not None:
+        return int(mlp), _PLACE_OF_KIND["mlp"], 0
+    return (float("inf"), 0, 0) if layer is None else (int(layer), _PLACE_OF_KIND[kind], int(head))
 
 
 def parse_writer(name: str, cfg: HookedConfig) -> Writer:

@@ -57,8 +57,8 @@ def read_pairs(
     Raises:
         InputError: another number of prompts, or pairs of prompts of different length; all of them are named.
     """
-    clean_rows = _read_rows(model, clean, attention_mask)
-    corrupted_rows = _read_rows(model, corrupted, attention_mask)
+    clean_rows = read_prompts(model, clean, attention_mask)
+    corrupted_rows = read_prompts(model, corrupted, attention_mask)
     if len(clean_rows) != len(corrupted_rows):
         raise InputError(f"{len(clean_rows)} clean prompts and {len(corrupted_rows)} corrupted ones; expected as many")
     unequal = [
@@ -75,7 +75,7 @@ def read_pairs(
     return PromptPairs(clean=_pad_right(clean_rows), corrupted=_pad_right(corrupted_rows), lengths=lengths)
 
 
-def _read_rows(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor | None) -> list[Int[Tensor, " _"]]:
+def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor | None) -> list[Int[Tensor, " _"]]:
     """The real tokens of each prompt."""
     mask: Tensor | None
     if isinstance(prompt, Tensor):

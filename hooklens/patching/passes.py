@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.axes import find_site
+from hooklens.axes import find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
@@ -23,12 +23,32 @@ from hooklens.patching.baseline import Baseline, find_entry, unembed
 from hooklens.patching.packing import Packing, Segment, count_up
 from hooklens.patching.sites import Cell
 
+# Up to so many keys a copy for each row and one attention call take less time than two calls put together.
+_SHORT_PAST = 64
+_BEHIND_ATTENTION = frozenset({"hook_resid_mid", "hook_mlp_in", "ln2", "mlp", "ln2_post"})
+
 
 class Index(NamedTuple):
     """Entries of an activation: the rows, and what stands at its other axes."""
 
     rows: Tensor
     rest: tuple[Tensor | slice, ...]
+
+
+class Reads(NamedTuple):
+    """The tokens of a batch whose logits are read: for each its segment, which of the metric's positions it is, its
+    column in the prompt, and its row and place in the batch.
+    """
+
+    segment: Tensor
+    read: Tensor
+    column: Tensor
+    row: Tensor
+    place: Tensor
+
+    def places(self, chosen: Bool[Tensor, " token"]) -> tuple[Tensor, Tensor]:
+        """Row and place of some of them."""
+        return self.row[chosen], self.place[chosen]
 
 
 class Pass:
@@ -58,8 +78,8 @@ class Pass:
         """The logits of every segment's prompt at the positions that the metric reads."""
         packing, n_layers = self.packing, self.model.cfg.n_layers
         plan = None if packing.is_plain else packing.make_plan()
-        table = None
-        stream: Tensor | None = None
+        table, stream, n_rows = None, None, 0
+        reads = self._find_reads()
         for layer in range(packing.layers[0], n_layers):
             stream = self._join(stream, layer)
             n_rows = len(stream)
@@ -67,27 +87,71 @@ class Pass:
             if self.model.rotary is not None and table is None:
                 table = self.model.rotary.look_up(plan or rows, stream.dtype)
             cut = None if table is None else (table[0][:n_rows], table[1][:n_rows])
+            wanted = reads.places(reads.row < n_rows) if layer == n_layers - 1 and self._may_narrow(layer) else None
             with self._patched(layer):
-                stream = self.model.block_list()[layer](stream, rows, cut, self._past(layer, n_rows))
+                stream = self.model.block_list()[layer](stream, rows, cut, self._past(layer, n_rows), wanted=wanted)
             self.token_layers += n_rows * packing.width
-        return self._read_logits(self._join(stream, n_layers))
+        return self._read_logits(reads, self._gather(reads, stream, n_rows))
 
     def _plain_plan(self, n_rows: int) -> TokenPlan:
         packing = self.packing
         return TokenPlan(batch=n_rows, n_new=packing.width, device=self.model.device, n_past=packing.n_past)
+
+    def _find_reads(self) -> "Reads":
+        """The tokens of the batch that the metric reads; before its start a segment has none."""
+        starts, stops, offsets, rows = torch.tensor(
+            [
+                [segment.start for segment in self.segments],
+                [segment.stop for segment in self.segments],
+                self.packing.offset,
+                self.packing.row,
+            ],
+            device=self.model.device,
+        )
+        columns = self.baseline.reads[torch.tensor([segment.pair for segment in self.segments])]
+        ran = (columns >= starts[:, None]) & (columns < stops[:, None])
+        segment, read = ran.nonzero(as_tuple=True)
+        column = columns[segment, read]
+        return Reads(segment, read, column, rows[segment], column + (offsets - starts)[segment])
+
+    def _may_narrow(self, layer: int) -> bool:
+        """Whether nothing is patched in a block behind its attention, where only tokens that are read go on."""
+        inside = [name for at, name in self._edits if at == layer and name != "stream"]
+        return not any(name.split(".")[2] in _BEHIND_ATTENTION for name in inside)
+
+    def _gather(self, reads: "Reads", stream: Tensor | None, n_rows: int) -> Float[Tensor, "token one d_model"]:
+        """The last stream of the tokens that are read, from the `n_rows` rows that went through blocks and the rest."""
+        ran = reads.row < n_rows
+        parts = []
+        if stream is not None:
+            narrow = stream.shape[:2] == (int(ran.sum()), 1)
+            parts.append(stream if narrow else stream[reads.places(ran)][:, None])
+        if n_rows < len(self.packing.layers):
+            entering = self._enter(n_rows, len(self.packing.layers), self.model.cfg.n_layers)
+            rows, places = reads.places(~ran)
+            parts.append(entering[rows - n_rows, places][:, None])
+        if len(parts) == 1:
+            return parts[0]
+        out = torch.empty_like(parts[0][:1]).repeat(len(ran), 1, 1)
+        out[ran], out[~ran] = parts
+        return out
 
     def _join(self, stream: Tensor | None, layer: int) -> Float[Tensor, "rows width d_model"]:
         """The rows so far, and those that enter at this layer with the unpatched run's stream, or a patched one."""
         layers = self.packing.layers
         first = 0 if stream is None else len(stream)
         last = next((row for row in range(first, len(layers)) if layers[row] > layer), len(layers))
-        if first == last and stream is not None:
-            return stream
+        if stream is None:
+            return self._enter(first, last, layer)
+        return stream if first == last else torch.cat([stream, self._enter(first, last, layer)])
+
+    def _enter(self, first: int, last: int, layer: int) -> Float[Tensor, "rows width d_model"]:
+        """The rows that enter at a layer."""
         pairs, columns = self.pairs[first:last, None], self.packing.column[first:last]
         entering = self.baseline.streams[layer][pairs, columns]
         for index, values in self._edits.get((layer, "stream"), ()):
             entering[(index.rows - first, *index.rest)] = values
-        return entering if stream is None else torch.cat([stream, entering])
+        return entering
 
     def _past(self, layer: int, n_rows: int) -> HookedKeyValueCacheEntry | None:
         """The unpatched run's keys and values before the segments: one row where all are of one pair."""
@@ -98,7 +162,10 @@ class Pass:
         if len(keys) > 1:
             rows = self.pairs[:1] if len(set(self.packing.pairs)) == 1 else self.pairs[:n_rows]
             keys, values = keys[rows], values[rows]
-        return HookedKeyValueCacheEntry(keys, values, frozen=True)
+        if n_past > _SHORT_PAST:
+            return HookedKeyValueCacheEntry(keys, values, frozen=True)
+        keys, values = (tensor.expand(n_rows, -1, -1, -1) for tensor in (keys, values))
+        return HookedKeyValueCacheEntry(keys, values)
 
     @contextmanager
     def _patched(self, layer: int) -> Iterator[None]:
@@ -126,7 +193,7 @@ class Pass:
             site = find_site(name)
             assert site is not None
             made = self._edit_pattern(name, members) if "key" in site.axes else self._edit_columns(name, members)
-            key = "stream" if entry.stage == "stream" else name
+            key = "stream" if entry.stage in ("stream", "written") else name
             edits.setdefault((entry.layer, key), []).append(made)
         return edits
 
@@ -137,14 +204,27 @@ class Pass:
         segments = [self.segments[i] for i in members]
         pairs = np.array([segment.pair for segment in segments])[which]
         rows, slots = self._places(members, which, columns)
-        into: list[Tensor] = [torch.from_numpy(rows).to(device), torch.from_numpy(slots).to(device)]
-        of: list[Tensor] = [torch.from_numpy(pairs).to(device), torch.from_numpy(columns).to(device)]
+        into, of = [rows, slots], [pairs, columns]
         heads = [self.cells[segment.cell].head for segment in segments]
         if heads[0] is not None:
-            head = torch.from_numpy(np.array(heads)[which]).to(device)
-            into.append(head)
-            of.append(head)
-        return Index(into[0], tuple(into[1:])), self.baseline.values[name][tuple(of)]
+            of.append(np.array(heads)[which])
+        written = name in self.baseline.replaced
+        if not written:
+            into += of[2:]
+        row, *rest = (torch.from_numpy(index).to(device) for index in into)
+        at = tuple(torch.from_numpy(index).to(device) for index in of)
+        return Index(row, tuple(rest)), self._stream_of(name, at) if written else self.baseline.values[name][at]
+
+    def _stream_of(self, name: str, at: tuple[Tensor, ...]) -> Float[Tensor, "entries d_model"]:
+        """The stream behind a block whose heads have written other vectors: pairs, columns and, of one head, heads."""
+        layer = layer_of(name)
+        assert layer is not None
+        change = self.baseline.values[name][at] - self.baseline.replaced[name][at]
+        W_O = self.model.block_list()[layer].attn.W_O
+        if len(at) == 3:
+            of_head, change = change, change.new_zeros(len(change), *W_O.shape[:2])
+            change[torch.arange(len(change)), at[2]] = of_head
+        return self.baseline.streams[layer + 1][at[:2]] + torch.einsum("enh,nhm->em", change, W_O)
 
     def _edit_pattern(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
         """The index and values for scores and patterns: a key stands in the past or in the segment's own row."""
@@ -191,34 +271,21 @@ class Pass:
         offsets = np.array([self.packing.offset[i] for i in members])
         return np.array([self.packing.row[i] for i in members])[which], (offsets - starts)[which] + columns
 
-    def _read_logits(self, stream: Float[Tensor, "rows width d_model"]) -> Float[Tensor, "segments read d_vocab"]:
+    def _read_logits(
+        self, reads: "Reads", stream: Float[Tensor, "token one d_model"]
+    ) -> Float[Tensor, "segments read d_vocab"]:
         """Logits where the metric reads; before its start a segment's are those of the unpatched run."""
-        device = self.model.device
-        pairs = torch.tensor([segment.pair for segment in self.segments], device=device)
-        starts, stops, offsets, rows = (
-            torch.tensor(values, device=device)[:, None]
-            for values in (
-                [segment.start for segment in self.segments],
-                [segment.stop for segment in self.segments],
-                self.packing.offset,
-                self.packing.row,
-            )
-        )
-        columns = self.baseline.reads[pairs]
-        ran = (columns >= starts) & (columns < stops)
-        segment_at, read_at = ran.nonzero(as_tuple=True)
-        places = (columns - starts + offsets)[segment_at, read_at]
-        chosen = stream[rows[segment_at, 0], places][:, None]
-        with self._patched_head(segment_at, columns[segment_at, read_at]):
-            logits = unembed(self.model, chosen)[:, 0]
-        if bool(ran.all()):
-            return logits.view(*columns.shape, -1)
-        out = self.baseline.into_logits[pairs]
-        out[segment_at, read_at] = logits
+        with self._patched_head(reads):
+            logits = unembed(self.model, stream)[:, 0]
+        shape = (len(self.segments), self.baseline.reads.shape[1])
+        if len(logits) == shape[0] * shape[1]:
+            return logits.view(*shape, -1)
+        out = self.baseline.into_logits[torch.tensor([segment.pair for segment in self.segments])]
+        out[reads.segment, reads.read] = logits
         return out
 
     @contextmanager
-    def _patched_head(self, segment_at: Tensor, columns: Tensor) -> Iterator[None]:
+    def _patched_head(self, reads: "Reads") -> Iterator[None]:
         """The edits in the final norm and the unembedding, attached while they run."""
         points = self.model.hook_points()
         edits: dict[str, list[tuple[Index, Tensor]]] = {}
@@ -227,9 +294,9 @@ class Pass:
             if find_entry(name, self.model.cfg).stage != "head":
                 continue
             pos = self._pos(segment)
-            at = segment_at == index if pos is None else (segment_at == index) & (columns == pos)
+            at = reads.segment == index if pos is None else (reads.segment == index) & (reads.column == pos)
             [read] = at.nonzero(as_tuple=True)
-            values = self.baseline.values[name][segment.pair, columns[read]]
+            values = self.baseline.values[name][segment.pair, reads.column[read]]
             edits.setdefault(name, []).append((Index(read, (slice(0, 1),)), values[:, None]))
         handles = [points[name].add_hook(_PutIn(edit)) for name, edit in edits.items()]
         try:

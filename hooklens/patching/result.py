@@ -6,7 +6,7 @@ behaviour (the site is sufficient), with `"noise"` 1 means that it alone destroy
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooklens.errors import CheckpointError, HookLensError
 from hooklens.optional import import_package
+from hooklens.patching.figures import Backend, LabelledAxis, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas
@@ -117,31 +118,63 @@ class SweepResult:
         order = (table["value"] - base).abs().sort_values(ascending=False, na_position="last").index
         return table.loc[order[:k]].reset_index(drop=True)
 
-    def plot(self, *, backend: Literal["plotly", "matplotlib"] = "plotly", title: str | None = None) -> Any:
+    def plot(
+        self,
+        *,
+        backend: Backend = "plotly",
+        title: str | None = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
         """A heatmap of the normalized values, one panel per entry of the axes before the last two.
+
+        Args:
+            backend: the package that draws.
+            title: what stands above; None: the metric and its scale.
+            labels: by axis, what to write in place of its numbers, one for each number; `{"pos": pair.labels}`
+                writes the tokens.
 
         Returns:
             A plotly or matplotlib figure.
 
         Raises:
             MissingDependencyError: the package is not installed.
-            HookLensError: an unknown backend.
+            HookLensError: an unknown backend, or labels that do not go with the axes.
         """
-        values, rows, columns, panels = self._as_panels()
-        heading = title or f"{self.metric}, fraction of the way from the run that was patched ({self.direction})"
-        if backend == "plotly":
-            return _plot_with_plotly(values, rows, columns, panels, heading)
-        if backend == "matplotlib":
-            return _plot_with_matplotlib(values, rows, columns, panels, heading)
-        raise HookLensError(f"plot: backend is {backend!r}; expected 'plotly' or 'matplotlib'")
+        values, rows, columns, panels = self._as_panels(self._labels(labels or {}))
+        heading = self._heading() if title is None else title
+        return draw_heatmaps(values, rows, columns, panels, backend=backend, title=heading)
 
-    def _as_panels(self) -> tuple[Tensor, tuple[str, list[str]], tuple[str, list[str]], list[str]]:
+    def _heading(self) -> str:
+        if self.clean == self.corrupted:
+            return self.metric
+        start, end = ("corrupted", "clean") if self.direction == "denoise" else ("clean", "corrupted")
+        return f"{self.metric}: 0 as in the {start} run, 1 as in the {end} run"
+
+    def _labels(self, given: Mapping[str, Sequence[str]]) -> list[LabelledAxis]:
+        """The axes with what is written at them."""
+        unknown = [name for name in given if name not in self.axes]
+        if unknown:
+            raise HookLensError(f"plot: labels are given for {unknown}; the axes are {list(self.axes)}")
+        labelled = []
+        for name, numbers in self.axes.items():
+            texts = [str(number) for number in numbers]
+            if name in given:
+                wanted = numbers if all(isinstance(number, int) for number in numbers) else range(len(numbers))
+                outside = [number for number in wanted if not -len(given[name]) <= int(number) < len(given[name])]
+                if outside:
+                    raise HookLensError(
+                        f"plot: {len(given[name])} labels for axis {name!r} have none for {outside}; give one for "
+                        "each number from 0 on"
+                    )
+                texts = [str(given[name][int(number)]) for number in wanted]
+            labelled.append((name, texts))
+        return labelled
+
+    def _as_panels(self, axes: list[LabelledAxis]) -> tuple[Tensor, LabelledAxis, LabelledAxis, list[str]]:
         """Values `[panel row column]`, the axis of rows and of columns with their labels, titles of panels."""
         same = self.clean == self.corrupted
         values = (self.values if same else self.normalized).detach().cpu().double()
-        axes = [(name, [str(label) for label in labels]) for name, labels in self.axes.items()]
-        while len(axes) < 2:
-            axes.insert(0, ("", [""]))
+        axes = [("", [""])] * (2 - len(axes)) + axes
         titles = [""]
         for name, labels in axes[:-2]:
             titles = [f"{title} {name} {label}".strip() for title in titles for label in labels]
@@ -189,34 +222,3 @@ class SweepResult:
                 )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read a sweep from {path}: {error}") from error
-
-
-def _plot_with_plotly(
-    values: Tensor, rows: tuple[str, list[str]], columns: tuple[str, list[str]], panels: Sequence[str], title: str
-) -> Any:
-    figure = import_package("plotly.subplots").make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
-    heatmap = import_package("plotly.graph_objects").Heatmap
-    for column, panel in enumerate(values, start=1):
-        trace = heatmap(z=panel.tolist(), x=columns[1], y=rows[1], coloraxis="coloraxis")
-        figure.add_trace(trace, row=1, col=column)
-        figure.update_xaxes(title_text=columns[0], type="category", row=1, col=column)
-        figure.update_yaxes(title_text=rows[0], type="category", autorange="reversed", row=1, col=column)
-    figure.update_layout(title=title, coloraxis={"colorscale": "RdBu", "cmid": 0.0})
-    return figure
-
-
-def _plot_with_matplotlib(
-    values: Tensor, rows: tuple[str, list[str]], columns: tuple[str, list[str]], panels: Sequence[str], title: str
-) -> Any:
-    # A figure of its own, not pyplot's: nothing is shown or kept unless the caller does so.
-    figure = import_package("matplotlib.figure").Figure(figsize=(5 * len(panels) + 1, 4), layout="constrained")
-    limit = float(values.nan_to_num().abs().max()) or 1.0
-    for number, (panel, name) in enumerate(zip(values, panels, strict=True), start=1):
-        axes = figure.add_subplot(1, len(panels), number)
-        image = axes.imshow(panel.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        axes.set(title=name, xlabel=columns[0], ylabel=rows[0])
-        axes.set_xticks(range(len(columns[1])), columns[1])
-        axes.set_yticks(range(len(rows[1])), rows[1])
-    figure.colorbar(image, ax=figure.axes)
-    figure.suptitle(title)
-    return figure

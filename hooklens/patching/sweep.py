@@ -28,19 +28,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.activation_cache import ActivationCache
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.baseline import Baseline, Direction, Source, find_entry, run_baseline
 from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
+from hooklens.patching.function_metric import MetricFunction, as_metric
 from hooklens.patching.memory import pairs_per_group, tokens_per_pass
-from hooklens.patching.metrics import Metric, MetricFunction, as_metric
+from hooklens.patching.metrics import Metric
 from hooklens.patching.packing import Segment
 from hooklens.patching.pair import Prompt, PromptPairs, read_pairs
 from hooklens.patching.passes import Pass
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sites import Cell, CellArray, Sites, lay_out
+from hooklens.precision import wide_dtype
+from hooklens.weights.processing import check_transforms_match
 
 BatchSize = int | Literal["auto"]
 
@@ -79,6 +83,7 @@ def sweep(
     Raises:
         InputError: prompts that do not go together, or hooks attached to the model.
         HookNameError, SiteError: a site, layer, position or head that is not there.
+        TransformError: a source that is the cache of a model with other processing.
         MetricError: the metric gives another shape than one value per row, or NaN for an unpatched run.
         SweepInterruptedError: the sweep was stopped, or failed on the way; it holds what was measured.
 
@@ -88,6 +93,7 @@ def sweep(
     """
     check_model(model, allow_training=allow_training)
     _check_options(batch_size, direction, source)
+    check_source(model, source)
     prompts = read_pairs(model, clean, corrupted, attention_mask)
     array = lay_out(sites, model, prompts.lengths)
     with torch.no_grad():
@@ -125,7 +131,7 @@ class SweepRun:
         self.batch_size, self.direction, self.source = batch_size, direction, source
         n_cells, n_pairs = len(array.cells), len(prompts)
         self.names = list(dict.fromkeys(cell.name for cell in array.cells))
-        dtype = _metric_dtype(model)
+        dtype = wide_dtype(model.dtype)
         self.values = torch.full((n_cells, n_pairs), torch.nan, dtype=dtype, device=model.device)
         self.ends = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
         self.forwards, self.token_layers, self.unchanged = 0, 0, 0
@@ -202,7 +208,7 @@ class SweepRun:
             direction=self.direction,
             source=self.source,
         )
-        self.forwards += 2
+        self.forwards += 1
         self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
         self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
         broken = [pair for pair in group if bool(self.ends[:, pair].isnan().any())]
@@ -345,10 +351,6 @@ def _axes(name: str) -> tuple[str, ...]:
     return site.axes
 
 
-def _metric_dtype(model: HookedCausalLM) -> torch.dtype:
-    return torch.float64 if model.dtype == torch.float64 else torch.float32
-
-
 def describe_cell(cell: Cell) -> dict[str, Any]:
     """A cell as a row of a table."""
     return {"site": cell.name, "layer": cell.layer, "pos": cell.pos, "head": cell.head, "source": cell.source}
@@ -368,6 +370,16 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
             f"hooks are attached to {len(attached)} hook points, such as {attached[0]!r}, which a sweep would show "
             "parts of sequences and rows of other cells; remove them: model.reset_hooks(including_permanent=True)"
         )
+
+
+def check_source(model: HookedCausalLM, source: object) -> None:
+    """Refuse the cache of a model whose weights were processed otherwise.
+
+    Raises:
+        TransformError: names both records.
+    """
+    if isinstance(source, ActivationCache):
+        check_transforms_match(source.transforms, model.transforms)
 
 
 def _check_options(batch_size: BatchSize, direction: Direction, source: Source) -> None:

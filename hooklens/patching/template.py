@@ -92,6 +92,14 @@ class Pair:
         different: list[int] = (self.clean != self.corrupted).nonzero()[:, 0].tolist()
         return different
 
+    @property
+    def labels(self) -> list[str]:
+        """The tokens, `clean → corrupted` where they differ, for `SweepResult.plot(labels={"pos": ...})`."""
+        return [
+            one.strip() if one == other else f"{one.strip()} → {other.strip()}"
+            for one, other in zip(self.clean_tokens, self.corrupted_tokens, strict=True)
+        ]
+
     def position(self, name: str) -> int:
         """A named position: `"{field}.first"`, `"{field}.last"` (with or without braces), or `"end"`.
 

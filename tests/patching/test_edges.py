@@ -106,3 +106,45 @@ def test_nodes_and_refusals():
         parse_writer("a0.h4", cfg)
     with pytest.raises(patching.SiteError, match="key-value heads 0 to 1"):
         parse_reader("a0.h2.k", cfg)
+
+
+def chosen_greedily(scores, k, group_size):
+    """The search for a connected circuit, step by step over all edges."""
+    chosen = []
+    while len(chosen) < k:
+        nodes = {writer for writer, _ in chosen}
+
+        def is_open(reader, nodes=nodes):
+            if reader == "logits" or reader in nodes:
+                return True
+            layer, _, rest = reader.partition(".")
+            head, _, kind = rest.partition(".")
+            size = 1 if kind == "q" else group_size
+            number = int(head[1:] or 0) if head else 0
+            return bool(head) and any(f"{layer}.h{number * size + i}" in nodes for i in range(size))
+
+        candidates = [edge for edge in scores.top(scores.scores.numel()) if is_open(edge[1]) and edge not in chosen]
+        if not candidates:
+            break
+        chosen.append(candidates[0])
+    return chosen
+
+
+@pytest.mark.parametrize("network", ["grouped", "shared norm"])
+def test_connected_circuits_grow_from_the_logits(network):
+    model = make_model(network)
+    clean, corrupted = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
+    scores = patching.edge_attribution(model, clean, corrupted, METRIC)
+    n_edges, group_size = int(scores.exists.sum()), model.cfg.n_heads // model.cfg.n_kv_heads
+    before = patching.Circuit()
+    for k in (0, 1, 2, 5, 11, 30):
+        circuit = scores.circuit(k)
+        assert set(circuit) == set(chosen_greedily(scores, k, group_size))
+        assert len(circuit) == k
+        assert before <= circuit
+        before = circuit
+    assert scores.circuit(10 * n_edges) == patching.Circuit.full(model.cfg)
+    plain = scores.circuit(5, connected=False)
+    assert plain == patching.Circuit(scores.top(5))
+    with pytest.raises(InputError, match="k=-1; expected a number of edges >= 0"):
+        scores.circuit(-1)

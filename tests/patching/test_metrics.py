@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from hooklens import patching
+from hooklens import HookedCausalLM, patching
 from hooklens.errors import InputError
 from hooklens.patching import KL, Accuracy, FractionRecovered, LogitDiff, LogProb, Loss, MetricError, Probability
 from tests.annotations import unchecked
-from tests.model.networks import make_model, random_tokens
+from tests.model.networks import make_model, pad_rows, random_tokens
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_loss_is_the_models_own():
     model = make_model("rotary")
     tokens = random_tokens(1, 5)
     result = patching.sweep(model, tokens, random_tokens(1, 5, seed=9), "z", Loss(tokens=tokens), progress=False)
-    assert result.clean == pytest.approx(float(model(tokens, return_type="loss")))
+    assert result.clean == pytest.approx(float(model(tokens, return_type="loss").detach()))
 
 
 def test_fraction_recovered_is_one_for_the_clean_run():
@@ -80,3 +80,47 @@ def test_refusals(logits):
     for metric in (KL(), Loss(), FractionRecovered(LogitDiff(1, 2))):
         with pytest.raises(MetricError, match="was not prepared"):
             metric(logits)
+
+
+def test_texts_are_encoded_for_calls_on_logits():
+    model = HookedCausalLM.from_pretrained("bundled:tiny-gpt-neox")
+    logits = model(["Mary gave a drink to John", "John gave a drink to Mary"]).detach()
+    mary, john = model.to_single_token(" Mary"), model.to_single_token(" John")
+    expected = logits[:, -1, mary] - logits[:, -1, john]
+    metric = LogitDiff(" Mary", " John")
+    torch.testing.assert_close(metric.encode(model)(logits), expected)
+    torch.testing.assert_close(
+        LogitDiff([" Mary", " John"], [john, mary]).encode(model)(logits), expected * torch.tensor([1, -1])
+    )
+    scaled = FractionRecovered(metric, ends=(torch.zeros(2), torch.full((2,), 2.0))).encode(model)
+    torch.testing.assert_close(scaled(logits), expected / 2)
+    best = Accuracy([" Mary", int(logits[1, -1].argmax())]).encode(model)(logits)
+    assert best[1] == 1.0
+    with pytest.raises(MetricError, match=r"LogitDiff: ' Mary' is text.*call metric\.encode\(model\) first"):
+        metric(logits)
+    with pytest.raises(MetricError, match="LogProb: 3 tokens for 2 rows of logits; expected 1 or one for each"):
+        LogProb([1, 2, 3])(logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("metric", [KL(pos=None), LogitDiff(3, 5, pos=None), Probability(4, pos=None), Loss()])
+def test_means_over_all_positions_leave_padding_out(metric, side):
+    """Columns that pad the shorter prompts of a batch were part of the mean."""
+    model = make_model("grouped")
+    lengths = (6, 4)
+    rows = [
+        [row[0, :n] for row, n in zip(random_tokens(2, 6, seed=seed).split(1), lengths, strict=True)] for seed in (1, 2)
+    ]
+    (clean, mask), (corrupted, _) = pad_rows(rows[0], side), pad_rows(rows[1], side)
+    scaled = FractionRecovered(metric)
+    sites = patching.grid("z", layers=1)
+    together = [
+        patching.sweep(model, clean, corrupted, sites, each, attention_mask=mask, progress=False).per_pair
+        for each in (metric, scaled)
+    ]
+    for i in range(2):
+        alone = [
+            patching.sweep(model, rows[0][i][None], rows[1][i][None], sites, each, progress=False).per_pair[..., 0]
+            for each in (metric, scaled)
+        ]
+        torch.testing.assert_close([values[..., i] for values in together], alone, rtol=0, atol=1e-10)

@@ -80,3 +80,21 @@ def test_plots(result):
     assert drawn.axes[0].images[0].get_array().shape == (4, 4)
     with unchecked(), pytest.raises(HookLensError, match="backend is 'ascii'"):
         result.plot(backend="ascii")
+
+
+def test_plots_write_the_labels_they_are_given(result):
+    tokens = ["When", "Mary", "Mary", "→ John"]
+    pytest.importorskip("matplotlib")
+    drawn = result.plot(backend="matplotlib", labels={"pos": tokens, "head": ["a", "b", "c", "d"]})
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == tokens
+    assert [label.get_text() for label in drawn.axes[1].get_xticklabels()] == ["a", "b", "c", "d"]
+    pytest.importorskip("plotly")
+    assert list(result.plot(labels={"pos": tokens}).layout.yaxis.ticktext) == tokens
+    titles = [title.text for title in result.plot(labels={"layer": ["first", "second"]}).layout.annotations]
+    assert titles == ["layer first", "layer second"]
+    with pytest.raises(
+        HookLensError, match=r"labels are given for \['query'\]; the axes are \['layer', 'pos', 'head'\]"
+    ):
+        result.plot(labels={"query": tokens})
+    with pytest.raises(HookLensError, match=r"3 labels for axis 'pos' have none for \[3\]"):
+        result.plot(labels={"pos": tokens[:3]})

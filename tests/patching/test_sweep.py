@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hooklens import HookedCausalLM, patching
-from hooklens.errors import HookNameError, InputError
+from hooklens.errors import HookNameError, InputError, TransformError
 from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
 from tests.annotations import unchecked
 from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
@@ -56,6 +56,37 @@ def test_every_site_equals_one_full_forward_per_cell(network):
         # 1e-10: float64 rounding through two layers, far below any real difference.
         result = patching.sweep(model, clean, corrupted, grid, METRIC, progress=False)
         assert_exact(model, clean, corrupted, result, 1e-10, seed=hash(grid.site) % 1000)
+
+
+@pytest.mark.parametrize("network", ["grouped", "alibi, grouped", "capped", "shared norm"])
+def test_long_pasts_are_attended_to_where_they_stand(network, monkeypatch):
+    """Past some length the unpatched run's keys are not copied for each row: another way through attention."""
+    monkeypatch.setattr("hooklens.patching.passes._SHORT_PAST", 0)
+    model = make_model(network)
+    clean, corrupted = pair(n_shared=3)
+    for site in ("resid_pre", "k", "pattern", "mlp_out"):
+        result = patching.sweep(model, clean, corrupted, patching.grid(site, positions="each"), METRIC, progress=False)
+        assert_exact(model, clean, corrupted, result, 1e-10, n_cells=6)
+
+
+@pytest.mark.parametrize("network", ["grouped", "rotary", "shared norm"])
+def test_the_last_mlp_runs_for_tokens_that_are_read_only(network):
+    model = make_model(network)
+    clean, corrupted = pair(n_shared=0)
+    seen = []
+    linear = torch.nn.functional.linear
+    W_out = model.blocks[-1].mlp.W_out
+
+    def record(x, weight, bias=None):
+        if weight.data_ptr() == W_out.data_ptr():
+            seen.append(x.shape[:2].numel())
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", record)
+        patching.sweep(model, clean, corrupted, patching.grid("resid_pre", layers=0), METRIC, progress=False)
+    # Both unpatched prompts in full, then one token for each patched one.
+    assert seen == [2 * N_TOKENS, N_TOKENS]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -138,7 +169,7 @@ def test_patching_a_run_with_itself_changes_nothing():
     result = patching.sweep(model, clean, clean, ["z", "resid_pre", "pattern"], METRIC, progress=False)
     assert bool((result.values == result.corrupted).all())
     assert result.stats.unchanged == result.stats.cells
-    assert result.stats.forwards == 2
+    assert result.stats.forwards == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
@@ -200,8 +231,8 @@ def test_stats_count_less_than_the_naive_way():
     clean, corrupted = pair(n_shared=0)
     stats = patching.sweep(model, clean, corrupted, "resid_pre", METRIC, progress=False).stats
     assert (stats.cells, stats.pairs, stats.naive_forwards, stats.naive_tokens) == (12, 1, 14, 14 * N_TOKENS)
-    assert stats.forwards == 3
-    # Two baselines; 6 + 5 + ... + 1 = 21 tokens in four rows of six for each layer, run through 2 and 1 layers.
+    assert stats.forwards == 2
+    # Both unpatched prompts; 6 + 5 + ... + 1 = 21 tokens in four rows of six per layer, run through 2 and 1 layers.
     assert stats.tokens == 2 * N_TOKENS + (24 * 2 + 24) / 2
 
 
@@ -290,3 +321,21 @@ def test_bad_calls_are_refused_before_anything_is_patched():
     model.train()
     refuse(InputError, r"training mode; call model.eval\(\)", model, clean, corrupted, "z", METRIC)
     patching.sweep(model, clean, corrupted, "z", METRIC, allow_training=True, progress=False)
+
+
+def test_caches_of_otherwise_processed_models_are_refused():
+    """The cache of the unprocessed model went into a processed one without a word."""
+    model = make_model("grouped")
+    processed = model.process_weights(fold_ln=True)
+    clean, corrupted = pair()
+    _, cache = model.run_with_cache(clean)
+    for patch in (
+        lambda: patching.sweep(processed, clean, corrupted, "z", METRIC, source=cache, progress=False),
+        lambda: patching.get_act_patch_resid_pre(processed, corrupted, cache, METRIC),
+        lambda: patching.generic_activation_patch(
+            processed, corrupted, cache, METRIC, lambda old, index, new: new, "resid_pre", ["layer"]
+        ),
+    ):
+        with pytest.raises(TransformError, match="fold_ln"):
+            patch()
+    assert patching.get_act_patch_resid_pre(model, corrupted, cache, METRIC).shape == (2, N_TOKENS)

@@ -36,6 +36,8 @@ def test_positions_have_names(model):
     assert pair.position("end") == len(pair.clean) - 1
     assert pair.differing == [pair.position("s.last")]
     assert "John -> Mary" in str(pair)
+    assert len(pair.labels) == len(pair.clean)
+    assert pair.labels[pair.differing[0]] == "John → Mary"
     opening = Pair.from_template(model, "{a} went to the store", clean={"a": "Mary"}, corrupted={"a": "John"})
     assert opening.position("a.first") == 1
 

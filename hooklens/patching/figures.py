@@ -1,0 +1,129 @@
+"""Figures of results: heatmaps of sweeps and curves of circuits, by plotly or matplotlib, neither of them required.
+
+Figures by matplotlib are none of pyplot's: nothing is kept open, and a notebook shows one that is a cell's value.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hooklens.errors import HookLensError
+from hooklens.optional import import_package
+
+Backend = Literal["plotly", "matplotlib"]
+LabelledAxis = tuple[str, list[str]]
+
+
+def draw_heatmaps(
+    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], *, backend: Backend, title: str
+) -> Any:
+    """Heatmaps beside each other on one scale, white at 0.
+
+    Args:
+        values: `[panel row column]`.
+        rows: the name of the rows' axis, and what is written at each row.
+        columns: the same of columns.
+        panels: what is written above each panel.
+        backend: the package that draws.
+        title: what stands above all.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+        HookLensError: an unknown backend.
+    """
+    _check_backend(backend)
+    if backend == "plotly":
+        return _heatmaps_by_plotly(values, rows, columns, panels, title)
+    return _heatmaps_by_matplotlib(values, rows, columns, panels, title)
+
+
+def draw_curve(
+    x: Sequence[float], y: Sequence[float], *, labels: tuple[str, str], level: float, backend: Backend, title: str
+) -> Any:
+    """A curve over a logarithmic axis, and a dotted line to compare it with.
+
+    Args:
+        x: places, all above 0.
+        y: values.
+        labels: the names of both axes.
+        level: where the dotted line is.
+        backend: the package that draws.
+        title: what stands above.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+        HookLensError: an unknown backend.
+    """
+    _check_backend(backend)
+    if backend == "plotly":
+        graph = import_package("plotly.graph_objects")
+        figure = graph.Figure(graph.Scatter(x=list(x), y=list(y), mode="lines+markers"))
+        figure.add_hline(y=level, line_dash="dot")
+        figure.update_xaxes(title_text=labels[0], type="log")
+        figure.update_yaxes(title_text=labels[1])
+        figure.update_layout(title=title)
+        return figure
+    figure = _make_figure(6, 4)
+    axes = figure.add_subplot()
+    axes.plot(x, y, marker="o")
+    axes.axhline(level, linestyle=":", color="gray")
+    axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
+    return figure
+
+
+def _check_backend(backend: Backend) -> None:
+    if backend not in ("plotly", "matplotlib"):
+        raise HookLensError(f"plot: backend is {backend!r}; expected 'plotly' or 'matplotlib'")
+
+
+def _heatmaps_by_plotly(
+    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str
+) -> Any:
+    figure = import_package("plotly.subplots").make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
+    heatmap = import_package("plotly.graph_objects").Heatmap
+    for column, panel in enumerate(values, start=1):
+        # Places are numbers, since labels may repeat.
+        figure.add_trace(heatmap(z=panel.tolist(), coloraxis="coloraxis"), row=1, col=column)
+        figure.update_xaxes(_plotly_axis(columns), row=1, col=column)
+        figure.update_yaxes({**_plotly_axis(rows), "autorange": "reversed"}, row=1, col=column)
+    figure.update_layout(title=title, coloraxis={"colorscale": "RdBu", "cmid": 0.0})
+    return figure
+
+
+def _plotly_axis(axis: LabelledAxis) -> dict[str, Any]:
+    name, labels = axis
+    return {"title_text": name, "tickvals": list(range(len(labels))), "ticktext": labels}
+
+
+def _heatmaps_by_matplotlib(
+    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str
+) -> Any:
+    figure = _make_figure(5 * len(panels) + 1, 4)
+    limit = float(values.nan_to_num().abs().max()) or 1.0
+    for number, (panel, name) in enumerate(zip(values, panels, strict=True), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        image = axes.imshow(panel.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set(title=name, xlabel=columns[0], ylabel=rows[0])
+        upright = max(map(len, columns[1])) > 3
+        axes.set_xticks(range(len(columns[1])), columns[1], rotation=90 if upright else 0)
+        axes.set_yticks(range(len(rows[1])), rows[1])
+    figure.colorbar(image, ax=figure.axes)
+    figure.suptitle(title)
+    return figure
+
+
+def _make_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches."""
+    figure = import_package("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    # Only figures of pyplot show themselves in a notebook.
+    figure._repr_png_ = partial(_render, figure)
+    return figure
+
+
+def _render(figure: Any) -> bytes:
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

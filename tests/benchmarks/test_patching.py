@@ -1,0 +1,97 @@
+"""Activation patching against TransformerLens (the extra `bench`), which runs one full forward per cell."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from hooklens import HookedCausalLM, patching
+from hooklens.bundled import bundled_path
+from tests.benchmarks.alternate import time_alternating
+from tests.benchmarks.models import build_pair
+
+_ANSWER, _WRONG = 3, 5
+_SIZES = {
+    "6 layers, d_model 128": {"n_layers": 6, "d_model": 128, "n_heads": 4},
+    "12 layers, d_model 768": {"n_layers": 12, "d_model": 768, "n_heads": 12},
+}
+_BARS = {
+    ("6 layers, d_model 128", "resid_pre"): 30,
+    ("6 layers, d_model 128", "z"): 15,
+    ("12 layers, d_model 768", "resid_pre"): 12,
+    ("12 layers, d_model 768", "z"): 7,
+}
+_PEER_FUNCTIONS = {"resid_pre": "get_act_patch_resid_pre", "z": "get_act_patch_attn_head_out_all_pos"}
+
+
+def _peer_metric(logits: torch.Tensor) -> torch.Tensor:
+    return (logits[:, -1, _ANSWER] - logits[:, -1, _WRONG]).mean()
+
+
+def _boot_peer(reference: Any, folder: Path) -> Any:
+    """The same weights in TransformerLens, which wants a checkpoint's folder and eager attention."""
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    reference.save_pretrained(folder)
+    eager = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_path("tiny-gpt-neox"))
+    return bridge.TransformerBridge.boot_transformers(str(folder), hf_model=eager, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("size", _SIZES)
+@torch.no_grad()
+def test_grids_against_the_peer(size: str, record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The (layer x position) `resid_pre` grid and the (layer x head) `z` grid of 16 tokens, all threads."""
+    peer_patching = pytest.importorskip("transformer_lens.patching")
+    # Its progress bar cannot be turned off, and should not be timed.
+    monkeypatch.setattr(peer_patching, "tqdm", lambda rows: rows)
+    reference, model = build_pair("gpt_neox", **_SIZES[size])
+    peer = _boot_peer(reference, tmp_path)
+    clean, corrupted = torch.randint(0, 1000, (2, 1, 16))
+    _, peer_cache = peer.run_with_cache(clean)
+    metric = patching.LogitDiff(_ANSWER, _WRONG)
+    for site, function in _PEER_FUNCTIONS.items():
+
+        def theirs(function: str = function) -> torch.Tensor:
+            return getattr(peer_patching, function)(peer, corrupted, peer_cache, _peer_metric)
+
+        def ours(site: str = site) -> torch.Tensor:
+            return patching.sweep(model, clean, corrupted, site, metric, progress=False).values
+
+        difference = float((theirs() - ours()).abs().max())
+        record(f"sweep of {site}, {size}: largest difference to the peer", difference, at_most=1e-4)
+        seconds = time_alternating({"peer": theirs, "hooklens": ours}, rounds=3, warm_up=1)
+        record(
+            f"sweep of {site}, {size}: speed / the peer's",
+            seconds["peer"] / seconds["hooklens"],
+            at_least=_BARS[size, site],
+        )
+        record(f"sweep of {site}, {size}: seconds", seconds["hooklens"])
+        record(f"sweep of {site}, {size}: seconds of the peer", seconds["peer"])
+
+
+@torch.no_grad()
+def test_cost_per_cell_falls_as_the_grid_grows(record: Any) -> None:
+    """`resid_pre` and `z` over 1, 2, 4, ... cells of one layer: seconds per cell over those of one cell."""
+    _, model = build_pair("gpt_neox", **_SIZES["6 layers, d_model 128"])
+    clean, corrupted = torch.randint(0, 1000, (2, 1, 16))
+    for cells in (1, 4, 16, 64):
+        _time_cells(model, clean, corrupted, cells)
+    costs = {cells: _time_cells(model, clean, corrupted, cells) / cells for cells in (1, 4, 16, 64)}
+    for few, many in ((1, 4), (4, 16), (16, 64)):
+        record(f"sweep of z by position: cost per cell, {many} cells / {few}", costs[many] / costs[few], at_most=1.0)
+
+
+def _time_cells(model: HookedCausalLM, clean: torch.Tensor, corrupted: torch.Tensor, cells: int) -> float:
+    """Seconds of a grid of so many cells in the third layer."""
+    heads, positions = min(cells, 4), max(1, cells // 4)
+    grid = patching.grid("z", layers=2, heads=range(heads), positions=range(positions))
+    metric = patching.LogitDiff(_ANSWER, _WRONG)
+    fastest = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        patching.sweep(model, clean, corrupted, grid, metric, progress=False)
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest
