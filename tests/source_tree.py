@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors", "axes", "optional"),
+    ("errors", "axes", "optional", "precision"),
     ("config", "hooks"),
     ("weights", "kv_cache", "activation_cache", "tokens", "bundled"),
     ("model", "adapters", "generation"),

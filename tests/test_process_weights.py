@@ -12,14 +12,8 @@ from hooklens.config import RotaryPositions
 from hooklens.errors import TransformError, UnsupportedModelError
 from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
 from tests.model.networks import CONFIGS, make_model, random_tokens
+from tests.weights.reference_network import STEPS
 
-STEPS = (
-    "fold_ln",
-    "center_writing_weights",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-)
 TOKENS = random_tokens(2, 10, d_vocab=D_VOCAB)
 
 

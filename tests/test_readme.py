@@ -3,7 +3,10 @@
 import contextlib
 import io
 import re
+from operator import attrgetter
 from pathlib import Path
+
+import hooklens as hl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +39,23 @@ def test_example_prints_what_its_comments_say() -> None:
         exec(compile(example, "README.md", "exec"), {})
     assert expected
     assert printed.getvalue().splitlines() == expected
+
+
+def test_names_in_the_table_exist() -> None:
+    """The table named `analysis.logit_lens`, which is `analysis.lens.logit_lens`."""
+    places = {
+        "HookedCausalLM": hl.HookedCausalLM,
+        "analysis": hl.analysis,
+        "cache": hl.ActivationCache,
+        "hl": hl,
+        "model": hl.HookedCausalLM.from_pretrained("bundled:tiny-llama"),
+        "patching": hl.patching,
+    }
+    table = "".join(line for line in README.splitlines() if line.startswith("| "))
+    names = re.findall(rf"\b({'|'.join(places)})\.(\w+(?:\.\w+)*)", table)
+    assert {place for place, _ in names} == places.keys()
+    for place, name in names:
+        assert attrgetter(name)(places[place]) is not None, f"{place}.{name}"
 
 
 def test_constraints_fix_every_version_once_per_python() -> None:

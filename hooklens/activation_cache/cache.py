@@ -5,21 +5,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache.captured import CapturedActivations
-from hooklens.activation_cache.components import LabelledStack
+from hooklens.activation_cache.components import LabelledStack, read_points
 from hooklens.activation_cache.decomposition import (
     Mode,
     NeuronSlice,
     accumulate_stream,
     decompose_by_head,
-    decompose_by_layer,
     decompose_by_neuron,
     decompose_fully,
     make_readout,
+    names_by_head,
+    names_by_layer,
+    names_by_neuron,
+    names_of_all,
+    places_up_to,
 )
 from hooklens.activation_cache.logits import TokenIds, align_directions, find_directions
-from hooklens.activation_cache.readout import Readout, freeze_norm, widen
+from hooklens.activation_cache.memory import take
+from hooklens.activation_cache.readout import Readout, freeze_norm
+from hooklens.activation_cache.rows import RowSlice, select_rows
 from hooklens.activation_cache.stream import PosSlice, locate, require, require_weight
 from hooklens.errors import CacheError
+from hooklens.precision import widen
 
 Stack = Float[Tensor, "component *batch_pos read"]
 NormedStack = Float[Tensor, "component *taken d_model"]
@@ -74,11 +81,15 @@ class ActivationCache(CapturedActivations):
             return_labels: see the class.
 
         Raises:
-            MissingActivationError: lists the streams that were not captured.
+            MissingActivationError: lists what was not captured.
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
-        readout = make_readout(self, point, apply_ln=apply_ln, pos_slice=pos_slice)
-        return _answer(accumulate_stream(self, point, readout, incl_mid=incl_mid), return_labels=return_labels)
+        places = places_up_to(point, incl_mid=incl_mid)
+        names = [place.name_in(self) for place in places]
+        readout = make_readout(
+            self, point, purpose="accumulated_resid", names=names, apply_ln=apply_ln, pos_slice=pos_slice
+        )
+        return _answer(accumulate_stream(self, places, readout), return_labels=return_labels)
 
     def decompose_resid(
         self,
@@ -105,12 +116,14 @@ class ActivationCache(CapturedActivations):
             return_labels: see the class.
 
         Raises:
-            MissingActivationError: lists the components that were not captured.
+            MissingActivationError: lists what was not captured.
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
-        readout = make_readout(self, point, apply_ln=apply_ln, pos_slice=pos_slice)
-        stack = decompose_by_layer(self, point, readout, mode=mode, incl_embeds=incl_embeds)
-        return _answer(stack, return_labels=return_labels)
+        names = names_by_layer(self, point, mode=mode, incl_embeds=incl_embeds)
+        readout = make_readout(
+            self, point, purpose="decompose_resid", names=names, apply_ln=apply_ln, pos_slice=pos_slice
+        )
+        return _answer(read_points(self, names, readout), return_labels=return_labels)
 
     def stack_activation(
         self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
@@ -171,13 +184,15 @@ class ActivationCache(CapturedActivations):
             project_output_onto: see the class.
 
         Raises:
-            MissingActivationError: lists the `hook_z` that were not captured.
+            MissingActivationError: lists what was not captured.
             CacheError: there are no heads below `layer`.
         """
         point = locate(self.cfg, layer)
+        names = names_by_head(self, point, incl_remainder=incl_remainder)
         readout = make_readout(
-            self, point, apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto
-        )
+            self, point, purpose="stack_head_results", names=names,
+            apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto,
+        )  # fmt: skip
         stack = decompose_by_head(self, point, readout, incl_remainder=incl_remainder)
         return _answer(stack, return_labels=return_labels, directions=project_output_onto)
 
@@ -206,13 +221,15 @@ class ActivationCache(CapturedActivations):
             project_output_onto: see the class.
 
         Raises:
-            MissingActivationError: lists the `hook_post` that were not captured.
+            MissingActivationError: lists what was not captured.
             CacheError: there are no neurons below `layer`, or none are chosen.
         """
         point = locate(self.cfg, layer)
+        names = names_by_neuron(self, point, incl_remainder=incl_remainder)
         readout = make_readout(
-            self, point, apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto
-        )
+            self, point, purpose="stack_neuron_results", names=names,
+            apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto,
+        )  # fmt: skip
         stack = decompose_by_neuron(self, point, readout, neuron_slice=neuron_slice, incl_remainder=incl_remainder)
         return _answer(stack, return_labels=return_labels, directions=project_output_onto)
 
@@ -242,9 +259,11 @@ class ActivationCache(CapturedActivations):
             MissingActivationError: lists the activations that were not captured.
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
+        names = names_of_all(self, point, expand_neurons=expand_neurons)
         readout = make_readout(
-            self, point, apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto
-        )
+            self, point, purpose="get_full_resid_decomposition", names=names,
+            apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto,
+        )  # fmt: skip
         stack = decompose_fully(self, point, readout, expand_neurons=expand_neurons)
         return _answer(stack, return_labels=return_labels, directions=project_output_onto)
 
@@ -255,7 +274,7 @@ class ActivationCache(CapturedActivations):
         *,
         mlp_input: bool = False,
         pos_slice: PosSlice = None,
-        batch_slice: int | slice | list[int] | None = None,
+        batch_slice: RowSlice | None = None,
         has_batch_dim: bool = True,
     ) -> NormedStack:
         """Components read through the norm at `layer`: centred (LayerNorm only), over the scale, times its weight.
@@ -276,7 +295,9 @@ class ActivationCache(CapturedActivations):
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
         if batch_slice is not None and has_batch_dim:
-            residual_stack = residual_stack[:, batch_slice]
+            rows = select_rows(batch_slice, residual_stack.shape[1])
+            taken = take(residual_stack, 1, rows)
+            residual_stack = taken[:, 0] if isinstance(batch_slice, int) else taken
         if point.norm is None:
             return residual_stack
         norm = freeze_norm(
@@ -291,7 +312,7 @@ class ActivationCache(CapturedActivations):
             )
         return norm.apply(residual_stack)
 
-    def _rows_of_norm(self, norm: str, batch_slice: int | slice | list[int] | None) -> "ActivationCache":
+    def _rows_of_norm(self, norm: str, batch_slice: RowSlice | None) -> "ActivationCache":
         """A cache of some rows that holds only the scale of a norm."""
         scale = f"{norm}.hook_scale"
         if batch_slice is None or scale not in self:
@@ -305,7 +326,7 @@ class ActivationCache(CapturedActivations):
         incorrect_tokens: TokenIds | str | None = None,
         *,
         pos_slice: PosSlice = None,
-        batch_slice: int | slice | list[int] | None = None,
+        batch_slice: RowSlice | None = None,
         has_batch_dim: bool = True,
     ) -> Attributions:
         """How much each component adds to the logit of `tokens`, or to its difference to `incorrect_tokens`.

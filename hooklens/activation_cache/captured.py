@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooklens.activation_cache.memory import count_bytes, format_bytes, identify, take
 from hooklens.activation_cache.missing import GRAD, MissingActivationError, explain_missing
-from hooklens.activation_cache.rows import check_positions, kept_positions, select_rows, strip_padding
+from hooklens.activation_cache.rows import RowSlice, check_positions, kept_positions, select_rows, strip_padding
 from hooklens.activation_cache.storage import StoredCache, read_cache, write_cache
 from hooklens.axes import HOOK_SITES, find_site, get_act_name, layer_of
 from hooklens.config import HookedConfig
@@ -163,7 +163,7 @@ class CapturedActivations(Mapping[str, Tensor]):
             )
         return self._derive(self._map_tensors(lambda _, tensor: tensor[0]), has_batch_dim=False)
 
-    def apply_slice_to_batch_dim(self: AnyCache, rows: int | slice | list[int]) -> AnyCache:
+    def apply_slice_to_batch_dim(self: AnyCache, rows: RowSlice) -> AnyCache:
         """The cache of some rows of the batch.
 
         A number takes one row and drops the batch axis; a slice or a list keeps it. Evenly spaced ascending

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache.captured import CapturedActivations
-from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm, like, widen
+from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm, like
 from hooklens.activation_cache.stream import StreamPoint, require, require_weight, take_positions
 from hooklens.config import LearnedPositions
+from hooklens.precision import widen
 
 
 class LabelledStack(NamedTuple):
@@ -73,11 +74,27 @@ def _labels_of(names: Iterable[str]) -> list[str]:
     return ["_".join([*path, point.removeprefix("hook_")]) for *path, point in parts]
 
 
+def head_names(cache: CapturedActivations, layers: range) -> list[str]:
+    """What `read_heads` needs to be captured: `hook_z` where `hook_result` is not, and the scales of exit norms."""
+    attns = [f"blocks.{layer}.attn" for layer in layers]
+    values = [f"{attn}.hook_z" for attn in attns if f"{attn}.hook_result" not in cache]
+    return [*values, *_exit_scale_names(cache, layers, "ln1_post")]
+
+
+def neuron_names(cache: CapturedActivations, layers: range) -> list[str]:
+    """What `read_neurons` needs to be captured: `hook_post`, and the scales of exit norms."""
+    return [*(f"blocks.{layer}.mlp.hook_post" for layer in layers), *_exit_scale_names(cache, layers, "ln2_post")]
+
+
+def _exit_scale_names(cache: CapturedActivations, layers: range, norm: str) -> list[str]:
+    return [f"blocks.{layer}.{norm}.hook_scale" for layer in layers] if cache.cfg.norm_after else []
+
+
 def read_heads(cache: CapturedActivations, layers: range, readout: Readout) -> LabelledStack:
     """What each head of some layers adds to the stream.
 
     Raises:
-        MissingActivationError: lists the `hook_z` (or `hook_result`) that were not captured.
+        MissingActivationError: lists what was not captured.
     """
     per_layer = list(_read_heads_by_layer(cache, layers, readout))
     labels = [f"L{layer}H{head}" for layer in layers for head in range(cache.cfg.n_heads)]
@@ -85,10 +102,9 @@ def read_heads(cache: CapturedActivations, layers: range, readout: Readout) -> L
 
 
 def _read_heads_by_layer(cache: CapturedActivations, layers: range, readout: Readout) -> Iterator[Tensor]:
-    attns = [f"blocks.{layer}.attn" for layer in layers]
-    missing = [f"{attn}.hook_z" for attn in attns if f"{attn}.hook_result" not in cache]
-    require(cache, missing, purpose="what each head adds to the stream")
-    for layer, attn in zip(layers, attns, strict=True):
+    require(cache, head_names(cache, layers), purpose="what each head adds to the stream")
+    for layer in layers:
+        attn = f"blocks.{layer}.attn"
         exit_norm = _exit_norm(cache, layer, "ln1_post", readout)
         if f"{attn}.hook_result" in cache:
             result = take_positions(cache[f"{attn}.hook_result"], -3, readout.pos_slice).movedim(-2, 0)
@@ -110,15 +126,15 @@ def read_neurons(
         neurons: the same ones in each layer; None: all.
 
     Raises:
-        MissingActivationError: lists the `hook_post` that were not captured.
+        MissingActivationError: lists what was not captured.
     """
-    names = [f"blocks.{layer}.mlp.hook_post" for layer in layers]
-    require(cache, names, purpose="what each neuron adds to the stream")
+    require(cache, neuron_names(cache, layers), purpose="what each neuron adds to the stream")
     chosen = list(range(cache.cfg.d_mlp)) if neurons is None else neurons
     parts: list[Tensor] = []
     labels: list[str] = []
-    for layer, name in zip(layers, names, strict=True):
-        post, W_out = cache[name], require_weight(cache, f"blocks.{layer}.mlp.W_out")
+    for layer in layers:
+        post = cache[f"blocks.{layer}.mlp.hook_post"]
+        W_out = require_weight(cache, f"blocks.{layer}.mlp.W_out")
         if neurons is not None:
             post, W_out = post[..., chosen], W_out[chosen]
         post = take_positions(post, -2, readout.pos_slice)

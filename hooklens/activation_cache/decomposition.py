@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.components import (
     LabelledStack,
     embedding_names,
+    head_names,
     join_stacks,
+    neuron_names,
     output_names,
     read_biases,
     read_heads,
@@ -35,40 +36,55 @@ def make_readout(
     cache: CapturedActivations,
     point: StreamPoint,
     *,
+    purpose: str,
+    names: Iterable[str],
     apply_ln: bool = False,
     pos_slice: PosSlice = None,
     project_output_onto: Tensor | None = None,
 ) -> Readout:
     """How to read components that end at a place; with `apply_ln` through the norm that reads the stream there.
 
+    Args:
+        cache: what they are read from.
+        point: the place.
+        purpose: who reads them, for messages.
+        names: the activations that will be read; all that are missing are told here, with the norm's scale.
+        apply_ln: see `ActivationCache`, as for the rest.
+        pos_slice: positions.
+        project_output_onto: directions.
+
     Raises:
-        CacheError: the directions have a wrong shape, or the norm's scale or weights are not at hand.
+        MissingActivationError: lists what was not captured.
+        CacheError: the directions have a wrong shape, or the cache has no weights.
     """
-    norm = None
-    if apply_ln and point.norm is not None:
-        norm = freeze_norm(cache, point.norm, pos_slice=pos_slice, purpose="apply_ln")
+    read_through = point.norm if apply_ln else None
+    scale = [] if read_through is None else [f"{read_through}.hook_scale"]
+    require(cache, [*names, *scale], purpose=purpose)
+    norm = None if read_through is None else freeze_norm(cache, read_through, pos_slice=pos_slice, purpose=purpose)
     directions = check_projection(project_output_onto, cache.cfg.d_model)
     return Readout(pos_slice=pos_slice, norm=norm, directions=directions)
 
 
-def accumulate_stream(
-    cache: CapturedActivations, point: StreamPoint, readout: Readout, *, incl_mid: bool
-) -> LabelledStack:
-    """The stream at every layer's entrance up to a place; see `ActivationCache.accumulated_resid`."""
+def places_up_to(point: StreamPoint, *, incl_mid: bool) -> list[StreamPoint]:
+    """Every layer's entrance up to a place; `incl_mid`: the places between attention and MLP, too.
+
+    Raises:
+        CacheError: `incl_mid` where the blocks are parallel.
+    """
+    if incl_mid and point.cfg.wiring == "parallel":
+        raise CacheError("accumulated_resid: incl_mid: the blocks are parallel, so the stream has no such places")
     places = []
     for layer in range(point.layer + 1):
-        places.append(locate(cache.cfg, layer))
+        places.append(locate(point.cfg, layer))
         if incl_mid and layer < point.layer:
-            places.append(locate(cache.cfg, layer, mlp_input=True))
-    if point.has_mid:
-        places.append(point)
-    if incl_mid and cache.cfg.wiring == "parallel":
-        raise CacheError("accumulated_resid: incl_mid: the blocks are parallel, so the stream has no such places")
-    chosen = [next((name for name in place.names if name in cache), place.names[0]) for place in places]
-    require(cache, chosen, purpose="accumulated_resid")
-    return LabelledStack(
-        torch.stack([readout.read_vectors(cache[name]) for name in chosen]), [_label_place(place) for place in places]
-    )
+            places.append(locate(point.cfg, layer, mlp_input=True))
+    return [*places, point] if point.has_mid else places
+
+
+def accumulate_stream(cache: CapturedActivations, places: list[StreamPoint], readout: Readout) -> LabelledStack:
+    """The stream at some places; see `ActivationCache.accumulated_resid`."""
+    streams = [readout.read_vectors(place.read(cache)) for place in places]
+    return LabelledStack(torch.stack(streams), [_label_place(place) for place in places])
 
 
 def _label_place(point: StreamPoint) -> str:
@@ -77,10 +93,10 @@ def _label_place(point: StreamPoint) -> str:
     return f"{point.layer}_{'mid' if point.has_mid else 'pre'}"
 
 
-def decompose_by_layer(
-    cache: CapturedActivations, point: StreamPoint, readout: Readout, *, mode: Mode, incl_embeds: bool
-) -> LabelledStack:
-    """Embeddings and layer outputs below a place; see `ActivationCache.decompose_resid`.
+def names_by_layer(
+    cache: CapturedActivations, point: StreamPoint, *, mode: Mode = "all", incl_embeds: bool = True
+) -> list[str]:
+    """Embeddings and layer outputs below a place, which `read_points` stacks; see `ActivationCache.decompose_resid`.
 
     Raises:
         CacheError: an unknown mode, or nothing is left to stack.
@@ -90,7 +106,24 @@ def decompose_by_layer(
     names = [*(embedding_names(cache) if incl_embeds else []), *output_names(point, mode)]
     if not names:
         raise _nothing_below("layer outputs", point)
-    return read_points(cache, names, readout)
+    return names
+
+
+def names_by_head(cache: CapturedActivations, point: StreamPoint, *, incl_remainder: bool) -> list[str]:
+    """What `decompose_by_head` reads."""
+    return [*head_names(cache, point.attention_layers), *([point.name_in(cache)] if incl_remainder else [])]
+
+
+def names_by_neuron(cache: CapturedActivations, point: StreamPoint, *, incl_remainder: bool) -> list[str]:
+    """What `decompose_by_neuron` reads."""
+    return [*neuron_names(cache, point.mlp_layers), *([point.name_in(cache)] if incl_remainder else [])]
+
+
+def names_of_all(cache: CapturedActivations, point: StreamPoint, *, expand_neurons: bool) -> list[str]:
+    """What `decompose_fully` reads."""
+    outputs = [f"blocks.{layer}.hook_mlp_out" for layer in point.mlp_layers]
+    mlps = neuron_names(cache, point.mlp_layers) if expand_neurons else outputs
+    return [*head_names(cache, point.attention_layers), *mlps, *embedding_names(cache), point.name_in(cache)]
 
 
 def decompose_by_head(
@@ -100,7 +133,7 @@ def decompose_by_head(
     if not point.attention_layers:
         return _only_remainder("heads", cache, point, readout, incl_remainder=incl_remainder)
     heads = read_heads(cache, point.attention_layers, readout)
-    return _with_remainder(heads, cache, point, readout) if incl_remainder else heads
+    return add_remainder(heads, cache, point, readout) if incl_remainder else heads
 
 
 def decompose_by_neuron(
@@ -116,7 +149,7 @@ def decompose_by_neuron(
         return _only_remainder("neurons", cache, point, readout, incl_remainder=incl_remainder)
     chosen = _choose_neurons(neuron_slice, cache.cfg.d_mlp)
     neurons = read_neurons(cache, point.mlp_layers, readout, chosen)
-    return _with_remainder(neurons, cache, point, readout) if incl_remainder else neurons
+    return add_remainder(neurons, cache, point, readout) if incl_remainder else neurons
 
 
 def decompose_fully(
@@ -140,6 +173,10 @@ def decompose_fully(
 def _choose_neurons(neuron_slice: NeuronSlice, d_mlp: int) -> list[int] | None:
     if neuron_slice is None:
         return None
+    # TransformerLens reads a tuple as the arguments of a slice, and a mask would be read as neurons 0 and 1.
+    is_mask = isinstance(neuron_slice, Tensor) and neuron_slice.dtype == torch.bool
+    if is_mask or isinstance(neuron_slice, tuple):
+        raise CacheError(f"neuron_slice={neuron_slice!r}; expected an int, a slice, or a list of ints")
     if isinstance(neuron_slice, slice):
         wanted = list(range(d_mlp)[neuron_slice])
     else:
@@ -151,10 +188,11 @@ def _choose_neurons(neuron_slice: NeuronSlice, d_mlp: int) -> list[int] | None:
     return [neuron % d_mlp for neuron in wanted]
 
 
-def _with_remainder(
+def add_remainder(
     stack: LabelledStack, cache: CapturedActivations, point: StreamPoint, readout: Readout
 ) -> LabelledStack:
-    remainder = _read_stream(cache, point, readout) - stack.values.sum(0)
+    """The stack, and what else is in the stream at a place."""
+    remainder = readout.read_vectors(point.read(cache)) - stack.values.sum(0)
     return join_stacks([stack, LabelledStack(remainder[None], ["remainder"])])
 
 
@@ -163,12 +201,7 @@ def _only_remainder(
 ) -> LabelledStack:
     if not incl_remainder:
         raise _nothing_below(what, point)
-    return LabelledStack(_read_stream(cache, point, readout)[None], ["remainder"])
-
-
-def _read_stream(cache: CapturedActivations, point: StreamPoint, readout: Readout) -> Float[Tensor, "*batch_pos read"]:
-    require(cache, () if any(name in cache for name in point.names) else point.names[:1], purpose="the remainder")
-    return readout.read_vectors(point.read(cache))
+    return LabelledStack(readout.read_vectors(point.read(cache))[None], ["remainder"])
 
 
 def _nothing_below(what: str, point: StreamPoint) -> CacheError:

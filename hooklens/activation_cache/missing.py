@@ -31,6 +31,10 @@ def explain_missing(name: str, held: Collection[str], cfg: HookedConfig) -> str:
         return f"the model has no activation {point!r}: {reason}.{suggest_names(name, held)}"
     if name.endswith(GRAD) and point in held:
         return f"the gradient of {point!r} was not captured; run with incl_bwd=True to have it"
+    if name.endswith("hook_result") and all(f"blocks.{layer}.attn.hook_z" in held for layer in range(cfg.n_layers)):
+        return (
+            f"{name!r} was not captured, but follows from what was: cache.compute_head_results() gives a cache with it"
+        )
     found = f"the cache holds {join_names(held, limit=8)}" if held else "the cache is empty"
     return f"activation {name!r} was not captured; {found}. Add {point!r} to names_filter to have it"
 

@@ -21,16 +21,12 @@ from torch import Tensor
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.stream import PosSlice, require, require_weight, take_positions
 from hooklens.errors import CacheError
-
-
-def widen(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The tensor in the precision that sums are taken in: at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from hooklens.precision import wide_dtype, widen
 
 
 def like(weight: Float[Tensor, "..."], activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """A weight where an activation is, in the precision that its sums are taken in."""
-    return weight.to(activation.device, torch.promote_types(activation.dtype, torch.float32))
+    return weight.to(activation.device, wide_dtype(activation.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,19 @@ from hooklens.errors import CacheError, join_names
 Axes = tuple[str, ...] | None
 
 
-def select_rows(rows: int | slice | list[int], batch: int) -> range | list[int]:
+RowSlice = int | slice | list[int]
+"""Rows of the batch; a number drops the axis."""
+
+
+def select_rows(rows: RowSlice, batch: int) -> range | list[int]:
     """The indices (from 0 on) of rows of the batch.
 
     Raises:
-        CacheError: a row is out of range, or none is selected.
+        CacheError: a row is out of range, none is selected, or `rows` is of another kind.
     """
+    # TransformerLens reads a tuple as the arguments of a slice, and a mask would be read as rows 0 and 1.
+    if not isinstance(rows, int | slice | list):
+        raise CacheError(f"rows {rows!r}: expected a row, a slice, or a list of rows")
     if isinstance(rows, slice):
         indices: range | list[int] = range(batch)[rows]
         if not indices:

@@ -23,6 +23,9 @@ from hooklens.errors import CacheError, join_names
 PosSlice = int | slice | Sequence[int] | Tensor | None
 """Positions to read, counted over the captured ones; an int drops the axis, None is all."""
 
+# Numbers that `torch.as_tensor` takes and that count nothing: masks, and lists that hold a fraction.
+_NO_POSITIONS = {torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPoint:
@@ -74,14 +77,17 @@ class StreamPoint:
         below = [f"blocks.{self.layer - 1}.hook_resid_post"] if self.layer else []
         return [f"{block}.hook_resid_pre", *below]
 
+    def name_in(self, cache: CapturedActivations) -> str:
+        """The first of `names` that was captured; where none was, the first of all."""
+        return next((name for name in self.names if name in cache), self.names[0])
+
     def read(self, cache: CapturedActivations) -> Float[Tensor, "*batch pos d_model"]:
         """The stream here.
 
         Raises:
             MissingActivationError: it was not captured.
         """
-        held = next((name for name in self.names if name in cache), self.names[0])
-        return cache[held]
+        return cache[self.name_in(cache)]
 
 
 def locate(cfg: HookedConfig, layer: int | None, *, mlp_input: bool = False) -> StreamPoint:
@@ -143,16 +149,27 @@ def take_positions(tensor: Tensor, axis: int, pos_slice: PosSlice) -> Tensor:
     """Some positions of an activation; `axis` counts from the end (`-2` in the stream).
 
     Raises:
-        CacheError: a position is out of range.
+        CacheError: a position is out of range, or `pos_slice` is of another kind.
     """
     if pos_slice is None:
         return tensor
-    if isinstance(pos_slice, slice):
-        return tensor.movedim(axis, 0)[pos_slice].movedim(0, axis)
-    index = torch.as_tensor(pos_slice, device=tensor.device)
     n_pos = tensor.shape[axis]
-    if index.numel() and not bool(((-n_pos <= index) & (index < n_pos)).all()):
+    if isinstance(pos_slice, slice):
+        chosen = range(n_pos)[pos_slice]
+        if chosen.step > 0:
+            return tensor.movedim(axis, 0)[pos_slice].movedim(0, axis)
+        return tensor.index_select(axis, torch.tensor(chosen, dtype=torch.long, device=tensor.device))
+    index = _position_index(pos_slice).to(tensor.device)
+    if not bool(((-n_pos <= index) & (index < n_pos)).all()):
         raise CacheError(f"pos_slice={pos_slice!r} is out of range: {n_pos} positions were captured")
     if index.ndim == 0:
         return tensor.select(axis, int(index))
     return tensor.index_select(axis, index % n_pos)
+
+
+def _position_index(positions: int | Sequence[int] | Tensor) -> Tensor:
+    # TransformerLens reads a tuple as the arguments of a slice, torch as a list: two different answers.
+    index = None if isinstance(positions, str | tuple) else torch.as_tensor(positions)
+    if index is None or index.ndim > 1 or not index.numel() or index.dtype in _NO_POSITIONS:
+        raise CacheError(f"pos_slice={positions!r}; expected an int, a slice, or a list of at least one int")
+    return index

@@ -7,13 +7,11 @@ is a `HookedConfig` and tensors under HookLens names.
 from hooklens.adapters.checkpoint import Checkpoint, open_checkpoint
 from hooklens.adapters.conversion import read_hf_model, to_hub
 from hooklens.adapters.export import build_hf_model, write_checkpoint
-from hooklens.adapters.parameters import parameter_shapes
 
 __all__ = [
     "Checkpoint",
     "build_hf_model",
     "open_checkpoint",
-    "parameter_shapes",
     "read_hf_model",
     "to_hub",
     "write_checkpoint",

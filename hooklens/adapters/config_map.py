@@ -158,6 +158,14 @@ class Key:
         return {self.hub: self.encode(fields[self.name])}
 
 
+SIZE_KEYS = (
+    Key("vocab_size", "d_vocab", int),
+    Key("hidden_size", "d_model", int),
+    Key("num_hidden_layers", "n_layers", int),
+    Key("num_attention_heads", "n_heads", int),
+)
+"""The sizes that most families name alike."""
+
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_fast": "gelu_tanh",

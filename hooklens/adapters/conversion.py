@@ -11,10 +11,10 @@ from torch import Tensor
 from hooklens.adapters.config_map import BiasFlag
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import Family, choose_family, find_family
-from hooklens.adapters.parameters import parameter_shapes
 from hooklens.adapters.rules import expected_shape
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, InputError, join_names
+from hooklens.weights.shapes import weight_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ class HubModel:
             for name, stored in self._stored_names.items()
             if name not in expected and not self._family.is_weightless(name)
         ]
-        shapes = parameter_shapes(self.cfg)
+        shapes = weight_shapes(self.cfg)
         misshapen = []
         for name, bound in expected.items():
             if name in missing:
@@ -226,7 +226,7 @@ class HubLayout:
         self._cfg = cfg
         self._state = state
         self.config = family.write_config(cfg)
-        self._shapes = parameter_shapes(cfg)
+        self._shapes = weight_shapes(cfg)
         self._check_state()
         self._bound = {bound.hub: bound for bound in family.bind_rules(cfg)}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from hooklens.config import HookedConfig
 
 Condition = Callable[[HookedConfig], bool]
+RowOrder = Literal["grouped", "blocked"]
 
 
 def _always(cfg: HookedConfig) -> bool:
@@ -104,7 +105,7 @@ class FusedQKV:
 
     hub: str
     ours: tuple[str, str, str]
-    order: Literal["grouped", "blocked"]
+    order: RowOrder
     when: Condition = _always
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
@@ -137,6 +138,16 @@ def norm_rules(hub: str, name: str, *, bias: bool, when: Condition = _always) ->
     """The rules of one norm: `<hub>.weight` is `<name>.w` and, with a bias, `<hub>.bias` is `<name>.b`."""
     weight = Copy(f"{hub}.weight", f"{name}.w", when=when)
     return (weight, Copy(f"{hub}.bias", f"{name}.b", when=when)) if bias else (weight,)
+
+
+def fused_qkv_rules(hub: str, attention: str, *, order: RowOrder) -> tuple[FusedQKV, FusedQKV]:
+    """The rules of a fused map of `attention`: `<hub>.weight` and, with `cfg.qkv_bias`, `<hub>.bias`."""
+    weights = (f"{attention}.W_Q", f"{attention}.W_K", f"{attention}.W_V")
+    biases = (f"{attention}.b_Q", f"{attention}.b_K", f"{attention}.b_V")
+    return (
+        FusedQKV(f"{hub}.weight", weights, order),
+        FusedQKV(f"{hub}.bias", biases, order, when=lambda cfg: cfg.qkv_bias),
+    )
 
 
 def expected_shape(

@@ -21,12 +21,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.activation_cache.components import LabelledStack, join_stacks, read_heads, read_neurons
-from hooklens.activation_cache.decomposition import decompose_by_layer, make_readout
+from hooklens.activation_cache.components import LabelledStack, read_points
+from hooklens.activation_cache.decomposition import (
+    add_remainder,
+    decompose_by_head,
+    decompose_by_neuron,
+    make_readout,
+    names_by_head,
+    names_by_layer,
+    names_by_neuron,
+)
 from hooklens.activation_cache.logits import LogitDirections, TokenIds, align_directions, find_directions
 from hooklens.activation_cache.readout import Readout
 from hooklens.activation_cache.stream import StreamPoint, locate
-from hooklens.analysis.connection import connect_cache
+from hooklens.analysis.connection import connect_cache, find_real_positions
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
@@ -34,7 +42,7 @@ from hooklens.optional import import_package
 if TYPE_CHECKING:
     import pandas
 
-Tokens = TokenIds | str | list[str]
+Tokens = TokenIds | str | list[str] | list[int] | list[str | int]
 
 
 @torch.no_grad()
@@ -63,9 +71,9 @@ def attribute_to_components(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: the position is padding, or text is not one token.
     """
-    reading = _prepare(model, cache, tokens, incorrect_tokens, pos)
-    stack = decompose_by_layer(reading.cache, reading.point, reading.readout, mode="all", incl_embeds=True)
-    return reading.tabulate(stack)
+    names = names_by_layer(cache, locate(cache.cfg, None))
+    reading = _prepare(model, cache, tokens, incorrect_tokens, pos, names)
+    return reading.tabulate(read_points(reading.cache, names, reading.readout))
 
 
 @torch.no_grad()
@@ -87,10 +95,9 @@ def attribute_to_heads(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: the position is padding, or text is not one token.
     """
-    reading = _prepare(model, cache, tokens, incorrect_tokens, pos)
-    return reading.tabulate(
-        reading.with_remainder(read_heads(reading.cache, reading.point.attention_layers, reading.readout))
-    )
+    names = names_by_head(cache, locate(cache.cfg, None), incl_remainder=True)
+    reading = _prepare(model, cache, tokens, incorrect_tokens, pos, names)
+    return reading.tabulate(decompose_by_head(reading.cache, reading.point, reading.readout, incl_remainder=True))
 
 
 @torch.no_grad()
@@ -124,13 +131,14 @@ def attribute_to_neurons(
     """
     if k is not None and k < 1:
         raise InputError(f"attribute_to_neurons: k={k}; expected at least 1")
-    reading = _prepare(model, cache, tokens, incorrect_tokens, pos)
-    stack = read_neurons(reading.cache, reading.point.mlp_layers, reading.readout)
+    names = names_by_neuron(cache, locate(cache.cfg, None), incl_remainder=True)
+    reading = _prepare(model, cache, tokens, incorrect_tokens, pos, names)
+    stack = decompose_by_neuron(reading.cache, reading.point, reading.readout, neuron_slice=None, incl_remainder=False)
     if k is not None:
         size = stack.values.abs().flatten(1).mean(1)
         largest = size.topk(min(k, len(size))).indices
         stack = LabelledStack(stack.values[largest], [stack.labels[index] for index in largest.tolist()])
-    return reading.tabulate(reading.with_remainder(stack))
+    return reading.tabulate(add_remainder(stack, reading.cache, reading.point, reading.readout))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +149,6 @@ class _Attribution:
     point: StreamPoint
     readout: Readout
     asked: LogitDirections
-
-    def with_remainder(self, stack: LabelledStack) -> LabelledStack:
-        """The stack, and the rest of the last stream."""
-        total = self.readout.read_vectors(self.point.read(self.cache))
-        return join_stacks([stack, LabelledStack((total - stack.values.sum(0))[None], ["remainder"])])
 
     def tabulate(self, stack: LabelledStack) -> "pandas.DataFrame":
         """One line for each component and row, the bias last."""
@@ -162,11 +165,17 @@ class _Attribution:
 
 
 def _prepare(
-    model: HookedCausalLM, cache: ActivationCache, tokens: Tokens, incorrect_tokens: Tokens | None, pos: int
+    model: HookedCausalLM,
+    cache: ActivationCache,
+    tokens: Tokens,
+    incorrect_tokens: Tokens | None,
+    pos: int,
+    names: list[str],
 ) -> _Attribution:
+    """Check what is asked against what the cache holds; `names` are the activations that will be read."""
     cache = connect_cache(cache, model)
     point = locate(cache.cfg, None)
-    plain = make_readout(cache, point, apply_ln=True, pos_slice=pos)
+    plain = make_readout(cache, point, purpose="attribution", names=names, apply_ln=True, pos_slice=pos)
     assert plain.norm is not None
     _refuse_padding(cache, pos)
     lead = plain.norm.scale.shape[:-1]
@@ -185,17 +194,13 @@ def _to_ids(model: HookedCausalLM, tokens: Tokens) -> TokenIds:
     if isinstance(tokens, str):
         return model.to_single_token(tokens)
     if isinstance(tokens, list):
-        return torch.tensor([model.to_single_token(token) for token in tokens])
+        return torch.tensor([model.to_single_token(token) if isinstance(token, str) else token for token in tokens])
     return tokens
 
 
 def _refuse_padding(cache: ActivationCache, pos: int) -> None:
-    mask = cache.attention_mask
-    n_captured = cache["ln_final.hook_scale"].shape[-2]
-    if mask is None or cache.tokens is None or cache.tokens.shape[1] != n_captured:
-        return
-    real = mask[:, mask.shape[1] - n_captured :][:, pos].bool()
-    padded = (~real).nonzero()[:, 0].tolist()
+    real = find_real_positions(cache, cache["ln_final.hook_scale"].shape[-2])
+    padded = [] if real is None else (~real[:, pos]).nonzero()[:, 0].tolist()
     if padded:
         raise InputError(
             f"position {pos} is padding in rows {padded}; give a position that is a token in every row, pad on the "

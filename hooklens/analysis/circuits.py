@@ -6,14 +6,15 @@ highly interpretable"). A matrix between two copies of the stream, a head's `W_V
     M = sum over i of  s_i u_i v_i^T
 
 so along component `i` it reads `u_i` and writes `s_i v_i`. A direction that is written is read by the
-unembedding as `v_i W_U`, one number per token; a direction that a head reads matches tokens by `W_E u_i`, with
-the head's norm taken into the map. For whole circuits, `W_E W_V W_O W_U` says how much attending to one token
-raises the logit of another (Elhage et al. 2021).
+unembedding as `v_i W_U`, one number per token; a direction that a head reads matches tokens by `W_E u_i`. For
+whole circuits, `W_E W_V W_O W_U` says how much attending to one token raises the logit of another (Elhage et al.
+2021). `W_V`, an MLP's input weight and `W_U` stand for these maps with the norm before them folded in: its weight,
+and the mean that a LayerNorm takes out. So a model reads the same before and after `fold_ln`.
 
 **How to read it.** `s_i` is the strength; its tokens are a theme if they belong together. Singular vectors have
 no sign of their own: the tokens at one end of what is read go with those at the same end of what is written.
-Norms between are left out but for their weight, and so are layers in between, so early layers read and write
-directions that the vocabulary need not describe.
+The norms' denominators are left out, and so are layers in between, so early layers read and write directions that
+the vocabulary need not describe.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -22,9 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.analysis.token_names import name_tokens
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.model.norm import Norm
 from hooklens.optional import import_package
+from hooklens.precision import widen
 from hooklens.weights.factored import FactoredMatrix
 from hooklens.weights.top_tokens import top_tokens
 
@@ -49,7 +53,8 @@ def read_ov_directions(
     _check_place(model, layer, head=head)
     circuit = _ov_circuit(model, layer, head)
     U, S, V = circuit.svd()
-    return _tabulate(model, S, reads=model.W_E @ U, writes=model.W_U.T @ V, n_directions=n_directions, k=k)
+    writes = _unembedding(model).T @ V
+    return _tabulate(model, S, reads=widen(model.W_E) @ U, writes=writes, n_directions=n_directions, k=k)
 
 
 @torch.no_grad()
@@ -67,13 +72,15 @@ def read_mlp_directions(
     _check_place(model, layer)
     mlp = model.block_list()[layer].mlp
     if weight == "out":
-        _, S, V_transposed = torch.linalg.svd(mlp.W_out.float(), full_matrices=False)
-        return _tabulate(model, S, writes=model.W_U.T.float() @ V_transposed.mT, n_directions=n_directions, k=k)
+        _, S, V_transposed = torch.linalg.svd(widen(mlp.W_out), full_matrices=False)
+        return _tabulate(model, S, writes=_unembedding(model).T @ V_transposed.mT, n_directions=n_directions, k=k)
     if weight != "in":
         raise InputError(f"read_mlp_directions: weight is {weight!r}; expected 'in' or 'out'")
     reader = mlp.W_gate if model.cfg.gated_mlp else mlp.W_in
-    U, S, _ = torch.linalg.svd(_through_norm(model, layer, reader, mlp=True).float(), full_matrices=False)
-    return _tabulate(model, S, reads=model.W_E.float() @ U, n_directions=n_directions, k=k)
+    block = model.block_list()[layer]
+    norm = block.ln1 if block.ln2 is None else block.ln2
+    U, S, _ = torch.linalg.svd(_fold_norm(norm, reader), full_matrices=False)
+    return _tabulate(model, S, reads=widen(model.W_E) @ U, n_directions=n_directions, k=k)
 
 
 @torch.no_grad()
@@ -87,10 +94,10 @@ def top_ov_pairs(model: HookedCausalLM, layer: int, head: int, *, k: int = 10) -
     """
     _check_place(model, layer, head=head)
     circuit = _ov_circuit(model, layer, head)
-    found = top_tokens(FactoredMatrix(model.W_E @ circuit.A, circuit.B @ model.W_U), k)
+    found = top_tokens(FactoredMatrix(widen(model.W_E) @ circuit.A, circuit.B @ _unembedding(model)), k)
     columns = {
-        "source": _name_tokens(model, found.rows),
-        "promoted": _name_tokens(model, found.columns),
+        "source": name_tokens(model, found.rows),
+        "promoted": name_tokens(model, found.columns),
         "value": found.values.tolist(),
     }
     table: pandas.DataFrame = import_package("pandas").DataFrame(columns)
@@ -98,20 +105,21 @@ def top_ov_pairs(model: HookedCausalLM, layer: int, head: int, *, k: int = 10) -
 
 
 def _ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
-    attn = model.block_list()[layer].attn
-    kv_head = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
-    return FactoredMatrix(_through_norm(model, layer, attn.W_V[kv_head]), attn.W_O[head])
-
-
-def _through_norm(
-    model: HookedCausalLM, layer: int, reader: Float[Tensor, "d_model out"], *, mlp: bool = False
-) -> Float[Tensor, "d_model out"]:
-    """A map that reads the stream, with the weight and the centring of the norm before it."""
     block = model.block_list()[layer]
-    norm = block.ln2 if mlp and block.ln2 is not None else block.ln1
+    kv_head = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
+    return FactoredMatrix(_fold_norm(block.ln1, block.attn.W_V[kv_head]), widen(block.attn.W_O[head]))
+
+
+def _unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:
+    return _fold_norm(model.ln_final, model.W_U)
+
+
+def _fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
+    """A map that reads the stream, at least in float32, with the weight and the centring of the norm before it."""
+    reader = widen(reader)
     if norm is None:
         return reader
-    gain = 1 + norm.w if norm.cfg.unit_offset else norm.w
+    gain = 1 + widen(norm.w) if norm.cfg.unit_offset else widen(norm.w)
     folded = gain[:, None] * reader
     return folded - folded.mean(0, keepdim=True) if norm.cfg.kind == "layer" else folded
 
@@ -138,16 +146,10 @@ def _tabulate(
                 "end": end,
             }
             for side, values in sides.items():
-                line[side] = _name_tokens(model, (sign * values[:, direction]).topk(k).indices)
+                line[side] = name_tokens(model, (sign * values[:, direction]).topk(k).indices)
             lines.append(line)
     table: pandas.DataFrame = import_package("pandas").DataFrame(lines)
     return table
-
-
-def _name_tokens(model: HookedCausalLM, ids: Tensor) -> tuple[str | int, ...]:
-    if model.tokenizer is None:
-        return tuple(ids.tolist())
-    return tuple(model.to_single_str_token(token) for token in ids.tolist())
 
 
 def _check_place(model: HookedCausalLM, layer: int, *, head: int = 0) -> None:

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from hooklens.activation_cache import ActivationCache
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import CacheError, TransformError
+from hooklens.errors import CacheError, InputError, TransformError
 from hooklens.weights.processing import check_transforms_match
 
 
@@ -33,3 +36,27 @@ def connect_cache(cache: ActivationCache, model: HookedCausalLM) -> ActivationCa
             "cache's own"
         )
     return cache.with_weights(model.named_weights())
+
+
+def find_real_positions(cache: ActivationCache, n_captured: int) -> Bool[Tensor, "batch pos"] | None:
+    """Which captured positions are tokens; None where nothing is padding.
+
+    A cache does not record which positions `pos_slice` kept. If they are not all of the run, padding on the left is
+    taken to be cut off, as it is by `pos_slice=-1`.
+
+    Raises:
+        InputError: positions were left out of a batch with padding on the right.
+    """
+    if cache.attention_mask is None:
+        return None
+    n_new = n_captured if cache.tokens is None else cache.tokens.shape[1]
+    real = cache.attention_mask[:, -n_new:].bool()
+    if real.shape[1] == n_captured:
+        return real
+    padded = (~real[:, -1]).nonzero()[:, 0].tolist()
+    if padded:
+        raise InputError(
+            f"the cache holds {n_captured} of {n_new} positions, rows {padded} have padding on the right, and which "
+            "positions were kept is not recorded; capture without pos_slice, or pad on the left"
+        )
+    return None

@@ -31,6 +31,7 @@ from hooklens.causal_lm import HookedCausalLM, Input
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
 from hooklens.optional import import_package
+from hooklens.precision import widen
 
 if TYPE_CHECKING:
     import pandas
@@ -105,40 +106,45 @@ def score_heads(
         model: the model.
         input: text or token ids.
         target: for each query the keys that count, for all rows or one by one.
-        attention_mask: `[batch pos]`; padding neither asks nor is asked.
+        attention_mask: `[batch pos]`; padding neither asks nor is asked. None: what the model infers.
 
     Raises:
-        InputError: the target does not have the shape of the pattern, or no query has a target.
+        InputError: the target is not boolean or not of the pattern's shape, holds keys that no head can see, or
+            nothing.
     """
+    tokens, mask = _tokenize(model, input, attention_mask)
+    wanted = _fit_target(target, mask.bool())
+    n_asking = wanted.any(-1).sum()
     scores = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
-    mask = None if attention_mask is None else attention_mask.bool()
 
     def score(pattern: Tensor, hook: HookPoint) -> None:
-        wanted = _fit_target(target, pattern, mask)
-        has_target = wanted.any(-1)
-        attention = (pattern.float() * wanted[:, None]).sum(-1)
         layer = layer_of(hook.name or "")
         assert layer is not None
-        scores[layer] = (attention.sum(dim=(0, 2)) / has_target.sum()).cpu()
+        attention = (widen(pattern) * wanted[:, None]).sum(dim=(0, 2, 3))
+        scores[layer] = (attention / n_asking).cpu()
 
     model.run_with_hooks(
-        input, fwd_hooks=[("blocks.*.attn.hook_pattern", score)], attention_mask=attention_mask, return_type=None
+        tokens, fwd_hooks=[("blocks.*.attn.hook_pattern", score)], attention_mask=mask, return_type=None
     )
     return scores
 
 
-def _fit_target(target: Tensor, pattern: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch query key"]:
-    batch, _, n_query, n_key = pattern.shape
-    expected = [[n_query, n_key], [batch, n_query, n_key]]
-    if list(target.shape) not in expected:
+def _fit_target(target: Tensor, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
+    """The target of each row, between tokens that are no padding."""
+    batch, n = real.shape
+    if list(target.shape) not in ([n, n], [batch, n, n]) or target.dtype != torch.bool:
         raise InputError(
-            f"the target has shape {list(target.shape)}; expected [query, key] {expected[0]} or [batch, query, key] "
-            f"{expected[1]}, as the pattern"
+            f"the target has shape {list(target.shape)} and dtype {target.dtype}; expected [query, key] {[n, n]} or "
+            f"[batch, query, key] {[batch, n, n]}, as the pattern, and torch.bool: which keys count for each query"
         )
-    wanted = target.to(pattern.device).expand(batch, n_query, n_key)
-    if mask is not None:
-        real = mask.to(pattern.device)
-        wanted = wanted & real[:, :, None] & real[:, None, :]
+    later = target.triu(1).nonzero().tolist()
+    if later:
+        *_, query, key = later[0]
+        raise InputError(
+            f"the target has {len(later)} keys after their query, such as key {key} for query {query}, which no head "
+            "can see; keep the others: target.tril()"
+        )
+    wanted = target.to(real.device).expand(batch, n, n) & real[:, :, None] & real[:, None, :]
     if not bool(wanted.any()):
         raise InputError("no query has a target: nothing can be scored; give a longer or a repeating input")
     return wanted
@@ -156,7 +162,7 @@ def head_scores(
         model: the model.
         input: text or token ids, with repeated tokens; None: repeated random tokens, as long as `n_ctx` allows
             up to a period of 32.
-        attention_mask: `[batch pos]`, for ids with padding.
+        attention_mask: `[batch pos]`, for ids with padding; None: what the model infers.
         seed: decides the random tokens.
 
     Raises:
@@ -164,10 +170,9 @@ def head_scores(
     """
     if input is None:
         input = repeated_random_tokens(model, period=min(32, (model.cfg.n_ctx - 1) // 2), seed=seed)
-    tokens, attention_mask = _tokenize(model, input, attention_mask)
+    tokens, mask = _tokenize(model, input, attention_mask)
     scores = {
-        kind: score_heads(model, tokens, target(tokens), attention_mask=attention_mask)
-        for kind, target in _TARGETS.items()
+        kind: score_heads(model, tokens, target(tokens), attention_mask=mask) for kind, target in _TARGETS.items()
     }
     return _tabulate(model, scores)
 
@@ -190,29 +195,31 @@ def detect_heads(
         input: text or token ids.
         target: a kind by name, or for each query the keys that count, `[query key]` or `[batch query key]`.
         min_score: leave out heads below it.
-        attention_mask: `[batch pos]`, for ids with padding.
+        attention_mask: `[batch pos]`, for ids with padding; None: what the model infers.
 
     Raises:
         InputError: an unknown kind, a target of another shape than the pattern, or no query with a target.
     """
-    tokens, attention_mask = _tokenize(model, input, attention_mask)
+    tokens, mask = _tokenize(model, input, attention_mask)
     if isinstance(target, str):
         if target not in _TARGETS:
             raise InputError(
                 f"detect_heads: target is {target!r}; expected {', '.join(map(repr, get_args(Kind)))}, or a tensor"
             )
         target = _TARGETS[target](tokens)
-    table = _tabulate(model, {"score": score_heads(model, tokens, target, attention_mask=attention_mask)})
+    table = _tabulate(model, {"score": score_heads(model, tokens, target, attention_mask=mask)})
     return table[table["score"] >= min_score].sort_values("score", ascending=False)
 
 
-def _tokenize(model: HookedCausalLM, input: Input, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Token ids and mask as the model itself makes them of an input."""
-    if isinstance(input, Tensor):
-        return (input[None] if input.ndim == 1 else input).to(model.device), attention_mask
+def _tokenize(
+    model: HookedCausalLM, input: Input, attention_mask: Tensor | None
+) -> tuple[Int[Tensor, "batch pos"], Tensor]:
+    """Token ids and mask as the model itself makes them of an input, padding that it finds in ids included."""
     _, cache = model.run_with_cache(input, names_filter="hook_embed", stop_at_layer=0, attention_mask=attention_mask)
     assert cache.tokens is not None
-    return cache.tokens, cache.attention_mask if attention_mask is None else attention_mask
+    # Without a mask of its own a second call would look for padding in the ids again.
+    mask = torch.ones_like(cache.tokens) if cache.attention_mask is None else cache.attention_mask
+    return cache.tokens, mask
 
 
 def _tabulate(model: HookedCausalLM, scores: dict[Kind, Tensor] | dict[str, Tensor]) -> "pandas.DataFrame":

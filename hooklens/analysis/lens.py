@@ -22,14 +22,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.analysis.connection import connect_cache
+from hooklens.activation_cache.stream import locate
+from hooklens.analysis.connection import connect_cache, find_real_positions
+from hooklens.analysis.token_names import name_tokens
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
+from hooklens.precision import widen
 
 if TYPE_CHECKING:
     import pandas
@@ -67,21 +70,25 @@ def read_streams(
         MissingActivationError: lists the streams that were not captured.
         CacheError, TransformError: the cache is not this model's.
     """
+    for label, stream in _label_streams(model, cache, sublayers=sublayers, pos_slice=pos_slice):
+        yield LensReading(label, _predict(model, stream))
+
+
+def _label_streams(
+    model: HookedCausalLM, cache: ActivationCache, *, sublayers: bool, pos_slice: slice | list[int] | None
+) -> list[tuple[str, Float[Tensor, "batch pos d_model"]]]:
     cache = connect_cache(cache, model)
     streams, labels = cache.accumulated_resid(incl_mid=sublayers, pos_slice=pos_slice, return_labels=True)
-    if not cache.has_batch_dim:
-        streams = streams[:, None]
-    for label, stream in zip(labels, streams, strict=True):
-        yield LensReading(label, _predict(model, stream.to(model.device, model.dtype)))
+    return list(zip(labels, streams if cache.has_batch_dim else streams[:, None], strict=True))
 
 
 def _predict(model: HookedCausalLM, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
     """The model's end on a stream; hook points do not fire."""
-    logits = F.linear(model.ln_final.apply_weights(stream), model.W_U.T, model.unembed.b_U)
+    normed = model.ln_final.apply_weights(stream.to(model.device, model.dtype))
+    logits = F.linear(normed, model.W_U.T, model.unembed.b_U)
     if (cap := model.cfg.logits_softcap) is not None:
         logits = cap * torch.tanh(logits / cap)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.log_softmax(-1)
+    return widen(logits).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -111,21 +118,27 @@ def logit_lens(
     Raises:
         MissingActivationError: lists the streams that were not captured.
         CacheError, TransformError: the cache is not this model's.
-        InputError: `k` is not from 1 to d_vocab.
+        InputError: `k` is not from 1 to d_vocab, the target is no token, or which positions are padding is not known.
     """
-    if not 1 <= k <= model.cfg.d_vocab:
-        raise InputError(f"logit_lens: k={k}; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary")
-    positions = [pos_slice] if isinstance(pos_slice, int) else pos_slice
+    d_vocab = model.cfg.d_vocab
+    if not 1 <= k <= d_vocab:
+        raise InputError(f"logit_lens: k={k}; expected 1 to {d_vocab}, the size of the vocabulary")
     target_id = model.to_single_token(target) if isinstance(target, str) else target
-    readings = list(read_streams(model, cache, sublayers=sublayers, pos_slice=positions))
-    final = readings[-1].logprobs
-    n_captured = cache["resid_post", -1].shape[-2]
+    if target_id is not None and not 0 <= target_id < d_vocab:
+        raise InputError(f"logit_lens: target={target_id}; expected a token id from 0 to {d_vocab - 1}")
+    positions = [pos_slice] if isinstance(pos_slice, int) else pos_slice
+    streams = _label_streams(model, cache, sublayers=sublayers, pos_slice=positions)
+    final = _predict(model, streams[-1][1])
+    n_captured = locate(cache.cfg, None).read(cache).shape[-2]
     numbers = _number_positions(n_captured, positions)
-    keep = _real_positions(cache, numbers, n_captured, len(final))
+    real = find_real_positions(cache, n_captured)
+    keep = torch.ones(final.shape[:2], dtype=torch.bool) if real is None else real[:, numbers].cpu()
     records = [
         record
-        for reading in readings
-        for record in _describe(model, reading, final, numbers=numbers, keep=keep, k=k, target=target_id)
+        for label, stream in streams
+        for record in _describe(
+            model, LensReading(label, _predict(model, stream)), final, numbers=numbers, keep=keep, k=k, target=target_id
+        )
     ]
     table: pandas.DataFrame = import_package("pandas").DataFrame(records)
     return table
@@ -155,7 +168,7 @@ def _describe(
                 "pos": number,
                 "kl": float(divergence[row, column]),
                 "entropy": float(entropy[row, column]),
-                "top_tokens": _name_tokens(model, top.indices[row, column]),
+                "top_tokens": name_tokens(model, top.indices[row, column]),
                 "top_probs": tuple(top.values[row, column].exp().tolist()),
             }
             if target is not None:
@@ -165,24 +178,8 @@ def _describe(
             yield line
 
 
-def _name_tokens(model: HookedCausalLM, ids: Int[Tensor, " k"]) -> tuple[str | int, ...]:
-    if model.tokenizer is None:
-        return tuple(ids.tolist())
-    return tuple(model.to_single_str_token(token) for token in ids.tolist())
-
-
 def _number_positions(n_captured: int, positions: slice | list[int] | None) -> list[int]:
     everything = list(range(n_captured))
     if positions is None:
         return everything
     return everything[positions] if isinstance(positions, slice) else [everything[index] for index in positions]
-
-
-def _real_positions(
-    cache: ActivationCache, numbers: list[int], n_captured: int, batch: int
-) -> Bool[Tensor, "batch pos"]:
-    """Which of the chosen positions are no padding; all, where the mask does not cover the captured positions."""
-    mask = cache.attention_mask
-    if mask is None or mask.shape[1] < n_captured or (cache.tokens is not None and cache.tokens.shape[1] != n_captured):
-        return torch.ones(batch, len(numbers), dtype=torch.bool)
-    return mask[:, mask.shape[1] - n_captured :][:, numbers].bool().cpu()

@@ -14,6 +14,7 @@ that are attached to it: run them inside `with model.hooks(edits=...)`.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -98,8 +99,10 @@ def corpus_loss(
         prepend_bos: None is the tokenizer's own rule.
 
     Raises:
-        InputError: no tokenizer, no text, or nothing to predict in them.
+        InputError: no tokenizer, one text in the place of a list, nothing to predict, or a batch size below 1.
     """
+    if isinstance(texts, str):
+        raise InputError(f"corpus_loss: texts is the text {texts[:40]!r}; expected a list of texts: [text]")
     rows = [model.to_tokens(text, prepend_bos=prepend_bos)[0] for text in texts]
     long_enough = sorted((row for row in rows if len(row) > 1), key=len)
     if not long_enough:
@@ -156,8 +159,8 @@ def indirect_object_task(
 ) -> IndirectObjectResult:
     """Accuracy and logit difference on indirect-object prompts, or on any prompts with a right and a wrong word.
 
-    A word of several tokens counts with the first one in which right and wrong differ from what the prompt
-    continues with; where both begin alike the prompt cannot be scored and is refused.
+    A word of several tokens counts with its first one; where both begin alike the prompt cannot be scored and is
+    refused.
 
     Args:
         model: a model with a tokenizer.
@@ -167,7 +170,8 @@ def indirect_object_task(
         batch_size: prompts run at a time.
 
     Raises:
-        InputError: no prompts, no tokenizer, or right and wrong words that begin with the same token.
+        InputError: no prompts, no tokenizer, a batch size below 1, or right and wrong words that begin with the
+            same token.
     """
     prompts: Sequence[Prompt] = held_out_indirect_objects(n_prompts, seed=seed) if items is None else items
     if not prompts:
@@ -176,11 +180,10 @@ def indirect_object_task(
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].tokens))
     hits, preferred, differences = 0, 0, []
     ordered = [encoded[index] for index in order]
-    starts = range(0, len(ordered), batch_size)
-    batches = _pad_batches([prompt.tokens for prompt in ordered], batch_size)
-    for start, (tokens, mask) in zip(starts, batches, strict=True):
+    unscored = iter(ordered)
+    for tokens, mask in _pad_batches([prompt.tokens for prompt in ordered], batch_size):
         logits = model(tokens, attention_mask=mask, logits_at=-1)[:, 0].float()
-        group = ordered[start : start + batch_size]
+        group = list(islice(unscored, len(tokens)))
         answers, wrongs = ([getattr(prompt, side) for prompt in group] for side in ("answer", "wrong"))
         rows = range(len(group))
         difference = logits[rows, answers] - logits[rows, wrongs]

@@ -41,11 +41,6 @@ class PromptItem:
     wrong: str
     corrupted_prompt: str
 
-    @property
-    def sentence(self) -> str:
-        """The prompt, its answer and the full stop."""
-        return f"{self.prompt} {self.answer} ."
-
 
 @dataclass(frozen=True, kw_only=True)
 class Template:

@@ -4,10 +4,11 @@ import dataclasses
 
 from rich.console import Console
 
+from hooklens.activation_cache.memory import format_bytes
 from hooklens.axes import HookSite, find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.cli.arguments import Model
-from hooklens.cli.screen import format_bytes, make_console, make_table, say, say_heading
+from hooklens.cli.screen import make_console, make_table, say, say_heading
 from hooklens.config import HookedConfig
 
 

@@ -1,4 +1,4 @@
-"""What commands print with: one console, tables, sizes, and heat maps that also work without colour."""
+"""What commands print with: one console, tables, and heat maps that also work without colour."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -41,16 +41,6 @@ def make_table(console: Console, columns: Sequence[str], *, numeric: Iterable[st
         justify: Literal["left", "right"] = "right" if column in right else "left"
         table.add_column(column, justify=justify, no_wrap=index == 0 or column in right)
     return table
-
-
-def format_bytes(count: int) -> str:
-    """A size in decimal units with three digits: `1.21 MB`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def print_heat_map(

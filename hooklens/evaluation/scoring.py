@@ -13,6 +13,7 @@ from hooklens.errors import InputError
 from hooklens.evaluation.batching import BatchSize, check_batch_size, plan_batches
 from hooklens.evaluation.prefix import Prefix
 from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.precision import widen
 
 _SHOWN = 10
 
@@ -133,6 +134,6 @@ def _score_tokens(
     logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Log-probabilities in nats, float32 at least, and whether each target is the most likely token."""
-    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    wide = widen(logits)
     logprobs = wide.gather(-1, targets[..., None])[..., 0] - wide.logsumexp(-1)
     return logprobs, wide.argmax(-1) == targets

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.config import AlibiPositions
+from hooklens.precision import wide_dtype
 
 # Kernels on accelerators want head widths in multiples of eight.
 _EXTRA_ENTRIES = 8
@@ -36,7 +37,7 @@ def alibi_term(
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows key head"]:
     """What each head adds to its scores at each key, in float32 (float64 for float64 activations)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     slopes = slopes.to(key_positions.device)
     if alibi.bfloat16:
         term = (slopes.bfloat16() * key_positions[..., None]).to(wide)

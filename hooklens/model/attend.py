@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.precision import wide_dtype, widen
+
 
 def attend(
     q: Float[Tensor, "batch query head d"],
@@ -74,13 +76,9 @@ def _attend_explicitly(
         later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
         mask = torch.zeros(later.shape, dtype=q.dtype, device=q.device).masked_fill(later, -torch.inf)[None, None]
     scores = compute_scores(q, k, score_scale=score_scale, term=None, softcap=softcap, mask=mask)
-    log_sum = scores.to(_wide(scores.dtype)).logsumexp(-1)
+    log_sum = widen(scores).logsumexp(-1)
     pattern = compute_pattern(scores, can_hide_all=True)
     return weigh_values(pattern, v), log_sum
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def merge_parts(
@@ -129,7 +127,7 @@ def compute_pattern(
         scores: as `compute_scores` gives them.
         can_hide_all: some rows may be -inf throughout; they become 0.
     """
-    pattern = torch.softmax(scores, -1, dtype=_wide(scores.dtype))
+    pattern = torch.softmax(scores, -1, dtype=wide_dtype(scores.dtype))
     if can_hide_all:
         pattern = pattern.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     return pattern.to(scores.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hooklens.config import NormConfig
 from hooklens.hooks import HookedModule, HookPoint
+from hooklens.precision import widen
 from hooklens.weights.layout import empty_weight
 
 
@@ -68,7 +69,7 @@ class Norm(HookedModule):
         return out if self.b is None else out + self.b
 
     def _centre_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = widen(x)
         if self.cfg.kind == "rms":
             return wide, (wide.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()
         if wide is x and not (torch.is_grad_enabled() and x.requires_grad):

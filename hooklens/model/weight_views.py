@@ -8,6 +8,7 @@ from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
 from hooklens.weights.composition import all_composition_scores
 from hooklens.weights.factored import FactoredMatrix
+from hooklens.weights.shapes import weight_shapes
 
 
 class WeightViews(Decoder):
@@ -19,12 +20,15 @@ class WeightViews(Decoder):
 
     def _stack(self, module: str, name: str) -> Tensor:
         weights = [getattr(block.get_submodule(module), name) for block in self.block_list()]
-        return torch.stack(weights)
+        if weights:
+            return torch.stack(weights)
+        shape = weight_shapes(self.cfg.replace(n_layers=1, windows=None))[f"blocks.0.{module}.{name}"]
+        return torch.zeros((0, *shape), device=self.device, dtype=self.dtype)
 
     def _stack_biases(self, module: str, name: str, *shape: int) -> Tensor:
         biases = [getattr(block.get_submodule(module), name, None) for block in self.block_list()]
         zeros = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        return torch.stack([zeros if bias is None else bias for bias in biases])
+        return torch.stack([zeros if bias is None else bias for bias in biases]) if biases else zeros[None][:0]
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
@@ -168,15 +172,21 @@ class WeightViews(Decoder):
 
         Args:
             layer: blocks below it count; `n_layers` takes all.
-            mlp_input: count this layer's attention bias, too.
+            mlp_input: count this layer's attention bias, too; in a parallel block the MLP reads beside it.
             include_mlp_biases: count `b_out`, not only `b_O`.
 
         Raises:
-            ConfigError: the layer is out of range.
+            ConfigError: the layer is out of range, or norms stand between the biases and the stream.
         """
+        if self.cfg.norm_after:
+            raise ConfigError(
+                "accumulated_bias: norms follow the branches (cfg.norm_after), so what a bias adds differs from "
+                "position to position; the last component of cache.get_full_resid_decomposition() is that sum"
+            )
         if not 0 <= layer <= self.cfg.n_layers - mlp_input:
             raise ConfigError(f"accumulated_bias: layer {layer} is out of range for {self.cfg.n_layers} layers")
-        total = self.b_O[: layer + mlp_input].sum(0)
+        in_between = mlp_input and self.cfg.wiring == "sequential"
+        total = self.b_O[: layer + in_between].sum(0)
         return total + self.b_out[:layer].sum(0) if include_mlp_biases else total
 
     @property

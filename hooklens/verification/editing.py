@@ -95,20 +95,8 @@ def _compare_with_wiring(probe: Probe, name: str, edited: _EditedRun) -> list[Ch
     unreached = [other for other in probe.names if other in expected - changed]
     disturbed = [other for other in probe.names if other in changed - expected]
     return [
-        CheckResult(
-            check=REACHES,
-            subject=name,
-            measured=float(len(unreached)),
-            bound=0.0,
-            message=f"not reached: {join_names(unreached, limit=5)}" if unreached else "",
-        ),
-        CheckResult(
-            check=SPARES,
-            subject=name,
-            measured=float(len(disturbed)),
-            bound=0.0,
-            message=f"changed, though not downstream: {join_names(disturbed, limit=5)}" if disturbed else "",
-        ),
+        _find_none(REACHES, name, unreached, "not reached"),
+        _find_none(SPARES, name, disturbed, "changed, though not downstream"),
     ]
 
 
@@ -117,8 +105,13 @@ def _compare_ways(name: str, returned: _EditedRun, in_place: _EditedRun) -> Chec
     tensors = {"the logits": (returned.logits, in_place.logits)}
     tensors |= {other: (tensor, in_place.captures[other]) for other, tensor in returned.captures.items()}
     differing = [other for other, (one, two) in tensors.items() if not same_bits(one, two)]
-    message = f"these differ between the two: {join_names(differing, limit=5)}" if differing else ""
-    return CheckResult(check=IN_PLACE, subject=name, measured=float(len(differing)), bound=0.0, message=message)
+    return _find_none(IN_PLACE, name, differing, "these differ between the two")
+
+
+def _find_none(check: str, subject: str, offenders: list[str], words: str) -> CheckResult:
+    """The result of a check that holds where there are no offenders."""
+    message = f"{words}: {join_names(offenders, limit=5)}" if offenders else ""
+    return CheckResult(check=check, subject=subject, measured=float(len(offenders)), bound=0.0, message=message)
 
 
 def _check_locality(probe: Probe, name: str) -> CheckResult:

@@ -10,7 +10,7 @@ out of `W_U` and `b_U`: logits move by a constant per position, log-probabilitie
 
 from hooklens.config import HookedConfig
 from hooklens.weights.draft import WeightDraft
-from hooklens.weights.steps import ProcessingStep, same_block
+from hooklens.weights.steps import ProcessingStep
 
 _BLOCK_WRITERS = ("attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
 _EMBEDDINGS = ("embed.W_E", "pos_embed.W_pos")
@@ -68,6 +68,5 @@ CENTER_UNEMBED = ProcessingStep(
     name="center_unembed",
     find_obstacles=_unembed_obstacles,
     change_config=_untied,
-    change_block=same_block,
     change_ends=_center_vocabulary,
 )

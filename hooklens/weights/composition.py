@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.errors import InputError
-from hooklens.weights.factored import FactoredMatrix, at_least_float32, broadcast_leading, frobenius_norm, right_factor
+from hooklens.precision import widen
+from hooklens.weights.factored import FactoredMatrix, broadcast_leading, frobenius_norm, right_factor
 
 CompositionMode = Literal["Q", "K", "V"]
 
@@ -82,12 +83,12 @@ def all_composition_scores(
 
 def _write_side(matrix: FactoredMatrix) -> Float[Tensor, "*leading rank right"]:
     """The matrix without an orthogonal factor on its left, so that norms of products from the right stay."""
-    return right_factor(matrix.A) @ at_least_float32(matrix.B)
+    return right_factor(matrix.A) @ widen(matrix.B)
 
 
 def _read_side(matrix: FactoredMatrix) -> Float[Tensor, "*leading left rank"]:
     """The matrix without an orthogonal factor on its right."""
-    return at_least_float32(matrix.A) @ right_factor(matrix.B.mT).mT
+    return widen(matrix.A) @ right_factor(matrix.B.mT).mT
 
 
 def _divide_by_norms(product: Tensor, norms: Tensor) -> Tensor:

@@ -18,13 +18,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from hooklens.errors import InputError
+from hooklens.precision import widen
 
 LeadingIndex: TypeAlias = SupportsIndex | slice | EllipsisType | Tensor | Sequence[int] | None
-
-
-def at_least_float32(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The tensor itself, or its float32 copy if its precision is lower; decompositions need that."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class FactoredMatrix:
@@ -107,12 +103,15 @@ class FactoredMatrix:
         Raises:
             InputError: the matrix is not square.
         """
+        self._require_square()
+        return self.B @ self.A
+
+    def _require_square(self) -> None:
         if self.ldim != self.rdim:
             raise InputError(
                 f"BA and eigenvalues need a square matrix; this one is {self.ldim} x {self.rdim}. "
                 "The singular values S exist for any shape"
             )
-        return self.B @ self.A
 
     def svd(
         self,
@@ -128,8 +127,8 @@ class FactoredMatrix:
         """
         if self._remembered_svd is not None:
             return self._remembered_svd
-        Q_A, R_A = torch.linalg.qr(at_least_float32(self.A))
-        Q_B, R_B = torch.linalg.qr(at_least_float32(self.B).mT)
+        Q_A, R_A = torch.linalg.qr(widen(self.A))
+        Q_B, R_B = torch.linalg.qr(widen(self.B).mT)
         U, S, V_transposed = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
         dtype = self.A.dtype
         result = (Q_A @ U).to(dtype), S.to(dtype), (Q_B @ V_transposed.mT).to(dtype)
@@ -160,7 +159,8 @@ class FactoredMatrix:
         Raises:
             InputError: the matrix is not square.
         """
-        values: Tensor = torch.linalg.eigvals(at_least_float32(self.BA))
+        self._require_square()
+        values: Tensor = torch.linalg.eigvals(widen(self.B) @ widen(self.A))
         return values
 
     def norm(self) -> Float[Tensor, "*leading"]:
@@ -311,7 +311,7 @@ class FactoredMatrix:
 
 def right_factor(matrix: Float[Tensor, "*leading rows columns"]) -> Float[Tensor, "*leading rank columns"]:
     """The triangular `R` of `matrix = Q R`: a small matrix with the same norms and singular values."""
-    R: Tensor = torch.linalg.qr(at_least_float32(matrix), mode="r").R
+    R: Tensor = torch.linalg.qr(widen(matrix), mode="r").R
     return R
 
 

@@ -18,7 +18,7 @@ import torch
 
 from hooklens.config import HookedConfig
 from hooklens.weights.draft import WeightDraft
-from hooklens.weights.steps import ProcessingStep, no_obstacles, same_ends
+from hooklens.weights.steps import ProcessingStep
 
 _ATTENTION_READERS = ("attn.W_Q", "attn.W_K", "attn.W_V")
 _MLP_READERS = ("mlp.W_in", "mlp.W_gate")
@@ -84,7 +84,6 @@ def _fold_block_value_bias(draft: WeightDraft, cfg: HookedConfig, prefix: str) -
 
 FOLD_LN = ProcessingStep(
     name="fold_ln",
-    find_obstacles=no_obstacles,
     change_config=_config_with_folded_norms,
     change_block=_fold_block_norms,
     change_ends=_fold_final_norm,
@@ -92,8 +91,6 @@ FOLD_LN = ProcessingStep(
 
 FOLD_VALUE_BIASES = ProcessingStep(
     name="fold_value_biases",
-    find_obstacles=no_obstacles,
     change_config=lambda cfg: cfg.replace(out_bias=cfg.out_bias or cfg.qkv_bias),
     change_block=_fold_block_value_bias,
-    change_ends=same_ends,
 )

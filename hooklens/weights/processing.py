@@ -6,6 +6,13 @@ hold is told in `folding`, `centering` and `refactoring`. The inputs are never c
 does not touch are shared with the input; touched ones are new and in the layout of `layout`. Arithmetic is
 done in float32 (float64 for float64 weights), one block at a time, and rounded once to each weight's own
 dtype, also when several steps touch it.
+
+A network that was processed already may be processed again: a step that was taken finds nothing left to do and
+changes weights by rounding only, but for the signs of singular vectors in `refactor_factored_attn_matrices`.
+In half precision processing costs accuracy like any rounding of the weights; load in float32 where that counts.
+
+Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (norms folded, circuits as
+products), and the notes on weight processing of TransformerLens (Nanda 2022), whose names the steps keep.
 """
 
 from collections.abc import Iterable, Mapping

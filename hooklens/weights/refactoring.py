@@ -22,7 +22,7 @@ from torch import Tensor
 from hooklens.config import HookedConfig, RotaryPositions
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.factored import FactoredMatrix
-from hooklens.weights.steps import ProcessingStep, same_config, same_ends
+from hooklens.weights.steps import ProcessingStep
 
 
 def _widen_inner(matrix: Float[Tensor, "head rows rank"], d_head: int) -> Float[Tensor, "head rows d_head"]:
@@ -72,7 +72,5 @@ def _obstacles(cfg: HookedConfig) -> list[str]:
 REFACTOR_FACTORED_ATTN_MATRICES = ProcessingStep(
     name="refactor_factored_attn_matrices",
     find_obstacles=_obstacles,
-    change_config=same_config,
     change_block=_refactor_block,
-    change_ends=same_ends,
 )

@@ -7,6 +7,24 @@ from hooklens.config import HookedConfig
 from hooklens.weights.draft import WeightDraft
 
 
+def _no_obstacles(cfg: HookedConfig) -> list[str]:
+    """The step holds for every config."""
+    return []
+
+
+def _same_config(cfg: HookedConfig) -> HookedConfig:
+    """The step leaves the config as it is."""
+    return cfg
+
+
+def _same_block(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
+    """The step leaves blocks as they are."""
+
+
+def _same_ends(draft: WeightDraft, cfg: HookedConfig) -> None:
+    """The step leaves embedding, final norm and unembedding as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessingStep:
     """A change of the weights that leaves the network's log-probabilities as they are.
@@ -22,25 +40,7 @@ class ProcessingStep:
     """
 
     name: str
-    find_obstacles: Callable[[HookedConfig], list[str]]
-    change_config: Callable[[HookedConfig], HookedConfig]
-    change_block: Callable[[WeightDraft, HookedConfig, str], None]
-    change_ends: Callable[[WeightDraft, HookedConfig], None]
-
-
-def no_obstacles(cfg: HookedConfig) -> list[str]:
-    """The step holds for every config."""
-    return []
-
-
-def same_config(cfg: HookedConfig) -> HookedConfig:
-    """The step leaves the config as it is."""
-    return cfg
-
-
-def same_block(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
-    """The step leaves blocks as they are."""
-
-
-def same_ends(draft: WeightDraft, cfg: HookedConfig) -> None:
-    """The step leaves embedding, final norm and unembedding as they are."""
+    find_obstacles: Callable[[HookedConfig], list[str]] = _no_obstacles
+    change_config: Callable[[HookedConfig], HookedConfig] = _same_config
+    change_block: Callable[[WeightDraft, HookedConfig, str], None] = _same_block
+    change_ends: Callable[[WeightDraft, HookedConfig], None] = _same_ends

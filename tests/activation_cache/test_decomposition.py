@@ -189,7 +189,9 @@ class TestComponents:
 
 
 class TestPositionsAndProjections:
-    @pytest.mark.parametrize("pos_slice", [2, -1, slice(1, 4), slice(None, None, 2), [0, -1], torch.tensor([3, 1])])
+    @pytest.mark.parametrize(
+        "pos_slice", [2, -1, slice(1, 4), slice(None, None, 2), slice(4, 4), [0, -1], torch.tensor([3, 1])]
+    )
     @pytest.mark.parametrize("apply_ln", [False, True])
     def test_positions_are_those_of_the_whole(self, network, pos_slice, apply_ln):
         _, _, cache = run(network)
@@ -201,6 +203,12 @@ class TestPositionsAndProjections:
             whole = getattr(cache, method)(**keywords)
             part = getattr(cache, method)(pos_slice=pos_slice, **keywords)
             assert_close(part, whole[:, :, pos_slice])
+
+    def test_positions_backwards(self, network):
+        """torch has no slices with a negative step, Python's sequences do."""
+        _, _, cache = run(network)
+        part = cache.decompose_resid(pos_slice=slice(None, None, -2), apply_ln=True)
+        assert_close(part, cache.decompose_resid(apply_ln=True)[:, :, [4, 2, 0]])
 
     @pytest.mark.parametrize("apply_ln", [False, True])
     def test_projections_are_products_with_the_stack(self, network, apply_ln):
@@ -270,19 +278,38 @@ class TestRefusals:
             match=r"does not hold: 'blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out'; add them to names_filter",
         ):
             cache.decompose_resid()
-        with pytest.raises(MissingActivationError, match=r"each head adds .*'blocks.0.attn.hook_z'"):
+        with pytest.raises(MissingActivationError, match=r"stack_head_results needs .*'blocks.0.attn.hook_z'"):
             cache.stack_head_results()
-        with pytest.raises(MissingActivationError, match=r"each neuron adds .*'blocks.0.mlp.hook_post'"):
+        with pytest.raises(MissingActivationError, match=r"stack_neuron_results needs .*'blocks.0.mlp.hook_post'"):
             cache.stack_neuron_results()
-        with pytest.raises(MissingActivationError, match=r"apply_ln needs .*'ln_final.hook_scale'"):
+        with pytest.raises(MissingActivationError, match=r"accumulated_resid needs .*'ln_final.hook_scale'"):
             cache.accumulated_resid(apply_ln=True)
         with pytest.raises(MissingActivationError, match=r"compute_head_results needs .*'blocks.1.attn.hook_z'"):
             cache.compute_head_results()
 
     def test_norms_at_the_exit_need_their_scale(self):
         _, _, cache = run("capped", names_filter=["z", "resid_post"])
-        with pytest.raises(MissingActivationError, match=r"behind a norm needs .*'blocks.0.ln1_post.hook_scale'"):
+        with pytest.raises(MissingActivationError, match=r"results needs .*'blocks.0.ln1_post.hook_scale'"):
             cache.stack_head_results()
+
+    def test_the_norm_the_components_and_the_stream_are_told_together(self):
+        """They were told one after the other, one run of the model for each."""
+        _, _, cache = run("capped", names_filter="pattern")
+        scales, outputs = ["'ln_final.hook_scale'"], ["'blocks.0.hook_mlp_out'", "'blocks.1.hook_mlp_out'"]
+        exits = ["'blocks.0.ln1_post.hook_scale'", "'blocks.1.ln1_post.hook_scale'"]
+        heads, end = ["'blocks.0.attn.hook_z'", "'blocks.1.attn.hook_z'", *exits], ["'blocks.1.hook_resid_post'"]
+        for ask, expected in (
+            (lambda: cache.decompose_resid(mode="mlp", apply_ln=True), ["'hook_embed'", *outputs, *scales]),
+            (lambda: cache.stack_head_results(incl_remainder=True, apply_ln=True), [*heads, *end, *scales]),
+            (
+                lambda: cache.get_full_resid_decomposition(expand_neurons=False, apply_ln=True),
+                [*heads, *outputs, "'hook_embed'", *end, *scales],
+            ),
+        ):
+            with pytest.raises(MissingActivationError) as caught:
+                ask()
+            listed = str(caught.value).partition("does not hold: ")[2].partition(";")[0]
+            assert listed.split(", ") == expected
 
     @pytest.mark.parametrize("layer", [3, -2])
     def test_layers_out_of_range(self, layer):
@@ -316,6 +343,33 @@ class TestRefusals:
         _, _, cache = run("rotary")
         with pytest.raises(CacheError, match="pos_slice=5 is out of range: 5 positions were captured"):
             cache.decompose_resid(pos_slice=5)
+
+    @pytest.mark.parametrize(
+        "pos_slice",
+        [(1, 4), torch.tensor([True, False, True, False, False]), torch.tensor([[0, 1]]), [], [0.5], "last"],
+        ids=["tuple", "mask", "two axes", "none", "fraction", "text"],
+    )
+    def test_positions_that_could_mean_two_things(self, pos_slice):
+        """A mask was read as positions 0 and 1, a tuple as a list where TransformerLens reads a range."""
+        _, _, cache = run("rotary")
+        with unchecked(), pytest.raises(CacheError, match=r"pos_slice=.*; expected an int, a slice, or a list of at"):
+            cache.decompose_resid(pos_slice=pos_slice)
+
+    @pytest.mark.parametrize("neuron_slice", [(1, 4), torch.arange(20) > 3], ids=["tuple", "mask"])
+    def test_neurons_that_could_mean_two_things(self, neuron_slice):
+        """A mask was read as neurons 0 and 1."""
+        _, _, cache = run("rotary")
+        with unchecked(), pytest.raises(CacheError, match="expected an int, a slice, or a list of ints"):
+            cache.stack_neuron_results(neuron_slice=neuron_slice)
+
+    def test_rows_that_could_mean_two_things_or_nothing(self):
+        _, _, cache = run("rotary")
+        stack = cache.decompose_resid()
+        for rows in ((0, 2), torch.tensor([True, False]), None):
+            with unchecked(), pytest.raises(CacheError, match=r"rows .*: expected a row, a slice, or a list of rows"):
+                cache.apply_slice_to_batch_dim(rows)
+        with pytest.raises(CacheError, match=r"rows \[2\] are not in this cache; it has 2 rows, 0 to 1"):
+            cache.apply_ln_to_stack(stack, batch_slice=2)
 
     def test_directions_of_another_width(self):
         _, _, cache = run("rotary")

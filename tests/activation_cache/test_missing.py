@@ -1,6 +1,7 @@
 """What a cache says about an activation that it does not hold."""
 
 import pytest
+import torch
 
 from hooklens.activation_cache import ActivationCache, MissingActivationError
 from hooklens.errors import CacheError
@@ -13,6 +14,7 @@ class TestMissing:
         [
             (("z", 1), r"activation 'blocks\.1\.attn\.hook_z' was not captured; the cache holds 'hook_embed', "
              r".* and 14 more\. Add 'blocks\.1\.attn\.hook_z' to names_filter to have it$"),
+            (("result", 1), r"^activation 'blocks\.1\.attn\.hook_result' was not captured; .* to names_filter"),
             (("q_grad", 1), r"the gradient of 'blocks\.1\.attn\.hook_q' was not captured; run with incl_bwd=True"),
             ("blocks.1.attn.hook_patern", r"no hook point is called .* Did you mean 'blocks\.1\.attn\.hook_pattern'"),
             (("patern", 1), r"no hook point is called 'patern'\. Did you mean 'pattern'"),
@@ -47,6 +49,17 @@ class TestMissing:
             ActivationCache({}, cfg=CFG.replace(**changes))[key]
         with pytest.raises(MissingActivationError, match="was not captured; the cache is empty"):
             ActivationCache({}, cfg=CFG)[key]
+
+    def test_what_can_be_computed_is_told(self):
+        """In TransformerLens compute_head_results changes the cache it is called on; here it gives a new one."""
+        zs = {f"blocks.{layer}.attn.hook_z": torch.zeros(2, 5, CFG.n_heads, CFG.d_head) for layer in range(3)}
+        with pytest.raises(
+            MissingActivationError, match=r"hook_result' .*: cache.compute_head_results\(\) gives a cache"
+        ):
+            ActivationCache(zs, cfg=CFG)["result", 1]
+        del zs["blocks.2.attn.hook_z"]
+        with pytest.raises(MissingActivationError, match=r"Add 'blocks\.1\.attn\.hook_result' to names_filter"):
+            ActivationCache(zs, cfg=CFG)["result", 1]
 
     def test_is_a_key_error_that_prints_as_text(self):
         with pytest.raises(KeyError) as caught:

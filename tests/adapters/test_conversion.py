@@ -2,9 +2,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hooklens.adapters import open_checkpoint, parameter_shapes, read_hf_model, to_hub
+from hooklens.adapters import open_checkpoint, read_hf_model, to_hub
 from hooklens.adapters.conversion import config_of_layers
 from hooklens.errors import CheckpointError, InputError
+from hooklens.weights.shapes import weight_shapes
 from tests.checkpoints import VARIANTS, build_variant, save_variant
 
 
@@ -14,7 +15,7 @@ def test_load_then_save_gives_every_tensor_back(name, dtype, tmp_path) -> None:
     weights = load_file(save_variant(name, tmp_path, dtype=dtype) / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     state = dict(checkpoint.tensors())
-    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == parameter_shapes(checkpoint.cfg)
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == weight_shapes(checkpoint.cfg)
     config, saved = to_hub(checkpoint.cfg, state)
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert saved.keys() == weights.keys()
@@ -131,7 +132,7 @@ def test_a_subset_of_layers_is_renumbered(name, tmp_path) -> None:
     checkpoint = open_checkpoint(save_variant(name, tmp_path))
     everything, last = dict(checkpoint.tensors()), checkpoint.cfg.n_layers - 1
     subset = dict(checkpoint.tensors([last, 0]))
-    assert {key: tuple(tensor.shape) for key, tensor in subset.items()} == parameter_shapes(
+    assert {key: tuple(tensor.shape) for key, tensor in subset.items()} == weight_shapes(
         checkpoint.config_for([last, 0])
     )
     for key, tensor in subset.items():

@@ -8,6 +8,7 @@ from hooklens.adapters.families import load_families
 from hooklens.adapters.family import choose_family, find_family
 from hooklens.config import HookedConfig, NormConfig, RotaryPositions
 from hooklens.errors import UnsupportedModelError
+from hooklens.weights.shapes import weight_shapes
 from tests.checkpoints import VARIANTS, build_variant
 
 FAMILIES = load_families()
@@ -114,12 +115,10 @@ def test_impossible_sizes_are_an_error_of_the_checkpoint() -> None:
 
 
 def test_rules_name_every_parameter_once() -> None:
-    from hooklens.adapters import parameter_shapes
-
     for name in VARIANTS:
         cfg, _ = read_hf_model(build_variant(name))
         (family,) = [family for family in FAMILIES if family.name == cfg.origin.family]
         named = [ours for bound in family.bind_rules(cfg) for ours in bound.ours]
-        expected = [ours for ours in parameter_shapes(cfg) if not (cfg.tied_unembed and ours == "unembed.W_U")]
+        expected = [ours for ours in weight_shapes(cfg) if not (cfg.tied_unembed and ours == "unembed.W_U")]
         assert sorted(named) == sorted(expected)
         assert torch.tensor([bound.layer for bound in family.bind_rules(cfg)]).max() == cfg.n_layers - 1

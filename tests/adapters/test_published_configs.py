@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from hooklens.adapters import parameter_shapes
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import find_family
 from hooklens.config import HookedConfig
+from hooklens.weights.shapes import weight_shapes
 
 _LLAMA_3 = {
     "architectures": ["LlamaForCausalLM"],
@@ -127,7 +127,7 @@ def test_every_key_is_known_and_the_size_is_the_published_one(name) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cfg = read(name)
-    shapes = parameter_shapes(cfg)
+    shapes = weight_shapes(cfg)
     if cfg.tied_unembed:
         del shapes["unembed.W_U"]
     size = 0

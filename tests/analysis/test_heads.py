@@ -85,6 +85,29 @@ def test_any_target():
     assert per_row.equals(table)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_token_ids_score_as_their_text(side):
+    """The model left out the padding that it found in token ids, but the scores counted it as queries."""
+    model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
+    texts = ["red blue cat red blue cat red blue", "red blue red"]
+    expected = head_scores(model, texts)
+    ids = model.to_tokens(texts, padding_side=side)
+    # Float32 attention of differently padded batches.
+    assert (head_scores(model, ids) - expected).abs().max().max() < 1e-6
+    found = detect_heads(model, ids, "induction")["score"]
+    assert found.to_dict() == pytest.approx(expected["induction"].to_dict(), abs=1e-6)
+
+
+def test_a_mask_of_ones_makes_tokens_of_padding():
+    """A second call without the mask would look for padding again."""
+    model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
+    ids = torch.tensor([5, 6, 7, model.tokenizer.pad_token_id])
+    patterns = model.run_with_cache(ids, names_filter="pattern", attention_mask=torch.ones(4))[1]
+    expected = torch.stack([patterns["pattern", i][0].diagonal(-1, 1, 2).mean(-1) for i in range(model.cfg.n_layers)])
+    scores = score_heads(model, ids, previous_token_target(ids[None]), attention_mask=torch.ones(4))
+    assert scores.flatten().tolist() == pytest.approx(expected.flatten().tolist())
+
+
 def test_repeated_tokens_without_a_tokenizer():
     model = make_model("rotary")
     tokens = repeated_random_tokens(model, n_rows=3, period=7, seed=2)
@@ -131,8 +154,12 @@ def test_bad_input():
         repeated_random_tokens(model, period=17)
     with pytest.raises(InputError, match="n_rows=0, period=3; expected numbers from 1 on"):
         repeated_random_tokens(model, n_rows=0, period=3)
-    with pytest.raises(InputError, match=r"the target has shape \[4, 4\]; expected \[query, key\] \[5, 5\]"):
+    with pytest.raises(InputError, match=r"the target has shape \[4, 4\] and .*; expected \[query, key\] \[5, 5\]"):
         detect_heads(model, tokens, torch.ones(4, 4, dtype=torch.bool))
+    with unchecked(), pytest.raises(InputError, match=r"dtype torch.float32; .* torch.bool: which keys count"):
+        detect_heads(model, tokens, torch.full((5, 5), 0.5).tril())
+    with pytest.raises(InputError, match=r"the target has 10 keys after their query, such as key 1 for query 0, which"):
+        detect_heads(model, tokens, torch.ones(5, 5, dtype=torch.bool))
     with pytest.raises(InputError, match="no query has a target"):
         detect_heads(model, torch.arange(5)[None], "induction")
     with unchecked(), pytest.raises(InputError, match="target is 'induktion'; expected 'previous_token', "):

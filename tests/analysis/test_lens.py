@@ -1,15 +1,17 @@
 """The logit lens against the model's own last layers."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from hooklens.activation_cache import MissingActivationError
-from hooklens.analysis.lens import logit_lens, read_streams
+from hooklens.analysis import lens
+from hooklens.analysis.lens import _predict, logit_lens, read_streams
 from hooklens.errors import InputError
-from tests.model.networks import CONFIGS, make_model, random_tokens
+from tests.model.networks import CONFIGS, make_config, make_model, random_tokens
 
 
 @pytest.mark.parametrize("network", CONFIGS)
@@ -34,7 +36,7 @@ def test_the_table_holds_kl_entropy_and_ranks():
     assert table["stream"].unique().tolist() == ["0_pre", "0_mid", "1_pre", "1_mid", "final_post"]
     assert len(table) == 5 * 2 * 2
     assert set(table["pos"]) == {0, 3}
-    readings = dict(read_streams(model, cache, sublayers=True))
+    readings = {stream: logprobs.detach() for stream, logprobs in read_streams(model, cache, sublayers=True)}
     final = readings["final_post"]
     line = table[(table.stream == "1_mid") & (table.row == 1) & (table.pos == 3)].iloc[0]
     p, q = final[1, 3].exp(), readings["1_mid"][1, 3].exp()
@@ -58,6 +60,33 @@ def test_padding_is_left_out():
     assert list(zip(lines.row, lines.pos, strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
 
 
+def test_positions_in_any_order():
+    model = make_model("rotary")
+    _, cache = model.run_with_cache(random_tokens(1, 4))
+    table = logit_lens(model, cache, pos_slice=slice(None, None, -2))
+    assert table.pos.tolist() == [3, 1] * 3
+    assert table.equals(logit_lens(model, cache, pos_slice=[3, 1]))
+
+
+def test_one_distribution_at_a_time(monkeypatch):
+    """All distributions were held until the table was made: streams x positions x d_vocab numbers."""
+    model = make_model(make_config(n_layers=6))
+    _, cache = model.run_with_cache(random_tokens(1, 4))
+    made, alive = [], []
+
+    def predict(*args):
+        logprobs = _predict(*args)
+        made.append(weakref.ref(logprobs))
+        alive.append(sum(reference() is not None for reference in made))
+        return logprobs
+
+    monkeypatch.setattr(lens, "_predict", predict)
+    logit_lens(model, cache, pos_slice=None)
+    assert len(made) == 8
+    # The final one, the one in the loop, and the one that takes its place.
+    assert max(alive) <= 3
+
+
 def test_one_row_without_a_batch_axis():
     model = make_model("rotary")
     _, cache = model.run_with_cache(random_tokens(1, 4))
@@ -69,5 +98,8 @@ def test_bad_input():
     _, cache = model.run_with_cache(random_tokens(1, 4), names_filter="resid_post")
     with pytest.raises(InputError, match="k=24; expected 1 to 23, the size of the vocabulary"):
         logit_lens(model, cache, k=24)
+    for target in (23, -1):
+        with pytest.raises(InputError, match=rf"target={target}; expected a token id from 0 to 22"):
+            logit_lens(model, cache, target=target)
     with pytest.raises(MissingActivationError, match=r"accumulated_resid needs .*'blocks.0.hook_resid_pre'"):
         logit_lens(model, cache)

@@ -84,11 +84,20 @@ def test_indirect_objects_prompt_by_prompt(model):
     assert indirect_object_task(model, n_prompts=12, seed=3) == pytest.approx(result, rel=1e-4)
 
 
+def test_one_text_is_not_a_list_of_letters(model):
+    """The loss was the mean over texts of one letter each."""
+    with pytest.raises(InputError, match=r"texts is the text 'Mary left \.'; expected a list of texts"):
+        corpus_loss(model, "Mary left .")
+
+
 def test_bad_input(model):
     with pytest.raises(InputError, match="texts hold no token to predict"):
         corpus_loss(model, [])
-    with pytest.raises(InputError, match="batch_size=0; expected at least 1"):
-        corpus_loss(model, TEXTS, batch_size=0)
+    for batch_size in (0, -1):
+        with pytest.raises(InputError, match=f"batch_size={batch_size}; expected at least 1"):
+            corpus_loss(model, TEXTS, batch_size=batch_size)
+        with pytest.raises(InputError, match=f"batch_size={batch_size}; expected at least 1"):
+            indirect_object_task(model, n_prompts=2, batch_size=batch_size)
     with pytest.raises(InputError, match="period=1; expected at least 2"):
         induction_loss(model, period=1)
     with pytest.raises(InputError, match="there are no prompts"):

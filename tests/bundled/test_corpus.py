@@ -77,7 +77,7 @@ def test_training_text_holds_no_held_out_template(training_documents):
     assert not [document for document in training_documents if pattern.fullmatch(document)]
     # The same pattern does find the held-out prompts.
     items = corpus.held_out_indirect_objects(200, seed=0)
-    assert all(pattern.fullmatch(item.sentence) for item in items)
+    assert all(pattern.fullmatch(f"{item.prompt} {item.answer} .") for item in items)
 
 
 @given(seed=seeds)

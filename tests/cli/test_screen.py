@@ -1,18 +1,11 @@
-"""Sizes, widths, and heat maps with and without colour."""
+"""Widths, and heat maps with and without colour."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from hooklens.cli.screen import format_bytes, make_console, print_heat_map, say
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")]
-)
-def test_format_bytes(count: int, text: str) -> None:
-    assert format_bytes(int(count)) == text
+from hooklens.cli.screen import make_console, print_heat_map, say
 
 
 def print_small_map(console: Console) -> None:

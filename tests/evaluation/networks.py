@@ -6,10 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hooklens import HookedCausalLM, HookedConfig, RotaryPositions
-from hooklens.bundled.tokenizer import build_tokenizer
-from hooklens.bundled.words import VOCABULARY
+from hooklens import HookedCausalLM
 from hooklens.hooks.edits import Edit
+from tests.word_models import make_word_model
 
 N_CTX = 48
 PREFIX = "When Mary and John went to the store ,"
@@ -18,19 +17,7 @@ PREFIX = "When Mary and John went to the store ,"
 @cache
 def reader() -> HookedCausalLM:
     """A random float64 model with the word-level tokenizer of the bundled checkpoints."""
-    cfg = HookedConfig(
-        d_model=16,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        d_vocab=len(VOCABULARY),
-        n_ctx=N_CTX,
-        positions=RotaryPositions(dim=4),
-        init_std=0.6,
-    )
-    model = HookedCausalLM(cfg, tokenizer=build_tokenizer(n_ctx=N_CTX))
-    model.initialize(seed=0)
-    return model.double()
+    return make_word_model(d_model=16, n_ctx=N_CTX, init_std=0.6).double()
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 from hooklens import HookedCausalLM
 from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NormConfig, RotaryPositions
 
-LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
 RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
 D_VOCAB = 23
 N_CTX = 32

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hooklens.errors import ConfigError
-from tests.model.networks import CONFIGS, make_config, make_model
+from tests.model.networks import CONFIGS, make_config, make_model, random_tokens
 
 
 @pytest.mark.parametrize("network", CONFIGS)
@@ -57,6 +57,31 @@ def test_accumulated_bias_against_a_run_on_a_silent_stream():
     for layer, mlp_input in ((3, False), (2, True), (-1, False)):
         with pytest.raises(ConfigError, match=rf"accumulated_bias: layer {layer} is out of range for 2 layers"):
             model.accumulated_bias(layer, mlp_input=mlp_input)
+
+
+@pytest.mark.parametrize("network", [name for name, cfg in CONFIGS.items() if not cfg.norm_after])
+@pytest.mark.parametrize(("layer", "mlp_input"), [(0, True), (1, False), (1, True), (2, False)])
+def test_accumulated_bias_is_the_bias_of_the_full_decomposition(network, layer, mlp_input):
+    """A parallel block's MLP was said to read the bias of the attention beside it."""
+    model = make_model(network)
+    _, cache = model.run_with_cache(random_tokens(2, 3))
+    stack, labels = cache.get_full_resid_decomposition(layer, mlp_input=mlp_input, return_labels=True)
+    assert labels[-1] == "bias"
+    expected = model.accumulated_bias(layer, mlp_input=mlp_input).detach()
+    torch.testing.assert_close(stack[-1], expected.expand(2, 3, 12))
+
+
+def test_biases_behind_norms_have_no_constant_sum():
+    with pytest.raises(ConfigError, match=r"norms follow the branches .* differs from position to position"):
+        make_model("capped").accumulated_bias(1)
+
+
+def test_a_model_without_blocks():
+    model = make_model(make_config(n_layers=0, n_kv_heads=2))
+    assert (model.W_K.shape, model.W_out.shape, model.b_in.shape) == ((0, 2, 12, 6), (0, 20, 12), (0, 20))
+    assert model.OV.shape == model.QK.shape == (0, 4, 12, 12)
+    assert model.all_composition_scores("K").shape == (0, 4, 0, 4)
+    assert model.accumulated_bias(0).tolist() == [0] * 12
 
 
 def test_what_a_model_does_not_have():

@@ -1,4 +1,4 @@
-"""An independent forward over HookLens state dicts, written with plain einsums, and configs to try it on.
+"""An independent forward over HookLens state dicts, written with plain einsums, and configs and steps to try it on.
 
 Weight processing must leave its log-probabilities as they are. Nothing here comes from `hooklens.model`.
 """
@@ -9,8 +9,15 @@ from torch import Tensor
 from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NormConfig, RotaryPositions
 from hooklens.weights.shapes import weight_shapes
 
-LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
 RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
+
+STEPS = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
 
 
 def make_config(**changes) -> HookedConfig:

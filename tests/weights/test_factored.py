@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hooklens.errors import InputError
 from hooklens.weights.factored import FactoredMatrix
+from tests.model.networks import Allocations
 
 # Strategies build factored matrices, whose annotations beartype checks on samples that it draws with `random`.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
@@ -285,3 +286,28 @@ def test_errors_say_what_was_found(case):
 def test_operands_of_another_type_are_type_errors(run):
     with pytest.raises(TypeError):
         run()
+
+
+def test_eigenvalues_of_half_precision_factors_are_those_of_their_product():
+    """`B A` was rounded to bfloat16 before its eigenvalues were taken, which moved them by some percent."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((64, 8), (8, 64)))
+    expected = torch.linalg.eigvals(B.double() @ A.double())
+    for value in FactoredMatrix(A, B).eigenvalues:
+        # Eigenvalues of size 10, decomposed in float32.
+        assert (expected - value).abs().min() < 1e-4
+
+
+def test_nothing_of_full_size_is_made():
+    """A circuit between tokens, over 2 x 3 heads: 50 x 50 and 40 x 40 are the sizes to avoid."""
+    d_vocab, d_model, d_head = 50, 40, 4
+    W_E, W_U = torch.randn(d_vocab, d_model), torch.randn(d_model, d_vocab)
+    heads = FactoredMatrix(torch.randn(2, 3, d_model, d_head), torch.randn(2, 3, d_head, d_model))
+    with Allocations() as allocations:
+        for matrix in (heads, heads.T, heads @ heads, W_E @ heads @ W_U, (heads.unsqueeze(0) * 2)[0, 1, 1:, ...]):
+            _ = matrix.svd(), matrix.eigenvalues, matrix.norm(), matrix.BA, matrix.make_even()
+            _ = matrix.collapse_l(), matrix.collapse_r(), matrix.get_corner(), matrix[..., 3, :], matrix[..., 1:3]
+            _ = matrix @ torch.randn(matrix.rdim), torch.randn(matrix.ldim) @ matrix
+    assert allocations.sizes
+    # No other axis is longer than 8.
+    assert [shape for _, shape in allocations.sizes if sum(size >= d_model for size in shape) > 1] == []

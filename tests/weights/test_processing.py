@@ -13,15 +13,16 @@ from hooklens.weights import processing
 from hooklens.weights.layout import is_stored_layout
 from hooklens.weights.processing import check_transforms_match, process_weights
 from hooklens.weights.shapes import check_state
-from tests.weights.reference_network import CONFIGS, log_probs, make_config, random_state, random_tokens, run_reference
-
-STEPS = (
-    "fold_ln",
-    "center_writing_weights",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
+from tests.weights.reference_network import (
+    CONFIGS,
+    STEPS,
+    log_probs,
+    make_config,
+    random_state,
+    random_tokens,
+    run_reference,
 )
+
 # Which (config, step) pairs hold, written by hand: the code's own refusals must agree with this table.
 REFUSED = {
     "center_writing_weights": {
@@ -137,6 +138,14 @@ def test_no_step_gives_the_same_tensors():
     tied = processed.state.pop("unembed.W_U")
     assert tied.untyped_storage().data_ptr() == state["embed.W_E"].untyped_storage().data_ptr()
     assert all(processed.state[name] is state[name] for name in processed.state)
+
+
+def test_refactoring_twice_moves_signs_only():
+    cfg = CONFIGS["sequential, alibi"]
+    once = process_weights(random_state(cfg), cfg, refactor_factored_attn_matrices=True)
+    twice = process_weights(once.state, once.cfg, refactor_factored_attn_matrices=True)
+    for name, tensor in once.state.items():
+        torch.testing.assert_close(twice.state[name].abs(), tensor.abs(), rtol=0, atol=1e-9)
 
 
 def test_processing_twice_changes_nothing_more():

@@ -1,35 +1,35 @@
 import pytest
 import torch
 
-from hooklens.config import LearnedPositions, NormConfig
+from hooklens.config import LearnedPositions
 from hooklens.errors import CheckpointError
 from hooklens.weights.shapes import check_state, weight_shapes
-from tests.weights.reference_network import CONFIGS, make_config, random_state
+from tests.weights.reference_network import CONFIGS, RMS_NORM, make_config, random_state
 
 
-def test_shapes_of_a_sequential_network_with_all_biases():
-    cfg = make_config(n_layers=1, n_kv_heads=2, gated_mlp=True, positions=LearnedPositions(offset=2), unembed_bias=True)
+def test_shapes_with_every_part():
+    cfg = make_config(
+        n_layers=1,
+        n_kv_heads=2,
+        gated_mlp=True,
+        norm_after=True,
+        qk_norm=RMS_NORM,
+        positions=LearnedPositions(offset=2),
+        unembed_bias=True,
+    )
+    block = {
+        "ln1.w": (12,), "ln1.b": (12,), "ln2.w": (12,), "ln2.b": (12,),
+        "ln1_post.w": (12,), "ln1_post.b": (12,), "ln2_post.w": (12,), "ln2_post.b": (12,),
+        "attn.W_Q": (4, 12, 5), "attn.W_K": (2, 12, 5), "attn.W_V": (2, 12, 5), "attn.W_O": (4, 5, 12),
+        "attn.b_Q": (4, 5), "attn.b_K": (2, 5), "attn.b_V": (2, 5), "attn.b_O": (12,),
+        "attn.q_norm.w": (5,), "attn.k_norm.w": (5,),
+        "mlp.W_in": (12, 14), "mlp.W_gate": (12, 14), "mlp.W_out": (14, 12),
+        "mlp.b_in": (14,), "mlp.b_gate": (14,), "mlp.b_out": (12,),
+    }  # fmt: skip
     assert weight_shapes(cfg) == {
         "embed.W_E": (17, 12),
         "pos_embed.W_pos": (11, 12),
-        "blocks.0.ln1.w": (12,),
-        "blocks.0.ln1.b": (12,),
-        "blocks.0.attn.W_Q": (4, 12, 5),
-        "blocks.0.attn.W_K": (2, 12, 5),
-        "blocks.0.attn.W_V": (2, 12, 5),
-        "blocks.0.attn.W_O": (4, 5, 12),
-        "blocks.0.attn.b_Q": (4, 5),
-        "blocks.0.attn.b_K": (2, 5),
-        "blocks.0.attn.b_V": (2, 5),
-        "blocks.0.attn.b_O": (12,),
-        "blocks.0.ln2.w": (12,),
-        "blocks.0.ln2.b": (12,),
-        "blocks.0.mlp.W_in": (12, 14),
-        "blocks.0.mlp.W_gate": (12, 14),
-        "blocks.0.mlp.W_out": (14, 12),
-        "blocks.0.mlp.b_in": (14,),
-        "blocks.0.mlp.b_gate": (14,),
-        "blocks.0.mlp.b_out": (12,),
+        **{f"blocks.0.{name}": shape for name, shape in block.items()},
         "ln_final.w": (12,),
         "ln_final.b": (12,),
         "unembed.W_U": (12, 17),
@@ -37,23 +37,26 @@ def test_shapes_of_a_sequential_network_with_all_biases():
     }
 
 
-def test_shapes_of_a_network_without_biases_and_with_optional_norms():
-    rms = NormConfig(kind="rms", eps=1e-6, bias=False)
+def test_shapes_with_as_little_as_possible():
     cfg = make_config(
-        n_layers=1, norm=rms, norm_after=True, qk_norm=rms, qkv_bias=False, out_bias=False, mlp_bias=False
+        n_layers=1,
+        wiring="parallel",
+        shared_norm=True,
+        norm=RMS_NORM,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        tied_unembed=True,
     )
-    assert {name for name in weight_shapes(cfg) if name.startswith("blocks.")} == {
-        f"blocks.0.{name}"
-        for name in (
-            *("ln1.w", "ln2.w", "ln1_post.w", "ln2_post.w", "attn.q_norm.w", "attn.k_norm.w"),
-            *("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out"),
-        )
-    }
+    block = ("ln1.w", "attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out")
+    expected = {"embed.W_E", "ln_final.w", "unembed.W_U", *(f"blocks.0.{name}" for name in block)}
+    assert weight_shapes(cfg).keys() == expected
 
 
-def test_a_shared_norm_has_no_ln2():
-    cfg = make_config(wiring="parallel", shared_norm=True)
-    assert not any("ln2" in name for name in weight_shapes(cfg))
+def test_norms_without_bias_before_and_after_each_branch():
+    cfg = make_config(n_layers=1, norm=RMS_NORM, norm_after=True)
+    norms = {name for name in weight_shapes(cfg) if ".ln" in name}
+    assert norms == {f"blocks.0.{norm}.w" for norm in ("ln1", "ln1_post", "ln2", "ln2_post")}
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)

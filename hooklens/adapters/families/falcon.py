@@ -20,7 +20,7 @@ from typing import Any
 from hooklens.adapters.config_map import ActivationKey, BiasFlag, Computed, ConfigMap, ConfigReader, Key, norm_key
 from hooklens.adapters.family import Family
 from hooklens.adapters.positions import PositionKeys
-from hooklens.adapters.rules import Copy, FusedQKV, WeightRule, norm_rules
+from hooklens.adapters.rules import Copy, WeightRule, fused_qkv_rules, norm_rules
 from hooklens.config import HookedConfig
 
 _STRUCTURE_KEYS = (
@@ -111,17 +111,7 @@ _WEIGHTS: tuple[WeightRule, ...] = (
     *norm_rules(
         f"{_LAYER}.post_attention_layernorm", f"{_BLOCK}.ln2", bias=True, when=lambda cfg: cfg.wiring == "sequential"
     ),
-    FusedQKV(
-        f"{_ATTN}.query_key_value.weight",
-        (f"{_BLOCK}.attn.W_Q", f"{_BLOCK}.attn.W_K", f"{_BLOCK}.attn.W_V"),
-        order="grouped",
-    ),
-    FusedQKV(
-        f"{_ATTN}.query_key_value.bias",
-        (f"{_BLOCK}.attn.b_Q", f"{_BLOCK}.attn.b_K", f"{_BLOCK}.attn.b_V"),
-        order="grouped",
-        when=lambda cfg: cfg.qkv_bias,
-    ),
+    *fused_qkv_rules(f"{_ATTN}.query_key_value", f"{_BLOCK}.attn", order="grouped"),
     Copy(f"{_ATTN}.dense.weight", f"{_BLOCK}.attn.W_O", "m (n h) -> n h m"),
     Copy(f"{_ATTN}.dense.bias", f"{_BLOCK}.attn.b_O", when=lambda cfg: cfg.out_bias),
     Copy(f"{_MLP}.dense_h_to_4h.weight", f"{_BLOCK}.mlp.W_in", "f m -> m f"),

@@ -13,17 +13,14 @@ Peculiarities:
 - Old files hold the causal mask and the rotary table of every layer; they are no weights.
 """
 
-from hooklens.adapters.config_map import ActivationKey, BiasFlag, ConfigMap, Key, norm_key
+from hooklens.adapters.config_map import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, norm_key
 from hooklens.adapters.family import Family
 from hooklens.adapters.positions import PositionKeys
-from hooklens.adapters.rules import Copy, FusedQKV, WeightRule, norm_rules
+from hooklens.adapters.rules import Copy, WeightRule, fused_qkv_rules, norm_rules
 
 _CONFIG = ConfigMap(
     parts=(
-        Key("vocab_size", "d_vocab", int),
-        Key("hidden_size", "d_model", int),
-        Key("num_hidden_layers", "n_layers", int),
-        Key("num_attention_heads", "n_heads", int),
+        *SIZE_KEYS,
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="gelu"),
         norm_key("layer_norm_eps", "layer", default_eps=1e-5),
@@ -49,17 +46,7 @@ _BLOCK = "blocks.{i}"
 _WEIGHTS: tuple[WeightRule, ...] = (
     Copy("gpt_neox.embed_in.weight", "embed.W_E"),
     *norm_rules(f"{_LAYER}.input_layernorm", f"{_BLOCK}.ln1", bias=True),
-    FusedQKV(
-        f"{_LAYER}.attention.query_key_value.weight",
-        (f"{_BLOCK}.attn.W_Q", f"{_BLOCK}.attn.W_K", f"{_BLOCK}.attn.W_V"),
-        order="grouped",
-    ),
-    FusedQKV(
-        f"{_LAYER}.attention.query_key_value.bias",
-        (f"{_BLOCK}.attn.b_Q", f"{_BLOCK}.attn.b_K", f"{_BLOCK}.attn.b_V"),
-        order="grouped",
-        when=lambda cfg: cfg.qkv_bias,
-    ),
+    *fused_qkv_rules(f"{_LAYER}.attention.query_key_value", f"{_BLOCK}.attn", order="grouped"),
     Copy(f"{_LAYER}.attention.dense.weight", f"{_BLOCK}.attn.W_O", "m (n h) -> n h m"),
     Copy(f"{_LAYER}.attention.dense.bias", f"{_BLOCK}.attn.b_O", when=lambda cfg: cfg.out_bias),
     *norm_rules(f"{_LAYER}.post_attention_layernorm", f"{_BLOCK}.ln2", bias=True),

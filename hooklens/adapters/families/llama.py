@@ -12,17 +12,14 @@ Peculiarities:
 - Old files hold the rotary table of every layer; it is no weight.
 """
 
-from hooklens.adapters.config_map import ActivationKey, BiasFlag, ConfigMap, Key, norm_key
+from hooklens.adapters.config_map import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, norm_key
 from hooklens.adapters.family import Family
 from hooklens.adapters.positions import PositionKeys
 from hooklens.adapters.rules import Copy, WeightRule, norm_rules
 
 _CONFIG = ConfigMap(
     parts=(
-        Key("vocab_size", "d_vocab", int),
-        Key("hidden_size", "d_model", int),
-        Key("num_hidden_layers", "n_layers", int),
-        Key("num_attention_heads", "n_heads", int),
+        *SIZE_KEYS,
         Key("num_key_value_heads", "n_kv_heads", int, default=None),
         Key("head_dim", "d_head", int, default=None),
         Key("intermediate_size", "d_mlp", int),

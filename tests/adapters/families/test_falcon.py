@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from hooklens.adapters import open_checkpoint, read_hf_model, write_checkpoint
 from hooklens.config import AlibiPositions, RotaryPositions
 from hooklens.errors import UnsupportedModelError
+from tests.adapters.families.projections import project_heads, write_heads
 from tests.checkpoints import FALCON_VARIANTS, build_variant, edit_config, save_variant
 
 
@@ -18,13 +19,10 @@ def test_each_head_projects_as_in_transformers(name: str) -> None:
 
     split = attention._split_heads(attention.query_key_value(x))
     for ours, expected in zip("QKV", split, strict=True):
-        projected = torch.einsum("bpm,nmh->bpnh", x, state[f"blocks.1.attn.W_{ours}"])
-        if cfg.qkv_bias:
-            projected = projected + state[f"blocks.1.attn.b_{ours}"]
+        projected = project_heads(x, state, 1, ours)
         assert_close(projected.repeat_interleave(expected.shape[2] // projected.shape[2], dim=2), expected)
     z = torch.randn(2, 5, cfg.n_heads, cfg.d_head, dtype=torch.float64)
-    written = torch.einsum("bpnh,nhm->bpm", z, state["blocks.1.attn.W_O"])
-    assert_close(written + state.get("blocks.1.attn.b_O", torch.zeros(())), attention.dense(z.flatten(2)))
+    assert_close(write_heads(z, state, 1), attention.dense(z.flatten(2)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from hooklens.adapters import open_checkpoint, read_hf_model, write_checkpoint
 from hooklens.config import RotaryPositions
 from hooklens.errors import CheckpointError
+from tests.adapters.families.projections import project_heads, write_heads
 from tests.checkpoints import NEOX_VARIANTS, build_variant, edit_config, save_variant
 
 
@@ -19,13 +20,9 @@ def test_each_head_projects_as_in_transformers(name: str) -> None:
     # transformers' own split: a chunk of 3 * head_size per head.
     fused = attention.query_key_value(x).view(2, 5, -1, 3 * attention.head_size)
     for ours, expected in zip("QKV", fused.chunk(3, dim=-1), strict=True):
-        projected = torch.einsum("bpm,nmh->bpnh", x, state[f"blocks.2.attn.W_{ours}"])
-        if cfg.qkv_bias:
-            projected = projected + state[f"blocks.2.attn.b_{ours}"]
-        assert_close(projected, expected)
+        assert_close(project_heads(x, state, 2, ours), expected)
     z = torch.randn(2, 5, cfg.n_heads, cfg.d_head, dtype=torch.float64)
-    written = torch.einsum("bpnh,nhm->bpm", z, state["blocks.2.attn.W_O"])
-    assert_close(written + state.get("blocks.2.attn.b_O", torch.zeros(())), attention.dense(z.flatten(2)))
+    assert_close(write_heads(z, state, 2), attention.dense(z.flatten(2)))
 
 
 def test_wiring_activation_and_rotary_are_read() -> None:

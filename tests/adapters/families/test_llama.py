@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from hooklens.adapters import open_checkpoint, read_hf_model
 from hooklens.config import RotaryPositions, RotaryScaling
 from hooklens.errors import UnsupportedModelError
+from tests.adapters.families.projections import project_heads, write_heads
 from tests.checkpoints import LLAMA_VARIANTS, build_variant, edit_config, save_variant
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
@@ -23,13 +24,9 @@ def test_each_head_projects_as_in_transformers(name: str) -> None:
 
     for ours, projection in (("Q", attention.q_proj), ("K", attention.k_proj), ("V", attention.v_proj)):
         expected = projection(x).unflatten(-1, (-1, cfg.d_head))
-        projected = torch.einsum("bpm,nmh->bpnh", x, state[f"blocks.1.attn.W_{ours}"])
-        if cfg.qkv_bias:
-            projected = projected + state[f"blocks.1.attn.b_{ours}"]
-        assert_close(projected, expected)
+        assert_close(project_heads(x, state, 1, ours), expected)
     z = torch.randn(2, 5, cfg.n_heads, cfg.d_head, dtype=torch.float64)
-    written = torch.einsum("bpnh,nhm->bpm", z, state["blocks.1.attn.W_O"])
-    assert_close(written + state.get("blocks.1.attn.b_O", torch.zeros(())), attention.o_proj(z.flatten(2)))
+    assert_close(write_heads(z, state, 1), attention.o_proj(z.flatten(2)))
 
     def linear(name: str, entering: Tensor) -> Tensor:
         return entering @ state[f"blocks.1.mlp.W_{name}"] + state.get(f"blocks.1.mlp.b_{name}", torch.zeros(()))

@@ -1,0 +1,52 @@
+"""What HookLens asks of a tokenizer, which it never changes."""
+
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What HookLens asks of a tokenizer; every `transformers` tokenizer has it.
+
+    The ids `bos_token_id`, `eos_token_id`, `pad_token_id` and the string `padding_side` are read where
+    they exist.
+    """
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Encode texts; `["input_ids"]` of the result is a list of lists of ids."""
+
+    def __len__(self) -> int:
+        """How many tokens there are, added ones included."""
+
+    def decode(self, token_ids: Any, **options: Any) -> Any:
+        """Decode a list of ids to text."""
+
+
+def special_id(tokenizer: Tokenizer, name: str) -> int | None:
+    """The id that a tokenizer has under a name such as `bos_token_id`; None where it has none."""
+    token_id: int | None = getattr(tokenizer, name, None)
+    return token_id
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Rows of ids as the tokenizer gives them, neither padded nor cut."""
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoding["input_ids"]]
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of a row of ids, special tokens included."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def decode_each(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text of each id alone."""
+    strings = {token: decode(tokenizer, [token]) for token in set(ids)}
+    return [strings[token] for token in ids]

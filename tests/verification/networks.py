@@ -1,0 +1,131 @@
+"""Sound networks outside the supported families, broken hook points to put into them, and shorthands."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooklens import (
+    AlibiPositions,
+    HookedCausalLM,
+    HookedConfig,
+    HookPoint,
+    LearnedPositions,
+    NormConfig,
+    RotaryPositions,
+)
+from hooklens.verification import CheckResult, VerificationReport, verify
+
+RMS = NormConfig(kind="rms", eps=1e-6, bias=False)
+
+
+RMS_OFFSET = NormConfig(kind="rms", eps=1e-6, bias=False, unit_offset=True)
+
+
+ROTARY = RotaryPositions(dim=6)
+
+
+# Networks outside the families that have adapters: what a new adapter may ask for.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "no-positions": {},
+    "qk-rms-norm": {"positions": ROTARY, "qk_norm": RMS, "n_kv_heads": 2},
+    "qk-layer-norm": {"positions": ROTARY, "qk_norm": NormConfig(kind="layer", eps=1e-5)},
+    "norms-around": {"positions": ROTARY, "norm_after": True, "norm": RMS_OFFSET},
+    "norms-around-parallel": {"positions": ROTARY, "norm_after": True, "wiring": "parallel"},
+    "norms-after-only": {"positions": ROTARY, "norm_after": True, "norm_before": False},
+    "no-norms": {"positions": ROTARY, "norm_before": False},
+    "no-norms-parallel": {"positions": ROTARY, "norm_before": False, "wiring": "parallel"},
+    "learned": {"positions": LearnedPositions()},
+    "learned-offset-tied": {"positions": LearnedPositions(offset=2), "tied_unembed": True},
+    "interleaved": {"positions": RotaryPositions(dim=4, layout="interleaved")},
+    "attn-softcap": {"positions": ROTARY, "attn_softcap": 5.0, "n_kv_heads": 1},
+    "alibi-softcap": {"positions": AlibiPositions(), "attn_softcap": 3.0},
+    "logits-softcap": {"positions": ROTARY, "logits_softcap": 5.0},
+    "windows": {"positions": ROTARY, "windows": (4, None)},
+    "embed-scale": {"positions": ROTARY, "embed_scale": 4.9},
+    "unembed-bias": {"positions": ROTARY, "unembed_bias": True},
+    "relu2": {"positions": ROTARY, "act_fn": "relu2"},
+    "gated-sequential": {"positions": ROTARY, "gated_mlp": True, "act_fn": "silu"},
+    "gated-parallel": {"positions": ROTARY, "gated_mlp": True, "act_fn": "gelu_quick", "wiring": "parallel"},
+    "gated-shared-norm": {"positions": ROTARY, "gated_mlp": True, "wiring": "parallel", "shared_norm": True},
+    "all-at-once": {
+        "positions": ROTARY,
+        "norm": RMS_OFFSET,
+        "norm_after": True,
+        "qk_norm": RMS_OFFSET,
+        "attn_softcap": 4.0,
+        "logits_softcap": 6.0,
+        "windows": (3, None),
+        "embed_scale": 4.9,
+        "gated_mlp": True,
+        "act_fn": "gelu_tanh",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        "n_kv_heads": 2,
+        "tied_unembed": True,
+        "attn_scale": 0.3,
+    },
+}
+
+
+def build(name: str = "learned") -> HookedCausalLM:
+    """A model of two layers whose every parameter is random."""
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 4, "d_vocab": 53, "n_ctx": 40, "d_mlp": 40}
+    torch.manual_seed(0)
+    model = HookedCausalLM(HookedConfig(**{**sizes, **CONFIGS[name]}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def verify_points(model: HookedCausalLM, **options: Any) -> VerificationReport:
+    """The checks that need no transformers model."""
+    return verify(model, **{"logits": False, "gradients": False, "progress": False, **options})
+
+
+def failures_at(report: VerificationReport, subject: str) -> dict[str, CheckResult]:
+    return {result.check: result for result in report.failures if result.subject == subject}
+
+
+class NeverFires(HookPoint):
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class FiresTwice(HookPoint):
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return super().__call__(super().__call__(tensor))
+
+
+class ShowsOtherAxes(HookPoint):
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return super().__call__(tensor.transpose(1, 2)).transpose(1, 2)
+
+
+class LosesEdits(HookPoint):
+    def __call__(self, tensor: Tensor) -> Tensor:
+        super().__call__(tensor.clone())
+        return tensor
+
+
+class ChangesWhatItWatches(HookPoint):
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return super().__call__(tensor) * 1.001 if self.listening else tensor
+
+
+class Detaches(HookPoint):
+    """Hands the right values on, but gradients go past what listeners see."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return super().__call__(tensor.clone()).detach() + (tensor - tensor.detach())
+
+
+class LeaksUpstream(HookPoint):
+    """Edits reach the tensor that the skip connection reads, too."""
+
+    def watch(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        edited, changed = super().watch(tensor.clone())
+        return tensor.copy_(edited), changed

@@ -1,0 +1,33 @@
+"""What is downstream of a point follows the wiring."""
+
+import pytest
+
+from hooklens.verification.dataflow import downstream_of
+from tests.verification.networks import build
+
+
+@pytest.mark.parametrize(
+    ("name", "reached", "spared"),
+    [
+        ("blocks.0.hook_mlp_in", "blocks.0.mlp.hook_pre", "blocks.0.hook_resid_mid"),
+        ("blocks.0.hook_q_input", "blocks.0.attn.hook_pattern", "blocks.0.attn.hook_k"),
+        ("blocks.1.attn.hook_v", "blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"),
+        ("hook_pos_embed", "blocks.0.hook_resid_pre", "hook_embed"),
+        ("blocks.0.hook_resid_post", "unembed.hook_out", "blocks.0.hook_mlp_out"),
+    ],
+)
+def test_downstream_follows_the_wiring(name: str, reached: str, spared: str) -> None:
+    model = build("learned")
+    found = downstream_of(name, model.hook_points(), model.cfg)
+
+    assert reached in found
+    assert spared not in found
+    assert name not in found
+
+
+def test_no_sublayer_of_a_parallel_block_is_downstream_of_the_other() -> None:
+    model = build("gated-shared-norm")
+    names = model.hook_points()
+
+    assert "blocks.0.hook_mlp_out" not in downstream_of("blocks.0.hook_attn_out", names, model.cfg)
+    assert "blocks.0.mlp.hook_pre_linear" in downstream_of("blocks.0.ln1.hook_scale", names, model.cfg)

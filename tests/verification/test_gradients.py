@@ -1,0 +1,28 @@
+"""Gradients that are not those of an edit are named."""
+
+import torch
+
+from hooklens.verification.probe import make_probe
+from tests.verification.networks import Detaches, build, verify_points
+
+
+def test_a_wrong_gradient_is_named() -> None:
+    model = build()
+    model.block_list()[0].hook_attn_out = Detaches()
+
+    report = verify_points(model, gradients=True)
+
+    assert "gradient is the derivative of an edit" in {failure.check for failure in report.failures}
+
+
+def test_gradients_in_single_precision_are_held_against_a_leaf() -> None:
+    """Differences drown in rounding there; what large models get, which are not copied to float64."""
+    from hooklens.verification.gradients import check_gradients
+
+    model = build("gated-shared-norm")
+    with torch.no_grad():
+        assert all(result.passed for result in check_gradients(make_probe(model)))
+        model.block_list()[0].hook_attn_out = Detaches()
+        results = check_gradients(make_probe(model))
+
+    assert not all(result.passed for result in results)

@@ -1,0 +1,41 @@
+"""Logits are held against transformers' where it has the network."""
+
+from pathlib import Path
+
+import torch
+
+from hooklens import (
+    HookedCausalLM,
+)
+from hooklens.verification import verify
+from tests.checkpoints import build_variant, save_variant
+from tests.verification.networks import build
+
+
+def test_weights_that_differ_from_the_reference_fail_in_every_dtype(tmp_path: Path) -> None:
+    model = HookedCausalLM.from_pretrained(save_variant("llama-gqa", tmp_path))
+    with torch.no_grad():
+        model.block_list()[1].attn.W_K[0, 0, 0] += 0.05
+
+    report = verify(model, reference=tmp_path, gradients=False, layers=[1], progress=False)
+
+    failed = [failure for failure in report.failures if failure.check == "logits against transformers"]
+    assert {failure.check for failure in report.failures} == {"logits against transformers"}
+    assert {failure.subject.partition(",")[0] for failure in failed} >= {"float32", "float64"}
+    assert "the logits are not those of the reference" in str(report)
+
+
+def test_a_model_in_memory_is_held_against_its_own_export() -> None:
+    report = verify(HookedCausalLM.from_hf(build_variant("neox-tied")), progress=False)
+
+    assert report.passed, str(report)
+    assert "round trip: tensors on disk" not in report.by_check()
+    assert any("model.to_hf()" in note for note in report.notes)
+
+
+def test_a_network_that_transformers_lacks_is_verified_without_it() -> None:
+    report = verify(build("qk-rms-norm"), gradients=False, progress=False)
+
+    assert report.passed
+    assert [note.partition(":")[0] for note in report.notes] == ["logits against transformers", "round trip"]
+    assert all("qk_norm" in note for note in report.notes)

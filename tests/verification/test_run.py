@@ -1,0 +1,88 @@
+"""`verify` passes sound models of every configuration, refuses what it cannot verify, and leaves models alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hooklens import (
+    HookedCausalLM,
+    HookedConfig,
+)
+from hooklens.errors import CheckpointError, InputError
+from hooklens.verification import verify
+from tests.verification.networks import CONFIGS, build, verify_points
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_passes(name: str) -> None:
+    report = verify_points(build(name), gradients=True)
+
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("name", ["qk-rms-norm", "norms-around", "learned", "gated-shared-norm"])
+def test_half_precision_passes(name: str) -> None:
+    report = verify_points(build(name).to(torch.bfloat16))
+
+    assert report.passed, str(report)
+
+
+def test_a_network_without_blocks_passes() -> None:
+    model = HookedCausalLM(HookedConfig(d_model=24, n_layers=0, n_heads=4, d_vocab=53, n_ctx=40))
+
+    assert verify_points(model, gradients=True).passed
+
+
+def test_verifying_leaves_the_model_as_it_was() -> None:
+    model = build()
+    model.embed.W_E.requires_grad_(requires_grad=False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    assert verify_points(model.double(), gradients=True).passed
+
+    assert not any(point.listening for point in model.hook_points().values())
+    assert not model.embed.W_E.requires_grad
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name].double())
+
+
+def test_layers_are_sampled_in_a_deep_model_and_the_report_says_so() -> None:
+    model = HookedCausalLM(HookedConfig(d_model=8, n_layers=7, n_heads=2, d_vocab=11, n_ctx=16))
+
+    report = verify_points(model)
+
+    assert report.notes[0].startswith("hook points were checked in layers 0, 3, 6 of 7; layers=range(7) checks every")
+    subjects = {result.subject for result in report.results}
+    assert "blocks.3.hook_resid_pre" in subjects
+    assert "blocks.1.hook_resid_pre" not in subjects
+
+
+def test_chosen_layers_are_checked_alone() -> None:
+    report = verify_points(build(), layers=[1], n_tokens=8)
+
+    assert report.passed
+    fired = {result.subject for result in report.by_check()["fires once"]}
+    assert {subject.split(".")[1] for subject in fired if subject.startswith("blocks.")} == {"1"}
+
+
+def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
+    model = build()
+    with pytest.raises(InputError, match=r"layers \[2, -3\] do not exist; the model has layers 0 to 1"):
+        verify(model, layers=[2, -3])
+    with pytest.raises(InputError, match="n_tokens is 3; expected at least 4"):
+        verify(model, n_tokens=3)
+    with pytest.raises(InputError, match="expected floating dtypes such as"):
+        verify(model, dtypes=(torch.int64,))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        verify(tmp_path / "absent")
+    model.add_hook("hook_embed", lambda tensor, hook: None)
+    with pytest.raises(InputError, match=r"hooks are attached to 1 hook points.*reset_hooks"):
+        verify(model)
+
+
+def test_the_same_seed_gives_the_same_report() -> None:
+    one, other = (verify_points(build(), seed=3) for _ in range(2))
+
+    assert one.results == other.results
