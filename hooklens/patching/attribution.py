@@ -24,7 +24,7 @@ from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
-from hooklens.patching.baseline import Baseline, Direction, find_entry, run_baseline
+from hooklens.patching.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.function_metric import MetricFunction, as_metric
 from hooklens.patching.metrics import Metric
 from hooklens.patching.pair import Prompt, PromptPairs, read_pairs
@@ -35,6 +35,7 @@ from hooklens.patching.sweep import check_model, describe_cell
 Method = Literal["atp", "ig"]
 
 
+@torch.inference_mode(mode=False)
 def attribution(
     model: HookedCausalLM,
     clean: Prompt,
@@ -71,17 +72,16 @@ def attribution(
     prompts = read_pairs(model, clean, corrupted, attention_mask)
     array = lay_out(sites, model, prompts.lengths)
     names = list(dict.fromkeys(cell.name for cell in array.cells))
-    with torch.inference_mode(mode=False):
-        with torch.no_grad():
-            baseline = run_baseline(
-                model, prompts, range(len(prompts)), names, as_metric(metric), direction=direction, source="other"
-            )
-        fractions = [0.0] if method == "atp" else [(k + 0.5) / steps for k in range(steps)]
-        gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
-        effects = {
-            name: effect_of(name, change_of(model, baseline, name, current), gradient)
-            for name, (current, gradient) in gradients.items()
-        }
+    with torch.no_grad():
+        baseline = run_baseline(
+            model, prompts, range(len(prompts)), names, as_metric(metric), direction=direction, source="other"
+        )
+    fractions = [0.0] if method == "atp" else [(k + 0.5) / steps for k in range(steps)]
+    gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
+    effects = {
+        name: effect_of(name, change_of(model, baseline, name, current), gradient)
+        for name, (current, gradient) in gradients.items()
+    }
     base = baseline.corrupted if direction == "denoise" else baseline.clean
     values = torch.stack([_sum_cell(effects[cell.name], cell, baseline.lengths) for cell in array.cells]) + base
     shape = [len(labels) for labels in array.axes.values()]
@@ -191,7 +191,7 @@ class _GradientRun:
 
 def change_of(model: HookedCausalLM, baseline: Baseline, name: str, current: Tensor) -> Tensor:
     """New value minus old at a hook point; 0 where both are the same infinity."""
-    entry = find_entry(name, model.cfg)
+    entry = baseline.entries[name]
     old = baseline.streams[entry.layer] if entry.stage == "stream" else current
     new = baseline.values[name]
     return torch.where(new == old, torch.zeros_like(new), new - old)

@@ -70,6 +70,7 @@ class Baseline:
         lengths: tokens of each pair.
         streams: the stream of `into` entering each block, and the one leaving the last, `[pairs pos d_model]`.
         keys_values: keys and values of `into` in each layer, `[pairs pos kv_head d_head]`.
+        entries: by hook name, where patched rows leave the unpatched run.
         values: by hook name, what a patch puts in: the activation's new value, or for what enters with the stream
             the stream's.
         replaced: for what heads have written, by hook name, the activation's value in `into`.
@@ -86,6 +87,7 @@ class Baseline:
     lengths: tuple[int, ...]
     streams: list[Float[Tensor, "pairs pos d_model"]]
     keys_values: list[tuple[Tensor, Tensor]]
+    entries: dict[str, Entry]
     values: dict[str, Tensor]
     replaced: dict[str, Tensor]
     differs: dict[str, Bool[Tensor, "pairs pos *rest"]]
@@ -149,6 +151,7 @@ def run_baseline(
             corrupted_logits=corrupted_logits,
         ),
     )
+    entries = {name: find_entry(name, model.cfg) for name in names}
     values, replaced, differs = {}, {}, {}
     may_differ = (into != other).cumsum(1) > 0
     for name in names:
@@ -158,7 +161,7 @@ def run_baseline(
         else:
             new = _value_of(source, name, current, chosen, prompts)
         differs[name] = _find_differences(name, current, new)
-        entry = find_entry(name, model.cfg)
+        entry = entries[name]
         values[name] = streams[entry.layer] + (new - current) if _is_added(name, entry) else new
         if entry.stage == "written":
             replaced[name] = current
@@ -167,6 +170,7 @@ def run_baseline(
         lengths=lengths,
         streams=streams,
         keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in cache.entries],
+        entries=entries,
         values=values,
         replaced=replaced,
         differs=differs,

@@ -1,6 +1,6 @@
 """What a search for a circuit has found: the circuit, and how each edge was decided."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from hooklens.errors import HookLensError
@@ -71,7 +71,7 @@ class Discovery:
     """
 
     circuit: Circuit
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision, ...] = field(repr=False)
     damage: float
     threshold: float
     metric: str

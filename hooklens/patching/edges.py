@@ -130,6 +130,7 @@ class EdgeScores:
         return table
 
 
+@torch.inference_mode(mode=False)
 def edge_attribution(
     model: HookedCausalLM,
     clean: Prompt,
@@ -169,17 +170,16 @@ def edge_attribution(
     written = list(dict.fromkeys(writer.hook_name for writer in writers))
     names = list(dict.fromkeys([*written, *(reader.hook_name for reader in readers)]))
     fractions = [0.0] if method == "eap" else [(k + 0.5) / steps for k in range(steps)]
-    with torch.inference_mode(mode=False):
-        with torch.no_grad():
-            baseline = run_baseline(
-                model, prompts, range(len(prompts)), written, as_metric(metric), direction=direction, source="other"
-            )
-        gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
-        with torch.no_grad():
-            changes = {name: change_of(model, baseline, name, gradients[name][0]) for name in written}
-            changes = {name: _mask_padding(change, prompts.lengths) for name, change in changes.items()}
-            slopes = {name: gradients[name][1] for name in names}
-            scores, exists = _score_edges(model, writers, readers, changes, slopes)
+    with torch.no_grad():
+        baseline = run_baseline(
+            model, prompts, range(len(prompts)), written, as_metric(metric), direction=direction, source="other"
+        )
+    gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
+    with torch.no_grad():
+        changes = {name: change_of(model, baseline, name, gradients[name][0]) for name in written}
+        changes = {name: _mask_padding(change, prompts.lengths) for name, change in changes.items()}
+        slopes = {name: gradients[name][1] for name in names}
+        scores, exists = _score_edges(model, writers, readers, changes, slopes)
     return EdgeScores(
         scores=scores / len(prompts),
         writers=tuple(map(str, writers)),

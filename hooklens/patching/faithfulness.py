@@ -169,5 +169,8 @@ def _stack_masks(model: HookedCausalLM, circuits: Circuits) -> Tensor:
         raise InputError("evaluate_circuits needs at least one circuit")
     wrong = sorted({type(circuit).__name__ for circuit in given if not isinstance(circuit, Circuit)})
     if wrong:
-        raise InputError(f"evaluate_circuits takes circuits, got {', '.join(wrong)}; make them with Circuit(edges)")
+        raise InputError(
+            f"evaluate_circuits takes a list of circuits, or a mapping to them; this one holds {', '.join(wrong)}. "
+            "Make them with Circuit(edges), and give a single one as [circuit]"
+        )
     return torch.stack([circuit.to_mask(model.cfg) for circuit in given])

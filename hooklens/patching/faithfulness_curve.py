@@ -166,9 +166,13 @@ def faithfulness_curve(
         ablation, batch_size, attention_mask, progress, allow_training: as for `evaluate_circuits`.
 
     Raises:
-        InputError: a size below 0 or above the number of edges; all of them are named.
+        InputError: a size below 0 or above the number of edges, all of which are named; or other scores.
         SiteError, MetricError, SweepInterruptedError: as for `evaluate_circuits`.
     """
+    if not isinstance(scores, EdgeScores):
+        raise InputError(
+            f"faithfulness_curve: scores are a {type(scores).__name__}; expected those of edge_attribution"
+        )
     n_edges = int(scores.exists.sum())
     chosen = _log_sizes(n_edges) if sizes is None else sorted(set(sizes))
     outside = [size for size in chosen if not 0 <= size <= n_edges]

@@ -76,7 +76,11 @@ def read_pairs(
 
 
 def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor | None) -> list[Int[Tensor, " _"]]:
-    """The real tokens of each prompt."""
+    """The real tokens of each prompt.
+
+    Raises:
+        InputError: neither text nor ids, text without a tokenizer, or a mask of another shape.
+    """
     mask: Tensor | None
     if isinstance(prompt, Tensor):
         tokenization.check_token_ids(prompt, model.cfg.d_vocab)
@@ -89,6 +93,12 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
                 eos_token_id=getattr(model.tokenizer, "eos_token_id", None),
             )
     else:
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"a prompt is a {type(prompt).__name__}; expected text, a list of texts, or token ids (of a Pair: "
+                "pair.clean and pair.corrupted)"
+            )
         if model.tokenizer is None:
             raise InputError("text was given, but the model has no tokenizer; pass token ids")
         ids, mask = tokenization.to_tokens(model.tokenizer, prompt, truncate=False, n_ctx=model.cfg.n_ctx)

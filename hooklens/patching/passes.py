@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.positions import TokenPlan
-from hooklens.patching.baseline import Baseline, find_entry, unembed
+from hooklens.patching.baseline import Baseline, unembed
 from hooklens.patching.packing import Packing, Segment, count_up
 from hooklens.patching.sites import Cell
 
@@ -162,7 +163,8 @@ class Pass:
         if len(keys) > 1:
             rows = self.pairs[:1] if len(set(self.packing.pairs)) == 1 else self.pairs[:n_rows]
             keys, values = keys[rows], values[rows]
-        if n_past > _SHORT_PAST:
+        # An entry that grows would store keys and values without the edits of single query heads, and so refuses them.
+        if n_past > _SHORT_PAST or any(at == layer and name.endswith("_per_head") for at, name in self._edits):
             return HookedKeyValueCacheEntry(keys, values, frozen=True)
         keys, values = (tensor.expand(n_rows, -1, -1, -1) for tensor in (keys, values))
         return HookedKeyValueCacheEntry(keys, values)
@@ -187,7 +189,7 @@ class Pass:
             groups.setdefault((cell.name, cell.head is None, cell.pos is None), []).append(index)
         edits: dict[tuple[int, str], list[tuple[Index, Tensor]]] = {}
         for (name, *_), members in groups.items():
-            entry = find_entry(name, self.model.cfg)
+            entry = self.baseline.entries[name]
             if entry.stage == "head":
                 continue
             site = find_site(name)
@@ -224,7 +226,9 @@ class Pass:
         if len(at) == 3:
             of_head, change = change, change.new_zeros(len(change), *W_O.shape[:2])
             change[torch.arange(len(change)), at[2]] = of_head
-        return self.baseline.streams[layer + 1][at[:2]] + torch.einsum("enh,nhm->em", change, W_O)
+        # As it is stored: a view.
+        written = F.linear(change.flatten(1), W_O.permute(2, 0, 1).flatten(1))
+        return self.baseline.streams[layer + 1][at[:2]] + written
 
     def _edit_pattern(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
         """The index and values for scores and patterns: a key stands in the past or in the segment's own row."""
@@ -291,7 +295,7 @@ class Pass:
         edits: dict[str, list[tuple[Index, Tensor]]] = {}
         for index, segment in enumerate(self.segments):
             name = self.cells[segment.cell].name
-            if find_entry(name, self.model.cfg).stage != "head":
+            if self.baseline.entries[name].stage != "head":
                 continue
             pos = self._pos(segment)
             at = reads.segment == index if pos is None else (reads.segment == index) & (reads.column == pos)

@@ -33,7 +33,7 @@ from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
-from hooklens.patching.baseline import Baseline, Direction, Source, find_entry, run_baseline
+from hooklens.patching.baseline import Baseline, Direction, Source, run_baseline
 from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
 from hooklens.patching.function_metric import MetricFunction, as_metric
 from hooklens.patching.memory import pairs_per_group, tokens_per_pass
@@ -315,15 +315,15 @@ def plan_segments(model: HookedCausalLM, cells: Sequence[Cell], baseline: Baseli
     ]
     differs = {name: tensor.cpu().numpy() for name, tensor in baseline.differs.items()}
     whole = not _can_share(model, baseline)
+    has_keys = {name: "key" in _axes(name) for name in differs}
     segments = []
     for index, cell in enumerate(cells):
-        entry = find_entry(cell.name, model.cfg)
-        has_keys = "key" in _axes(cell.name)
+        layer = baseline.entries[cell.name].layer
         for pair, length in enumerate(baseline.lengths):
             start = _first_change(differs[cell.name][pair, :length], cell, length)
-            stop = length if has_keys or whole else last_read[pair]
+            stop = length if whole or has_keys[cell.name] else last_read[pair]
             if start is not None and start < last_read[pair]:
-                segments.append(Segment(index, pair, 0 if whole else start, stop, entry.layer))
+                segments.append(Segment(index, pair, 0 if whole else start, stop, layer))
     return segments
 
 

@@ -6,7 +6,7 @@ twice it gives a clean and a corrupted prompt, and each field names the position
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from jaxtyping import Int
@@ -18,21 +18,41 @@ from hooklens.errors import InputError, suggest_names
 Fields = Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A clean and a corrupted prompt of as many tokens.
 
     Attributes:
-        clean, corrupted: token ids.
-        clean_tokens, corrupted_tokens: the same as strings.
+        clean, corrupted: token ids; `from_text` and `from_template` encode text.
+        clean_tokens, corrupted_tokens: the same as strings; by default the ids as text.
         spans: for each field of the template, the positions of its words.
+
+    Raises:
+        InputError: text in place of ids, or prompts of different length.
     """
 
     clean: Int[Tensor, " pos"]
     corrupted: Int[Tensor, " pos"]
-    clean_tokens: tuple[str, ...]
-    corrupted_tokens: tuple[str, ...]
+    _: KW_ONLY
+    clean_tokens: tuple[str, ...] = ()
+    corrupted_tokens: tuple[str, ...] = ()
     spans: Mapping[str, range] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [ids for ids in (self.clean, self.corrupted) if not isinstance(ids, Tensor) or ids.ndim != 1]
+        if wrong:
+            raise InputError(
+                f"Pair takes token ids [pos], got {type(wrong[0]).__name__}; Pair.from_text(model, clean, corrupted) "
+                "encodes text"
+            )
+        if len(self.clean) != len(self.corrupted):
+            raise InputError(
+                f"the clean prompt has {len(self.clean)} tokens, the corrupted one {len(self.corrupted)}; positions "
+                "can be compared only if they have as many"
+            )
+        for name, ids in (("clean_tokens", self.clean), ("corrupted_tokens", self.corrupted)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, tuple(map(str, ids.tolist())))
 
     @classmethod
     def from_text(cls, model: HookedCausalLM, clean: str, corrupted: str) -> "Pair":

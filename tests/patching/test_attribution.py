@@ -98,3 +98,21 @@ def test_noise_and_refusals():
         patching.attribution(model, clean, corrupted, "z", KL(), method="eap")
     with pytest.raises(InputError, match="has no gradient"):
         patching.attribution(model, clean, corrupted, "z", patching.Accuracy(3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, *pair: patching.attribution(model, *pair, "z", LogitDiff(3, 5)).values,
+        lambda model, *pair: patching.edge_attribution(model, *pair, LogitDiff(3, 5), method="eap-ig", steps=2).scores,
+    ],
+)
+def test_inference_mode_is_left_for_the_gradients(make):
+    """Prompts were read under inference mode, and their ids could not be saved for the backward pass."""
+    model = make_model("rotary")
+    clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
+    expected = make(model, clean, corrupted)
+    with torch.inference_mode():
+        model(clean)
+        found = make(model, clean.clone(), corrupted.clone())
+    assert torch.equal(found, expected)

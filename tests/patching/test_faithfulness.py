@@ -146,8 +146,10 @@ def test_results_do_not_depend_on_the_grad_mode():
 def test_refusals():
     with pytest.raises(InputError, match="needs at least one circuit"):
         evaluate([], METRIC)
-    with unchecked(), pytest.raises(InputError, match=r"takes circuits, got list; make them with Circuit\(edges\)"):
+    with unchecked(), pytest.raises(InputError, match=r"this one holds list\. Make them with Circuit\(edges\)"):
         evaluate([[("embed", "logits")]], METRIC)
+    with unchecked(), pytest.raises(InputError, match=r"holds tuple\..*a single one as \[circuit\]"):
+        evaluate(Circuit([("embed", "logits")]), METRIC)
     with pytest.raises(patching.SiteError, match=r"no nodes 'a7\.h0'"):
         evaluate([Circuit([("a7.h0", "logits")])], METRIC)
     with pytest.raises(InputError, match="batch_size is 0"):

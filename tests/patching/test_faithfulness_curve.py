@@ -147,3 +147,8 @@ def test_few_edges_carry_the_indirect_object(checkpoint):
     assert len(searched.heads()) <= 8
     kept = patching.evaluate_circuits(model, clean, corrupted, [searched], metric, progress=False)
     assert float(kept.normalized[0]) >= 0.8
+
+
+def test_other_scores_are_refused():
+    with unchecked(), pytest.raises(InputError, match="scores are a list; expected those of edge_attribution"):
+        patching.faithfulness_curve(MODEL, CLEAN, CORRUPTED, [("embed", "logits")], METRIC)

@@ -6,6 +6,7 @@ from hooklens.bundled.tokenizer import build_tokenizer
 from hooklens.config import RotaryPositions
 from hooklens.errors import InputError
 from hooklens.patching import LogitDiff, Pair, stack_pairs
+from tests.annotations import unchecked
 from tests.model.networks import make_config
 
 TEMPLATE = "When {a} and {b} went to the store , {s} gave a drink to"
@@ -72,3 +73,14 @@ def test_refusals(model):
         make_pair(model).position("s.lost")
     with pytest.raises(InputError, match="at least one pair"):
         stack_pairs([])
+
+
+def test_pairs_of_ids():
+    pair = Pair(torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3]))
+    assert pair.differing == [1]
+    assert str(pair) == "1 | 2 -> 5 | 3"
+    assert pair.position("end") == 2
+    with unchecked(), pytest.raises(InputError, match="the clean prompt has 3 tokens, the corrupted one 2"):
+        Pair(torch.tensor([1, 2, 3]), torch.tensor([1, 5]))
+    with unchecked(), pytest.raises(InputError, match=r"got str; Pair\.from_text\(model, clean, corrupted\)"):
+        Pair("Mary", "John")
