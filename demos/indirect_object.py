@@ -188,7 +188,7 @@ def trace_paths(task: Task, head: tuple[int, int]) -> pd.DataFrame:
     columns = {}
     for name, receiver in {**receivers, "logits": "logits"}.items():
         result = patching.path_patch(
-            task.model, task.clean, task.corrupted, None, [receiver], task.metric, through_mlps=False
+            task.model, task.clean, task.corrupted, None, [receiver], task.metric, through_mlps=False, progress=False
         )
         columns[name] = pd.Series(result.normalized.tolist(), index=list(result.axes["sender"]))
     return pd.DataFrame(columns).rename_axis("sender").reset_index()

@@ -112,7 +112,7 @@ def generic_activation_patch(
         _, streams = model.run_with_cache(
             corrupted_tokens, names_filter=entering, attention_mask=_all(corrupted_tokens)
         )
-        for index in indices:
+        for index in import_package("tqdm").tqdm(indices, desc="patching"):
             name = get_act_name(activation_name, index[0])
             hook = _Setter(patch_setter, index, clean_cache[name])
             logits = model.run_with_hooks(
@@ -163,7 +163,6 @@ def _patch(
         metric if isinstance(metric, Metric) else _OfBatch(metric),
         source=clean_cache,
         attention_mask=_all(corrupted_tokens),
-        progress=False,
     )
     return result.values
 

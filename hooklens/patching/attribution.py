@@ -85,6 +85,7 @@ def attribution(
     base = baseline.corrupted if direction == "denoise" else baseline.clean
     values = torch.stack([_sum_cell(effects[cell.name], cell, baseline.lengths) for cell in array.cells]) + base
     shape = [len(labels) for labels in array.axes.values()]
+    # Both unpatched prompts are one forward.
     n_runs = 2 + len(fractions) + (method == "ig")
     n_tokens = sum(prompts.lengths)
     return SweepResult(
@@ -99,7 +100,7 @@ def attribution(
             cells=len(array.cells),
             pairs=len(prompts),
             unchanged=0,
-            forwards=n_runs,
+            forwards=n_runs - 1,
             tokens=n_runs * n_tokens,
             naive_forwards=(len(array.cells) + 2) * len(prompts),
             naive_tokens=(len(array.cells) + 2) * n_tokens,

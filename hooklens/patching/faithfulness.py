@@ -21,15 +21,15 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.optional import import_package
 from hooklens.patching.ablation import Ablation
 from hooklens.patching.circuit import Circuit
 from hooklens.patching.circuit_batches import BatchSize, CircuitRunner
-from hooklens.patching.errors import MetricError, SweepInterruptedError
+from hooklens.patching.errors import MetricError
 from hooklens.patching.function_metric import MetricFunction, as_metric
 from hooklens.patching.metrics import Metric
 from hooklens.patching.nodes import check_additive
 from hooklens.patching.pair import Prompt, read_pairs
+from hooklens.patching.progress import keep_partial_result
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sweep import check_model
 
@@ -108,8 +108,8 @@ class _Evaluation:
         groups = list(self.runner.groups())
         # Before the first circuit is run, a failure is a mistake in the call and not an interruption.
         ground = self.runner.prepare(groups[0])
-        bar = import_package("tqdm").tqdm(total=self.values.numel(), desc="circuits", disable=not progress)
-        try:
+        name, unit = "evaluating circuits", "circuits"
+        with keep_partial_result(name, unit, self.values, self.result, progress=progress) as bar:
             for number, group in enumerate(groups):
                 ground = ground if number == 0 else self.runner.prepare(group)
                 self.ends[0, group] = ground.baseline.clean.to(self.ends)
@@ -121,15 +121,6 @@ class _Evaluation:
                     self._check(measured, first)
                     self.values[rows, group[0] : group[-1] + 1] = measured
                     bar.update(measured.numel())
-        except (Exception, KeyboardInterrupt) as error:
-            n_measured = int((~self.values.isnan()).sum())
-            raise SweepInterruptedError(
-                f"evaluating circuits stopped after {n_measured} of {self.values.numel()} values "
-                f"({type(error).__name__}: {error}); they are in this error's .result, the others are NaN",
-                self.result(),
-            ) from error
-        finally:
-            bar.close()
         return self.result()
 
     def _check(self, measured: Tensor, first: int) -> None:

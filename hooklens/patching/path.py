@@ -29,6 +29,7 @@ from hooklens.patching.function_metric import MetricFunction, as_metric
 from hooklens.patching.metrics import Metric
 from hooklens.patching.nodes import Reader, Writer, check_additive, list_writers, parse_reader, parse_writer
 from hooklens.patching.pair import Prompt, PromptPairs, read_pairs
+from hooklens.patching.progress import keep_partial_result
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sweep import check_model
 
@@ -44,6 +45,7 @@ def path_patch(
     through_mlps: bool = True,
     direction: Direction = "denoise",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    progress: bool = True,
     allow_training: bool = False,
 ) -> SweepResult:
     """Measure what each sender does through the receivers.
@@ -58,6 +60,7 @@ def path_patch(
         through_mlps: let the change pass MLPs between sender and receivers; False: only the direct path.
         direction: which run is patched.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Returns:
@@ -66,6 +69,7 @@ def path_patch(
     Raises:
         SiteError: an unknown sender or receiver.
         InputError: no receiver, or a norm between heads and stream.
+        SweepInterruptedError: stopped, or failed on the way; it holds what was measured.
     """
     check_model(model, allow_training=allow_training)
     check_additive(model.cfg)
@@ -80,15 +84,30 @@ def path_patch(
             model, prompts, range(len(prompts)), [], as_metric(metric), direction=direction, source="other"
         )
         run = _PathRun(model, prompts, baseline, receiving, through_mlps=through_mlps, direction=direction)
-        values = torch.stack([run.measure(sender) for sender in sending])
-    n_tokens = sum(prompts.lengths)
-    forwards = 2 + run.forwards
+        values = baseline.clean.new_full((len(sending), len(prompts)), torch.nan)
+
+        def result() -> SweepResult:
+            return _result_of(run, sending, prompts, values, direction)
+
+        with keep_partial_result("path patching", "senders", values, result, progress=progress) as bar:
+            for row, sender in zip(values, sending, strict=True):
+                row.copy_(run.measure(sender))
+                bar.update(len(row))
+    return result()
+
+
+def _result_of(
+    run: "_PathRun", sending: Sequence[Writer], prompts: PromptPairs, values: Tensor, direction: Direction
+) -> SweepResult:
+    """The values so far, labelled."""
+    baseline, receivers = run.baseline, ", ".join(map(str, run.receivers))
+    n_tokens, forwards = sum(prompts.lengths), 1 + run.forwards
     return SweepResult(
-        per_pair=values,
+        per_pair=values.clone(),
         axes={"sender": tuple(map(str, sending))},
         clean_per_pair=baseline.clean,
         corrupted_per_pair=baseline.corrupted,
-        cells=tuple({"sender": str(sender), "receivers": ", ".join(map(str, receiving))} for sender in sending),
+        cells=tuple({"sender": str(sender), "receivers": receivers} for sender in sending),
         metric=baseline.metric.name,
         direction=direction,
         stats=SweepStats(
@@ -96,7 +115,7 @@ def path_patch(
             pairs=len(prompts),
             unchanged=0,
             forwards=forwards,
-            tokens=forwards * n_tokens,
+            tokens=(1 + forwards) * n_tokens,
             naive_forwards=(2 + 2 * len(sending)) * len(prompts),
             naive_tokens=(2 + 2 * len(sending)) * n_tokens,
         ),

@@ -32,15 +32,15 @@ from hooklens.activation_cache import ActivationCache
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.optional import import_package
 from hooklens.patching.baseline import Baseline, Direction, Source, run_baseline
-from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
+from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.function_metric import MetricFunction, as_metric
 from hooklens.patching.memory import pairs_per_group, tokens_per_pass
 from hooklens.patching.metrics import Metric
 from hooklens.patching.packing import Segment
 from hooklens.patching.pair import Prompt, PromptPairs, read_pairs
 from hooklens.patching.passes import Pass
+from hooklens.patching.progress import keep_partial_result
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sites import Cell, CellArray, Sites, lay_out
 from hooklens.precision import wide_dtype
@@ -144,21 +144,11 @@ class SweepRun:
         """
         groups = list(self._groups())
         first = self._run_baseline(groups[0])
-        bar = import_package("tqdm").tqdm(total=self.values.numel(), desc="patching", disable=not progress)
-        try:
+        with keep_partial_result("the sweep", "patching", self.values, self.result, progress=progress) as bar:
             for number, group in enumerate(groups):
                 baseline = first if number == 0 else self._run_baseline(group)
                 for done in self._run_group(baseline):
                     bar.update(done)
-        except (Exception, KeyboardInterrupt) as error:
-            measured = int((~self.values.isnan()).sum())
-            raise SweepInterruptedError(
-                f"the sweep stopped after {measured} of {self.values.numel()} values "
-                f"({type(error).__name__}: {error}); they are in this error's .result, the others are NaN",
-                self.result(),
-            ) from error
-        finally:
-            bar.close()
         return self.result()
 
     def result(self) -> SweepResult:

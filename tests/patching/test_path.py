@@ -107,3 +107,23 @@ def test_refusals():
         patching.path_patch(make_model("capped"), clean, corrupted, ["embed"], ["logits"], METRIC)
     with pytest.raises(patching.SiteError, match=r"'a9\.h0\.q' does not read the stream"):
         patching.path_patch(make_model("grouped"), clean, corrupted, ["embed"], ["a9.h0.q"], METRIC)
+
+
+def test_an_interruption_keeps_what_was_measured():
+    model = make_model("grouped")
+    clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
+    calls = []
+
+    def stop(logits):
+        calls.append(logits)
+        # The clean and the corrupted run, then two senders.
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return logits[:, -1, 3]
+
+    with pytest.raises(patching.SweepInterruptedError, match=r"path patching stopped after 2 of 11 values") as caught:
+        patching.path_patch(model, clean, corrupted, None, ["logits"], stop, progress=False)
+    whole = patching.path_patch(model, clean, corrupted, None, ["logits"], lambda logits: logits[:, -1, 3])
+    partial = caught.value.result
+    assert torch.equal(partial.values[:2], whole.values[:2])
+    assert bool(partial.values[2:].isnan().all())
