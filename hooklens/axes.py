@@ -35,12 +35,15 @@ class HookSite:
         axes: the axes of the tensor, names from `AXES`.
         description: what the tensor is, in one line.
         on_request: expensive, so left out of "cache everything"; naming the point asks for it.
+        repeats: the template of the point whose key-value heads this one repeats for each query head that reads
+            them. An edit of such a copy is in no key-value cache, which holds one key and value per key-value head.
     """
 
     template: str
     axes: tuple[str, ...]
     description: str
     on_request: bool = False
+    repeats: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -107,6 +110,20 @@ def _all_sites() -> list[HookSite]:
         HookSite(template=f"{attn}.hook_q", axes=_PER_HEAD, description="queries, before query-key norm and rotary"),
         HookSite(template=f"{attn}.hook_k", axes=_PER_KV_HEAD, description="keys, before query-key norm and rotary"),
         HookSite(template=f"{attn}.hook_v", axes=_PER_KV_HEAD, description="values"),
+        HookSite(
+            template=f"{attn}.hook_k_per_head",
+            axes=_PER_HEAD,
+            on_request=True,
+            repeats=f"{attn}.hook_k",
+            description="grouped queries: keys before query-key norm and rotary, a copy per query head",
+        ),
+        HookSite(
+            template=f"{attn}.hook_v_per_head",
+            axes=_PER_HEAD,
+            on_request=True,
+            repeats=f"{attn}.hook_v",
+            description="grouped queries: values, a copy per query head",
+        ),
         *_norm_sites(f"{attn}.q_norm", "query norm", axes=_PER_HEAD, scale_axes=("batch", "pos", "head", "one")),
         *_norm_sites(f"{attn}.k_norm", "key norm", axes=_PER_KV_HEAD, scale_axes=("batch", "pos", "kv_head", "one")),
         HookSite(template=f"{attn}.hook_rot_q", axes=_PER_HEAD, description="queries after rotary"),
@@ -154,6 +171,7 @@ def _all_sites() -> list[HookSite]:
 
 
 HOOK_SITES: dict[str, HookSite] = {site.template: site for site in _all_sites()}
+_REPEATS = {site.repeats: site.template for site in HOOK_SITES.values() if site.repeats is not None}
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
 
@@ -161,6 +179,16 @@ _LAYER = re.compile(r"^blocks\.(\d+)\.")
 def find_site(name: str) -> HookSite | None:
     """The kind of hook point that `name` is one of; None for points outside the transformer's grammar."""
     return HOOK_SITES.get(_LAYER.sub("blocks.{i}.", name))
+
+
+def name_repeats(name: str) -> str | None:
+    """The point that repeats the key-value heads at `name` for each query head; None where there is none.
+
+    `"blocks.3.attn.hook_k"` gives `"blocks.3.attn.hook_k_per_head"`. Models have it where query heads share keys.
+    """
+    match = _LAYER.match(name)
+    template = _REPEATS.get(_LAYER.sub("blocks.{i}.", name))
+    return template if template is None or match is None else template.replace("{i}", match.group(1))
 
 
 def layer_of(name: str) -> int | None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.axes import ALIASES, AXES, HOOK_SITES, find_site, get_act_name, layer_of, resolve_layer
+from hooklens.axes import ALIASES, AXES, HOOK_SITES, find_site, get_act_name, layer_of, name_repeats, resolve_layer
 from hooklens.errors import HookNameError
 
 
@@ -17,9 +17,22 @@ def test_sites_speak_the_glossary(site):
     assert site.per_layer == site.template.startswith("blocks.{i}.")
 
 
-def test_only_points_with_a_copy_of_the_stream_per_head_are_on_request():
+def test_only_points_with_a_copy_per_head_are_on_request():
     on_request = {site.template.rpartition(".")[2] for site in HOOK_SITES.values() if site.on_request}
-    assert on_request == {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_result"}
+    streams = {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_result"}
+    assert on_request == streams | {"hook_k_per_head", "hook_v_per_head"}
+
+
+def test_what_repeats_a_point_for_each_query_head():
+    assert name_repeats("blocks.11.attn.hook_k") == "blocks.11.attn.hook_k_per_head"
+    assert name_repeats("blocks.0.attn.hook_v") == "blocks.0.attn.hook_v_per_head"
+    for name in ("blocks.0.attn.hook_rot_k", "blocks.0.attn.hook_k_per_head", "hook_embed", "hook_k", "x"):
+        assert name_repeats(name) is None
+    for site in HOOK_SITES.values():
+        if site.repeats is not None:
+            original = HOOK_SITES[site.repeats]
+            assert site.axes == tuple("head" if axis == "kv_head" else axis for axis in original.axes)
+            assert site.template == f"{original.template}_per_head"
 
 
 def test_find_site_knows_the_grammar_only():

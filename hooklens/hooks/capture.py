@@ -1,16 +1,14 @@
 """Capturing activations: a listener that keeps what passes."""
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hooklens.axes import find_site
-from hooklens.errors import HookLensError
+from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.point import HookPoint
-
-PosSlice = int | slice | Sequence[int] | None
+from hooklens.hooks.pos_slice import PosSlice, read_pos_slice, resolve_positions
 
 
 class Capture:
@@ -23,10 +21,13 @@ class Capture:
         device: where to keep the tensors; None: where they are.
         dtype: floating dtype to keep them in; None: their own.
         pos_slice: positions (columns) to keep, of every axis `pos` or `query`. The axis stays, also for an int.
-        keep_graph: keep the autograd graph; otherwise tensors are detached.
 
     Attributes:
         tensors: what was captured, by hook name, in the order of firing.
+
+    Raises:
+        HookLensError: `dtype` is not a floating one.
+        InputError: `pos_slice` is of another kind.
     """
 
     def __init__(
@@ -35,15 +36,13 @@ class Capture:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         pos_slice: PosSlice = None,
-        keep_graph: bool = False,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise HookLensError(f"activations cannot be kept as {dtype}; expected a floating dtype")
         self.tensors: dict[str, Tensor] = {}
         self._device = torch.device(device) if device is not None else None
         self._dtype = dtype
-        self._pos_slice = [pos_slice] if isinstance(pos_slice, int) else pos_slice
-        self._keep_graph = keep_graph
+        self._pos_slice = read_pos_slice(pos_slice)
         self._as_is = device is None and dtype is None and pos_slice is None
         self._kept: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
@@ -73,8 +72,7 @@ class Capture:
         self.tensors[name] = kept
 
     def _prepare(self, name: str, tensor: Tensor) -> Tensor:
-        if not self._keep_graph:
-            tensor = tensor.detach()
+        tensor = tensor.detach()
         if self._pos_slice is not None:
             tensor = self._slice_positions(name, tensor)
         return tensor.to(device=self._device, dtype=self._dtype)
@@ -86,11 +84,26 @@ class Capture:
         axis = next((site.axes.index(word) for word in ("pos", "query") if word in site.axes), None)
         if axis is None:
             return tensor
-        index: list[slice | Tensor] = [slice(None)] * tensor.ndim
-        chosen, size = self._pos_slice, tensor.shape[axis]
-        outside = [] if isinstance(chosen, slice) else [pos for pos in chosen or () if not -size <= pos < size]
-        if outside:
-            raise HookLensError(f"pos_slice: {outside} out of range at {name!r}, which has {size} positions")
-        index[axis] = chosen if isinstance(chosen, slice) else torch.as_tensor(chosen, device=tensor.device)
-        # A copy, so that the positions left out are not kept alive by a view.
-        return tensor[tuple(index)].clone()
+        positions = choose_columns(self._pos_slice, tensor.shape[axis], where=f"pass {name!r}")
+        # A copy, also of neighbouring positions: a view would keep those left out alive.
+        return tensor.index_select(axis, torch.tensor(positions, device=tensor.device))
+
+
+def choose_columns(pos_slice: PosSlice, n_columns: int, *, where: str) -> list[int]:
+    """The columns that a capture keeps, counted from 0.
+
+    Args:
+        pos_slice: which; None: all.
+        n_columns: how many there are.
+        where: ends the sentence "5 positions ...", for messages.
+
+    Raises:
+        InputError: `pos_slice` is of another kind, out of range, or keeps nothing.
+    """
+    positions = read_pos_slice(pos_slice)
+    if positions is None:
+        return list(range(n_columns))
+    columns = resolve_positions(positions, n_columns, where=where)
+    if not columns:
+        raise InputError(f"pos_slice={positions!r} keeps nothing: {n_columns} positions {where}")
+    return columns

@@ -1,12 +1,15 @@
 """Edits as values: what to change, where, and at which tokens.
 
 An edit names a hook point (or several, by anything that selects names) and, where that applies, token
-positions, heads and rows. It is immutable, can be compared by identity, listed, and reused; models accept
-edits wherever they accept hooks.
+positions, heads and rows. It is immutable, can be compared, printed, listed, and reused; models accept edits
+wherever they accept hooks.
 
 Positions are token positions: 0 is a row's first real token, whatever padding stands around it and however
 much of the sequence already lies in a key-value cache; negative positions count from the row's last real
 token. Tokens that are not part of the current call are left alone.
+
+Under grouped queries several query heads read one key-value head. `head` counts the heads that the tensor has,
+which are key-value heads at `hook_k` and `hook_v`; `query_head` changes what single query heads read there.
 """
 
 from abc import ABC, abstractmethod
@@ -27,18 +30,25 @@ from hooklens.hooks.selection import (
     TokenIndex,
     axes_in_canonical_order,
     in_slice,
+    query_head_hint,
     resolve_indices,
 )
+from hooklens.hooks.values import TensorValue
 
 
-@dataclass(frozen=True, eq=False)
-class Edit(ABC):
-    """Base of all edits; a new kind defines `compute`.
+@dataclass(frozen=True)
+class Edit(TensorValue, ABC):
+    """Base of all edits; a new kind is a frozen dataclass that defines `compute`.
+
+    Edits of one kind with equal fields are equal: tensors by their entries, functions by identity.
 
     Attributes:
         name: the hook point, or any filter that selects hook points.
         pos: token positions to edit; None: all.
-        head: heads to edit, for tensors with a head axis; None: all.
+        head: heads to edit, for tensors with a head axis; None: all. Key-value heads where the tensor has those.
+        query_head: the same, always counted in query heads. At `hook_k` and `hook_v` of a network with grouped
+            queries the edit acts at `hook_k_per_head` and `hook_v_per_head`, so on what these query heads read; the
+            other query heads of their group read on as before.
         rows: rows of the batch to edit; None: all.
         when: while generating, act on the prompt (`"prefill"`), on new tokens (`"decode"`) or on both.
     """
@@ -47,12 +57,18 @@ class Edit(ABC):
     _: KW_ONLY
     pos: Indices = None
     head: Indices = None
+    query_head: Indices = None
     rows: Indices = None
     when: Literal["all", "prefill", "decode"] = "all"
 
     def __post_init__(self) -> None:
         if self.when not in ("all", "prefill", "decode"):
             raise EditError(f"{self._subject()}: when is {self.when!r}; expected 'all', 'prefill' or 'decode'")
+        if self.head is not None and self.query_head is not None:
+            raise EditError(
+                f"{self._subject()}: head={self.head!r} and query_head={self.query_head!r} both choose heads; give one "
+                "of them"
+            )
 
     @abstractmethod
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
@@ -75,7 +91,7 @@ class Edit(ABC):
             return None
         name = point.name or ""
         site = find_site(name)
-        if self.pos is None and self.head is None and self.rows is None:
+        if self.pos is None and self._heads is None and self.rows is None:
             axes = site.axes if site is not None else tuple(f"axis {i}" for i in range(tensor.ndim))
             whole = Selection(subject=self._subject(name), tensor_shape=tuple(tensor.shape), n_rows=tensor.shape[0])
             return self.compute(tensor, axes, whole)
@@ -92,8 +108,10 @@ class Edit(ABC):
         canonical = tensor.permute(order)
         axes = tuple(site.axes[i] for i in order)
         has_heads = len(axes) > 2 and axes[2] in ("head", "kv_head")
-        if self.head is not None and not has_heads:
-            raise EditError(f"{subject}: head={self.head!r}, but its axes are {list(site.axes)}, without heads")
+        if self._heads is not None and not has_heads:
+            raise EditError(
+                f"{subject}: {self._heads_field}={self._heads!r}, but its axes are {list(site.axes)}, without heads"
+            )
 
         rows = resolve_indices(self.rows, canonical.shape[0], f"{subject}: rows", "rows")
         columns, real = self._find_columns(rows, canonical.shape[1], subject, tokens, tensor.device)
@@ -109,15 +127,15 @@ class Edit(ABC):
             tensor_shape=tuple(tensor.shape),
             n_rows=len(rows),
             drop_pos=isinstance(self.pos, int),
-            drop_head=isinstance(self.head, int),
+            drop_head=isinstance(self._heads, int),
             heads_first=has_heads and "query" in axes,
             pair_row=pair_row,
             layouts=((columns.shape[1], pair_slot),),
         )
         if isinstance(self.pos, slice):
             selection = selection.with_slice(self.pos, batch_index, pos_index, tokens, canonical.shape[1])
-        if has_heads and self.head is not None:
-            heads = resolve_indices(self.head, canonical.shape[2], f"{subject}: head", "heads")
+        if has_heads and self._heads is not None:
+            heads = self._resolve_heads(canonical.shape[2], axes[2], name)
             index = (batch_index[:, None], pos_index[:, None], torch.as_tensor(heads, device=tensor.device)[None, :])
         region = canonical[index]
         edited = canonical.clone()
@@ -162,11 +180,27 @@ class Edit(ABC):
         matches = token_index[:, None, :] == absolute[:, :, None]
         return matches.int().argmax(-1), matches.any(-1)
 
+    @property
+    def _heads_field(self) -> str:
+        return "head" if self.query_head is None else "query_head"
+
+    @property
+    def _heads(self) -> Indices:
+        return self.head if self.query_head is None else self.query_head
+
+    def _resolve_heads(self, n_heads: int, axis: str, name: str) -> list[int]:
+        noun, hint = "heads", ""
+        if self.query_head is not None:
+            noun = "query heads"
+        elif axis == "kv_head":
+            noun, hint = "key-value heads", query_head_hint(name)
+        return resolve_indices(self._heads, n_heads, f"{self._subject(name)}: {self._heads_field}", noun, hint=hint)
+
     def _subject(self, name: str | None = None) -> str:
         return f"edit {type(self).__name__}({name or self.name!r})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Replace(Edit):
     """Put `value` in the place of the activation.
 
@@ -181,7 +215,7 @@ class Replace(Edit):
         return selection.lay_over(self.value, region, region_axes)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Add(Edit):
     """Add `value` to the activation, as in activation steering."""
 
@@ -192,7 +226,7 @@ class Add(Edit):
         return region + selection.lay_over(self.value, region, region_axes)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Scale(Edit):
     """Multiply the activation by `factor`."""
 
@@ -203,7 +237,7 @@ class Scale(Edit):
         return region * self.factor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Zero(Edit):
     """Set the activation to zero."""
 
@@ -212,7 +246,7 @@ class Zero(Edit):
         return torch.zeros_like(region)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Mean(Edit):
     """Replace the activation by its mean over the tokens (rows and positions) the edit selects.
 
@@ -226,7 +260,7 @@ class Mean(Edit):
         return region.mean(dim=axes or [0], keepdim=True).expand_as(region)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Project(Edit):
     """Remove the span of `directions` from the activation's last axis, or keep nothing but it.
 
@@ -252,7 +286,7 @@ class Project(Edit):
         return inside if self.keep else region - inside
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Custom(Edit):
     """Any other change, as a function.
 

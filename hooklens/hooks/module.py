@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.errors import HookLensError, HookNameError
-from hooklens.hooks.capture import Capture, PosSlice
+from hooklens.hooks.capture import Capture
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter, select_names
 from hooklens.hooks.point import Direction, HookFunction, HookHandle, HookPoint
-from hooklens.hooks.selection import TokenIndex
+from hooklens.hooks.pos_slice import PosSlice
+from hooklens.hooks.selection import TokenIndex, place_query_heads
 
 HookList = Sequence[tuple[NamesFilter, HookFunction]]
 
@@ -102,6 +103,28 @@ class HookedModule(nn.Module):
             return selections[names_filter]
         return [table[name] for name in select_names(names_filter, table, n_layers=self.n_hooked_layers)]
 
+    def find_edit_points(self, edit: Edit) -> list[HookPoint]:
+        """The hook points at which an edit acts.
+
+        These are the ones it names; with `query_head`, for keys and values that query heads share, the ones where each
+        query head has its own copy.
+
+        Raises:
+            HookNameError: the edit names no hook point.
+            EditError: it names query heads where there are none.
+        """
+        points = self._find_points(edit.name)
+        if edit.query_head is None:
+            return points
+        table = self._hook_point_table()
+        names = [point.name or "" for point in points]
+        return [table[name] for name in place_query_heads(names, table, f"edit {type(edit).__name__}({edit.name!r})")]
+
+    def _find_points(self, name: NamesFilter | HookPoint) -> list[HookPoint]:
+        if name is None:
+            raise HookNameError("add_hook: no hook point named; give a name, a glob ('*' is everything) or a predicate")
+        return [name] if isinstance(name, HookPoint) else self.select_hook_points(name)
+
     def add_hook(
         self,
         name: NamesFilter | HookPoint,
@@ -126,9 +149,7 @@ class HookedModule(nn.Module):
         Raises:
             HookNameError: `name` selects nothing.
         """
-        if name is None:
-            raise HookNameError("add_hook: no hook point named; give a name, a glob ('*' is everything) or a predicate")
-        points = [name] if isinstance(name, HookPoint) else self.select_hook_points(name)
+        points = self._find_points(name)
         removals = [point.add_hook(fn, dir=dir, prepend=prepend, is_permanent=is_permanent).remove for point in points]
         return HookHandle(removals)
 
@@ -137,11 +158,13 @@ class HookedModule(nn.Module):
 
         Raises:
             HookNameError: the edit names no hook point.
+            EditError: it names query heads where there are none.
         """
         if not isinstance(edit, Edit):
             raise HookLensError(f"an edit is a value from hooklens.edits, got {type(edit).__name__}")
-
-        return self.add_hook(edit.name, _EditHook(edit, self), is_permanent=is_permanent)
+        hook = _EditHook(edit, self)
+        points = self.find_edit_points(edit)
+        return HookHandle([point.add_hook(hook, is_permanent=is_permanent).remove for point in points])
 
     def reset_hooks(
         self,

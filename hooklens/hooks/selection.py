@@ -1,13 +1,14 @@
 """Which part of a tensor an edit touches: token positions, heads and rows, and how a value is laid over them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hooklens.errors import EditError
+from hooklens.axes import find_site, layer_of, name_repeats
+from hooklens.errors import EditError, join_names
 
 Phase = Literal["prefill", "decode"]
 Indices = int | Sequence[int] | slice | None
@@ -149,7 +150,7 @@ def axes_in_canonical_order(axes: tuple[str, ...]) -> list[int]:
     return front + heads + [i for i in range(len(axes)) if i not in front + heads]
 
 
-def resolve_indices(wanted: Indices, size: int, subject: str, noun: str) -> list[int]:
+def resolve_indices(wanted: Indices, size: int, subject: str, noun: str, *, hint: str = "") -> list[int]:
     """The rows, heads or positions that an edit names, counted from 0.
 
     Raises:
@@ -162,8 +163,53 @@ def resolve_indices(wanted: Indices, size: int, subject: str, noun: str) -> list
     indices = [wanted] if isinstance(wanted, int) else list(wanted)
     outside = [index for index in indices if not -size <= index < size]
     if outside:
-        raise EditError(f"{subject}: {outside} out of range; there are {size} {noun}, 0 to {size - 1}")
+        raise EditError(f"{subject}: {outside} out of range; there are {size} {noun}, 0 to {size - 1}{hint}")
     return [index % size for index in indices]
+
+
+def query_head_hint(name: str) -> str:
+    """What to do where somebody looked for a query head among key-value heads."""
+    return "" if name_repeats(name) is None else "; where query heads share these, query_head= chooses a query head"
+
+
+def place_query_heads(names: Sequence[str], known: Collection[str], subject: str) -> list[str]:
+    """The hook points at which an edit of single query heads acts.
+
+    Keys and values that query heads share are edited where each query head has a copy of its own.
+
+    Args:
+        names: the hook points that the edit names.
+        known: all hook points of the model.
+        subject: the edit, for messages.
+
+    Raises:
+        EditError: points without query heads; all of them are named.
+    """
+    placed, unfit = [], []
+    for name in names:
+        site = find_site(name)
+        if site is not None and "head" in site.axes:
+            placed.append(name)
+        elif site is None or "kv_head" not in site.axes:
+            unfit.append(name)
+        elif not _shares_heads(name, known):
+            placed.append(name)
+        elif (repeated := name_repeats(name)) is not None:
+            placed.append(repeated)
+        else:
+            unfit.append(name)
+    if unfit:
+        raise EditError(
+            f"{subject}: query_head, but there are no query heads at {join_names(unfit, limit=5)}; of keys and values "
+            "that query heads share, what one of them reads can be edited at hook_k and hook_v"
+        )
+    return list(dict.fromkeys(placed))
+
+
+def _shares_heads(name: str, known: Collection[str]) -> bool:
+    """Whether several query heads read one key-value head in the block that `name` lies in."""
+    keys = name_repeats(f"blocks.{layer_of(name)}.attn.hook_k")
+    return keys in known
 
 
 def in_slice(token_index: Tensor, wanted: slice, n_tokens: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention: projections, positions, the pattern where somebody watches it, and the write to the stream."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.config import AlibiPositions, HookedConfig, RotaryPositions
+from hooklens.errors import CacheError
 from hooklens.hooks import HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.alibi import alibi_slopes, alibi_term, fold_into_heads
@@ -17,6 +18,7 @@ from hooklens.model.attend import (
     compute_pattern,
     compute_scores,
     merge_parts,
+    repeat_heads,
     weigh_values,
 )
 from hooklens.model.norm import Norm
@@ -39,6 +41,10 @@ class Attention(StoredWeights):
     The fused kernel goes from the three inputs straight to `hook_z`. With a listener on `hook_attn_scores` or
     `hook_pattern` these are computed beside it; `hook_z` is recomputed from the pattern only when a listener
     changed one of them. The same holds for `hook_result` and the output.
+
+    Where query heads share keys and values, `hook_k_per_head` and `hook_v_per_head` show a copy of `hook_k` and
+    `hook_v` for each query head. A changed copy goes through the norm and the rotation by itself, and attention
+    goes on with keys and values of as many heads as queries.
     """
 
     _view_names = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
@@ -54,6 +60,10 @@ class Attention(StoredWeights):
         self.hook_q = HookPoint()
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
+        self.shares_keys = cfg.n_kv_heads != cfg.n_heads
+        if self.shares_keys:
+            self.hook_k_per_head = HookPoint()
+            self.hook_v_per_head = HookPoint()
         if cfg.qk_norm is not None:
             self.q_norm = Norm(cfg.qk_norm, cfg.d_head)
             self.k_norm = Norm(cfg.qk_norm, cfg.d_head)
@@ -97,21 +107,71 @@ class Attention(StoredWeights):
             plan: the tokens of this call.
             rotary_table: cosines and sines of this call's positions.
             entry: this layer's past keys and values, which the new ones are appended to.
+
+        Raises:
+            CacheError: keys or values of single query heads were edited, and the entry would store them.
         """
         W_Q, b_Q, W_K, b_K, W_V, b_V, W_O, b_O = self.stored_weights()
         d_head = self.cfg.d_head
         q = self.hook_q(project_heads(q_input, W_Q, b_Q, d_head))
         k = self.hook_k(project_heads(k_input, W_K, b_K, d_head))
         v = self.hook_v(project_heads(v_input, W_V, b_V, d_head))
+        edited = None
+        if self.shares_keys and (self.hook_k_per_head.listening or self.hook_v_per_head.listening):
+            edited = self._watch_per_head(k, v, rotary_table, entry)
         if self.cfg.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None and rotary_table is not None:
             q = self.hook_rot_q(self.rotary.rotate(q, rotary_table))
             k = self.hook_rot_k(self.rotary.rotate(k, rotary_table))
+        if edited is not None:
+            k, v = edited.take_over(k, v)
+            # A frozen entry of no tokens adds nothing.
+            entry = entry if entry is not None and len(entry) else None
         if entry is not None and (not entry.frozen or not len(entry)):
             k, v = entry.append(k, v)
             entry = None
         return self._write(self.hook_z(self._attend(q, k, v, plan, entry)), W_O, b_O)
+
+    def _watch_per_head(
+        self, k: Tensor, v: Tensor, rotary_table: CosSin | None, entry: HookedKeyValueCacheEntry | None
+    ) -> "EditedHeads | None":
+        """What listeners made of the keys and values that query heads read; None where they changed neither."""
+        n_heads, keys, values = self.cfg.n_heads, None, None
+        if self.hook_k_per_head.listening:
+            copies, changed = self.hook_k_per_head.watch(repeat_heads(k, n_heads))
+            if changed:
+                keys = self._place_keys(copies, rotary_table)
+        if self.hook_v_per_head.listening:
+            copies, changed = self.hook_v_per_head.watch(repeat_heads(v, n_heads))
+            if changed:
+                values = copies
+        if keys is None and values is None:
+            return None
+        if entry is not None and not entry.frozen:
+            point = self.hook_v_per_head if keys is None else self.hook_k_per_head
+            raise CacheError(
+                f"{point.describe(copies)} was edited (or asked for gradients) in a call that appends to a key-value "
+                f"cache; the cache keeps one key and value for each of {self.cfg.n_kv_heads} key-value heads, so later "
+                "calls would read them without the edit. Run the whole sequence without a cache (past_kv_cache=None, "
+                "in generate use_past_kv_cache=False) or on a frozen one, or edit the key-value head at hook_k or "
+                "hook_v"
+            )
+        plain = None
+        if keys is not None and self._hooks_behind_keys():
+            plain = self._place_keys(k, rotary_table)
+        return EditedHeads(keys, values, plain)
+
+    def _hooks_behind_keys(self) -> bool:
+        """Whether somebody listens between `hook_k` and the scores."""
+        in_norm = self.cfg.qk_norm is not None and self.k_norm.listening
+        return in_norm or (self.rotary is not None and self.hook_rot_k.listening)
+
+    def _place_keys(self, k: Tensor, rotary_table: CosSin | None) -> Tensor:
+        """Keys after norm and rotation, whose hook points do not fire."""
+        if self.cfg.qk_norm is not None:
+            k = self.k_norm.apply_weights(k)
+        return k if self.rotary is None or rotary_table is None else self.rotary.rotate(k, rotary_table)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan, frozen: HookedKeyValueCacheEntry | None
@@ -120,7 +180,7 @@ class Attention(StoredWeights):
         watched = self.hook_attn_scores.listening or self.hook_pattern.listening
         softcapped = self.cfg.attn_softcap is not None and frozen is None
         if watched or softcapped:
-            all_k, all_v = (k, v) if frozen is None else frozen.append(k, v)
+            all_k, all_v = (k, v) if frozen is None else _join_past(frozen, k, v)
             pattern, changed = self._watch_pattern(q, all_k, plan)
             if changed or softcapped:
                 return weigh_values(pattern, all_v)
@@ -212,6 +272,41 @@ class Attention(StoredWeights):
                 summed = result.sum(2)
                 return summed if b_O is None else summed + b_O
         return F.linear(z.flatten(2), W_O, b_O)
+
+
+class EditedHeads(NamedTuple):
+    """Keys and values that listeners changed for single query heads.
+
+    Attributes:
+        keys: after norm and rotation, `[batch pos head d_head]`; None: as they were.
+        values: `[batch pos head d_head]`; None: as they were.
+        plain: the unchanged keys after norm and rotation, `[batch pos kv_head d_head]`, where somebody listens there.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+    plain: Tensor | None
+
+    def take_over(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values to go on with, given the key-value heads'.
+
+        What listeners in the norm or behind the rotation added to the keys is added to the changed ones, too, so that
+        an edit or a gradient there still counts. Where they only look that is exactly 0.
+        """
+        if self.keys is not None:
+            k = self.keys if self.plain is None else self.keys + repeat_heads(k - self.plain, self.keys.shape[2])
+        return k, v if self.values is None else self.values
+
+
+def _join_past(past: HookedKeyValueCacheEntry, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Past + new keys and values; of the new ones either may have a head for each query head."""
+    if k.shape[2] == v.shape[2] == past.past_keys.shape[2]:
+        return past.append(k, v)
+    keys, values = (
+        torch.cat([repeat_heads(old, new.shape[2]).expand(len(new), -1, -1, -1), new], 1)
+        for old, new in ((past.past_keys, k), (past.past_values, v))
+    )
+    return keys, values
 
 
 def project_heads(

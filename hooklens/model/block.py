@@ -141,16 +141,16 @@ class Block(HookedModule):
     def _renorm(self, changed: Tensor, resid: Tensor, normed: Tensor) -> Tensor:
         """The norm of a changed copy of the stream; `ln1` has already fired on the stream itself.
 
-        With listeners inside `ln1` the difference to the unchanged norm is added to its output, so that an
-        edit or a gradient there still counts.
+        With listeners inside `ln1`, what they made of its output is added, so that an edit or a gradient there
+        still counts; if they only watched, that is exactly nothing.
         """
         if self.ln1 is None:
             return changed
         renormed = self.ln1.apply_weights(changed)
         if not self.ln1.listening:
             return renormed
-        difference = renormed - _like(self.ln1.apply_weights(resid), changed)
-        return _like(normed, changed) + difference
+        made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_weights(resid), changed)
+        return renormed + made_by_listeners
 
 
 def _copy_per_head(resid: Tensor, n_heads: int) -> Float[Tensor, "batch pos heads d_model"]:

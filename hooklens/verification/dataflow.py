@@ -54,7 +54,9 @@ def _attention_edges() -> Iterator[Edge]:
         norm = f"attn.{letter}_norm"
         yield from _chain(f"attn.hook_{letter}", f"{norm}.hook_scale", f"{norm}.hook_normalized")
         yield from _chain(f"{norm}.hook_normalized", f"attn.hook_rot_{letter}", "attn.hook_attn_scores")
+    yield from _chain("attn.hook_k", "attn.hook_k_per_head", "attn.hook_attn_scores")
     yield from _chain("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z")
+    yield from _chain("attn.hook_v", "attn.hook_v_per_head", "attn.hook_z")
     yield "attn.hook_v", "attn.hook_z"
     yield from _chain("attn.hook_z", "attn.hook_result", "ln1_post.hook_scale", "ln1_post.hook_normalized")
     yield "ln1_post.hook_normalized", "hook_attn_out"

@@ -105,12 +105,17 @@ def _check_by_leaf(probe: Probe, name: str, gradient: Tensor) -> CheckResult:
 
 
 def _compare_gradients(probe: Probe, check: str, name: str, gradient: Tensor, expected: Tensor) -> CheckResult:
-    """Relative to the gradient's size the error is that of the logits, to which it owes its rounding."""
+    """Relative to the gradient's size the error is that of the logits, to which it owes its rounding.
+
+    A gradient may be next to nothing; below the rounding of the loss, which is of the order of 1, its error tells
+    nothing.
+    """
     if gradient.shape != expected.shape:
         return _result(check, name, float("nan"), 0.0)
     error = float((gradient.double() - expected.double()).norm())
     relative = probe.rounding / float(probe.clean_logits.abs().max())
-    return _result(check, name, error, relative * float(expected.double().norm()))
+    floor = torch.finfo(expected.dtype).eps
+    return _result(check, name, error, relative * float(expected.double().norm()) + floor)
 
 
 def _result(check: str, name: str, error: float, bound: float) -> CheckResult:

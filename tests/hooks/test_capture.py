@@ -2,10 +2,11 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
-from hooklens.errors import HookLensError
+from hooklens.errors import HookLensError, InputError
 from hooklens.hooks import Capture
 from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, make_model, random_tokens
@@ -37,10 +38,6 @@ def test_tensors_are_kept_without_their_graph():
     model = make_model("rotary")
     _, cache = model.run_with_cache(random_tokens(1, 4))
     assert not any(tensor.requires_grad for tensor in cache.values())
-    capture = Capture(keep_graph=True)
-    x = torch.ones(2, requires_grad=True) * 1
-    capture.add("x", x)
-    assert capture.tensors["x"] is x
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -66,25 +63,95 @@ def test_the_same_device_and_dtype_copy_nothing():
 
 @pytest.mark.parametrize(
     ("pos_slice", "columns"),
-    [(0, [0]), (-1, [4]), (slice(1, 3), [1, 2]), (slice(None, None, 2), [0, 2, 4]), ([3, 0], [3, 0]), (-5, [0])],
+    [
+        (0, [0]),
+        (-1, [4]),
+        (-5, [0]),
+        (slice(1, 3), [1, 2]),
+        (slice(None, None, 2), [0, 2, 4]),
+        (slice(None, None, -2), [4, 2, 0]),
+        (slice(3, 99), [3, 4]),
+        ([3, 0], [3, 0]),
+        (range(1, 3), [1, 2]),
+        (torch.tensor([-1, 1]), [4, 1]),
+        (torch.tensor(2), [2]),
+        (np.array([0, 4]), [0, 4]),
+        (np.arange(5)[::-2], [4, 2, 0]),
+        (np.int64(3), [3]),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("network", ["grouped", "learned, tied"])
 def test_pos_slice(network, pos_slice, columns):
     model, tokens = make_model(network), random_tokens(2, 5)
     _, full = model.run_with_cache(tokens, names_filter="*")
-    _, part = model.run_with_cache(tokens, names_filter="*", pos_slice=pos_slice)
+    with unchecked():
+        _, part = model.run_with_cache(tokens, names_filter="*", pos_slice=pos_slice)
+    assert part.positions == tuple(columns)
     for name, tensor in part.items():
         axis = 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
         assert torch.equal(tensor, full[name].index_select(axis, torch.tensor(columns))), name
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "columns left out are kept alive"
 
 
-@pytest.mark.parametrize("pos_slice", [5, -6, [0, 7]])
-def test_pos_slice_out_of_range_is_refused(pos_slice):
-    """An int past the end gave empty tensors without a word."""
+def watch(model):
+    """The hook points that a call reached, which is none where it was refused before the forward."""
+    reached = []
+    model.add_hook("hook_embed", lambda tensor, hook: reached.append(hook.name))
+    return reached
+
+
+@pytest.mark.parametrize(
+    ("pos_slice", "text"),
+    [
+        (5, "pos_slice=5 is out of range: 5 positions run in this call"),
+        (-6, "pos_slice=-6 is out of range: 5 positions run in this call"),
+        ([0, 7], r"pos_slice=\[0, 7\] is out of range: 5 positions run in this call"),
+        (torch.tensor([0, 7]), r"pos_slice=\[0, 7\] is out of range: 5 positions run in this call"),
+        (slice(7, 9), r"pos_slice=slice\(7, 9, None\) keeps nothing: 5 positions run in this call"),
+    ],
+    ids=str,
+)
+def test_pos_slice_out_of_range_is_refused_before_the_forward(pos_slice, text):
+    """An int past the end gave empty tensors without a word, and a slice there did."""
     model = make_model("bare")
-    with pytest.raises(HookLensError, match=r"pos_slice: \[(5|-6|7)\] out of range at 'hook_embed', which has 5 posit"):
+    reached = watch(model)
+    with pytest.raises(InputError, match=text):
         model.run_with_cache(random_tokens(2, 5), pos_slice=pos_slice)
+    assert reached == []
+
+
+@pytest.mark.parametrize(
+    "pos_slice",
+    [(1, 4), [True, False], torch.arange(5) > 2, np.arange(5) > 2, True, 1.0, [], "last", slice("a")],
+    ids=str,
+)
+def test_pos_slice_of_another_kind_is_refused_before_the_forward(pos_slice):
+    """A tuple kept its two positions where TransformerLens keeps the range between, a mask positions 0 and 1."""
+    model = make_model("bare")
+    reached = watch(model)
+    with unchecked(), pytest.raises(InputError, match="; expected an int, a slice, or a list of at least one int"):
+        model.run_with_cache(random_tokens(2, 5), pos_slice=pos_slice)
+    assert reached == []
+
+
+def test_pos_slice_counts_the_positions_that_pass():
+    """A module that is no language model, whose calls have a length only once they run."""
+    with pytest.raises(InputError, match=r"pos_slice=\[0, 7\] is out of range: 5 positions pass 'hook_embed'"):
+        Capture(pos_slice=[0, 7]).add("hook_embed", torch.zeros(2, 5, 3))
+    with pytest.raises(InputError, match="can mean a slice"), unchecked():
+        Capture(pos_slice=(1, 4))
+
+
+def test_pos_slice_with_a_cache_counts_the_new_tokens():
+    model, tokens = make_model("grouped"), random_tokens(1, 7)
+    kv = model.prefill(tokens[:, :4])
+    _, whole = model.run_with_cache(tokens[:, 4:], past_kv_cache=kv)
+    _, part = model.run_with_cache(tokens[:, 4:], past_kv_cache=kv, pos_slice=0)
+    assert part.positions == (0,)
+    assert torch.equal(part["pattern", 1], whole["pattern", 1][:, :, :1])
+    with pytest.raises(InputError, match="pos_slice=3 is out of range: 3 positions run in this call"):
+        model.run_with_cache(tokens[:, 4:], past_kv_cache=kv, pos_slice=3)
 
 
 def test_pos_slice_needs_axes_that_are_known():

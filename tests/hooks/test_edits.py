@@ -254,11 +254,15 @@ def test_refusals(edit, text):
 
 
 def test_heads_out_of_range():
-    for name, n_heads in ((NAMES[1], 4), (NAMES[2], 2)):
-        with pytest.raises(
-            EditError, match=rf"head: \[9\] out of range; there are {n_heads} heads, 0 to {n_heads - 1}"
-        ):
-            edits.Zero(name, head=9).apply(make_tensor(name), make_point(name), None)
+    for name, word, text in (
+        (NAMES[1], "head", r"head: \[9\] out of range; there are 4 heads, 0 to 3$"),
+        (NAMES[1], "query_head", r"query_head: \[9\] out of range; there are 4 query heads, 0 to 3$"),
+        (NAMES[2], "head", r"head: \[9\] out of range; there are 2 key-value heads, 0 to 1; where query heads share "
+         r"these, query_head= chooses a query head$"),
+        ("blocks.0.attn.hook_rot_k", "head", r"there are 2 key-value heads, 0 to 1$"),
+    ):  # fmt: skip
+        with pytest.raises(EditError, match=text):
+            edits.Zero(name, **{word: 9}).apply(make_tensor(name), make_point(name), None)
 
 
 def test_a_position_outside_a_padded_row_names_the_row():
@@ -288,10 +292,65 @@ def test_positions_cannot_be_matched_where_only_some_are_computed():
         model.run_with_hooks(random_tokens(1, 4), edits=[edits.Zero("unembed.hook_in", pos=0)], logits_at=-1)
 
 
+class TestQueryHeads:
+    """Where edits of query heads act; what they do there is in tests/model/test_per_head.py."""
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("blocks.0.attn.hook_k", ["blocks.0.attn.hook_k_per_head"]),
+            ("k", ["blocks.0.attn.hook_k_per_head", "blocks.1.attn.hook_k_per_head"]),
+            (("v", -1), ["blocks.1.attn.hook_v_per_head"]),
+            ("blocks.1.attn.hook_[kqv]", [f"blocks.1.attn.hook_{word}" for word in ("q", "k_per_head", "v_per_head")]),
+            ("blocks.0.attn.hook_v*", ["blocks.0.attn.hook_v_per_head"]),
+            (["z0", "k0"], ["blocks.0.attn.hook_k_per_head", "blocks.0.attn.hook_z"]),
+            (lambda name: name.endswith("0.attn.hook_v"), ["blocks.0.attn.hook_v_per_head"]),
+            ("pattern0", ["blocks.0.attn.hook_pattern"]),
+        ],
+    )
+    def test_shared_heads_are_edited_at_their_copies(self, name, expected):
+        points = make_model("grouped").find_edit_points(edits.Zero(name, query_head=0))
+        assert sorted(point.name for point in points) == sorted(expected)
+
+    @pytest.mark.parametrize("name", ["k", "blocks.1.attn.hook_[kv]", "rot_k", "k_input", "z"])
+    def test_without_groups_they_are_heads(self, name):
+        model, tokens = make_model("rotary"), random_tokens(2, 4)
+        by_query_head = model.run_with_hooks(tokens, edits=[edits.Scale(name, 3.0, query_head=1, pos=2)])
+        by_head = model.run_with_hooks(tokens, edits=[edits.Scale(name, 3.0, head=1, pos=2)])
+        assert torch.equal(by_query_head, by_head)
+        assert not torch.equal(by_head, model(tokens))
+
+    @pytest.mark.parametrize("name", ["q", "rot_q", "z", "pattern", "result"])
+    def test_where_a_tensor_has_query_heads_they_are_heads(self, name):
+        model, tokens = make_model("grouped"), random_tokens(2, 4)
+        at = {"rows": 1, "pos": -1}
+        by_query_head = model.run_with_hooks(tokens, edits=[edits.Scale(name, 3.0, query_head=[1, 2], **at)])
+        by_head = model.run_with_hooks(tokens, edits=[edits.Scale(name, 3.0, head=[1, 2], **at)])
+        assert torch.equal(by_query_head, by_head)
+
+    def test_other_points_are_refused_before_the_run(self):
+        model = make_model("grouped")
+        text = (
+            r"edit Zero\('blocks.0.\*'\): query_head, but there are no query heads at 'blocks.0.hook_resid_pre', .* "
+            r"and \d+ more; of keys and values that query heads share, .* can be edited at hook_k and hook_v"
+        )
+        with pytest.raises(EditError, match=text):
+            model.run_with_hooks(random_tokens(1, 3), edits=[edits.Zero("blocks.0.*", query_head=0)])
+        for name in ("rot_k", "k_input", "resid_post"):
+            with pytest.raises(EditError, match=rf"no query heads at 'blocks.0.*hook_{name}'"):
+                model.add_edit(edits.Zero(name, query_head=0))
+        with pytest.raises(EditError, match=r"no query heads at 'unembed.hook_in'"):
+            make_model("rotary").add_edit(edits.Zero("unembed.hook_in", query_head=0))
+        assert not any(point.listening for point in model.hook_points().values())
+
+    def test_head_and_query_head_are_one_too_many(self):
+        with pytest.raises(EditError, match=r"Zero\('k'\): head=0 and query_head=\[1\] both choose heads; give one"):
+            edits.Zero("k", head=0, query_head=[1])
+
+
 def test_edits_are_values():
     edit = edits.Zero("z", head=1)
     with pytest.raises(AttributeError):
         edit.head = 2
-    assert edit in [edit]
-    assert edit != edits.Zero("z", head=1)
-    assert len({edit, edits.Zero("z", head=1)}) == 2
+    assert edit in [edits.Zero("z", head=1)]
+    assert len({edit, edits.Zero("z", head=1), edits.Zero("z", query_head=1), edits.Mean("z", head=1)}) == 3

@@ -12,12 +12,15 @@ from tests.verification.networks import build
         ("blocks.0.hook_mlp_in", "blocks.0.mlp.hook_pre", "blocks.0.hook_resid_mid"),
         ("blocks.0.hook_q_input", "blocks.0.attn.hook_pattern", "blocks.0.attn.hook_k"),
         ("blocks.1.attn.hook_v", "blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"),
+        ("blocks.0.attn.hook_k", "blocks.0.attn.hook_k_per_head", "blocks.0.attn.hook_v_per_head"),
+        ("blocks.0.attn.hook_k_per_head", "blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_rot_k"),
+        ("blocks.0.attn.hook_v_per_head", "blocks.0.attn.hook_z", "blocks.0.attn.hook_pattern"),
         ("hook_pos_embed", "blocks.0.hook_resid_pre", "hook_embed"),
         ("blocks.0.hook_resid_post", "unembed.hook_out", "blocks.0.hook_mlp_out"),
     ],
 )
 def test_downstream_follows_the_wiring(name: str, reached: str, spared: str) -> None:
-    model = build("learned")
+    model = build("qk-rms-norm" if "attn" in name else "learned")
     found = downstream_of(name, model.hook_points(), model.cfg)
 
     assert reached in found
