@@ -10,7 +10,7 @@ from hooklens.errors import HookLensError, HookNameError, HookOutputError, Input
 from tests.annotations import unchecked
 from tests.checkpoints import build_variant, save_variant
 from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
-from tests.test_tokens import ALL_SPECIAL, word_tokenizer
+from tests.tokens.tokenizers import ALL_SPECIAL, word_tokenizer
 
 
 def with_tokenizer(network="rotary") -> HookedCausalLM:

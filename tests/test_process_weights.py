@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hooklens import HookedCausalLM
-from hooklens.config import RotaryPositions
+from hooklens.config import HookedConfig, RotaryPositions
 from hooklens.errors import TransformError, UnsupportedModelError
 from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
 from tests.model.networks import CONFIGS, make_model, random_tokens
@@ -127,7 +127,8 @@ def test_a_processed_model_is_saved_whole_or_not_at_all(variant, step, tmp_path)
         ]  # fmt: skip
         assert changed, text
         assert any(name in text for name in changed), text
-        assert "before saving" in text
+        assert f"its weights were processed ({', '.join(processed.transforms)}): save the unprocessed model" in text
+        assert "change these fields back" not in text
         assert not folder.exists() or not list(folder.iterdir())
         return
     with torch.no_grad():
@@ -153,3 +154,42 @@ def test_an_unembedding_bias_is_refused_with_the_field(tmp_path):
     assert processed.cfg.unembed_bias
     with pytest.raises(UnsupportedModelError, match=r"cannot express .*unembed_bias"):
         processed.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("write", [lambda model, folder: model.save_pretrained(folder), lambda model, _: model.to_hf()])
+def test_the_advice_for_a_processed_model_can_be_followed(write, tmp_path):
+    """The text said to change the fields back, which nobody can do to a folded model."""
+    model = HookedCausalLM.from_hf(build_variant("neox-parallel", dtype=torch.float64))
+    processed = model.process_weights(fold_ln=True, fold_value_biases=True)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"cannot express unembed_bias=True; its weights were processed \(fold_ln, fold_value_biases\): save "
+        r"the unprocessed model and take these steps after loading it, with model.process_weights\(...\), or keep "
+        r"the model in HookLens' own format \(state_dict, cfg.to_json\(\) and transforms\)",
+    ):
+        write(processed, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    again = HookedCausalLM.from_pretrained(tmp_path).process_weights(fold_ln=True, fold_value_biases=True)
+    assert again.transforms == processed.transforms
+    # Weights read from a file have other strides, so sums may be taken in another order.
+    assert_close(again(TOKENS), processed(TOKENS), rtol=0, atol=1e-9)
+    kept = HookedCausalLM.from_state_dict(processed.state_dict(), HookedConfig.from_json(processed.cfg.to_json()))
+    assert torch.equal(kept(TOKENS), processed(TOKENS))
+
+
+def test_the_advice_for_a_changed_config_stays(tmp_path):
+    model = HookedCausalLM.from_hf(build_variant("llama-gqa"))
+    changed = HookedCausalLM.from_state_dict(model.state_dict(), model.cfg.replace(embed_scale=2.0))
+    with pytest.raises(UnsupportedModelError, match=r"express embed_scale=2.0; change these fields back before saving"):
+        changed.save_pretrained(tmp_path)
+
+
+def test_the_advice_where_no_family_can_express_a_processed_model():
+    """A config without an origin goes another way to the same advice."""
+    cfg = make_model("learned, tied").cfg
+    processed = HookedCausalLM(cfg).process_weights(fold_ln=True)
+    with pytest.raises(UnsupportedModelError, match=r"To save it: its weights were processed \(fold_ln\): save"):
+        processed.to_hf()
+    with pytest.raises(UnsupportedModelError, match="To save it: change these fields back before saving"):
+        HookedCausalLM(cfg).to_hf()

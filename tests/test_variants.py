@@ -87,7 +87,7 @@ def test_variant_in_other_dtypes(variant: str, dtype: torch.dtype, tmp_path: Pat
 
 
 def test_variants_have_every_kind_of_point_that_the_families_use(tmp_path: Path) -> None:
-    """What no variant has (learned positions, query-key norm, norms after) is tested in test_verification.py."""
+    """What no variant has (learned positions, query-key norm, norms after) is tested in tests/verification."""
     seen = set()
     for number, variant in enumerate(("neox-sequential", "llama-gqa", "falcon-7b")):
         model = HookedCausalLM.from_pretrained(save_variant(variant, tmp_path / str(number)))

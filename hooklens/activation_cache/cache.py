@@ -24,8 +24,9 @@ from hooklens.activation_cache.logits import TokenIds, align_directions, find_di
 from hooklens.activation_cache.memory import take
 from hooklens.activation_cache.readout import Readout, freeze_norm
 from hooklens.activation_cache.rows import RowSlice, select_rows
-from hooklens.activation_cache.stream import PosSlice, locate, require, require_weight
+from hooklens.activation_cache.stream import locate, require, require_weight
 from hooklens.errors import CacheError
+from hooklens.hooks.pos_slice import PosSlice
 from hooklens.precision import widen
 
 Stack = Float[Tensor, "component *batch_pos read"]

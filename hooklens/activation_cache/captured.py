@@ -44,6 +44,8 @@ class CapturedActivations(Mapping[str, Tensor]):
         tokens: ids of the run, `[batch pos]`, the new tokens only; None if it started from a residual.
         attention_mask: 1 for tokens, 0 for padding; `[batch pos]`, or `[batch key]` for past + new tokens
             of a run with a key-value cache. None: nothing is padding.
+        positions: columns of the run that were captured (`pos_slice`), counted from 0; None: all of them. Tokens
+            and mask always cover the whole run.
         weights: the model's parameters by HookLens name, the very tensors; None after `load`.
         has_batch_dim: whether the activations have a batch axis. `tokens` and `attention_mask` always do.
     """
@@ -56,6 +58,7 @@ class CapturedActivations(Mapping[str, Tensor]):
         transforms: tuple[str, ...] = (),
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        positions: tuple[int, ...] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         has_batch_dim: bool = True,
     ) -> None:
@@ -70,6 +73,7 @@ class CapturedActivations(Mapping[str, Tensor]):
         self.transforms = transforms
         self.tokens = tokens
         self.attention_mask = attention_mask
+        self.positions = positions
         self.weights = weights
         self.has_batch_dim = has_batch_dim
 
@@ -190,8 +194,9 @@ class CapturedActivations(Mapping[str, Tensor]):
         that covers only the new tokens keeps all past keys. Without a mask nothing is padding.
 
         Raises:
-            CacheError: there is no such row or no batch axis, the row is all padding, an activation does not
-                cover the positions of the run (`pos_slice`), or its axes are not in `hooklens.axes`.
+            CacheError: there is no such row or no batch axis, the row is all padding (or all of it that was
+                captured), an activation does not cover the captured positions of the run, or its axes are not in
+                `hooklens.axes`.
         """
         [index] = select_rows(row, self._require_batch("unpad"))
         single = self.apply_slice_to_batch_dim(slice(index, index + 1))
@@ -213,6 +218,7 @@ class CapturedActivations(Mapping[str, Tensor]):
             transforms=self.transforms,
             tokens=self.tokens,
             attention_mask=self.attention_mask,
+            positions=self.positions,
             has_batch_dim=self.has_batch_dim,
         )
         write_cache(path, contents)
@@ -231,6 +237,7 @@ class CapturedActivations(Mapping[str, Tensor]):
             transforms=stored.transforms,
             tokens=stored.tokens,
             attention_mask=stored.attention_mask,
+            positions=stored.positions,
             has_batch_dim=stored.has_batch_dim,
         )
 
@@ -247,6 +254,7 @@ class CapturedActivations(Mapping[str, Tensor]):
         *,
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        positions: tuple[int, ...] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         has_batch_dim: bool | None = None,
     ) -> AnyCache:
@@ -257,6 +265,7 @@ class CapturedActivations(Mapping[str, Tensor]):
             transforms=self.transforms,
             tokens=self.tokens if tokens is None else tokens,
             attention_mask=self.attention_mask if attention_mask is None else attention_mask,
+            positions=self.positions if positions is None else positions,
             weights=self.weights if weights is None else weights,
             has_batch_dim=self.has_batch_dim if has_batch_dim is None else has_batch_dim,
         )
@@ -293,16 +302,31 @@ class CapturedActivations(Mapping[str, Tensor]):
 
     def _drop_padding(self: AnyCache, mask: Bool[Tensor, " key"]) -> AnyCache:
         """Take the positions that `mask` rules out from a cache of one row."""
+        if self.tokens is None and self.positions is not None:
+            raise CacheError(
+                f"unpad: the run began at a residual stream and only positions {list(self.positions)} were captured: "
+                "without tokens it is not known which of them are padding; capture without pos_slice"
+            )
         n_new = len(mask) if self.tokens is None else self.tokens.shape[1]
         new_mask = mask[len(mask) - n_new :]
         if not bool(new_mask.any()):
             raise CacheError("unpad: the attention mask rules out every position of this row; nothing would be left")
+        columns = range(n_new) if self.positions is None else self.positions
         with_axes = {name: (tensor, self.axes_of(name)) for name, tensor in self.items()}
-        check_positions(with_axes, n_new=n_new, n_masked=len(mask))
+        check_positions(with_axes, n_captured=len(columns), n_new=n_new, n_masked=len(mask))
+        kept = kept_positions(new_mask[list(columns)])
+        if not kept:
+            raise CacheError(
+                f"unpad: of this row only positions {list(columns)} were captured (pos_slice), and all of them are "
+                "padding; nothing would be left"
+            )
+        # Columns are counted without the padding from here on, as tokens and mask are.
+        numbers = (new_mask.cumsum(0) - 1).tolist()
         return self._derive(
-            self._map_tensors(lambda name, tensor: strip_padding(tensor, self.axes_of(name), mask, n_new)),
+            self._map_tensors(lambda name, tensor: strip_padding(tensor, self.axes_of(name), kept, mask)),
             tokens=None if self.tokens is None else take(self.tokens, 1, kept_positions(new_mask)),
             attention_mask=None if self.attention_mask is None else take(self.attention_mask, 1, kept_positions(mask)),
+            positions=None if self.positions is None else tuple(numbers[columns[place]] for place in kept),
         )
 
     def _resolve_name(self, key: Key) -> str:

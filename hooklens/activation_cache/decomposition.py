@@ -25,8 +25,9 @@ from hooklens.activation_cache.components import (
     read_points,
 )
 from hooklens.activation_cache.readout import Readout, check_projection, freeze_norm
-from hooklens.activation_cache.stream import PosSlice, StreamPoint, locate, require
+from hooklens.activation_cache.stream import StreamPoint, locate, require
 from hooklens.errors import CacheError
+from hooklens.hooks.pos_slice import PosSlice
 
 Mode = Literal["all", "mlp", "attn"]
 NeuronSlice = int | slice | Iterable[int] | None

@@ -44,12 +44,12 @@ def take(tensor: Tensor, axis: int, indices: Sequence[int]) -> Tensor:
     if len(indices) == tensor.shape[axis] and list(indices) == list(range(len(indices))):
         return tensor
     step = indices[1] - indices[0] if len(indices) > 1 else 1
-    evenly = step > 0 and all(later - earlier == step for earlier, later in pairwise(indices))
+    evenly = len(indices) > 0 and step > 0 and all(later - earlier == step for earlier, later in pairwise(indices))
     if evenly:
         place: list[Any] = [slice(None)] * tensor.ndim
         place[axis] = slice(indices[0], indices[-1] + 1, step)
         return tensor[tuple(place)]
-    return tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+    return tensor.index_select(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device))
 
 
 def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

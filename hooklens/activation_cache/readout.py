@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache.captured import CapturedActivations
-from hooklens.activation_cache.stream import PosSlice, require, require_weight, take_positions
+from hooklens.activation_cache.stream import require, require_weight, take_positions
 from hooklens.errors import CacheError
+from hooklens.hooks.pos_slice import PosSlice
 from hooklens.precision import wide_dtype, widen
 
 

@@ -31,6 +31,7 @@ class StoredCache:
     transforms: tuple[str, ...]
     tokens: Tensor | None
     attention_mask: Tensor | None
+    positions: tuple[int, ...] | None
     has_batch_dim: bool
 
 
@@ -54,6 +55,7 @@ def write_cache(path: str | os.PathLike[str], cache: StoredCache) -> None:
     header = {
         "cfg": cache.cfg.to_dict(),
         "transforms": cache.transforms,
+        "positions": cache.positions,
         "has_batch_dim": cache.has_batch_dim,
         "place_of": place_of,
     }
@@ -86,12 +88,15 @@ def read_cache(path: str | os.PathLike[str], *, device: torch.device | str = "cp
                 )
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         header = json.loads(metadata["header"])
+        # The positions are the younger part of the format.
+        positions = header.get("positions")
         return StoredCache(
             tensors={name: stored[place] for name, place in header["place_of"].items()},
             cfg=HookedConfig.from_dict(header["cfg"]),
             transforms=tuple(header["transforms"]),
             tokens=stored.get("tokens"),
             attention_mask=stored.get("attention_mask"),
+            positions=None if positions is None else tuple(positions),
             has_batch_dim=header["has_batch_dim"],
         )
     except CacheError:

@@ -8,23 +8,18 @@ The stream that enters attention or MLP of block `layer` is the sum of all that 
 that the final norm and the unembedding read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache.captured import CapturedActivations
+from hooklens.activation_cache.memory import take
 from hooklens.activation_cache.missing import MissingActivationError, explain_missing, why_absent
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError, join_names
-
-PosSlice = int | slice | Sequence[int] | Tensor | None
-"""Positions to read, counted over the captured ones; an int drops the axis, None is all."""
-
-# Numbers that `torch.as_tensor` takes and that count nothing: masks, and lists that hold a fraction.
-_NO_POSITIONS = {torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+from hooklens.hooks.pos_slice import PosSlice, read_pos_slice, resolve_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,30 +141,18 @@ def require_weight(cache: CapturedActivations, name: str) -> Tensor:
 
 
 def take_positions(tensor: Tensor, axis: int, pos_slice: PosSlice) -> Tensor:
-    """Some positions of an activation; `axis` counts from the end (`-2` in the stream).
+    """Some of the captured positions of an activation; an int drops the axis.
+
+    Args:
+        tensor: the activation.
+        axis: its position axis, counted from the end (`-2` in the stream).
+        pos_slice: which; None: all.
 
     Raises:
-        CacheError: a position is out of range, or `pos_slice` is of another kind.
+        InputError: a position is out of range, or `pos_slice` is of another kind.
     """
-    if pos_slice is None:
+    positions = read_pos_slice(pos_slice)
+    if positions is None:
         return tensor
-    n_pos = tensor.shape[axis]
-    if isinstance(pos_slice, slice):
-        chosen = range(n_pos)[pos_slice]
-        if chosen.step > 0:
-            return tensor.movedim(axis, 0)[pos_slice].movedim(0, axis)
-        return tensor.index_select(axis, torch.tensor(chosen, dtype=torch.long, device=tensor.device))
-    index = _position_index(pos_slice).to(tensor.device)
-    if not bool(((-n_pos <= index) & (index < n_pos)).all()):
-        raise CacheError(f"pos_slice={pos_slice!r} is out of range: {n_pos} positions were captured")
-    if index.ndim == 0:
-        return tensor.select(axis, int(index))
-    return tensor.index_select(axis, index % n_pos)
-
-
-def _position_index(positions: int | Sequence[int] | Tensor) -> Tensor:
-    # TransformerLens reads a tuple as the arguments of a slice, torch as a list: two different answers.
-    index = None if isinstance(positions, str | tuple) else torch.as_tensor(positions)
-    if index is None or index.ndim > 1 or not index.numel() or index.dtype in _NO_POSITIONS:
-        raise CacheError(f"pos_slice={positions!r}; expected an int, a slice, or a list of at least one int")
-    return index
+    indices = resolve_positions(positions, tensor.shape[axis], where="were captured")
+    return tensor.select(axis, indices[0]) if isinstance(positions, int) else take(tensor, axis, indices)

@@ -219,13 +219,23 @@ def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, 
 
 
 class HubLayout:
-    """How a HookLens state is laid out on disk: names, shapes and a way to make each tensor when it is written."""
+    """How a HookLens state is laid out on disk: names, shapes and a way to make each tensor when it is written.
 
-    def __init__(self, cfg: HookedConfig, state: Mapping[str, Tensor]) -> None:
-        family = choose_family(cfg, load_families())
+    Args:
+        cfg: the network.
+        state: its parameters under HookLens names.
+        transforms: the weight-processing steps it has been through, for the advice where it cannot be written.
+
+    Raises:
+        UnsupportedModelError: no family can express `cfg`; the text says which fields, and what to do.
+        CheckpointError: the state is not that of `cfg`.
+    """
+
+    def __init__(self, cfg: HookedConfig, state: Mapping[str, Tensor], *, transforms: Sequence[str] = ()) -> None:
+        family = choose_family(cfg, load_families(), transforms=transforms)
         self._cfg = cfg
         self._state = state
-        self.config = family.write_config(cfg)
+        self.config = family.write_config(cfg, transforms=transforms)
         self._shapes = weight_shapes(cfg)
         self._check_state()
         self._bound = {bound.hub: bound for bound in family.bind_rules(cfg)}
@@ -274,7 +284,9 @@ class HubLayout:
                 )
 
 
-def to_hub(cfg: HookedConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_hub(
+    cfg: HookedConfig, state: Mapping[str, Tensor], *, transforms: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The `config.json` and the tensors under their names on disk, in the format that `cfg` came from.
 
     Tensors share memory with `state` where the layout allows. A config without an origin takes the first family that
@@ -283,12 +295,13 @@ def to_hub(cfg: HookedConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, An
     Args:
         cfg: the network.
         state: its parameters under HookLens names; a tied `unembed.W_U` may be left out.
+        transforms: the weight-processing steps it has been through, for the advice where it cannot be written.
 
     Raises:
-        UnsupportedModelError: no family can express `cfg`; the text says which fields.
+        UnsupportedModelError: no family can express `cfg`; the text says which fields, and what to do.
         CheckpointError: the state is not that of `cfg`.
     """
-    layout = HubLayout(cfg, state)
+    layout = HubLayout(cfg, state, transforms=transforms)
     dtype = str(state["embed.W_E"].dtype).removeprefix("torch.")
     return with_dtype(layout.config, dtype), {name: layout.make(name) for name in layout.names()}
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    transforms: Sequence[str] = (),
 ) -> None:
     """Write `config.json` and safetensors files that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -42,15 +43,16 @@ def write_checkpoint(
         state: its parameters under HookLens names; a tied `unembed.W_U` may be left out.
         dtype: dtype on disk; None: each tensor's own.
         max_shard_size: bytes, or `"5GB"`; more than that is split into several files and an index.
+        transforms: the weight-processing steps it has been through, for the advice where it cannot be written.
 
     Raises:
-        UnsupportedModelError: no family can express `cfg`; the text says which fields.
+        UnsupportedModelError: no family can express `cfg`; the text says which fields, and what to do.
         CheckpointError: the state is not that of `cfg`, or `folder` is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; expected a folder to save into")
-    layout = HubLayout(cfg, state)
+    layout = HubLayout(cfg, state, transforms=transforms)
     folder.mkdir(parents=True, exist_ok=True)
     main_dtype = state["embed.W_E"].dtype if dtype is None else dtype
     config = with_dtype(layout.config, str(main_dtype).removeprefix("torch."))
@@ -108,7 +110,9 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     os.replace(partial, path)
 
 
-def build_hf_model(cfg: HookedConfig, state: Mapping[str, Tensor]) -> "PreTrainedModel":
+def build_hf_model(
+    cfg: HookedConfig, state: Mapping[str, Tensor], *, transforms: Sequence[str] = ()
+) -> "PreTrainedModel":
     """The transformers model with the same logits, in eval mode, attending with `sdpa`.
 
     Its parameters share memory with `state` where the layout allows.
@@ -116,13 +120,14 @@ def build_hf_model(cfg: HookedConfig, state: Mapping[str, Tensor]) -> "PreTraine
     Args:
         cfg: the network.
         state: its parameters under HookLens names; a tied `unembed.W_U` may be left out.
+        transforms: the weight-processing steps it has been through, for the advice where it cannot be written.
 
     Raises:
-        UnsupportedModelError: no family can express `cfg`; the text says which fields.
+        UnsupportedModelError: no family can express `cfg`; the text says which fields, and what to do.
         CheckpointError: the state is not that of `cfg`.
     """
     transformers = import_package("transformers")
-    config, tensors = to_hub(cfg, state)
+    config, tensors = to_hub(cfg, state, transforms=transforms)
     hf_config = transformers.AutoConfig.for_model(**config)
     model_class = getattr(transformers, config["architectures"][0])
     model: PreTrainedModel = model_class.from_pretrained(

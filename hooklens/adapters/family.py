@@ -76,8 +76,12 @@ class Family:
         except ConfigError as error:
             raise UnsupportedModelError(f"{where}: config.json describes a network that cannot be: {error}") from error
 
-    def write_config(self, cfg: HookedConfig) -> dict[str, Any]:
+    def write_config(self, cfg: HookedConfig, *, transforms: Sequence[str] = ()) -> dict[str, Any]:
         """The `config.json` of `cfg`: the keys it was read from, with what has changed since, or new ones.
+
+        Args:
+            cfg: the network.
+            transforms: the weight-processing steps it has been through, for the advice where it cannot be written.
 
         Raises:
             UnsupportedModelError: no config of this family describes the network; the fields are listed.
@@ -85,9 +89,7 @@ class Family:
         written, differing = self._write_config(cfg)
         if differing:
             raise UnsupportedModelError(
-                f"a {self.name} checkpoint cannot express {_describe(cfg, differing)}; "
-                "change these fields back before saving, or keep the model in HookLens' own format "
-                "(state_dict and cfg.to_json())"
+                f"a {self.name} checkpoint cannot express {_describe(cfg, differing)}; {_how_to_save(transforms)}"
             )
         return written
 
@@ -161,6 +163,20 @@ def _describe(cfg: HookedConfig, names: Iterable[str]) -> str:
     return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
 
 
+def _how_to_save(transforms: Sequence[str]) -> str:
+    """What to do with a network that cannot be written; what weight processing brought cannot be changed back."""
+    if not transforms:
+        return (
+            "change these fields back before saving, or keep the model in HookLens' own format "
+            "(state_dict and cfg.to_json())"
+        )
+    return (
+        f"its weights were processed ({', '.join(transforms)}): save the unprocessed model and take these steps after "
+        "loading it, with model.process_weights(...), or keep the model in HookLens' own format (state_dict, "
+        "cfg.to_json() and transforms)"
+    )
+
+
 def find_family(config: Config, families: Sequence[Family], *, where: str) -> Family:
     """The family of a `config.json`, by `model_type` and `architectures`, never by a model's name.
 
@@ -180,8 +196,13 @@ def find_family(config: Config, families: Sequence[Family], *, where: str) -> Fa
     )
 
 
-def choose_family(cfg: HookedConfig, families: Sequence[Family]) -> Family:
+def choose_family(cfg: HookedConfig, families: Sequence[Family], *, transforms: Sequence[str] = ()) -> Family:
     """The family whose format `cfg` is saved in: the one it came from, or the first that can express it.
+
+    Args:
+        cfg: the network.
+        families: to choose from.
+        transforms: the weight-processing steps it has been through, for the advice where none can express it.
 
     Raises:
         UnsupportedModelError: no family can express `cfg`; the text says which fields.
@@ -203,6 +224,5 @@ def choose_family(cfg: HookedConfig, families: Sequence[Family]) -> Family:
     per_family = "; ".join(f"{name}: {', '.join(names)}" for name, names in differing.items())
     lead = f"no family can express {_describe(cfg, everywhere)}" if everywhere else "no family can express this config"
     raise UnsupportedModelError(
-        f"{lead}. Fields that differ, per family: {per_family}. Change them to save a Hugging Face checkpoint, or "
-        "keep the model in HookLens' own format (state_dict and cfg.to_json())"
+        f"{lead}. Fields that differ, per family: {per_family}. To save it: {_how_to_save(transforms)}"
     )

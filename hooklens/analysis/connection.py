@@ -41,22 +41,18 @@ def connect_cache(cache: ActivationCache, model: HookedCausalLM) -> ActivationCa
 def find_real_positions(cache: ActivationCache, n_captured: int) -> Bool[Tensor, "batch pos"] | None:
     """Which captured positions are tokens; None where nothing is padding.
 
-    A cache does not record which positions `pos_slice` kept. If they are not all of the run, padding on the left is
-    taken to be cut off, as it is by `pos_slice=-1`.
-
     Raises:
-        InputError: positions were left out of a batch with padding on the right.
+        InputError: which of them are padding cannot be told.
     """
     if cache.attention_mask is None:
         return None
     n_new = n_captured if cache.tokens is None else cache.tokens.shape[1]
     real = cache.attention_mask[:, -n_new:].bool()
-    if real.shape[1] == n_captured:
-        return real
-    padded = (~real[:, -1]).nonzero()[:, 0].tolist()
-    if padded:
+    if cache.positions is not None and cache.tokens is not None:
+        real = real[:, list(cache.positions)]
+    elif cache.positions is not None or n_captured != n_new:
         raise InputError(
-            f"the cache holds {n_captured} of {n_new} positions, rows {padded} have padding on the right, and which "
-            "positions were kept is not recorded; capture without pos_slice, or pad on the left"
+            f"the cache holds {n_captured} positions of a run with padding, and which of them are padding is not "
+            "known; capture without pos_slice, or begin the run at tokens"
         )
-    return None
+    return real

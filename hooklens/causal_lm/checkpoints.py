@@ -38,7 +38,6 @@ class CheckpointMethods(TextMethods):
     def __init__(self, cfg: HookedConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(cfg)
         self.tokenizer = tokenizer
-        self.transforms: tuple[str, ...] = ()
         if self.device.type != "meta":
             self.initialize()
         self.eval()
@@ -136,9 +135,17 @@ class CheckpointMethods(TextMethods):
             max_shard_size: files are split at this size.
 
         Raises:
-            UnsupportedModelError: no Hugging Face architecture can hold this network; the text says why.
+            UnsupportedModelError: no Hugging Face architecture can hold this network; the text says why and what
+                to do instead.
         """
-        write_checkpoint(Path(folder), self.cfg, ModelWeights(self), dtype=dtype, max_shard_size=max_shard_size)
+        write_checkpoint(
+            Path(folder),
+            self.cfg,
+            ModelWeights(self),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            transforms=self.transforms,
+        )
         record = Path(folder) / _RECORD_FILE
         if self.transforms:
             record.write_text(json.dumps({"transforms": self.transforms}))
@@ -153,7 +160,7 @@ class CheckpointMethods(TextMethods):
         Raises:
             UnsupportedModelError: no Hugging Face architecture can hold this network.
         """
-        return build_hf_model(self.cfg, ModelWeights(self))
+        return build_hf_model(self.cfg, ModelWeights(self), transforms=self.transforms)
 
     def process_weights(
         self: Model,

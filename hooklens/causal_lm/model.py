@@ -21,10 +21,11 @@ from hooklens.causal_lm.calls import (
 from hooklens.causal_lm.checkpoints import CheckpointMethods
 from hooklens.errors import InputError
 from hooklens.generation import TextGeneration
-from hooklens.hooks.capture import PosSlice
+from hooklens.hooks.capture import choose_columns
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.module import HookList, require_gradients
 from hooklens.hooks.names import NamesFilter
+from hooklens.hooks.pos_slice import PosSlice
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import next_token_loss
 from hooklens.model.positions import LogitsAt
@@ -207,7 +208,8 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
             remove_batch_dim: drop the batch axis, which must have size 1.
             incl_bwd: also run backward from the output, which must be a scalar loss (`return_type="loss"`),
                 and keep gradients under `"<name>_grad"`. The parameters' gradients accumulate, too.
-            pos_slice: positions (columns) to keep.
+            pos_slice: positions to keep, columns of this call: an int, a slice, or a list. The axis stays, also for
+                an int. At `unembed.*` they are counted over the positions of `logits_at`.
             fwd_hooks: pairs (name or filter, `fn(tensor, hook)`) that last for this call.
             bwd_hooks: the same for gradients.
             edits: values from `hooklens.edits`.
@@ -218,12 +220,14 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
 
         Raises:
             HookNameError: a part of the filter selects nothing.
+            InputError: `pos_slice` is of another kind, out of range, or keeps nothing; before the forward.
         """
         prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
         require_gradients(incl_bwd or bwd_hooks, "incl_bwd" if incl_bwd else "bwd_hooks")
         if incl_bwd and (forward_keywords.get("return_type") != "loss" or forward_keywords.get("loss_per_token")):
             raise InputError("incl_bwd needs a scalar to run backward from: call with return_type='loss'")
         call = self._prepare(input, **prepare_keywords)
+        columns = None if pos_slice is None else choose_columns(pos_slice, call.plan.n_new, where="run in this call")
         with (
             self.hooks(fwd_hooks, bwd_hooks, edits),
             self.capture(names_filter, device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd) as captured,
@@ -237,6 +241,7 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
             transforms=self.transforms,
             tokens=call.input if call.start_at_layer is None else None,
             attention_mask=call.plan.key_mask,
+            positions=None if columns is None else tuple(columns),
             weights=self.named_weights(),
         )
         return output, cache.remove_batch_dim() if remove_batch_dim else cache

@@ -138,7 +138,8 @@ def edits_act_in_parts(model: HookedCausalLM, edits: Sequence[Edit]) -> bool:
     """Whether edits do the same to prefix and continuation run apart as to the whole sequence.
 
     That is certain for edits that treat each token alone (`Zero`, `Scale`, `Project`; `Replace` and `Add` with a
-    number or a vector), at every position or at one counted from the front, where tensors have no `key` axis.
+    number or a vector), at every position or at one counted from the front, where tensors have no `key` axis and keys
+    and values are edited for all query heads that share them.
     """
     return all(_acts_in_parts(model, edit) for edit in edits)
 
@@ -151,9 +152,10 @@ def _acts_in_parts(model: HookedCausalLM, edit: Edit) -> bool:
         return False
     if not (edit.pos is None or (isinstance(edit.pos, int) and edit.pos >= 0)):
         return False
-    for point in model.select_hook_points(edit.name):
+    for point in model.find_edit_points(edit):
         site = find_site(point.name or "")
-        if site is None or "key" in site.axes:
+        # What single query heads read of keys and values is in no cache.
+        if site is None or "key" in site.axes or site.repeats is not None:
             return False
         # Of the prefix only the last position is unembedded, so others cannot be found there.
         if site.template.startswith("unembed.") and edit.pos is not None:

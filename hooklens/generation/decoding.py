@@ -18,6 +18,7 @@ from hooklens.generation.rows import Rows
 from hooklens.generation.sampling import RowDraws, sample_tokens, token_log_probs
 from hooklens.generation.stopping import StopRules
 from hooklens.generation.text import TextPieces
+from hooklens.precision import widen
 
 
 class Decoding:
@@ -69,7 +70,7 @@ class Decoding:
         rows = self.rows
         newest = self._newest
         logits = self._forward.run_prompts() if newest is None else self._forward.run_step(newest, rows)
-        scores = logits.float() if logits.dtype.itemsize < 4 else logits
+        scores = widen(logits)
         processed = scores
         if self._reads_ids:
             processed = self._pipeline(scores, rows.ids)

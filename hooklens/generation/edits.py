@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hooklens.errors import EditError
+from hooklens.axes import find_site
+from hooklens.errors import EditError, join_names
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.prompts import Prompts
 from hooklens.hooks.edits import Add, Edit, Mean, Project, Replace, Scale, Zero
@@ -49,7 +50,8 @@ class StepEdits:
         whole_sequences: every step runs all tokens of a row, for want of a key-value cache.
 
     Raises:
-        EditError: positions or rows that the generation does not have.
+        EditError: positions, rows or query heads that the generation does not have, or an edit that a key-value
+            cache cannot hold.
         HookNameError: an edit names no hook point.
     """
 
@@ -73,10 +75,10 @@ class StepEdits:
         # Negative positions are counted from here, so each is moved back by the tokens to come.
         self._n_tokens = self._prompt_ends + max_new_tokens
         self._placed = [
-            (_from_prompt_end(edit, max_new_tokens), point)
-            for edit in edits
-            for point in model.select_hook_points(edit.name)
+            (_from_prompt_end(edit, max_new_tokens), point) for edit in edits for point in model.find_edit_points(edit)
         ]
+        if not whole_sequences:
+            _refuse_uncached(self._placed)
         self._prompt_of = list(range(len(ends)))
         self._sample_of = [0] * len(ends)
         self._tokens: StepTokens | None = None
@@ -167,6 +169,18 @@ class _Listener:
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
         return self.step_edits.apply(self.edit, tensor, hook)
+
+
+def _refuse_uncached(placed: Sequence[tuple[Edit, HookPoint]]) -> None:
+    """Refuse edits that the steps to come would not find in the key-value cache, before any work is done."""
+    names = [name for _, point in placed if (site := find_site(name := point.name or "")) is not None and site.repeats]
+    if names:
+        raise EditError(
+            f"edits at {join_names(list(dict.fromkeys(names)), limit=5)} change what single query heads read; the "
+            "key-value cache keeps one key and value for all query heads that share them, so later steps would read "
+            "them without the edit. Generate with use_past_kv_cache=False, or edit the key-value head with head= "
+            "at hook_k or hook_v"
+        )
 
 
 def _treats_rows_alike(edit: Edit) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hooklens.config import HookedConfig
+from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
 from hooklens.kv_cache import HookedKeyValueCache
@@ -43,6 +44,9 @@ class GeneratingModel(Protocol):
 
     def select_hook_points(self, names_filter: NamesFilter) -> list[HookPoint]:
         """The hook points a filter selects."""
+
+    def find_edit_points(self, edit: Edit) -> list[HookPoint]:
+        """The hook points at which an edit acts."""
 
     def named_weights(self) -> Mapping[str, Tensor]:
         """The weights by name, shared."""

@@ -22,9 +22,12 @@ class HookedKeyValueCache:
         previous_attention_mask: `[batch pos]`, which of the cached columns are real tokens.
         frozen: running a model on the cache leaves it as it is.
         fingerprint: of the model's configuration, see `HookedConfig.fingerprint`; None: not checked.
+        transforms: the weight-processing steps of the model that keys and values come from, `model.transforms`.
 
     Attributes:
         last_logits: `[batch d_vocab]`, logits at the last position, where `model.prefill` made the cache.
+        transforms: as above. A model that fills the cache writes its own record here; while the cache is empty,
+            any model may.
 
     Raises:
         CacheError: entries of different lengths, rows or frozenness, or a mask that does not fit them.
@@ -39,6 +42,7 @@ class HookedKeyValueCache:
         frozen: bool = False,  # noqa: FBT001, FBT002
         *,
         fingerprint: str | None = None,
+        transforms: tuple[str, ...] = (),
     ) -> None:
         if not entries:
             raise CacheError("a key-value cache needs at least one entry; use HookedKeyValueCache.init_cache(cfg)")
@@ -46,6 +50,7 @@ class HookedKeyValueCache:
         self.previous_attention_mask = previous_attention_mask.bool()
         self._frozen = frozen
         self.fingerprint = fingerprint
+        self.transforms = transforms
         for entry in self.entries:
             entry.frozen = entry.frozen or frozen
         self.check_consistent()
@@ -59,7 +64,7 @@ class HookedKeyValueCache:
         *,
         dtype: torch.dtype | None = None,
     ) -> "HookedKeyValueCache":
-        """An empty cache for a model."""
+        """An empty cache for any model of this config, however its weights were processed."""
         entries = [
             HookedKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, dtype=dtype) for _ in range(cfg.n_layers)
         ]
@@ -172,7 +177,9 @@ class HookedKeyValueCache:
     def _derive(
         self, entries: list[HookedKeyValueCacheEntry], mask: Tensor, last_logits: Tensor | None
     ) -> "HookedKeyValueCache":
-        derived = HookedKeyValueCache(entries, mask, self._frozen, fingerprint=self.fingerprint)
+        derived = HookedKeyValueCache(
+            entries, mask, self._frozen, fingerprint=self.fingerprint, transforms=self.transforms
+        )
         derived.last_logits = last_logits
         return derived
 
@@ -263,12 +270,13 @@ class HookedKeyValueCache:
             last_logits=self.last_logits,
             frozen=self._frozen,
             fingerprint=self.fingerprint,
+            transforms=self.transforms,
         )
         write_cache(path, stored)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
-        """Read what `save` wrote.
+        """Read what `save` wrote. A file without a record of weight processing counts as an unprocessed model's.
 
         Raises:
             CacheError: the file is missing, damaged, or not a key-value cache.
@@ -280,15 +288,26 @@ class HookedKeyValueCache:
             stored.attention_mask,
             stored.frozen,
             fingerprint=stored.fingerprint,
+            transforms=stored.transforms,
         )
         cache.last_logits = stored.last_logits
         return cache
 
-    def check_fits(self, cfg: HookedConfig, *, device: torch.device, dtype: torch.dtype, batch: int) -> None:
+    def check_fits(
+        self,
+        cfg: HookedConfig,
+        *,
+        transforms: tuple[str, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        batch: int,
+    ) -> None:
         """Check that a model can run `batch` rows on this cache.
 
+        The records of weight processing must be equal, although some steps leave keys and values as they are.
+
         Raises:
-            CacheError: another model's, another device or dtype, or rows that it cannot serve.
+            CacheError: another model's, another record, device or dtype, or rows that it cannot serve.
         """
         self.check_consistent()
         keys = self.entries[0].past_keys
@@ -298,6 +317,13 @@ class HookedKeyValueCache:
             raise CacheError(
                 f"the cache has (layers, key-value heads, d_head) {found}, the model {wanted}: it was made by another "
                 "model; make one with model.prefill(prefix)"
+            )
+        # Before the fingerprint: processing may change the config, too, and is then what there is to tell.
+        if len(self) and self.transforms != transforms:
+            raise CacheError(
+                f"the cache was filled by a model with weight processing {_describe_record(self.transforms)}, the "
+                f"weight processing of this model is {_describe_record(transforms)}: their keys and values do not go "
+                "together. Make a cache with this model's model.prefill(prefix), or call the model that filled it"
             )
         if self.fingerprint is not None and self.fingerprint != cfg.fingerprint:
             raise CacheError(
@@ -312,3 +338,7 @@ class HookedKeyValueCache:
         if batch != self.batch_size and not (self.frozen and self.batch_size == 1):
             way_out = "freeze it: a frozen cache of one row serves any batch" if self.batch_size == 1 else "use select"
             raise CacheError(f"the cache has {self.batch_size} rows and the input {batch}; {way_out}")
+
+
+def _describe_record(transforms: tuple[str, ...]) -> str:
+    return " + ".join(transforms) or "none"

@@ -1,5 +1,6 @@
 """A key-value cache on disk, as a safetensors file."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class StoredCache(NamedTuple):
         last_logits: logits at each row's last token, where the cache had them.
         frozen: whether the cache was frozen.
         fingerprint: of the model's configuration, or None.
+        transforms: the weight-processing steps of the model.
     """
 
     keys: list[Float[Tensor, "batch pos kv_head d_head"]]
@@ -32,6 +34,7 @@ class StoredCache(NamedTuple):
     last_logits: Float[Tensor, "batch d_vocab"] | None
     frozen: bool
     fingerprint: str | None
+    transforms: tuple[str, ...]
 
 
 def write_cache(path: str | Path, stored: StoredCache) -> None:
@@ -50,6 +53,7 @@ def write_cache(path: str | Path, stored: StoredCache) -> None:
         "n_layers": str(len(stored.keys)),
         "frozen": str(int(stored.frozen)),
         "fingerprint": stored.fingerprint or "",
+        "transforms": json.dumps(stored.transforms),
     }
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
@@ -77,6 +81,8 @@ def read_cache(path: str | Path, *, device: torch.device | str = "cpu") -> Store
                 last_logits=file.get_tensor("last_logits") if has_logits else None,
                 frozen=metadata["frozen"] == "1",
                 fingerprint=metadata["fingerprint"] or None,
+                # The record is the younger part of the format.
+                transforms=tuple(json.loads(metadata.get("transforms", "[]"))),
             )
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.config import AlibiPositions
+from hooklens.model.attend import repeat_heads
 from hooklens.precision import wide_dtype
 
 # Kernels on accelerators want head widths in multiples of eight.
@@ -49,7 +50,7 @@ def alibi_term(
 def fold_into_heads(
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "rows key kv_head d_head"],
-    v: Float[Tensor, "rows key kv_head d_head"],
+    v: Float[Tensor, "rows key value_head d_head"],
     term: Float[Tensor, "term_rows key head"],
     score_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,8 +61,7 @@ def fold_into_heads(
     padded to the new width: drop the last entries of the result.
     """
     n_heads = q.shape[2]
-    if k.shape[2] != n_heads:
-        k, v = (heads.repeat_interleave(n_heads // heads.shape[2], dim=2) for heads in (k, v))
+    k, v = repeat_heads(k, n_heads), repeat_heads(v, n_heads)
     unscaled = term / score_scale
     high = unscaled.to(k.dtype)
     low = (unscaled - high).to(k.dtype)

@@ -1,7 +1,8 @@
 """Attention as arithmetic on heads: the fused kernel, and scores, pattern and values one by one.
 
 All tensors are `[batch pos heads d_head]`; grouped-query keys and values keep their `kv_head` axis and query
-head `h` reads key-value head `h // (n_heads / n_kv_heads)`.
+head `h` reads key-value head `h // (n_heads / n_kv_heads)`. Keys and values need not have as many heads as each
+other: one of them may have one for each query head.
 """
 
 import torch
@@ -15,13 +16,15 @@ from hooklens.precision import wide_dtype, widen
 def attend(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "batch key kv_head d"],
-    v: Float[Tensor, "batch key kv_head d"],
+    v: Float[Tensor, "batch key value_head d"],
     *,
     score_scale: float,
     mask: Float[Tensor, "rows one query key"] | None,
     is_causal: bool,
 ) -> Float[Tensor, "batch query head d"]:
     """Values weighted by the softmax of the scores, by the fused kernel; no query x key tensor is made."""
+    if k.shape[2] != v.shape[2]:
+        k, v = _match_heads(k, v)
     grouped = q.shape[2] != k.shape[2]
     z = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -38,7 +41,7 @@ def attend(
 def attend_with_log_sum(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "batch key kv_head d"],
-    v: Float[Tensor, "batch key kv_head d"],
+    v: Float[Tensor, "batch key value_head d"],
     *,
     score_scale: float,
     mask: Float[Tensor, "rows one some_query key"] | None,
@@ -53,6 +56,8 @@ def attend_with_log_sum(
     needs_graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.device.type != "cpu" or needs_graph or softcap is not None:
         return _attend_explicitly(q, k, v, score_scale=score_scale, mask=mask, is_causal=is_causal, softcap=softcap)
+    if k.shape[2] != v.shape[2]:
+        k, v = _match_heads(k, v)
     z, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=score_scale
     )
@@ -142,6 +147,18 @@ def weigh_values(
     grouped = pattern.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_query, n_key)
     z = grouped @ v.permute(0, 2, 1, 3)
     return z.reshape(batch, n_heads, n_query, v.shape[3]).transpose(1, 2)
+
+
+def repeat_heads(heads: Float[Tensor, "batch pos kv_head d"], n_heads: int) -> Float[Tensor, "batch pos head d"]:
+    """Keys or values with a copy for each of the query heads that share a key-value head; as they are with so many."""
+    n_kv_heads = heads.shape[2]
+    return heads if n_kv_heads == n_heads else heads.repeat_interleave(n_heads // n_kv_heads, dim=2)
+
+
+def _match_heads(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as each other, as the fused kernels want them."""
+    n_heads = max(k.shape[2], v.shape[2])
+    return repeat_heads(k, n_heads), repeat_heads(v, n_heads)
 
 
 def _by_group(q: Tensor, n_kv_heads: int) -> Float[Tensor, "batch kv_head group_query d_head"]:

@@ -18,6 +18,7 @@ from hooklens.model.embed import Embed, PosEmbed, TiedUnembed, Unembed
 from hooklens.model.norm import Norm
 from hooklens.model.positions import LogitsAt, TokenPlan
 from hooklens.model.rotary import RotaryTables
+from hooklens.precision import widen
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -28,11 +29,16 @@ class Decoder(HookedModule):
     """A decoder-only transformer, from token ids to logits.
 
     Parameters are uninitialised; load a state dict or call `initialize`.
+
+    Attributes:
+        cfg: the network's configuration.
+        transforms: the weight-processing steps that were done, in order; a key-value cache records them.
     """
 
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.transforms: tuple[str, ...] = ()
         self.embed = Embed(cfg)
         self.hook_embed = HookPoint()
         if isinstance(cfg.positions, LearnedPositions):
@@ -150,6 +156,7 @@ class Decoder(HookedModule):
             stream = self._run_blocks(stream, plan, past_kv_cache, start, stop)
             if past_kv_cache is not None and not past_kv_cache.frozen:
                 past_kv_cache.append_attention_mask(self._new_mask(plan))
+                past_kv_cache.transforms = self.transforms
             if stop_at_layer is not None or not unembed:
                 return stream
             return self._unembed_stream(stream, plan, logits_at)
@@ -235,7 +242,7 @@ class Decoder(HookedModule):
         batch, n_new = input.shape[:2]
         n_past, past_mask = 0, None
         if cache is not None:
-            cache.check_fits(self.cfg, device=self.device, dtype=self.dtype, batch=batch)
+            cache.check_fits(self.cfg, transforms=self.transforms, device=self.device, dtype=self.dtype, batch=batch)
             n_past = len(cache)
             past_mask = None if bool(cache.previous_attention_mask.all()) else cache.previous_attention_mask
         plan = TokenPlan(
@@ -324,7 +331,7 @@ def next_token_loss(
         attention_mask: real tokens; pairs that touch padding do not count.
         per_token: the losses themselves, `[batch pos-1]`, 0 where a pair touches padding.
     """
-    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    wide = widen(logits)
     losses = F.cross_entropy(wide[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     losses = losses.view(tokens.shape[0], -1)
     if attention_mask is None:

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from hooklens import HookedCausalLM
 from hooklens.activation_cache import MissingActivationError
 from hooklens.config import LearnedPositions
-from hooklens.errors import CacheError
+from hooklens.errors import CacheError, InputError
 from tests.annotations import unchecked
 from tests.checkpoints import VARIANTS, build_variant
 from tests.model.networks import CONFIGS, Allocations, make_model, random_tokens
@@ -341,7 +341,7 @@ class TestRefusals:
 
     def test_positions_out_of_range(self):
         _, _, cache = run("rotary")
-        with pytest.raises(CacheError, match="pos_slice=5 is out of range: 5 positions were captured"):
+        with pytest.raises(InputError, match="pos_slice=5 is out of range: 5 positions were captured"):
             cache.decompose_resid(pos_slice=5)
 
     @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ class TestRefusals:
     def test_positions_that_could_mean_two_things(self, pos_slice):
         """A mask was read as positions 0 and 1, a tuple as a list where TransformerLens reads a range."""
         _, _, cache = run("rotary")
-        with unchecked(), pytest.raises(CacheError, match=r"pos_slice=.*; expected an int, a slice, or a list of at"):
+        with unchecked(), pytest.raises(InputError, match=r"pos_slice=.*; expected an int, a slice, or a list of at"):
             cache.decompose_resid(pos_slice=pos_slice)
 
     @pytest.mark.parametrize("neuron_slice", [(1, 4), torch.arange(20) > 3], ids=["tuple", "mask"])

@@ -42,6 +42,8 @@ class TestMissing:
             (("scale", 0, "ln2"), {"wiring": "parallel", "shared_norm": True}, "its MLPs have no norm of their own"),
             (("scale", 0, "ln1"), {"norm_before": False, "norm_after": True}, "it has no norms before its branches"),
             (("rot_q", 0), {"positions": None}, "its positions are not rotary"),
+            (("k_per_head", 0), {"n_kv_heads": CFG.n_heads}, "its query heads share no keys, so hook_k has them per"),
+            (("v_per_head", 1), {"n_kv_heads": CFG.n_heads}, "its query heads share no values, so hook_v has them"),
         ],
     )
     def test_the_config_decides_what_a_model_has(self, key, changes, text):

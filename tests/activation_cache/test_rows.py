@@ -9,6 +9,7 @@ from hooklens.activation_cache import ActivationCache
 from hooklens.axes import find_site
 from hooklens.errors import CacheError
 from tests.activation_cache.captures import CFG, assert_aliases_kept, assert_same_tensors, make_cache
+from tests.model.networks import make_model, random_tokens
 
 
 class TestBatchAxis:
@@ -158,6 +159,47 @@ class TestUnpad:
             toy.unpad(0)
         part = make_cache(2, 2, tokens=torch.zeros(2, 3, dtype=torch.long), attention_mask=mask)
         with pytest.raises(
-            CacheError, match=r"the run has 3 new positions .* 'hook_embed: 2 positions'.* without pos_slice"
+            CacheError, match=r"3 new positions \(3 captured\) .* 'hook_embed: 2 positions'.* without logits_at"
         ):
             part.unpad(0)
+
+
+class TestUnpadSlicedPositions:
+    """A cache did not know which positions `pos_slice` had kept: the reversed ones lost the wrong columns."""
+
+    MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 1]])
+
+    @pytest.mark.parametrize("past", [False, True])
+    @pytest.mark.parametrize("pos_slice", [-1, 2, slice(1, 4), slice(None, None, -1), [3, 0, 2], slice(None)], ids=str)
+    def test_what_is_left_are_the_kept_positions_that_are_tokens(self, pos_slice, past):
+        model, tokens = make_model("grouped"), random_tokens(4, 5)
+        keywords = {"attention_mask": self.MASK, "names_filter": ["resid_pre", "pattern", "z"]}
+        if past:
+            past_mask = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])
+            keywords["past_kv_cache"] = model.prefill(random_tokens(4, 2, seed=3), attention_mask=past_mask)
+        _, whole = model.run_with_cache(tokens, **keywords)
+        _, part = model.run_with_cache(tokens, **keywords, pos_slice=pos_slice)
+        for row in range(4):
+            # Columns by their place among the row's tokens, in the order in which pos_slice names them.
+            places = dict(zip(self.MASK[row].nonzero()[:, 0].tolist(), range(5), strict=False))
+            columns = [pos_slice] if isinstance(pos_slice, int) else pos_slice
+            named = list(range(5))[columns] if isinstance(columns, slice) else [range(5)[column] for column in columns]
+            kept = [places[column] for column in named if column in places]
+            if not kept:
+                with pytest.raises(CacheError, match=r"only positions \[\d\] were captured \(pos_slice\), and all of"):
+                    part.unpad(row)
+                continue
+            single, expected = part.unpad(row), whole.unpad(row)
+            assert single.positions == tuple(kept)
+            assert single.tokens.equal(expected.tokens)
+            for name, tensor in single.items():
+                axis = 2 if name.endswith("pattern") else 1
+                assert tensor.equal(expected[name].index_select(axis, torch.tensor(kept))), name
+            assert_same_tensors(single.unpad(0), single)
+
+    def test_without_tokens_it_is_not_known(self):
+        model = make_model("grouped")
+        stream, mask = torch.randn(2, 3, model.cfg.d_model, dtype=torch.float64), torch.tensor([[0, 1, 1], [1, 1, 1]])
+        _, cache = model.run_with_cache(stream, start_at_layer=1, attention_mask=mask, pos_slice=[2, 1, 0])
+        with pytest.raises(CacheError, match=r"began at a residual stream and only positions \[2, 1, 0\] were capt"):
+            cache.unpad(0)

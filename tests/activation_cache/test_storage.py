@@ -18,6 +18,7 @@ class TestFiles:
             tokens=torch.arange(10).reshape(2, 5),
             attention_mask=mask,
             transforms=("fold_ln", "center_unembed"),
+            positions=(4, 3, 2, 1, 0),
         )
         cache.save(tmp_path / "run.safetensors")
         loaded = ActivationCache.load(tmp_path / "run.safetensors")
@@ -26,6 +27,7 @@ class TestFiles:
         assert loaded["resid_pre", 1] is loaded["resid_post", 0]
         assert loaded.cfg == cache.cfg
         assert loaded.transforms == cache.transforms
+        assert loaded.positions == cache.positions
         assert loaded.tokens.equal(cache.tokens)
         assert loaded.attention_mask.equal(mask)
         assert loaded.has_batch_dim

@@ -84,6 +84,7 @@ VECTOR = torch.linspace(-1, 1, 16, dtype=torch.float64)
         edits.Add("blocks.0.hook_resid_pre", VECTOR, pos=-2),
         edits.Zero("blocks.0.hook_mlp_out", pos=[1, 7]),
         edits.Scale("blocks.0.hook_resid_pre", 2.0, pos=slice(3, None)),
+        edits.Zero("blocks.*.attn.hook_[kv]", query_head=1),
         edits.Mean("blocks.1.hook_resid_pre"),
         edits.Custom("blocks.0.hook_resid_pre", lambda region: region.flip(1)),
     ],

@@ -5,10 +5,11 @@ from functools import cache
 import torch
 from transformers import PreTrainedModel
 
-from hooklens import HookedCausalLM, HookedConfig, RotaryPositions
-from hooklens.bundled.tokenizer import build_tokenizer
-from hooklens.bundled.words import VOCABULARY
+from hooklens import HookedCausalLM
 from tests.checkpoints import build_variant
+from tests.word_models import make_word_model
+
+RAGGED = [[5, 17, 80, 3, 44, 9], [61, 2, 33], [12, 90, 7, 25, 31]]
 
 
 @cache
@@ -21,19 +22,7 @@ def pair(name: str = "llama-gqa") -> tuple[HookedCausalLM, PreTrainedModel]:
 @cache
 def reader() -> HookedCausalLM:
     """A random model with the word-level tokenizer of the bundled checkpoints."""
-    cfg = HookedConfig(
-        d_model=32,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        d_vocab=len(VOCABULARY),
-        n_ctx=64,
-        positions=RotaryPositions(dim=8),
-        init_std=0.5,
-    )
-    model = HookedCausalLM(cfg, tokenizer=build_tokenizer(n_ctx=64))
-    model.initialize(seed=0)
-    return model
+    return make_word_model(d_model=32, n_ctx=64, init_std=0.5)
 
 
 def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,3 +49,18 @@ class PadsWithZero:
 
     def decode(self, token_ids, **options):
         return " ".join(map(str, token_ids))
+
+
+def with_padding_id(model):
+    padded = HookedCausalLM.from_state_dict(dict(model.named_weights()), model.cfg)
+    padded.tokenizer = PadsWithZero()
+    return padded
+
+
+def greedy_loop(model, row, n):
+    """Most likely tokens by one full forward without a cache for each."""
+    row = list(row)
+    for _ in range(n):
+        with torch.no_grad():
+            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+    return row

@@ -6,8 +6,7 @@ import torch
 from hooklens import edits
 from hooklens.errors import EditError, HookNameError
 from tests.annotations import unchecked
-from tests.generation.networks import left_pad, pair
-from tests.generation.test_generate import RAGGED, with_padding_id
+from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 N_NEW = 6
 VECTOR = torch.linspace(-2, 2, 32)
@@ -197,3 +196,27 @@ def test_what_does_not_exist_is_refused_before_any_work():
         generate(model, ids, [edits.Zero("hook_embedd")])
     with unchecked(), pytest.raises(Exception, match=r"expected values from hooklens\.edits"):
         generate(model, ids, ["hook_embed"])
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_k", "blocks.0.attn.hook_v"])
+def test_what_single_query_heads_read_is_edited_without_a_cache(name):
+    model, _ = pair()
+    edit = edits.Scale(name, -2.0, query_head=1)
+    out = generate(with_padding_id(model), RAGGED, [edit], use_past_kv_cache=False)
+    assert [row.tolist() for row in out.new_tokens] == [edited_loop(model, prompt, [edit]) for prompt in RAGGED]
+    assert out.tokens.tolist() != generate(with_padding_id(model), RAGGED, []).tokens.tolist()
+    by_prompt = edits.Scale(name, -2.0, query_head=1, rows=0, when="decode")
+    assert (
+        generate(with_padding_id(model), RAGGED, [by_prompt], use_past_kv_cache=False).tokens.shape == out.tokens.shape
+    )
+
+
+def test_what_single_query_heads_read_is_in_no_cache():
+    model, _ = pair()
+    text = (
+        r"edits at 'blocks.0.attn.hook_k_per_head', 'blocks.1.attn.hook_v_per_head' change what single query heads read"
+        r".* use_past_kv_cache=False, or edit the key-value head with head= at hook_k or hook_v"
+    )
+    chosen = [edits.Zero("k0", query_head=0), edits.Zero("z", query_head=1), edits.Zero("v_per_head1", when="decode")]
+    with pytest.raises(EditError, match=text):
+        generate(model, torch.tensor([RAGGED[0]]), chosen)

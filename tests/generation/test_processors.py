@@ -18,8 +18,7 @@ from transformers.generation import (
 
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.processors import FrequencyPenalty, RowIds, build_pipeline
-from tests.generation.networks import left_pad, pair
-from tests.generation.test_generate import RAGGED, with_padding_id
+from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 
 @settings(deadline=None)

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from hooklens.errors import InputError
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.prompts import end_token_ids, filling_token_id, read_prompts
-from tests.generation.networks import pair, reader
-from tests.generation.test_generate import with_padding_id
+from tests.generation.networks import pair, reader, with_padding_id
 
 ROW = st.lists(st.integers(1, 96), min_size=1, max_size=6)
 

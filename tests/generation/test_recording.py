@@ -5,10 +5,7 @@ import torch
 
 from hooklens import HookPoint, edits
 from hooklens.errors import HookNameError
-from tests.generation.networks import left_pad, pair
-from tests.generation.test_generate import RAGGED, with_padding_id
-
-STEER = edits.Add("blocks.1.hook_resid_pre", torch.linspace(-2, 2, 32), pos=slice(1, 9))
+from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 
 def assert_equals_rerun(model, out, **keywords):

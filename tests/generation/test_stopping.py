@@ -7,8 +7,7 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList
 from hooklens.errors import InputError
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.stopping import StopRules
-from tests.generation.networks import left_pad, pair
-from tests.generation.test_generate import RAGGED, with_padding_id
+from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 GREEDY = {"do_sample": False, "return_type": "output", "verbose": False}
 

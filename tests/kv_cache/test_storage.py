@@ -5,7 +5,8 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hooklens import HookedKeyValueCache
 from hooklens.config import Origin
@@ -18,11 +19,13 @@ from tests.model.networks import make_model, random_tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_saved_comes_back(tmp_path, frozen, dtype):
     cache = fill(frozen=frozen).to(dtype=dtype)
+    cache.transforms = ("fold_ln", "fold_value_biases")
     cache.save(tmp_path / "prefix.safetensors")
     loaded = HookedKeyValueCache.load(tmp_path / "prefix.safetensors")
     assert_same(read(loaded), read(cache))
     assert torch.equal(loaded.last_logits, cache.last_logits)
     assert (loaded.frozen, loaded.fingerprint) == (frozen, cache.fingerprint)
+    assert loaded.transforms == cache.transforms
     loaded.check_consistent()
 
 
@@ -81,3 +84,20 @@ def test_fingerprint_is_written_and_names_the_network_only(tmp_path):
     origin = Origin(family="any", hub_config="{}")
     assert CFG.replace(origin=origin).fingerprint == CFG.fingerprint
     assert CFG.replace(d_vocab=24).fingerprint != CFG.fingerprint
+
+
+def test_a_file_without_a_record_of_processing_counts_as_unprocessed(tmp_path):
+    """Files written before caches carried the record have none."""
+    path = tmp_path / "file"
+    cache = make_model("grouped").prefill(random_tokens(1, 4))
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "transforms"}
+    save_file(load_file(path), path, metadata=metadata)
+    loaded = HookedKeyValueCache.load(path)
+    assert loaded.transforms == ()
+    assert_same(read(loaded), read(cache))
+    metadata["transforms"] = "[fold"
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(CacheError, match="cannot read a key-value cache from"):
+        HookedKeyValueCache.load(path)

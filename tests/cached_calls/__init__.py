@@ -1,0 +1,1 @@
+"""Model calls on a key-value cache equal calls without one."""
