@@ -60,7 +60,7 @@ def test_none_is_all():
         (slice(0.5, None), "pos_slice=slice"),
         (object(), "pos_slice=<object"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_counts_no_positions_is_refused(found, hint):
     """Captures took a mask for positions 0 and 1, and a tuple for a list."""
