@@ -1,7 +1,10 @@
 """How a model finds the indirect object: the whole investigation, from the behaviour to the circuit, with figures.
 
     python demos/indirect_object.py                                   # a bundled model, no network
-    python demos/indirect_object.py --model EleutherAI/pythia-160m    # or any other one
+    python demos/indirect_object.py --model EleutherAI/pythia-160m    # or another one, whose heads write to the
+                                                                      # stream without a norm behind them
+
+Figures need matplotlib: install HookLens with its extra `plot`.
 
 The task is that of Wang et al. 2022, "Interpretability in the wild". After
 

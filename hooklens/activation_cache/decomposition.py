@@ -6,6 +6,7 @@ of it), up to rounding. That holds for the activations of one run; a run with ed
 """
 
 from collections.abc import Iterable
+from operator import index
 from typing import Literal, get_args
 
 import torch
@@ -175,13 +176,13 @@ def _choose_neurons(neuron_slice: NeuronSlice, d_mlp: int) -> list[int] | None:
     if neuron_slice is None:
         return None
     # TransformerLens reads a tuple as the arguments of a slice, and a mask would be read as neurons 0 and 1.
-    is_mask = isinstance(neuron_slice, Tensor) and neuron_slice.dtype == torch.bool
-    if is_mask or isinstance(neuron_slice, tuple):
+    numbers = neuron_slice.tolist() if hasattr(neuron_slice, "tolist") else neuron_slice
+    listed = [numbers] if isinstance(numbers, int) else [] if isinstance(numbers, slice) else list(numbers)
+    if isinstance(numbers, tuple) or any(
+        isinstance(neuron, bool) or not hasattr(neuron, "__index__") for neuron in listed
+    ):
         raise CacheError(f"neuron_slice={neuron_slice!r}; expected an int, a slice, or a list of ints")
-    if isinstance(neuron_slice, slice):
-        wanted = list(range(d_mlp)[neuron_slice])
-    else:
-        wanted = [neuron_slice] if isinstance(neuron_slice, int) else [int(neuron) for neuron in neuron_slice]
+    wanted = list(range(d_mlp)[numbers]) if isinstance(numbers, slice) else [index(neuron) for neuron in listed]
     outside = [neuron for neuron in wanted if not -d_mlp <= neuron < d_mlp]
     if outside or not wanted:
         found = f"neurons {outside} are out of range" if outside else "no neuron is chosen"

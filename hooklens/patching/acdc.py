@@ -34,11 +34,12 @@ from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.ablation import Ablation
 from hooklens.patching.circuit import Circuit
-from hooklens.patching.circuit_batches import BatchSize, CircuitRunner
+from hooklens.patching.circuit_batches import CircuitRunner
 from hooklens.patching.circuit_run import Ground
 from hooklens.patching.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats, Verdict
 from hooklens.patching.errors import MetricError
 from hooklens.patching.function_metric import MetricFunction, as_metric
+from hooklens.patching.memory import BatchSize
 from hooklens.patching.metrics import KL, Metric
 from hooklens.patching.nodes import check_additive, inputs_of
 from hooklens.patching.pair import Prompt, read_pairs

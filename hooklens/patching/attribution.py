@@ -67,8 +67,7 @@ def attribution(
         InputError: prompts that do not go together, an unknown method, or a metric without a gradient.
     """
     check_model(model, allow_training=allow_training)
-    if method not in ("atp", "ig") or steps < 1:
-        raise InputError(f"attribution: method={method!r}, steps={steps}; expected 'atp' or 'ig', and steps >= 1")
+    fractions = list_fractions("attribution", method, ("atp", "ig"), steps)
     prompts = read_pairs(model, clean, corrupted, attention_mask)
     array = lay_out(sites, model, prompts.lengths)
     names = list(dict.fromkeys(cell.name for cell in array.cells))
@@ -76,7 +75,6 @@ def attribution(
         baseline = run_baseline(
             model, prompts, range(len(prompts)), names, as_metric(metric), direction=direction, source="other"
         )
-    fractions = [0.0] if method == "atp" else [(k + 0.5) / steps for k in range(steps)]
     gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
     effects = {
         name: effect_of(name, change_of(model, baseline, name, current), gradient)
@@ -106,6 +104,26 @@ def attribution(
             naive_tokens=(len(array.cells) + 2) * n_tokens,
         ),
     )
+
+
+def list_fractions(subject: str, method: str, known: tuple[str, str], steps: int) -> list[float]:
+    """How far on the way to the other run gradients are taken: nowhere, or at the middles of `steps` equal parts.
+
+    Args:
+        subject: what an error calls the experiment.
+        method: one of the known ones.
+        known: the method of one gradient, and that which averages.
+        steps: gradients averaged.
+
+    Raises:
+        InputError: an unknown method, or no steps.
+    """
+    plain, averaged = known
+    if method not in known or steps < 1:
+        raise InputError(
+            f"{subject}: method={method!r}, steps={steps}; expected {plain!r} or {averaged!r}, and steps >= 1"
+        )
+    return [0.0] if method == plain else [(k + 0.5) / steps for k in range(steps)]
 
 
 def average_gradients(

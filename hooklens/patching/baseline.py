@@ -17,7 +17,7 @@ from hooklens.axes import find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.patching.errors import SiteError
+from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics import Metric, Runs, prepare_metric
 from hooklens.patching.pair import PromptPairs
 from hooklens.patching.sources import fit_given
@@ -180,6 +180,20 @@ def run_baseline(
         clean=prepared.measure(clean_logits[None])[0],
         corrupted=prepared.measure(corrupted_logits[None])[0],
     )
+
+
+def refuse_nan(baseline: Baseline) -> None:
+    """Refuse pairs whose unpatched runs have no value to compare with.
+
+    Raises:
+        MetricError: the metric is NaN for some; they are named.
+    """
+    is_nan = torch.stack([baseline.clean, baseline.corrupted]).isnan().any(0).tolist()
+    broken = [pair for pair, nan in zip(baseline.pairs, is_nan, strict=True) if nan]
+    if broken:
+        raise MetricError(
+            f"metric {baseline.metric.name} is NaN for the unpatched runs of pairs {broken}; nothing could be compared"
+        )
 
 
 def unembed(model: HookedCausalLM, stream: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, "rows pos d_vocab"]:

@@ -5,25 +5,20 @@ the metric cannot be measured for some alone), and as many circuits run at once 
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError
 from hooklens.patching.ablation import Ablation, check_ablation, written_names
-from hooklens.patching.baseline import unembed
+from hooklens.patching.baseline import refuse_nan, unembed
 from hooklens.patching.circuit_run import Ground, MaskedRun, prepare_ground
-from hooklens.patching.errors import MetricError
-from hooklens.patching.memory import free_bytes
+from hooklens.patching.memory import BatchSize, check_batch_size, free_bytes
 from hooklens.patching.metrics import Metric
 from hooklens.patching.nodes import Graph
 from hooklens.patching.pair import PromptPairs
 from hooklens.patching.sources import mean_activations
-
-BatchSize = int | Literal["auto"]
 
 _SHARE_OF_FREE_MEMORY = 0.25
 # Past some thousand tokens a run is no faster per token, and its tensors only leave the caches.
@@ -58,8 +53,7 @@ class CircuitRunner:
         ablation: Ablation,
         batch_size: BatchSize,
     ) -> None:
-        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size is {batch_size!r}; expected 'auto' or a number of rows >= 1")
+        check_batch_size(batch_size)
         check_ablation(model, prompts, ablation)
         self.model, self.prompts, self.metric, self.batch_size = model, prompts, metric, batch_size
         self.graph = Graph.of(model.cfg)
@@ -92,12 +86,7 @@ class CircuitRunner:
         # Both unpatched prompts go through the model as one batch.
         self.forwards += n_runs - 1
         self.token_layers += n_runs * len(pairs) * max(ground.baseline.lengths) * self.model.cfg.n_layers
-        ends = torch.stack([ground.baseline.clean, ground.baseline.corrupted])
-        broken = [pair for pair, is_nan in zip(pairs, ends.isnan().any(0).tolist(), strict=True) if is_nan]
-        if broken:
-            raise MetricError(
-                f"metric {self.metric.name} is NaN for the unpatched runs of pairs {broken}; nothing could be compared"
-            )
+        refuse_nan(ground.baseline)
         return ground
 
     def rows_per_batch(self, ground: Ground) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
-from hooklens.patching.attribution import average_gradients, change_of
+from hooklens.patching.attribution import average_gradients, change_of, list_fractions
 from hooklens.patching.baseline import Direction, run_baseline
 from hooklens.patching.circuit import Circuit
 from hooklens.patching.function_metric import MetricFunction, as_metric
@@ -161,15 +161,11 @@ def edge_attribution(
     """
     check_model(model, allow_training=allow_training)
     check_additive(model.cfg)
-    if method not in ("eap", "eap-ig") or steps < 1:
-        raise InputError(
-            f"edge_attribution: method={method!r}, steps={steps}; expected 'eap' or 'eap-ig', and steps >= 1"
-        )
+    fractions = list_fractions("edge_attribution", method, ("eap", "eap-ig"), steps)
     prompts = read_pairs(model, clean, corrupted, attention_mask)
     writers, readers = list_writers(model.cfg), list_readers(model.cfg)
     written = list(dict.fromkeys(writer.hook_name for writer in writers))
     names = list(dict.fromkeys([*written, *(reader.hook_name for reader in readers)]))
-    fractions = [0.0] if method == "eap" else [(k + 0.5) / steps for k in range(steps)]
     with torch.no_grad():
         baseline = run_baseline(
             model, prompts, range(len(prompts)), written, as_metric(metric), direction=direction, source="other"

@@ -23,15 +23,17 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.ablation import Ablation
 from hooklens.patching.circuit import Circuit
-from hooklens.patching.circuit_batches import BatchSize, CircuitRunner
+from hooklens.patching.circuit_batches import CircuitRunner
 from hooklens.patching.errors import MetricError
 from hooklens.patching.function_metric import MetricFunction, as_metric
+from hooklens.patching.memory import BatchSize
 from hooklens.patching.metrics import Metric
 from hooklens.patching.nodes import check_additive
 from hooklens.patching.pair import Prompt, read_pairs
 from hooklens.patching.progress import keep_partial_result
 from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sweep import check_model
+from hooklens.precision import wide_dtype
 
 Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
 
@@ -99,7 +101,7 @@ class _Evaluation:
         self.labels: tuple[int | str, ...] = tuple(circuits if isinstance(circuits, Mapping) else range(len(circuits)))
         self.sizes = [len(circuit) for circuit in given]
         model, n_pairs = runner.model, len(runner.prompts)
-        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(model.dtype)
         self.values = torch.full((len(masks), n_pairs), torch.nan, dtype=dtype, device=model.device)
         self.ends = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
 

@@ -20,11 +20,11 @@ from hooklens.errors import HookLensError, InputError
 from hooklens.optional import import_package
 from hooklens.patching.ablation import Ablation
 from hooklens.patching.circuit import Circuit
-from hooklens.patching.circuit_batches import BatchSize
 from hooklens.patching.edges import EdgeScores
 from hooklens.patching.faithfulness import evaluate_circuits
 from hooklens.patching.figures import Backend, draw_curve
 from hooklens.patching.function_metric import MetricFunction
+from hooklens.patching.memory import BatchSize
 from hooklens.patching.metrics import Metric
 from hooklens.patching.pair import Prompt
 from hooklens.patching.result import SweepResult

@@ -1,14 +1,28 @@
 """How many tokens a pass may run at once, and how many pairs a baseline may hold, by memory."""
 
 import os
+from typing import Literal
 
 import torch
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+
+BatchSize = int | Literal["auto"]
 
 # Past some thousand tokens a pass is no faster per token, and its tensors only leave the caches.
 _TOKENS_ON_CPU = 4096
 _SHARE_OF_FREE_MEMORY = 0.25
+
+
+def check_batch_size(batch_size: BatchSize) -> None:
+    """Refuse what is neither `"auto"` nor a number of rows.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size is {batch_size!r}; expected 'auto' or a number of rows >= 1")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -79,7 +79,8 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
     """The real tokens of each prompt.
 
     Raises:
-        InputError: neither text nor ids, text without a tokenizer, or a mask of another shape.
+        InputError: neither text nor ids, text without a tokenizer or with a mask, or a mask of another
+            shape.
     """
     mask: Tensor | None
     if isinstance(prompt, Tensor):
@@ -99,6 +100,8 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
                 f"a prompt is a {type(prompt).__name__}; expected text, a list of texts, or token ids (of a Pair: "
                 "pair.clean and pair.corrupted)"
             )
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with token ids; the padding of text is known without it")
         if model.tokenizer is None:
             raise InputError("text was given, but the model has no tokenizer; pass token ids")
         ids, mask = tokenization.to_tokens(model.tokenizer, prompt, truncate=False, n_ctx=model.cfg.n_ctx)

@@ -21,7 +21,7 @@ What is run is planned, and every shortcut gives what one full forward per cell 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ from hooklens.activation_cache import ActivationCache
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.patching.baseline import Baseline, Direction, Source, run_baseline
+from hooklens.patching.baseline import Baseline, Direction, Source, refuse_nan, run_baseline
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.function_metric import MetricFunction, as_metric
-from hooklens.patching.memory import pairs_per_group, tokens_per_pass
+from hooklens.patching.memory import BatchSize, check_batch_size, pairs_per_group, tokens_per_pass
 from hooklens.patching.metrics import Metric
 from hooklens.patching.packing import Segment
 from hooklens.patching.pair import Prompt, PromptPairs, read_pairs
@@ -45,8 +45,6 @@ from hooklens.patching.result import SweepResult, SweepStats
 from hooklens.patching.sites import Cell, CellArray, Sites, lay_out
 from hooklens.precision import wide_dtype
 from hooklens.weights.processing import check_transforms_match
-
-BatchSize = int | Literal["auto"]
 
 
 def sweep(
@@ -201,11 +199,7 @@ class SweepRun:
         self.forwards += 1
         self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
         self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
-        broken = [pair for pair in group if bool(self.ends[:, pair].isnan().any())]
-        if broken:
-            raise MetricError(
-                f"metric {self.metric.name} is NaN for the unpatched runs of pairs {broken}; nothing could be compared"
-            )
+        refuse_nan(baseline)
         return baseline
 
     def _run_group(self, baseline: Baseline) -> Iterator[int]:
@@ -373,8 +367,7 @@ def check_source(model: HookedCausalLM, source: object) -> None:
 
 
 def _check_options(batch_size: BatchSize, direction: Direction, source: Source) -> None:
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size is {batch_size!r}; expected 'auto' or a number of rows >= 1")
+    check_batch_size(batch_size)
     if direction not in ("denoise", "noise"):
         raise InputError(f"direction is {direction!r}; expected 'denoise' or 'noise'")
     if isinstance(source, str) and source not in ("other", "zero"):

@@ -355,7 +355,11 @@ class TestRefusals:
         with unchecked(), pytest.raises(InputError, match=r"pos_slice=.*; expected an int, a slice, or a list of at"):
             cache.decompose_resid(pos_slice=pos_slice)
 
-    @pytest.mark.parametrize("neuron_slice", [(1, 4), torch.arange(20) > 3], ids=["tuple", "mask"])
+    @pytest.mark.parametrize(
+        "neuron_slice",
+        [(1, 4), torch.arange(20) > 3, [True, False], True, [1.0]],
+        ids=["tuple", "mask", "list mask", "bool", "fraction"],
+    )
     def test_neurons_that_could_mean_two_things(self, neuron_slice):
         """A mask was read as neurons 0 and 1."""
         _, _, cache = run("rotary")

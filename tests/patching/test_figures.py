@@ -11,7 +11,6 @@ AXES = {"rows": ("layer", ["0"]), "columns": ("pos", ["a", "b", "a"]), "panels":
 
 def test_repeated_labels_are_columns_of_their_own():
     """Plotly merges categories of the same name, so that equal tokens shared a column."""
-    pytest.importorskip("plotly")
     figure = draw_heatmaps(VALUES, **AXES, backend="plotly", title="t")
     assert figure.data[0].x is None
     assert list(figure.layout.xaxis.ticktext) == ["a", "b", "a"]
@@ -20,7 +19,6 @@ def test_repeated_labels_are_columns_of_their_own():
 
 def test_matplotlib_figures_show_themselves_in_a_notebook():
     """A figure that is none of pyplot's was shown as text."""
-    pytest.importorskip("matplotlib")
     heatmap = draw_heatmaps(VALUES, **AXES, backend="matplotlib", title="t")
     curve = draw_curve([1, 10], [0.1, 0.9], labels=("edges", "kept"), level=1.0, backend="matplotlib", title="t")
     for figure in (heatmap, curve):
@@ -31,7 +29,6 @@ def test_matplotlib_figures_show_themselves_in_a_notebook():
 
 
 def test_curves_by_plotly():
-    pytest.importorskip("plotly")
     figure = draw_curve([1, 10], [0.1, 0.9], labels=("edges", "kept"), level=1.0, backend="plotly", title="t")
     assert (list(figure.data[0].y), figure.layout.xaxis.type) == ([0.1, 0.9], "log")
 

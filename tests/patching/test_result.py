@@ -69,13 +69,10 @@ def test_no_scale_between_equal_runs():
 
 
 def test_plots(result):
-    plotly = pytest.importorskip("plotly")
-    assert plotly
     figure = result.plot()
     # One panel per layer, positions down, heads across.
     assert len(figure.data) == 2
     assert math.isclose(figure.data[1].z[2][3], float(result.normalized[1, 2, 3]))
-    pytest.importorskip("matplotlib")
     drawn = result.plot(backend="matplotlib")
     assert drawn.axes[0].images[0].get_array().shape == (4, 4)
     with unchecked(), pytest.raises(HookLensError, match="backend is 'ascii'"):
@@ -84,11 +81,9 @@ def test_plots(result):
 
 def test_plots_write_the_labels_they_are_given(result):
     tokens = ["When", "Mary", "Mary", "→ John"]
-    pytest.importorskip("matplotlib")
     drawn = result.plot(backend="matplotlib", labels={"pos": tokens, "head": ["a", "b", "c", "d"]})
     assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == tokens
     assert [label.get_text() for label in drawn.axes[1].get_xticklabels()] == ["a", "b", "c", "d"]
-    pytest.importorskip("plotly")
     assert list(result.plot(labels={"pos": tokens}).layout.yaxis.ticktext) == tokens
     titles = [title.text for title in result.plot(labels={"layer": ["first", "second"]}).layout.annotations]
     assert titles == ["layer first", "layer second"]

@@ -299,6 +299,8 @@ def test_bad_calls_are_refused_before_anything_is_patched():
             patching.sweep(*args, progress=False, **options)
 
     refuse(InputError, r"pair 0: 6 clean and 5 corrupted tokens", model, clean, corrupted[:, 1:], "z", METRIC)
+    mask = torch.ones(1, N_TOKENS)
+    refuse(InputError, "attention_mask goes with token ids", model, "a", "b", "z", METRIC, attention_mask=mask)
     whole = patching.Pair(clean[0], corrupted[0])
     refuse(InputError, "a prompt is a Pair; expected text", model, whole, whole, "z", METRIC)
     refuse(InputError, "1 clean prompts and 2 corrupted", model, clean, corrupted.repeat(2, 1), "z", METRIC)
