@@ -1,4 +1,4 @@
-"""What every test runs under: no network, and shape annotations checked on every call."""
+"""What every test runs under: no network, shape annotations checked on every call, one profile for hypothesis."""
 
 import os
 import sys
@@ -18,6 +18,18 @@ if not any("benchmarks" in argument for argument in sys.argv):
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
+
+# How long a machine takes says nothing about the package: no deadline, and slow strategies are fine. CI draws the
+# same examples for the same code, so that a change is judged by itself; everybody else's runs draw new ones.
+settings.register_profile(
+    "hooklens",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+    derandomize=os.environ.get("CI") == "true",
+)
+settings.load_profile("hooklens")
 
 transformers.utils.logging.disable_progress_bar()
 
