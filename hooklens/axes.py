@@ -5,9 +5,10 @@ n_kv_heads n_ctx`; axes are the keys of `AXES`. With a key-value cache `pos` and
 tokens and `key` is past + new tokens.
 """
 
+import operator
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import SupportsIndex
 
 from hooklens.errors import HookNameError, suggest_names
 
@@ -22,6 +23,7 @@ AXES: dict[str, str] = {
     "d_head": "width of one attention head",
     "d_mlp": "neurons of one MLP",
     "d_vocab": "entries of the vocabulary",
+    "position": "rows of a table of learned positions: n_ctx, and the rows before position 0",
     "one": "a single number per position",
 }
 
@@ -50,128 +52,49 @@ class HookSite:
         """Whether the point exists once per block."""
         return "{i}" in self.template
 
-
-_STREAM = ("batch", "pos", "d_model")
-_STREAM_SCALE = ("batch", "pos", "one")
-_PER_HEAD = ("batch", "pos", "head", "d_head")
-_PER_KV_HEAD = ("batch", "pos", "kv_head", "d_head")
-_PER_NEURON = ("batch", "pos", "d_mlp")
-_HEAD_STREAM = ("batch", "pos", "head", "d_model")
-_KV_HEAD_STREAM = ("batch", "pos", "kv_head", "d_model")
-_ATTENTION = ("batch", "head", "query", "key")
+    @property
+    def position_axis(self) -> int | None:
+        """Which axis runs over the tokens of the call; None where none does."""
+        return next((self.axes.index(axis) for axis in ("pos", "query") if axis in self.axes), None)
 
 
-def _norm_sites(
-    prefix: str, where: str, *, axes: tuple[str, ...] = _STREAM, scale_axes: tuple[str, ...] = _STREAM_SCALE
-) -> list[HookSite]:
-    return [
-        HookSite(template=f"{prefix}.hook_scale", axes=scale_axes, description=f"{where}: the norm's denominator"),
-        HookSite(
-            template=f"{prefix}.hook_normalized",
-            axes=axes,
-            description=f"{where}: after centring and scaling, before weight and bias",
-        ),
-    ]
+HOOK_SITES: dict[str, HookSite] = {}
+"""Every kind of hook point there is, by template: what the parts of a network have declared."""
+
+# Templates by short word and by the module they sit in; None: in the block or the model itself.
+_TEMPLATES: dict[str, dict[str | None, str]] = {}
 
 
-def _all_sites() -> list[HookSite]:
-    """List every kind of hook point in the order in which a forward reaches them."""
-    block, attn, mlp = "blocks.{i}", "blocks.{i}.attn", "blocks.{i}.mlp"
-    return [
-        HookSite(template="hook_embed", axes=_STREAM, description="token embedding, as it enters the stream"),
-        HookSite(template="hook_pos_embed", axes=_STREAM, description="learned position embedding"),
-        HookSite(template=f"{block}.hook_resid_pre", axes=_STREAM, description="the stream entering the block"),
-        HookSite(
-            template=f"{block}.hook_attn_in",
-            axes=_HEAD_STREAM,
-            on_request=True,
-            description="stream entering attention, a copy per head, before the norm; a key-value head reads "
-            "the mean of the copies of its query heads",
-        ),
-        HookSite(
-            template=f"{block}.hook_q_input",
-            axes=_HEAD_STREAM,
-            on_request=True,
-            description="stream entering the queries, a copy per head, before the norm",
-        ),
-        HookSite(
-            template=f"{block}.hook_k_input",
-            axes=_KV_HEAD_STREAM,
-            on_request=True,
-            description="stream entering the keys, a copy per key-value head, before the norm",
-        ),
-        HookSite(
-            template=f"{block}.hook_v_input",
-            axes=_KV_HEAD_STREAM,
-            on_request=True,
-            description="stream entering the values, a copy per key-value head, before the norm",
-        ),
-        *_norm_sites(f"{block}.ln1", "norm before attention"),
-        HookSite(template=f"{attn}.hook_q", axes=_PER_HEAD, description="queries, before query-key norm and rotary"),
-        HookSite(template=f"{attn}.hook_k", axes=_PER_KV_HEAD, description="keys, before query-key norm and rotary"),
-        HookSite(template=f"{attn}.hook_v", axes=_PER_KV_HEAD, description="values"),
-        HookSite(
-            template=f"{attn}.hook_k_per_head",
-            axes=_PER_HEAD,
-            on_request=True,
-            repeats=f"{attn}.hook_k",
-            description="grouped queries: keys before query-key norm and rotary, a copy per query head",
-        ),
-        HookSite(
-            template=f"{attn}.hook_v_per_head",
-            axes=_PER_HEAD,
-            on_request=True,
-            repeats=f"{attn}.hook_v",
-            description="grouped queries: values, a copy per query head",
-        ),
-        *_norm_sites(f"{attn}.q_norm", "query norm", axes=_PER_HEAD, scale_axes=("batch", "pos", "head", "one")),
-        *_norm_sites(f"{attn}.k_norm", "key norm", axes=_PER_KV_HEAD, scale_axes=("batch", "pos", "kv_head", "one")),
-        HookSite(template=f"{attn}.hook_rot_q", axes=_PER_HEAD, description="queries after rotary"),
-        HookSite(template=f"{attn}.hook_rot_k", axes=_PER_KV_HEAD, description="keys after rotary, as cached"),
-        HookSite(
-            template=f"{attn}.hook_attn_scores",
-            axes=_ATTENTION,
-            description="scaled, soft-capped and biased scores before the softmax; masked entries are -inf",
-        ),
-        HookSite(
-            template=f"{attn}.hook_pattern",
-            axes=_ATTENTION,
-            description="attention pattern; rows sum to 1, fully masked rows are 0",
-        ),
-        HookSite(template=f"{attn}.hook_z", axes=_PER_HEAD, description="pattern-weighted values"),
-        HookSite(
-            template=f"{attn}.hook_result",
-            axes=_HEAD_STREAM,
-            on_request=True,
-            description="what each head writes (z W_O); with b_O they sum to the attention output",
-        ),
-        *_norm_sites(f"{block}.ln1_post", "norm after attention"),
-        HookSite(template=f"{block}.hook_attn_out", axes=_STREAM, description="what attention adds to the stream"),
-        HookSite(template=f"{block}.hook_resid_mid", axes=_STREAM, description="the stream between attention and MLP"),
-        HookSite(
-            template=f"{block}.hook_mlp_in",
-            axes=_STREAM,
-            description="stream entering the MLP, before the norm; an edit reaches the MLP only",
-        ),
-        *_norm_sites(f"{block}.ln2", "norm before the MLP"),
-        HookSite(template=f"{mlp}.hook_pre", axes=_PER_NEURON, description="before the activation; gated: the gate"),
-        HookSite(template=f"{mlp}.hook_pre_linear", axes=_PER_NEURON, description="gated MLP: the linear half"),
-        HookSite(template=f"{mlp}.hook_post", axes=_PER_NEURON, description="neurons: the input of W_out"),
-        *_norm_sites(f"{block}.ln2_post", "norm after the MLP"),
-        HookSite(template=f"{block}.hook_mlp_out", axes=_STREAM, description="what the MLP adds to the stream"),
-        HookSite(template=f"{block}.hook_resid_post", axes=_STREAM, description="the stream leaving the block"),
-        *_norm_sites("ln_final", "final norm"),
-        HookSite(template="unembed.hook_in", axes=_STREAM, description="input of the unembedding"),
-        HookSite(
-            template="unembed.hook_out",
-            axes=("batch", "pos", "d_vocab"),
-            description="logits, before an output soft cap",
-        ),
-    ]
+def declare_axis(name: str, description: str) -> None:
+    """Add an axis to the glossary, for parts that bring one of their own.
+
+    Raises:
+        HookNameError: the word stands for something else already.
+    """
+    if AXES.setdefault(name, description) != description:
+        raise HookNameError(f"axis {name!r} is {AXES[name]!r} already; give the axis another name")
 
 
-HOOK_SITES: dict[str, HookSite] = {site.template: site for site in _all_sites()}
-_REPEATS = {site.repeats: site.template for site in HOOK_SITES.values() if site.repeats is not None}
+def declare_site(site: HookSite) -> HookSite:
+    """Add a kind of hook point, which has one meaning in all networks.
+
+    Raises:
+        HookNameError: an axis is not in `AXES`, or the name has other axes already.
+    """
+    unknown = [axis for axis in site.axes if axis not in AXES]
+    if unknown:
+        raise HookNameError(f"hook point {site.template!r}: axes {unknown} are unknown; declare_axis adds one")
+    known = HOOK_SITES.setdefault(site.template, site)
+    if known.axes != site.axes:
+        raise HookNameError(
+            f"hook point {site.template!r} carries {list(known.axes)} in other networks, not {list(site.axes)}; give "
+            "it another name"
+        )
+    *path, point = site.template.split(".")
+    module = path[-1] if path and path[-1] != "{i}" else None
+    _TEMPLATES.setdefault(point.removeprefix("hook_"), {})[module] = site.template
+    return known
+
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
 
@@ -187,7 +110,8 @@ def name_repeats(name: str) -> str | None:
     `"blocks.3.attn.hook_k"` gives `"blocks.3.attn.hook_k_per_head"`. Models have it where query heads share keys.
     """
     match = _LAYER.match(name)
-    template = _REPEATS.get(_LAYER.sub("blocks.{i}.", name))
+    own = _LAYER.sub("blocks.{i}.", name)
+    template = next((site.template for site in HOOK_SITES.values() if site.repeats == own), None)
     return template if template is None or match is None else template.replace("{i}", match.group(1))
 
 
@@ -207,27 +131,13 @@ ALIASES = {
     "mlp_pre": "pre",
     "mlp_post": "post",
 }
-_SHORTHAND = re.compile(r"^(?P<word>[a-z_]+?)(?P<layer>-?\d+)(?P<part>[a-z_0-9]*)$")
+_SHORTHAND = re.compile(r"(?P<word>[a-z_]+?)(?P<layer>-?[0-9]{1,9})(?P<part>[a-z_0-9]*)")
+_LAYER_TEXT = re.compile(r"-?[0-9]{1,9}")
 
 
-@lru_cache(maxsize=1)
-def _templates_by_word() -> dict[tuple[str, str | None], str]:
-    """Index templates by (short word, part), where part is the module the point sits in, if ambiguous."""
-    index: dict[tuple[str, str | None], str] = {}
-    for template in HOOK_SITES:
-        *path, point = template.split(".")
-        word = point.removeprefix("hook_")
-        index[word, path[-1] if path else None] = template
-    plain: dict[str, list[str]] = {}
-    for (word, _), template in index.items():
-        plain.setdefault(word, []).append(template)
-    for word, templates in plain.items():
-        if len(templates) == 1:
-            index[word, None] = templates[0]
-    return index
-
-
-def get_act_name(name: str, layer: int | None = None, part: str | None = None, *, n_layers: int | None = None) -> str:
+def get_act_name(
+    name: str, layer: SupportsIndex | str | None = None, part: str | None = None, *, n_layers: int | None = None
+) -> str:
     """The full hook name of a shorthand.
 
     `("resid_pre", 3)` gives `"blocks.3.hook_resid_pre"`; `("scale", 3, "ln1")` gives
@@ -236,59 +146,96 @@ def get_act_name(name: str, layer: int | None = None, part: str | None = None, *
 
     Args:
         name: a full hook name, a shorthand, or one of the field's aliases (`"attn"` is the pattern).
-        layer: the block; may also stand inside `name` (`"k3"`). Negative ones need `n_layers`.
+        layer: the block, as a number or its text (`"3"`); may also stand inside `name` (`"k3"`). Negative ones need
+            `n_layers`.
         part: the module, where the word alone is ambiguous: `"ln1"`, `"ln2"`, `"q_norm"`, ...
         n_layers: number of blocks, used to check `layer` and to count negative ones from the end.
 
     Raises:
-        HookNameError: no hook point has that name, or a layer or part is missing or too much.
+        HookNameError: no hook point has that name, or a layer or part is missing, too much, or of another kind.
     """
+    if not isinstance(name, str) or not isinstance(part, str | None):
+        raise HookNameError(
+            f"{name!r} with part {part!r} names no hook point; expected text: a full name, or a word such as "
+            "'resid_pre', with a module such as 'ln1' where it needs one"
+        )
     if layer is None and part is None and find_site(name) is not None:
         return name
     word, given_layer, given_part = name, layer, part
-    if layer is None and (match := _SHORTHAND.match(name)):
-        word, given_layer = match["word"], int(match["layer"])
+    if layer is None and (match := _SHORTHAND.fullmatch(name)):
+        word, given_layer = match["word"], match["layer"]
+        if part is not None and match["part"] not in ("", part):
+            raise HookNameError(f"hook name {name!r} already names a module; leave the part {part!r} out")
         given_part = match["part"] or part
     word = ALIASES.get(word, word)
-
-    index = _templates_by_word()
-    if word in {"scale", "normalized"} and given_part is None and given_layer is None:
+    number = None if given_layer is None else resolve_layer(given_layer, n_layers, what=f"hook name {name!r}")
+    if word in {"scale", "normalized"} and given_part is None and number is None:
         given_part = "ln_final"
-    template = index.get((word, given_part))
-    if template is None:
-        parts = sorted(part_name for (known, part_name) in index if known == word and part_name)
-        if parts:
-            choices = ", ".join(repr(choice) for choice in parts)
-            raise HookNameError(f"hook name {word!r} needs the module it sits in, one of {choices}; got {given_part!r}")
-        words = {known for known, _ in index} | set(ALIASES)
+    template = _find_template(name, word, number, given_part)
+    if not HOOK_SITES[template].per_layer:
+        if number is not None:
+            raise HookNameError(f"hook point {template!r} exists once per model: leave the layer {number} out")
+        return template
+    if number is None:
+        example = (word, 0) if given_part is None else (word, 0, given_part)
+        raise HookNameError(f"hook name {name!r} exists once per block: give the layer, as in {example}")
+    return template.replace("{i}", str(number))
+
+
+def _find_template(name: str, word: str, layer: int | None, part: str | None) -> str:
+    index = _TEMPLATES
+    if word not in index:
         raise HookNameError(
-            f"no hook point is called {name!r}.{suggest_names(word, words)} "
+            f"no hook point is called {name!r}.{suggest_names(word, [*index, *ALIASES])} "
             "model.hook_table() lists the points a model has"
         )
-    per_layer = HOOK_SITES[template].per_layer
-    if per_layer and given_layer is None:
-        raise HookNameError(f"hook name {name!r} exists once per block: give the layer, as in ({word!r}, 0)")
-    if not per_layer:
-        if given_layer is not None:
-            raise HookNameError(f"hook point {template!r} exists once per model: leave the layer {given_layer} out")
-        return template
-    assert given_layer is not None
-    return template.replace("{i}", str(resolve_layer(given_layer, n_layers, what=f"hook name {name!r}")))
+    places = index[word]
+    if part is None and len(places) == 1:
+        return next(iter(places.values()))
+    if part in places:
+        return places[part]
+    in_blocks = {module: template for module, template in places.items() if "{i}" in template}
+    if layer is not None and in_blocks:
+        places = in_blocks
+    modules = ", ".join(repr(module) for module in sorted(filter(None, places)))
+    needs = f"needs the module it sits in, one of {modules}" if modules else "sits in no module, so leave that out"
+    names = ", ".join(repr(template.replace("{i}", str(layer or 0))) for template in places.values())
+    raise HookNameError(f"hook name {word!r} {needs}; got {part!r}. Full names: {names}")
 
 
-def resolve_layer(layer: int, n_layers: int | None, *, what: str) -> int:
-    """Check a layer and count a negative one from the end.
+def resolve_layer(layer: SupportsIndex | str, n_layers: int | None, *, what: str) -> int:
+    """Check a layer, a number or its text, and count a negative one from the end.
 
     Raises:
-        HookNameError: the layer is outside `[-n_layers, n_layers)`, or negative with `n_layers` unknown.
+        HookNameError: the layer is outside `[-n_layers, n_layers)`, negative with `n_layers` unknown, or no whole
+            number.
     """
+    number = _read_layer(layer)
+    if number is not None and abs(number) >= 10**9:
+        raise HookNameError(f"{what}: the layer has more than 9 digits; expected a whole number such as 3, or its text")
+    if number is None:
+        raise HookNameError(f"{what}: layer {layer!r}; expected a whole number such as 3, or its text")
     if n_layers is None:
-        if layer < 0:
-            raise HookNameError(f"{what}: a negative layer ({layer}) needs the number of layers")
-        return layer
-    if not -n_layers <= layer < n_layers:
+        if number < 0:
+            raise HookNameError(f"{what}: a negative layer ({number}) needs the number of layers")
+        return number
+    if not -n_layers <= number < n_layers:
         raise HookNameError(
-            f"{what}: layer {layer} is out of range; the model has {n_layers} layers, "
+            f"{what}: layer {number} is out of range; the model has {n_layers} layers, "
             f"0 to {n_layers - 1} (or -{n_layers} to -1 from the end)"
         )
-    return layer % n_layers
+    return number % n_layers
+
+
+def _read_layer(layer: SupportsIndex | str) -> int | None:
+    """A layer as a plain number; None for masks, fractions and what else counts no blocks."""
+    if isinstance(layer, str):
+        return int(layer) if _LAYER_TEXT.fullmatch(layer) else None
+    # A boolean tensor is an index to Python.
+    dtype, n_axes = str(getattr(layer, "dtype", "")), getattr(layer, "ndim", 0)
+    if isinstance(layer, bool) or "bool" in dtype or n_axes:
+        return None
+    try:
+        return operator.index(layer)
+    except TypeError:
+        return None

@@ -1,11 +1,14 @@
 """Tests of hooklens.axes: the glossary and the grammar of hook names."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.axes import ALIASES, AXES, HOOK_SITES, find_site, get_act_name, layer_of, name_repeats, resolve_layer
 from hooklens.errors import HookNameError
+from tests.annotations import unchecked
 
 
 @pytest.mark.parametrize("site", HOOK_SITES.values(), ids=lambda site: site.template)
@@ -69,6 +72,10 @@ def test_layer_of():
         (("pos_embed",), "hook_pos_embed"),
         (("in",), "unembed.hook_in"),
         (("blocks.7.attn.hook_z",), "blocks.7.attn.hook_z"),
+        (("normalized", "2", "ln1"), "blocks.2.ln1.hook_normalized"),
+        (("k", np.int64(3)), "blocks.3.attn.hook_k"),
+        (("k", torch.tensor(3)), "blocks.3.attn.hook_k"),
+        (("scale3", None, "ln2"), "blocks.3.ln2.hook_scale"),
     ],
 )
 def test_shorthands(arguments, expected):
@@ -78,7 +85,7 @@ def test_shorthands(arguments, expected):
 @given(template=st.sampled_from(sorted(HOOK_SITES)), layer=st.integers(0, 200))
 def test_every_full_name_has_a_shorthand(template, layer):
     *path, point = template.split(".")
-    word, part = point.removeprefix("hook_"), path[-1] if path else None
+    word, part = point.removeprefix("hook_"), path[-1] if path and path[-1] != "{i}" else None
     name = template.replace("{i}", str(layer))
     given_layer = layer if "{i}" in template else None
     assert get_act_name(word, given_layer, part) == name
@@ -109,9 +116,67 @@ def test_aliases_lead_to_words_that_exist():
         (("embed", 2), None, r"'hook_embed' exists once per model: leave the layer 2 out"),
         (("pattern", 4), 4, r"layer 4 is out of range; the model has 4 layers, 0 to 3 \(or -4 to -1 from the end\)"),
         (("pattern", -5), 4, r"layer -5 is out of range"),
+        (("scale", None, "ln1"), None, r"give the layer, as in \('scale', 0, 'ln1'\)"),
+        (
+            ("attn_out", 1, "b"),
+            None,
+            r"'attn_out' sits in no module.*; got 'b'\. Full names: 'blocks\.1\.hook_attn_out'$",
+        ),
+        (
+            ("scale", "-1", "b"),
+            4,
+            r"'ln1', .*; got 'b'\. Full names: 'blocks\.3\.attn\.q_norm\.hook_scale', .*'blocks\.3\.ln1\.hook_scale', ",
+        ),
+        (("resid_pre", 1, "{i}"), None, r"'resid_pre' sits in no module"),
+        (("scale3ln1", None, "ln2"), None, r"'scale3ln1' already names a module; leave the part 'ln2' out"),
+        (("k3\n",), None, r"no hook point is called 'k3\\n'"),
+        (("k", 10**5000), None, r"'k': the layer has more than 9 digits"),
         (("pattern", -1), None, r"a negative layer \(-1\) needs the number of layers"),
     ],
 )
 def test_what_is_no_name_is_refused(arguments, n_layers, text):
     with pytest.raises(HookNameError, match=text):
         get_act_name(*arguments, n_layers=n_layers)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [True, 2.0, "two", "2.0", "", "9" * 5000, np.True_, torch.tensor(True), torch.tensor([1]), np.array([1]), b"1"],
+    ids=lambda layer: repr(layer)[:20],
+)
+def test_layers_of_another_kind_are_refused(layer):
+    """Text raised a TypeError from inside, and True was layer 1."""
+    with unchecked(), pytest.raises(HookNameError, match=r"'k': layer .*; expected a whole number such as 3"):
+        get_act_name("k", layer)
+
+
+@pytest.mark.parametrize("arguments", [(None,), (3,), (("k", 3),), ("scale", 0, 1), ("scale", 0, ["ln1"])])
+def test_names_of_another_kind_are_refused(arguments):
+    with unchecked(), pytest.raises(HookNameError, match=r"names no hook point; expected text"):
+        get_act_name(*arguments)
+
+
+_words = st.sampled_from(
+    ["k", "scale", "attn", "resid_pre", "in", "embed", "blocks.1.hook_resid_pre", "k1", "scale1ln1"]
+)
+_odd = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.lists(st.integers(), max_size=2)
+)
+_parts = st.sampled_from(["ln1", "q_norm", "unembed", "b", "{i}"])
+
+
+@given(
+    name=_words | _odd, layer=_odd | st.integers(-3, 3).map(str), part=_parts | _odd, n_layers=st.none() | st.just(3)
+)
+def test_anything_gives_a_name_or_is_refused(name, layer, part, n_layers):
+    try:
+        with unchecked():
+            found = get_act_name(name, layer, part, n_layers=n_layers)
+    except HookNameError as error:
+        found = None
+        text = str(error)
+    if found is None:
+        assert "blocks.{i}" not in text
+    else:
+        assert find_site(found) is not None
+        assert get_act_name(found) == found

@@ -1,7 +1,9 @@
 """Tests of hooklens.config: defaults, refusals, round trips."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,10 @@ from hooklens.config import (
     AlibiPositions,
     HookedConfig,
     LearnedPositions,
+    NoPositions,
     NormConfig,
     Origin,
+    PartConfig,
     RotaryPositions,
     RotaryScaling,
 )
@@ -20,7 +24,7 @@ from hooklens.errors import ConfigError
 from tests.annotations import unchecked
 from tests.model.networks import CONFIGS
 
-SIZES = {"d_model": 12, "n_layers": 2, "n_heads": 4, "d_vocab": 7, "n_ctx": 9}
+SIZES = {"d_model": 12, "n_layers": 2, "n_heads": 4, "d_vocab": 7, "n_ctx": 9, "positions": NoPositions()}
 
 
 def test_sizes_left_out_are_derived():
@@ -33,8 +37,8 @@ def test_sizes_left_out_are_derived():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"d_model": 0, "n_ctx": -1}, r"config: d_model=0, n_ctx=-1; expected numbers above 0"),
-        ({"n_layers": -1}, r"n_layers=-1; expected a number >= 0"),
+        ({"d_model": 0, "n_ctx": -1}, r"config: d_model=0, n_ctx=-1; expected whole numbers from 1 on"),
+        ({"n_layers": -1}, r"n_layers=-1; expected whole numbers from 0 on"),
         ({"d_model": 13}, r"d_model=13 is not a multiple of n_heads=4; give d_head"),
         ({"n_kv_heads": 3}, r"n_heads=4 is not a multiple of n_kv_heads=3; each key-value head serves"),
         ({"act_fn": "swish"}, r"act_fn is 'swish'; expected one of 'relu', 'relu2', 'gelu'"),
@@ -44,7 +48,15 @@ def test_sizes_left_out_are_derived():
         ({"positions": RotaryPositions(dim=4)}, r"rotary dim 4 is larger than d_head=3"),
         ({"windows": (3,)}, r"windows has 1 entries for 2 layers"),
         ({"tied_unembed": True, "unembed_bias": True}, r"a tied unembedding has no bias"),
-        ({"attn_softcap": 0.0}, r"attn_softcap=0.0; expected numbers above 0"),
+        ({"d_model": True, "d_vocab": 2.5}, r"d_model=True, d_vocab=2.5; expected whole numbers from 1 on"),
+        ({"embed_scale": float("inf")}, r"embed_scale=inf; expected finite numbers above 0"),
+        ({"windows": (3, 0)}, r"windows: layer 1=0; expected whole numbers from 1 on"),
+        ({"positions": None}, r"positions=None; expected RotaryPositions.* or NoPositions\(\) for none at all"),
+        ({"positions": (NoPositions(),)}, r"positions has 1 entries for 2 layers"),
+        ({"positions": (NoPositions(), RotaryPositions(dim=4))}, r"rotary dim 4 is larger than d_head=3"),
+        ({"positions": (LearnedPositions(), NoPositions())}, r"learned positions .* cannot differ by layer"),
+        ({"attn": (PartConfig(kind="attention"),) * 3}, r"attn has 3 entries for 2 layers"),
+        ({"attn_softcap": 0.0}, r"attn_softcap=0.0; expected finite numbers above 0"),
     ],
 )
 def test_what_describes_no_network_is_refused(changes, text):
@@ -57,9 +69,9 @@ def test_what_describes_no_network_is_refused(changes, text):
     [
         (lambda: NormConfig(kind="batch", eps=1e-5), r"norm kind is 'batch'; expected one of 'layer', 'rms'"),
         (lambda: NormConfig(kind="rms", eps=1e-5), r"an RMSNorm has no bias: set bias=False"),
-        (lambda: NormConfig(kind="layer", eps=-1.0), r"norm eps is -1.0; expected a number >= 0"),
+        (lambda: NormConfig(kind="layer", eps=-1.0), r"norm: eps=-1.0; expected finite numbers >= 0"),
         (lambda: RotaryPositions(dim=3), r"rotary dim is 3; expected an even number"),
-        (lambda: RotaryPositions(dim=2, base=0), r"base=0; expected numbers above 0"),
+        (lambda: RotaryPositions(dim=2, base=0), r"base=0; expected finite numbers above 0"),
         (lambda: RotaryPositions(dim=2, layout="odd"), r"rotary layout is 'odd'"),
         (lambda: RotaryScaling(kind="ntk", factor=2.0), r"rotary scaling kind is 'ntk'"),
         (lambda: RotaryScaling(kind="yarn", factor=2.0), r"rotary scaling 'yarn' needs original_n_ctx"),
@@ -73,6 +85,13 @@ def test_what_describes_no_network_is_refused(changes, text):
 def test_parts_are_checked_when_made(make, text):
     with unchecked(), pytest.raises(ConfigError, match=text):
         make()
+
+
+def test_positions_have_no_default():
+    """Left out they were none at all, so a network could be built whose tokens do not know their order."""
+    sizes = {name: value for name, value in SIZES.items() if name != "positions"}
+    with unchecked(), pytest.raises(ConfigError, match=r"positions=None; expected .* or NoPositions\(\)"):
+        HookedConfig(**sizes)
 
 
 def test_configs_are_frozen_and_keyword_only():
@@ -107,6 +126,20 @@ def test_window_per_layer():
     assert CONFIGS["rotary"].window(1) is None
 
 
+def test_layers_may_differ():
+    rotary, other = RotaryPositions(dim=2), PartConfig(kind="mlp", options={"d_mlp": 5})
+    cfg = HookedConfig(**{**SIZES, "positions": (rotary, NoPositions()), "mlp": (PartConfig(kind="mlp"), other)})
+    first, second = cfg.block(0), cfg.block(1)
+    assert (first.positions, second.positions) == (rotary, NoPositions())
+    assert (first.attn, second.attn) == (cfg.attn, cfg.attn)
+    assert second.mlp is other
+    assert [block.of(block.mlp).size("d_mlp") for block in (first, second)] == [48, 5]
+    assert second.of(second.attn).size("head") == 4
+    wrong = PartConfig(kind="mlp", options={"d_mlp": "many"})
+    with pytest.raises(ConfigError, match=r"part in layer 1: d_mlp='many'; expected whole numbers from 1 on"):
+        second.of(wrong).size("d_mlp")
+
+
 def test_the_origin_is_no_part_of_equality():
     cfg = CONFIGS["rotary"]
     from_disk = cfg.replace(origin=Origin(family="f", hub_config="{}"))
@@ -115,36 +148,55 @@ def test_the_origin_is_no_part_of_equality():
     assert HookedConfig.from_json(from_disk.to_json()).origin == from_disk.origin
 
 
+def draw(made, /, **fields):
+    """Values of a class; made without the check of annotations, which uses random numbers of its own."""
+
+    def make(**drawn):
+        with unchecked():
+            return made(**drawn)
+
+    return st.builds(make, **fields)
+
+
 _scaling = st.one_of(
     st.none(),
-    st.builds(RotaryScaling, kind=st.just("linear"), factor=st.floats(1.0, 8.0)),
-    st.builds(RotaryScaling, kind=st.sampled_from(["dynamic", "yarn"]), factor=st.floats(1.0, 8.0),
+    draw(RotaryScaling, kind=st.just("linear"), factor=st.floats(1.0, 8.0)),
+    draw(RotaryScaling, kind=st.sampled_from(["dynamic", "yarn"]), factor=st.floats(1.0, 8.0),
               original_n_ctx=st.integers(1, 99), mscale=st.one_of(st.none(), st.floats(0.5, 1.0))),
-    st.builds(RotaryScaling, kind=st.just("llama3"), factor=st.floats(1.0, 8.0), original_n_ctx=st.integers(1, 99),
+    draw(RotaryScaling, kind=st.just("llama3"), factor=st.floats(1.0, 8.0), original_n_ctx=st.integers(1, 99),
               low_freq_factor=st.just(1.0), high_freq_factor=st.just(4.0)),
 )  # fmt: skip
 _positions = st.one_of(
-    st.none(),
-    st.builds(AlibiPositions, scaled=st.booleans(), bfloat16=st.booleans()),
-    st.builds(LearnedPositions, offset=st.integers(0, 3)),
-    st.builds(RotaryPositions, dim=st.just(2), layout=st.sampled_from(["half", "interleaved"]), scaling=_scaling),
+    draw(NoPositions),
+    draw(AlibiPositions, scaled=st.booleans(), bfloat16=st.booleans()),
+    draw(LearnedPositions, offset=st.integers(0, 3)),
+    draw(RotaryPositions, dim=st.just(2), layout=st.sampled_from(["half", "interleaved"]), scaling=_scaling),
 )
 _norms = st.one_of(
-    st.builds(NormConfig, kind=st.just("layer"), eps=st.floats(0, 1), bias=st.booleans()),
-    st.builds(NormConfig, kind=st.just("rms"), eps=st.floats(0, 1), bias=st.just(False), unit_offset=st.booleans()),
+    draw(NormConfig, kind=st.just("layer"), eps=st.floats(0, 1), bias=st.booleans()),
+    draw(NormConfig, kind=st.just("rms"), eps=st.floats(0, 1), bias=st.just(False), unit_offset=st.booleans()),
 )
-_configs = st.builds(
+# Text, whole and broken numbers as JSON gives them back.
+_options = st.dictionaries(
+    st.text(max_size=3), st.none() | st.booleans() | st.integers() | st.floats(-9, 9) | st.text()
+)
+_parts = draw(PartConfig, kind=st.text(max_size=3), options=_options)
+_by_layer = _positions.filter(lambda positions: not isinstance(positions, LearnedPositions))
+_configs = draw(
     HookedConfig, d_model=st.just(12), n_layers=st.just(2), n_heads=st.just(4), d_vocab=st.integers(1, 9),
     n_ctx=st.integers(1, 9), n_kv_heads=st.sampled_from([1, 2, 4]), norm=_norms, qk_norm=st.none() | _norms,
-    positions=_positions, windows=st.none() | st.tuples(st.none(), st.integers(1, 9)),
-    attn_softcap=st.none() | st.floats(1, 9), tied_unembed=st.booleans(),
+    positions=_positions | st.tuples(_by_layer, _by_layer), attn=_parts | st.tuples(_parts, _parts),
+    windows=st.none() | st.tuples(st.none(), st.integers(1, 9)), attn_softcap=st.none() | st.floats(1, 9),
+    tied_unembed=st.booleans(),
 )  # fmt: skip
 
 
 @given(cfg=_configs)
 def test_json_round_trip(cfg):
-    assert HookedConfig.from_json(cfg.to_json()) == cfg
-    assert HookedConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    for again in (HookedConfig.from_json(cfg.to_json()), HookedConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))):
+        assert again == cfg
+        assert hash(again) == hash(cfg)
+        assert again.fingerprint == cfg.fingerprint
 
 
 def test_unknown_fields_in_a_file_are_listed():
@@ -153,3 +205,59 @@ def test_unknown_fields_in_a_file_are_listed():
         HookedConfig.from_dict(values)
     with pytest.raises(ConfigError, match=r"positions kind is 'sinusoidal'; expected one of 'rotary', 'alibi'"):
         HookedConfig.from_dict({**SIZES, "positions": {"kind": "sinusoidal"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"d_model": None}, "d_model must be given"),
+        ({"n_layers": None, "n_ctx": None}, "n_ctx, n_layers must be given"),
+        ({"init_std": None}, "init_std must be given"),
+        ({"norm": None}, r"norm=None; expected NormConfig"),
+        ({"qk_norm": "rms"}, r"qk_norm='rms'; expected NormConfig"),
+        ({"attn": None}, r"attn=None; expected PartConfig\(...\), or a tuple"),
+        ({"mlp": ["mlp", "mlp"]}, r"mlp=\['mlp', 'mlp'\]; expected PartConfig"),
+        ({"windows": [1, 2]}, r"windows=\[1, 2\]; expected a tuple"),
+        ({"windows": 5}, "windows=5; expected a tuple"),
+        ({"gated_mlp": "yes", "tied_unembed": 1}, "gated_mlp='yes', tied_unembed=1; expected True or False"),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_words(changes, text):
+    """They were accepted, or gave an AttributeError or AssertionError later."""
+    given = {"d_model": 8, "n_layers": 2, "n_heads": 2, "d_vocab": 9, "n_ctx": 16, "positions": NoPositions()}
+    with unchecked(), pytest.raises(ConfigError, match=text):
+        HookedConfig(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("norm", {"kind": "layer", "eps": 1e-5, "epps": 1}, "norm: .*epps"),
+        ("positions", {"kind": "rotary", "dimm": 1}, "positions: .*dimm"),
+        ("attn", {"kind": "attention", "choices": {}}, "part: .*choices"),
+        ("origin", {"family": "llama"}, "origin: .*hub_config"),
+        ("qk_norm", "rms", "qk_norm is 'rms'; expected its fields by name"),
+    ],
+)
+def test_unknown_fields_inside_a_part_are_named(field, value, text):
+    """They were TypeErrors of a constructor that the reader of a file has never heard of."""
+    values = CONFIGS["rotary"].to_dict()
+    with unchecked(), pytest.raises(ConfigError, match=text):
+        HookedConfig.from_dict({**values, field: value})
+
+
+def test_options_of_a_part_do_not_change():
+    """A config whose options were changed kept the fingerprint that caches are compared by."""
+    part = PartConfig(kind="attention", options={"a": 1})
+    for change in (
+        lambda: part.options.__setitem__("a", 2),
+        lambda: part.options.update(b=1),
+        lambda: part.options.pop("a"),
+        part.options.clear,
+        lambda: part.options.__ior__({"b": 2}),
+    ):
+        with pytest.raises(TypeError, match="make a new PartConfig"):
+            change()
+    for same in (copy.deepcopy(part), pickle.loads(pickle.dumps(part)), dataclasses.replace(part)):
+        assert same == part
+        assert hash(same) == hash(part)

@@ -1,4 +1,4 @@
-"""The description of a network: `HookedConfig` and its nested parts.
+"""The description of a network: `HookedConfig`.
 
 All parts are frozen, keyword-only and checked when made. `None` means that the part is absent. Nothing
 here knows where a checkpoint came from; adapters translate to and from these fields.
@@ -12,140 +12,46 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from hooklens.config.block import BlockConfig, PartConfig
+from hooklens.config.checks import (
+    check_choice,
+    check_counts,
+    check_flags,
+    check_kind,
+    check_numbers,
+    check_present,
+    read_fields,
+)
+from hooklens.config.description import Description, describe
+from hooklens.config.norms import NormConfig
+from hooklens.config.positions import (
+    LearnedPositions,
+    Positions,
+    RotaryPositions,
+    positions_from_dict,
+    positions_to_dict,
+)
 from hooklens.errors import ConfigError
 
 Wiring = Literal["sequential", "parallel"]
-NormKind = Literal["layer", "rms"]
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "silu"]
-RotaryLayout = Literal["half", "interleaved"]
-RotaryScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
-
-
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{what} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_positive(owner: str, **values: float | None) -> None:
-    bad = {name: value for name, value in values.items() if value is not None and not value > 0}
-    if bad:
-        found = ", ".join(f"{name}={value!r}" for name, value in bad.items())
-        raise ConfigError(f"{owner}: {found}; expected numbers above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormConfig:
-    """A norm over the last axis.
-
-    Attributes:
-        kind: `"layer"` (centre, scale, weight, bias) or `"rms"` (scale, weight; Zhang and Sennrich 2019).
-        eps: added to the variance or mean square before the root.
-        bias: whether a LayerNorm has a bias `b`.
-        unit_offset: the weight acts as `1 + w`.
-    """
-
-    kind: NormKind
-    eps: float
-    bias: bool = True
-    unit_offset: bool = False
-
-    def __post_init__(self) -> None:
-        _check_choice("norm kind", self.kind, get_args(NormKind))
-        if self.eps < 0:
-            raise ConfigError(f"norm eps is {self.eps!r}; expected a number >= 0")
-        if self.kind == "rms" and self.bias:
-            raise ConfigError("an RMSNorm has no bias: set bias=False")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotaryScaling:
-    """How rotary frequencies are stretched past the length a model was first trained on.
-
-    Attributes:
-        kind: `"linear"` (Chen et al. 2023), `"dynamic"` (NTK-aware, depends on the sequence's length),
-            `"llama3"` (Llama 3.1), `"yarn"` (Peng et al. 2023).
-        factor: the stretch.
-        original_n_ctx: length trained on before stretching (`dynamic`, `llama3`, `yarn`).
-        low_freq_factor, high_freq_factor: `llama3` only.
-        beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate: `yarn` only.
-    """
-
-    kind: RotaryScalingKind
-    factor: float
-    original_n_ctx: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        _check_choice("rotary scaling kind", self.kind, get_args(RotaryScalingKind))
-        _check_positive("rotary scaling", factor=self.factor, original_n_ctx=self.original_n_ctx)
-        if self.kind != "linear" and self.original_n_ctx is None:
-            raise ConfigError(f"rotary scaling {self.kind!r} needs original_n_ctx")
-        if self.kind == "llama3" and (self.low_freq_factor is None or self.high_freq_factor is None):
-            raise ConfigError("rotary scaling 'llama3' needs low_freq_factor and high_freq_factor")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotaryPositions:
-    """Rotary position embedding (Su et al. 2021) on the first `dim` entries of each head.
-
-    Attributes:
-        dim: rotated entries of a head, even.
-        base: wavelength base (theta).
-        layout: `"half"` pairs entry i with i + dim/2, `"interleaved"` pairs 2i with 2i + 1.
-        scaling: frequency stretch, None for none.
-    """
-
-    dim: int
-    base: float = 10000.0
-    layout: RotaryLayout = "half"
-    scaling: RotaryScaling | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("rotary layout", self.layout, get_args(RotaryLayout))
-        _check_positive("rotary positions", dim=self.dim, base=self.base)
-        if self.dim % 2:
-            raise ConfigError(f"rotary dim is {self.dim}; expected an even number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlibiPositions:
-    """Attention with linear biases (Press et al. 2022): a head's slope times the key position.
-
-    Attributes:
-        scaled: the bias is multiplied by the attention scale together with the scores.
-        bfloat16: slope and product are rounded to bfloat16, as some reference code does.
-    """
-
-    scaled: bool = False
-    bfloat16: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnedPositions:
-    """A learned vector per position, `embed.W_pos`.
-
-    Attributes:
-        offset: rows of the table before position 0.
-    """
-
-    offset: int = 0
-
-
-Positions = RotaryPositions | AlibiPositions | LearnedPositions
-# Typed as the int that __post_init__ puts in its place.
+# Typed as the value that __post_init__ puts in its place, or misses.
 _DERIVED: Any = None
-_POSITION_KINDS: dict[str, type[Positions]] = {
-    "rotary": RotaryPositions,
-    "alibi": AlibiPositions,
-    "learned": LearnedPositions,
-}
+_LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
+_SIZES = ("d_model", "n_heads", "d_vocab", "n_ctx")
+_DERIVED_SIZES = ("n_kv_heads", "d_head", "d_mlp")
+_FLAGS = (
+    "gated_mlp",
+    "shared_norm",
+    "norm_before",
+    "norm_after",
+    "qkv_bias",
+    "out_bias",
+    "mlp_bias",
+    "unembed_bias",
+    "tied_unembed",
+)
+_ATTENTION, _MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,16 +88,21 @@ class HookedConfig:
         norm_before: a norm at the entrance of each branch (`ln1`, `ln2`).
         norm_after: a norm at the exit of each branch (`ln1_post`, `ln2_post`).
         qk_norm: norm over each head's query and key, before rotary.
-        positions: how positions enter, None for not at all.
+        positions: how positions enter. There is no default: none at all is asked for with `NoPositions()`.
         qkv_bias, out_bias, mlp_bias, unembed_bias: which linear maps have biases.
         attn_scale: factor on the scores. None: `d_head ** -0.5` (see `score_scale`).
         attn_softcap: `cap * tanh(scores / cap)` on the scaled scores.
         logits_softcap: the same on the logits.
+        attn: the part that attends in each block.
+        mlp: the part at the MLP's place.
         windows: per layer, how many of the latest keys a query may see; None in a layer: all.
         embed_scale: factor on the token embedding.
         tied_unembed: `W_U` is `W_E` transposed, one tensor.
         init_std: standard deviation of fresh weights.
         origin: where the configuration was read from; no part of equality.
+
+    `positions`, `attn` and `mlp` may differ by layer: then they are tuples with an entry for each. `block(layer)` is
+    the description of one layer.
     """
 
     d_model: int
@@ -206,11 +117,13 @@ class HookedConfig:
     gated_mlp: bool = False
     wiring: Wiring = "sequential"
     shared_norm: bool = False
-    norm: NormConfig = NormConfig(kind="layer", eps=1e-5)
+    norm: NormConfig = _LAYER_NORM
     norm_before: bool = True
     norm_after: bool = False
     qk_norm: NormConfig | None = None
-    positions: Positions | None = None
+    positions: Positions | tuple[Positions, ...] = _DERIVED
+    attn: PartConfig | tuple[PartConfig, ...] = _ATTENTION
+    mlp: PartConfig | tuple[PartConfig, ...] = _MLP
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
@@ -225,16 +138,29 @@ class HookedConfig:
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_positive(
-            "config", d_model=self.d_model, n_heads=self.n_heads, d_vocab=self.d_vocab, n_ctx=self.n_ctx,
-            n_kv_heads=self.n_kv_heads, d_head=self.d_head, d_mlp=self.d_mlp, attn_scale=self.attn_scale,
-            attn_softcap=self.attn_softcap, logits_softcap=self.logits_softcap,
-        )  # fmt: skip
-        if self.n_layers < 0:
-            raise ConfigError(f"config: n_layers={self.n_layers!r}; expected a number >= 0")
+        given = vars(self)
+        check_present("config", {name: given[name] for name in (*_SIZES, "n_layers", "init_std")})
+        check_counts("config", {name: given[name] for name in (*_SIZES, *_DERIVED_SIZES)})
+        check_counts("config", {"n_layers": self.n_layers}, at_least=0)
+        check_flags("config", {name: given[name] for name in _FLAGS})
+        check_numbers(
+            "config",
+            {
+                "attn_scale": self.attn_scale,
+                "attn_softcap": self.attn_softcap,
+                "logits_softcap": self.logits_softcap,
+                "embed_scale": self.embed_scale,
+            },
+        )
+        check_numbers("config", {"init_std": self.init_std}, at_least=0.0)
         self._fill_in_sizes()
-        _check_choice("config: act_fn", self.act_fn, get_args(Activation))
-        _check_choice("config: wiring", self.wiring, get_args(Wiring))
+        check_choice("config: act_fn", self.act_fn, get_args(Activation))
+        check_choice("config: wiring", self.wiring, get_args(Wiring))
+        check_kind("config: norm", self.norm, NormConfig)
+        if self.qk_norm is not None:
+            check_kind("config: qk_norm", self.qk_norm, NormConfig)
+        check_kind("config: attn", self.attn, PartConfig, by_layer=True)
+        check_kind("config: mlp", self.mlp, PartConfig, by_layer=True)
         self._check_combinations()
 
     def _fill_in_sizes(self) -> None:
@@ -258,12 +184,39 @@ class HookedConfig:
             )
         if self.shared_norm and (self.wiring != "parallel" or not self.norm_before):
             raise ConfigError("config: shared_norm needs wiring='parallel' and norm_before=True")
-        if isinstance(self.positions, RotaryPositions) and self.positions.dim > self.d_head:
-            raise ConfigError(f"config: rotary dim {self.positions.dim} is larger than d_head={self.d_head}")
-        if self.windows is not None and len(self.windows) != self.n_layers:
-            raise ConfigError(f"config: windows has {len(self.windows)} entries for {self.n_layers} layers")
+        self._check_positions()
+        if self.windows is not None and not isinstance(self.windows, tuple):
+            raise ConfigError(f"config: windows={self.windows!r}; expected a tuple with one for each layer, or None")
+        for name in ("windows", "positions", "attn", "mlp"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.n_layers:
+                raise ConfigError(f"config: {name} has {len(value)} entries for {self.n_layers} layers")
+        check_counts("config: windows", {f"layer {i}": size for i, size in enumerate(self.windows or ())})
         if self.tied_unembed and self.unembed_bias:
             raise ConfigError("config: a tied unembedding has no bias")
+
+    def _check_positions(self) -> None:
+        given: Any = self.positions
+        several = isinstance(given, tuple)
+        for one in given if several else (given,):
+            if not isinstance(one, Positions):
+                raise ConfigError(
+                    f"config: positions={one!r}; expected RotaryPositions(...), AlibiPositions(), LearnedPositions(), "
+                    "or NoPositions() for none at all"
+                )
+            if several and isinstance(one, LearnedPositions):
+                raise ConfigError("config: learned positions enter below the blocks, so they cannot differ by layer")
+            if isinstance(one, RotaryPositions) and one.dim > self.d_head:
+                raise ConfigError(f"config: rotary dim {one.dim} is larger than d_head={self.d_head}")
+
+    def block(self, layer: int) -> BlockConfig:
+        """The description of one layer, counted from 0."""
+        return BlockConfig(self, layer)
+
+    @cached_property
+    def description(self) -> Description:
+        """The weights and hook points of the network, as its parts declare them."""
+        return describe(self)
 
     def size(self, axis: str) -> int:
         """The size of an axis that the configuration fixes: `head`, `kv_head`, `d_head`, `d_model`, ...
@@ -280,6 +233,8 @@ class HookedConfig:
             "d_vocab": self.d_vocab,
             "one": 1,
         }
+        if isinstance(self.positions, LearnedPositions):
+            sizes["position"] = self.n_ctx + self.positions.offset
         size = sizes.get(axis)
         if size is None:
             raise ConfigError(f"axis {axis!r} has no size of its own; the config fixes {', '.join(sizes)}")
@@ -307,9 +262,12 @@ class HookedConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; `HookedConfig.from_dict` reads them back to an equal config."""
         values = dataclasses.asdict(self)
-        for kind, part in _POSITION_KINDS.items():
-            if isinstance(self.positions, part):
-                values["positions"] = {"kind": kind, **values["positions"]}
+        several = isinstance(self.positions, tuple)
+        values["positions"] = (
+            [positions_to_dict(one) for one in self.positions]  # type: ignore[union-attr]
+            if several
+            else positions_to_dict(self.positions)  # type: ignore[arg-type]
+        )
         return values
 
     @classmethod
@@ -326,17 +284,13 @@ class HookedConfig:
         fields = dict(values)
         for name, part in (("norm", NormConfig), ("qk_norm", NormConfig), ("origin", Origin)):
             if fields.get(name) is not None:
-                fields[name] = part(**fields[name])
-        if fields.get("positions") is not None:
-            positions = dict(fields["positions"])
-            kind = positions.pop("kind", None)
-            _check_choice("config: positions kind", str(kind), tuple(_POSITION_KINDS))
-            if positions.get("scaling") is not None:
-                positions["scaling"] = RotaryScaling(**positions["scaling"])
-            fields["positions"] = _POSITION_KINDS[str(kind)](**positions)
+                fields[name] = read_fields(part, name, fields[name])
+        for name, read in (("positions", positions_from_dict), ("attn", _read_part), ("mlp", _read_part)):
+            if (value := fields.get(name)) is not None:
+                fields[name] = read(value) if isinstance(value, Mapping) else tuple(map(read, value))
         if fields.get("windows") is not None:
             fields["windows"] = tuple(fields["windows"])
-        return cls(**fields)
+        return read_fields(cls, "config", fields)
 
     def to_json(self) -> str:
         """The configuration as JSON text, keys in field order."""
@@ -346,3 +300,7 @@ class HookedConfig:
     def from_json(cls, text: str) -> "HookedConfig":
         """Read what `to_json` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def _read_part(values: Mapping[str, Any]) -> PartConfig:
+    return read_fields(PartConfig, "part", values)

@@ -1,0 +1,111 @@
+"""One layer as its parts see it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from hooklens.config.checks import check_counts
+from hooklens.config.positions import Positions
+from hooklens.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hooklens.config.network import HookedConfig
+
+Option = str | int | float | bool | None
+Value = TypeVar("Value")
+
+
+class _Options(dict[str, Option]):
+    """Options that stay as they are: configurations are compared, hashed and copied."""
+
+    def _refuse(self, *given: object, **named: object) -> NoReturn:
+        raise TypeError("the options of a part do not change; make a new PartConfig")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[type["_Options"], tuple[dict[str, Option]]]:
+        return _Options, (dict(self),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """Which part stands in a place: attention, an MLP, or one of somebody's own (see `hooklens.model.part.Part`).
+
+    Attributes:
+        kind: the name under which the class of the part is known.
+        options: what this kind wants to know besides the network's config; sizes of axes among them.
+    """
+
+    kind: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = not isinstance(self.options, Mapping) or any(
+            not isinstance(name, str) or not isinstance(value, Option) for name, value in self.options.items()
+        )
+        if not isinstance(self.kind, str) or wrong:
+            raise ConfigError(
+                f"part {self.kind!r} with options {self.options!r}; expected the name of a kind, and options that are "
+                "text, numbers, True, False or None"
+            )
+        object.__setattr__(self, "options", _Options(self.options))
+
+    def __hash__(self) -> int:
+        return hash((self.kind, tuple(sorted(self.options))))
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """The description of one layer.
+
+    Attributes:
+        cfg: what all layers share.
+        layer: which layer.
+        options: of the part that is being made.
+    """
+
+    cfg: "HookedConfig"
+    layer: int
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    @property
+    def attn(self) -> PartConfig:
+        """The attention."""
+        return _of_layer(self.cfg.attn, self.layer)
+
+    @property
+    def mlp(self) -> PartConfig:
+        """The MLP."""
+        return _of_layer(self.cfg.mlp, self.layer)
+
+    @property
+    def positions(self) -> Positions:
+        """How positions enter attention."""
+        given = self.cfg.positions
+        return given[self.layer] if isinstance(given, tuple) else given
+
+    @property
+    def window(self) -> int | None:
+        """How many of the latest keys a query may see; None: all."""
+        return self.cfg.window(self.layer)
+
+    def of(self, part: PartConfig) -> "BlockConfig":
+        """The description for one part, with its options."""
+        return BlockConfig(self.cfg, self.layer, part.options)
+
+    def size(self, axis: str) -> int:
+        """The size of an axis: an option of the part, or what the network says.
+
+        Raises:
+            ConfigError: nobody says, or the option is no size.
+        """
+        if axis not in self.options:
+            return self.cfg.size(axis)
+        size = self.options[axis]
+        check_counts(f"options of the part in layer {self.layer}", {axis: size})
+        assert isinstance(size, int)
+        return size
+
+
+def _of_layer(value: Value | tuple[Value, ...], layer: int) -> Value:
+    return value[layer] if isinstance(value, tuple) else value

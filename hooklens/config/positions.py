@@ -1,0 +1,148 @@
+"""How positions enter a network."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from hooklens.config.checks import check_choice, check_counts, check_numbers, read_fields
+from hooklens.errors import ConfigError
+
+RotaryLayout = Literal["half", "interleaved"]
+RotaryScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How rotary frequencies are stretched past the length a model was first trained on.
+
+    Attributes:
+        kind: `"linear"` (Chen et al. 2023), `"dynamic"` (NTK-aware, depends on the sequence's length),
+            `"llama3"` (Llama 3.1), `"yarn"` (Peng et al. 2023).
+        factor: the stretch.
+        original_n_ctx: length trained on before stretching (`dynamic`, `llama3`, `yarn`).
+        low_freq_factor, high_freq_factor: `llama3` only.
+        beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate: `yarn` only.
+    """
+
+    kind: RotaryScalingKind
+    factor: float
+    original_n_ctx: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("rotary scaling kind", self.kind, get_args(RotaryScalingKind))
+        check_counts("rotary scaling", {"original_n_ctx": self.original_n_ctx})
+        check_numbers(
+            "rotary scaling",
+            {
+                "factor": self.factor,
+                "low_freq_factor": self.low_freq_factor,
+                "beta_fast": self.beta_fast,
+                "high_freq_factor": self.high_freq_factor,
+                "beta_slow": self.beta_slow,
+            },
+        )
+        check_numbers(
+            "rotary scaling",
+            {"mscale": self.mscale, "mscale_all_dim": self.mscale_all_dim, "attention_factor": self.attention_factor},
+            at_least=0.0,
+        )
+        if self.kind != "linear" and self.original_n_ctx is None:
+            raise ConfigError(f"rotary scaling {self.kind!r} needs original_n_ctx")
+        if self.kind == "llama3" and (self.low_freq_factor is None or self.high_freq_factor is None):
+            raise ConfigError("rotary scaling 'llama3' needs low_freq_factor and high_freq_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryPositions:
+    """Rotary position embedding (Su et al. 2021) on the first `dim` entries of each head.
+
+    Attributes:
+        dim: rotated entries of a head, even.
+        base: wavelength base (theta).
+        layout: `"half"` pairs entry i with i + dim/2, `"interleaved"` pairs 2i with 2i + 1.
+        scaling: frequency stretch, None for none.
+    """
+
+    dim: int
+    base: float = 10000.0
+    layout: RotaryLayout = "half"
+    scaling: RotaryScaling | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("rotary layout", self.layout, get_args(RotaryLayout))
+        check_counts("rotary positions", {"dim": self.dim})
+        check_numbers("rotary positions", {"base": self.base})
+        if self.dim % 2:
+            raise ConfigError(f"rotary dim is {self.dim}; expected an even number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlibiPositions:
+    """Attention with linear biases (Press et al. 2022): a head's slope times the key position.
+
+    Attributes:
+        scaled: the bias is multiplied by the attention scale together with the scores.
+        bfloat16: slope and product are rounded to bfloat16, as some reference code does.
+    """
+
+    scaled: bool = False
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPositions:
+    """A learned vector per position, `embed.W_pos`.
+
+    Attributes:
+        offset: rows of the table before position 0.
+    """
+
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts("learned positions", {"offset": self.offset}, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPositions:
+    """No positions: attention tells tokens apart by the causal mask alone."""
+
+
+Positions = RotaryPositions | AlibiPositions | LearnedPositions | NoPositions
+
+_KINDS: dict[str, type[Positions]] = {
+    "rotary": RotaryPositions,
+    "alibi": AlibiPositions,
+    "learned": LearnedPositions,
+    "none": NoPositions,
+}
+
+
+def positions_to_dict(positions: Positions) -> dict[str, Any]:
+    """Plain JSON-able values, with the kind."""
+    kind = next(kind for kind, part in _KINDS.items() if isinstance(positions, part))
+    return {"kind": kind, **asdict(positions)}
+
+
+def positions_from_dict(values: Mapping[str, Any]) -> Positions:
+    """Read what `positions_to_dict` gave.
+
+    Raises:
+        ConfigError: an unknown kind, or unknown fields.
+    """
+    fields = dict(values)
+    kind = str(fields.pop("kind", None))
+    check_choice("config: positions kind", kind, tuple(_KINDS))
+    if fields.get("scaling") is not None:
+        fields["scaling"] = read_fields(RotaryScaling, "rotary scaling", fields["scaling"])
+    found = read_fields(_KINDS[kind], "positions", fields)
+    assert isinstance(found, Positions)
+    return found
