@@ -1,4 +1,4 @@
-"""Every error HookLens raises on purpose, and the wording tools they share.
+"""Every error HookLens raises and every warning it gives on purpose, and the wording tools they share.
 
 A message names its subject, says what was found, what was expected and what to do, and lists all
 offenders at once. Each class also derives from the built-in exception that fits, so code that catches
@@ -6,6 +6,8 @@ offenders at once. Each class also derives from the built-in exception that fits
 """
 
 import difflib
+import sys
+import warnings
 from collections.abc import Collection
 
 
@@ -51,6 +53,26 @@ class TransformError(HookLensError, ValueError):
 
 class MissingDependencyError(HookLensError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class PaddingWarning(UserWarning):
+    """Token ids look padded, but their padding cannot be told from tokens."""
+
+
+class UnknownTokenWarning(UserWarning):
+    """A text holds words that the tokenizer's vocabulary lacks."""
+
+
+# Frames that stand between a caller's line and the place that warns: the package, and what calls it for the caller.
+_BETWEEN = frozenset({"hooklens", "torch", "beartype", "jaxtyping", "contextlib"})
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Give a warning that names the line outside HookLens from which the call came."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def suggest_names(name: str, candidates: Collection[str], *, limit: int = 3) -> str:

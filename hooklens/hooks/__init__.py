@@ -1,8 +1,9 @@
 """Hook points, the module class that manages them, and edits as values. Works without a transformer."""
 
+from hooklens.hooks.call import Call, HookHandle, open_call
 from hooklens.hooks.capture import Capture
 from hooklens.hooks.module import HookedModule
 from hooklens.hooks.names import NamesFilter, select_names
-from hooklens.hooks.point import HookHandle, HookPoint
+from hooklens.hooks.point import HookPoint
 
-__all__ = ["Capture", "HookHandle", "HookPoint", "HookedModule", "NamesFilter", "select_names"]
+__all__ = ["Call", "Capture", "HookHandle", "HookPoint", "HookedModule", "NamesFilter", "open_call", "select_names"]

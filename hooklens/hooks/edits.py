@@ -15,25 +15,19 @@ which are key-value heads at `hook_k` and `hook_v`; `query_head` changes what si
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hooklens.axes import HookSite, find_site
 from hooklens.errors import EditError
+from hooklens.hooks.call import TokenIndex
+from hooklens.hooks.choice import Choice, Index, read_choice, resolve_choice
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
-from hooklens.hooks.selection import (
-    Indices,
-    Selection,
-    TokenIndex,
-    axes_in_canonical_order,
-    in_slice,
-    query_head_hint,
-    resolve_indices,
-)
+from hooklens.hooks.region import Selection, axes_in_canonical_order, choose_tokens, query_head_hint
 from hooklens.hooks.values import TensorValue
+from hooklens.precision import widen
 
 
 @dataclass(frozen=True)
@@ -51,14 +45,19 @@ class Edit(TensorValue, ABC):
             other query heads of their group read on as before.
         rows: rows of the batch to edit; None: all.
         when: while generating, act on the prompt (`"prefill"`), on new tokens (`"decode"`) or on both.
+
+    Positions, heads and rows are each an int, a slice, or a list, array or tensor of ints.
     """
+
+    # Whether padding counts where no positions are chosen.
+    counts_padding: ClassVar[bool] = True
 
     name: NamesFilter
     _: KW_ONLY
-    pos: Indices = None
-    head: Indices = None
-    query_head: Indices = None
-    rows: Indices = None
+    pos: Choice = None
+    head: Choice = None
+    query_head: Choice = None
+    rows: Choice = None
     when: Literal["all", "prefill", "decode"] = "all"
 
     def __post_init__(self) -> None:
@@ -69,6 +68,11 @@ class Edit(TensorValue, ABC):
                 f"{self._subject()}: head={self.head!r} and query_head={self.query_head!r} both choose heads; give one "
                 "of them"
             )
+        for field in ("pos", "head", "query_head", "rows"):
+            self._read(field)
+
+    def _read(self, field: str) -> Index:
+        return read_choice(getattr(self, field), what=f"{self._subject()}: {field}", error=EditError)
 
     @abstractmethod
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
@@ -89,112 +93,79 @@ class Edit(TensorValue, ABC):
         """
         if tokens is not None and self.when not in ("all", tokens.phase):
             return None
-        name = point.name or ""
-        site = find_site(name)
-        if self.pos is None and self._heads is None and self.rows is None:
+        chooses = not (self.pos is None and self._heads is None and self.rows is None)
+        is_unpadded = tokens is None or tokens.positions_by_column is not None
+        if not chooses and (self.counts_padding or is_unpadded or point.site is None):
+            site, name = point.site, point.name or ""
             axes = site.axes if site is not None else tuple(f"axis {i}" for i in range(tensor.ndim))
             whole = Selection(subject=self._subject(name), tensor_shape=tuple(tensor.shape), n_rows=tensor.shape[0])
             return self.compute(tensor, axes, whole)
-        if site is None:
+        return self._apply_to_region(tensor, point, tokens)
+
+    def _apply_to_region(self, tensor: Tensor, point: HookPoint, tokens: TokenIndex | None) -> Tensor | None:
+        subject = self._subject(point.name)
+        if point.site is None:
             raise EditError(
-                f"{self._subject(name)}: the axes of this point are not known, so no positions, heads or rows can be "
+                f"{subject}: the axes of this point are not known, so no positions, heads or rows can be "
                 "chosen; use edits.Custom"
             )
-        return self._apply_to_region(tensor, site, name, tokens)
-
-    def _apply_to_region(self, tensor: Tensor, site: HookSite, name: str, tokens: TokenIndex | None) -> Tensor | None:
-        subject = self._subject(name)
-        order = axes_in_canonical_order(site.axes)
+        order = axes_in_canonical_order(point.site.axes)
         canonical = tensor.permute(order)
-        axes = tuple(site.axes[i] for i in order)
+        axes = tuple(point.site.axes[i] for i in order)
         has_heads = len(axes) > 2 and axes[2] in ("head", "kv_head")
-        if self._heads is not None and not has_heads:
-            raise EditError(
-                f"{subject}: {self._heads_field}={self._heads!r}, but its axes are {list(site.axes)}, without heads"
-            )
-
-        rows = resolve_indices(self.rows, canonical.shape[0], f"{subject}: rows", "rows")
-        columns, real = self._find_columns(rows, canonical.shape[1], subject, tokens, tensor.device)
-        pair_row, pair_slot = real.nonzero(as_tuple=True)
-        if pair_row.numel() == 0:
+        heads = self._resolve_heads(canonical, axes, point, has_heads=has_heads)
+        rows = resolve_choice(
+            self._read("rows"), canonical.shape[0], what=f"{subject}: rows", noun="rows", error=EditError
+        )
+        pos = self._read("pos")
+        chosen = choose_tokens(pos, rows, canonical.shape[1], tokens, subject=subject, device=tensor.device)
+        if chosen is None:
             return None
-        batch_index = torch.as_tensor(rows, device=tensor.device)[pair_row]
-        pos_index = columns[pair_row, pair_slot]
-        index: tuple[Tensor, ...] = (batch_index, pos_index)
-        region_axes = ("token", *axes[2:])
+        batch_index = torch.as_tensor(rows, device=tensor.device)[chosen.row]
+        index: tuple[Tensor, ...] = (batch_index, chosen.column)
+        if heads is not None:
+            head_index = torch.as_tensor(heads, device=tensor.device)
+            index = (batch_index[:, None], chosen.column[:, None], head_index[None, :])
         selection = Selection(
             subject=subject,
             tensor_shape=tuple(tensor.shape),
             n_rows=len(rows),
-            drop_pos=isinstance(self.pos, int),
+            drop_pos=isinstance(pos, int),
             drop_head=isinstance(self._heads, int),
             heads_first=has_heads and "query" in axes,
-            pair_row=pair_row,
-            layouts=((columns.shape[1], pair_slot),),
+            pair_row=chosen.row,
+            layouts=chosen.layouts,
         )
-        if isinstance(self.pos, slice):
-            selection = selection.with_slice(self.pos, batch_index, pos_index, tokens, canonical.shape[1])
-        if has_heads and self._heads is not None:
-            heads = self._resolve_heads(canonical.shape[2], axes[2], name)
-            index = (batch_index[:, None], pos_index[:, None], torch.as_tensor(heads, device=tensor.device)[None, :])
-        region = canonical[index]
         edited = canonical.clone()
-        edited[index] = self.compute(region, region_axes, selection)
-        inverse = [order.index(i) for i in range(len(order))]
-        return edited.permute(inverse)
-
-    def _find_columns(
-        self, rows: list[int], n_columns: int, subject: str, tokens: TokenIndex | None, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The column of each wanted position in each row, `[rows positions]`, and which of them are in this call."""
-        if tokens is None:
-            n_tokens = torch.full((len(rows),), n_columns, device=device)
-            token_index = torch.arange(n_columns, device=device).expand(len(rows), n_columns)
-        else:
-            chosen = torch.as_tensor(rows, device=device)
-            n_tokens = tokens.n_tokens.to(device)[chosen]
-            token_index = tokens.token_index.to(device)[chosen]
-            if token_index.shape[1] != n_columns:
-                raise EditError(
-                    f"{subject}: this call computes {n_columns} of {token_index.shape[1]} positions here "
-                    "(logits_at), so positions cannot be matched; edit at ln_final or leave logits_at out"
-                )
-        if self.pos is None or isinstance(self.pos, slice):
-            columns = torch.arange(n_columns, device=device).expand(len(rows), n_columns)
-            if self.pos is None:
-                return columns, token_index >= 0
-            return columns, in_slice(token_index, self.pos, n_tokens)
-        wanted = torch.as_tensor([self.pos] if isinstance(self.pos, int) else list(self.pos), device=device)
-        absolute = torch.where(wanted[None, :] < 0, wanted[None, :] + n_tokens[:, None], wanted[None, :])
-        outside = (absolute < 0) | (absolute >= n_tokens[:, None])
-        if outside.any() and (tokens is None or tokens.phase == "prefill"):
-            row, slot = (int(i) for i in outside.nonzero()[0])
-            raise EditError(
-                f"{subject}: position {int(wanted[slot])} is outside row {rows[row]}, which has {int(n_tokens[row])} "
-                "tokens"
-            )
-        doubled = (absolute[:, :, None] == absolute[:, None, :]).sum((1, 2)) > absolute.shape[1]
-        if doubled.any():
-            row = rows[int(doubled.nonzero()[0])]
-            raise EditError(f"{subject}: pos={self.pos!r} names a token of row {row} twice; name it once")
-        matches = token_index[:, None, :] == absolute[:, :, None]
-        return matches.int().argmax(-1), matches.any(-1)
+        edited[index] = self.compute(canonical[index], ("token", *axes[2:]), selection)
+        return edited.permute([order.index(i) for i in range(len(order))])
 
     @property
     def _heads_field(self) -> str:
         return "head" if self.query_head is None else "query_head"
 
     @property
-    def _heads(self) -> Indices:
-        return self.head if self.query_head is None else self.query_head
+    def _heads(self) -> Index:
+        return self._read(self._heads_field)
 
-    def _resolve_heads(self, n_heads: int, axis: str, name: str) -> list[int]:
+    def _resolve_heads(
+        self, canonical: Tensor, axes: tuple[str, ...], point: HookPoint, *, has_heads: bool
+    ) -> list[int] | None:
+        field = self._heads_field
+        if self._heads is None:
+            return None
+        if not has_heads:
+            raise EditError(
+                f"{self._subject(point.name)}: {field}={self._heads!r}, but its axes are "
+                f"{list(point.site.axes if point.site else ())}, without heads"
+            )
         noun, hint = "heads", ""
         if self.query_head is not None:
             noun = "query heads"
-        elif axis == "kv_head":
-            noun, hint = "key-value heads", query_head_hint(name)
-        return resolve_indices(self._heads, n_heads, f"{self._subject(name)}: {self._heads_field}", noun, hint=hint)
+        elif axes[2] == "kv_head":
+            noun, hint = "key-value heads", query_head_hint(point.name or "")
+        what = f"{self._subject(point.name)}: {field}"
+        return resolve_choice(self._heads, canonical.shape[2], what=what, noun=noun, hint=hint, error=EditError)
 
     def _subject(self, name: str | None = None) -> str:
         return f"edit {type(self).__name__}({name or self.name!r})"
@@ -211,8 +182,8 @@ class Replace(Edit):
     value: Tensor | float
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
-        """The value, laid over the region."""
-        return selection.lay_over(self.value, region, region_axes)
+        """The value, laid over the region: a copy, so that nothing that happens to the activation reaches the value."""
+        return selection.lay_over(self.value, region, region_axes).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -250,9 +221,11 @@ class Zero(Edit):
 class Mean(Edit):
     """Replace the activation by its mean over the tokens (rows and positions) the edit selects.
 
-    With `pos`, `head` and `rows` left out the mean is over all columns of all rows; give `pos=slice(None)`
-    to leave padding out of it.
+    Padding neither counts nor changes, at points whose axes are known. At a point of another kind the mean is over its
+    first axis.
     """
+
+    counts_padding: ClassVar[bool] = False
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
         """The mean over tokens, for every token."""
@@ -264,8 +237,14 @@ class Mean(Edit):
 class Project(Edit):
     """Remove the span of `directions` from the activation's last axis, or keep nothing but it.
 
+    Directions need be neither normalised, orthogonal nor independent. They count as dependent up to the rounding of
+    their own dtype: with each at length 1, what the singular value decomposition gives below `k` times the dtype's
+    epsilon of the largest singular value is no direction of the span. A zero direction adds nothing to it, so that
+    zeros alone remove nothing. Only the span matters, so directions may have another dtype or device than the
+    activation. The projection is computed at least in float32 and rounded once.
+
     Attributes:
-        directions: `[d]` or `[k d]`, need be neither normalised nor orthogonal.
+        directions: `[d]` or `[k d]`.
         keep: False removes the span (directional ablation), True removes everything else.
     """
 
@@ -273,17 +252,43 @@ class Project(Edit):
     keep: bool = False
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
-        """The region with or without its part in the span."""
-        directions = self.directions if self.directions.ndim == 2 else self.directions[None]
-        if directions.ndim != 2 or directions.shape[-1] != region.shape[-1]:
-            raise EditError(
-                f"{selection.subject}: directions have shape {list(self.directions.shape)}; expected "
-                f"[{region.shape[-1]}] or [k, {region.shape[-1]}]"
-            )
-        # QR is not implemented for half precision.
-        basis = torch.linalg.qr(directions.to(device=region.device, dtype=torch.float64).T).Q.to(region.dtype)
-        inside: Tensor = (region @ basis) @ basis.T
-        return inside if self.keep else region - inside
+        """The region with or without its part in the span.
+
+        Raises:
+            EditError: the directions have another shape, are not finite, or are no tensor of real numbers.
+        """
+        wide = widen(region)
+        basis = self._basis(region.shape[-1], selection.subject).to(wide.device, wide.dtype)
+        inside: Tensor = (wide @ basis) @ basis.T
+        return (inside if self.keep else wide - inside).to(region.dtype)
+
+    def _basis(self, size: int, subject: str) -> Tensor:
+        """An orthonormal basis of the span, `[d rank]` in float64, with gradients to the directions.
+
+        How the directions are combined is held constant and orthonormalised once more: that has the gradient of the
+        span, where the derivative of singular vectors is not finite for equal values, as of orthogonal directions.
+        """
+        given = self.directions
+        if not isinstance(given, Tensor) or given.is_complex() or given.dtype == torch.bool:
+            found = given.dtype if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise EditError(f"{subject}: directions are {found}; expected a tensor of real numbers")
+        if given.ndim not in (1, 2) or given.shape[-1] != size:
+            raise EditError(f"{subject}: directions have shape {list(given.shape)}; expected [{size}] or [k, {size}]")
+        rows = given.reshape(-1, size).double()
+        largest = rows.detach().abs().amax(-1, keepdim=True)
+        if not largest.isfinite().all():
+            bad = (~largest.isfinite()).nonzero()[:, 0].tolist()
+            raise EditError(f"{subject}: directions {bad} hold NaN or infinity; expected finite numbers")
+        # By the largest entry first: squares of very large or very small numbers have no room in a float64.
+        rows = rows[largest[:, 0] > 0] / largest[largest[:, 0] > 0]
+        rows = rows / rows.detach().norm(dim=-1, keepdim=True)
+        U, S, _ = torch.linalg.svd(rows.detach(), full_matrices=False)
+        own = torch.finfo(given.dtype if given.is_floating_point() else torch.float64).eps
+        # The decomposition itself rounds, too.
+        threshold = max(len(rows) * own, max(rows.shape) * torch.finfo(torch.float64).eps)
+        rank = int((S / S[:1] > threshold).sum())
+        basis: Tensor = torch.linalg.qr(rows.T @ (U[:, :rank] / S[:rank])).Q
+        return basis
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,39 @@
 """The base class of every module with hook points: finding, attaching, capturing."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hooklens.errors import HookLensError, HookNameError
+from hooklens.arguments import (
+    read_flag,
+    read_function,
+    read_one_of,
+    reads,
+    refusal,
+)
+from hooklens.errors import HookLensError, HookNameError, InputError
+from hooklens.hooks.arguments import CAPTURING, LISTENING, HookList, read_edits, read_pairs
+from hooklens.hooks.call import (
+    Call,
+    Direction,
+    Hook,
+    HookFunction,
+    HookHandle,
+    Listeners,
+    Listening,
+    ListeningBlock,
+    join_listeners,
+    run_listening,
+)
 from hooklens.hooks.capture import Capture
+from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter, select_names
-from hooklens.hooks.point import Direction, HookFunction, HookHandle, HookPoint
-from hooklens.hooks.pos_slice import PosSlice
-from hooklens.hooks.selection import TokenIndex, place_query_heads
-
-HookList = Sequence[tuple[NamesFilter, HookFunction]]
+from hooklens.hooks.point import HookPoint
+from hooklens.hooks.region import place_query_heads
 
 # Counts changes to any module tree, so that a model's table of hook points is made once and stays true.
 _tree_version = 0
@@ -24,8 +42,9 @@ _tree_version = 0
 class HookedModule(nn.Module):
     """A module whose hook points can be listed, hooked, edited and captured.
 
-    Submodules are also kept in the instance's own dictionary: `nn.Module` finds them through `__getattr__`,
-    at up to a microsecond a look-up, which a forward with hundreds of hook points would feel.
+    Hook points and hooked modules are also kept in the instance's own dictionary: `nn.Module` finds them through
+    `__getattr__`, at up to a microsecond a look-up, which a forward with hundreds of hook points would feel. Other
+    modules are not: tools that replace a linear map do so behind the back of `setattr`.
 
     Any module can derive from this class. Its hook points need no set-up: they take the name of the
     attribute path that leads to them.
@@ -37,13 +56,11 @@ class HookedModule(nn.Module):
         if isinstance(value, nn.Module):
             self._note_submodule(name, value)
         elif was_submodule:
-            self.__dict__.pop(name, None)
-            self._note_change()
+            self._forget(name)
 
     def __delattr__(self, name: str) -> None:
         if name in self._modules:
-            self.__dict__.pop(name, None)
-            self._note_change()
+            self._forget(name)
         super().__delattr__(name)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -53,7 +70,12 @@ class HookedModule(nn.Module):
             self._note_submodule(name, module)
 
     def _note_submodule(self, name: str, module: nn.Module) -> None:
-        self.__dict__[name] = module
+        self._forget(name)
+        if isinstance(module, HookedModule | HookPoint):
+            self.__dict__[name] = module
+
+    def _forget(self, name: str) -> None:
+        self.__dict__.pop(name, None)
         self._note_change()
 
     @staticmethod
@@ -66,65 +88,80 @@ class HookedModule(nn.Module):
         """Number of blocks, for negative layers in shorthands; None where the module has no layers."""
         return None
 
-    def running_tokens(self) -> TokenIndex | None:
-        """Which tokens the call in progress runs; None outside a call, and where there are no tokens."""
-        return None
-
     def hook_points(self) -> dict[str, HookPoint]:
         """All hook points by name, in the order of the module tree."""
-        table = self._hook_point_table()
-        return dict(table)
+        return dict(self._hook_point_table().points)
 
-    def _hook_point_table(self) -> dict[str, HookPoint]:
+    def name_hook_points(self) -> None:
+        """Give each hook point the name that it has here, to be called by the model that points belong to."""
+        for name, point in self._hook_point_table().points.items():
+            point.__dict__["name"] = name
+
+    def _hook_point_table(self) -> "_HookPointTable":
         cached: _HookPointTable | None = self.__dict__.get("_hook_point_cache")
         if cached is None or not cached.is_current():
             cached = _HookPointTable(self)
             self.__dict__["_hook_point_cache"] = cached
-            self.__dict__["_selection_cache"] = {}
-        return cached.points
+        return cached
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: the table of hook points is made anew."""
-        made_anew = ("_hook_point_cache", "_selection_cache")
-        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
+        return {name: value for name, value in self.__dict__.items() if name != "_hook_point_cache"}
 
-    def select_hook_points(self, names_filter: NamesFilter) -> list[HookPoint]:
-        """The hook points a filter selects; see `hooklens.hooks.select_names`.
+    def select_hook_points(
+        self, names_filter: NamesFilter, *, idle: Collection[str] = frozenset()
+    ) -> dict[str, HookPoint]:
+        """The hook points a filter selects, by name; see `hooklens.hooks.select_names`.
+
+        Args:
+            names_filter: which.
+            idle: names of points that do not fire in the call to come; a filter of several names passes over them.
 
         Raises:
-            HookNameError: some part of the filter selects nothing.
+            HookNameError: some part of the filter selects nothing, or nothing that fires.
         """
         table = self._hook_point_table()
-        selections: dict[str | None, list[HookPoint]] = self.__dict__["_selection_cache"]
-        if names_filter is None or isinstance(names_filter, str):
-            if names_filter not in selections:
-                names = select_names(names_filter, table, n_layers=self.n_hooked_layers)
-                selections[names_filter] = [table[name] for name in names]
-            return selections[names_filter]
-        return [table[name] for name in select_names(names_filter, table, n_layers=self.n_hooked_layers)]
+        is_text = names_filter is None or isinstance(names_filter, str)
+        if is_text and not idle and names_filter in table.selections:
+            return table.selections[names_filter]
+        names = select_names(names_filter, table.points, n_layers=self.n_hooked_layers, idle=idle)
+        selected = {name: table.points[name] for name in names}
+        if is_text and not idle:
+            table.selections[names_filter] = selected  # type: ignore[index]
+        return selected
 
-    def find_edit_points(self, edit: Edit) -> list[HookPoint]:
-        """The hook points at which an edit acts.
+    def find_edit_points(self, edit: Edit, *, idle: Collection[str] = frozenset()) -> dict[str, HookPoint]:
+        """The hook points at which an edit acts, by name.
 
         These are the ones it names; with `query_head`, for keys and values that query heads share, the ones where each
         query head has its own copy.
 
         Raises:
-            HookNameError: the edit names no hook point.
+            HookNameError: the edit names no hook point, or none that fires.
             EditError: it names query heads where there are none.
         """
-        points = self._find_points(edit.name)
+        if not isinstance(edit, Edit):
+            raise refusal(edit, "the edit", "a value from hooklens.edits", InputError)
+        points = self._find_points(edit.name, idle)
         if edit.query_head is None:
             return points
-        table = self._hook_point_table()
-        names = [point.name or "" for point in points]
-        return [table[name] for name in place_query_heads(names, table, f"edit {type(edit).__name__}({edit.name!r})")]
+        known = self._hook_point_table().points
+        names = place_query_heads(list(points), known, f"edit {type(edit).__name__}({edit.name!r})")
+        return {name: known[name] for name in names}
 
-    def _find_points(self, name: NamesFilter | HookPoint) -> list[HookPoint]:
+    def _find_points(self, name: NamesFilter | HookPoint, idle: Collection[str] = frozenset()) -> dict[str, HookPoint]:
         if name is None:
             raise HookNameError("add_hook: no hook point named; give a name, a glob ('*' is everything) or a predicate")
-        return [name] if isinstance(name, HookPoint) else self.select_hook_points(name)
+        if isinstance(name, HookPoint):
+            return {self._hook_point_table().name_of(name): name}
+        return self.select_hook_points(name, idle=idle)
 
+    @reads(
+        fn=partial(read_function, expected="a function fn(tensor, hook)"),
+        dir=partial(read_one_of, options=("fwd", "bwd")),
+        prepend=read_flag,
+        is_permanent=read_flag,
+    )
     def add_hook(
         self,
         name: NamesFilter | HookPoint,
@@ -134,7 +171,7 @@ class HookedModule(nn.Module):
         prepend: bool = False,
         is_permanent: bool = False,
     ) -> HookHandle:
-        """Attach `fn(tensor, hook)` to every hook point that `name` selects.
+        """Attach `fn(tensor, hook)` to every hook point that `name` selects, for all calls to come.
 
         Args:
             name: a hook name, or anything that selects names.
@@ -149,10 +186,14 @@ class HookedModule(nn.Module):
         Raises:
             HookNameError: `name` selects nothing.
         """
-        points = self._find_points(name)
-        removals = [point.add_hook(fn, dir=dir, prepend=prepend, is_permanent=is_permanent).remove for point in points]
+        hooks = [
+            (point, Hook(fn, point.called(called), permanent=is_permanent))
+            for called, point in self._find_points(name).items()
+        ]
+        removals = [point.attach(hook, dir=dir, prepend=prepend).remove for point, hook in hooks]
         return HookHandle(removals)
 
+    @reads(is_permanent=read_flag)
     def add_edit(self, edit: Edit, *, is_permanent: bool = False) -> HookHandle:
         """Attach an edit to the hook points it names; it then acts in every call.
 
@@ -160,12 +201,26 @@ class HookedModule(nn.Module):
             HookNameError: the edit names no hook point.
             EditError: it names query heads where there are none.
         """
-        if not isinstance(edit, Edit):
-            raise HookLensError(f"an edit is a value from hooklens.edits, got {type(edit).__name__}")
-        hook = _EditHook(edit, self)
-        points = self.find_edit_points(edit)
-        return HookHandle([point.add_hook(hook, is_permanent=is_permanent).remove for point in points])
+        return HookHandle(
+            [
+                point.attach(_EditHook(edit, point.called(name), permanent=is_permanent)).remove
+                for name, point in self.find_edit_points(edit).items()
+            ]
+        )
 
+    def list_hooks(self, names_filter: NamesFilter = "*") -> dict[str, list[object]]:
+        """What `add_hook` and `add_edit` attached, by hook point: functions and edits, backward ones last."""
+        attached = {}
+        for name, point in self.select_hook_points(names_filter).items():
+            if point.own is not None:
+                attached[name] = [hook.source for hook in (*point.own.hooks, *point.own.gradient_hooks)]
+        return attached
+
+    @reads(
+        dir=partial(read_one_of, options=("fwd", "bwd", "both")),
+        including_permanent=read_flag,
+        clear_contexts=read_flag,
+    )
     def reset_hooks(
         self,
         *,
@@ -173,86 +228,101 @@ class HookedModule(nn.Module):
         including_permanent: bool = False,
         clear_contexts: bool = True,
     ) -> None:
-        """Remove hooks from all hook points, and empty their `ctx` dictionaries."""
-        for point in self._hook_point_table().values():
+        """Remove what `add_hook` attached, and empty the points' `ctx` dictionaries."""
+        for point in self._hook_point_table().points.values():
             point.remove_hooks(dir=dir, including_permanent=including_permanent)
             if clear_contexts:
                 point.ctx.clear()
 
-    @contextmanager
-    def hooks(
-        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), edits: Sequence[Edit] = ()
-    ) -> Iterator["HookedModule"]:
-        """Hooks that last as long as the `with` block, and are removed on any exception.
+    def listen(
+        self,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        edits: Sequence[Edit] = (),
+        *,
+        idle: Collection[str] = frozenset(),
+    ) -> Listeners:
+        """Hooks and edits as listeners, which a call or a `with` block takes.
 
         Args:
             fwd_hooks: pairs (name or filter, function).
             bwd_hooks: the same for gradients.
             edits: values from `hooklens.edits`; they act after `fwd_hooks`.
+            idle: names of points that do not fire in the call to come.
+
+        Raises:
+            HookNameError: lists every filter that selects nothing, or nothing that fires.
+            EditError: an edit names query heads where there are none.
         """
-        with ExitStack() as stack:
+        hooks = {"fwd": read_pairs(fwd_hooks, what="fwd_hooks"), "bwd": read_pairs(bwd_hooks, what="bwd_hooks")}
+        edits = read_edits(edits)
+        if not (fwd_hooks or bwd_hooks or edits):
+            return {}
+        made: dict[HookPoint, Listening] = {}
+        problems: list[str] = []
+        for direction, pairs in hooks.items():
+            for filter_, fn in pairs:
+                try:
+                    points = self._find_points(filter_, idle)
+                except HookNameError as error:
+                    problems.append(str(error))
+                    continue
+                for name, point in points.items():
+                    at = made.setdefault(point, Listening())
+                    (at.hooks if direction == "fwd" else at.gradient_hooks).append(Hook(fn, point.called(name)))
+        for edit in edits:
             try:
-                for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
-                    for name, fn in _checked_pairs(pairs, direction):
-                        stack.enter_context(self.add_hook(name, fn, dir=direction))  # type: ignore[arg-type]
-                for edit in edits:
-                    stack.enter_context(self.add_edit(edit))
+                places = self.find_edit_points(edit, idle=idle)
             except HookNameError as error:
-                self._list_unknown(
-                    [pair[0] for pair in (*fwd_hooks, *bwd_hooks)] + [edit.name for edit in edits], error
-                )
-            yield self
+                problems.append(str(error))
+                continue
+            for name, point in places.items():
+                made.setdefault(point, Listening()).hooks.append(_EditHook(edit, point.called(name)))
+        if problems:
+            raise HookNameError("; ".join(dict.fromkeys(problems)))
+        return made
 
-    def _list_unknown(self, filters: Sequence[NamesFilter | HookPoint], first: HookNameError) -> NoReturn:
-        """Raise an error about every filter that selects nothing, where there are several."""
-        texts: list[str] = []
-        for names_filter in filters:
-            try:
-                if names_filter is not None and not isinstance(names_filter, HookPoint):
-                    self.select_hook_points(names_filter)
-            except HookNameError as error:
-                texts.append(str(error))
-        raise first if len(texts) < 2 else HookNameError("; ".join(dict.fromkeys(texts)))
+    @reads(**LISTENING)
+    def hooks(
+        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), edits: Sequence[Edit] = ()
+    ) -> "ListeningBlock[HookedModule]":
+        """Hooks for all calls that the thread makes inside a `with` block.
 
-    @contextmanager
+        Other threads and hook functions are outside of it. A generator that yields inside the block leaves it open for
+        whoever asked it, too, until it goes on.
+
+        Args:
+            fwd_hooks: pairs (name or filter, function).
+            bwd_hooks: the same for gradients; they fall silent on leaving the block.
+            edits: values from `hooklens.edits`; they act after `fwd_hooks`.
+        """
+        return ListeningBlock(lambda: self.listen(fwd_hooks, bwd_hooks, edits), self)
+
+    @reads(**CAPTURING)
     def capture(
         self,
         names_filter: NamesFilter = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        pos_slice: PosSlice = None,
+        pos_slice: Choice = None,
         incl_bwd: bool = False,
-    ) -> Iterator[dict[str, Tensor]]:
-        """Capture what passes the selected hook points while the `with` block runs.
+    ) -> ListeningBlock[dict[str, Tensor]]:
+        """Capture what passes the selected hook points in calls that the thread makes inside a `with` block.
 
-        Yields:
-            The tensors by hook name, filled as the model runs; with `incl_bwd` gradients, too, under
-            `"<name>_grad"`, once a backward pass has run inside the block.
+        Returns:
+            A context manager that gives the tensors by hook name, filled as the model runs; with `incl_bwd`
+            gradients, too, under `"<name>_grad"`, once a backward pass has run inside the block.
 
         Raises:
             HookNameError: the filter selects nothing.
         """
-        points = self.select_hook_points(names_filter)
-        capture = Capture(device=device, dtype=dtype, pos_slice=pos_slice)
-        with ExitStack() as stack:
-            if incl_bwd:
-                # Registered first: a gradient hook sees the tensor that goes on, and so does the capture.
-                def keep_gradient(gradient: Tensor, hook: HookPoint) -> None:
-                    capture.add(f"{hook.name}_grad", gradient, like=hook.name)
+        capture = Capture(
+            self.select_hook_points(names_filter), device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd
+        )
+        return ListeningBlock(lambda: capture.listeners, capture.tensors)
 
-                for point in points:
-                    stack.enter_context(point.add_hook(keep_gradient, dir="bwd"))
-            attached: list[HookPoint] = []
-            try:
-                for point in points:
-                    point.add_capture(capture)
-                    attached.append(point)
-                yield capture.tensors
-            finally:
-                for point in attached:
-                    point.remove_capture(capture)
-
+    @reads(**LISTENING)
     def run_with_hooks(
         self,
         *args: Any,
@@ -261,11 +331,14 @@ class HookedModule(nn.Module):
         edits: Sequence[Edit] = (),
         **forward_keywords: Any,
     ) -> Any:
-        """Call the model with hooks that last for this call; other keywords go to `forward`."""
-        require_gradients(bwd_hooks, "bwd_hooks")
-        with self.hooks(fwd_hooks, bwd_hooks, edits):
-            return self(*args, **forward_keywords)
+        """Call the model with hooks for this call; other keywords go to `forward`.
 
+        Backward hooks act in every backward pass from the output, also later ones.
+        """
+        require_gradients(bwd_hooks, "bwd_hooks")
+        return run_listening(self.listen(fwd_hooks, bwd_hooks, edits), self, *args, **forward_keywords)
+
+    @reads(**LISTENING, **CAPTURING)
     def run_with_cache(
         self,
         *args: Any,
@@ -273,7 +346,7 @@ class HookedModule(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         incl_bwd: bool = False,
-        pos_slice: PosSlice = None,
+        pos_slice: Choice = None,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
@@ -302,54 +375,77 @@ class HookedModule(nn.Module):
             HookLensError: `incl_bwd` with an output that is no scalar.
         """
         require_gradients(incl_bwd or bwd_hooks, "incl_bwd" if incl_bwd else "bwd_hooks")
-        with (
-            self.hooks(fwd_hooks, bwd_hooks, edits),
-            self.capture(names_filter, device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd) as captured,
-        ):
-            output = self(*args, **forward_keywords)
-            if incl_bwd:
-                if not isinstance(output, Tensor) or output.numel() != 1:
-                    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                    raise HookLensError(f"incl_bwd runs backward from the output, which must be a scalar; got {found}")
-                output.backward()  # type: ignore[no-untyped-call]
-        return output, captured
+        capture = Capture(
+            self.select_hook_points(names_filter), device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd
+        )
+        listeners = join_listeners([self.listen(fwd_hooks, bwd_hooks, edits), capture.listeners])
+        output = run_listening(listeners, self, *args, **forward_keywords)
+        if incl_bwd:
+            run_backward(output, capture)
+        return output, capture.tensors
 
 
 class _HookPointTable:
     """The hook points of a module tree by name, and what tells that the tree has changed since.
 
     A `HookedModule` counts its changes. Plain modules in the tree do not, so their children are compared.
+
+    Attributes:
+        points: by name.
+        selections: what filters that are text select, as they were asked for.
     """
 
     def __init__(self, root: HookedModule) -> None:
         modules = dict(root.named_modules())
         self.points = {name: module for name, module in modules.items() if isinstance(module, HookPoint)}
-        for name, point in self.points.items():
-            point.__dict__["name"] = name
+        self.selections: dict[str | None, dict[str, HookPoint]] = {}
         self._version = _tree_version
         self._plain = [
             (module._modules, tuple(module._modules.items()))
             for module in modules.values()
-            if not isinstance(module, HookedModule | HookPoint)
+            if not isinstance(module, HookedModule | HookPoint) and module._modules
         ]
 
     def is_current(self) -> bool:
         """Whether the tree is as it was when the table was made."""
         return self._version == _tree_version and all(tuple(now.items()) == then for now, then in self._plain)
 
+    def name_of(self, point: HookPoint) -> str:
+        """The name of a point here; of one from elsewhere its own."""
+        return next((name for name, known in self.points.items() if known is point), point.name or "")
 
-class _EditHook:
-    """An edit as a hook of a module, which it asks what tokens run; in a copy of the module it asks the copy."""
 
-    def __init__(self, edit: Edit, module: HookedModule) -> None:
+class _EditHook(Hook):
+    """An edit as a hook, which asks the call what tokens run."""
+
+    __slots__ = ("edit",)
+
+    def __init__(self, edit: Edit, point: HookPoint, *, permanent: bool = False) -> None:
+        super().__init__(edit.apply, point, permanent=permanent, by_keyword=False)
         self.edit = edit
-        self.module = module
 
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        return self.edit.apply(tensor, hook, self.module.running_tokens())
+    @property
+    def source(self) -> object:
+        """The edit."""
+        return self.edit
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_EditHook":
-        return _EditHook(self.edit, memo.get(id(self.module), self.module))
+    def run(self, tensor: Tensor, call: Call) -> Tensor | None:
+        """The edited tensor, or None."""
+        return self.edit.apply(tensor, self.point, call.tokens)
+
+
+def run_backward(output: object, capture: Capture) -> None:
+    """Run backward from a scalar, for a capture that keeps gradients.
+
+    Raises:
+        HookLensError: the output is no scalar.
+    """
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise HookLensError(f"incl_bwd runs backward from the output, which must be a scalar; got {found}")
+    if output.requires_grad:
+        output.backward()  # type: ignore[no-untyped-call]
+    capture.fill_in_gradients()
 
 
 def require_gradients(asked: object, what: str) -> None:
@@ -360,10 +456,3 @@ def require_gradients(asked: object, what: str) -> None:
     """
     if asked and (not torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
         raise HookLensError(f"{what} needs gradients, which are disabled here: leave torch.no_grad / inference_mode")
-
-
-def _checked_pairs(pairs: HookList, direction: str) -> list[tuple[NamesFilter, Callable[..., Tensor | None]]]:
-    wrong = [pair for pair in pairs if not (isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1]))]
-    if wrong:
-        raise HookNameError(f"{direction}_hooks takes pairs (name or filter, function); got {wrong[0]!r}")
-    return [(pair[0], pair[1]) for pair in pairs]

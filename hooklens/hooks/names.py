@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+from hooklens.arguments import is_function, show
 from hooklens.axes import ALIASES, find_site, get_act_name
-from hooklens.errors import HookNameError, suggest_names
+from hooklens.errors import HookNameError, join_names, suggest_names
 
 _Shorthand = str | tuple[str, int] | tuple[str, int, str]
 NamesFilter = None | _Shorthand | Sequence[_Shorthand] | Callable[[str], bool]
@@ -12,7 +14,13 @@ NamesFilter = None | _Shorthand | Sequence[_Shorthand] | Callable[[str], bool]
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
-def select_names(names_filter: NamesFilter, names: Collection[str], *, n_layers: int | None = None) -> list[str]:
+def select_names(
+    names_filter: NamesFilter,
+    names: Collection[str],
+    *,
+    n_layers: int | None = None,
+    idle: Collection[str] = frozenset(),
+) -> list[str]:
     """The hook names that a filter selects, in the order of `names`.
 
     Args:
@@ -21,15 +29,20 @@ def select_names(names_filter: NamesFilter, names: Collection[str], *, n_layers:
             everything); a list of these; or a function from a name to a bool.
         names: the names there are.
         n_layers: number of blocks, for negative layers in shorthands.
+        idle: those of the names whose points do not fire in the call to come. What selects several names passes over
+            them.
 
     Raises:
-        HookNameError: some part of the filter selects nothing. All such parts are named, with the nearest
-            names.
+        HookNameError: some part of the filter selects nothing, or idle points alone. All such parts are named, with
+            the nearest names.
     """
     if names_filter is None:
-        return [name for name in names if not is_on_request(name)]
-    if callable(names_filter):
-        chosen = [name for name in names if names_filter(name)]
+        return [name for name in names if not is_on_request(name) and name not in idle]
+    if is_function(names_filter):
+        chosen = [name for name in names if _is_chosen(names_filter, name)]
+        if chosen and all(name in idle for name in chosen):
+            raise HookNameError(_explain_idle(names_filter, chosen))
+        chosen = [name for name in chosen if name not in idle]
         if not chosen:
             raise HookNameError(
                 f"the predicate {getattr(names_filter, '__name__', names_filter)!r} is true for none of the "
@@ -41,9 +54,12 @@ def select_names(names_filter: NamesFilter, names: Collection[str], *, n_layers:
     problems: list[str] = []
     for part in _split(names_filter):
         matches = _match(part, names, n_layers)
-        selected.update(matches)
+        running = [name for name in matches if name not in idle]
+        selected.update(running)
         if not matches:
             problems.append(_explain(part, names))
+        elif not running:
+            problems.append(_explain_idle(part, matches))
     if problems:
         raise HookNameError("; ".join(problems) + "; model.hook_table() lists the points this model has")
     if not selected:
@@ -57,18 +73,48 @@ def is_on_request(name: str) -> bool:
     return site is not None and site.on_request
 
 
-def _split(
-    names_filter: _Shorthand | Sequence[_Shorthand],
-) -> list[str | tuple[object, ...]]:
+def _split(names_filter: Any) -> list[str | tuple[object, ...]]:
+    """The single names, globs and shorthands of a filter.
+
+    Raises:
+        HookNameError: it is none, or holds something else.
+    """
     if isinstance(names_filter, str):
         return [names_filter]
     if isinstance(names_filter, tuple) and any(isinstance(part, int) for part in names_filter):
-        return [names_filter]
-    parts: list[str | tuple[object, ...]] = [*names_filter]
+        return [_read_shorthand(names_filter)]
+    if isinstance(names_filter, bytes | bytearray):
+        raise _refuse_filter(names_filter)
+    try:
+        parts: list[str | tuple[object, ...]] = [*names_filter]
+    except TypeError:
+        raise _refuse_filter(names_filter) from None
     wrong = [part for part in parts if not isinstance(part, str | tuple)]
     if wrong:
-        raise HookNameError(f"a list of hook names holds {wrong!r}; expected strings")
-    return parts
+        raise HookNameError(f"a list of hook names holds {show(wrong)}; expected strings")
+    return [part if isinstance(part, str) else _read_shorthand(part) for part in parts]
+
+
+def _read_shorthand(part: tuple[object, ...]) -> tuple[object, ...]:
+    is_layer = len(part) > 1 and isinstance(part[1], int) and not isinstance(part[1], bool)
+    if len(part) not in (2, 3) or not is_layer or not all(isinstance(word, str) for word in (part[0], *part[2:])):
+        raise HookNameError(f"{show(part)} is no hook point; expected (name, layer) or (name, layer, module)")
+    return part
+
+
+def _is_chosen(predicate: Callable[[str], bool], name: str) -> bool:
+    answer = predicate(name)
+    try:
+        return bool(answer)
+    except (RuntimeError, ValueError, TypeError):
+        raise HookNameError(f"the predicate answered {show(answer)} for {name!r}; expected True or False") from None
+
+
+def _refuse_filter(given: object) -> HookNameError:
+    return HookNameError(
+        f"hook points are chosen by {show(given)}; expected a name, a glob ('*' is everything), a list of them, or a "
+        "predicate(name)"
+    )
 
 
 def _match(part: str | tuple[object, ...], names: Collection[str], n_layers: int | None) -> list[str]:
@@ -98,3 +144,10 @@ def _explain(part: str | tuple[object, ...], names: Collection[str]) -> str:
     words = {name.rpartition(".")[2].removeprefix("hook_") for name in names}
     pool = set(names) if "." in part or part.startswith("hook_") else words
     return f"no hook point is called {part!r}.{suggest_names(part, pool)}"
+
+
+def _explain_idle(part: object, matches: Sequence[str]) -> str:
+    return (
+        f"{part!r} names {join_names(matches, limit=3)}, which this call does not reach: start_at_layer and "
+        "stop_at_layer leave parts of the model out"
+    )

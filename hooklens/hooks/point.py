@@ -1,114 +1,100 @@
-"""The hook point: a named place in a computation where tensors can be watched and edited.
+"""Hook points: where an activation can be read and changed.
 
-A hook point returns its input after one attribute check when nobody listens. Three kinds of listeners
-attach to it, and run in this order:
-
-1. hooks, `fn(tensor, hook) -> None | tensor`, may edit: by returning another tensor, or in place by tensor
-   operations (a write through `.data` or `.numpy()` leaves no trace that could be noticed);
-2. gradient hooks, `fn(grad, hook) -> None | grad`, run in the backward pass;
-3. captures only look, and see what the hooks made of the tensor.
+A `HookPoint` passes its tensor through. With nobody listening a call costs an attribute check. What a hook function
+returns takes the tensor's place; so does the tensor itself, edited in place. Where a point shows a side tensor (the
+attention pattern beside the fused kernel, a norm's scale), the module asks `watch` for the verdict whether the
+computation has to go on from what the listeners left.
 """
 
-import inspect
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hooklens.axes import find_site, layer_of
+from hooklens.axes import HookSite, layer_of
 from hooklens.errors import HookLensError, HookNameError, HookOutputError
+from hooklens.hooks.call import (
+    Call,
+    Direction,
+    Hook,
+    HookFunction,
+    HookHandle,
+    Listening,
+    run_apart,
+    thread_listeners,
+)
 
-HookFunction = Callable[..., Tensor | None]
-Direction = Literal["fwd", "bwd"]
-
-
-class _Hook:
-    """A registered hook function and how to call it."""
-
-    __slots__ = ("by_keyword", "fn", "permanent", "removed")
-
-    def __init__(self, fn: HookFunction, *, permanent: bool) -> None:
-        if not callable(fn):
-            raise HookLensError(f"a hook must be a function fn(tensor, hook), got {type(fn).__name__}")
-        self.fn = fn
-        self.permanent = permanent
-        self.removed = False
-        self.by_keyword = _takes_hook_by_keyword(fn)
-
-    def __call__(self, tensor: Tensor, point: "HookPoint") -> Tensor | None:
-        return self.fn(tensor, hook=point) if self.by_keyword else self.fn(tensor, point)
-
-
-def _takes_hook_by_keyword(fn: HookFunction) -> bool:
-    """Whether a parameter is called `hook`, which may then stand anywhere in the signature."""
-    try:
-        parameter = inspect.signature(fn).parameters.get("hook")
-    except (TypeError, ValueError):
-        return False
-    return parameter is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
-
-
-class HookHandle:
-    """Removes what was registered: `handle.remove()`, or as a context manager on leaving it."""
-
-    def __init__(self, removals: list[Callable[[], None]]) -> None:
-        self._removals = removals
-
-    def remove(self) -> None:
-        """Remove the hooks; doing so twice is harmless."""
-        while self._removals:
-            self._removals.pop()()
-
-    def __enter__(self) -> "HookHandle":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+_NO_CALL = Call()
 
 
 class HookPoint(nn.Module):
     """The identity on a tensor, with a name, that listeners can attach to.
 
     Args:
-        shared: the tensor that passes here is also used at another place, which an edit here must not
-            reach. Hooks are then given a copy.
+        site: what the point carries; None in modules of one's own, unless its axes are to be known.
+        shared: the tensor that passes here is also used at another place, which an edit here must not reach. Hooks
+            are then given a copy.
 
     Attributes:
-        name: the hook name, set by the model that holds the point.
+        name: the name in the model that was built with the point. A hook function is told the name that the module
+            has for it through which the hook was attached.
         ctx: a dictionary for hook functions to keep things in between calls.
-        listening: whether anything is attached.
+        own: what `add_hook` attached; None: nothing.
     """
 
     name: str | None
     ctx: dict[Any, Any]
-    listening: bool
+    site: HookSite | None
+    shared: bool
+    own: Listening | None
 
-    def __init__(self, *, shared: bool = False) -> None:
+    def __init__(self, site: HookSite | None = None, *, shared: bool = False) -> None:
         super().__init__()
-        self.name = None
-        self.ctx = {}
-        self.shared = shared
-        self.listening = False
-        self._hooks: list[_Hook] = []
-        self._gradient_hooks: list[_Hook] = []
-        self._captures: list[Callable[[Tensor, HookPoint], None]] = []
+        # Past nn.Module's __setattr__: a model has hundreds of points.
+        self.__dict__.update(name=None, ctx={}, site=site, shared=shared, own=None)
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Pass the tensor on; with listeners, as they leave it."""
-        return self._fire(tensor, needs_verdict=self.shared)[0] if self.listening else tensor
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
+        """Pass the tensor on; with listeners, as they leave it.
 
-    def watch(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        Args:
+            tensor: the activation.
+            call: the call in progress. Modules whose forward is handed none leave it out.
+        """
+        own, heard = self.own, thread_listeners() if call is None else call.listeners
+        if own is None and not heard:
+            return tensor
+        listening = heard.get(self)
+        if listening is None and own is None:
+            return tensor
+        if own is None and listening is not None and not (listening.hooks or listening.gradient_hooks):
+            for watcher in listening.watchers:
+                watcher.keep(tensor, self, _NO_CALL if call is None else call)
+            return tensor
+        return self._fire(tensor, call or _NO_CALL, _join(own, listening), needs_verdict=self.shared)[0]
+
+    @property
+    def listening(self) -> bool:
+        """Whether `add_hook` attached anything."""
+        return self.own is not None
+
+    def listens(self, call: Call) -> bool:
+        """Whether anybody listens here in a call."""
+        return self.own is not None or (bool(call.listeners) and self in call.listeners)
+
+    def watch(self, tensor: Tensor, call: Call) -> tuple[Tensor, bool]:
         """Show listeners a side tensor, which the computation does not go through by itself.
 
         Returns:
             The tensor as the listeners leave it, and whether the computation has to go on from it: it was
             edited, or gradients are to flow through it.
         """
-        return self._fire(tensor, needs_verdict=True)
+        listening = call.listeners.get(self)
+        if self.own is None and listening is not None and not (listening.hooks or listening.gradient_hooks):
+            for watcher in listening.watchers:
+                watcher.keep(tensor, self, call)
+            return tensor, False
+        return self._fire(tensor, call, _join(self.own, listening), needs_verdict=True)
 
     def layer(self) -> int:
         """The layer in the point's name.
@@ -123,16 +109,24 @@ class HookPoint(nn.Module):
 
     def describe(self, tensor: Tensor) -> str:
         """The point's name and its tensor's axes with sizes, for messages."""
-        site = None if self.name is None else find_site(self.name)
-        if site is None or len(site.axes) != tensor.ndim:
+        if self.site is None or len(self.site.axes) != tensor.ndim:
             return f"{self.name!r} {list(tensor.shape)}"
-        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(site.axes, tensor.shape, strict=True))
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(self.site.axes, tensor.shape, strict=True))
         return f"{self.name!r} [{sizes}]"
+
+    def called(self, name: str) -> "HookPoint":
+        """The point under the name that some module has for it: itself, or another face of it with one `ctx`."""
+        if self.name == name:
+            return self
+        face = HookPoint(self.site, shared=self.shared)
+        face.name = name
+        face.ctx = self.ctx
+        return face
 
     def add_hook(
         self, fn: HookFunction, *, dir: Direction = "fwd", prepend: bool = False, is_permanent: bool = False
     ) -> HookHandle:
-        """Attach a hook.
+        """Attach a hook that acts in every call.
 
         Args:
             fn: `fn(tensor, hook)` returns None to keep the tensor (or its in-place edit) or a tensor of
@@ -141,104 +135,103 @@ class HookPoint(nn.Module):
             prepend: run before the hooks already there.
             is_permanent: survive `reset_hooks`.
         """
+        return self.attach(Hook(fn, self, permanent=is_permanent), dir=dir, prepend=prepend)
+
+    def attach(self, hook: Hook, *, dir: Direction = "fwd", prepend: bool = False) -> HookHandle:
+        """Attach a hook made by somebody else."""
         if dir not in ("fwd", "bwd"):
             raise HookLensError(f"hook direction is {dir!r}; expected 'fwd' or 'bwd'")
-        hooks = self._hooks if dir == "fwd" else self._gradient_hooks
-        hook = _Hook(fn, permanent=is_permanent)
+        own = Listening() if self.own is None else self.own.joined(Listening())
+        hooks = own.hooks if dir == "fwd" else own.gradient_hooks
         hooks.insert(0 if prepend else len(hooks), hook)
-        self._update_listening()
-
-        def remove() -> None:
-            hook.removed = True
-            if hook in hooks:
-                hooks.remove(hook)
-            self._update_listening()
-
-        return HookHandle([remove])
-
-    def add_capture(self, capture: Callable[[Tensor, "HookPoint"], None]) -> None:
-        """Attach a function that only looks; it must not edit the tensor."""
-        self._captures.append(capture)
-        self.__dict__["listening"] = True
-
-    def remove_capture(self, capture: Callable[[Tensor, "HookPoint"], None]) -> None:
-        """Detach what `add_capture` attached."""
-        self._captures.remove(capture)
-        self._update_listening()
+        self.__dict__["own"] = own
+        return HookHandle([lambda: self._keep_hooks(lambda other: other is not hook)])
 
     def remove_hooks(self, *, dir: Direction | Literal["both"] = "both", including_permanent: bool = False) -> None:
         """Remove the hooks of a direction, those added as permanent only when asked to."""
-        for direction, hooks in (("fwd", self._hooks), ("bwd", self._gradient_hooks)):
-            if dir not in (direction, "both"):
-                continue
-            for hook in [hook for hook in hooks if including_permanent or not hook.permanent]:
-                hook.removed = True
-                hooks.remove(hook)
-        self._update_listening()
+        self._keep_hooks(lambda hook: hook.permanent and not including_permanent, dir=dir)
 
-    def _update_listening(self) -> None:
-        self.__dict__["listening"] = bool(self._hooks or self._gradient_hooks or self._captures)
+    def _keep_hooks(self, stays: Callable[[Hook], bool], *, dir: Direction | Literal["both"] = "both") -> None:
+        own = self.own
+        if own is None:
+            return
+        # A new list: a call in another thread may be reading the old one.
+        forward = [hook for hook in own.hooks if dir == "bwd" or stays(hook)]
+        gradient = [hook for hook in own.gradient_hooks if dir == "fwd" or stays(hook)]
+        for hook in (*own.hooks, *own.gradient_hooks):
+            hook.removed = hook not in forward and hook not in gradient
+        self.__dict__["own"] = Listening(forward, gradient) if forward or gradient else None
 
-    def _fire(self, tensor: Tensor, *, needs_verdict: bool) -> tuple[Tensor, bool]:
+    def _fire(self, tensor: Tensor, call: Call, listening: Listening, *, needs_verdict: bool) -> tuple[Tensor, bool]:
         current, changed = tensor, False
-        if self._hooks:
-            current, changed = self._run_hooks(tensor, needs_verdict=needs_verdict)
-        if self._gradient_hooks:
-            current, tapped = self._attach_gradient_hooks(current, is_copy=current is not tensor)
+        if listening.hooks:
+            current, changed = self._run_hooks(tensor, call, listening.hooks, needs_verdict=needs_verdict)
+        if listening.gradient_hooks:
+            current, tapped = self._attach_gradient_hooks(current, listening.gradient_hooks, tensor)
             changed = changed or tapped
-        for capture in self._captures:
-            capture(current, self)
+        for watcher in listening.watchers:
+            watcher.keep(current, self, call)
         return current, changed
 
-    def _run_hooks(self, tensor: Tensor, *, needs_verdict: bool) -> tuple[Tensor, bool]:
+    def _run_hooks(
+        self, tensor: Tensor, call: Call, hooks: Sequence[Hook], *, needs_verdict: bool
+    ) -> tuple[Tensor, bool]:
         """Run the hooks; the verdict says whether the tensor differs, and is only made where needed."""
         handed = tensor.clone() if self.shared else tensor
         # Tensors made under inference_mode keep no version counter: an edit shows only against a copy.
-        untracked = handed.is_inference()
-        before = tensor if self.shared else (tensor.clone() if untracked and needs_verdict else None)
+        is_traced = torch.compiler.is_compiling()
+        untracked = is_traced or handed.is_inference()
+        before = tensor if self.shared or is_traced else (tensor.clone() if untracked and needs_verdict else None)
         version = None if untracked else handed._version
         current = handed
-        for hook in tuple(self._hooks):
-            returned = hook(current, self)
-            if returned is not None:
-                self._check_replacement(returned, current, source="hook")
-                current = returned
+        for place, hook in enumerate(hooks):
+            returned = run_apart(hook.run, current, call)
+            if returned is None:
+                continue
+            self._check_replacement(returned, current, hook, source="hook")
+            # A later hook may edit in place, which the tensor that somebody else holds must not feel.
+            is_foreign = returned is not current and place + 1 < len(hooks)
+            current = returned.clone() if is_foreign else returned
         if not needs_verdict:
             return current, False
-        changed = current is not handed or _is_tapped(handed)
+        # A traced graph cannot ask, and goes on from what the hooks left.
+        changed = is_traced or current is not handed or _is_tapped(handed)
         if not changed:
             changed = handed._version != version if version is not None else not torch.equal(handed, before)  # type: ignore[arg-type]
         if self.shared and not changed and not handed.requires_grad:
             return tensor, False
         return current, changed
 
-    def _attach_gradient_hooks(self, tensor: Tensor, *, is_copy: bool) -> tuple[Tensor, bool]:
+    def _attach_gradient_hooks(self, tensor: Tensor, hooks: Sequence[Hook], passing: Tensor) -> tuple[Tensor, bool]:
         if not tensor.requires_grad:
-            if all(hook.permanent for hook in self._gradient_hooks):
+            if all(hook.permanent for hook in hooks) or not tensor.is_floating_point():
                 return tensor, False
-            raise HookLensError(
-                f"backward hook at {self.describe(tensor)}: no gradient flows here; call the model with gradients "
-                "enabled (not under torch.no_grad or inference_mode) and with parameters that require them"
-            )
-        if self.shared and not is_copy:
+            if not torch.is_grad_enabled() or tensor.is_inference():
+                raise HookLensError(
+                    f"backward hook at {self.describe(tensor)}: no gradient flows here; call the model with gradients "
+                    "enabled (not under torch.no_grad or inference_mode)"
+                )
+            # What nothing trainable leads to has a gradient all the same: a value put in by an edit, for one.
+            tensor = tensor.detach().requires_grad_()
+        elif self.shared and tensor is passing:
             tensor = tensor.view_as(tensor)
-        for hook in tuple(self._gradient_hooks):
+        for hook in hooks:
             tensor.register_hook(self._gradient_listener(hook))  # type: ignore[no-untyped-call]
         return tensor, True
 
-    def _gradient_listener(self, hook: _Hook) -> Callable[[Tensor], Tensor | None]:
+    def _gradient_listener(self, hook: Hook) -> Callable[[Tensor], Tensor | None]:
         def listen(gradient: Tensor) -> Tensor | None:
             if hook.removed:
                 return None
-            returned = hook(gradient, self)
+            returned = run_apart(hook.run, gradient, _NO_CALL)
             if returned is not None:
-                self._check_replacement(returned, gradient, source="backward hook")
+                self._check_replacement(returned, gradient, hook, source="backward hook")
             return returned
 
         return listen
 
-    def _check_replacement(self, returned: Any, expected: Tensor, *, source: str) -> None:
-        subject = f"{source} at {self.describe(expected)}"
+    def _check_replacement(self, returned: Any, expected: Tensor, hook: Hook, *, source: str) -> None:
+        subject = f"{source} at {hook.point.describe(expected)}"
         if not isinstance(returned, Tensor):
             raise HookOutputError(
                 f"{subject} returned a {type(returned).__name__}; expected None (keep) or a tensor of that shape"
@@ -255,6 +248,13 @@ class HookPoint(nn.Module):
     def extra_repr(self) -> str:
         """The name, in the model's printed form."""
         return repr(self.name) if self.name else ""
+
+
+def _join(own: Listening | None, heard: Listening | None) -> Listening:
+    """What listens: what the point has of its own, then what the call brings."""
+    if own is None:
+        return heard or Listening()
+    return own.joined(heard)
 
 
 def _is_tapped(tensor: Tensor) -> bool:

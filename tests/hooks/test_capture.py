@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from hooklens.axes import find_site
 from hooklens.errors import HookLensError, InputError
-from hooklens.hooks import Capture
+from hooklens.hooks import Call, Capture, HookPoint
 from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, make_model, random_tokens
 
@@ -104,11 +105,11 @@ def watch(model):
 @pytest.mark.parametrize(
     ("pos_slice", "text"),
     [
-        (5, "pos_slice=5 is out of range: 5 positions run in this call"),
-        (-6, "pos_slice=-6 is out of range: 5 positions run in this call"),
-        ([0, 7], r"pos_slice=\[0, 7\] is out of range: 5 positions run in this call"),
-        (torch.tensor([0, 7]), r"pos_slice=\[0, 7\] is out of range: 5 positions run in this call"),
-        (slice(7, 9), r"pos_slice=slice\(7, 9, None\) keeps nothing: 5 positions run in this call"),
+        (5, "^pos_slice: 5 out of range; there are 5 positions run in this call, 0 to 4"),
+        (-6, "^pos_slice: -6 out of range; there are 5 positions run in this call, 0 to 4"),
+        ([0, 7], r"^pos_slice: \[7\] out of range; there are 5 positions run in this call, 0 to 4"),
+        (torch.tensor([0, 7]), r"^pos_slice: \[7\] out of range; there are 5 positions run in this call, 0 to 4"),
+        (slice(7, 9), r"^pos_slice=slice\(7, 9, None\) keeps nothing: there are 5 positions run in this call"),
     ],
     ids=str,
 )
@@ -137,10 +138,12 @@ def test_pos_slice_of_another_kind_is_refused_before_the_forward(pos_slice):
 
 def test_pos_slice_counts_the_positions_that_pass():
     """A module that is no language model, whose calls have a length only once they run."""
-    with pytest.raises(InputError, match=r"pos_slice=\[0, 7\] is out of range: 5 positions pass 'hook_embed'"):
-        Capture(pos_slice=[0, 7]).add("hook_embed", torch.zeros(2, 5, 3))
+    point = HookPoint(find_site("hook_embed"))
+    capture = Capture({"hook_embed": point}, pos_slice=[0, 7])
+    with pytest.raises(InputError, match=r"pos_slice: \[7\] out of range; there are 5 positions at 'hook_embed', 0 to"):
+        point(torch.zeros(2, 5, 3), Call(capture.listeners))
     with pytest.raises(InputError, match="can mean a slice"), unchecked():
-        Capture(pos_slice=(1, 4))
+        Capture({"hook_embed": point}, pos_slice=(1, 4))
 
 
 def test_pos_slice_with_a_cache_counts_the_new_tokens():
@@ -150,18 +153,20 @@ def test_pos_slice_with_a_cache_counts_the_new_tokens():
     _, part = model.run_with_cache(tokens[:, 4:], past_kv_cache=kv, pos_slice=0)
     assert part.positions == (0,)
     assert torch.equal(part["pattern", 1], whole["pattern", 1][:, :, :1])
-    with pytest.raises(InputError, match="pos_slice=3 is out of range: 3 positions run in this call"):
+    with pytest.raises(InputError, match="pos_slice: 3 out of range; there are 3 positions run in this call, 0 to 2"):
         model.run_with_cache(tokens[:, 4:], past_kv_cache=kv, pos_slice=3)
 
 
 def test_pos_slice_needs_axes_that_are_known():
+    point = HookPoint()
+    capture = Capture({"my_point": point}, pos_slice=0)
     with pytest.raises(HookLensError, match="the axes of 'my_point' are not known"):
-        Capture(pos_slice=0).add("my_point", torch.zeros(2, 3))
+        point(torch.zeros(2, 3), Call(capture.listeners))
 
 
 def test_dtype_must_be_floating():
     with pytest.raises(HookLensError, match=r"kept as torch.int64; expected a floating dtype"):
-        Capture(dtype=torch.int64)
+        Capture({}, dtype=torch.int64)
 
 
 def count_live_tensors() -> int:

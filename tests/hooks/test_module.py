@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hooklens import HookedModule, HookPoint, edits
-from hooklens.errors import HookLensError, HookNameError
+from hooklens.errors import HookLensError, HookNameError, InputError
+from hooklens.hooks.call import open_call, thread_listeners
 from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
 
@@ -43,15 +44,30 @@ class Toy(HookedModule):
 def snapshot(module):
     """Everything about the hook points that a leak would change."""
     return {
-        name: (list(point._hooks), list(point._gradient_hooks), list(point._captures), point.listening)
+        name: point.own and [list(point.own.hooks), list(point.own.gradient_hooks), list(point.own.watchers)]
         for name, point in module.hook_points().items()
     }
+
+
+def told_names(toy, x=None):
+    """The names that hook functions are told, in the order in which the points fire."""
+    seen = []
+    toy.run_with_hooks(torch.randn(2, 4) if x is None else x, fwd_hooks=[("*", lambda t, hook: seen.append(hook.name))])
+    return seen
 
 
 class TestToyModules:
     def test_names_are_attribute_paths(self):
         toy = Toy()
         assert list(toy.hook_points()) == ["hook_in", "layers.0.hook_out", "layers.1.hook_out", "head.1"]
+        assert told_names(toy) == list(toy.hook_points())
+
+    def test_points_have_no_name_of_their_own_until_a_model_gives_it(self):
+        """Listing the points of a part renamed them for the model that the part belongs to."""
+        toy = Toy()
+        toy.hook_points()
+        assert [point.name for point in toy.hook_points().values()] == [None] * 4
+        toy.name_hook_points()
         assert [point.name for point in toy.hook_points().values()] == list(toy.hook_points())
 
     def test_hooks_edits_and_captures(self):
@@ -110,8 +126,10 @@ class TestToyModules:
         change(toy)
         expected = {name: module for name, module in toy.named_modules() if isinstance(module, HookPoint)}
         assert toy.hook_points() == expected
-        assert {point.name for point in toy.hook_points().values()} == set(expected)
-        assert toy.select_hook_points("*") == list(expected.values())
+        assert toy.select_hook_points("*") == expected
+        with toy.hooks([("*", lambda t, hook: None)]):
+            told = {hook.point.name for listening in thread_listeners().values() for hook in listening.hooks}
+        assert told == set(expected)
 
     def test_swapped_layers_swap_names(self):
         """An nn.ModuleList is no HookedModule, and takes its items without telling one."""
@@ -120,9 +138,8 @@ class TestToyModules:
         toy.hook_points()
         toy.layers[0], toy.layers[1] = second, first
         assert toy.hook_points()["layers.0.hook_out"] is second.hook_out
-        assert second.hook_out.name == "layers.0.hook_out"
         with toy.capture("layers.0.hook_out") as captured:
-            toy(x)
+            assert told_names(toy, x) == ["hook_in", "layers.0.hook_out", "layers.1.hook_out", "head.1"]
         assert torch.equal(captured["layers.0.hook_out"], second(x))
 
     def test_a_submodule_set_to_none_is_gone(self):
@@ -198,7 +215,8 @@ class TestNothingLeaks:
         with pytest.raises(error):
             self.run_into(fail, model, tokens, way)
         assert snapshot(model) == before
-        assert model.running_tokens() is None
+        assert open_call().listeners == {}
+        assert open_call().tokens is None
         assert torch.equal(model(tokens), plain)
 
     def test_after_an_unknown_name_in_the_middle(self):
@@ -296,12 +314,12 @@ class TestRefusals:
     def test_pairs(self, wrong):
         with (
             unchecked(),
-            pytest.raises(HookNameError, match=r"fwd_hooks takes pairs \(name or filter, function\); got"),
+            pytest.raises(InputError, match=r"fwd_hooks: entry 0 is .*, expected pairs \(name or filter, function\)"),
         ):
             Toy().run_with_hooks(torch.ones(1, 4), fwd_hooks=[wrong])
 
     def test_edits(self):
-        with unchecked(), pytest.raises(HookLensError, match=r"an edit is a value from hooklens.edits, got tuple"):
+        with unchecked(), pytest.raises(InputError, match=r"edits: entry 0 is \('hook_in', .*, expected values"):
             Toy().run_with_hooks(torch.ones(1, 4), edits=[("hook_in", print)])
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -5,8 +5,10 @@ import functools
 import pytest
 import torch
 
+from hooklens.axes import find_site
 from hooklens.errors import HookLensError, HookNameError, HookOutputError
-from hooklens.hooks import HookPoint
+from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.call import Hook, Listening
 from tests.annotations import unchecked
 
 
@@ -20,9 +22,19 @@ def in_place(edit):
 
 
 def named_point(name="blocks.1.hook_resid_post", **options):
-    point = HookPoint(**options)
+    point = HookPoint(find_site(name), **options)
     point.name = name
     return point
+
+
+class Keeper:
+    """A watcher that keeps what it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def keep(self, tensor, point, call):
+        self.seen.append(tensor)
 
 
 def test_nobody_listening_gives_the_very_tensor():
@@ -219,7 +231,7 @@ class TestWatch:
             point = HookPoint()
             point.add_hook(fn)
             x = torch.arange(1.0, 7.0).view(2, 3)
-            out, verdict = point.watch(x)
+            out, verdict = point.watch(x, Call())
             assert verdict is changed
             if not changed:
                 assert out is x
@@ -228,23 +240,32 @@ class TestWatch:
         point = HookPoint()
         point.add_hook(in_place(lambda t: t.mul_(2)))
         point.add_hook(lambda t, hook: None)
-        assert point.watch(torch.ones(1))[1]
+        assert point.watch(torch.ones(1), Call())[1]
 
     def test_captures_are_no_change_and_see_the_edited_tensor(self):
-        point, seen = HookPoint(), []
-        point.add_capture(lambda t, hook: seen.append(t))
+        point, keeper = HookPoint(), Keeper()
+        call = Call({point: Listening(watchers=[keeper])})
         x = torch.ones(2)
-        assert point.watch(x) == (x, False)
+        out, changed = point.watch(x, call)
+        assert out is x
+        assert not changed
         point.add_hook(lambda t, hook: t + 1)
-        point.watch(x)
-        assert seen[0] is x
-        assert seen[1].tolist() == [2, 2]
+        assert point.watch(x, call)[1]
+        assert keeper.seen[0] is x
+        assert keeper.seen[1].tolist() == [2, 2]
+
+    def test_hooks_of_a_call_come_after_the_points_own(self):
+        point, seen = HookPoint(), []
+        late = Hook(lambda t, hook: seen.append(t.clone()), point)
+        point.add_hook(lambda t, hook: t + 1)
+        point.watch(torch.ones(1), Call({point: Listening([late])}))
+        assert seen == [2]
 
     def test_retain_grad_and_register_hook_ask_for_the_graph(self):
         for tap in (lambda t: t.retain_grad(), lambda t: t.register_hook(lambda g: None)):
             point = HookPoint()
             point.add_hook(in_place(tap))
-            assert point.watch(torch.ones(2, requires_grad=True) * 1)[1]
+            assert point.watch(torch.ones(2, requires_grad=True) * 1, Call())[1]
 
 
 class TestGradientHooks:
@@ -265,14 +286,26 @@ class TestGradientHooks:
         assert seen == []
         assert x.grad.tolist() == [3, 3]
 
-    def test_no_gradient_is_an_error_for_a_hook_that_was_just_asked_for(self):
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_no_gradient_is_an_error_for_a_hook_that_was_just_asked_for(self, mode):
         point = named_point()
         handle = point.add_hook(print, dir="bwd")
-        with pytest.raises(HookLensError, match=r"'blocks.1.hook_resid_post' \[batch=1.*no gradient flows here"):
-            point(torch.zeros(1, 1, 1))
-        handle.remove()
-        point.add_hook(print, dir="bwd", is_permanent=True)
-        point(torch.zeros(1, 1, 1))
+        with mode():
+            with pytest.raises(HookLensError, match=r"'blocks.1.hook_resid_post' \[batch=1.*no gradient flows here"):
+                point(torch.zeros(1, 1, 1))
+            handle.remove()
+            point.add_hook(print, dir="bwd", is_permanent=True)
+            x = torch.zeros(1, 1, 1)
+            assert point(x) is x
+
+    def test_what_nothing_trainable_leads_to_has_a_gradient(self):
+        """A value that an edit put in, or the output of a frozen network, raised "no gradient flows here"."""
+        point, seen = named_point(), []
+        point.add_hook(lambda g, hook: seen.append(g), dir="bwd")
+        x = torch.ones(1, 1, 2)
+        (point(x) * 3).sum().backward()
+        assert seen[0].tolist() == [[[3, 3]]]
+        assert not x.requires_grad
 
 
 def test_a_point_prints_its_name():

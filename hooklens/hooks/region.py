@@ -1,41 +1,15 @@
 """Which part of a tensor an edit touches: token positions, heads and rows, and how a value is laid over them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hooklens.axes import find_site, layer_of, name_repeats
 from hooklens.errors import EditError, join_names
-
-Phase = Literal["prefill", "decode"]
-Indices = int | Sequence[int] | slice | None
-
-
-@runtime_checkable
-class TokenIndex(Protocol):
-    """Which tokens a call runs: what an edit needs to find its positions.
-
-    Attributes:
-        token_index: `[batch pos]`, the position of each column's token in its row's whole sequence; -1 for
-            padding.
-        n_tokens: `[batch]`, real tokens of each row so far, those in a cache included.
-        phase: `"prefill"`, or `"decode"` while generating.
-    """
-
-    @property
-    def token_index(self) -> Tensor:
-        """`[batch pos]`."""
-
-    @property
-    def n_tokens(self) -> Tensor:
-        """`[batch]`."""
-
-    @property
-    def phase(self) -> Phase:
-        """What the call is part of."""
+from hooklens.hooks.call import TokenIndex
+from hooklens.hooks.choice import Index, resolve_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,28 +36,6 @@ class Selection:
     heads_first: bool = False
     pair_row: Tensor | None = None
     layouts: tuple[tuple[int, Tensor], ...] = ()
-
-    def with_slice(
-        self, wanted: slice, batch_index: Tensor, pos_index: Tensor, tokens: TokenIndex | None, n_columns: int
-    ) -> "Selection":
-        """The selection of a slice of positions: a value may also have just the positions in the slice.
-
-        That needs as many of them in every row; whether a row's tokens are all part of this call does not matter.
-        """
-        if tokens is None:
-            lengths, token_index = torch.full_like(batch_index, n_columns), pos_index
-        else:
-            lengths = tokens.n_tokens.to(pos_index.device)[batch_index]
-            token_index = tokens.token_index.to(pos_index.device)[batch_index, pos_index]
-        ranges = {length: range(*wanted.indices(length)) for length in set(lengths.tolist())}
-        if len({len(positions) for positions in ranges.values()}) > 1:
-            return self
-        first = torch.zeros_like(lengths)
-        for length, positions in ranges.items():
-            first[lengths == length] = positions.start
-        step = 1 if wanted.step is None else wanted.step
-        n_positions = len(next(iter(ranges.values())))
-        return replace(self, layouts=((n_positions, (token_index - first) // step), *self.layouts))
 
     def lay_over(self, value: Tensor | float, region: Tensor, region_axes: tuple[str, ...]) -> Tensor:
         """Bring a value to the region's shape.
@@ -142,29 +94,152 @@ class Selection:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChosenTokens:
+    """The tokens that rows and positions choose in one call, one entry each.
+
+    Attributes:
+        row: which selected row the token is in.
+        column: its column in the tensor.
+        layouts: as in `Selection`.
+    """
+
+    row: Tensor
+    column: Tensor
+    layouts: tuple[tuple[int, Tensor], ...]
+
+
+def choose_tokens(
+    pos: Index, rows: list[int], n_columns: int, tokens: TokenIndex | None, *, subject: str, device: torch.device
+) -> ChosenTokens | None:
+    """The tokens at some positions of some rows; None where this call runs none of them.
+
+    Args:
+        pos: positions in the rows' whole sequences.
+        rows: rows of the batch.
+        n_columns: columns of the tensor.
+        tokens: which tokens these are; None: token `i` stands in column `i`.
+        subject: the edit, for messages.
+        device: where the tensor is.
+
+    Raises:
+        EditError: a position that a row does not have, or a token named twice.
+    """
+    positions = range(n_columns) if tokens is None else tokens.positions_by_column
+    is_whole = tokens is None or tokens.phase == "prefill"
+    if positions is None:
+        assert tokens is not None
+        return _choose_by_row(pos, rows, n_columns, tokens, subject=subject, device=device, is_whole=is_whole)
+    length = n_columns if tokens is None else tokens.length
+    chosen = _resolve_positions(pos, length, rows, subject=subject, is_whole=is_whole)
+    place = {position: column for column, position in enumerate(positions)}
+    is_listed = not (pos is None or isinstance(pos, slice))
+    pairs = [(slot, place[position]) for slot, position in enumerate(chosen) if position in place]
+    if not pairs or not rows:
+        return None
+    slot, column = torch.tensor(pairs, device=device).T
+    row = torch.arange(len(rows), device=device).repeat_interleave(len(pairs))
+    slot, column = slot.repeat(len(rows)), column.repeat(len(rows))
+    by_column = (n_columns, column)
+    layouts = ((len(chosen), slot),) if is_listed else ((len(chosen), slot), by_column)
+    return ChosenTokens(row=row, column=column, layouts=layouts if pos is not None else (by_column,))
+
+
+def _resolve_positions(pos: Index, length: int, rows: list[int], *, subject: str, is_whole: bool) -> list[int]:
+    if pos is None or isinstance(pos, slice):
+        return list(range(length)[slice(None) if pos is None else pos])
+    wanted = (pos,) if isinstance(pos, int) else pos
+    outside = [position for position in wanted if not -length <= position < length]
+    if outside and is_whole and rows:
+        raise EditError(f"{subject}: position {outside[0]} is outside row {rows[0]}, which has {length} tokens")
+    within = tuple(position for position in wanted if position not in outside)
+    return resolve_choice(within, length, what=f"{subject}: pos", noun="tokens", error=EditError)
+
+
+def _choose_by_row(
+    pos: Index,
+    rows: list[int],
+    n_columns: int,
+    tokens: TokenIndex,
+    *,
+    subject: str,
+    device: torch.device,
+    is_whole: bool,
+) -> ChosenTokens | None:
+    """The same where rows have their tokens in different columns."""
+    at = torch.as_tensor(rows, device=device)
+    lengths, token_index = tokens.n_tokens.to(device)[at], tokens.token_index.to(device)[at]
+    if pos is None or isinstance(pos, slice):
+        found = token_index >= 0 if pos is None else _in_slice(token_index, pos, lengths)
+        row, column = found.nonzero(as_tuple=True)
+        layouts: tuple[tuple[int, Tensor], ...] = ((n_columns, column),)
+        if pos is not None:
+            layouts = (*_slice_layout(pos, lengths[row], token_index[row, column]), *layouts)
+    else:
+        wanted = torch.as_tensor([pos] if isinstance(pos, int) else list(pos), device=device)
+        absolute = torch.where(wanted[None, :] < 0, wanted[None, :] + lengths[:, None], wanted[None, :])
+        _check_absolute(pos, wanted, absolute, lengths, rows, subject=subject, is_whole=is_whole)
+        matches = token_index[:, None, :] == absolute[:, :, None]
+        row, slot = matches.any(-1).nonzero(as_tuple=True)
+        column = matches.int().argmax(-1)[row, slot]
+        layouts = ((len(wanted), slot),)
+    if not row.numel():
+        return None
+    return ChosenTokens(row=row, column=column, layouts=layouts)
+
+
+def _check_absolute(
+    pos: Index,
+    wanted: Tensor,
+    absolute: Tensor,
+    lengths: Tensor,
+    rows: list[int],
+    *,
+    subject: str,
+    is_whole: bool,
+) -> None:
+    outside = (absolute < 0) | (absolute >= lengths[:, None])
+    if is_whole and outside.any():
+        row, slot = (int(i) for i in outside.nonzero()[0])
+        raise EditError(
+            f"{subject}: position {int(wanted[slot])} is outside row {rows[row]}, which has {int(lengths[row])} tokens"
+        )
+    doubled = (absolute[:, :, None] == absolute[:, None, :]).sum((1, 2)) > absolute.shape[1]
+    if doubled.any():
+        row = rows[int(doubled.nonzero()[0])]
+        raise EditError(f"{subject}: pos={pos!r} names a token of row {row} twice; name it once")
+
+
+def _slice_layout(wanted: slice, lengths: Tensor, token_index: Tensor) -> tuple[tuple[int, Tensor], ...]:
+    """Where each chosen token stands in the slice, if the slice has as many positions in every row.
+
+    Whether a row's tokens are all part of this call does not matter.
+    """
+    ranges = {length: range(*wanted.indices(length)) for length in set(lengths.tolist())}
+    if len({len(positions) for positions in ranges.values()}) != 1:
+        return ()
+    first = torch.zeros_like(lengths)
+    for length, positions in ranges.items():
+        first[lengths == length] = positions.start
+    step = 1 if wanted.step is None else wanted.step
+    return ((len(next(iter(ranges.values()))), (token_index - first) // step),)
+
+
+def _in_slice(token_index: Tensor, wanted: slice, n_tokens: Tensor) -> Tensor:
+    """Which columns hold tokens inside a slice of each row's positions."""
+    inside = torch.zeros_like(token_index, dtype=torch.bool)
+    for row, length in enumerate(n_tokens.tolist()):
+        chosen = torch.tensor(range(*wanted.indices(int(length))), device=token_index.device)
+        inside[row] = torch.isin(token_index[row], chosen)
+    return inside
+
+
 def axes_in_canonical_order(axes: tuple[str, ...]) -> list[int]:
     """Batch first, then the position axis, then heads, then the rest."""
     position = "query" if "query" in axes else "pos"
     front = [axes.index("batch"), axes.index(position)]
     heads = [i for i, axis in enumerate(axes) if axis in ("head", "kv_head")]
     return front + heads + [i for i in range(len(axes)) if i not in front + heads]
-
-
-def resolve_indices(wanted: Indices, size: int, subject: str, noun: str, *, hint: str = "") -> list[int]:
-    """The rows, heads or positions that an edit names, counted from 0.
-
-    Raises:
-        EditError: one of them is out of range.
-    """
-    if wanted is None:
-        return list(range(size))
-    if isinstance(wanted, slice):
-        return list(range(size))[wanted]
-    indices = [wanted] if isinstance(wanted, int) else list(wanted)
-    outside = [index for index in indices if not -size <= index < size]
-    if outside:
-        raise EditError(f"{subject}: {outside} out of range; there are {size} {noun}, 0 to {size - 1}{hint}")
-    return [index % size for index in indices]
 
 
 def query_head_hint(name: str) -> str:
@@ -210,12 +285,3 @@ def _shares_heads(name: str, known: Collection[str]) -> bool:
     """Whether several query heads read one key-value head in the block that `name` lies in."""
     keys = name_repeats(f"blocks.{layer_of(name)}.attn.hook_k")
     return keys in known
-
-
-def in_slice(token_index: Tensor, wanted: slice, n_tokens: Tensor) -> Tensor:
-    """Which columns hold tokens inside a slice of each row's positions."""
-    inside = torch.zeros_like(token_index, dtype=torch.bool)
-    for row, length in enumerate(n_tokens.tolist()):
-        chosen = torch.tensor(range(*wanted.indices(int(length))), device=token_index.device)
-        inside[row] = torch.isin(token_index[row], chosen)
-    return inside

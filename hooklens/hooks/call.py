@@ -1,0 +1,347 @@
+"""Who listens: to one call, to all calls of a thread inside a `with` block, to all calls of a model.
+
+A call is a value that the forward opens and hands down. It holds the tokens that run and the listeners of this call;
+no module keeps anything about it. So two threads can use one model, a hook can call the model that it hangs on, and a
+call that is broken off leaves nothing behind.
+
+    model.add_hook(...)             belongs to the hook point, and acts in every call
+    with model.hooks(...): ...      belongs to the thread inside the block, and acts in every call made there
+    model.run_with_hooks(...)       belongs to the call
+
+Hooks run in this order, and captures see what they leave.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar, copy_context
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hooklens.errors import HookLensError
+
+if TYPE_CHECKING:
+    from hooklens.hooks.point import HookPoint
+
+HookFunction = Callable[..., Tensor | None]
+Direction = Literal["fwd", "bwd"]
+Phase = Literal["prefill", "decode"]
+Returned = TypeVar("Returned")
+Value = TypeVar("Value")
+
+
+@runtime_checkable
+class TokenIndex(Protocol):
+    """Which tokens a tensor's columns are: what an edit needs to find its positions.
+
+    Attributes:
+        token_index: `[batch pos]`, the position of each column's token in its row's whole sequence; -1 for padding.
+        n_tokens: `[batch]`, real tokens of each row so far, those in a cache included.
+        phase: `"prefill"`, or `"decode"` while generating.
+        positions_by_column: `token_index` of every row in plain numbers, where all rows have the same; else None.
+        length: `n_tokens` of every row, where `positions_by_column` is known.
+        columns: which columns of the call a tensor's position axis holds; None: all of them.
+        n_run: columns of the call.
+    """
+
+    @property
+    def token_index(self) -> Tensor:
+        """`[batch pos]`."""
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """`[batch]`."""
+
+    @property
+    def phase(self) -> Phase:
+        """What the call is part of."""
+
+    @property
+    def positions_by_column(self) -> Sequence[int] | None:
+        """Plain numbers."""
+
+    @property
+    def length(self) -> int:
+        """A plain number."""
+
+    @property
+    def columns(self) -> Sequence[int] | Tensor | None:
+        """Of the call."""
+
+    @property
+    def n_run(self) -> int:
+        """How many."""
+
+
+class Hook:
+    """A hook function, how to call it, and the point it is told.
+
+    Attributes:
+        point: the hook point, with the name that the module has for it which attached the hook.
+        permanent: survives `reset_hooks`.
+        removed: its gradient listeners are silent.
+        by_keyword: the function takes the point as `hook=`.
+    """
+
+    __slots__ = ("by_keyword", "fn", "permanent", "point", "removed")
+
+    def __init__(
+        self, fn: HookFunction, point: "HookPoint", *, permanent: bool = False, by_keyword: bool | None = None
+    ) -> None:
+        if not callable(fn):
+            raise HookLensError(f"a hook must be a function fn(tensor, hook), got {type(fn).__name__}")
+        self.fn = fn
+        self.point = point
+        self.permanent = permanent
+        self.removed = False
+        self.by_keyword = _takes_hook_by_keyword(fn) if by_keyword is None else by_keyword
+
+    @property
+    def source(self) -> object:
+        """What was attached."""
+        return self.fn
+
+    def run(self, tensor: Tensor, call: "Call") -> Tensor | None:
+        """What the function makes of a tensor."""
+        return self.fn(tensor, hook=self.point) if self.by_keyword else self.fn(tensor, self.point)
+
+
+def _takes_hook_by_keyword(fn: HookFunction) -> bool:
+    """Whether a parameter is called `hook`, which may then stand anywhere in the signature.
+
+    Raises:
+        HookLensError: the function cannot be called with a tensor and a point.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return False
+    parameter = signature.parameters.get("hook")
+    by_keyword = parameter is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
+    try:
+        if by_keyword:
+            signature.bind(None, hook=None)
+        else:
+            signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise HookLensError(
+            f"a hook is called as fn(tensor, hook=point); {name}{signature} cannot be: {error}. Write "
+            "`def fn(tensor, hook): ...`"
+        ) from None
+    return by_keyword
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Something that looks at what passes a hook point, and must not change it."""
+
+    def keep(self, tensor: Tensor, point: "HookPoint", call: "Call") -> None:
+        """Look at a tensor."""
+
+
+class Listening:
+    """What listens at one point: hooks, gradient hooks, and watchers."""
+
+    __slots__ = ("gradient_hooks", "hooks", "watchers")
+
+    def __init__(
+        self,
+        hooks: Iterable[Hook] = (),
+        gradient_hooks: Iterable[Hook] = (),
+        watchers: Iterable[Watcher] = (),
+    ) -> None:
+        self.hooks = list(hooks)
+        self.gradient_hooks = list(gradient_hooks)
+        self.watchers = list(watchers)
+
+    def __bool__(self) -> bool:
+        return bool(self.hooks or self.gradient_hooks or self.watchers)
+
+    def joined(self, later: "Listening | None") -> "Listening":
+        """These and later ones; the very object where there are no others."""
+        if later is None:
+            return self
+        return Listening(
+            [*self.hooks, *later.hooks],
+            [*self.gradient_hooks, *later.gradient_hooks],
+            [*self.watchers, *later.watchers],
+        )
+
+
+Listeners = Mapping["HookPoint", Listening]
+"""Who listens at which points; never changed once it is handed to a call."""
+
+NOBODY: Listeners = {}
+
+
+class Call:
+    """One call in progress.
+
+    Attributes:
+        listeners: of this call and of the thread's `with` blocks.
+        tokens: which tokens the columns of tensors are, at the points that are reached next; None where a module
+            has no tokens.
+    """
+
+    __slots__ = ("listeners", "tokens")
+
+    def __init__(self, listeners: Listeners = NOBODY, tokens: TokenIndex | None = None) -> None:
+        self.listeners = listeners
+        self.tokens = tokens
+
+    def on(self, tokens: TokenIndex) -> "Call":
+        """The same call where tensors hold other columns."""
+        return Call(self.listeners, tokens)
+
+
+def open_call() -> Call:
+    """A call of a part of a network by itself, with the listeners of the thread's `with` blocks."""
+    return Call(thread_listeners())
+
+
+def join_listeners(groups: Iterable[Listeners]) -> Listeners:
+    """The listeners of several groups, those of earlier ones first."""
+    present = [group for group in groups if group]
+    if len(present) < 2:
+        return present[0] if present else NOBODY
+    joined: dict[HookPoint, Listening] = {}
+    for group in present:
+        for point, listening in group.items():
+            earlier = joined.get(point)
+            joined[point] = listening if earlier is None else earlier.joined(listening)
+    return joined
+
+
+class _Entry:
+    """One way into a `with` block: a block can be entered by several threads, and again while it is open."""
+
+    __slots__ = ("__weakref__", "block", "listeners")
+
+    def __init__(self, block: "ListeningBlock[Any]", listeners: Listeners) -> None:
+        self.block = block
+        self.listeners = listeners
+
+
+# The `with` blocks that the calling thread is inside of; a new thread is inside of none.
+_entries: ContextVar[tuple[_Entry, ...]] = ContextVar("hooklens_entries", default=())
+# Those of all threads: while there are none, no call has to look for its thread's. A thread that ends inside of a
+# block lets go of its entry.
+_all_entries: dict[int, "weakref.ref[_Entry]"] = {}
+
+
+def thread_listeners() -> Listeners:
+    """The listeners of the `with` blocks that the calling thread is inside of.
+
+    Raises:
+        HookLensError: while `torch.compile` traces; a compiled call would not notice when the block is left.
+    """
+    if not _all_entries:
+        return NOBODY
+    if torch.compiler.is_compiling():
+        raise HookLensError(
+            "a compiled model does not see the hooks of a `with` block: hand them to the call (run_with_hooks, "
+            "run_with_cache), or call the model uncompiled"
+        )
+    return join_listeners([entry.listeners for entry in _entries.get()])
+
+
+class ListeningBlock(Generic[Value]):
+    """A `with` block inside of which listeners act in every call that the thread makes.
+
+    Args:
+        listeners: who listens, made on entering.
+        value: what `with ... as` gives.
+        silences: gradient hooks fall silent on leaving, also for backward passes that come later.
+    """
+
+    def __init__(self, listeners: Callable[[], Listeners], value: Value, *, silences: bool = True) -> None:
+        self._make = listeners
+        self._value = value
+        self._silences = silences
+
+    def __enter__(self) -> Value:
+        entry = _Entry(self, self._make())
+        key = id(entry)
+        _all_entries[key] = weakref.ref(entry, lambda _: _all_entries.pop(key, None))
+        try:
+            # In one line, so that no interrupt comes between the block's opening and the caller's `with`.
+            return (_entries.set((*_entries.get(), entry)), self._value)[1]
+        except BaseException:
+            _leave(entry)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entry = None
+        try:
+            entry = self._last_entry()
+            self._close(entry)
+        except BaseException:
+            self._close(entry or self._last_entry())
+            raise
+
+    def _last_entry(self) -> _Entry | None:
+        """The thread's last way in; a generator may leave its block out of turn."""
+        return next((entry for entry in reversed(_entries.get()) if entry.block is self), None)
+
+    def _close(self, entry: _Entry | None) -> None:
+        if entry is None:
+            return
+        _leave(entry)
+        for listening in entry.listeners.values() if self._silences else ():
+            for hook in listening.gradient_hooks:
+                hook.removed = True
+
+
+def _leave(entry: _Entry) -> None:
+    _entries.set(tuple(other for other in _entries.get() if other is not entry))
+    _all_entries.pop(id(entry), None)
+
+
+def run_apart(fn: Callable[..., Returned], *arguments: Any, **keywords: Any) -> Returned:
+    """Run a function that is inside none of the thread's `with` blocks.
+
+    So hook functions run: a call of the model in one of them is a call of its own. In a copy of the context, which
+    needs no tidying up when the function is broken off.
+    """
+    return copy_context().run(_leave_blocks, fn, *arguments, **keywords) if _all_entries else fn(*arguments, **keywords)
+
+
+def _leave_blocks(fn: Callable[..., Returned], *arguments: Any, **keywords: Any) -> Returned:
+    _entries.set(())
+    return fn(*arguments, **keywords)
+
+
+def run_listening(listeners: Listeners, fn: Callable[..., Returned], *arguments: Any, **keywords: Any) -> Returned:
+    """Run a function inside a `with` block of its own, for modules whose forward hands no call down."""
+
+    def inside() -> Returned:
+        with ListeningBlock(lambda: listeners, None, silences=False):
+            return fn(*arguments, **keywords)
+
+    return copy_context().run(inside)
+
+
+class HookHandle:
+    """Removes what was registered: `handle.remove()`, or as a context manager on leaving it."""
+
+    def __init__(self, removals: list[Callable[[], None]]) -> None:
+        self._removals = removals
+
+    def remove(self) -> None:
+        """Remove the hooks; doing so twice is harmless."""
+        while self._removals:
+            self._removals.pop()()
+
+    def __enter__(self) -> "HookHandle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
