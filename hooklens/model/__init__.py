@@ -1,5 +1,12 @@
-"""The network: no family names, no files, no tokenizer."""
+"""The network: no family names, no files, no tokenizer.
 
+The kinds of parts that a config can ask for are known once their modules are imported, which happens here.
+"""
+
+from hooklens.model.attention import Attention
+from hooklens.model.declared import When, inner, point, weight
 from hooklens.model.decoder import Decoder
+from hooklens.model.mlp import MLP
+from hooklens.model.part import Part
 
-__all__ = ["Decoder"]
+__all__ = ["MLP", "Attention", "Decoder", "Part", "When", "inner", "point", "weight"]

@@ -1,31 +1,36 @@
 """The network: embedding, blocks, final norm, unembedding, with every activation in a hook point."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooklens.config import HookedConfig, LearnedPositions, RotaryPositions
+from hooklens.arguments import optional, read_seed, reads
+from hooklens.axes import layer_of
+from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NoPositions, describe_with
 from hooklens.errors import CacheError, InputError
-from hooklens.hooks import HookedModule, HookPoint
-from hooklens.hooks.selection import Phase, TokenIndex
+from hooklens.hooks import HookPoint
+from hooklens.hooks.call import NOBODY, Call, Listeners, Phase, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.block import Block
+from hooklens.model.declared import When, inner, point
 from hooklens.model.embed import Embed, PosEmbed, TiedUnembed, Unembed
-from hooklens.model.norm import Norm
-from hooklens.model.positions import LogitsAt, TokenPlan
-from hooklens.model.rotary import RotaryTables
-from hooklens.precision import widen
+from hooklens.model.norm import STREAM, Norm, norm
+from hooklens.model.parameters import read_state
+from hooklens.model.part import Part, describe_parts
+from hooklens.model.positions import ChosenColumns, LogitsAt, TokenPlan, check_attention_mask, check_positions
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch chosen d_vocab"]
 
 
-class Decoder(HookedModule):
+_LEARNED = When(lambda cfg: isinstance(cfg.positions, LearnedPositions), "its positions are not learned vectors")
+
+
+class Decoder(Part, place=""):
     """A decoder-only transformer, from token ids to logits.
 
     Parameters are uninitialised; load a state dict or call `initialize`.
@@ -35,68 +40,55 @@ class Decoder(HookedModule):
         transforms: the weight-processing steps that were done, in order; a key-value cache records them.
     """
 
-    def __init__(self, cfg: HookedConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.transforms: tuple[str, ...] = ()
-        self.embed = Embed(cfg)
-        self.hook_embed = HookPoint()
-        if isinstance(cfg.positions, LearnedPositions):
-            self.pos_embed = PosEmbed(cfg, cfg.positions)
-            self.hook_pos_embed = HookPoint()
-        # One set of tables serves all layers.
-        self.rotary = RotaryTables(cfg.positions, cfg.d_head) if isinstance(cfg.positions, RotaryPositions) else None
-        self.blocks = nn.ModuleList(Block(cfg, layer, self.rotary) for layer in range(cfg.n_layers))
-        self.ln_final = Norm(cfg.norm, cfg.d_model)
-        self.unembed = TiedUnembed(cfg, self.embed) if cfg.tied_unembed else Unembed(cfg)
-        self._plan: TokenPlan | None = None
-        self._phase: Phase = "prefill"
+    embed: Embed = inner(Embed)
+    hook_embed: HookPoint = point(STREAM, "token embedding, as it enters the stream")
+    pos_embed: PosEmbed = inner(PosEmbed, when=_LEARNED)
+    hook_pos_embed: HookPoint = point(STREAM, "learned position embedding", when=_LEARNED)
+    blocks: nn.ModuleList = inner(Block, lambda cfg: [cfg.block(i) for i in range(cfg.n_layers)], per_layer=True)
+    ln_final: Norm = norm("final norm", kind=lambda cfg: cfg.norm)
+    unembed: Unembed = inner(lambda cfg: TiedUnembed if cfg.tied_unembed else Unembed, reads=lambda cfg: "ln_final")
 
+    def __init__(self, cfg: HookedConfig) -> None:
+        super().__init__(cfg)
+        self.transforms: tuple[str, ...] = ()
+        self._embeds_positions = _LEARNED.holds(cfg)
+        if isinstance(self.unembed, TiedUnembed):
+            self.unembed.tie(self.embed)
+        self.name_hook_points()
+
+    @reads(seed=optional(read_seed))
     @torch.no_grad()
     def initialize(self, *, seed: int | None = None) -> None:
         """Fresh weights: normal with `cfg.init_std`, writing weights scaled down by depth as in GPT-2, biases 0."""
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         writing_std = self.cfg.init_std / max(1, 2 * self.cfg.n_layers) ** 0.5
-        for name, parameter in self.named_parameters():
-            part = name.rpartition(".")[2]
-            if part.startswith("W_"):
-                std = writing_std if part in ("W_O", "W_out") else self.cfg.init_std
-                fresh = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
-                parameter.copy_(fresh)
-            else:
-                parameter.zero_()
-        for module in self.modules():
-            if isinstance(module, Norm):
-                module.initialize()
+        for part in self.modules():
+            if isinstance(part, Norm):
+                part.initialize()
+            elif isinstance(part, Part):
+                in_block = part.place not in ("embed", "pos_embed")
+                for weight, shape in part.weight_table():
+                    if weight.is_bias:
+                        fresh = torch.zeros(shape)
+                    else:
+                        std = writing_std if weight.writes and in_block else self.cfg.init_std
+                        fresh = torch.empty(shape).normal_(0.0, std, generator=generator)
+                    getattr(part, weight.name).copy_(fresh)
 
     @property
     def n_hooked_layers(self) -> int | None:
         """Number of blocks."""
         return self.cfg.n_layers
 
-    def running_tokens(self) -> TokenIndex | None:
-        """Which tokens the call in progress runs."""
-        return self._plan
-
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Calls inside the `with` block run generated tokens: edits see the phase `"decode"`."""
-        before = self._phase
-        self.__dict__["_phase"] = "decode"
-        try:
-            yield
-        finally:
-            self.__dict__["_phase"] = before
-
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.embed.W_E.device
+        return self.embed.table.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.embed.W_E.dtype
+        return self.embed.table.weight.dtype
 
     def forward(
         self,
@@ -125,6 +117,7 @@ class Decoder(HookedModule):
         input: Tokens | Stream,
         plan: TokenPlan,
         *,
+        listeners: Listeners = NOBODY,
         past_kv_cache: HookedKeyValueCache | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
@@ -136,6 +129,7 @@ class Decoder(HookedModule):
         Args:
             input: token ids; with `start_at_layer` the residual stream entering that block.
             plan: which tokens these are, from `make_plan`.
+            listeners: who listens to this call, besides what the thread and the hook points have.
             past_kv_cache: what came before these tokens.
             start_at_layer: blocks below do not run.
             stop_at_layer: blocks from here on do not run; the stream entering this block comes back.
@@ -146,64 +140,111 @@ class Decoder(HookedModule):
             InputError: the layers do not fit the model.
             CacheError: blocks left out would leave a gap in the cache.
         """
-        start, stop = self._check_layers(start_at_layer, stop_at_layer)
+        start, stop = self.check_layers(start_at_layer, stop_at_layer)
         if past_kv_cache is not None:
             self._check_partial_run(past_kv_cache, start, stop)
+        chosen = None if logits_at is None else plan.choose_columns(logits_at)
+        call = Call(join_listeners([thread_listeners(), listeners]), plan)
         columns_before = 0 if past_kv_cache is None else len(past_kv_cache)
-        self.__dict__["_plan"] = plan
         try:
-            stream = self._embed_tokens(input, plan) if start_at_layer is None else input
-            stream = self._run_blocks(stream, plan, past_kv_cache, start, stop)
+            stream = self._embed_tokens(input, plan, call) if start_at_layer is None else input
+            stream = self._run_blocks(stream, plan, call, past_kv_cache, start, stop)
             if past_kv_cache is not None and not past_kv_cache.frozen:
-                past_kv_cache.append_attention_mask(self._new_mask(plan))
+                past_kv_cache.append_attention_mask(self._new_mask(plan), all_tokens=plan.attention_mask is None)
                 past_kv_cache.transforms = self.transforms
-            if stop_at_layer is not None or not unembed:
+            if stop_at_layer is not None or not (unembed or self.listens_past_blocks(call)):
                 return stream
-            return self._unembed_stream(stream, plan, logits_at)
+            return self._unembed_stream(stream, call, chosen)
         except BaseException:
             if past_kv_cache is not None and not past_kv_cache.frozen:
                 past_kv_cache.roll_back(columns_before)
             raise
-        finally:
-            self.__dict__["_plan"] = None
 
-    def _embed_tokens(self, tokens: Tokens, plan: TokenPlan) -> Stream:
-        stream = self.hook_embed(self.embed(tokens))
-        if isinstance(self.cfg.positions, LearnedPositions):
-            stream = stream + self.hook_pos_embed(self.pos_embed(plan.positions).expand_as(stream).contiguous())
+    def listens_past_blocks(self, call: Call) -> bool:
+        """Whether somebody listens in the final norm or the unembedding."""
+        unembed = self.unembed
+        return self.ln_final.listens(call) or unembed.hook_in.listens(call) or unembed.hook_out.listens(call)
+
+    def idle_points(self, *, start_at_layer: int | None = None, stop_at_layer: int | None = None) -> frozenset[str]:
+        """The hook points that do not fire in a call that leaves out blocks."""
+        if start_at_layer is None and stop_at_layer is None:
+            return frozenset()
+        start, stop = self.check_layers(start_at_layer, stop_at_layer)
+        idle = set()
+        for name in self._hook_point_table().points:
+            layer = layer_of(name)
+            if layer is not None:
+                is_idle = not start <= layer < stop
+            elif name in ("hook_embed", "hook_pos_embed"):
+                is_idle = start_at_layer is not None
+            else:
+                is_idle = stop_at_layer is not None
+            if is_idle:
+                idle.add(name)
+        return frozenset(idle)
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], *, strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load parameters, as `nn.Module.load_state_dict` does; the field's names and shapes are read, too.
+
+        Args:
+            state_dict: under the names of `state_dict()`, of `named_weights()`, or as TransformerLens saved it.
+            strict: names must match exactly.
+            assign: use the tensors themselves, where the names are those of `state_dict()`.
+
+        Raises:
+            CheckpointError: the field's names with other shapes.
+        """
+        return super().load_state_dict(read_state(self, state_dict), strict=strict, assign=assign)
+
+    def _embed_tokens(self, tokens: Tokens, plan: TokenPlan, call: Call) -> Stream:
+        stream = self.hook_embed(self.embed(tokens), call)
+        if self._embeds_positions:
+            stream = stream + self.hook_pos_embed(self.pos_embed(plan.positions).expand_as(stream).contiguous(), call)
         return stream
 
     def _run_blocks(
-        self, stream: Stream, plan: TokenPlan, cache: HookedKeyValueCache | None, start: int, stop: int
+        self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
     ) -> Stream:
-        table = None if self.rotary is None else self.rotary.look_up(plan, stream.dtype)
         blocks = self.block_list()
         for layer in range(start, stop):
-            stream = blocks[layer](stream, plan, table, None if cache is None else cache.entries[layer])
+            stream = blocks[layer](stream, plan, call, None if cache is None else cache.entries[layer])
         return stream
+
+    def depends_on_length(self, n_tokens: int) -> bool:
+        """Whether a sequence of this length turns at rotary frequencies of its own (dynamic scaling)."""
+        rotaries = {block.attn.rotary for block in self.block_list()}
+        return any(rotary is not None and rotary.depends_on_length(n_tokens) for rotary in rotaries)
 
     def block_list(self) -> list[Block]:
         """The blocks, typed."""
-        return list(self.blocks)  # type: ignore[arg-type]
+        # `torch.compile` looks an attribute of a container up in the class, and finds the declaration.
+        blocks = self._modules["blocks"]
+        assert isinstance(blocks, nn.ModuleList)
+        return list(blocks)  # type: ignore[arg-type]
 
-    def _unembed_stream(self, stream: Stream, plan: TokenPlan, logits_at: LogitsAt) -> Logits:
-        normed = self.ln_final(stream)
-        if logits_at is not None:
-            columns = plan.select_columns(logits_at)
-            if isinstance(columns, slice):
-                normed = normed[:, columns]
-            else:
-                normed = normed.take_along_dim(columns[..., None], dim=1)
-        logits = self.unembed(normed)
+    def _unembed_stream(self, stream: Stream, call: Call, chosen: ChosenColumns | None) -> Logits:
+        normed = self.ln_final(stream, call)
+        if chosen is not None:
+            normed, call = chosen.take(normed), call.on(chosen)
+        logits = self.unembed(normed, call)
         cap = self.cfg.logits_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _check_layers(self, start: int | None, stop: int | None) -> tuple[int, int]:
+    def check_layers(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        """The first block that runs, and one past the last.
+
+        Raises:
+            InputError: no layers of the model, or none between them.
+        """
         n_layers = self.cfg.n_layers
         for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
-            if layer is not None and not -n_layers <= layer <= n_layers:
+            if layer is None:
+                continue
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer <= n_layers:
                 raise InputError(
-                    f"{name}={layer} is out of range: the model has {n_layers} layers, so 0 to {n_layers} "
+                    f"{name}={layer!r} is out of range: the model has {n_layers} layers, so 0 to {n_layers} "
                     "(negative ones count from the end)"
                 )
         first = 0 if start is None else start + n_layers * (start < 0)
@@ -225,6 +266,8 @@ class Decoder(HookedModule):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         past_kv_cache: HookedKeyValueCache | None = None,
+        *,
+        phase: Phase = "prefill",
     ) -> TokenPlan:
         """Work out which tokens a call runs, and check them against the model and the cache.
 
@@ -233,9 +276,10 @@ class Decoder(HookedModule):
             attention_mask: `[batch pos]`, real (1) and padding (0) columns.
             positions: `[pos]` or `[batch pos]`, in place of what the mask says.
             past_kv_cache: what came before these tokens.
+            phase: `"decode"` for generated tokens, of which edits are told.
 
         Raises:
-            InputError: a mask or positions of the wrong shape, or more positions than the model has.
+            InputError: a mask or positions of the wrong shape, positions that change nothing, or too many.
             CacheError: the cache does not fit the model or the batch.
         """
         cache = past_kv_cache
@@ -244,25 +288,46 @@ class Decoder(HookedModule):
         if cache is not None:
             cache.check_fits(self.cfg, transforms=self.transforms, device=self.device, dtype=self.dtype, batch=batch)
             n_past = len(cache)
-            past_mask = None if bool(cache.previous_attention_mask.all()) else cache.previous_attention_mask
+            past_mask = cache.previous_attention_mask if cache.has_padding else None
+        # Looked at where it was given: a mask on the host keeps no device waiting.
+        checked = check_attention_mask(attention_mask, batch, n_new, n_past)
+        given = self._check_positions(positions, batch, n_new, cache)
         plan = TokenPlan(
             batch=batch,
             n_new=n_new,
             device=input.device,
-            attention_mask=check_attention_mask(attention_mask, batch, n_new, n_past),
+            attention_mask=None if checked is None else checked.to(input.device),
             past_mask=past_mask,
             n_past=n_past,
-            positions=check_positions(positions, batch, n_new),
-            phase=self._phase,
+            positions=None if given is None else given.to(input.device),
+            phase=phase,
         )
         self._check_context(plan)
         return plan
 
+    def _check_positions(
+        self, positions: Tensor | None, batch: int, n_new: int, cache: HookedKeyValueCache | None
+    ) -> Int[Tensor, "rows pos"] | None:
+        """Positions as `[rows pos]`, where giving them has a meaning in this network."""
+        given = check_positions(positions, batch, n_new, self.cfg.n_ctx)
+        if given is None:
+            return None
+        kinds = self.cfg.positions if isinstance(self.cfg.positions, tuple) else (self.cfg.positions,)
+        windowed = self.cfg.windows is not None and any(size is not None for size in self.cfg.windows)
+        if not windowed and all(isinstance(kind, NoPositions) for kind in kinds):
+            raise InputError("positions were given, and nothing in this network reads them (cfg.positions is none)")
+        if cache is not None and (windowed or any(isinstance(kind, AlibiPositions) for kind in kinds)):
+            raise InputError(
+                "positions with a key-value cache: linear biases and sliding windows need the positions of the cached "
+                "keys, which a cache counts from its mask; leave positions or past_kv_cache out"
+            )
+        return given
+
     def _check_context(self, plan: TokenPlan) -> None:
         n_ctx = self.cfg.n_ctx
-        if plan.n_positions <= n_ctx:
+        if plan.n_keys <= n_ctx:
             return
-        longest = plan.n_positions if plan.key_mask is None else int(plan.n_tokens.max())
+        longest = plan.n_keys if plan.key_mask is None else int(plan.n_tokens.max())
         if longest > n_ctx:
             past = f" ({plan.n_past} of them in the cache)" if plan.n_past else ""
             raise InputError(
@@ -277,65 +342,4 @@ class Decoder(HookedModule):
         return torch.ones(plan.batch, plan.n_new, dtype=torch.bool, device=plan.device)
 
 
-def check_attention_mask(mask: Tensor | None, batch: int, n_new: int, n_past: int) -> Bool[Tensor, "batch pos"] | None:
-    """The mask as booleans, or None when it hides nothing.
-
-    Raises:
-        InputError: another shape than the input's, or values other than 0 and 1.
-    """
-    if mask is None:
-        return None
-    if tuple(mask.shape) != (batch, n_new):
-        hint = f"; it covers the new tokens only, not the {n_past} in the cache" if n_past else ""
-        raise InputError(f"attention_mask has shape {list(mask.shape)}; expected [{batch}, {n_new}]{hint}")
-    if mask.dtype != torch.bool:
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise InputError("attention_mask holds values other than 0 (padding) and 1 (token)")
-        mask = mask.bool()
-    if bool(mask.all()):
-        return None
-    empty = (~mask).all(1).nonzero()[:, 0].tolist()
-    if empty and not n_past:
-        raise InputError(f"attention_mask hides every token of rows {empty}; leave empty rows out of the batch")
-    return mask
-
-
-def check_positions(positions: Tensor | None, batch: int, n_new: int) -> Int[Tensor, "rows pos"] | None:
-    """Positions as `[rows pos]`.
-
-    Raises:
-        InputError: another shape, a floating dtype, or a negative position.
-    """
-    if positions is None:
-        return None
-    if positions.ndim == 1:
-        positions = positions[None]
-    if positions.shape[0] not in (1, batch) or positions.shape[1:] != (n_new,) or positions.is_floating_point():
-        raise InputError(
-            f"positions are {list(positions.shape)} {positions.dtype}; expected integers [{n_new}] or "
-            f"[{batch}, {n_new}]"
-        )
-    if bool((positions < 0).any()):
-        raise InputError(f"positions hold {int(positions.min())}; expected numbers >= 0")
-    return positions
-
-
-def next_token_loss(
-    logits: Logits, tokens: Tokens, attention_mask: Bool[Tensor, "batch pos"] | None = None, *, per_token: bool = False
-) -> Float[Tensor, ""] | Float[Tensor, "batch next"]:
-    """Cross-entropy in nats of each next token, averaged over the pairs of real tokens.
-
-    Args:
-        logits: at every position.
-        tokens: the tokens run.
-        attention_mask: real tokens; pairs that touch padding do not count.
-        per_token: the losses themselves, `[batch pos-1]`, 0 where a pair touches padding.
-    """
-    wide = widen(logits)
-    losses = F.cross_entropy(wide[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    losses = losses.view(tokens.shape[0], -1)
-    if attention_mask is None:
-        return losses if per_token else losses.mean()
-    pairs = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
-    losses = losses * pairs
-    return losses if per_token else losses.sum() / pairs.sum()
+describe_with(lambda cfg: describe_parts(Decoder, cfg))

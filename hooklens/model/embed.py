@@ -6,74 +6,99 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooklens.config import HookedConfig, LearnedPositions
-from hooklens.hooks import HookedModule, HookPoint
-from hooklens.weights.layout import empty_weight
+from hooklens.hooks import Call, HookPoint, open_call
+from hooklens.model.declared import Weight, When, point, weight
+from hooklens.model.part import Part, apply_linear
 
 
-class Embed(HookedModule):
+class _Table(Part):
+    """A part that looks rows up in a table, an `nn.Embedding`."""
+
+    table: nn.Embedding
+
+    def _make_holder(self, sizes: list[int], *, bias: bool) -> nn.Module:
+        return nn.Embedding(sizes[0], sizes[1], _weight=torch.empty(sizes))
+
+    def _look_up(self, rows: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
+        found: Tensor = self.table(rows)
+        return found
+
+
+class Embed(_Table, place="embed"):
     """Token embedding `W_E [d_vocab, d_model]`, times `embed_scale` where the model has one."""
 
-    def __init__(self, cfg: HookedConfig) -> None:
-        super().__init__()
-        self.scale = cfg.embed_scale
-        self.W_E = nn.Parameter(empty_weight("W_E", [cfg.d_vocab, cfg.d_model]))
+    W_E: Float[Tensor, "d_vocab d_model"] = weight("d_vocab d_model", module="table", writes=True)
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The row of `W_E` of each token."""
-        embedded = F.embedding(tokens, self.W_E)
-        if self.scale is None:
+        embedded = self._look_up(tokens)
+        if self.cfg.embed_scale is None:
             return embedded
         # The factor is rounded to the weights' dtype, as models with one are trained.
-        return embedded * torch.tensor(self.scale, dtype=embedded.dtype, device=embedded.device)
+        return embedded * torch.tensor(self.cfg.embed_scale, dtype=embedded.dtype)
 
 
-class PosEmbed(HookedModule):
+class PosEmbed(_Table, place="pos_embed"):
     """Learned positions `W_pos`, one row per position after `offset` rows."""
 
-    def __init__(self, cfg: HookedConfig, learned: LearnedPositions) -> None:
-        super().__init__()
-        self.offset = learned.offset
-        self.W_pos = nn.Parameter(empty_weight("W_pos", [cfg.n_ctx + learned.offset, cfg.d_model]))
+    W_pos: Float[Tensor, "position d_model"] = weight("position d_model", module="table", writes=True)
+
+    def __init__(self, cfg: HookedConfig) -> None:
+        super().__init__(cfg)
+        assert isinstance(cfg.positions, LearnedPositions)
+        self.offset = cfg.positions.offset
 
     def forward(self, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
         """The row of `W_pos` of each position."""
-        return F.embedding(positions + self.offset, self.W_pos)
+        return self._look_up(positions + self.offset if self.offset else positions)
 
 
-class Unembed(HookedModule):
+class Unembed(Part, place="unembed"):
     """Logits `x W_U + b_U`, before an output soft cap."""
 
-    W_U: Float[Tensor, "d_model d_vocab"]
+    proj: nn.Linear
+    W_U: Float[Tensor, "d_model d_vocab"] = weight(
+        "d_model d_vocab", "d_vocab d_model", module="proj", reads=True, bias="b_U"
+    )
+    b_U: Float[Tensor, " d_vocab"] | None = weight(
+        "d_vocab", module="proj", when=When(lambda cfg: cfg.unembed_bias, "its unembedding has no bias")
+    )
+    # Without a final norm this tensor is the stream itself.
+    hook_in: HookPoint = point("batch pos d_model", "input of the unembedding", shared=True)
+    hook_out: HookPoint = point("batch pos d_vocab", "logits, before an output soft cap")
 
-    def __init__(self, cfg: HookedConfig) -> None:
-        super().__init__()
-        self._make_weight(cfg)
-        self.b_U = nn.Parameter(empty_weight("b_U", [cfg.d_vocab])) if cfg.unembed_bias else None
-        # Without a final norm this tensor is the stream itself.
-        self.hook_in = HookPoint(shared=True)
-        self.hook_out = HookPoint()
-
-    def _make_weight(self, cfg: HookedConfig) -> None:
-        self.W_U = nn.Parameter(empty_weight("W_U", [cfg.d_model, cfg.d_vocab]))
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], call: Call | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits at the given positions."""
-        return self.hook_out(F.linear(self.hook_in(x), self.W_U.T, self.b_U))
+        call = open_call() if call is None else call
+        return self.hook_out(self._multiply(self.hook_in(x, call)), call)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return apply_linear(self._modules["proj"], x)
 
 
 class TiedUnembed(Unembed):
     """An unembedding whose `W_U` is the embedding's `W_E`, transposed: one parameter, with one gradient."""
 
-    def __init__(self, cfg: HookedConfig, embed: Embed) -> None:
+    def __init__(self, cfg: HookedConfig) -> None:
         super().__init__(cfg)
+        self.__dict__["_embed"] = None
+
+    def _make_weights(self, spec: HookedConfig, present: list[Weight]) -> None:
+        """Nothing to make: `W_U` is read from the embedding."""
+        self.shapes = {}
+
+    def tie(self, embed: Embed) -> None:
+        """Say which embedding it is tied to."""
         # Past nn.Module's registration: the embedding is no child of the unembedding.
         self.__dict__["_embed"] = embed
-
-    def _make_weight(self, cfg: HookedConfig) -> None:
-        """Nothing to make: `W_U` is read from the embedding."""
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # type: ignore[override]  # noqa: N802
         """The transposed embedding."""
         embed: Embed = self.__dict__["_embed"]
         return embed.W_E.T
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.W_U.T)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.config import Activation, HookedConfig
-from hooklens.hooks import HookPoint
-from hooklens.model.stored import StoredWeights
-from hooklens.weights.layout import empty_weight
+from hooklens.config import Activation, BlockConfig
+from hooklens.hooks import Call, HookPoint, open_call
+from hooklens.model.declared import When, point, weight
+from hooklens.model.part import Part, apply_linear
 
 
 def _gelu_quick(x: Tensor) -> Tensor:
@@ -32,52 +32,52 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(StoredWeights):
+_GATED = When(lambda block: block.cfg.gated_mlp, "its MLPs are not gated")
+_BIASED = When(lambda block: block.cfg.mlp_bias, "its MLPs have no biases")
+_GATE_BIASED = When(lambda block: block.cfg.gated_mlp and block.cfg.mlp_bias, "its MLPs have no such bias")
+
+
+class MLP(Part, place="blocks.{i}.mlp", kind="mlp"):
     """`act(x W_in + b_in) W_out + b_out`, or gated `(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out`.
 
     `hook_pre` is what the activation function sees: the gate where there is one.
     """
 
-    def __init__(self, cfg: HookedConfig) -> None:
-        super().__init__()
-        self.gated = cfg.gated_mlp
-        gate = ("W_gate", "b_gate") if self.gated else ()
-        self._view_names = ("W_in", "b_in", "W_out", "b_out", *gate)
-        self.act = ACTIVATIONS[cfg.act_fn]
+    in_proj: nn.Linear
+    gate_proj: nn.Linear
+    out_proj: nn.Linear
+    W_in: Float[Tensor, "d_model d_mlp"] = weight(
+        "d_model d_mlp", "d_mlp d_model", module="in_proj", reads=True, bias="b_in"
+    )
+    W_gate: Float[Tensor, "d_model d_mlp"] = weight(
+        "d_model d_mlp", "d_mlp d_model", module="gate_proj", reads=True, bias="b_gate", when=_GATED
+    )
+    W_out: Float[Tensor, "d_mlp d_model"] = weight(
+        "d_mlp d_model", "d_model d_mlp", module="out_proj", writes=True, bias="b_out"
+    )
+    b_in: Float[Tensor, " d_mlp"] | None = weight("d_mlp", module="in_proj", when=_BIASED)
+    b_gate: Float[Tensor, " d_mlp"] | None = weight("d_mlp", module="gate_proj", when=_GATE_BIASED)
+    b_out: Float[Tensor, " d_model"] | None = weight("d_model", module="out_proj", writes=True, when=_BIASED)
+    hook_pre: HookPoint = point("batch pos d_mlp", "before the activation; gated: the gate")
+    hook_pre_linear: HookPoint = point("batch pos d_mlp", "gated MLP: the linear half", when=_GATED)
+    hook_post: HookPoint = point("batch pos d_mlp", "neurons: the input of W_out")
 
-        def weight(name: str, *shape: int) -> nn.Parameter:
-            return nn.Parameter(empty_weight(name, shape))
+    def __init__(self, block: BlockConfig) -> None:
+        super().__init__(block)
+        self.gated = self.cfg.gated_mlp
+        self.act = ACTIVATIONS[self.cfg.act_fn]
 
-        def bias(name: str, size: int) -> nn.Parameter | None:
-            return weight(name, size) if cfg.mlp_bias else None
-
-        self.W_in = weight("W_in", cfg.d_model, cfg.d_mlp)
-        self.b_in = bias("b_in", cfg.d_mlp)
-        self.W_out = weight("W_out", cfg.d_mlp, cfg.d_model)
-        self.b_out = bias("b_out", cfg.d_model)
-        self.hook_pre = HookPoint()
-        if self.gated:
-            self.W_gate = weight("W_gate", cfg.d_model, cfg.d_mlp)
-            self.b_gate = bias("b_gate", cfg.d_mlp)
-            self.hook_pre_linear = HookPoint()
-        self.hook_post = HookPoint()
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], call: Call | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP makes of the normed stream."""
-        W_in, b_in, W_out, b_out, *gate = self.stored_weights()
-        return F.linear(self.hook_post(self._activate(x, W_in, b_in, *gate)), W_out, b_out)
+        call = open_call() if call is None else call
+        return apply_linear(self._modules["out_proj"], self.hook_post(self._activate(x, call), call))
 
-    def _activate(
-        self,
-        x: Float[Tensor, "batch pos d_model"],
-        W_in: Float[Tensor, "d_mlp d_model"],
-        b_in: Float[Tensor, " d_mlp"] | None,
-        W_gate: Float[Tensor, "d_mlp d_model"] | None = None,
-        b_gate: Float[Tensor, " d_mlp"] | None = None,
-    ) -> Float[Tensor, "batch pos d_mlp"]:
+    def _activate(self, x: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_mlp"]:
         """The neurons; a function of its own, so that what they are made of is freed before they are read."""
-        if W_gate is None:
-            return self.act(self.hook_pre(F.linear(x, W_in, b_in)))
-        pre = self.hook_pre(F.linear(x, W_gate, b_gate))
-        pre_linear = self.hook_pre_linear(F.linear(x, W_in, b_in))
-        return self.act(pre) * pre_linear
+        maps = self._modules
+        if not self.gated:
+            return self.act(self.hook_pre(apply_linear(maps["in_proj"], x), call))
+        gate = self.act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))
+        return gate * self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)

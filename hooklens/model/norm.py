@@ -1,17 +1,45 @@
 """LayerNorm and RMSNorm with hook points on the denominator and on what it divides."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.config import NormConfig
-from hooklens.hooks import HookedModule, HookPoint
+from hooklens.config import HookedConfig, NormConfig
+from hooklens.hooks import Call, HookPoint, open_call
+from hooklens.model.declared import ALWAYS, When, inner, point, weight
+from hooklens.model.part import Part
 from hooklens.precision import widen
-from hooklens.weights.layout import empty_weight
+
+STREAM = "batch pos d_model"
 
 
-class Norm(HookedModule):
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """What a norm is built from.
+
+    Attributes:
+        cfg: the network.
+        norm: the kind of norm.
+        axes: of what it norms, over the last of them.
+        where: where it stands, in words.
+    """
+
+    cfg: HookedConfig
+    norm: NormConfig
+    axes: str
+    where: str
+
+    def size(self, axis: str) -> int:
+        """The size of an axis; "..." is the normed one."""
+        return self.cfg.size(self.axes.split()[-1] if axis == "..." else axis)
+
+
+class Norm(Part):
     """A norm over the last axis: `(x - mean) / scale * w + b`, or `x / scale * w` for the RMS kind.
 
     The fused kernel does the work. With a listener the scale and the normalized tensor are computed
@@ -19,62 +47,101 @@ class Norm(HookedModule):
     listener changed one. `hook_scale` carries float32 for half-precision inputs.
     """
 
-    def __init__(self, cfg: NormConfig, size: int) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.size = (size,)
-        self.w = nn.Parameter(empty_weight("w", [size]))
-        self.b = nn.Parameter(empty_weight("b", [size])) if cfg.bias else None
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+    w: nn.Parameter = weight("...")
+    b: nn.Parameter | None = weight("...", when=When(lambda spec: spec.norm.bias, "its norms have no bias"))
+    hook_scale: HookPoint = point("... one", "the norm's denominator")
+    hook_normalized: HookPoint = point("...", "after centring and scaling, before weight and bias")
+
+    def __init__(self, spec: NormSpec, *, place: str | None = None) -> None:
+        super().__init__(spec, place=place)
+        self.norm = spec.norm
+        self.size = (spec.size("..."),)
+        if not spec.norm.bias:
+            self.register_parameter("b", None)
 
     def initialize(self) -> None:
         """Make the norm's weight act as 1 and its bias as 0."""
-        nn.init.constant_(self.w, 0.0 if self.cfg.unit_offset else 1.0)
+        nn.init.constant_(self.w, 0.0 if self.norm.unit_offset else 1.0)
         if self.b is not None:
             nn.init.zeros_(self.b)
 
-    @property
-    def listening(self) -> bool:
+    def listens(self, call: Call) -> bool:
         """Whether somebody listens inside the norm."""
-        return self.hook_scale.listening or self.hook_normalized.listening
+        return self.hook_scale.listens(call) or self.hook_normalized.listens(call)
 
-    def forward(self, x: Float[Tensor, "*axes size"]) -> Float[Tensor, "*axes size"]:
+    def forward(self, x: Float[Tensor, "*axes size"], call: Call | None = None) -> Float[Tensor, "*axes size"]:
         """Normalize, showing listeners what they asked for."""
-        if not (self.hook_scale.listening or self.hook_normalized.listening):
-            return self.apply_weights(x)
-        return self._forward_watched(x)
+        call = open_call() if call is None else call
+        return self._forward_watched(x, call) if self.listens(call) else self.apply_weights(x)
 
     def apply_weights(self, x: Float[Tensor, "*axes size"]) -> Float[Tensor, "*axes size"]:
         """The norm as a plain function; hook points do not fire."""
-        if self.cfg.kind == "layer":
-            return F.layer_norm(x, self.size, self._gain(), self.b, self.cfg.eps)
-        return F.rms_norm(x, self.size, self._gain(), self.cfg.eps)
+        weights = self._parameters
+        if self.norm.kind == "layer":
+            return F.layer_norm(x, self.size, self._gain(), weights["b"], self.norm.eps)
+        return F.rms_norm(x, self.size, self._gain(), self.norm.eps)
 
     def _gain(self) -> Tensor:
-        return 1.0 + self.w if self.cfg.unit_offset else self.w
+        gain = self._parameters["w"]
+        assert gain is not None
+        return 1.0 + gain if self.norm.unit_offset else gain
 
-    def _forward_watched(self, x: Tensor) -> Tensor:
-        centred, scale = self._centre_and_scale(x)
-        changed = False
-        if self.hook_scale.listening:
-            scale, changed = self.hook_scale.watch(scale)
-        normalized = (centred / scale).to(x.dtype)
-        if self.hook_normalized.listening:
-            normalized, normalized_changed = self.hook_normalized.watch(normalized)
+    def _forward_watched(self, x: Tensor, call: Call) -> Tensor:
+        out, mean, scale = self._run_with_statistics(x)
+        changed, watches_normalized = False, self.hook_normalized.listens(call)
+        if self.hook_scale.listens(call):
+            scale, changed = self.hook_scale.watch(scale, call)
+        if not (changed or watches_normalized):
+            return self.apply_weights(x) if out is None else out
+        if out is not None and not changed:
+            normalized = torch.native_layer_norm(x, self.size, None, None, self.norm.eps)[0]
+        else:
+            wide = widen(x)
+            normalized = ((wide if mean is None else wide - mean) / scale).to(x.dtype)
+        if watches_normalized:
+            normalized, normalized_changed = self.hook_normalized.watch(normalized, call)
             changed = changed or normalized_changed
         if not changed:
-            return self.apply_weights(x)
-        out = normalized * self._gain()
-        return out if self.b is None else out + self.b
+            return self.apply_weights(x) if out is None else out
+        scaled = normalized * self._gain()
+        return scaled if self.b is None else scaled + self.b
 
-    def _centre_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_with_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The output, the mean that is subtracted, and the denominator.
+
+        The output only where the kernel gives its statistics away with it: not with gradients, which stop there, and
+        not in half precision, in which they would be rounded.
+        """
         wide = widen(x)
-        if self.cfg.kind == "rms":
-            return wide, (wide.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()
+        if self.norm.kind == "rms":
+            return None, None, (wide.pow(2).mean(-1, keepdim=True) + self.norm.eps).sqrt()
         if wide is x and not (torch.is_grad_enabled() and x.requires_grad):
-            # The kernel gives its statistics away, though without gradients; the reductions cost far more.
-            _, mean, inverse_scale = torch.native_layer_norm(x, self.size, None, None, self.cfg.eps)
-            return x - mean, inverse_scale.reciprocal()
-        centred = wide - wide.mean(-1, keepdim=True)
-        return centred, (centred.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()
+            out, mean, inverse_scale = torch.native_layer_norm(x, self.size, self._gain(), self.b, self.norm.eps)
+            return out, mean, inverse_scale.reciprocal()
+        mean = wide.mean(-1, keepdim=True)
+        return None, mean, ((wide - mean).pow(2).mean(-1, keepdim=True) + self.norm.eps).sqrt()
+
+
+def norm(
+    where: str,
+    *,
+    axes: str = STREAM,
+    kind: Callable[[Any], NormConfig | None] = lambda spec: spec.cfg.norm,
+    when: When = ALWAYS,
+) -> Any:
+    """Declare a norm inside a part.
+
+    Args:
+        where: where it stands, in words.
+        axes: of what it norms.
+        kind: the kind of norm, given the spec of the outer part.
+        when: whether a network has it.
+    """
+
+    def spec_of(outer: Any) -> NormSpec:
+        chosen = kind(outer)
+        assert chosen is not None
+        cfg = outer if isinstance(outer, HookedConfig) else outer.cfg
+        return NormSpec(cfg=cfg, norm=chosen, axes=axes, where=where)
+
+    return inner(Norm, spec_of, axes=axes, where=where, when=when)

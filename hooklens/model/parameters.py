@@ -1,46 +1,56 @@
-"""Giving a network its weights, and reading them by name."""
+"""Giving a network its weights, and reading them by name.
 
+A weight has two names: that of the field (`blocks.0.attn.W_Q`, in the logical shape), and that of the parameter which
+holds it (`blocks.0.attn.q_proj.weight`, `[out, in]`). `named_weights()` has the first, `state_dict()` the second, as
+PyTorch's tools expect. Whatever reads weights takes both, and what TransformerLens 2.x saved.
+"""
+
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
-from hooklens.model.decoder import Decoder
-from hooklens.weights.layout import to_stored_layout
+from hooklens.weights.layout import logical_view, stored_view
+
+if TYPE_CHECKING:
+    from hooklens.model.decoder import Decoder
+
+# What TransformerLens keeps in its state dicts beside weights: masks, and tables of rotary positions.
+_BUFFERS = re.compile(r"\.attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)$")
+# There, keys and values that query heads share stand under these names.
+_SHARED_HEADS = re.compile(r"\.attn\._([Wb]_[KV])$")
+_TIED = "unembed.W_U"
 
 
 class ModelWeights(Mapping[str, Tensor]):
-    """A network's weights by name, read when asked for and shared, not copied.
+    """A network's weights under the field's names, read when asked for and shared, not copied.
 
     A tied `unembed.W_U` is among them, though it is no parameter of its own.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: "Decoder") -> None:
         self._decoder = decoder
 
     def __getitem__(self, name: str) -> Tensor:
-        path, _, part = name.rpartition(".")
-        try:
-            found = getattr(self._decoder.get_submodule(path), part)
-        except AttributeError:
-            raise KeyError(name) from None
-        if not isinstance(found, Tensor):
+        if name not in self._decoder.cfg.description.weights:
             raise KeyError(name)
-        return found.detach()
+        path, _, part = name.rpartition(".")
+        weight: Tensor = getattr(self._decoder.get_submodule(path), part)
+        return weight.detach()
 
     def __iter__(self) -> Iterator[str]:
-        for name, _ in self._decoder.named_parameters():
-            yield name
-        if self._decoder.cfg.tied_unembed:
-            yield "unembed.W_U"
+        return iter(self._decoder.cfg.description.weights)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._decoder.cfg.description.weights)
 
 
 def fill_parameters(
-    decoder: Decoder,
+    decoder: "Decoder",
     tensors: Iterable[tuple[str, Tensor]],
     *,
     device: torch.device | str = "cpu",
@@ -54,23 +64,96 @@ def fill_parameters(
     Raises:
         CheckpointError: a name the network does not have, a wrong shape, or a parameter left without tensor.
     """
-    missing = {name for name, _ in decoder.named_parameters()}
-    known = set(missing)
+    declared = _held_weights(decoder.cfg)
+    by_parameter = {weight.parameter: weight for weight in declared.values()}
+    missing = set(declared)
+    modules = dict(decoder.named_modules())
     for name, tensor in tensors:
-        if name == "unembed.W_U" and decoder.cfg.tied_unembed:
+        if name == _TIED and name not in declared:
             continue
-        if name not in known:
-            raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, known)}")
-        path, _, part = name.rpartition(".")
-        module = decoder.get_submodule(path)
-        wanted = module.get_parameter(part)
-        if tensor.shape != wanted.shape:
-            raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}; expected {list(wanted.shape)}")
-        placed = to_stored_layout(name, tensor.detach().to(device=device, dtype=dtype))
-        setattr(module, part, nn.Parameter(placed, requires_grad=placed.is_floating_point()))
-        missing.discard(name)
+        weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
+        if weight is None:
+            raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
+        wanted = weight.stored_shape if is_stored else weight.shape
+        if tuple(tensor.shape) != wanted:
+            raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}; expected {list(wanted)}")
+        placed = tensor.detach().to(device=device, dtype=dtype)
+        if not is_stored:
+            placed = stored_view(placed, weight.stored, weight.axes)
+        if placed.is_inference():
+            placed = placed.clone()
+        path, _, held_as = weight.parameter.rpartition(".")
+        parameter = nn.Parameter(placed.contiguous(), requires_grad=placed.is_floating_point())
+        modules[path]._parameters[held_as] = parameter
+        missing.discard(weight.name)
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
+
+
+def _held_weights(cfg: HookedConfig) -> dict[str, DeclaredWeight]:
+    """The weights that are parameters: all but a tied unembedding."""
+    weights = cfg.description.weights
+    return {name: weight for name, weight in weights.items() if not (cfg.tied_unembed and name == _TIED)}
+
+
+def read_state(decoder: "Decoder", state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the names of the parameters, from one under these names, the field's, or both.
+
+    Raises:
+        CheckpointError: weights of the field's names that have another shape, or a tied unembedding that differs from
+            the embedding.
+    """
+    declared = _held_weights(decoder.cfg)
+    named = name_as_field(decoder.cfg, state)
+    check_tied({"embed.W_E": decoder.embed.W_E, **named}, tied_unembed=decoder.cfg.tied_unembed)
+    translated, problems = {}, []
+    for name, value in named.items():
+        weight = declared.get(name)
+        if weight is None:
+            # What is not known is PyTorch's to report, but for the copy of a tied embedding.
+            if name != _TIED:
+                translated[name] = value
+        elif tuple(value.shape) != weight.shape:
+            problems.append(f"{name!r} is {list(value.shape)}, expected {list(weight.shape)}")
+        elif weight.parameter in state:
+            translated[weight.parameter] = state[weight.parameter]
+        else:
+            translated[weight.parameter] = stored_view(value, weight.stored, weight.axes).contiguous()
+    if problems:
+        raise CheckpointError(f"weights of another shape than the network's: {'; '.join(problems)}")
+    return translated
+
+
+def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the field's names and in its shapes; shared, not copied.
+
+    TransformerLens's buffers, its names of weights that several heads share, and its biases of 0, which say what their
+    absence says, are understood.
+
+    Raises:
+        CheckpointError: a weight under two names.
+    """
+    declared = _held_weights(cfg)
+    by_parameter = {weight.parameter: weight for weight in declared.values()}
+    named: dict[str, Tensor] = {}
+    doubled = []
+    for given, value in state.items():
+        name, tensor = _SHARED_HEADS.sub(r".attn.\1", given), value
+        weight = by_parameter.get(name)
+        if weight is not None and tuple(value.shape) == weight.stored_shape:
+            name, tensor = weight.name, logical_view(value, weight.stored, weight.axes, weight.shape)
+        elif weight is None and name not in declared and (_BUFFERS.search(name) or _is_zero_bias(name, value)):
+            continue
+        if name in named:
+            doubled.append(f"{name!r} (also as {given!r})" if given != name else repr(name))
+        named[name] = tensor
+    if doubled:
+        raise CheckpointError(f"given under two names: {join_names(doubled)}; give each weight once")
+    return named
+
+
+def _is_zero_bias(name: str, value: object) -> bool:
+    return name.rpartition(".")[2].startswith("b_") and isinstance(value, Tensor) and not value.any()
 
 
 def check_tied(state: Mapping[str, Tensor], *, tied_unembed: bool) -> None:
@@ -79,7 +162,7 @@ def check_tied(state: Mapping[str, Tensor], *, tied_unembed: bool) -> None:
     Raises:
         CheckpointError: the two differ.
     """
-    if tied_unembed and "unembed.W_U" in state and not torch.equal(state["unembed.W_U"], state["embed.W_E"].T):
+    if tied_unembed and _TIED in state and not torch.equal(state[_TIED], state["embed.W_E"].T):
         raise CheckpointError(
             "cfg.tied_unembed is True, but unembed.W_U is not the transpose of embed.W_E; "
             "set tied_unembed=False to keep both"

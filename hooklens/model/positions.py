@@ -1,20 +1,25 @@
-"""Which tokens a call runs, where they stand in their sequences, and what each may attend to.
+"""Which tokens a call runs, and where they stand in their sequences.
 
 Everything follows from the attention mask: a row's positions count its real tokens, so left-padded,
 right-padded and single rows give the same numbers. A `TokenPlan` is made once per call and handed to every
 block; what no block asks for is not computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooklens.errors import InputError
-from hooklens.hooks.selection import Phase
+from hooklens.hooks.call import Phase
+from hooklens.hooks.choice import Choice, read_choice, resolve_choice
+from hooklens.model.visibility import Causal, Padding, Rule, Sight, Visibility, Window
 
-LogitsAt = int | slice | Sequence[int] | None
+LogitsAt = Choice
+Made = TypeVar("Made")
+_RULES: tuple[Rule, ...] = (Causal(), Padding())
 
 
 class TokenPlan:
@@ -32,7 +37,11 @@ class TokenPlan:
 
     Attributes:
         n_keys: past + new columns.
+        key_mask: which of past + new columns are tokens, `[batch key]`; None: all.
+        columns: all columns of the call, which None stands for; see `ChosenColumns`.
     """
+
+    columns = None
 
     def __init__(
         self,
@@ -49,13 +58,12 @@ class TokenPlan:
         self.batch, self.n_new, self.n_past, self.n_keys = batch, n_new, n_past, n_past + n_new
         self.device = device
         self.phase: Phase = phase
-        self.attention_mask = attention_mask
+        self.attention_mask, self.past_mask = attention_mask, past_mask
         self.key_mask = self._join_masks(attention_mask, past_mask)
-        self._positions = positions
-        self._token_index: Tensor | None = None
-        self._hidden: dict[int | None, Tensor | None] = {}
-        self._new_part: TokenPlan | None = None
-        self._additive: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+        self.given_positions = positions
+        self._seen: dict[int | None, Visibility] = {}
+        self._sights: dict[tuple[int | None, torch.dtype], Sight] = {}
+        self._made: dict[Hashable, object] = {}
 
     def _join_masks(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
         """Real columns of past + new, `[batch key]`; None when all are."""
@@ -70,15 +78,29 @@ class TokenPlan:
         return torch.cat([past.expand(self.batch, -1), new], dim=1)
 
     @property
+    def n_run(self) -> int:
+        """Columns of the call."""
+        return self.n_new
+
+    @property
+    def positions_by_column(self) -> range | None:
+        """`token_index` of every row in plain numbers; None where rows differ."""
+        return range(self.n_past, self.n_keys) if self.key_mask is None else None
+
+    @property
+    def length(self) -> int:
+        """`n_tokens` of every row, where all columns are tokens."""
+        return self.n_keys
+
+    @property
     def token_index(self) -> Int[Tensor, "batch pos"]:
         """The position of each column's token in its row's sequence, counted over real tokens; -1 for padding."""
-        if self._token_index is None:
-            if self.key_mask is None:
-                index = torch.arange(self.n_past, self.n_keys, device=self.device).expand(self.batch, -1)
-            else:
-                index = (self.key_mask.cumsum(1) - 1).masked_fill(~self.key_mask, -1)[:, self.n_past :]
-            self._token_index = index
-        return self._token_index
+        return self.remember("token_index", self._count_tokens)
+
+    def _count_tokens(self) -> Tensor:
+        if self.key_mask is None:
+            return torch.arange(self.n_past, self.n_keys, device=self.device).expand(self.batch, -1)
+        return (self.key_mask.cumsum(1) - 1).masked_fill(~self.key_mask, -1)[:, self.n_past :]
 
     @property
     def n_tokens(self) -> Int[Tensor, " batch"]:
@@ -90,114 +112,77 @@ class TokenPlan:
     @property
     def positions(self) -> Int[Tensor, "rows pos"]:
         """The position of each column, one row where all rows agree; padding stands at position 0."""
-        if self._positions is not None:
-            return self._positions
+        if self.given_positions is not None:
+            return self.given_positions
         if self.key_mask is None:
-            return self.token_index[:1]
+            return torch.arange(self.n_past, self.n_keys, device=self.device)[None]
         return self.token_index.clamp(min=0)
 
     @property
-    def n_positions(self) -> int:
-        """A bound on the positions of this call: all are below it."""
-        return self.n_keys if self._positions is None else int(self._positions.max()) + 1
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether positions simply go on from the cache, 0, 1, 2, ... in every row."""
-        return self._positions is None and self.key_mask is None
-
-    @property
     def key_positions(self) -> Int[Tensor, "rows key"]:
-        """The position of each key, counted over real tokens; padding stands at position 0."""
+        """The position of each key; padding stands at position 0."""
+        return self.remember("key_positions", self._place_keys)
+
+    def _place_keys(self) -> Tensor:
+        if self.given_positions is not None and not self.n_past:
+            return self.given_positions
         if self.key_mask is None:
             return torch.arange(self.n_keys, device=self.device)[None]
         return (self.key_mask.cumsum(1) - 1).clamp(min=0) * self.key_mask
 
-    def is_causal_only(self, window: int | None) -> bool:
-        """Whether "no token sees a later one" is all there is to hide."""
-        return self.key_mask is None and self.n_past == 0 and (window is None or window >= self.n_keys)
-
-    def hidden(self, window: int | None) -> Bool[Tensor, "rows one query key"] | None:
-        """True where a query may not see a key; None when every query sees every key.
-
-        Args:
-            window: how many of the latest keys a query sees, itself included; None: all.
-        """
-        if window is not None and window >= self.n_keys:
-            window = None
-        if window not in self._hidden:
-            self._hidden[window] = self._make_hidden(window)
-        return self._hidden[window]
-
-    def _make_hidden(self, window: int | None) -> Tensor | None:
-        if self.n_new == 1 and self.key_mask is None and window is None:
-            return None
-        query = torch.arange(self.n_past, self.n_keys, device=self.device)[:, None]
-        key = torch.arange(self.n_keys, device=self.device)[None, :]
-        hidden = (key > query)[None, None]
-        if self.key_mask is not None:
-            hidden = hidden | ~self.key_mask[:, None, None, :]
-            if window is not None:
-                # Padding between past and new tokens does not count as distance.
-                key_position = self.key_positions[:, None, None, :]
-                query_position = self.key_positions[:, None, self.n_past :, None]
-                hidden = hidden | (key_position <= query_position - window)
-        elif window is not None:
-            hidden = hidden | (key <= query - window)
-        return hidden
-
-    def additive_mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "rows one query key"] | None:
-        """`hidden` as a term of the scores: -inf where a key is hidden, else 0."""
-        key = (window, dtype)
-        if key not in self._additive:
-            hidden = self.hidden(window)
-            self._additive[key] = (
-                None
-                if hidden is None
-                else torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
-            )
-        return self._additive[key]
-
-    def new_part(self) -> "TokenPlan":
-        """The plan as if the cache were not there: what the new tokens may attend to among themselves."""
-        if self._new_part is None:
-            self._new_part = TokenPlan(
-                batch=self.batch, n_new=self.n_new, device=self.device, attention_mask=self.attention_mask
-            )
-        return self._new_part
-
-    def past_mask(
-        self, window: int | None, dtype: torch.dtype, *, fold_rows: bool
-    ) -> Float[Tensor, "rows one some_query past"] | None:
-        """What the new tokens may not see of the cache, as a term of the scores; None when they see all of it.
-
-        Args:
-            window: how many of the latest keys a query sees; None: all.
-            dtype: of the scores.
-            fold_rows: the queries of all rows stand one after another in one row.
-        """
-        if window is not None and window >= self.n_keys:
-            window = None
-        if window is None:
-            if self.key_mask is None or bool(self.key_mask[:, : self.n_past].all()):
-                return None
-            # Padding hides the same from all queries of a row, and folded rows have one past.
-            rows = slice(1) if fold_rows else slice(None)
-            hidden = ~self.key_mask[rows, None, None, : self.n_past]
-            return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
-        whole = self.hidden(window)
-        assert whole is not None
-        hidden = whole[..., : self.n_past]
-        if fold_rows:
-            hidden = hidden.expand(self.batch, -1, -1, -1).reshape(1, 1, self.batch * self.n_new, self.n_past)
-        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill(hidden, -torch.inf)
+    @property
+    def n_positions(self) -> int:
+        """A bound on the positions of this call: all are below it."""
+        if self.given_positions is None:
+            return self.n_keys
+        return self.remember("n_positions", lambda: int(self.positions.max()) + 1)
 
     @property
-    def can_hide_all(self) -> bool:
-        """Whether some query may see no key at all, as a padding column does."""
-        return self.key_mask is not None
+    def is_contiguous(self) -> bool:
+        """Whether positions simply go on from the cache, 0, 1, 2, ... in every row."""
+        return self.given_positions is None and self.key_mask is None
 
-    def select_columns(self, wanted: LogitsAt) -> slice | Int[Tensor, "batch chosen"]:
+    @property
+    def past(self) -> range:
+        """The keys in the cache."""
+        return range(self.n_past)
+
+    @property
+    def new(self) -> range:
+        """The keys of this call's tokens."""
+        return range(self.n_past, self.n_keys)
+
+    @property
+    def keys(self) -> range:
+        """All keys."""
+        return range(self.n_keys)
+
+    def rules(self, window: int | None) -> tuple[Rule, ...]:
+        """What hides keys from queries in a layer with such a window."""
+        return _RULES if window is None else (*_RULES, Window(window))
+
+    def visibility(self, window: int | None) -> Visibility:
+        """What queries see in a layer with such a window (None: none); made once per call."""
+        if window not in self._seen:
+            self._seen[window] = Visibility(self, self.rules(window))
+        return self._seen[window]
+
+    def sight(self, window: int | None, dtype: torch.dtype) -> Sight:
+        """How attention is told what queries see of all keys, in a layer with such a window."""
+        asked = (window, dtype)
+        sight = self._sights.get(asked)
+        if sight is None:
+            sight = self._sights[asked] = self.visibility(window).sight(self.keys, dtype)
+        return sight
+
+    def remember(self, key: Hashable, make: Callable[..., Made], *arguments: Any) -> Made:
+        """What `make(*arguments)` gives, made once per call: what is the same for several layers."""
+        if key not in self._made:
+            self._made[key] = make(*arguments)
+        made: Made = self._made[key]  # type: ignore[assignment]
+        return made
+
+    def choose_columns(self, wanted: LogitsAt) -> "ChosenColumns":
         """The columns that hold the wanted positions of each row.
 
         Args:
@@ -208,38 +193,163 @@ class TokenPlan:
             InputError: a position outside a row, no position, a slice that runs backwards, or one that selects
                 different numbers of tokens.
         """
-        if isinstance(wanted, slice):
-            if wanted.step is not None and wanted.step < 1:
-                raise InputError(f"logits_at: {wanted!r} runs backwards; give a list of positions")
-        elif not isinstance(wanted, int) and not wanted:
-            raise InputError("logits_at is empty; give at least one position, or return_type=None for no logits")
+        index = read_choice(wanted, what="logits_at")
+        if isinstance(index, slice) and index.step is not None and index.step < 1:
+            raise InputError(f"logits_at: {wanted!r} runs backwards; give a list of positions")
         if self.attention_mask is None:
-            columns = range(self.n_new)
-            if isinstance(wanted, slice):
-                return wanted
-            chosen = [wanted] if isinstance(wanted, int) else list(wanted or ())
-            outside = [p for p in chosen if not -self.n_new <= p < self.n_new]
-            if outside:
-                raise InputError(f"logits_at: {outside} out of range; this call runs {self.n_new} positions")
-            index = [columns[p] for p in chosen]
-            if len(index) == 1:
-                return slice(index[0], index[0] + 1)
-            return torch.tensor([index], device=self.device).expand(self.batch, -1)
-        if isinstance(wanted, slice) and wanted == slice(None):
-            return wanted
+            chosen = resolve_choice(index, self.n_new, what="logits_at", noun="positions run in this call")
+            if not chosen:
+                raise InputError(f"logits_at={wanted!r} selects none of the {self.n_new} positions run in this call")
+            return ChosenColumns(self, chosen)
         rows = []
         for row, mask in enumerate(self.attention_mask):
             real = mask.nonzero()[:, 0]
-            try:
-                chosen_columns = real[wanted] if isinstance(wanted, slice) else real[torch.as_tensor(wanted)]
-            except IndexError:
-                raise InputError(
-                    f"logits_at: {wanted!r} out of range in row {row}, which has {len(real)} real tokens"
-                ) from None
-            rows.append(chosen_columns.reshape(-1))
+            places = resolve_choice(index, len(real), what=f"logits_at: row {row}", noun="real tokens")
+            rows.append(real[places])
         if len({len(row) for row in rows}) > 1:
             raise InputError(
                 f"logits_at: {wanted!r} selects different numbers of tokens in rows of lengths "
                 f"{[int(n) for n in self.attention_mask.sum(1)]}; give positions that every row has"
             )
-        return torch.stack(rows)
+        columns = torch.stack(rows)
+        if not columns.shape[1]:
+            raise InputError(f"logits_at={wanted!r} selects no token")
+        return ChosenColumns(self, columns)
+
+    def choose_tokens(self, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]) -> "ChosenTokens":
+        """Single tokens, as rows of one column each."""
+        return ChosenTokens(self, rows, columns)
+
+
+class ChosenColumns:
+    """Some columns of a call, as the tokens of tensors that hold no others.
+
+    Args:
+        plan: of the call.
+        columns: the same in every row, or `[batch chosen]`.
+
+    Attributes:
+        columns: as given.
+        phase, n_tokens, length, n_run: the call's.
+    """
+
+    def __init__(self, plan: TokenPlan, columns: Sequence[int] | Int[Tensor, "batch chosen"]) -> None:
+        self._plan = plan
+        self.columns = columns
+        self.phase = plan.phase
+        self.length = plan.length
+        self.n_run = plan.n_run
+
+    @property
+    def n_tokens(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each row so far."""
+        return self._plan.n_tokens
+
+    @property
+    def positions_by_column(self) -> list[int] | None:
+        """The position that each column holds in every row; None where rows differ."""
+        positions = self._plan.positions_by_column
+        if positions is None or isinstance(self.columns, Tensor):
+            return None
+        return [positions[column] for column in self.columns]
+
+    @property
+    def token_index(self) -> Int[Tensor, "batch chosen"]:
+        """The position of each column's token."""
+        return self.take(self._plan.token_index)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """These columns of a tensor `[batch pos ...]`: a view where they are neighbours in every row."""
+        columns = self.columns
+        if isinstance(columns, Tensor):
+            index = columns.view(*columns.shape, *[1] * (tensor.ndim - 2))
+            return tensor.take_along_dim(index, dim=1)
+        if list(columns) == list(range(columns[0], columns[0] + len(columns))):
+            return tensor[:, columns[0] : columns[0] + len(columns)]
+        return tensor.index_select(1, torch.tensor(columns, device=tensor.device))
+
+
+class ChosenTokens:
+    """Single tokens of a call, as the tokens of tensors `[token 1 ...]`.
+
+    Args:
+        plan: of the call.
+        rows: the row of each.
+        columns: the column of each.
+
+    Attributes:
+        columns: `[token 1]`.
+        phase, length, n_run: the call's.
+    """
+
+    positions_by_column = None
+
+    def __init__(self, plan: TokenPlan, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]) -> None:
+        self._plan, self._rows = plan, rows
+        self.columns = columns[:, None]
+        self.phase = plan.phase
+        self.length = plan.length
+        self.n_run = plan.n_run
+
+    @property
+    def token_index(self) -> Int[Tensor, "token one"]:
+        """The position of each token."""
+        return self._plan.token_index[self._rows[:, None], self.columns]
+
+    @property
+    def n_tokens(self) -> Int[Tensor, " token"]:
+        """Real tokens of each token's row."""
+        return self._plan.n_tokens[self._rows]
+
+
+def check_attention_mask(mask: object, batch: int, n_new: int, n_past: int) -> Bool[Tensor, "batch pos"] | None:
+    """The mask as booleans, or None when it hides nothing.
+
+    Raises:
+        InputError: another shape than the input's, or values other than 0 and 1.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise InputError(f"attention_mask is a {type(mask).__name__}; expected a tensor [{batch}, {n_new}] of 0 and 1")
+    if tuple(mask.shape) != (batch, n_new):
+        hint = f"; it covers the new tokens only, not the {n_past} in the cache" if n_past else ""
+        raise InputError(f"attention_mask has shape {list(mask.shape)}; expected [{batch}, {n_new}]{hint}")
+    if torch.compiler.is_compiling():
+        # A traced call cannot look at values; a mask that hides nothing is one like any other.
+        return mask.bool()
+    if mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError("attention_mask holds values other than 0 (padding) and 1 (token)")
+        mask = mask.bool()
+    if bool(mask.all()):
+        return None
+    empty = (~mask).all(1).nonzero()[:, 0].tolist()
+    if empty and not n_past:
+        raise InputError(f"attention_mask hides every token of rows {empty}; leave empty rows out of the batch")
+    return mask
+
+
+def check_positions(positions: object, batch: int, n_new: int, n_ctx: int) -> Int[Tensor, "rows pos"] | None:
+    """Positions as `[rows pos]`.
+
+    Raises:
+        InputError: another shape, no integers, or a position outside of `[0, n_ctx)`.
+    """
+    if positions is None:
+        return None
+    if not isinstance(positions, Tensor):
+        raise InputError(f"positions are a {type(positions).__name__}; expected a tensor of integers")
+    if positions.ndim == 1:
+        positions = positions[None]
+    is_whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+    if positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != n_new or not is_whole:
+        raise InputError(
+            f"positions are {list(positions.shape)} {positions.dtype}; expected integers [{n_new}] or "
+            f"[{batch}, {n_new}]"
+        )
+    lowest, highest = (int(end) for end in torch.aminmax(positions))
+    if lowest < 0 or highest >= n_ctx:
+        found = lowest if lowest < 0 else highest
+        raise InputError(f"positions hold {found}; expected numbers from 0 to {n_ctx - 1} (n_ctx={n_ctx})")
+    return positions.long()

@@ -6,6 +6,7 @@ the activations' dtype.
 """
 
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,13 @@ from hooklens.config import RotaryPositions, RotaryScaling
 from hooklens.errors import CacheError
 from hooklens.model.positions import TokenPlan
 
-CosSin = tuple[Float[Tensor, "rows pos one d_head"], Float[Tensor, "rows pos one d_head"]]
+CosSin = tuple[Float[Tensor, "rows pos one turning"], Float[Tensor, "rows pos one turning"]]
+
+
+@cache
+def rotary_tables(positions: RotaryPositions, d_head: int) -> "RotaryTables":
+    """The tables of some rotary parameters: one for all layers, and networks, that have the same."""
+    return RotaryTables(positions, d_head)
 
 
 class RotaryTables:
@@ -32,12 +39,15 @@ class RotaryTables:
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def look_up(self, plan: TokenPlan, dtype: torch.dtype) -> CosSin:
-        """Cosines and sines for the columns of a call, in the activations' dtype.
+        """Cosines and sines for the columns of a call, in the activations' dtype; looked up once per call.
 
         Raises:
             CacheError: frequencies depend on the sequence's length, and keys that were turned by those of a
                 shorter one lie in the cache.
         """
+        return plan.remember((self, dtype), self._look_up, plan, dtype)
+
+    def _look_up(self, plan: TokenPlan, dtype: torch.dtype) -> CosSin:
         n_positions = plan.n_positions
         if self.depends_on_length(n_positions):
             return self._look_up_by_length(plan, n_positions, dtype)
@@ -68,6 +78,8 @@ class RotaryTables:
         return cos[:, :, None], sin[:, :, None]
 
     def _table(self, n_positions: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self._compute_table(n_positions, None, device, dtype)
         table = self._tables.get((device, dtype))
         if table is None or len(table[0]) < n_positions:
             grown = max(n_positions, 64 if table is None else 2 * len(table[0]))
@@ -90,37 +102,40 @@ class RotaryTables:
         self, n_positions: int, n_tokens: int | None, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(mode=False):
-            frequencies, amplitude = rotary_frequencies(self.positions, n_tokens, device=device)
-            angles = torch.arange(n_positions, device=device).float()[:, None] * frequencies[None]
-            cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
-            if self.positions.layout == "half":
-                cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-            else:
-                cos = cos.repeat_interleave(2, -1)
-                sin = torch.stack([-sin, sin], -1).flatten(-2)
-            still = (0, self.d_head - self.positions.dim)
-            cos = torch.nn.functional.pad(cos, still, value=1.0)
-            sin = torch.nn.functional.pad(sin, still, value=0.0)
-            return cos.to(dtype), sin.to(dtype)
+            return self._compute_table(n_positions, n_tokens, device, dtype)
+
+    def _compute_table(
+        self, n_positions: int, n_tokens: int | None, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        frequencies, amplitude = rotary_frequencies(self.positions, n_tokens, device=device)
+        angles = torch.arange(n_positions, device=device).float()[:, None] * frequencies[None]
+        cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+        if self.positions.layout == "half":
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        else:
+            cos = cos.repeat_interleave(2, -1)
+            sin = torch.stack([-sin, sin], -1).flatten(-2)
+        return cos.to(dtype), sin.to(dtype)
 
     def rotate(
         self, heads: Float[Tensor, "batch pos heads d_head"], table: CosSin
     ) -> Float[Tensor, "batch pos heads d_head"]:
         """Turn queries or keys by the angles of their positions."""
-        cos, signed_sin = table
-        return torch.addcmul(heads * cos, self._swap_partners(heads), signed_sin)
+        if self.positions.dim == self.d_head:
+            return self._turn(heads, table)
+        # The function behind torch.split, which takes its time.
+        turning, still = torch.split_with_sizes(heads, [self.positions.dim, self.d_head - self.positions.dim], -1)
+        return torch.cat((self._turn(turning, table), still), -1)
 
-    def _swap_partners(self, heads: Tensor) -> Tensor:
-        """Each entry's partner in its place; entries that do not turn stay."""
-        dim, half = self.positions.dim, self.positions.dim // 2
+    def _turn(self, heads: Tensor, table: CosSin) -> Tensor:
+        cos, signed_sin = table
         if self.positions.layout == "half":
-            if dim == self.d_head:
-                return heads.roll(half, -1)
-            first, second, still = torch.split(heads, [half, half, self.d_head - dim], -1)
-            return torch.cat((second, first, still), -1)
-        turning, still = torch.split(heads, [dim, self.d_head - dim], -1)
-        swapped = turning.reshape(*heads.shape[:-1], half, 2).flip(-1).flatten(-2)
-        return torch.cat((swapped, still), -1) if dim < self.d_head else swapped
+            swapped = heads.roll(self.positions.dim // 2, -1)
+        else:
+            swapped = heads.reshape(*heads.shape[:-1], -1, 2).flip(-1).flatten(-2)
+        turned = torch.addcmul(heads * cos, swapped, signed_sin)
+        # Under autocast the tables are finer than the heads.
+        return turned if turned.dtype is heads.dtype else turned.to(heads.dtype)
 
 
 def rotary_frequencies(

@@ -1,39 +1,93 @@
 """The weights of all layers under the field's names, stacked on access."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import read_flag, read_int, read_one_of, reads
+from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
 from hooklens.weights.composition import all_composition_scores
 from hooklens.weights.factored import FactoredMatrix
-from hooklens.weights.shapes import weight_shapes
 
 
-class WeightViews(Decoder):
-    """A network that is also read: every property below stacks the layers' weights along a first axis.
+class _Stacked:
+    """The weights of one name of all layers, along a first axis; absent biases read as zeros.
+
+    Args:
+        module: where a layer has it.
+        axes: of one layer's.
+    """
+
+    def __init__(self, module: str, axes: str) -> None:
+        self._module, self._axes = module, axes.split()
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, views: "WeightViews | None", owner: type) -> Any:
+        if views is None:
+            return self
+        decoder, name = views.as_decoder(), self._name
+        found = [getattr(block._modules[self._module], name, None) for block in decoder.block_list()]
+        lacking = [layer for layer, weight in enumerate(found) if weight is None]
+        if name.startswith("W_") and lacking:
+            reason = decoder.cfg.description.why_absent(f"blocks.{lacking[0]}.{self._module}.{name}")
+            raise ConfigError(f"{name}: layers {lacking} have none: {reason or 'another part stands there'}")
+        shape = [decoder.cfg.size(axis) for axis in self._axes]
+        empty = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
+        return torch.stack([empty if weight is None else weight for weight in found]) if found else empty[None][:0]
+
+    def __set__(self, views: "WeightViews", value: object) -> None:
+        raise AttributeError(
+            f"{self._name} is put together when it is read; assign model.blocks[i].{self._module}.{self._name}"
+        )
+
+
+def _stacked(module: str, axes: str) -> Any:
+    return _Stacked(module, axes)
+
+
+class WeightViews:
+    """What reads a network's weights: every property below stacks the layers' along a first axis.
 
     Biases that the model does not have read as zeros. Nothing is kept: a change of the weights shows in the
     next reading.
+
+    Raises:
+        ConfigError: on reading a weight that a layer does not have.
     """
 
-    def _stack(self, module: str, name: str) -> Tensor:
-        weights = [getattr(block.get_submodule(module), name) for block in self.block_list()]
-        if weights:
-            return torch.stack(weights)
-        shape = weight_shapes(self.cfg.replace(n_layers=1, windows=None))[f"blocks.0.{module}.{name}"]
-        return torch.zeros((0, *shape), device=self.device, dtype=self.dtype)
+    cfg: HookedConfig
+    W_Q: Float[Tensor, "layer head d_model d_head"] = _stacked("attn", "head d_model d_head")
+    W_K: Float[Tensor, "layer kv_head d_model d_head"] = _stacked("attn", "kv_head d_model d_head")
+    W_V: Float[Tensor, "layer kv_head d_model d_head"] = _stacked("attn", "kv_head d_model d_head")
+    W_O: Float[Tensor, "layer head d_head d_model"] = _stacked("attn", "head d_head d_model")
+    b_Q: Float[Tensor, "layer head d_head"] = _stacked("attn", "head d_head")
+    b_K: Float[Tensor, "layer kv_head d_head"] = _stacked("attn", "kv_head d_head")
+    b_V: Float[Tensor, "layer kv_head d_head"] = _stacked("attn", "kv_head d_head")
+    b_O: Float[Tensor, "layer d_model"] = _stacked("attn", "d_model")
+    # Of a gated MLP `W_in` is the linear half.
+    W_in: Float[Tensor, "layer d_model d_mlp"] = _stacked("mlp", "d_model d_mlp")
+    W_gate: Float[Tensor, "layer d_model d_mlp"] = _stacked("mlp", "d_model d_mlp")
+    W_out: Float[Tensor, "layer d_mlp d_model"] = _stacked("mlp", "d_mlp d_model")
+    b_in: Float[Tensor, "layer d_mlp"] = _stacked("mlp", "d_mlp")
+    b_gate: Float[Tensor, "layer d_mlp"] = _stacked("mlp", "d_mlp")
+    b_out: Float[Tensor, "layer d_model"] = _stacked("mlp", "d_model")
 
-    def _stack_biases(self, module: str, name: str, *shape: int) -> Tensor:
-        biases = [getattr(block.get_submodule(module), name, None) for block in self.block_list()]
-        zeros = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        return torch.stack([zeros if bias is None else bias for bias in biases]) if biases else zeros[None][:0]
+    def as_decoder(self) -> Decoder:
+        """The network that is read."""
+        assert isinstance(self, Decoder)
+        return self
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
         """Token embedding."""
-        return self.embed.W_E
+        return self.as_decoder().embed.W_E
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:  # noqa: N802
@@ -42,96 +96,22 @@ class WeightViews(Decoder):
         Raises:
             ConfigError: the model has none.
         """
-        if not hasattr(self, "pos_embed"):
+        if not isinstance(self.cfg.positions, LearnedPositions):
             raise ConfigError(f"W_pos: positions are {self.cfg.positions!r}; only learned positions have a table")
-        return self.pos_embed.W_pos[self.pos_embed.offset :]
+        table = self.as_decoder().pos_embed.W_pos
+        return table[self.cfg.positions.offset :]
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802
         """Unembedding."""
-        return self.unembed.W_U
+        return self.as_decoder().unembed.W_U
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:  # noqa: N802
         """Unembedding bias."""
-        bias = self.unembed.b_U
-        return torch.zeros(self.cfg.d_vocab, device=self.device, dtype=self.dtype) if bias is None else bias
-
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:  # noqa: N802
-        """Query weights."""
-        return self._stack("attn", "W_Q")
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:  # noqa: N802
-        """Key weights."""
-        return self._stack("attn", "W_K")
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:  # noqa: N802
-        """Value weights."""
-        return self._stack("attn", "W_V")
-
-    @property
-    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:  # noqa: N802
-        """Attention output weights."""
-        return self._stack("attn", "W_O")
-
-    @property
-    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:  # noqa: N802
-        """MLP input weights; the linear half of a gated MLP."""
-        return self._stack("mlp", "W_in")
-
-    @property
-    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"]:  # noqa: N802
-        """Gate weights of a gated MLP.
-
-        Raises:
-            ConfigError: the MLP has no gate.
-        """
-        if not self.cfg.gated_mlp:
-            raise ConfigError("W_gate: this model's MLPs have no gate (cfg.gated_mlp is False)")
-        return self._stack("mlp", "W_gate")
-
-    @property
-    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:  # noqa: N802
-        """MLP output weights."""
-        return self._stack("mlp", "W_out")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:  # noqa: N802
-        """Query biases."""
-        return self._stack_biases("attn", "b_Q", self.cfg.n_heads, self.cfg.d_head)
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:  # noqa: N802
-        """Key biases."""
-        return self._stack_biases("attn", "b_K", self.cfg.n_kv_heads, self.cfg.d_head)
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:  # noqa: N802
-        """Value biases."""
-        return self._stack_biases("attn", "b_V", self.cfg.n_kv_heads, self.cfg.d_head)
-
-    @property
-    def b_O(self) -> Float[Tensor, "layer d_model"]:  # noqa: N802
-        """Attention output biases."""
-        return self._stack_biases("attn", "b_O", self.cfg.d_model)
-
-    @property
-    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
-        """MLP input biases."""
-        return self._stack_biases("mlp", "b_in", self.cfg.d_mlp)
-
-    @property
-    def b_gate(self) -> Float[Tensor, "layer d_mlp"]:
-        """Gate biases."""
-        return self._stack_biases("mlp", "b_gate", self.cfg.d_mlp)
-
-    @property
-    def b_out(self) -> Float[Tensor, "layer d_model"]:
-        """MLP output biases."""
-        return self._stack_biases("mlp", "b_out", self.cfg.d_model)
+        decoder = self.as_decoder()
+        bias: Tensor | None = decoder.unembed.b_U
+        return torch.zeros(self.cfg.d_vocab, device=decoder.device, dtype=decoder.dtype) if bias is None else bias
 
     @property
     def QK(self) -> FactoredMatrix:  # noqa: N802
@@ -150,6 +130,7 @@ class WeightViews(Decoder):
         group = self.cfg.n_heads // self.cfg.n_kv_heads
         return weight if group == 1 else weight.repeat_interleave(group, dim=1)
 
+    @reads(mode=partial(read_one_of, options=("Q", "K", "V")))
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
         """How much each head writes into what each later head reads (Elhage et al. 2021).
 
@@ -165,6 +146,7 @@ class WeightViews(Decoder):
         """`["L0H0", "L0H1", ...]`."""
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
 
+    @reads(layer=read_int, mlp_input=read_flag, include_mlp_biases=read_flag)
     def accumulated_bias(
         self, layer: int, *, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
@@ -184,7 +166,7 @@ class WeightViews(Decoder):
                 "position to position; the last component of cache.get_full_resid_decomposition() is that sum"
             )
         if not 0 <= layer <= self.cfg.n_layers - mlp_input:
-            raise ConfigError(f"accumulated_bias: layer {layer} is out of range for {self.cfg.n_layers} layers")
+            raise ConfigError(f"accumulated_bias: layer {layer!r} is out of range for {self.cfg.n_layers} layers")
         in_between = mlp_input and self.cfg.wiring == "sequential"
         total = self.b_O[: layer + in_between].sum(0)
         return total + self.b_out[:layer].sum(0) if include_mlp_biases else total
@@ -192,4 +174,4 @@ class WeightViews(Decoder):
     @property
     def n_params_total(self) -> int:
         """Number of parameters, a tied unembedding counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.as_decoder().parameters())

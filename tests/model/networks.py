@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hooklens import HookedCausalLM
-from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NormConfig, RotaryPositions
+from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NoPositions, NormConfig, RotaryPositions
 
 RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
 D_VOCAB = 23
@@ -15,6 +15,7 @@ N_CTX = 32
 
 def make_config(**changes) -> HookedConfig:
     sizes = {"d_model": 12, "n_layers": 2, "n_heads": 4, "d_head": 6, "d_mlp": 20, "d_vocab": D_VOCAB, "n_ctx": N_CTX}
+    sizes["positions"] = NoPositions()
     return HookedConfig(**{**sizes, **changes})
 
 

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 
+from hooklens.config import RotaryPositions
 from hooklens.errors import InputError
 from hooklens.model import Decoder
-from hooklens.model.decoder import check_attention_mask, check_positions, next_token_loss
-from hooklens.weights.layout import is_stored_layout
+from hooklens.model.positions import check_attention_mask, check_positions
 from tests.annotations import unchecked
-from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
+from tests.model.networks import CONFIGS, make_config, make_model, pad_rows, random_tokens
 from tests.weights.reference_network import CONFIGS as REFERENCE_CONFIGS
 from tests.weights.reference_network import random_state, run_reference
 from tests.weights.reference_network import random_tokens as reference_tokens
@@ -22,7 +22,7 @@ def test_logits_against_plain_einsums(name):
     cfg = REFERENCE_CONFIGS[name]
     state = random_state(cfg)
     decoder = Decoder(cfg).double()
-    decoder.load_state_dict({key: value for key, value in state.items() if key in dict(decoder.named_parameters())})
+    decoder.load_state_dict(state)
     tokens = reference_tokens(cfg)
     # 1e-5: rotary tables are float32, everything else is float64.
     torch.testing.assert_close(decoder(tokens), run_reference(state, cfg, tokens), rtol=1e-5, atol=1e-5)
@@ -50,7 +50,22 @@ def test_initialize_is_reproducible_and_leaves_nothing_uninitialised():
     assert all(parameter.isfinite().all() for parameter in first)
     decoder.initialize(seed=3)
     assert all(torch.equal(a, b) for a, b in zip(first, decoder.parameters(), strict=True))
-    assert all(is_stored_layout(name, parameter) for name, parameter in decoder.named_parameters())
+    assert_stored(decoder)
+
+
+def assert_stored(model):
+    """Every parameter is a contiguous matrix as declared, and the field's weight a view of it."""
+    for declared in model.cfg.description.weights.values():
+        path, _, word = declared.name.rpartition(".")
+        weight = getattr(model.get_submodule(path), word)
+        assert weight.shape == declared.shape
+        if declared.name == "unembed.W_U" and model.cfg.tied_unembed:
+            assert weight.data_ptr() == model.embed.W_E.data_ptr()
+            continue
+        parameter = model.get_parameter(declared.parameter)
+        assert parameter.shape == declared.stored_shape, declared.name
+        assert parameter.is_contiguous(), declared.name
+        assert weight.data_ptr() == parameter.data_ptr(), declared.name
 
 
 JOURNEYS = {
@@ -70,8 +85,7 @@ JOURNEYS = {
 @pytest.mark.parametrize("network", ["grouped", "learned, tied"])
 def test_strides_survive(network, journey):
     model = JOURNEYS[journey](make_model(network))
-    for name, parameter in model.named_parameters():
-        assert is_stored_layout(name, parameter), name
+    assert_stored(model)
 
 
 def test_strides_survive_an_optimiser_and_its_state():
@@ -85,7 +99,7 @@ def test_strides_survive_an_optimiser_and_its_state():
         optimiser.step()
         optimiser.zero_grad()
     assert losses[2] < losses[0]
-    assert all(is_stored_layout(name, parameter) for name, parameter in model.named_parameters())
+    assert_stored(model)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +131,12 @@ def test_masks():
     ("positions", "text"),
     [
         (torch.arange(4), r"positions are \[1, 4\] torch.int64; expected integers \[3\] or \[2, 3\]"),
-        (torch.arange(3.0), r"positions are \[1, 3\] torch.float32; expected integers"),
+        (torch.arange(3.0), r"positions is a tensor \[3\] of torch.float32, expected a tensor"),
         (torch.zeros(3, 3).long(), r"positions are \[3, 3\]"),
-        (torch.tensor([0, -1, 2]), r"positions hold -1; expected numbers >= 0"),
+        (torch.tensor([0, -1, 2]), r"positions hold -1; expected numbers from 0 to 31 \(n_ctx=32\)"),
+        (torch.tensor([0, 1, 32]), r"positions hold 32; expected numbers from 0 to 31 \(n_ctx=32\)"),
+        (torch.tensor([True, False, True]), r"positions is a tensor \[3\] of torch.bool, expected a tensor"),
+        ([0, 1, 2], r"positions is \[0, 1, 2\], expected a tensor"),
     ],
 )
 def test_positions_that_do_not_fit(positions, text):
@@ -128,12 +145,46 @@ def test_positions_that_do_not_fit(positions, text):
 
 
 def test_positions():
-    assert check_positions(None, 2, 3) is None
-    assert check_positions(torch.arange(3), 2, 3).tolist() == [[0, 1, 2]]
+    assert check_positions(None, 2, 3, 9) is None
+    assert check_positions(torch.arange(3), 2, 3, 9).tolist() == [[0, 1, 2]]
+    narrow = check_positions(torch.arange(3, dtype=torch.int16)[None].expand(2, -1), 2, 3, 3)
+    assert (narrow.dtype, narrow.tolist()) == (torch.int64, [[0, 1, 2], [0, 1, 2]])
     model, tokens = make_model("learned, tied"), random_tokens(2, 3)
     assert torch.equal(model(tokens, positions=torch.arange(3)), model(tokens))
     _, cache = model.run_with_cache(tokens, positions=torch.tensor([5, 0, 9]))
     assert torch.equal(cache["pos_embed"][0], model.W_pos[[5, 0, 9]])
+
+
+def test_positions_that_nothing_reads_are_refused():
+    with pytest.raises(InputError, match=r"nothing in this network reads them \(cfg.positions is none\)"):
+        make_model("bare")(random_tokens(2, 3), positions=torch.arange(3))
+    model, tokens = make_model(make_config(windows=(2, None))), random_tokens(1, 4)
+    assert torch.equal(model(tokens, positions=torch.arange(4)), model(tokens))
+    # Far apart, no token of the first layer sees another.
+    far = model(tokens, positions=torch.tensor([0, 5, 10, 15]))
+    assert not torch.allclose(far[:, 1:], model(tokens)[:, 1:])
+    alone = make_model(make_config(windows=(1, None)))
+    torch.testing.assert_close(far, alone(tokens), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "cfg", [CONFIGS["alibi"], make_config(positions=RotaryPositions(dim=2), windows=(None, 4))], ids=["alibi", "window"]
+)
+def test_positions_that_need_those_of_cached_keys_are_refused(cfg):
+    model = make_model(cfg)
+    with pytest.raises(InputError, match=r"positions with a key-value cache: linear biases and sliding windows need"):
+        model(random_tokens(1, 2), positions=torch.tensor([3, 4]), past_kv_cache=model.prefill(random_tokens(1, 3)))
+
+
+def test_positions_with_a_cache():
+    model, tokens = make_model("rotary"), random_tokens(1, 5)
+    kv = model.prefill(tokens[:, :3])
+    # 1e-10: attention in two parts, another order of float64 sums.
+    found = model(tokens[:, 3:], positions=torch.tensor([3, 4]), past_kv_cache=kv)
+    torch.testing.assert_close(found, model(tokens)[:, 3:], rtol=1e-10, atol=1e-10)
+    moved = model(tokens, positions=torch.tensor([0, 1, 2, 7, 9]))[:, 3:]
+    found = model(tokens[:, 3:], positions=torch.tensor([7, 9]), past_kv_cache=kv)
+    torch.testing.assert_close(found, moved, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -164,24 +215,5 @@ def test_more_positions_than_the_model_has():
     cache = model.prefill(random_tokens(1, 30))
     with pytest.raises(InputError, match=r"needs 33 positions \(30 of them in the cache\)"):
         model(random_tokens(1, 3), past_kv_cache=cache)
-    with pytest.raises(InputError, match=r"needs 41 positions"):
+    with pytest.raises(InputError, match=r"positions hold 40; expected numbers from 0 to 31"):
         model(random_tokens(1, 1), positions=torch.tensor([40]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_loss_against_a_loop(dtype):
-    """A float64 model's loss was rounded to float32."""
-    logits = torch.randn(2, 4, 9).to(dtype)
-    tokens = torch.randint(9, (2, 4))
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
-    wide = logits if dtype == torch.float64 else logits.float()
-    expected, pairs = torch.zeros(2, 3, dtype=wide.dtype), []
-    for row in range(2):
-        for pos in range(3):
-            if mask[row, pos] and mask[row, pos + 1]:
-                expected[row, pos] = -wide[row, pos].log_softmax(-1)[tokens[row, pos + 1]]
-                pairs.append(expected[row, pos])
-    found = next_token_loss(logits, tokens, mask.bool(), per_token=True)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(next_token_loss(logits, tokens, mask.bool()), torch.stack(pairs).mean())
-    torch.testing.assert_close(next_token_loss(logits, tokens), next_token_loss(logits, tokens, per_token=True).mean())

@@ -31,7 +31,7 @@ def test_gelu_is_the_exact_one():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 def test_formula_and_points(gated, bias):
-    mlp = MLP(make_config(gated_mlp=gated, mlp_bias=bias, act_fn="silu")).double()
+    mlp = MLP(make_config(gated_mlp=gated, mlp_bias=bias, act_fn="silu").block(0)).double()
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 3, 12, dtype=torch.float64)

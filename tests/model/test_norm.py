@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hooklens.config import NormConfig
-from hooklens.model.norm import Norm
+from hooklens.model.norm import Norm, NormSpec
+from tests.model.networks import make_config
 
 KINDS = {
     "layer": NormConfig(kind="layer", eps=1e-2),
@@ -16,17 +17,18 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def norm(request):
-    norm = Norm(KINDS[request.param], 6).double()
+    cfg = make_config(d_model=6, n_heads=2)
+    norm = Norm(NormSpec(cfg=cfg, norm=KINDS[request.param], axes="batch pos d_model", where="a norm")).double()
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)
     return norm
 
 
 def by_formula(norm, x):
-    if norm.cfg.kind == "layer":
+    if norm.norm.kind == "layer":
         x = x - x.mean(-1, keepdim=True)
-    scale = ((x * x).sum(-1, keepdim=True) / 6 + norm.cfg.eps) ** 0.5
-    gain = norm.w + 1 if norm.cfg.unit_offset else norm.w
+    scale = ((x * x).sum(-1, keepdim=True) / 6 + norm.norm.eps) ** 0.5
+    gain = norm.w + 1 if norm.norm.unit_offset else norm.w
     return x / scale * gain + (0 if norm.b is None else norm.b), scale, x / scale
 
 
@@ -56,7 +58,7 @@ def test_edits_of_side_tensors_are_seen(norm, point, in_place, mode):
 
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     _, _, normalized = by_formula(norm, x)
-    gain = norm.w + 1 if norm.cfg.unit_offset else norm.w
+    gain = norm.w + 1 if norm.norm.unit_offset else norm.w
     expected = normalized * (0.5 if point == "hook_scale" else 2) * gain + (0 if norm.b is None else norm.b)
     with mode():
         out = norm.run_with_hooks(x, fwd_hooks=[(point, edit)])
@@ -80,7 +82,7 @@ def test_gradients_reach_the_side_tensors(norm):
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     with norm.capture("hook_normalized", incl_bwd=True) as captured:
         norm(x).sum().backward()
-    gain = norm.w + 1 if norm.cfg.unit_offset else norm.w
+    gain = norm.w + 1 if norm.norm.unit_offset else norm.w
     torch.testing.assert_close(captured["hook_normalized_grad"], gain.detach().expand(2, 3, 6))
 
 

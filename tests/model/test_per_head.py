@@ -317,8 +317,9 @@ class TestGrowingCaches:
         kv = HookedKeyValueCache.init_cache(model.cfg, batch_size=2, dtype=torch.float64)
         edit = edits.Zero(KEYS, query_head=1, when="decode")
         assert_close(model.run_with_hooks(tokens, past_kv_cache=kv, edits=[edit]), model(tokens))
-        with model.decoding(), pytest.raises(CacheError, match="was edited"):
-            model.run_with_hooks(tokens[:, :1], past_kv_cache=kv, edits=[edit])
+        plan = model.make_plan(tokens[:, :1], past_kv_cache=kv, phase="decode")
+        with pytest.raises(CacheError, match="was edited"):
+            model.run(tokens[:, :1], plan, listeners=model.listen(edits=[edit]), past_kv_cache=kv)
 
     def test_gradients_are_refused(self):
         model, _ = pair("rotary")

@@ -32,7 +32,7 @@ def rotate_by_complex_numbers(heads, positions, rotary):
     return torch.cat([joined, still], -1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     dim=st.sampled_from([2, 4, 8]), layout=st.sampled_from(["half", "interleaved"]), n_new=st.integers(1, 9),
     n_past=st.integers(0, 90), masked=st.booleans(), seed=st.integers(0, 9),

@@ -86,7 +86,7 @@ def test_a_model_without_blocks():
 
 def test_what_a_model_does_not_have():
     model = make_model("rotary")
-    with pytest.raises(ConfigError, match=r"W_gate: this model's MLPs have no gate"):
+    with pytest.raises(ConfigError, match=r"W_gate: layers \[0, 1\] have none: its MLPs are not gated"):
         _ = model.W_gate
     with pytest.raises(ConfigError, match=r"W_pos: positions are RotaryPositions\(.*only learned positions"):
         _ = model.W_pos

@@ -1,0 +1,68 @@
+"""The loss of a language model."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.errors import InputError
+from hooklens.precision import widen
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Bool[Tensor, "batch pos"] | None = None,
+    *,
+    last_logits: Float[Tensor, "rows d_vocab"] | None = None,
+    per_token: bool = False,
+) -> Float[Tensor, ""] | Float[Tensor, "batch predicted"]:
+    """Cross-entropy in nats of each next token, averaged over the tokens that are predicted.
+
+    Args:
+        logits: at every position.
+        tokens: the tokens run.
+        attention_mask: real tokens; padding is neither predicted nor predicts, wherever it stands.
+        last_logits: the logits before the first token, of a cached prefix: they predict it.
+        per_token: the losses themselves, `[batch pos-1]` (`[batch pos]` with `last_logits`), 0 for padding and for
+            a row's first token.
+
+    Raises:
+        InputError: there is no token to predict.
+    """
+    if attention_mask is None:
+        predictions, targets, counted = logits[:, :-1], tokens[:, 1:], None
+        if last_logits is not None:
+            first = last_logits.to(logits)[:, None].expand(len(tokens), 1, -1)
+            predictions, targets = torch.cat([first, predictions], 1), tokens
+    else:
+        predictions, counted = _predict_from_real(logits, attention_mask.bool(), last_logits)
+        targets = tokens if last_logits is not None else tokens[:, 1:]
+    if not targets.shape[1] or (counted is not None and not torch.compiler.is_compiling() and not counted.any()):
+        raise InputError(
+            "loss: rows of one token have no next token to predict; give at least two, or continue a cached prefix "
+            "(model.prefill)"
+        )
+    losses = F.cross_entropy(widen(predictions).flatten(0, 1), targets.flatten(), reduction="none")
+    losses = losses.view(targets.shape)
+    if counted is None:
+        return losses if per_token else losses.mean()
+    losses = losses.masked_fill(~counted, 0.0)
+    return losses if per_token else losses.sum() / counted.sum()
+
+
+def _predict_from_real(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    mask: Bool[Tensor, "batch pos"],
+    last_logits: Float[Tensor, "rows d_vocab"] | None,
+) -> tuple[Float[Tensor, "batch predicted d_vocab"], Bool[Tensor, "batch predicted"]]:
+    """The logits at the real token before each token, and which tokens are predicted so."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    latest = torch.where(mask, column, -1).cummax(1).values
+    before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], 1)
+    if last_logits is None:
+        before, mask = before[:, 1:], mask[:, 1:]
+        predictions = logits.take_along_dim(before.clamp(min=0)[..., None], 1)
+        return predictions, mask & (before >= 0)
+    first = last_logits.to(logits)[:, None].expand(len(mask), 1, -1)
+    return torch.cat([first, logits], 1).take_along_dim((before + 1)[..., None], 1), mask

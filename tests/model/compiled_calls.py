@@ -1,0 +1,87 @@
+"""`torch.compile` without a graph break: plain forwards, and forwards with declared captures and edits.
+
+test_compile.py runs these in an interpreter of their own: the tracer cannot follow the checks of annotations that
+every other test puts on the package.
+"""
+
+import pytest
+import torch
+
+from hooklens import edits
+from hooklens.errors import HookLensError
+from tests.model.networks import CONFIGS, make_model, random_tokens
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def calls(model):
+    declared = [
+        edits.Zero("blocks.0.attn.hook_z", pos=-1, head=1),
+        edits.Add("blocks.1.hook_resid_pre", 0.5),
+        edits.Replace("blocks.1.hook_mlp_out", 0.25, pos=[0, 2]),
+        edits.Scale("blocks.1.attn.hook_pattern", 0.5, head=[0, 2]),
+    ]
+    return {
+        "plain": lambda ids: (model(ids), {}),
+        "captures": lambda ids: model.run_with_cache(ids, names_filter=["resid_post", "pattern", "z", "mlp_out"]),
+        "everything": lambda ids: model.run_with_cache(ids),  # noqa: PLW0108 -- the names are read without a model
+        "edits": lambda ids: (model.run_with_hooks(ids, edits=declared), {}),
+        "both": lambda ids: model.run_with_cache(ids, names_filter="resid_post", edits=declared, logits_at=-1),
+        "to a layer": lambda ids: model.run_with_cache(ids, names_filter="resid_pre", stop_at_layer=1),
+    }
+
+
+@pytest.mark.parametrize("call", calls(None))
+@pytest.mark.parametrize("network", CONFIGS)
+def test_no_graph_break(network, call):
+    """fullgraph=True raises at a graph break; the eager backend runs what was traced."""
+    model, tokens = make_model(network, dtype=torch.float32), random_tokens(2, 6)
+    run = calls(model)[call]
+    with torch.no_grad():
+        expected, kept = run(tokens)
+        logits, cache = torch.compile(run, fullgraph=True, backend="eager")(tokens)
+    # 1e-5: watched tensors of a traced graph are computed the explicit way.
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert list(cache) == list(kept)
+    for name in kept:
+        torch.testing.assert_close(cache[name], kept[name], rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_code_and_its_gradients():
+    """With the compiler's own code; one network, since that takes its time."""
+    model, tokens = make_model("grouped", dtype=torch.float32), random_tokens(2, 6)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+        logits, cache = torch.compile(calls(model)["both"], fullgraph=True)(tokens)
+        expected, kept = calls(model)["both"](tokens)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cache["resid_post", 1], kept["resid_post", 1], rtol=1e-5, atol=1e-5)
+    compiled(tokens, return_type="loss").backward()
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(tokens, return_type="loss").backward()
+    for gradient, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_that_outlive_a_call_are_seen_or_refused():
+    """A compiled call that was traced without hooks must not go on without them."""
+    model, tokens = make_model("rotary", dtype=torch.float32), random_tokens(1, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        plain = compiled(tokens)
+        with model.add_hook("blocks.0.hook_mlp_out", lambda t, hook: t * 0):
+            torch.testing.assert_close(compiled(tokens), model(tokens))
+            assert not torch.allclose(compiled(tokens), plain)
+        assert torch.equal(compiled(tokens), plain)
+        with (
+            model.hooks([("blocks.0.hook_mlp_out", lambda t, hook: t * 0)]),
+            pytest.raises(Exception, match="a compiled model does not see the hooks of a `with` block") as caught,
+        ):
+            compiled(tokens)
+        assert isinstance(caught.value, HookLensError | torch._dynamo.exc.TorchDynamoException)
+        assert torch.equal(compiled(tokens), plain)

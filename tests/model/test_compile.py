@@ -1,0 +1,18 @@
+"""What `torch.compile` makes of a model, in an interpreter without the checks of annotations (compiled_calls.py)."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.model.networks import CONFIGS
+
+CASES = Path(__file__).with_name("compiled_calls.py")
+
+
+def test_compiled_calls():
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=CASES.parents[2], check=False)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    # Six calls of every network, and two tests more.
+    assert len(re.findall(r"^[.]+", ran.stdout, re.MULTILINE)[0]) == min(72, 6 * len(CONFIGS) + 2)
