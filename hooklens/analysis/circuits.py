@@ -119,9 +119,9 @@ def _fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float
     reader = widen(reader)
     if norm is None:
         return reader
-    gain = 1 + widen(norm.w) if norm.cfg.unit_offset else widen(norm.w)
+    gain = 1 + widen(norm.w) if norm.norm.unit_offset else widen(norm.w)
     folded = gain[:, None] * reader
-    return folded - folded.mean(0, keepdim=True) if norm.cfg.kind == "layer" else folded
+    return folded - folded.mean(0, keepdim=True) if norm.norm.kind == "layer" else folded
 
 
 def _tabulate(

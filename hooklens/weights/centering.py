@@ -12,26 +12,23 @@ from hooklens.config import HookedConfig
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.steps import ProcessingStep
 
-_BLOCK_WRITERS = ("attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
-_EMBEDDINGS = ("embed.W_E", "pos_embed.W_pos")
 
-
-def _center_last_axis(draft: WeightDraft, names: list[str]) -> None:
+def _center(draft: WeightDraft, names: list[str], axis_name: str) -> None:
     for name in names:
-        value = draft.read(name)
-        draft.write(name, value - value.mean(dim=-1, keepdim=True))
+        value, axis = draft.read(name), draft.declared[name].axes.index(axis_name)
+        draft.write(name, value - value.mean(dim=axis, keepdim=True))
+
+
+def _center_writers(draft: WeightDraft, cfg: HookedConfig) -> None:
+    _center(draft, [name for name, weight in draft.declared.items() if weight.writes], "d_model")
 
 
 def _center_block_writers(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
-    _center_last_axis(draft, draft.present(prefix + name for name in _BLOCK_WRITERS))
-
-
-def _center_embeddings(draft: WeightDraft, cfg: HookedConfig) -> None:
-    _center_last_axis(draft, draft.present(_EMBEDDINGS))
+    _center_writers(draft, cfg)
 
 
 def _center_vocabulary(draft: WeightDraft, cfg: HookedConfig) -> None:
-    _center_last_axis(draft, draft.present(("unembed.W_U", "unembed.b_U")))
+    _center(draft, draft.present(("unembed.W_U", "unembed.b_U")), "d_vocab")
 
 
 def _writing_obstacles(cfg: HookedConfig) -> list[str]:
@@ -61,7 +58,7 @@ CENTER_WRITING_WEIGHTS = ProcessingStep(
     # W_E changes and W_U, which reads the final norm, keeps its value.
     change_config=_untied,
     change_block=_center_block_writers,
-    change_ends=_center_embeddings,
+    change_ends=_center_writers,
 )
 
 CENTER_UNEMBED = ProcessingStep(

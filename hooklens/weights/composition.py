@@ -12,6 +12,8 @@ first.
 
 With `L = A_1 B_1`, `A_1 = Q R_1` and `R = A_2 B_2`, `B_2^T = Q' R_2`, the three norms are those of
 `(R_1 B_1) (A_2 R_2^T)`, which is inner x inner, of `R_1 B_1` and of `A_2 R_2^T`.
+
+Scores have gradients to all weights (first ones only); those of a matrix that is zero are zero.
 """
 
 from typing import Literal, get_args
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from hooklens.errors import InputError
 from hooklens.precision import widen
-from hooklens.weights.factored import FactoredMatrix, broadcast_leading, frobenius_norm, right_factor
+from hooklens.weights.decompositions import frobenius_norm, right_factor
+from hooklens.weights.factored import FactoredMatrix, broadcast_leading
 
 CompositionMode = Literal["Q", "K", "V"]
 
@@ -77,7 +80,7 @@ def all_composition_scores(
     for earlier in range(n_layers):
         for later in range(earlier + 1, n_layers):
             product = (writes[earlier] @ reads[later]).view(n_heads, -1, n_heads, width)
-            scores[earlier, :, later] = product.square().sum(dim=(1, 3)).sqrt()
+            scores[earlier, :, later] = frobenius_norm(product, (1, 3))
     return _divide_by_norms(scores, norms).to(W_Q.dtype)
 
 
@@ -92,8 +95,8 @@ def _read_side(matrix: FactoredMatrix) -> Float[Tensor, "*leading left rank"]:
 
 
 def _divide_by_norms(product: Tensor, norms: Tensor) -> Tensor:
-    # A head that is zero composes with nothing; 0 / 0 would spoil means and plots.
-    return torch.where(norms > 0, product / norms, torch.zeros_like(product))
+    # A head that is zero composes with nothing; 0 / 0 would spoil means and plots, and its gradient those of the rest.
+    return product / torch.where(norms > 0, norms, 1)
 
 
 def _repeat_for_groups(

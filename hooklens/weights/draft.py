@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.weights.layout import logical_view, to_stored_layout
-from hooklens.weights.shapes import Shape
+from hooklens.config import DeclaredWeight
+from hooklens.weights.layout import lay_out
 
 
 class WeightDraft:
@@ -19,25 +19,25 @@ class WeightDraft:
     """
 
     def __init__(
-        self, state: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, dtype: torch.dtype, tied: bool
+        self, state: Mapping[str, Tensor], declared: Mapping[str, DeclaredWeight], *, dtype: torch.dtype, tied: bool
     ) -> None:
-        """Cover the parameters in `shapes`.
+        """Cover the parameters in `declared`.
 
         Args:
             state: the parameters before processing.
-            shapes: names and shapes of the parameters after it.
+            declared: the parameters after it.
             dtype: the working precision.
             tied: `unembed.W_U` is `embed.W_E` transposed in `state`.
         """
         self._state = state
-        self._shapes = shapes
+        self.declared = declared
         self._dtype = dtype
         self._tied = tied
         self._written: dict[str, Tensor] = {}
 
     def present(self, names: Iterable[str]) -> list[str]:
         """Those of the names that the network has after processing."""
-        return [name for name in names if name in self._shapes]
+        return [name for name in names if name in self.declared]
 
     def read(self, name: str) -> Float[Tensor, "..."]:
         """A parameter's current value in the working precision; not to be edited in place."""
@@ -46,29 +46,29 @@ class WeightDraft:
         source = self._source(name)
         if source is None:
             weight = self._weight_of_bias(name)
-            return torch.zeros(self._shapes[name], dtype=self._dtype, device=weight.device)
+            return torch.zeros(self.declared[name].shape, dtype=self._dtype, device=weight.device)
         return source.detach().to(self._dtype)
 
     def write(self, name: str, value: Float[Tensor, "..."]) -> None:
         """Set a parameter."""
-        assert tuple(value.shape) == tuple(self._shapes[name])
+        assert value.shape == self.read(name).shape
         self._written[name] = value
 
     def finish(self) -> dict[str, Tensor]:
         """All covered parameters: those written and those brought into being rounded to their dtype and laid out."""
         finished = {}
-        for name in self._shapes:
+        for name, weight in self.declared.items():
             source = self._source(name)
             if name not in self._written and source is not None:
                 finished[name] = source
                 continue
             dtype = self._weight_of_bias(name).dtype if source is None else source.dtype
-            finished[name] = to_stored_layout(name, self.read(name).to(dtype))
+            finished[name] = lay_out(self.read(name).to(dtype), weight.stored, weight.axes)
         return finished
 
     def _source(self, name: str) -> Tensor | None:
         if name == "unembed.W_U" and self._tied:
-            return logical_view(name, self._state["embed.W_E"])
+            return self._state["embed.W_E"].T
         return self._state.get(name)
 
     def _weight_of_bias(self, name: str) -> Tensor:

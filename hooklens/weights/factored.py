@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hooklens.errors import InputError
 from hooklens.precision import widen
+from hooklens.weights.decompositions import frobenius_norm, product_svd, right_factor
 
 LeadingIndex: TypeAlias = SupportsIndex | slice | EllipsisType | Tensor | Sequence[int] | None
 
@@ -123,19 +124,15 @@ class FactoredMatrix:
         As in TransformerLens the columns of `Vh [right, rank]` are the right singular vectors: it is the
         transpose of what `torch.linalg.svd` calls `Vh`. `rank` is min(left, inner, right).
 
-        Computed from `A = Q_A R_A` and `B^T = Q_B R_B` as the decomposition of the small `R_A R_B^T`.
+        Singular values have gradients everywhere; singular vectors where their values are distinct and not zero.
         """
         if self._remembered_svd is not None:
             return self._remembered_svd
-        Q_A, R_A = torch.linalg.qr(widen(self.A))
-        Q_B, R_B = torch.linalg.qr(widen(self.B).mT)
-        U, S, V_transposed = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
-        dtype = self.A.dtype
-        result = (Q_A @ U).to(dtype), S.to(dtype), (Q_B @ V_transposed.mT).to(dtype)
-        # A remembered autograd graph could be walked backwards only once.
-        if not S.requires_grad:
-            self._remembered_svd = result
-        return result
+        U, S, V = (part.to(self.A.dtype) for part in product_svd(self.A, self.B))
+        # A remembered autograd graph could be walked backwards only once, and without one there are no gradients later.
+        if not (self.A.requires_grad or self.B.requires_grad or torch.is_inference_mode_enabled()):
+            self._remembered_svd = U, S, V
+        return U, S, V
 
     @property
     def U(self) -> Float[Tensor, "*leading left rank"]:  # noqa: N802
@@ -156,6 +153,8 @@ class FactoredMatrix:
     def eigenvalues(self) -> Complex[Tensor, "*leading inner"]:
         """Eigenvalues of a square matrix, those of `BA`: `AB` has the same ones and otherwise zeros.
 
+        Each has a gradient where it is unlike the others.
+
         Raises:
             InputError: the matrix is not square.
         """
@@ -164,7 +163,10 @@ class FactoredMatrix:
         return values
 
     def norm(self) -> Float[Tensor, "*leading"]:
-        """Frobenius norm of each matrix, `||R_A R_B^T||` with the triangular factors of `A` and `B^T`."""
+        """Frobenius norm of each matrix, `||R_A R_B^T||` with the triangular factors of `A` and `B^T`.
+
+        Its gradient at a zero matrix is zero; its gradient has no gradient.
+        """
         core = right_factor(self.A) @ right_factor(self.B.mT).mT
         return frobenius_norm(core).to(self.A.dtype)
 
@@ -307,18 +309,6 @@ class FactoredMatrix:
     def __rmul__(self, scalar: int | float | Tensor) -> "FactoredMatrix":
         """One number times the matrix."""
         return self * scalar
-
-
-def right_factor(matrix: Float[Tensor, "*leading rows columns"]) -> Float[Tensor, "*leading rank columns"]:
-    """The triangular `R` of `matrix = Q R`: a small matrix with the same norms and singular values."""
-    R: Tensor = torch.linalg.qr(widen(matrix), mode="r").R
-    return R
-
-
-def frobenius_norm(matrix: Float[Tensor, "*leading rows columns"]) -> Float[Tensor, "*leading"]:
-    """The root of the sum of squares of each matrix."""
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1))
-    return norm
 
 
 def broadcast_leading(left: Sequence[int], right: Sequence[int], *, subject: str) -> tuple[int, ...]:

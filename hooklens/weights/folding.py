@@ -16,47 +16,52 @@ nowhere (padding that sees no key) are the exception: there it was absent and is
 
 import torch
 
-from hooklens.config import HookedConfig
+from hooklens.config import DeclaredWeight, HookedConfig
+from hooklens.errors import join_names
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.steps import ProcessingStep
 
-_ATTENTION_READERS = ("attn.W_Q", "attn.W_K", "attn.W_V")
-_MLP_READERS = ("mlp.W_in", "mlp.W_gate")
+
+def _fold_norms(draft: WeightDraft, cfg: HookedConfig) -> None:
+    """Move the weight and bias of each norm into all maps that read it."""
+    readers: dict[str, list[DeclaredWeight]] = {}
+    for weight in draft.declared.values():
+        if weight.reads is not None:
+            readers.setdefault(weight.reads, []).append(weight)
+    for norm, maps in readers.items():
+        _fold_norm(draft, cfg, norm, maps)
 
 
-def _fold_norm(draft: WeightDraft, cfg: HookedConfig, norm: str, readers: list[str]) -> None:
-    """Move the weight and bias of one norm into all maps that read it."""
+def _fold_norm(draft: WeightDraft, cfg: HookedConfig, norm: str, readers: list[DeclaredWeight]) -> None:
     weight = draft.read(f"{norm}.w")
     scale = 1 + weight if cfg.norm.unit_offset else weight
-    for name in readers:
-        W = draft.read(name)
+    for reader in readers:
+        W, axis = draft.read(reader.name), reader.axes.index("d_model")
         if cfg.norm.bias:
-            module, _, part = name.rpartition(".W")
-            bias = f"{module}.b{part}"
-            draft.write(bias, draft.read(bias) + draft.read(f"{norm}.b") @ W)
-        folded = scale[:, None] * W
+            assert reader.bias is not None
+            moved = torch.tensordot(draft.read(f"{norm}.b"), W, dims=([0], [axis]))
+            draft.write(reader.bias, draft.read(reader.bias) + moved)
+        folded = scale.view([-1 if place == axis else 1 for place in range(W.ndim)]) * W
         if cfg.norm.kind == "layer":
-            folded = folded - folded.mean(dim=-2, keepdim=True)
-        draft.write(name, folded)
+            folded = folded - folded.mean(dim=axis, keepdim=True)
+        draft.write(reader.name, folded)
     draft.write(f"{norm}.w", torch.zeros_like(weight) if cfg.norm.unit_offset else torch.ones_like(weight))
     if cfg.norm.bias:
         draft.write(f"{norm}.b", torch.zeros_like(weight))
 
 
 def _fold_block_norms(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
-    if not cfg.norm_before:
-        return
-    attention = draft.present(prefix + name for name in _ATTENTION_READERS)
-    mlp = draft.present(prefix + name for name in _MLP_READERS)
-    if cfg.shared_norm:
-        _fold_norm(draft, cfg, f"{prefix}ln1", attention + mlp)
-    else:
-        _fold_norm(draft, cfg, f"{prefix}ln1", attention)
-        _fold_norm(draft, cfg, f"{prefix}ln2", mlp)
+    _fold_norms(draft, cfg)
 
 
-def _fold_final_norm(draft: WeightDraft, cfg: HookedConfig) -> None:
-    _fold_norm(draft, cfg, "ln_final", ["unembed.W_U"])
+def _folding_obstacles(cfg: HookedConfig) -> list[str]:
+    if not cfg.norm.bias:
+        return []
+    weights = _config_with_folded_norms(cfg).description.weights
+    without = [weight.name for weight in weights.values() if weight.reads is not None and weight.bias not in weights]
+    if not without:
+        return []
+    return [f"{join_names(without, limit=5)} have no bias, which the bias of the norms would have to move into"]
 
 
 def _config_with_folded_norms(cfg: HookedConfig) -> HookedConfig:
@@ -82,15 +87,23 @@ def _fold_block_value_bias(draft: WeightDraft, cfg: HookedConfig, prefix: str) -
     draft.write(f"{prefix}attn.b_V", torch.zeros_like(b_V))
 
 
+def other_attention(cfg: HookedConfig) -> list[str]:
+    """The attention parts of which it is not known that values reach the stream by pattern and `W_O` alone."""
+    kinds = sorted({cfg.block(layer).attn.kind for layer in range(cfg.n_layers)} - {"attention"})
+    return [f"attention of the kind {kind!r} may do something else with values" for kind in kinds]
+
+
 FOLD_LN = ProcessingStep(
     name="fold_ln",
+    find_obstacles=_folding_obstacles,
     change_config=_config_with_folded_norms,
     change_block=_fold_block_norms,
-    change_ends=_fold_final_norm,
+    change_ends=_fold_norms,
 )
 
 FOLD_VALUE_BIASES = ProcessingStep(
     name="fold_value_biases",
+    find_obstacles=other_attention,
     change_config=lambda cfg: cfg.replace(out_bias=cfg.out_bias or cfg.qkv_bias),
     change_block=_fold_block_value_bias,
 )

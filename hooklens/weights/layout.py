@@ -1,18 +1,9 @@
 """How each weight lies in memory, and the views between its logical shape and that.
 
-A weight has the field's logical shape (`W_Q [heads, d_model, d_head]`) and the strides of a contiguous
-`[out, in]` matrix, which is what `torch.nn.functional.linear` multiplies with, so a forward neither copies
-nor permutes it:
-
-| weight | logical shape | stored `[out, in]` |
-|---|---|---|
-| `W_Q`, `W_K`, `W_V` | `[heads, d_model, d_head]` | `[heads * d_head, d_model]` |
-| `W_O` | `[heads, d_head, d_model]` | `[d_model, heads * d_head]` |
-| `W_in`, `W_gate`, `W_out`, `W_U` | `[in, out]` | `[out, in]` |
-| all others (`W_E`, `W_pos`, biases, norms) | any | the same |
-
-Every function takes the parameter's name and looks at its last part only: `"blocks.3.attn.W_Q"` and `"W_Q"`
-are alike.
+A linear map is stored as `nn.Linear` has it, `[out, in]`; the field writes it the other way round, with an axis for
+heads. A stored axis may hold several logical ones merged: `W_Q`, logically `[head d_model d_head]`, is stored as
+`[(head d_head) d_model]`. Splitting and permuting are views whatever the strides, so a logical weight is always a view
+of the stored one, never a copy.
 """
 
 from collections.abc import Sequence
@@ -21,93 +12,60 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.errors import InputError
-
-# Weight -> the order in which its logical axes are stored; names that are not here are stored as they are.
-_STORED_AXES: dict[str, tuple[int, ...]] = {
-    "W_Q": (0, 2, 1),
-    "W_K": (0, 2, 1),
-    "W_V": (0, 2, 1),
-    "W_O": (2, 0, 1),
-    "W_in": (1, 0),
-    "W_gate": (1, 0),
-    "W_out": (1, 0),
-    "W_U": (1, 0),
-}
-# Head weight -> the axis of the stored matrix in which heads and d_head are merged.
-_HEAD_AXIS = {"W_Q": 0, "W_K": 0, "W_V": 0, "W_O": 1}
+Layout = tuple[tuple[str, ...], ...]
+"""The stored axes, each with the logical axes merged in it."""
 
 
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
+def parse_stored(text: str) -> Layout:
+    """`"(head d_head) d_model"` as `(("head", "d_head"), ("d_model",))`."""
+    groups: list[tuple[str, ...]] = []
+    merged: list[str] | None = None
+    for word in text.replace("(", " ( ").replace(")", " ) ").split():
+        if word == "(":
+            merged = []
+        elif word == ")":
+            groups.append(tuple(merged or ()))
+            merged = None
+        elif merged is not None:
+            merged.append(word)
+        else:
+            groups.append((word,))
+    return tuple(groups)
 
 
-def stored_view(name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """A weight as it is stored: `[out, in]` for the maps of the table above, any other tensor as it is.
-
-    A contiguous view of a weight in stored layout; of one in another layout a copy, equal in value.
-    """
-    part = _last_part(name)
-    axes = _STORED_AXES.get(part)
-    if axes is None:
-        return weight
-    head_axis = _HEAD_AXIS.get(part)
-    permuted = weight.permute(axes)
-    return permuted if head_axis is None else permuted.flatten(head_axis, head_axis + 1)
-
-
-def logical_view(name: str, stored: Float[Tensor, "..."], *, n_heads: int | None = None) -> Float[Tensor, "..."]:
-    """The inverse of `stored_view`: a stored `[out, in]` matrix seen in the weight's logical shape, never a copy.
+def logical_view(
+    stored: Float[Tensor, "..."], layout: Layout, axes: Sequence[str], shape: Sequence[int]
+) -> Float[Tensor, "..."]:
+    """A stored weight seen in its logical shape.
 
     Args:
-        name: the parameter's name.
-        stored: what a checkpoint holds; for names outside the table it comes back as it is.
-        n_heads: heads of this weight, needed for head weights only (`W_K` and `W_V` have key-value heads).
-
-    Raises:
-        InputError: a head weight without `n_heads`, or with rows that do not divide into that many heads.
+        stored: as it lies in memory.
+        layout: its axes.
+        axes: the logical axes.
+        shape: their sizes.
     """
-    part = _last_part(name)
-    axes = _STORED_AXES.get(part)
-    if axes is None:
-        return stored
-    if (head_axis := _HEAD_AXIS.get(part)) is not None:
-        merged = stored.shape[head_axis]
-        if n_heads is None or merged % n_heads:
-            raise InputError(
-                f"{name}: axis {head_axis} of the stored matrix {tuple(stored.shape)} is heads * d_head = {merged}; "
-                f"expected n_heads to divide it, got n_heads={n_heads}"
-            )
-        shape = stored.shape
-        stored = stored.view(*shape[:head_axis], n_heads, merged // n_heads, *shape[head_axis + 1 :])
-    return stored.permute(_inverse(axes))
+    sizes = dict(zip(axes, shape, strict=True))
+    split = stored
+    for place in reversed(range(len(layout))):
+        group = layout[place]
+        if len(group) > 1:
+            split = torch.unflatten(split, place, [sizes[axis] for axis in group])
+    order = [axis for group in layout for axis in group]
+    return split.permute([order.index(axis) for axis in axes])
 
 
-def is_stored_layout(name: str, weight: Float[Tensor, "..."]) -> bool:
-    """Whether the weight's strides are those of the table, so that `stored_view` copies nothing."""
-    axes = _STORED_AXES.get(_last_part(name))
-    return (weight if axes is None else weight.permute(axes)).is_contiguous()
+def stored_view(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str]) -> Float[Tensor, "..."]:
+    """A logical weight as it is stored: a view where its strides allow, else a copy."""
+    permuted = weight.permute([list(axes).index(axis) for group in layout for axis in group])
+    for place, group in enumerate(layout):
+        if len(group) > 1:
+            permuted = permuted.flatten(place, place + len(group) - 1)
+    return permuted
 
 
-def to_stored_layout(name: str, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The same logical shape and values with the table's strides; the tensor itself where it has them already."""
-    axes = _STORED_AXES.get(_last_part(name))
-    if axes is None:
-        return tensor.contiguous()
-    return tensor.permute(axes).contiguous().permute(_inverse(axes)) if not is_stored_layout(name, tensor) else tensor
-
-
-def empty_weight(
-    name: str,
-    shape: Sequence[int],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Float[Tensor, "..."]:
-    """An uninitialised tensor of a logical shape with the table's strides."""
-    axes = _STORED_AXES.get(_last_part(name), tuple(range(len(shape))))
-    stored = torch.empty([shape[axis] for axis in axes], device=device, dtype=dtype)
-    return stored.permute(_inverse(axes))
-
-
-def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axes.index(axis) for axis in range(len(axes)))
+def lay_out(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str]) -> Float[Tensor, "..."]:
+    """The same logical shape and values, as a view of contiguous stored memory; the tensor itself where it is one."""
+    stored = stored_view(weight, layout, axes)
+    if stored.is_contiguous() and stored.data_ptr() == weight.data_ptr():
+        return weight
+    return logical_view(stored.contiguous(), layout, axes, weight.shape)

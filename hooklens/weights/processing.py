@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from hooklens.axes import layer_of
-from hooklens.config import HookedConfig
+from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import TransformError
 from hooklens.weights.centering import CENTER_UNEMBED, CENTER_WRITING_WEIGHTS
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.folding import FOLD_LN, FOLD_VALUE_BIASES
 from hooklens.weights.refactoring import REFACTOR_FACTORED_ATTN_MATRICES
-from hooklens.weights.shapes import Shape, check_state, weight_shapes
+from hooklens.weights.shapes import check_state, weight_shapes
 from hooklens.weights.steps import ProcessingStep
 
 
@@ -189,8 +189,8 @@ def _take_steps(steps: list[ProcessingStep], state: Mapping[str, Tensor], cfg: H
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()}, torch.float32)
     new_state: dict[str, Tensor] = {}
     with torch.no_grad():
-        for layer, shapes in _shapes_by_layer(new_cfg, state).items():
-            draft = WeightDraft(state, shapes, dtype=dtype, tied=cfg.tied_unembed)
+        for layer, declared in _weights_by_layer(new_cfg).items():
+            draft = WeightDraft(state, declared, dtype=dtype, tied=cfg.tied_unembed)
             for step in steps:
                 if layer is None:
                     step.change_ends(draft, new_cfg)
@@ -210,10 +210,9 @@ def _refuse_obstacles(steps: Iterable[ProcessingStep], cfg: HookedConfig) -> Non
         )
 
 
-def _shapes_by_layer(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[int | None, dict[str, Shape]]:
-    """The parameters of each block, and under None those outside the blocks."""
-    groups: dict[int | None, dict[str, Shape]] = {}
-    for name, shape in weight_shapes(cfg).items():
-        given = state.get(name)
-        groups.setdefault(layer_of(name), {})[name] = shape if given is None else tuple(given.shape)
+def _weights_by_layer(cfg: HookedConfig) -> dict[int | None, dict[str, DeclaredWeight]]:
+    """The weights of each block, and under None those outside the blocks."""
+    groups: dict[int | None, dict[str, DeclaredWeight]] = {}
+    for name, weight in cfg.description.weights.items():
+        groups.setdefault(layer_of(name), {})[name] = weight
     return groups

@@ -22,6 +22,7 @@ from torch import Tensor
 from hooklens.config import HookedConfig, RotaryPositions
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.factored import FactoredMatrix
+from hooklens.weights.folding import other_attention
 from hooklens.weights.steps import ProcessingStep
 
 
@@ -56,8 +57,8 @@ def _refactor_block(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
 
 
 def _obstacles(cfg: HookedConfig) -> list[str]:
-    obstacles = []
-    if isinstance(cfg.positions, RotaryPositions):
+    obstacles = other_attention(cfg)
+    if any(isinstance(cfg.block(layer).positions, RotaryPositions) for layer in range(cfg.n_layers)):
         obstacles.append("rotary positions rotate queries and keys before their product (cfg.positions)")
     if cfg.qk_norm is not None:
         obstacles.append("query-key norm normalises queries and keys before their product (cfg.qk_norm)")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hooklens.config import HookedConfig, LearnedPositions
+from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 
 Shape = tuple[int, ...]
@@ -15,59 +15,7 @@ def weight_shapes(cfg: HookedConfig) -> dict[str, Shape]:
 
     A tied `unembed.W_U` is listed too; it is `embed.W_E` transposed.
     """
-    shapes: dict[str, Shape] = {"embed.W_E": (cfg.d_vocab, cfg.d_model)}
-    if isinstance(cfg.positions, LearnedPositions):
-        shapes["pos_embed.W_pos"] = (cfg.n_ctx + cfg.positions.offset, cfg.d_model)
-    block = _block_shapes(cfg)
-    for layer in range(cfg.n_layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-    shapes |= _norm_shapes("ln_final", cfg)
-    shapes["unembed.W_U"] = (cfg.d_model, cfg.d_vocab)
-    if cfg.unembed_bias:
-        shapes["unembed.b_U"] = (cfg.d_vocab,)
-    return shapes
-
-
-def _block_shapes(cfg: HookedConfig) -> dict[str, Shape]:
-    shapes = _norm_shapes("ln1", cfg) if cfg.norm_before else {}
-    shapes |= _attention_shapes(cfg)
-    if cfg.norm_after:
-        shapes |= _norm_shapes("ln1_post", cfg)
-    if cfg.norm_before and not cfg.shared_norm:
-        shapes |= _norm_shapes("ln2", cfg)
-    shapes |= _mlp_shapes(cfg)
-    if cfg.norm_after:
-        shapes |= _norm_shapes("ln2_post", cfg)
-    return shapes
-
-
-def _norm_shapes(norm: str, cfg: HookedConfig) -> dict[str, Shape]:
-    parts = ("w", "b") if cfg.norm.bias else ("w",)
-    return {f"{norm}.{part}": (cfg.d_model,) for part in parts}
-
-
-def _attention_shapes(cfg: HookedConfig) -> dict[str, Shape]:
-    heads = {"Q": cfg.n_heads, "K": cfg.n_kv_heads, "V": cfg.n_kv_heads}
-    shapes: dict[str, Shape] = {f"attn.W_{part}": (n, cfg.d_model, cfg.d_head) for part, n in heads.items()}
-    shapes["attn.W_O"] = (cfg.n_heads, cfg.d_head, cfg.d_model)
-    if cfg.qkv_bias:
-        shapes |= {f"attn.b_{part}": (n, cfg.d_head) for part, n in heads.items()}
-    if cfg.out_bias:
-        shapes["attn.b_O"] = (cfg.d_model,)
-    if cfg.qk_norm is not None:
-        parts = ("w", "b") if cfg.qk_norm.bias else ("w",)
-        shapes |= {f"attn.{norm}.{part}": (cfg.d_head,) for norm in ("q_norm", "k_norm") for part in parts}
-    return shapes
-
-
-def _mlp_shapes(cfg: HookedConfig) -> dict[str, Shape]:
-    into = ("in", "gate") if cfg.gated_mlp else ("in",)
-    shapes: dict[str, Shape] = {f"mlp.W_{part}": (cfg.d_model, cfg.d_mlp) for part in into}
-    shapes["mlp.W_out"] = (cfg.d_mlp, cfg.d_model)
-    if cfg.mlp_bias:
-        shapes |= {f"mlp.b_{part}": (cfg.d_mlp,) for part in into}
-        shapes["mlp.b_out"] = (cfg.d_model,)
-    return shapes
+    return {name: weight.shape for name, weight in cfg.description.weights.items()}
 
 
 def check_state(state: Mapping[str, Tensor], cfg: HookedConfig) -> None:

@@ -6,6 +6,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -70,10 +71,12 @@ def _check_top_tokens(matrix: FactoredMatrix | Tensor, k: int, block: int | None
     if len(shape) != 2:
         raise InputError(f"top_tokens: shape {shape}; expected one matrix, so index the leading axes first")
     n_rows, n_columns = shape
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise InputError(f"top_tokens: k={k!r}; expected a number of entries")
     if not 1 <= k <= n_rows * n_columns:
         raise InputError(f"top_tokens: k={k}; expected 1 to {n_rows * n_columns}, the entries of a {shape} matrix")
-    if block is not None and block < 1:
-        raise InputError(f"top_tokens: block={block}; expected at least one row")
+    if isinstance(block, bool) or not isinstance(block, int | np.integer | None) or (block is not None and block < 1):
+        raise InputError(f"top_tokens: block={block!r}; expected at least one row")
     return n_rows, n_columns
 
 

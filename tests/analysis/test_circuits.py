@@ -13,8 +13,8 @@ def behind(norm, W):
     """A map that reads the stream through a norm, without the norm's denominator and bias."""
     if norm is None:
         return W.detach()
-    W = (1 + norm.w if norm.cfg.unit_offset else norm.w)[:, None] * W
-    return (W - W.mean(0) if norm.cfg.kind == "layer" else W).detach()
+    W = (1 + norm.w if norm.norm.unit_offset else norm.w)[:, None] * W
+    return (W - W.mean(0) if norm.norm.kind == "layer" else W).detach()
 
 
 def dense_ov(model, layer, head):

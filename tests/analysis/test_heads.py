@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens import HookedCausalLM
@@ -22,7 +22,6 @@ from tests.model.networks import make_config, make_model, random_tokens
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
-@settings(deadline=None)
 def test_targets_are_what_their_sentences_say(ids):
     tokens = torch.tensor([ids])
     n = len(ids)

@@ -6,7 +6,7 @@ Weight processing must leave its log-probabilities as they are. Nothing here com
 import torch
 from torch import Tensor
 
-from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NormConfig, RotaryPositions
+from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NoPositions, NormConfig, RotaryPositions
 from hooklens.weights.shapes import weight_shapes
 
 RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
@@ -22,6 +22,7 @@ STEPS = (
 
 def make_config(**changes) -> HookedConfig:
     sizes = {"d_model": 12, "n_layers": 2, "n_heads": 4, "d_head": 5, "d_mlp": 14, "d_vocab": 17, "n_ctx": 9}
+    sizes["positions"] = NoPositions()
     return HookedConfig(**{**sizes, **changes})
 
 

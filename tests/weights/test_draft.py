@@ -1,12 +1,26 @@
 import torch
 
+from hooklens.config import DeclaredWeight
 from hooklens.weights.draft import WeightDraft
-from hooklens.weights.layout import is_stored_layout
+from hooklens.weights.layout import parse_stored, stored_view
+
+LAYOUTS = {
+    "attn.W_Q": ("head d_model d_head", "(head d_head) d_model"),
+    "attn.b_Q": ("head d_head", "(head d_head)"),
+    "embed.W_E": ("d_vocab d_model", "d_vocab d_model"),
+    "unembed.W_U": ("d_model d_vocab", "d_vocab d_model"),
+}
 
 
 def make_draft(state, *, tied=False, **extra):
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()} | extra
-    return WeightDraft(state, shapes, dtype=torch.float32, tied=tied)
+    declared = {}
+    for name, shape in shapes.items():
+        axes, stored = LAYOUTS.get(name, ("d_model", "d_model"))
+        declared[name] = DeclaredWeight(
+            name=name, axes=tuple(axes.split()), shape=shape, stored=parse_stored(stored), parameter=name
+        )
+    return WeightDraft(state, declared, dtype=torch.float32, tied=tied)
 
 
 def test_reads_are_in_working_precision_and_writes_are_rounded_at_the_end():
@@ -18,7 +32,8 @@ def test_reads_are_in_working_precision_and_writes_are_rounded_at_the_end():
     finished = draft.finish()["attn.W_Q"]
     assert torch.equal(finished, state["attn.W_Q"])
     assert finished.dtype == torch.bfloat16
-    assert is_stored_layout("attn.W_Q", finished)
+    assert stored_view(finished, parse_stored("(head d_head) d_model"), ("head", "d_model", "d_head")).is_contiguous()
+    assert finished.stride() == (12, 1, 3)
 
 
 def test_what_is_not_written_is_the_same_tensor():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hooklens.config import RotaryPositions
 from hooklens.errors import CheckpointError, TransformError
 from hooklens.weights import processing
-from hooklens.weights.layout import is_stored_layout
+from hooklens.weights.layout import stored_view
 from hooklens.weights.processing import check_transforms_match, process_weights
 from hooklens.weights.shapes import check_state
 from tests.weights.reference_network import (
@@ -89,7 +89,10 @@ def test_touched_tensors_are_new_and_laid_out_and_untouched_ones_are_shared(step
             continue
         changed += 1
         assert tensor.untyped_storage().data_ptr() not in storages, weight
-        assert is_stored_layout(weight, tensor), weight
+        declared = processed.cfg.description.weights[weight]
+        stored = stored_view(tensor, declared.stored, declared.axes)
+        assert stored.is_contiguous(), weight
+        assert stored.data_ptr() == tensor.data_ptr(), weight
         assert not tensor.requires_grad
     if step != "fold_value_biases" or cfg.qkv_bias:
         assert changed

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hooklens.errors import InputError
 from hooklens.weights.factored import FactoredMatrix
 from hooklens.weights.top_tokens import top_tokens
+from tests.annotations import unchecked
 
 
 @given(st.data(), st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))
@@ -49,5 +50,8 @@ def test_errors_say_what_was_found():
         top_tokens(FactoredMatrix(torch.zeros(2, 3, 1), torch.zeros(2, 1, 3)), 1)
     with pytest.raises(InputError, match=r"k=10; expected 1 to 9"):
         top_tokens(torch.zeros(3, 3), 10)
+    for k in (True, 2.0, None, "2"):
+        with unchecked(), pytest.raises(InputError, match=r"k=.*; expected a number of entries"):
+            top_tokens(torch.zeros(3, 3), k)
     with pytest.raises(InputError, match=r"block=0; expected at least one row"):
         top_tokens(torch.zeros(3, 3), 1, block=0)
