@@ -6,25 +6,28 @@ Such aliases stay aliases in everything a cache gives: they are moved, converted
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooklens.activation_cache.arguments import choose, read_number
 from hooklens.activation_cache.memory import count_bytes, format_bytes, identify, take
 from hooklens.activation_cache.missing import GRAD, MissingActivationError, explain_missing
-from hooklens.activation_cache.rows import RowSlice, check_positions, kept_positions, select_rows, strip_padding
+from hooklens.activation_cache.rows import check_positions, kept_positions, strip_padding
 from hooklens.activation_cache.storage import StoredCache, read_cache, write_cache
 from hooklens.axes import HOOK_SITES, find_site, get_act_name, layer_of
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError, HookNameError, join_names, suggest_names
+from hooklens.hooks.choice import Choice
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     import pandas
 
-Key = str | tuple[str] | tuple[str, int | None] | tuple[str, int | None, str | None]
+Layer = SupportsIndex | str | None
+Key = str | tuple[str] | tuple[str, Layer] | tuple[str, Layer, str | None]
 """A hook name, or a shorthand: `("pattern", 3)`, `("scale", 3, "ln1")`, `"k3"`."""
 
 AnyCache = TypeVar("AnyCache", bound="CapturedActivations")
@@ -68,7 +71,7 @@ class CapturedActivations(Mapping[str, Tensor]):
             CacheError: tokens or mask have not the axes that the class describes, or differ in rows.
         """
         _check_inputs(tokens, attention_mask)
-        self._tensors = dict(tensors)
+        self._tensors = _read_tensors(tensors)
         self.cfg = cfg
         self.transforms = transforms
         self.tokens = tokens
@@ -115,7 +118,7 @@ class CapturedActivations(Mapping[str, Tensor]):
 
     def axes_of(self, name: str) -> tuple[str, ...] | None:
         """The axes of an activation here, in the words of `hooklens.axes`; None for points outside its grammar."""
-        site = find_site(name.removesuffix(GRAD))
+        site = find_site(name.removesuffix(GRAD)) if isinstance(name, str) else None
         if site is None:
             return None
         return site.axes if self.has_batch_dim else tuple(axis for axis in site.axes if axis != "batch")
@@ -137,19 +140,22 @@ class CapturedActivations(Mapping[str, Tensor]):
         mask follow to the device; the weights stay where the model has them.
 
         Raises:
-            CacheError: the dtype is not a floating one.
+            CacheError: the dtype is not a floating one, or there is no such device.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise CacheError(f"ActivationCache.to: dtype is {dtype}; expected a floating one such as torch.float32")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise CacheError(f"ActivationCache.to: dtype is {dtype!r}; expected a floating one such as torch.float32")
+        try:
+            torch.empty(0, device=device)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise CacheError(
+                f"ActivationCache.to: device is {device!r} ({error}); expected a device that is here, such as 'cpu'; a "
+                "dtype is given by name: to(dtype=...)"
+            ) from error
 
         def convert(_: str, tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
-        return self._derive(
-            self._map_tensors(convert),
-            tokens=None if self.tokens is None else self.tokens.to(device=device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device=device),
-        )
+        return self._derive(self._map_tensors(convert), **self._map_inputs(lambda tensor: tensor.to(device=device)))
 
     def remove_batch_dim(self: AnyCache) -> AnyCache:
         """The cache of a batch of one without its batch axis (views); itself if that is gone already.
@@ -167,26 +173,24 @@ class CapturedActivations(Mapping[str, Tensor]):
             )
         return self._derive(self._map_tensors(lambda _, tensor: tensor[0]), has_batch_dim=False)
 
-    def apply_slice_to_batch_dim(self: AnyCache, rows: RowSlice) -> AnyCache:
+    def apply_slice_to_batch_dim(self: AnyCache, rows: Choice) -> AnyCache:
         """The cache of some rows of the batch.
 
-        A number takes one row and drops the batch axis; a slice or a list keeps it. Evenly spaced ascending
-        rows are views, others copies.
+        A number takes one row and drops the batch axis; a slice or a list keeps it; None takes all. Evenly spaced
+        ascending rows are views, others copies.
 
         Raises:
-            CacheError: there is no batch axis, a row is out of range, or no row is selected.
+            CacheError: there is no batch axis, a row is out of range or named twice, or no row is selected.
         """
         batch = self._require_batch("apply_slice_to_batch_dim")
-        indices = select_rows(rows, batch)
-
+        indices, single = choose(rows, batch, what="rows", noun="rows in this cache")
         taken = self._derive(
             self._map_tensors(lambda _, tensor: take(tensor, 0, indices)),
-            tokens=None if self.tokens is None else take(self.tokens, 0, indices),
-            attention_mask=None if self.attention_mask is None else take(self.attention_mask, 0, indices),
+            **self._map_inputs(lambda tensor: take(tensor, 0, indices)),
         )
-        return taken.remove_batch_dim() if isinstance(rows, int) else taken
+        return taken.remove_batch_dim() if single else taken
 
-    def unpad(self: AnyCache, row: int) -> AnyCache:
+    def unpad(self: AnyCache, row: SupportsIndex) -> AnyCache:
         """One row of the batch without its padding; the batch axis stays, with size 1.
 
         Positions that the attention mask marks 0 are taken out of the pos, query and key axes, wherever in
@@ -198,7 +202,9 @@ class CapturedActivations(Mapping[str, Tensor]):
                 captured), an activation does not cover the captured positions of the run, or its axes are not in
                 `hooklens.axes`.
         """
-        [index] = select_rows(row, self._require_batch("unpad"))
+        batch = self._require_batch("unpad")
+        number = read_number(row, what="unpad: row", optional=False)
+        [index], _ = choose(number, batch, what="unpad: row", noun="rows in this cache")
         single = self.apply_slice_to_batch_dim(slice(index, index + 1))
         if single.attention_mask is None:
             return single
@@ -244,31 +250,24 @@ class CapturedActivations(Mapping[str, Tensor]):
     def with_weights(self: AnyCache, weights: Mapping[str, Tensor]) -> AnyCache:
         """The cache with weights to read it by, those of the model of the run (`model.named_weights()`).
 
-        Nothing is checked here; `hooklens.analysis.connect_cache` does it, and checks both records.
+        Whether they are is not checked here; `hooklens.analysis.connect_cache` checks both records.
+
+        Raises:
+            CacheError: the weights are no mapping.
         """
+        if not isinstance(weights, Mapping):
+            raise CacheError(f"with_weights: found a {type(weights).__name__}; expected model.named_weights()")
         return self._derive(self._tensors, weights=weights)
 
-    def _derive(
-        self: AnyCache,
-        tensors: Mapping[str, Tensor],
-        *,
-        tokens: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        positions: tuple[int, ...] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-        has_batch_dim: bool | None = None,
-    ) -> AnyCache:
-        """A cache of the same run with other tensors; what is None stays as it is."""
-        return type(self)(
-            tensors,
-            cfg=self.cfg,
-            transforms=self.transforms,
-            tokens=self.tokens if tokens is None else tokens,
-            attention_mask=self.attention_mask if attention_mask is None else attention_mask,
-            positions=self.positions if positions is None else positions,
-            weights=self.weights if weights is None else weights,
-            has_batch_dim=self.has_batch_dim if has_batch_dim is None else has_batch_dim,
-        )
+    def _derive(self: AnyCache, tensors: Mapping[str, Tensor], **changes: Any) -> AnyCache:
+        """A cache of the same run with other tensors; `changes` are arguments of the constructor that change, too."""
+        kept = ("cfg", "transforms", "tokens", "attention_mask", "positions", "weights", "has_batch_dim")
+        return type(self)(tensors, **{**{name: getattr(self, name) for name in kept}, **changes})
+
+    def _map_inputs(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+        """Apply `change` to tokens and mask, where there are any."""
+        inputs = {"tokens": self.tokens, "attention_mask": self.attention_mask}
+        return {name: None if tensor is None else change(tensor) for name, tensor in inputs.items()}
 
     def _map_tensors(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply `change` once to each distinct tensor, so that aliases stay aliases."""
@@ -331,14 +330,13 @@ class CapturedActivations(Mapping[str, Tensor]):
 
     def _resolve_name(self, key: Key) -> str:
         """The full name of a key, with `_grad` after it where the key asks for a gradient."""
-        given: tuple[object, ...] = key if isinstance(key, tuple) else (key,)
-        word, layer, part = (*given, None, None)[:3]
-        if not (
-            isinstance(word, str) and isinstance(layer, int | None) and isinstance(part, str | None) and len(given) <= 3
-        ):
+        given: tuple[Any, ...] = key if isinstance(key, tuple) else (key,)
+        if not 1 <= len(given) <= 3 or not isinstance(given[0], str):
             raise MissingActivationError(
                 f"{key!r} names no activation; expected a name, (name, layer) or (name, layer, module)"
             )
+        word: str = given[0]
+        layer, part = (*given[1:], None, None)[:2]
         point = word.removesuffix(GRAD)
         try:
             return get_act_name(point, layer, part, n_layers=self.cfg.n_layers) + word[len(point) :]
@@ -349,10 +347,20 @@ class CapturedActivations(Mapping[str, Tensor]):
             raise MissingActivationError(f"{error}{nearest}") from error
 
 
+def _read_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(tensors, Mapping):
+        raise CacheError(f"ActivationCache: found a {type(tensors).__name__}; expected tensors by hook name")
+    wrong = [repr(name) for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if wrong:
+        raise CacheError(f"ActivationCache: {', '.join(wrong[:5])}: expected a tensor under the name of a hook point")
+    return dict(tensors)
+
+
 def _check_inputs(tokens: Tensor | None, attention_mask: Tensor | None) -> None:
     for what, tensor, axes in (("tokens", tokens, "[batch pos]"), ("attention_mask", attention_mask, "[batch key]")):
-        if tensor is not None and tensor.ndim != 2:
-            raise CacheError(f"ActivationCache: {what} has shape {list(tensor.shape)}; expected {axes}")
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.ndim != 2):
+            found = f"has shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"is a {type(tensor).__name__}"
+            raise CacheError(f"ActivationCache: {what} {found}; expected {axes}")
     if tokens is None or attention_mask is None:
         return
     if len(tokens) != len(attention_mask) or tokens.shape[1] > attention_mask.shape[1]:

@@ -19,7 +19,6 @@ from torch import Tensor
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm, like
 from hooklens.activation_cache.stream import StreamPoint, require, require_weight, take_positions
-from hooklens.config import LearnedPositions
 from hooklens.precision import widen
 
 
@@ -44,7 +43,7 @@ def join_stacks(stacks: Iterable[LabelledStack]) -> LabelledStack:
 
 def embedding_names(cache: CapturedActivations) -> list[str]:
     """The hook points of the stream's first components."""
-    return ["hook_embed", *(["hook_pos_embed"] if isinstance(cache.cfg.positions, LearnedPositions) else [])]
+    return [name for name in ("hook_embed", "hook_pos_embed") if name in cache.cfg.description.points]
 
 
 def output_names(point: StreamPoint, mode: str) -> list[str]:

@@ -6,12 +6,12 @@ of it), up to rounding. That holds for the activations of one run; a run with ed
 """
 
 from collections.abc import Iterable
-from operator import index
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hooklens.activation_cache.arguments import check_flags, choose
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.components import (
     LabelledStack,
@@ -26,12 +26,11 @@ from hooklens.activation_cache.components import (
     read_points,
 )
 from hooklens.activation_cache.readout import Readout, check_projection, freeze_norm
-from hooklens.activation_cache.stream import StreamPoint, locate, require
+from hooklens.activation_cache.stream import StreamPoint, locate, require, take_positions
 from hooklens.errors import CacheError
-from hooklens.hooks.pos_slice import PosSlice
+from hooklens.hooks.choice import Choice
 
 Mode = Literal["all", "mlp", "attn"]
-NeuronSlice = int | slice | Iterable[int] | None
 
 
 def make_readout(
@@ -41,7 +40,7 @@ def make_readout(
     purpose: str,
     names: Iterable[str],
     apply_ln: bool = False,
-    pos_slice: PosSlice = None,
+    pos_slice: Choice = None,
     project_output_onto: Tensor | None = None,
 ) -> Readout:
     """How to read components that end at a place; with `apply_ln` through the norm that reads the stream there.
@@ -59,6 +58,7 @@ def make_readout(
         MissingActivationError: lists what was not captured.
         CacheError: the directions have a wrong shape, or the cache has no weights.
     """
+    check_flags(apply_ln=apply_ln)
     read_through = point.norm if apply_ln else None
     scale = [] if read_through is None else [f"{read_through}.hook_scale"]
     require(cache, [*names, *scale], purpose=purpose)
@@ -73,6 +73,7 @@ def places_up_to(point: StreamPoint, *, incl_mid: bool) -> list[StreamPoint]:
     Raises:
         CacheError: `incl_mid` where the blocks are parallel.
     """
+    check_flags(incl_mid=incl_mid)
     if incl_mid and point.cfg.wiring == "parallel":
         raise CacheError("accumulated_resid: incl_mid: the blocks are parallel, so the stream has no such places")
     places = []
@@ -84,8 +85,10 @@ def places_up_to(point: StreamPoint, *, incl_mid: bool) -> list[StreamPoint]:
 
 
 def accumulate_stream(cache: CapturedActivations, places: list[StreamPoint], readout: Readout) -> LabelledStack:
-    """The stream at some places; see `ActivationCache.accumulated_resid`."""
-    streams = [readout.read_vectors(place.read(cache)) for place in places]
+    """The stream at some places; see `ActivationCache.accumulated_resid`. A norm applies with its bias."""
+    streams = [take_positions(place.read(cache), -2, readout.pos_slice) for place in places]
+    if readout.norm is not None:
+        streams = [readout.norm.apply_to_whole(stream) for stream in streams]
     return LabelledStack(torch.stack(streams), [_label_place(place) for place in places])
 
 
@@ -103,7 +106,8 @@ def names_by_layer(
     Raises:
         CacheError: an unknown mode, or nothing is left to stack.
     """
-    if mode not in get_args(Mode):
+    check_flags(incl_embeds=incl_embeds)
+    if not isinstance(mode, str) or mode not in get_args(Mode):
         raise CacheError(f"decompose_resid: mode is {mode!r}; expected 'all', 'mlp' or 'attn'")
     names = [*(embedding_names(cache) if incl_embeds else []), *output_names(point, mode)]
     if not names:
@@ -113,16 +117,19 @@ def names_by_layer(
 
 def names_by_head(cache: CapturedActivations, point: StreamPoint, *, incl_remainder: bool) -> list[str]:
     """What `decompose_by_head` reads."""
+    check_flags(incl_remainder=incl_remainder)
     return [*head_names(cache, point.attention_layers), *([point.name_in(cache)] if incl_remainder else [])]
 
 
 def names_by_neuron(cache: CapturedActivations, point: StreamPoint, *, incl_remainder: bool) -> list[str]:
     """What `decompose_by_neuron` reads."""
+    check_flags(incl_remainder=incl_remainder)
     return [*neuron_names(cache, point.mlp_layers), *([point.name_in(cache)] if incl_remainder else [])]
 
 
 def names_of_all(cache: CapturedActivations, point: StreamPoint, *, expand_neurons: bool) -> list[str]:
     """What `decompose_fully` reads."""
+    check_flags(expand_neurons=expand_neurons)
     outputs = [f"blocks.{layer}.hook_mlp_out" for layer in point.mlp_layers]
     mlps = neuron_names(cache, point.mlp_layers) if expand_neurons else outputs
     return [*head_names(cache, point.attention_layers), *mlps, *embedding_names(cache), point.name_in(cache)]
@@ -132,10 +139,8 @@ def decompose_by_head(
     cache: CapturedActivations, point: StreamPoint, readout: Readout, *, incl_remainder: bool
 ) -> LabelledStack:
     """Heads below a place, and what of the stream they leave; see `ActivationCache.stack_head_results`."""
-    if not point.attention_layers:
-        return _only_remainder("heads", cache, point, readout, incl_remainder=incl_remainder)
-    heads = read_heads(cache, point.attention_layers, readout)
-    return add_remainder(heads, cache, point, readout) if incl_remainder else heads
+    heads = read_heads(cache, point.attention_layers, readout) if point.attention_layers else None
+    return _complete(heads, "heads", cache, point, readout, incl_remainder=incl_remainder)
 
 
 def decompose_by_neuron(
@@ -143,15 +148,15 @@ def decompose_by_neuron(
     point: StreamPoint,
     readout: Readout,
     *,
-    neuron_slice: NeuronSlice,
+    neuron_slice: Choice,
     incl_remainder: bool,
 ) -> LabelledStack:
     """Neurons below a place, and what of the stream they leave; see `ActivationCache.stack_neuron_results`."""
-    if not point.mlp_layers:
-        return _only_remainder("neurons", cache, point, readout, incl_remainder=incl_remainder)
-    chosen = _choose_neurons(neuron_slice, cache.cfg.d_mlp)
-    neurons = read_neurons(cache, point.mlp_layers, readout, chosen)
-    return add_remainder(neurons, cache, point, readout) if incl_remainder else neurons
+    chosen = None
+    if neuron_slice is not None:
+        chosen, _ = choose(neuron_slice, cache.cfg.d_mlp, what="neuron_slice", noun="neurons of an MLP")
+    neurons = read_neurons(cache, point.mlp_layers, readout, chosen) if point.mlp_layers else None
+    return _complete(neurons, "neurons", cache, point, readout, incl_remainder=incl_remainder)
 
 
 def decompose_fully(
@@ -161,33 +166,13 @@ def decompose_fully(
     stacks = []
     if point.attention_layers:
         stacks.append(read_heads(cache, point.attention_layers, readout))
-    if point.mlp_layers:
-        outputs = [f"blocks.{layer}.hook_mlp_out" for layer in point.mlp_layers]
-        if expand_neurons:
-            stacks.append(read_neurons(cache, point.mlp_layers, readout))
-        else:
-            stacks.append(read_points(cache, outputs, readout))
+    if point.mlp_layers and expand_neurons:
+        stacks.append(read_neurons(cache, point.mlp_layers, readout))
+    elif point.mlp_layers:
+        stacks.append(read_points(cache, [f"blocks.{layer}.hook_mlp_out" for layer in point.mlp_layers], readout))
     stacks.append(read_points(cache, embedding_names(cache), readout))
     biases = read_biases(cache, point, readout, with_mlps=expand_neurons)
     return join_stacks([*stacks, LabelledStack(biases[None], ["bias"])])
-
-
-def _choose_neurons(neuron_slice: NeuronSlice, d_mlp: int) -> list[int] | None:
-    if neuron_slice is None:
-        return None
-    # TransformerLens reads a tuple as the arguments of a slice, and a mask would be read as neurons 0 and 1.
-    numbers = neuron_slice.tolist() if hasattr(neuron_slice, "tolist") else neuron_slice
-    listed = [numbers] if isinstance(numbers, int) else [] if isinstance(numbers, slice) else list(numbers)
-    if isinstance(numbers, tuple) or any(
-        isinstance(neuron, bool) or not hasattr(neuron, "__index__") for neuron in listed
-    ):
-        raise CacheError(f"neuron_slice={neuron_slice!r}; expected an int, a slice, or a list of ints")
-    wanted = list(range(d_mlp)[numbers]) if isinstance(numbers, slice) else [index(neuron) for neuron in listed]
-    outside = [neuron for neuron in wanted if not -d_mlp <= neuron < d_mlp]
-    if outside or not wanted:
-        found = f"neurons {outside} are out of range" if outside else "no neuron is chosen"
-        raise CacheError(f"neuron_slice={neuron_slice!r}: {found}; an MLP has neurons 0 to {d_mlp - 1}")
-    return [neuron % d_mlp for neuron in wanted]
 
 
 def add_remainder(
@@ -198,11 +183,22 @@ def add_remainder(
     return join_stacks([stack, LabelledStack(remainder[None], ["remainder"])])
 
 
-def _only_remainder(
-    what: str, cache: CapturedActivations, point: StreamPoint, readout: Readout, *, incl_remainder: bool
+def _complete(
+    stack: LabelledStack | None,
+    what: str,
+    cache: CapturedActivations,
+    point: StreamPoint,
+    readout: Readout,
+    *,
+    incl_remainder: bool,
 ) -> LabelledStack:
+    """The parts, None where there are none below the place, with the remainder if it is asked for."""
     if not incl_remainder:
-        raise _nothing_below(what, point)
+        if stack is None:
+            raise _nothing_below(what, point)
+        return stack
+    if stack is not None:
+        return add_remainder(stack, cache, point, readout)
     return LabelledStack(readout.read_vectors(point.read(cache))[None], ["remainder"])
 
 

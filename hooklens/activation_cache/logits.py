@@ -68,10 +68,15 @@ def _check_ids(cache: CapturedActivations, tokens: TokenIds | str, what: str) ->
             f"{what} is the text {tokens!r}, and a cache has no tokenizer; give token ids: "
             f"model.to_single_token({tokens!r})"
         )
-    ids = torch.as_tensor(tokens)
     d_vocab = cache.cfg.d_vocab
-    if ids.is_floating_point() or (ids.numel() and not bool(((ids >= 0) & (ids < d_vocab)).all())):
-        raise CacheError(f"{what} holds {ids.tolist()}; expected token ids from 0 to {d_vocab - 1}")
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = torch.empty(0, dtype=torch.bool)
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or (ids.numel() and not bool(((ids >= 0) & (ids < d_vocab)).all())):
+        found = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        raise CacheError(f"{what} holds {found!r}; expected token ids from 0 to {d_vocab - 1}")
     return ids
 
 

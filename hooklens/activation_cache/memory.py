@@ -50,17 +50,3 @@ def take(tensor: Tensor, axis: int, indices: Sequence[int]) -> Tensor:
         place[axis] = slice(indices[0], indices[-1] + 1, step)
         return tensor[tuple(place)]
     return tensor.index_select(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device))
-
-
-def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, and no two in one storage."""
-    seen = set()
-    owned = {}
-    for name, tensor in tensors.items():
-        flat = tensor.detach().contiguous()
-        storage = flat.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != flat.nbytes:
-            flat = flat.clone()
-        seen.add(storage.data_ptr())
-        owned[name] = flat
-    return owned

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from hooklens.axes import layer_of
-from hooklens.config import HookedConfig, LearnedPositions, RotaryPositions
+from hooklens.config import HookedConfig
 from hooklens.errors import CacheError, join_names, suggest_names
 
 GRAD = "_grad"
@@ -44,26 +44,4 @@ def why_absent(point: str, cfg: HookedConfig) -> str | None:
     layer = layer_of(point)
     if layer is not None and layer >= cfg.n_layers:
         return f"it has {cfg.n_layers} layers, 0 to {cfg.n_layers - 1}"
-    module, _, name = point.rpartition(".")
-    module = module.rpartition(".")[2]
-    shares_keys = cfg.n_kv_heads != cfg.n_heads
-    conditions = {
-        "hook_pos_embed": (isinstance(cfg.positions, LearnedPositions), "its positions are not learned vectors"),
-        "hook_resid_mid": (cfg.wiring == "sequential", "its blocks are parallel"),
-        "hook_rot_q": (isinstance(cfg.positions, RotaryPositions), "its positions are not rotary"),
-        "hook_rot_k": (isinstance(cfg.positions, RotaryPositions), "its positions are not rotary"),
-        "hook_k_per_head": (shares_keys, "its query heads share no keys, so hook_k has them per query head"),
-        "hook_v_per_head": (shares_keys, "its query heads share no values, so hook_v has them per query head"),
-        "hook_pre_linear": (cfg.gated_mlp, "its MLPs are not gated"),
-        "ln1": (cfg.norm_before, "it has no norms before its branches"),
-        "ln2": (cfg.norm_before and not cfg.shared_norm, "its MLPs have no norm of their own"),
-        "ln1_post": (cfg.norm_after, "it has no norms after its branches"),
-        "ln2_post": (cfg.norm_after, "it has no norms after its branches"),
-        "q_norm": (cfg.qk_norm is not None, "it has no query-key norm"),
-        "k_norm": (cfg.qk_norm is not None, "it has no query-key norm"),
-    }
-    for part in (module, name):
-        exists, reason = conditions.get(part, (True, ""))
-        if not exists:
-            return reason
-    return None
+    return cfg.description.why_absent(point)

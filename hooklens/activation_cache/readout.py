@@ -21,7 +21,7 @@ from torch import Tensor
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.stream import require, require_weight, take_positions
 from hooklens.errors import CacheError
-from hooklens.hooks.pos_slice import PosSlice
+from hooklens.hooks.choice import Choice
 from hooklens.precision import wide_dtype, widen
 
 
@@ -50,6 +50,10 @@ class FrozenNorm:
         """A component's share of the norm's output, without the bias."""
         return self._centre(widen(x)) / self.scale * self.gain
 
+    def apply_to_whole(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """The norm's output for a whole stream, its bias included."""
+        return self.apply(x) if self.bias is None else self.apply(x) + self.bias
+
     def pull_back(self, directions: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Directions whose product with `x`, over `scale`, is the product of the given ones with `apply(x)`."""
         return self._centre(directions * self.gain)
@@ -58,7 +62,7 @@ class FrozenNorm:
         return x - x.mean(-1, keepdim=True) if self.centres else x
 
 
-def freeze_norm(cache: CapturedActivations, norm: str, *, pos_slice: PosSlice = None, purpose: str) -> FrozenNorm:
+def freeze_norm(cache: CapturedActivations, norm: str, *, pos_slice: Choice = None, purpose: str) -> FrozenNorm:
     """The norm called `norm` (`"ln_final"`, `"blocks.3.ln1"`) with the denominator it had in the run.
 
     Raises:
@@ -88,7 +92,7 @@ class Readout:
             leading axes broadcast with batch and pos.
     """
 
-    pos_slice: PosSlice = None
+    pos_slice: Choice = None
     norm: FrozenNorm | None = None
     directions: Float[Tensor, "*batch_pos n d_model"] | None = None
 
@@ -140,13 +144,17 @@ def check_projection(directions: Tensor | None, d_model: int) -> Tensor | None:
     """Directions `[d_model]` or `[d_model, n]` as `[n, d_model]`.
 
     Raises:
-        CacheError: another shape.
+        CacheError: another shape, or not a tensor of real numbers.
     """
     if directions is None:
         return None
-    if directions.ndim not in (1, 2) or directions.shape[0] != d_model:
+    found = "" if isinstance(directions, Tensor) else f"is a {type(directions).__name__}"
+    if not found and (directions.is_complex() or directions.dtype == torch.bool):
+        found = f"is {directions.dtype}"
+    if not found and (directions.ndim not in (1, 2) or directions.shape[0] != d_model):
+        found = f"has shape {list(directions.shape)}"
+    if found:
         raise CacheError(
-            f"project_output_onto has shape {list(directions.shape)}; expected [{d_model}] or [{d_model}, n]: "
-            "directions of the stream as columns"
+            f"project_output_onto {found}; expected [{d_model}] or [{d_model}, n]: directions of the stream as columns"
         )
     return directions[None] if directions.ndim == 1 else directions.T

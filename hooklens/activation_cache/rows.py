@@ -1,4 +1,4 @@
-"""Choosing rows of the batch, and the positions of a row that are no padding."""
+"""The positions of a row that are no padding."""
 
 from collections.abc import Mapping
 
@@ -9,32 +9,6 @@ from hooklens.activation_cache.memory import take
 from hooklens.errors import CacheError, join_names
 
 Axes = tuple[str, ...] | None
-
-
-RowSlice = int | slice | list[int]
-"""Rows of the batch; a number drops the axis."""
-
-
-def select_rows(rows: RowSlice, batch: int) -> range | list[int]:
-    """The indices (from 0 on) of rows of the batch.
-
-    Raises:
-        CacheError: a row is out of range, none is selected, or `rows` is of another kind.
-    """
-    # TransformerLens reads a tuple as the arguments of a slice, and a mask would be read as rows 0 and 1.
-    if not isinstance(rows, int | slice | list):
-        raise CacheError(f"rows {rows!r}: expected a row, a slice, or a list of rows")
-    if isinstance(rows, slice):
-        indices: range | list[int] = range(batch)[rows]
-        if not indices:
-            raise CacheError(f"rows {rows} select none of the {batch} rows of this cache")
-        return indices
-    wanted = [rows] if isinstance(rows, int) else rows
-    outside = [row for row in wanted if isinstance(row, bool) or not -batch <= row < batch]
-    if outside or not wanted:
-        found = f"rows {outside} are not in this cache" if outside else "an empty list selects no rows"
-        raise CacheError(f"{found}; it has {batch} rows, 0 to {batch - 1} (or -{batch} to -1 from the end)")
-    return [row % batch for row in wanted]
 
 
 def kept_positions(mask: Bool[Tensor, " pos"]) -> list[int]:

@@ -4,16 +4,16 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hooklens.activation_cache.memory import identify, own_memory
+from hooklens.activation_cache.memory import identify
+from hooklens.activation_cache.missing import GRAD
+from hooklens.axes import find_site
 from hooklens.config import HookedConfig
-from hooklens.errors import CacheError
+from hooklens.errors import CacheError, join_names
+from hooklens.files import read_safetensors, write_safetensors
 
 _FORMAT = "hooklens.activation_cache"
 _FORMAT_VERSION = "1"
@@ -41,6 +41,7 @@ def write_cache(path: str | os.PathLike[str], cache: StoredCache) -> None:
     Raises:
         CacheError: the file cannot be written.
     """
+    _check_path(path)
     stored: dict[str, Tensor] = {}
     place_of: dict[str, str] = {}
     first_name: dict[tuple[object, ...], str] = {}
@@ -60,16 +61,10 @@ def write_cache(path: str | os.PathLike[str], cache: StoredCache) -> None:
         "place_of": place_of,
     }
     metadata = {"format": "pt", _FORMAT: _FORMAT_VERSION, "header": json.dumps(header)}
-    # A cache loaded from this path may still read from the file: write beside it and put it in its place.
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        save_file(own_memory(stored), partial, metadata=metadata)
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"cannot write the activation cache to {str(target)!r}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        write_safetensors(path, stored, metadata)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"cannot write the activation cache to {str(path)!r}: {error}") from error
 
 
 def read_cache(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> StoredCache:
@@ -78,31 +73,85 @@ def read_cache(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     Raises:
         CacheError: the file is missing, damaged, or not an activation cache of this format version.
     """
+    _check_path(path)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get(_FORMAT) != _FORMAT_VERSION:
-                raise CacheError(
-                    f"{str(path)!r} is a safetensors file, but no activation cache of format version "
-                    f"{_FORMAT_VERSION} (found {metadata.get(_FORMAT)!r}); expected what ActivationCache.save wrote"
-                )
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        header = json.loads(metadata["header"])
-        # The positions are the younger part of the format.
-        positions = header.get("positions")
-        return StoredCache(
-            tensors={name: stored[place] for name, place in header["place_of"].items()},
-            cfg=HookedConfig.from_dict(header["cfg"]),
-            transforms=tuple(header["transforms"]),
-            tokens=stored.get("tokens"),
-            attention_mask=stored.get("attention_mask"),
-            positions=None if positions is None else tuple(positions),
-            has_batch_dim=header["has_batch_dim"],
-        )
+        stored, metadata = read_safetensors(path, device=device)
+        if metadata.get(_FORMAT) != _FORMAT_VERSION:
+            raise CacheError(
+                f"{str(path)!r} is a safetensors file, but no activation cache of format version "
+                f"{_FORMAT_VERSION} (found {metadata.get(_FORMAT)!r}); expected what ActivationCache.save wrote"
+            )
+        unknown = sorted(metadata.keys() - {"format", _FORMAT, "header"})
+        if unknown:
+            raise ValueError(f"unknown metadata {join_names(unknown)}")
+        return _interpret(stored, json.loads(metadata["header"]))
     except CacheError:
         raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CacheError(
             f"{str(path)!r} cannot be read as an activation cache ({type(error).__name__}: {error}); "
             "expected a file that ActivationCache.save wrote"
         ) from error
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise CacheError(f"path={path!r} ({type(path).__name__}); expected a path to a file")
+
+
+def _interpret(stored: dict[str, Tensor], header: object) -> StoredCache:
+    """The contents of a file, checked; `KeyError`, `TypeError` and `ValueError` say what is wrong."""
+    if not isinstance(header, dict):
+        raise ValueError(f"the header is a {type(header).__name__}, not an object")
+    # The positions are the younger part of the format.
+    header = {"positions": None, **header}
+    place_of, positions = header["place_of"], header["positions"]
+    if not isinstance(place_of, dict) or not isinstance(header["cfg"], dict):
+        raise ValueError("place_of and cfg are not both objects")
+    if not isinstance(header["has_batch_dim"], bool):
+        raise ValueError(f"has_batch_dim is {header['has_batch_dim']!r}")
+    if not _is_list_of(str, header["transforms"]) or not (positions is None or _is_list_of(int, positions)):
+        raise ValueError(f"transforms are {header['transforms']!r} and positions {positions!r}; expected lists")
+    unplaced = sorted(stored.keys() - {*place_of.values(), "tokens", "attention_mask"})
+    if unplaced:
+        raise ValueError(f"no activation is read from the tensors {join_names(unplaced)}")
+    found = StoredCache(
+        tensors={name: stored[place] for name, place in place_of.items()},
+        cfg=HookedConfig.from_dict(header["cfg"]),
+        transforms=tuple(header["transforms"]),
+        tokens=stored.get("tokens"),
+        attention_mask=stored.get("attention_mask"),
+        positions=None if positions is None else tuple(positions),
+        has_batch_dim=header["has_batch_dim"],
+    )
+    _check_shapes(found)
+    return found
+
+
+def _check_shapes(found: StoredCache) -> None:
+    """Check what the names of tensors promise; `ValueError` lists what is wrong."""
+    wrong = []
+    for name, tensor in found.tensors.items():
+        site = find_site(name.removesuffix(GRAD))
+        if site is not None:
+            axes = [axis for axis in site.axes if found.has_batch_dim or axis != "batch"]
+            if tensor.ndim != len(axes) or not tensor.is_floating_point():
+                wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected floats [{' '.join(axes)}]")
+    tokens, mask = found.tokens, found.attention_mask
+    if tokens is not None and (tokens.ndim != 2 or tokens.is_floating_point()):
+        wrong.append(f"tokens are {tokens.dtype} {list(tokens.shape)}, expected ints [batch pos]")
+    if mask is not None and mask.ndim != 2:
+        wrong.append(f"attention_mask is {list(mask.shape)}, expected [batch key]")
+    if not wrong and tokens is not None and mask is not None and not _covers(mask, tokens):
+        wrong.append(f"tokens are {list(tokens.shape)} and attention_mask {list(mask.shape)}, expected the same rows")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _covers(mask: Tensor, tokens: Tensor) -> bool:
+    """Whether a mask is over the tokens, or over past + new ones."""
+    return len(mask) == len(tokens) and mask.shape[1] >= tokens.shape[1]
+
+
+def _is_list_of(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)

@@ -10,16 +10,18 @@ that the final norm and the unembedding read.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.activation_cache.arguments import check_flags, read_number
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.memory import take
 from hooklens.activation_cache.missing import MissingActivationError, explain_missing, why_absent
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError, join_names
-from hooklens.hooks.pos_slice import PosSlice, read_pos_slice, resolve_positions
+from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +87,15 @@ class StreamPoint:
         return cache[self.name_in(cache)]
 
 
-def locate(cfg: HookedConfig, layer: int | None, *, mlp_input: bool = False) -> StreamPoint:
+def locate(cfg: HookedConfig, layer: SupportsIndex | None, *, mlp_input: bool = False) -> StreamPoint:
     """The place that `layer` names: 0 to `n_layers`; None and -1 are the end of the stream.
 
     Raises:
-        CacheError: the layer is out of range, or the end of the stream has no MLP.
+        CacheError: the layer is out of range or no whole number, or the end of the stream has no MLP.
     """
-    end = layer is None or layer == -1
-    resolved = cfg.n_layers if end or layer is None else layer
+    check_flags(mlp_input=mlp_input)
+    number = read_number(layer, what="layer")
+    resolved = cfg.n_layers if number is None or number == -1 else number
     if not 0 <= resolved <= cfg.n_layers:
         raise CacheError(
             f"layer {layer} is out of range: the stream enters layers 0 to {cfg.n_layers - 1}, and {cfg.n_layers} "
@@ -140,7 +143,7 @@ def require_weight(cache: CapturedActivations, name: str) -> Tensor:
     return cache.weights[name]
 
 
-def take_positions(tensor: Tensor, axis: int, pos_slice: PosSlice) -> Tensor:
+def take_positions(tensor: Tensor, axis: int, pos_slice: Choice) -> Tensor:
     """Some of the captured positions of an activation; an int drops the axis.
 
     Args:
@@ -149,10 +152,8 @@ def take_positions(tensor: Tensor, axis: int, pos_slice: PosSlice) -> Tensor:
         pos_slice: which; None: all.
 
     Raises:
-        InputError: a position is out of range, or `pos_slice` is of another kind.
+        InputError: a position is out of range or named twice, or `pos_slice` is of another kind.
     """
-    positions = read_pos_slice(pos_slice)
-    if positions is None:
-        return tensor
-    indices = resolve_positions(positions, tensor.shape[axis], where="were captured")
-    return tensor.select(axis, indices[0]) if isinstance(positions, int) else take(tensor, axis, indices)
+    index = read_choice(pos_slice, what="pos_slice", refuse_tuple=True)
+    chosen = resolve_choice(index, tensor.shape[axis], what="pos_slice", noun="captured positions")
+    return tensor.select(axis, chosen[0]) if isinstance(index, int) else take(tensor, axis, chosen)

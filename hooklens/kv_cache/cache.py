@@ -1,39 +1,64 @@
 """The entries of all layers with the mask of their tokens: what a model call takes as `past_kv_cache`."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError
+from hooklens.kv_cache.arguments import (
+    Rows,
+    read_count,
+    read_device,
+    read_dtype,
+    read_mask,
+    read_rows,
+    read_transforms,
+    require,
+)
 from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
+from hooklens.kv_cache.fit import (
+    check_batch,
+    check_entries,
+    check_model,
+    check_origin,
+    check_place,
+    check_same_tokens,
+)
+from hooklens.kv_cache.inference import lasting_tensors
+from hooklens.kv_cache.mask import ColumnMask
 from hooklens.kv_cache.storage import StoredCache, read_cache, write_cache
 
 
 class HookedKeyValueCache:
     """The entries of all layers, with the attention mask of the tokens they hold.
 
+    A frozen cache never changes. Caches made from others (`crop`, `select`, `expand`, `to`) share memory with them
+    until one of the two is appended to, which changes the other one in no way.
+
     Args:
         entries: one per layer.
-        previous_attention_mask: `[batch pos]`, which of the cached columns are real tokens.
-        frozen: running a model on the cache leaves it as it is.
+        previous_attention_mask: `[batch pos]`, which of the cached columns are real tokens. Its values are looked at
+            once, see `has_padding`.
+        frozen: freeze the entries: running a model on the cache leaves it as it is. False leaves them as they are.
         fingerprint: of the model's configuration, see `HookedConfig.fingerprint`; None: not checked.
         transforms: the weight-processing steps of the model that keys and values come from, `model.transforms`.
 
     Attributes:
-        last_logits: `[batch d_vocab]`, logits at the last position, where `model.prefill` made the cache.
+        entries: as above.
+        fingerprint: as above.
         transforms: as above. A model that fills the cache writes its own record here; while the cache is empty,
             any model may.
 
     Raises:
         CacheError: entries of different lengths, rows or frozenness, or a mask that does not fit them.
     """
-
-    last_logits: Float[Tensor, "batch d_vocab"] | None = None
 
     def __init__(
         self,
@@ -44,16 +69,35 @@ class HookedKeyValueCache:
         fingerprint: str | None = None,
         transforms: tuple[str, ...] = (),
     ) -> None:
-        if not entries:
-            raise CacheError("a key-value cache needs at least one entry; use HookedKeyValueCache.init_cache(cfg)")
+        require(entries, (list, tuple), what="entries", expected="a list of HookedKeyValueCacheEntry, one per layer")
+        require(frozen, bool, what="frozen", expected="True or False")
+        require(fingerprint, (str, type(None)), what="fingerprint", expected="cfg.fingerprint or None")
+        mask = ColumnMask(read_mask(previous_attention_mask, what="previous_attention_mask"))
+        self._hold(entries, mask, fingerprint, read_transforms(transforms))
+        before = [entry.frozen for entry in self.entries]
+        if frozen:
+            self.freeze()
+        try:
+            self.check_consistent()
+        except CacheError:
+            for entry, was in zip(self.entries, before, strict=True):
+                entry.frozen = was
+            raise
+
+    def _hold(
+        self,
+        entries: Sequence[HookedKeyValueCacheEntry],
+        mask: ColumnMask,
+        fingerprint: str | None,
+        transforms: tuple[str, ...],
+    ) -> None:
+        check_entries(entries)
         self.entries = list(entries)
-        self.previous_attention_mask = previous_attention_mask.bool()
-        self._frozen = frozen
+        self._mask = mask
         self.fingerprint = fingerprint
         self.transforms = transforms
-        for entry in self.entries:
-            entry.frozen = entry.frozen or frozen
-        self.check_consistent()
+        self._logits: Float[Tensor, "batch d_vocab"] | None = None
+        self._logits_length = 0
 
     @classmethod
     def init_cache(
@@ -64,41 +108,105 @@ class HookedKeyValueCache:
         *,
         dtype: torch.dtype | None = None,
     ) -> "HookedKeyValueCache":
-        """An empty cache for any model of this config, however its weights were processed."""
+        """An empty cache for any model of this config, however its weights were processed.
+
+        Raises:
+            CacheError: an argument of the wrong kind.
+        """
+        require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
         entries = [
             HookedKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, dtype=dtype) for _ in range(cfg.n_layers)
         ]
-        mask = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+        with lasting_tensors():
+            mask = torch.empty(entries[0].batch_size, 0, dtype=torch.bool, device=entries[0].device)
         return cls(entries, mask, fingerprint=cfg.fingerprint)
 
     def __len__(self) -> int:
         """Columns so far, padding included."""
-        return self.previous_attention_mask.shape[1]
+        return self._mask.columns.shape[1]
+
+    def __copy__(self) -> "HookedKeyValueCache":
+        """A cache of the same tensors, which is appended to by itself."""
+        return self.crop(len(self))
+
+    @property
+    def previous_attention_mask(self) -> Bool[Tensor, "batch pos"]:
+        """Which of the cached columns are real tokens.
+
+        Setting it looks at its values once.
+
+        Raises:
+            CacheError: on setting: the cache is frozen, or the mask does not fit the entries.
+        """
+        return self._mask.columns
+
+    @previous_attention_mask.setter
+    def previous_attention_mask(self, mask: Bool[Tensor, "batch pos"]) -> None:
+        self._refuse_frozen("its mask cannot be set")
+        before, self._mask = self._mask, ColumnMask(read_mask(mask, what="previous_attention_mask"))
+        try:
+            self.check_consistent()
+        except CacheError:
+            self._mask = before
+            raise
+        self._logits = None
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any cached column is padding, known without a look at the device."""
+        return self._mask.has_padding
+
+    @property
+    def last_logits(self) -> Float[Tensor, "batch d_vocab"] | None:
+        """Logits at the last position, where `model.prefill` made the cache and its columns are the same since.
+
+        Appending makes it None, and rolling back what was appended brings it back.
+
+        Raises:
+            CacheError: on setting: it has not one row of floats for each row of the cache.
+        """
+        length = self._logits_length
+        holds = length == len(self) and all(length == len(entry) == entry.n_unchanged for entry in self.entries)
+        return self._logits if holds else None
+
+    @last_logits.setter
+    def last_logits(self, logits: Float[Tensor, "batch d_vocab"] | None) -> None:
+        if logits is not None:
+            require(logits, Tensor, what="last_logits", expected="a tensor [batch d_vocab] or None")
+            if logits.ndim != 2 or logits.shape[0] != self.batch_size or not logits.is_floating_point():
+                raise CacheError(
+                    f"last_logits are {logits.dtype} {list(logits.shape)}; expected floats [{self.batch_size}, d_vocab]"
+                )
+            self.check_consistent()
+        self._logits = logits
+        self._logits_length = len(self)
+        for entry in self.entries:
+            entry.mark_unchanged()
 
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self.previous_attention_mask.shape[0]
+        return self._mask.columns.shape[0]
 
     @property
     def frozen(self) -> bool:
         """Whether running a model on the cache leaves it as it is."""
-        return self._frozen
+        return self.entries[0].frozen
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of keys and values."""
-        return self.entries[0].past_keys.dtype
+        """The dtype of the keys. The values' is the same, unless the cache was filled under `torch.autocast`."""
+        return self.entries[0].dtypes[0]
 
     @property
     def device(self) -> torch.device:
         """Where keys and values lie."""
-        return self.entries[0].past_keys.device
+        return self.entries[0].device
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values so far (buffers may hold room for more)."""
-        return sum(2 * entry.past_keys.nbytes for entry in self.entries)
+        return sum(entry.past_keys.nbytes + entry.past_values.nbytes for entry in self.entries)
 
     def __repr__(self) -> str:
         state = "frozen, " if self.frozen else ""
@@ -109,28 +217,32 @@ class HookedKeyValueCache:
 
     def freeze(self) -> "HookedKeyValueCache":
         """Make the cache an immutable value; returns it."""
-        self._set_frozen(value=True)
+        for entry in self.entries:
+            entry.frozen = True
         return self
 
     def unfreeze(self) -> "HookedKeyValueCache":
         """Let calls append again; returns the cache."""
-        self._set_frozen(value=False)
-        return self
-
-    def _set_frozen(self, *, value: bool) -> None:
-        self._frozen = value
         for entry in self.entries:
-            entry.frozen = value
+            entry.frozen = False
+        return self
 
     @contextmanager
     def frozen_context(self) -> Iterator["HookedKeyValueCache"]:
         """Frozen inside the `with` block, as it was before after it."""
-        before = self._frozen
-        self._set_frozen(value=True)
+        before = [(entry, entry.frozen) for entry in self.entries]
+        self.freeze()
         try:
             yield self
         finally:
-            self._set_frozen(value=before)
+            for entry, frozen in before:
+                entry.frozen = frozen
+
+    def _refuse_frozen(self, what: str) -> None:
+        if any(entry.frozen for entry in self.entries):
+            raise CacheError(
+                f"the cache is frozen: {what}. Take a part of it, cache.crop(n), which shares memory, or unfreeze it"
+            )
 
     def check_consistent(self) -> None:
         """Check that all layers hold the same tokens, and are all frozen or none.
@@ -138,159 +250,179 @@ class HookedKeyValueCache:
         Raises:
             CacheError: they do not; the layers are named.
         """
-        odd = [layer for layer, entry in enumerate(self.entries) if entry.frozen != self._frozen]
-        if odd:
-            found, rest = ("not frozen", "frozen") if self._frozen else ("frozen", "not frozen")
-            raise CacheError(
-                f"the entries of layers {odd} are {found} and the rest of the cache is {rest}: after a call its layers "
-                "would hold different tokens. Freeze or unfreeze the whole cache"
-            )
-        rows, columns = self.previous_attention_mask.shape
-        odd = [layer for layer, entry in enumerate(self.entries) if (entry.batch_size, len(entry)) != (rows, columns)]
-        if odd:
-            held = [(self.entries[layer].batch_size, len(self.entries[layer])) for layer in odd]
-            raise CacheError(
-                f"the attention mask covers {rows} rows of {columns} columns, but layers {odd} hold (rows, columns) "
-                f"{held}; every layer must hold the same tokens"
-            )
+        check_same_tokens(self.entries, self._mask.columns)
 
-    def append_attention_mask(self, mask_of_new_tokens: Bool[Tensor, "batch new"]) -> Bool[Tensor, "batch key"]:
-        """The mask over past + new columns; stored, too, unless the cache is frozen."""
-        new = mask_of_new_tokens.to(device=self.previous_attention_mask.device, dtype=torch.bool)
-        past = self.previous_attention_mask
-        if new.shape[0] != past.shape[0] and not (self.frozen and past.shape[0] == 1):
+    def append_attention_mask(
+        self, mask_of_new_tokens: Bool[Tensor, "batch new"], *, all_tokens: bool | None = None
+    ) -> Bool[Tensor, "batch key"]:
+        """The mask over past + new columns; stored, too, unless the cache is frozen.
+
+        Args:
+            mask_of_new_tokens: which of the new columns are real tokens.
+            all_tokens: whether all of them are, where the caller knows it. None: looked up, which waits for the
+                device.
+
+        Raises:
+            CacheError: rows that the cache does not have, or no mask.
+        """
+        require(all_tokens, (bool, type(None)), what="all_tokens", expected="True, False or None")
+        new = read_mask(mask_of_new_tokens, what="mask_of_new_tokens")
+        if new.shape[0] != self.batch_size and not (self.frozen and self.batch_size == 1):
             raise CacheError(
-                f"the mask of the new tokens has {new.shape[0]} rows, the cache {past.shape[0]}; only a frozen cache "
+                f"the mask of the new tokens has {new.shape[0]} rows, the cache {self.batch_size}; only a frozen cache "
                 "with one row serves another number of rows"
             )
-        joined = torch.cat([past.expand(new.shape[0], -1), new], dim=1)
-        if not self.frozen:
-            self.previous_attention_mask = joined
-        return joined
+        if self.frozen:
+            # What is not stored need not be looked at.
+            return self._mask.join(new, all_tokens=False).columns
+        self._mask = self._mask.join(new, all_tokens=all_tokens)
+        return self._mask.columns
 
     def roll_back(self, n_columns: int) -> None:
-        """Forget what a call that failed half-way has stored."""
+        """Forget what a call that failed half-way has stored. Caches made from this one keep it.
+
+        Raises:
+            CacheError: the cache is frozen, or `n_columns` is outside 0 to `len(cache)`.
+        """
+        self._refuse_frozen("it cannot be rolled back")
+        n = read_count(n_columns, what="roll_back: n_columns", least=0, most=len(self))
+        short = [layer for layer, entry in enumerate(self.entries) if len(entry) < n]
+        if short:
+            raise CacheError(f"cannot roll back to {n} columns: layers {short} hold fewer")
         for entry in self.entries:
-            entry.roll_back(n_columns)
-        self.previous_attention_mask = self.previous_attention_mask[:, :n_columns]
+            entry.roll_back(n)
+        if n < len(self):
+            self._mask = self._mask.part(self._mask.columns[:, :n])
 
     def _derive(
-        self, entries: list[HookedKeyValueCacheEntry], mask: Tensor, last_logits: Tensor | None
+        self,
+        change: Callable[[Tensor], Tensor],
+        mask: Callable[[ColumnMask], ColumnMask],
+        logits: Callable[[Tensor], Tensor] | None,
     ) -> "HookedKeyValueCache":
-        derived = HookedKeyValueCache(
-            entries, mask, self._frozen, fingerprint=self.fingerprint, transforms=self.transforms
-        )
-        derived.last_logits = last_logits
+        """A cache of changed keys, values, mask and logits."""
+        self.check_consistent()
+        derived = HookedKeyValueCache.__new__(HookedKeyValueCache)
+        with lasting_tensors():
+            entries = [
+                HookedKeyValueCacheEntry(change(entry.past_keys), change(entry.past_values), self.frozen)
+                for entry in self.entries
+            ]
+            derived._hold(entries, mask(self._mask), self.fingerprint, self.transforms)
+            last = self.last_logits
+            if last is not None and logits is not None:
+                derived.last_logits = logits(last)
+        derived.check_consistent()
         return derived
 
     def clone(self) -> "HookedKeyValueCache":
         """A copy that shares nothing."""
-        entries = [
-            HookedKeyValueCacheEntry(entry.past_keys.clone(), entry.past_values.clone(), self._frozen)
-            for entry in self.entries
-        ]
-        logits = None if self.last_logits is None else self.last_logits.clone()
-        return self._derive(entries, self.previous_attention_mask.clone(), logits)
+        return self._derive(torch.clone, lambda mask: mask.same(mask.columns.clone()), torch.clone)
 
-    def crop(self, n: int) -> "HookedKeyValueCache":
+    def crop(self, n: int | np.integer[Any]) -> "HookedKeyValueCache":
         """A cache of the first `n` columns; this one stays as it is, and tensors are shared.
 
         Raises:
-            CacheError: `n` is outside 0 to `len(cache)`.
+            CacheError: `n` is outside 0 to `len(cache)`, or no int.
         """
-        if not 0 <= n <= len(self):
-            raise CacheError(f"cannot crop a cache of {len(self)} columns to {n}; expected 0 to {len(self)}")
-        entries = [
-            HookedKeyValueCacheEntry(entry.past_keys[:, :n], entry.past_values[:, :n], self._frozen)
-            for entry in self.entries
-        ]
-        return self._derive(entries, self.previous_attention_mask[:, :n], self.last_logits if n == len(self) else None)
+        n = read_count(n, what="crop: n", least=0, most=len(self))
+        keeps_all = n == len(self)
+        return self._derive(
+            lambda tensor: tensor[:, :n],
+            lambda mask: (mask.same if keeps_all else mask.part)(mask.columns[:, :n]),
+            (lambda logits: logits) if keeps_all else None,
+        )
 
-    def select(self, rows: Sequence[int] | Tensor | slice) -> "HookedKeyValueCache":
-        """A cache of some rows, by index, slice or boolean mask; this one stays as it is.
+    def select(self, rows: Rows) -> "HookedKeyValueCache":
+        """A cache of some rows, in the order named; this one stays as it is.
+
+        Args:
+            rows: an int, a slice, or a list, array or tensor of ints; negative ones count from the end. A row may be
+                named several times. A slice shares tensors, everything else copies.
 
         Raises:
-            CacheError: a row is out of range.
+            CacheError: a row is out of range, no row is named, or `rows` is a mask.
         """
-        if isinstance(rows, slice | Tensor):
-            index = rows
-        else:
-            is_mask = len(rows) > 0 and all(isinstance(row, bool) for row in rows)
-            index = torch.as_tensor(list(rows), dtype=torch.bool if is_mask else torch.long)
-        try:
-            mask = self.previous_attention_mask[index]
-            entries = [
-                HookedKeyValueCacheEntry(entry.past_keys[index], entry.past_values[index], self._frozen)
-                for entry in self.entries
-            ]
-        except IndexError as error:
-            raise CacheError(f"rows {rows!r} do not fit a cache of {self.batch_size} rows: {error}") from None
-        return self._derive(entries, mask, None if self.last_logits is None else self.last_logits[index])
+        index = read_rows(rows, self.batch_size)
 
-    def expand(self, n: int) -> "HookedKeyValueCache":
+        def take(tensor: Tensor) -> Tensor:
+            if isinstance(index, slice):
+                return tensor[index]
+            return tensor.index_select(0, torch.tensor(index, device=tensor.device))
+
+        return self._derive(take, lambda mask: mask.part(take(mask.columns)), take)
+
+    def expand(self, n: int | np.integer[Any]) -> "HookedKeyValueCache":
         """A cache of `n` rows, each the one row of this cache. Appending to it makes copies; reading does not.
 
         Raises:
-            CacheError: this cache has more than one row.
+            CacheError: this cache has more than one row, or `n` is no int of at least 1.
         """
+        n = read_count(n, what="expand: n", least=1)
         if self.batch_size != 1:
             raise CacheError(f"only a cache of one row can be expanded; this one has {self.batch_size}")
-        entries = [
-            HookedKeyValueCacheEntry(
-                entry.past_keys.expand(n, -1, -1, -1), entry.past_values.expand(n, -1, -1, -1), self._frozen
-            )
-            for entry in self.entries
-        ]
-        logits = None if self.last_logits is None else self.last_logits.expand(n, -1)
-        return self._derive(entries, self.previous_attention_mask.expand(n, -1), logits)
+
+        def widen(tensor: Tensor) -> Tensor:
+            return tensor.expand(n, *tensor.shape[1:])
+
+        return self._derive(widen, lambda mask: mask.same(widen(mask.columns)), widen)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "HookedKeyValueCache":
-        """The cache on another device or in another floating dtype."""
-        entries = [
-            HookedKeyValueCacheEntry(
-                entry.past_keys.to(device=device, dtype=dtype),
-                entry.past_values.to(device=device, dtype=dtype),
-                self._frozen,
-            )
-            for entry in self.entries
-        ]
-        logits = None if self.last_logits is None else self.last_logits.to(device=device, dtype=dtype)
-        return self._derive(entries, self.previous_attention_mask.to(device=device), logits)
+        """The cache on another device or in another floating dtype; what is there already is shared.
 
-    def save(self, path: str | Path) -> None:
-        """Write the cache to a safetensors file.
+        Raises:
+            CacheError: no such device, or no floating dtype.
+        """
+        place, kind = read_device(device), read_dtype(dtype)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=place, dtype=kind)
+
+        return self._derive(move, lambda mask: mask.same(mask.columns.to(device=place)), move)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file. A file that is there is replaced in one step, or stays as it is.
 
         Raises:
             CacheError: the file cannot be written.
         """
+        require(path, (str, os.PathLike), what="path", expected="a path")
+        self.check_consistent()
         stored = StoredCache(
             keys=[entry.past_keys for entry in self.entries],
             values=[entry.past_values for entry in self.entries],
-            attention_mask=self.previous_attention_mask,
+            attention_mask=self._mask.columns,
             last_logits=self.last_logits,
-            frozen=self._frozen,
+            frozen=self.frozen,
             fingerprint=self.fingerprint,
             transforms=self.transforms,
         )
         write_cache(path, stored)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
         """Read what `save` wrote. A file without a record of weight processing counts as an unprocessed model's.
 
         Raises:
             CacheError: the file is missing, damaged, or not a key-value cache.
         """
-        stored = read_cache(path, device=device)
-        pairs = zip(stored.keys, stored.values, strict=True)
-        cache = cls(
-            [HookedKeyValueCacheEntry(keys, values, stored.frozen) for keys, values in pairs],
-            stored.attention_mask,
-            stored.frozen,
-            fingerprint=stored.fingerprint,
-            transforms=stored.transforms,
-        )
-        cache.last_logits = stored.last_logits
+        require(path, (str, os.PathLike), what="path", expected="a path")
+        place = read_device(device) or torch.device("cpu")
+        if place.type == "meta":
+            raise CacheError(f"device={device!r} holds no data; expected one that a file can be read to")
+        stored = read_cache(path, device=place)
+        try:
+            pairs = zip(stored.keys, stored.values, strict=True)
+            cache = cls(
+                [HookedKeyValueCacheEntry(keys, values) for keys, values in pairs],
+                stored.attention_mask,
+                stored.frozen,
+                fingerprint=stored.fingerprint,
+                transforms=stored.transforms,
+            )
+            cache.last_logits = stored.last_logits
+        except CacheError as error:
+            raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error
         return cache
 
     def check_fits(
@@ -302,43 +434,30 @@ class HookedKeyValueCache:
         dtype: torch.dtype,
         batch: int,
     ) -> None:
-        """Check that a model can run `batch` rows on this cache.
+        """Check that a model can run `batch` rows on this cache; nothing is read from the device.
 
-        The records of weight processing must be equal, although some steps leave keys and values as they are.
+        Args:
+            cfg: the model's.
+            transforms: the model's record of weight processing. It must be equal to the cache's, although some steps
+                leave keys and values as they are.
+            device: the model's.
+            dtype: of the model's weights. Under `torch.autocast` the call computes in another one, which is asked for
+                here. An empty cache takes any.
+            batch: rows of the call.
 
         Raises:
             CacheError: another model's, another record, device or dtype, or rows that it cannot serve.
         """
-        self.check_consistent()
-        keys = self.entries[0].past_keys
-        found = (len(self.entries), keys.shape[2], keys.shape[3])
-        wanted = (cfg.n_layers, cfg.n_kv_heads, cfg.d_head)
-        if found != wanted:
-            raise CacheError(
-                f"the cache has (layers, key-value heads, d_head) {found}, the model {wanted}: it was made by another "
-                "model; make one with model.prefill(prefix)"
-            )
-        # Before the fingerprint: processing may change the config, too, and is then what there is to tell.
-        if len(self) and self.transforms != transforms:
-            raise CacheError(
-                f"the cache was filled by a model with weight processing {_describe_record(self.transforms)}, the "
-                f"weight processing of this model is {_describe_record(transforms)}: their keys and values do not go "
-                "together. Make a cache with this model's model.prefill(prefix), or call the model that filled it"
-            )
-        if self.fingerprint is not None and self.fingerprint != cfg.fingerprint:
-            raise CacheError(
-                "the cache was made by a model with another configuration (their fingerprints differ); "
-                "make one with model.prefill(prefix)"
-            )
-        if (self.dtype, self.device) != (dtype, device):
-            raise CacheError(
-                f"the cache is {self.dtype} on {self.device}, the model {dtype} on {device}; "
-                "convert it with cache.to(device, dtype)"
-            )
-        if batch != self.batch_size and not (self.frozen and self.batch_size == 1):
-            way_out = "freeze it: a frozen cache of one row serves any batch" if self.batch_size == 1 else "use select"
-            raise CacheError(f"the cache has {self.batch_size} rows and the input {batch}; {way_out}")
-
-
-def _describe_record(transforms: tuple[str, ...]) -> str:
-    return " + ".join(transforms) or "none"
+        require(batch, (int, np.integer, torch.SymInt), what="batch", expected="the number of rows")
+        # Before every decoding step: entries that are alike, as they nearly always are, are checked as one.
+        form = self.entries[0].form
+        entries = self.entries[:1] if all(entry.form == form for entry in self.entries) else self.entries
+        check_same_tokens(entries, self._mask.columns)
+        check_model(entries, cfg, n_layers=len(self.entries))
+        check_origin(
+            (self.fingerprint, self.transforms),
+            (cfg.fingerprint, read_transforms(transforms)),
+            holds_tokens=len(self) > 0,
+        )
+        check_place(entries, device=device, dtype=dtype)
+        check_batch(self.batch_size, batch, frozen=self.frozen)

@@ -1,21 +1,36 @@
 """One layer's past keys and values, to append to or to read from."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError
+from hooklens.kv_cache.arguments import read_count, read_device, read_dtype, require
+from hooklens.kv_cache.inference import lasting_tensors
+
+
+class _Held(NamedTuple):
+    """Buffers and how much of them is filled: one value, so that no interrupt finds them at odds."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
 
 
 class HookedKeyValueCacheEntry:
     """One layer's past keys and values.
 
-    Buffers grow by doubling, so n appends move O(n) bytes in all.
+    Buffers grow by doubling, so n appends move O(n) bytes in all. Appending writes only to columns that nobody has
+    been shown: an entry made of other tensors, and one that was rolled back, copies what it holds first. So views
+    (`past_keys`, what `append` gave, cropped caches) keep their contents.
 
     Args:
         past_keys: `[batch pos n_kv_heads d_head]`.
-        past_values: the same shape, dtype and device.
+        past_values: the same shape and device. Under `torch.autocast` the dtypes of keys and values may differ
+            (rotary embeddings leave float32): each keeps its own.
         frozen: appending stores nothing.
 
     Raises:
@@ -28,14 +43,16 @@ class HookedKeyValueCacheEntry:
         past_values: Float[Tensor, "batch pos kv_head d_head"],
         frozen: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
-        keys, values = (
-            f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}" for tensor in (past_keys, past_values)
-        )
-        if keys != values:
-            raise CacheError(f"past keys are {keys}, past values {values}; expected the same shape, dtype and device")
-        self._keys = past_keys
-        self._values = past_values
-        self._length = past_keys.shape[1]
+        for what, tensor in (("past_keys", past_keys), ("past_values", past_values)):
+            _check_heads(tensor, what)
+        require(frozen, bool, what="frozen", expected="True or False")
+        if (past_keys.shape, past_keys.device) != (past_values.shape, past_values.device):
+            raise CacheError(
+                f"past keys are {_describe(past_keys)}, past values {_describe(past_values)}; "
+                "expected the same shape and device"
+            )
+        self._held = _Held(past_keys, past_values, past_keys.shape[1])
+        self._n_unchanged = 0
         self.frozen = frozen
 
     @classmethod
@@ -47,86 +64,180 @@ class HookedKeyValueCacheEntry:
         *,
         dtype: torch.dtype | None = None,
     ) -> "HookedKeyValueCacheEntry":
-        """An empty entry for one layer of a model."""
-        shape = (batch_size, 0, cfg.n_kv_heads, cfg.d_head)
-        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+        """An empty entry for one layer of a model. It takes the dtypes of the first keys and values it is given.
+
+        Raises:
+            CacheError: an argument of the wrong kind.
+        """
+        require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
+        shape = (read_count(batch_size, what="batch_size", least=1), 0, cfg.n_kv_heads, cfg.d_head)
+        with lasting_tensors():
+            empty = torch.empty(shape, device=read_device(device), dtype=read_dtype(dtype))
+        return cls(empty, empty)
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
         """The keys so far, after rotary."""
-        return self._keys[:, : self._length]
+        held = self._readable()
+        return held.keys[:, : held.length]
 
     @property
     def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
         """The values so far."""
-        return self._values[:, : self._length]
+        held = self._readable()
+        return held.values[:, : held.length]
 
     def __len__(self) -> int:
-        return self._length
+        return self._held.length
+
+    def __copy__(self) -> "HookedKeyValueCacheEntry":
+        """An entry of views: two that share a buffer's spare room would write over each other's columns."""
+        return HookedKeyValueCacheEntry(self.past_keys, self.past_values, self.frozen)
 
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self._keys.shape[0]
+        return self._held.keys.shape[0]
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """Key-value heads, and their width."""
+        return self._held.keys.shape[2], self._held.keys.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values lie."""
+        return self._held.keys.device
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the keys, and of the values."""
+        return self._held.keys.dtype, self._held.values.dtype
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """All that decides what the entry can be used with: equal for entries of the same tokens and the same kind."""
+        keys, values, length = self._held
+        return self.frozen, length, keys.shape[0], keys.shape[2:], keys.dtype, values.dtype, keys.device
+
+    @property
+    def n_unchanged(self) -> int:
+        """How many leading columns are those of the last `mark_unchanged`."""
+        return self._n_unchanged
+
+    def mark_unchanged(self) -> None:
+        """Count from here on which columns stay as they are."""
+        self._n_unchanged = len(self)
 
     def append(
         self, new_keys: Float[Tensor, "batch new kv_head d_head"], new_values: Float[Tensor, "batch new kv_head d_head"]
     ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
         """Past + new keys and values; stored, too, unless the entry is frozen.
 
-        A frozen entry of one row serves new tokens of any batch. What is stored keeps no autograd graph.
+        A frozen entry of one row serves new tokens of any batch. An empty entry takes any floating dtype. What is
+        stored keeps no autograd graph; what is given back does.
 
         Raises:
             CacheError: the new tensors' rows, heads, dtype or device do not fit.
         """
-        self._check_new(new_keys, "keys")
-        self._check_new(new_values, "values")
+        self._check_new(new_keys, self._held.keys, "keys")
+        self._check_new(new_values, self._held.values, "values")
         if new_keys.shape != new_values.shape:
             raise CacheError(
                 f"new keys are {list(new_keys.shape)}, new values {list(new_values.shape)}; expected the same shape"
             )
-        if self.frozen:
-            return self._join(self.past_keys, new_keys), self._join(self.past_values, new_values)
-        past_keys, past_values = self.past_keys, self.past_values
-        self._store(new_keys.detach(), new_values.detach())
-        if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
-            return self._join(past_keys, new_keys), self._join(past_values, new_values)
-        return self.past_keys, self.past_values
+        held = self._readable()
+        graph = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (new_keys, new_values, held.keys, held.values)
+        )
+        joined = None
+        if self.frozen or graph:
+            joined = self._join(self.past_keys, new_keys), self._join(self.past_values, new_values)
+        if not self.frozen:
+            self._held = self._store(held, new_keys.detach(), new_values.detach())
+        return (self.past_keys, self.past_values) if joined is None else joined
 
-    def _store(self, new_keys: Tensor, new_values: Tensor) -> None:
-        length = self._length + new_keys.shape[1]
-        # A buffer made under inference_mode cannot be written to outside of it.
-        is_locked = self._keys.is_inference() and not torch.is_inference_mode_enabled()
-        if length > self._keys.shape[1] or is_locked:
+    def _store(self, held: _Held, new_keys: Tensor, new_values: Tensor) -> _Held:
+        """What is held with new columns behind it, in the same buffers where they have room."""
+        keys, values, past = held
+        length = past + new_keys.shape[1]
+        if length == past:
+            return held
+        if length > keys.shape[1]:
             # A first fill takes what it needs; each later one at least doubles.
-            capacity = length if self._length == 0 else max(length, 2 * self._length)
-            self._keys = self._grow(self.past_keys, capacity)
-            self._values = self._grow(self.past_values, capacity)
-        self._keys[:, self._length : length] = new_keys
-        self._values[:, self._length : length] = new_values
-        self._length = length
+            capacity = length if past == 0 else max(length, 2 * past)
+            keys = self._grow(keys[:, :past].to(new_keys.dtype), capacity)
+            values = self._grow(values[:, :past].to(new_values.dtype), capacity)
+        # `.data`: these columns were shown to nobody, so nothing that autograd saved changes; its counter of in-place
+        # changes covers the whole buffer and would say so.
+        keys.data[:, past:length] = new_keys
+        values.data[:, past:length] = new_values
+        return _Held(keys, values, length)
 
     @staticmethod
     def _grow(past: Tensor, capacity: int) -> Tensor:
         batch, length, n_kv_heads, d_head = past.shape
-        grown = past.new_empty(batch, capacity, n_kv_heads, d_head)
-        grown[:, :length] = past
+        with lasting_tensors(), torch.no_grad():
+            grown = past.new_empty(batch, capacity, n_kv_heads, d_head)
+            grown[:, :length] = past
         return grown
+
+    def _readable(self) -> _Held:
+        """The buffers; ones made under inference_mode are copied once when they are used outside of it."""
+        held = self._held
+        if (held.keys.is_inference() or held.values.is_inference()) and not torch.is_inference_mode_enabled():
+            held = _Held(held.keys.clone(), held.values.clone(), held.length)
+            self._held = held
+        return held
 
     @staticmethod
     def _join(past: Tensor, new: Tensor) -> Tensor:
+        if past.shape[1] == 0:
+            return new
         return torch.cat([past.expand(new.shape[0], -1, -1, -1), new], dim=1)
 
-    def _check_new(self, new: Tensor, noun: str) -> None:
-        past = self._keys
-        fits = new.shape[0] == past.shape[0] or (self.frozen and past.shape[0] == 1)
-        if not fits or new.shape[2:] != past.shape[2:] or new.dtype != past.dtype or new.device != past.device:
-            rows = "any number of" if self.frozen and past.shape[0] == 1 else str(past.shape[0])
-            raise CacheError(
-                f"new {noun} are {list(new.shape)} {new.dtype} on {new.device}; this cache takes {rows} rows of "
-                f"{past.shape[2]} key-value heads of width {past.shape[3]}, {past.dtype} on {past.device}"
+    def _check_new(self, new: Tensor, past: Tensor, noun: str) -> None:
+        _check_heads(new, "new " + noun)
+        takes_any_rows = self.frozen and past.shape[0] == 1
+        fits = new.shape[2:] == past.shape[2:] and (takes_any_rows or new.shape[0] == past.shape[0])
+        other_dtype = new.dtype != past.dtype and len(self) > 0
+        if fits and not other_dtype and new.device == past.device:
+            return
+        rows = "any number of" if takes_any_rows else str(past.shape[0])
+        way_out = ""
+        if other_dtype:
+            way_out = (
+                ". Under torch.autocast keys and values come in another dtype than the model's: run prefill and "
+                "continuation both inside or both outside of torch.autocast, or convert the cache with "
+                "cache.to(dtype=...)"
             )
+        raise CacheError(
+            f"new {noun} are {_describe(new)}; this cache takes {rows} rows of {past.shape[2]} key-value heads of "
+            f"width {past.shape[3]}, {past.dtype} on {past.device}{way_out}"
+        )
 
     def roll_back(self, length: int) -> None:
-        """Forget what was stored past `length` columns."""
-        self._length = min(self._length, length)
+        """Forget what was stored past `length` columns.
+
+        Raises:
+            CacheError: the entry is frozen, or holds fewer columns.
+        """
+        if self.frozen:
+            raise CacheError("a frozen entry cannot be rolled back; unfreeze the cache, or take cache.crop(n)")
+        length = read_count(length, what="length", least=0, most=len(self))
+        if length < len(self):
+            # No spare room: the columns that are forgotten may be seen through views, so the next append copies.
+            keys, values, _ = self._held
+            self._held = _Held(keys[:, :length], values[:, :length], length)
+            self._n_unchanged = min(self._n_unchanged, length)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _check_heads(tensor: object, what: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise CacheError(f"{what}: found a {type(tensor).__name__}; expected a tensor [batch pos n_kv_heads d_head]")
+    if tensor.ndim != 4 or not tensor.is_floating_point():
+        raise CacheError(f"{what}: found {_describe(tensor)}; expected a floating tensor [batch pos n_kv_heads d_head]")

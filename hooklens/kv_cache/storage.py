@@ -1,18 +1,18 @@
 """A key-value cache on disk, as a safetensors file."""
 
 import json
-from pathlib import Path
+import os
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hooklens.errors import CacheError
+from hooklens.errors import CacheError, join_names
+from hooklens.files import read_safetensors, write_safetensors
 
 _FORMAT = "hooklens-kv-cache-1"
+_KEYS = frozenset({"format", "n_layers", "frozen", "fingerprint", "transforms"})
 
 
 class StoredCache(NamedTuple):
@@ -37,8 +37,8 @@ class StoredCache(NamedTuple):
     transforms: tuple[str, ...]
 
 
-def write_cache(path: str | Path, stored: StoredCache) -> None:
-    """Write a cache to a safetensors file.
+def write_cache(path: str | os.PathLike[str], stored: StoredCache) -> None:
+    """Write a cache to a safetensors file; a file that is there is replaced in one step.
 
     Raises:
         CacheError: the file cannot be written.
@@ -56,33 +56,53 @@ def write_cache(path: str | Path, stored: StoredCache) -> None:
         "transforms": json.dumps(stored.transforms),
     }
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-    except (OSError, SafetensorError) as error:
+        write_safetensors(path, tensors, metadata)
+    except (OSError, ValueError) as error:
         raise CacheError(f"cannot write the key-value cache to {path}: {error}") from error
 
 
-def read_cache(path: str | Path, *, device: torch.device | str = "cpu") -> StoredCache:
+def read_cache(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> StoredCache:
     """Read what `write_cache` wrote.
 
     Raises:
         CacheError: the file is missing, damaged, or not a key-value cache.
     """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CacheError(f"{path} is not a saved key-value cache; write one with cache.save(path)")
-            layers = range(int(metadata["n_layers"]))
-            has_logits = "last_logits" in file.keys()  # noqa: SIM118  (safe_open is no mapping)
-            return StoredCache(
-                keys=[file.get_tensor(f"{layer}.keys") for layer in layers],
-                values=[file.get_tensor(f"{layer}.values") for layer in layers],
-                attention_mask=file.get_tensor("attention_mask").bool(),
-                last_logits=file.get_tensor("last_logits") if has_logits else None,
-                frozen=metadata["frozen"] == "1",
-                fingerprint=metadata["fingerprint"] or None,
-                # The record is the younger part of the format.
-                transforms=tuple(json.loads(metadata.get("transforms", "[]"))),
-            )
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        tensors, metadata = read_safetensors(path, device=device)
+        if metadata.get("format") != _FORMAT:
+            raise CacheError(f"{path} is not a saved key-value cache; write one with cache.save(path)")
+        return _interpret(tensors, metadata)
+    except CacheError:
+        raise
+    except (OSError, ValueError) as error:
         raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error
+
+
+def _interpret(tensors: dict[str, Tensor], metadata: dict[str, str]) -> StoredCache:
+    """The contents of a file, checked; `ValueError` says what is wrong."""
+    # The record of weight processing is the younger part of the format.
+    metadata = {"transforms": "[]", **metadata}
+    if metadata.keys() != _KEYS:
+        raise ValueError(f"its metadata are {join_names(sorted(metadata))}; expected {join_names(sorted(_KEYS))}")
+    if not metadata["n_layers"].isdecimal() or len(metadata["n_layers"]) > 6 or metadata["frozen"] not in ("0", "1"):
+        raise ValueError(f"n_layers is {metadata['n_layers']!r} and frozen {metadata['frozen']!r}; expected numbers")
+    transforms = json.loads(metadata["transforms"])
+    if not isinstance(transforms, list) or not all(isinstance(step, str) for step in transforms):
+        raise ValueError(f"transforms are {metadata['transforms']}; expected a list of names")
+    layers = range(int(metadata["n_layers"]))
+    wanted = {"attention_mask"} | {f"{layer}.{part}" for layer in layers for part in ("keys", "values")}
+    wrong = sorted(wanted ^ (tensors.keys() - {"last_logits"}))
+    if wrong or not layers:
+        raise ValueError(f"the tensors {join_names(wrong)} are missing or too many for {len(layers)} layers")
+    mask = tensors["attention_mask"]
+    if mask.ndim != 2 or mask.dtype != torch.uint8 or bool((mask > 1).any()):
+        raise ValueError(f"attention_mask is {mask.dtype} {list(mask.shape)}; expected torch.uint8 [batch pos], 0 or 1")
+    return StoredCache(
+        keys=[tensors[f"{layer}.keys"] for layer in layers],
+        values=[tensors[f"{layer}.values"] for layer in layers],
+        attention_mask=mask.bool(),
+        last_logits=tensors.get("last_logits"),
+        frozen=metadata["frozen"] == "1",
+        fingerprint=metadata["fingerprint"] or None,
+        transforms=tuple(transforms),
+    )

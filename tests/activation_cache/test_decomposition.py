@@ -33,9 +33,9 @@ def stream_entering(cache, layer):
 
 def plain_norm(norm, x):
     """The norm written out, from its parameters."""
-    centred = x - x.mean(-1, keepdim=True) if norm.cfg.kind == "layer" else x
-    scale = (centred.square().mean(-1, keepdim=True) + norm.cfg.eps).sqrt()
-    gain = 1 + norm.w if norm.cfg.unit_offset else norm.w
+    centred = x - x.mean(-1, keepdim=True) if norm.norm.kind == "layer" else x
+    scale = (centred.square().mean(-1, keepdim=True) + norm.norm.eps).sqrt()
+    gain = 1 + norm.w if norm.norm.unit_offset else norm.w
     return centred / scale * gain + (norm.b if norm.b is not None else 0)
 
 
@@ -87,6 +87,32 @@ class TestSums:
             cache.apply_ln_to_stack(cache.decompose_resid(layer, mlp_input=mlp_input), layer, mlp_input=mlp_input),
         ):
             assert_close(stack.sum(0) + bias, expected, rtol=0, atol=1e-9)
+
+    def test_accumulated_streams_through_the_norm_end_with_what_the_unembedding_read(self, network):
+        """The norm's bias was left out, so the last entry times W_U was not the logits."""
+        model, _, cache = run(network)
+        final = cache.accumulated_resid(apply_ln=True)[-1]
+        assert_close(final, cache["unembed.hook_in"], rtol=0, atol=1e-9)
+        logits = final @ model.W_U + (0 if model.unembed.b_U is None else model.unembed.b_U)
+        assert_close(logits, cache["unembed.hook_out"], rtol=0, atol=1e-9)
+        norm = model.ln_final
+        # All of them over the denominator of the run, as in TransformerLens 2.x.
+        stream = cache["resid_pre", 1]
+        centred = stream - stream.mean(-1, keepdim=True) if norm.norm.kind == "layer" else stream
+        gain = 1 + norm.w if norm.norm.unit_offset else norm.w
+        expected = centred / cache["scale"] * gain + (0 if norm.b is None else norm.b)
+        assert_close(cache.accumulated_resid(apply_ln=True)[1], expected)
+
+    @pytest.mark.parametrize("mlp_input", [False, True])
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_accumulated_streams_through_the_norm_of_a_block(self, network, layer, mlp_input):
+        model, _, cache = run(network)
+        block = model.blocks[layer]
+        norm = block.ln2 if mlp_input and block.ln2 is not None else block.ln1
+        stream = cache["mlp_in", layer] if mlp_input else stream_entering(cache, layer)
+        expected = stream if norm is None else plain_norm(norm, stream)
+        found = cache.accumulated_resid(layer, mlp_input=mlp_input, apply_ln=True)
+        assert_close(found[-1], expected, rtol=0, atol=1e-9)
 
     @pytest.mark.parametrize("method", ["stack_head_results", "stack_neuron_results"])
     @pytest.mark.parametrize("layer", [-1, 0, 1])
@@ -334,14 +360,14 @@ class TestRefusals:
 
     def test_neurons_out_of_range(self):
         _, _, cache = run("rotary")
-        with pytest.raises(CacheError, match=r"neurons \[20, -21\] are out of range; an MLP has neurons 0 to 19"):
+        with pytest.raises(CacheError, match=r"neuron_slice: \[20, -21\] out of range; there are 20 neurons of an MLP"):
             cache.stack_neuron_results(neuron_slice=[1, 20, -21])
-        with pytest.raises(CacheError, match="no neuron is chosen"):
+        with pytest.raises(CacheError, match=r"neuron_slice=slice\(5, 5, None\) chooses none of the 20 neurons"):
             cache.stack_neuron_results(neuron_slice=slice(5, 5))
 
     def test_positions_out_of_range(self):
         _, _, cache = run("rotary")
-        with pytest.raises(InputError, match="pos_slice=5 is out of range: 5 positions were captured"):
+        with pytest.raises(InputError, match="pos_slice: 5 out of range; there are 5 captured positions, 0 to 4"):
             cache.decompose_resid(pos_slice=5)
 
     @pytest.mark.parametrize(
@@ -363,16 +389,22 @@ class TestRefusals:
     def test_neurons_that_could_mean_two_things(self, neuron_slice):
         """A mask was read as neurons 0 and 1."""
         _, _, cache = run("rotary")
-        with unchecked(), pytest.raises(CacheError, match="expected an int, a slice, or a list of ints"):
+        with unchecked(), pytest.raises(CacheError, match="expected an int, a slice, or a list of at least one int"):
             cache.stack_neuron_results(neuron_slice=neuron_slice)
 
-    def test_rows_that_could_mean_two_things_or_nothing(self):
+    def test_rows_that_could_mean_two_things(self):
+        """A mask would be rows 0 and 1, a tuple is a range in TransformerLens."""
         _, _, cache = run("rotary")
         stack = cache.decompose_resid()
-        for rows in ((0, 2), torch.tensor([True, False]), None):
-            with unchecked(), pytest.raises(CacheError, match=r"rows .*: expected a row, a slice, or a list of rows"):
+        for rows in ((0, 2), torch.tensor([True, False]), True, 0.5, [1.0], "all"):
+            with unchecked(), pytest.raises(CacheError, match=r"rows=.*; expected an int, a slice, or a list of at"):
                 cache.apply_slice_to_batch_dim(rows)
-        with pytest.raises(CacheError, match=r"rows \[2\] are not in this cache; it has 2 rows, 0 to 1"):
+            with (
+                unchecked(),
+                pytest.raises(CacheError, match=r"batch_slice=.*; expected an int, a slice, or a list of"),
+            ):
+                cache.apply_ln_to_stack(stack, batch_slice=rows)
+        with pytest.raises(CacheError, match=r"batch_slice: 2 out of range; there are 2 rows of the stack, 0 to 1"):
             cache.apply_ln_to_stack(stack, batch_slice=2)
 
     def test_directions_of_another_width(self):

@@ -28,6 +28,13 @@ def test_attributions_and_bias_sum_to_the_logit_difference(run, expand_neurons):
         assert_close(attributed, expected, rtol=0, atol=1e-9)
 
 
+def test_the_last_stream_as_a_whole_gives_the_logit(run):
+    cache, logits = run
+    attributed = cache.logit_attrs(cache.accumulated_resid(), 3)[-1] + cache.logit_attr_bias(3)
+    assert_close(attributed, logits[..., 3], rtol=0, atol=1e-9)
+    assert_close(cache.logit_attrs(cache["resid_post", -1], 3) + cache.logit_attr_bias(3), attributed)
+
+
 def test_one_answer_per_row(run):
     """TransformerLens broadcasts `[batch]` answers against positions where the stack has both axes."""
     cache, logits = run

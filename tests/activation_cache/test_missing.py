@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hooklens.activation_cache import ActivationCache, MissingActivationError
+from hooklens.config import NoPositions
 from hooklens.errors import CacheError
 from tests.activation_cache.captures import CFG, make_cache
 
@@ -41,9 +42,9 @@ class TestMissing:
             (("resid_mid", 0), {"wiring": "parallel"}, "its blocks are parallel"),
             (("scale", 0, "ln2"), {"wiring": "parallel", "shared_norm": True}, "its MLPs have no norm of their own"),
             (("scale", 0, "ln1"), {"norm_before": False, "norm_after": True}, "it has no norms before its branches"),
-            (("rot_q", 0), {"positions": None}, "its positions are not rotary"),
-            (("k_per_head", 0), {"n_kv_heads": CFG.n_heads}, "its query heads share no keys, so hook_k has them per"),
-            (("v_per_head", 1), {"n_kv_heads": CFG.n_heads}, "its query heads share no values, so hook_v has them"),
+            (("rot_q", 0), {"positions": NoPositions()}, "its positions are not rotary"),
+            (("k_per_head", 0), {"n_kv_heads": CFG.n_heads}, "its query heads share no keys and values, so hook_k"),
+            (("v_per_head", 1), {"n_kv_heads": CFG.n_heads}, "hook_k and hook_v have them per query head"),
         ],
     )
     def test_the_config_decides_what_a_model_has(self, key, changes, text):

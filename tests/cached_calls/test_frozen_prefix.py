@@ -42,7 +42,7 @@ def test_a_hundred_reuses_are_bit_identical(variant):
 
 
 @torch.no_grad()
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     network=st.sampled_from(list(CONFIGS)),
     prefix_lengths=st.lists(st.integers(1, 7), min_size=1, max_size=1)

@@ -1,0 +1,140 @@
+"""What goes together: the entries of one cache, and a cache with a model. Nothing is read from the device."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooklens.config import HookedConfig
+from hooklens.errors import CacheError
+from hooklens.kv_cache.arguments import require
+from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
+
+Origin = tuple[str | None, tuple[str, ...]]
+"""The fingerprint of a configuration, and a record of weight processing."""
+
+
+def check_entries(entries: Sequence[object]) -> None:
+    """Check that there is one entry object per layer.
+
+    Raises:
+        CacheError: none, one for several layers, or other objects.
+    """
+    if not entries:
+        raise CacheError("a key-value cache needs at least one entry; use HookedKeyValueCache.init_cache(cfg)")
+    for layer, entry in enumerate(entries):
+        require(entry, HookedKeyValueCacheEntry, what=f"entries[{layer}]", expected="a HookedKeyValueCacheEntry")
+    if len({id(entry) for entry in entries}) < len(entries):
+        raise CacheError("one entry object stands for several layers, which would all append to it; make one for each")
+
+
+def check_same_tokens(entries: Sequence[HookedKeyValueCacheEntry], mask: Bool[Tensor, "batch pos"]) -> None:
+    """Check that all layers hold the tokens that the mask covers, and are all frozen or none.
+
+    Raises:
+        CacheError: they do not; the layers are named.
+    """
+    frozen = entries[0].frozen
+    odd = [layer for layer, entry in enumerate(entries) if entry.frozen != frozen]
+    if odd:
+        found, rest = ("not frozen", "frozen") if frozen else ("frozen", "not frozen")
+        raise CacheError(
+            f"the entries of layers {odd} are {found} and the rest of the cache is {rest}: after a call its layers "
+            "would hold different tokens. Freeze or unfreeze the whole cache"
+        )
+    rows, columns = mask.shape
+    odd = [layer for layer, entry in enumerate(entries) if (entry.batch_size, len(entry)) != (rows, columns)]
+    if odd:
+        held = [(entries[layer].batch_size, len(entries[layer])) for layer in odd]
+        raise CacheError(
+            f"the attention mask covers {rows} rows of {columns} columns, but layers {odd} hold (rows, columns) "
+            f"{held}; every layer must hold the same tokens"
+        )
+
+
+def check_model(entries: Sequence[HookedKeyValueCacheEntry], cfg: HookedConfig, *, n_layers: int) -> None:
+    """Check layers and heads.
+
+    Raises:
+        CacheError: the entries are another model's.
+    """
+    require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
+    heads = (cfg.n_kv_heads, cfg.d_head)
+    if n_layers != cfg.n_layers or any(entry.head_shape != heads for entry in entries):
+        found = ", ".join(str(shape) for shape in sorted({(n_layers, *entry.head_shape) for entry in entries}))
+        raise CacheError(
+            f"the cache has (layers, key-value heads, d_head) {found}, the model {(cfg.n_layers, *heads)}: it was made "
+            "by another model; make one with model.prefill(prefix)"
+        )
+
+
+def check_origin(cache: Origin, model: Origin, *, holds_tokens: bool) -> None:
+    """Check that the cache was filled by a model with this configuration and weight processing.
+
+    Raises:
+        CacheError: by another one.
+    """
+    (cache_fingerprint, cache_transforms), (model_fingerprint, model_transforms) = cache, model
+    # Before the fingerprint: processing may change the config, too, and is then what there is to tell.
+    if holds_tokens and cache_transforms != model_transforms:
+        raise CacheError(
+            f"the cache was filled by a model with weight processing {_describe_record(cache_transforms)}, the "
+            f"weight processing of this model is {_describe_record(model_transforms)}: their keys and values do not go "
+            "together. Make a cache with this model's model.prefill(prefix), or call the model that filled it"
+        )
+    if cache_fingerprint is not None and cache_fingerprint != model_fingerprint:
+        raise CacheError(
+            "the cache was made by a model with another configuration (their fingerprints differ); "
+            "make one with model.prefill(prefix)"
+        )
+
+
+def check_batch(rows: int, batch: int, *, frozen: bool) -> None:
+    """Check that a cache of some rows can serve a batch.
+
+    Raises:
+        CacheError: it cannot.
+    """
+    if batch != rows and not (frozen and rows == 1):
+        way_out = "freeze it: a frozen cache of one row serves any batch" if rows == 1 else "use select"
+        raise CacheError(f"the cache has {rows} rows and the input {batch}; {way_out}")
+
+
+def check_place(entries: Sequence[HookedKeyValueCacheEntry], *, device: torch.device, dtype: torch.dtype) -> None:
+    """Check device and dtype; entries without tokens take any dtype.
+
+    Under `torch.autocast` values come in autocast's dtype, and keys in that or, after a rotation, in the model's.
+
+    Raises:
+        CacheError: keys and values lie elsewhere, or have another dtype than the call computes in.
+    """
+    require(device, torch.device, what="device", expected="a torch.device, model.device")
+    require(dtype, torch.dtype, what="dtype", expected="a torch.dtype, model.dtype")
+    computed = find_computing_dtype(dtype, device)
+    for entry in entries:
+        keys, values = entry.dtypes
+        is_typed = len(entry) == 0 or (values == computed and keys in (computed, dtype))
+        if entry.device == device and is_typed:
+            continue
+        found = str(keys) if keys == values else f"{keys} (keys) and {values} (values)"
+        under = "" if computed == dtype else f" and computes in {computed} under torch.autocast"
+        hint = ""
+        if not is_typed:
+            hint = ", or run prefill and continuation both inside or both outside of torch.autocast"
+        raise CacheError(
+            f"the cache is {found} on {entry.device}, the model {dtype} on {device}{under}; "
+            f"convert it with cache.to(device, dtype){hint}"
+        )
+
+
+def find_computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a linear map of weights of this dtype computes, `torch.autocast` included."""
+    # Autocast leaves float64 as it is.
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def _describe_record(transforms: tuple[str, ...]) -> str:
+    return " + ".join(transforms) or "none"
