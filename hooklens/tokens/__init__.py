@@ -1,27 +1,45 @@
-"""Text to token ids and back: the BOS rule, padding, truncation, and what a batch of ids must satisfy.
+"""Text to token ids and back: the BOS rule, padding, truncation, and what a call may be given.
 
 Pure functions around a `transformers` tokenizer, which they never change.
 """
 
+from hooklens.tokens.batch import CallTokens, read_tokens
 from hooklens.tokens.decoding import to_str_tokens, to_string
-from hooklens.tokens.encoding import TokenBatch, to_tokens
-from hooklens.tokens.ids import check_token_ids
-from hooklens.tokens.padding import PaddingSide, infer_attention_mask, padding_token_id
+from hooklens.tokens.encoding import TokenBatch, encode_continuation, to_tokens
+from hooklens.tokens.ids import as_usable, check_has_values, check_range, check_token_ids, is_integer, knows_id
+from hooklens.tokens.inputs import Ids, Prompt, is_text, read_input
+from hooklens.tokens.padding import PaddingSide, dedicated_pad_id, mask_of_ids, padding_token_id
 from hooklens.tokens.single import PositionMode, get_token_position, to_single_str_token, to_single_token
-from hooklens.tokens.tokenizer import Tokenizer
+from hooklens.tokens.tokenizer import Tokenizer, read_tokenizer
+from hooklens.tokens.unknown import unknown_token_id
 
 __all__ = [
+    "CallTokens",
+    "Ids",
     "PaddingSide",
     "PositionMode",
+    "Prompt",
     "TokenBatch",
     "Tokenizer",
+    "as_usable",
+    "check_has_values",
+    "check_range",
     "check_token_ids",
+    "dedicated_pad_id",
+    "encode_continuation",
     "get_token_position",
-    "infer_attention_mask",
+    "is_integer",
+    "is_text",
+    "knows_id",
+    "mask_of_ids",
     "padding_token_id",
+    "read_input",
+    "read_tokenizer",
+    "read_tokens",
     "to_single_str_token",
     "to_single_token",
     "to_str_tokens",
     "to_string",
     "to_tokens",
+    "unknown_token_id",
 ]

@@ -1,28 +1,31 @@
 """Token ids back to text."""
 
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hooklens.tokens.encoding import read_rows
-from hooklens.tokens.ids import read_ids
+from hooklens.tokens.ids import check_known_ids
+from hooklens.tokens.inputs import Ids, Prompt, read_id_rows
 from hooklens.tokens.tokenizer import Tokenizer, decode, decode_each
 
 
-def to_string(tokenizer: Tokenizer, tokens: int | Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
+def to_string(tokenizer: Tokenizer, tokens: int | np.integer[Any] | Tensor | Ids) -> str | list[str]:
     """Decode ids to text, special tokens included: a string for one row or one id, a list for `[batch pos]`.
 
     Raises:
-        InputError: the tokens are no ids.
+        InputError: the tokens are no ids, or ids that the tokenizer does not have.
     """
-    rows, is_batch = read_ids(tokens)
+    rows, is_batch = read_id_rows(tokens)
+    check_known_ids(tokenizer, rows)
     texts = [decode(tokenizer, row) for row in rows]
     return texts if is_batch else texts[0]
 
 
 def to_str_tokens(
     tokenizer: Tokenizer,
-    input: str | Tensor | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    input: Prompt,
     *,
     prepend_bos: bool | None = None,
 ) -> list[str] | list[list[str]]:
@@ -37,7 +40,7 @@ def to_str_tokens(
         prepend_bos: the BOS rule for text; ids are taken as they are.
 
     Raises:
-        InputError: an empty prompt, a BOS asked of a tokenizer that has none, or what is no ids.
+        InputError: an empty prompt, a BOS asked of a tokenizer that has none, or what is no ids of the tokenizer's.
     """
     rows, is_batch = read_rows(tokenizer, input, prepend_bos=prepend_bos)
     pieces = [decode_each(tokenizer, row) for row in rows]

@@ -13,18 +13,20 @@ All three leave every other special token as the tokenizer is configured: where 
 rows end in that EOS under `True` and `False` too.
 """
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.errors import InputError
-from hooklens.tokens.ids import read_ids
+from hooklens.arguments import read_flag
+from hooklens.errors import InputError, warn_caller
+from hooklens.tokens.ids import check_known_ids
+from hooklens.tokens.inputs import is_text, read_id_rows, read_prepend_bos, read_texts
 from hooklens.tokens.padding import PaddingSide, padding_token_id, resolve_padding_side
-from hooklens.tokens.tokenizer import Tokenizer, encode, special_id
+from hooklens.tokens.tokenizer import Tokenizer, decode, encode, special_id
+from hooklens.tokens.unknown import warn_of_unknown
 
 _SHOWN = 10
 
@@ -41,6 +43,34 @@ class TokenBatch(NamedTuple):
     attention_mask: Int[Tensor, "batch pos"]
 
 
+@overload
+def to_tokens(
+    tokenizer: Tokenizer,
+    text: str | Sequence[str],
+    *,
+    prepend_bos: bool | None = ...,
+    padding_side: PaddingSide | None = ...,
+    truncate: bool = ...,
+    n_ctx: int | None = ...,
+    d_vocab: int | None = ...,
+    return_attention_mask: Literal[False] = ...,
+) -> Int[Tensor, "batch pos"]: ...
+
+
+@overload
+def to_tokens(
+    tokenizer: Tokenizer,
+    text: str | Sequence[str],
+    *,
+    prepend_bos: bool | None = ...,
+    padding_side: PaddingSide | None = ...,
+    truncate: bool = ...,
+    n_ctx: int | None = ...,
+    d_vocab: int | None = ...,
+    return_attention_mask: bool,
+) -> Int[Tensor, "batch pos"] | TokenBatch: ...
+
+
 def to_tokens(
     tokenizer: Tokenizer,
     text: str | Sequence[str],
@@ -49,8 +79,12 @@ def to_tokens(
     padding_side: PaddingSide | None = None,
     truncate: bool = True,
     n_ctx: int | None = None,
-) -> TokenBatch:
+    d_vocab: int | None = None,
+    return_attention_mask: bool = False,
+) -> Int[Tensor, "batch pos"] | TokenBatch:
     """Encode one prompt or a list of prompts as a padded batch, on the CPU.
+
+    Words that the vocabulary lacks give one `UnknownTokenWarning`, prompts that are cut one `UserWarning`.
 
     Args:
         tokenizer: encodes the text; never changed.
@@ -60,16 +94,48 @@ def to_tokens(
         truncate: cut prompts longer than `n_ctx` to their first `n_ctx` tokens (so the BOS stays and an
             EOS that the tokenizer appends goes), with one warning that counts what was cut.
         n_ctx: the longest prompt allowed, in tokens with BOS. None: any length.
+        d_vocab: how many ids the model has. None: any id. Padding may lie beyond: a pad token that the tokenizer
+            was given later, which no model runs.
+        return_attention_mask: also give the mask, which ids do not always tell: `(ids, mask)`.
 
     Raises:
         InputError: no prompt at all, a prompt without a token, a BOS asked of a tokenizer that has none,
-            an unknown padding side, or a prompt over `n_ctx` tokens with `truncate=False`.
+            an unknown padding side, a switch that is no bool, tokens beyond `d_vocab`, or a prompt over `n_ctx`
+            tokens with `truncate=False`.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    wants_mask = read_flag(return_attention_mask, what="return_attention_mask")
+    batch = encode_batch(
+        tokenizer,
+        text,
+        prepend_bos=prepend_bos,
+        padding_side=padding_side,
+        truncate=truncate,
+        n_ctx=n_ctx,
+        d_vocab=d_vocab,
+    )
+    return batch if wants_mask else batch.tokens
+
+
+def encode_batch(
+    tokenizer: Tokenizer,
+    text: str | Sequence[str],
+    *,
+    prepend_bos: bool | None,
+    padding_side: PaddingSide | None,
+    truncate: bool,
+    n_ctx: int | None,
+    d_vocab: int | None,
+) -> TokenBatch:
+    """The ids and the mask of prompts, see `to_tokens`."""
+    texts = read_texts(text)
     side = resolve_padding_side(tokenizer, padding_side)
+    cut = read_flag(truncate, what="truncate")
     rows = _encode_prompts(tokenizer, texts, prepend_bos=prepend_bos)
     if n_ctx is not None:
-        rows = _fit_context(rows, n_ctx, truncate=truncate)
+        rows = _fit_context(rows, n_ctx, truncate=cut)
+    warn_of_unknown(tokenizer, texts, rows)
+    if d_vocab is not None:
+        _check_vocabulary(tokenizer, rows, d_vocab)
 
     width = max(len(row) for row in rows)
     # Any id will do as filling, since the mask says what it is; 0 is an id that every embedding has.
@@ -83,31 +149,50 @@ def to_tokens(
     return TokenBatch(tokens, attention_mask)
 
 
+def encode_continuation(tokenizer: Tokenizer, text: str, *, d_vocab: int) -> list[int]:
+    """The ids of a text that goes on after another: no special token is added. They may be none.
+
+    Raises:
+        InputError: tokens beyond `d_vocab`.
+    """
+    rows = encode(tokenizer, [text], add_special_tokens=False)
+    warn_of_unknown(tokenizer, [text], rows)
+    _check_vocabulary(tokenizer, rows, d_vocab)
+    return rows[0]
+
+
 def read_rows(tokenizer: Tokenizer, input: Any, *, prepend_bos: bool | None) -> tuple[list[list[int]], bool]:
-    """Rows of ids from text or ids, and whether the input was a batch."""
-    if isinstance(input, str):
-        return _encode_prompts(tokenizer, [input], prepend_bos=prepend_bos), False
-    if isinstance(input, Sequence) and input and isinstance(input[0], str):
-        return _encode_prompts(tokenizer, list(input), prepend_bos=prepend_bos), True
-    return read_ids(input)
+    """Rows of ids from text or ids that the tokenizer has, and whether the input was a batch."""
+    prepend_bos = read_prepend_bos(prepend_bos)
+    if is_text(input):
+        return _encode_prompts(tokenizer, read_texts(input), prepend_bos=prepend_bos), not isinstance(input, str)
+    rows, is_batch = read_id_rows(input, what="the input")
+    check_known_ids(tokenizer, rows)
+    return rows, is_batch
 
 
 def _encode_prompts(tokenizer: Tokenizer, texts: list[str], *, prepend_bos: bool | None) -> list[list[int]]:
     """Encode under the BOS rule, rows of different lengths, and refuse prompts that have no token."""
-    if not texts:
-        raise InputError("no prompt was given: the list of texts is empty")
-    strange = [
-        f"{type(text).__name__} (prompt {index})" for index, text in enumerate(texts) if not isinstance(text, str)
-    ]
-    if strange:
-        raise InputError(f"prompts are not strings: {', '.join(strange[:_SHOWN])}; token ids go in as a tensor")
-    rows = _apply_bos_rule(tokenizer, texts, prepend_bos=prepend_bos)
+    rows = _apply_bos_rule(tokenizer, texts, prepend_bos=read_prepend_bos(prepend_bos))
     empty = [index for index, row in enumerate(rows) if not row]
     if empty:
         has_bos = special_id(tokenizer, "bos_token_id") is not None
         remedy = "give some text, or prepend_bos=True" if has_bos else "give some text"
         raise InputError(f"empty prompt: prompt {', '.join(map(str, empty))} of {len(texts)} has no token; {remedy}")
     return rows
+
+
+def _check_vocabulary(tokenizer: Tokenizer, rows: list[list[int]], d_vocab: int) -> None:
+    """Refuse tokens that the tokenizer has and the model has not."""
+    outside = sorted({token for row in rows for token in row if token >= d_vocab})
+    if not outside:
+        return
+    more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
+    shown = ", ".join(f"{decode(tokenizer, [token])!r} (id {token})" for token in outside[:_SHOWN])
+    raise InputError(
+        f"the text holds tokens that the model lacks: {shown}{more}; it has d_vocab={d_vocab}, ids 0 to {d_vocab - 1}. "
+        "Leave them out (tokens added to a tokenizer have no embedding), or load the tokenizer of the model"
+    )
 
 
 def _apply_bos_rule(tokenizer: Tokenizer, texts: list[str], *, prepend_bos: bool | None) -> list[list[int]]:
@@ -164,10 +249,8 @@ def _fit_context(rows: list[list[int]], n_ctx: int, *, truncate: bool) -> list[l
             "shorten them, or pass truncate=True to cut them"
         )
     cut = sum(length - n_ctx for length in over.values())
-    warnings.warn(
+    warn_caller(
         f"to_tokens cut {cut} tokens from the end of {len(over)} of {len(rows)} prompts "
-        f"to fit n_ctx={n_ctx} ({lengths})",
-        UserWarning,
-        stacklevel=3,
+        f"to fit n_ctx={n_ctx} ({lengths})"
     )
     return [row[:n_ctx] for row in rows]

@@ -1,15 +1,26 @@
-"""Padding: what rows are filled up with, on which side, and which ids of a finished batch are filling."""
+"""Padding: what rows are filled up with, on which side, and which ids of a row are filling.
+
+**The rule.** Text has the mask that its padding made. Ids with an attention mask have that one. Ids without a mask
+are all tokens, except the padding of a *dedicated* pad id, one that the tokenizer uses for nothing else: runs of it at
+the ends of a row are padding. No row's mask depends on another row.
+
+A pad id that is also the BOS, the EOS or the unknown token (one token for all, in many checkpoints) is not dedicated:
+ids do not tell whether it opens a sequence or fills it. `to_tokens(..., return_attention_mask=True)` gives the mask.
+"""
 
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.errors import InputError
-from hooklens.tokens.tokenizer import Tokenizer, special_id
+from hooklens.errors import InputError, PaddingWarning, warn_caller
+from hooklens.tokens.ids import has_values
+from hooklens.tokens.tokenizer import Tokenizer, decode, special_id
 
 PaddingSide = Literal["left", "right"]
+
+_SHOWN = 10
 
 
 def padding_token_id(tokenizer: Tokenizer) -> int | None:
@@ -20,6 +31,15 @@ def padding_token_id(tokenizer: Tokenizer) -> int | None:
     return None
 
 
+def dedicated_pad_id(tokenizer: Tokenizer | None) -> int | None:
+    """The pad id where it means nothing else: it is set, and neither the BOS, the EOS nor the unknown token."""
+    if tokenizer is None:
+        return None
+    pad = special_id(tokenizer, "pad_token_id")
+    others = [special_id(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "unk_token_id")]
+    return None if pad in others else pad
+
+
 def resolve_padding_side(tokenizer: Tokenizer, padding_side: PaddingSide | None) -> PaddingSide:
     """The side asked for, or else the tokenizer's own.
 
@@ -27,83 +47,87 @@ def resolve_padding_side(tokenizer: Tokenizer, padding_side: PaddingSide | None)
         InputError: it is neither "left" nor "right".
     """
     side = padding_side if padding_side is not None else getattr(tokenizer, "padding_side", "right")
+    return check_padding_side(side)
+
+
+def check_padding_side(side: object) -> PaddingSide:
+    """A side that is one of the two.
+
+    Raises:
+        InputError: it is neither "left" nor "right".
+    """
     for choice in get_args(PaddingSide):
-        if side == choice:
+        if isinstance(side, str) and side == choice:
             resolved: PaddingSide = choice
             return resolved
     raise InputError(f"padding_side is {side!r}; expected 'left' or 'right'")
 
 
-def infer_attention_mask(
-    tokens: Int[Tensor, "batch pos"],
-    *,
-    pad_token_id: int | None,
-    bos_token_id: int | None,
-    eos_token_id: int | None = None,
-    padding_side: PaddingSide | None = None,
+def mask_of_ids(
+    ids: Int[Tensor, "batch pos"], tokenizer: Tokenizer | None, *, padding_side: PaddingSide | None = None
 ) -> Int[Tensor, "batch pos"] | None:
-    """The attention mask of a batch of ids that came without one; None when nothing in it is padding.
+    """The attention mask of ids that came without one, row by row; None where all of them are tokens.
 
-    The rule:
-
-    1. A run of the pad id at the start of a row is padding, and so is one at the end; with a
-       `padding_side`, only the run on that side. Pad ids inside a row are tokens.
-    2. Where the pad id is also the BOS id and **every** row starts with it, each row has a BOS: the run at
-       the start keeps its last id. If some row starts with another token, no row was given a BOS.
-    3. Where the pad id is also the EOS id and **every** row ends with it, likewise: the run at the end
-       keeps its first id.
-    4. A row of nothing but the pad id, where that is also the BOS or the EOS, keeps one id: the last if the padding
-       is on the left, the first otherwise.
-    5. A single row is never padded by `to_tokens`, so a run is taken for padding only at an end where the
-       pad id has no other meaning: not at the start if it is the BOS, not at the end if it is the EOS.
-
-    Rules 2 and 3 lean on the fact that the longest row of a padded batch has no padding. The masks that
-    `to_tokens` makes come back exactly, except where the ids do not tell: the pad id is also the BOS or EOS
-    and some prompts, but not all, spell it out at their start or end (or spell it several times); or a row
-    is only the pad id and `padding_side` is None. Pass the mask in these cases.
-
-    Padding on the right never changes the activations of the real positions before it (attention is
-    causal); there the mask matters to losses and means only. Padding on the left changes everything.
+    The one place that decides, by the rule in this module's description.
 
     Args:
-        tokens: the batch of ids.
-        pad_token_id: the id of padding, see `padding_token_id`. None: nothing is padding.
-        bos_token_id: the id that opens a sequence.
-        eos_token_id: the id that closes a sequence.
-        padding_side: the side on which the batch was padded. None: either.
+        ids: on the CPU, best of all, since their values are looked at. While they are traced (`torch.compile`) the
+            mask is a tensor also where it hides nothing.
+        tokenizer: whose dedicated pad id counts. None: there is none.
+        padding_side: the side that may hold padding. None: both.
+
+    Raises:
+        InputError: rows of nothing but the dedicated pad id.
     """
-    if pad_token_id is None:
+    side = None if padding_side is None else check_padding_side(padding_side)
+    pad = dedicated_pad_id(tokenizer)
+    if pad is None or ids.is_meta:
         return None
-    is_pad = tokens == pad_token_id
-    opens, closes = pad_token_id == bos_token_id, pad_token_id == eos_token_id
-    if not bool(is_pad.any()) or (len(tokens) == 1 and (opens or closes) and bool(is_pad.all())):
+    is_pad = ids == pad
+    hidden = torch.zeros_like(is_pad)
+    if side != "right":
+        hidden = hidden | is_pad.long().cumprod(1).bool()
+    if side != "left":
+        hidden = hidden | is_pad.long().flip(1).cumprod(1).flip(1).bool()
+    if not has_values(ids):
+        return (~hidden).long()
+    if not bool(hidden.any()):
         return None
-    padding = _find_padding(is_pad, opens=opens, closes=closes, padding_side=padding_side)
-    return (~padding).long() if bool(padding.any()) else None
+    empty = hidden.all(1).nonzero()[:, 0].tolist()
+    if empty:
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        raise InputError(
+            f"rows {empty[:_SHOWN]}{more} hold nothing but the pad token (id {pad}), so they have no token; leave them "
+            "out, or pass attention_mask where it is to count as a token"
+        )
+    return (~hidden).long()
 
 
-def _find_padding(
-    is_pad: Bool[Tensor, "batch pos"], *, opens: bool, closes: bool, padding_side: PaddingSide | None
-) -> Bool[Tensor, "batch pos"]:
-    """Apply the rule of `infer_attention_mask`; `opens` and `closes`: the pad id is also the BOS, the EOS."""
-    single_row = len(is_pad) == 1
-    padding = torch.zeros_like(is_pad)
-    # A run shifted by one position spares the id at its inner end, the BOS or EOS.
-    if padding_side != "right" and not (single_row and opens):
-        run = is_pad.long().cumprod(dim=1).bool()
-        kept = int(opens and bool(is_pad[:, 0].all()))
-        padding[:, : is_pad.shape[1] - kept] |= run[:, kept:]
-    if padding_side != "left" and not (single_row and closes):
-        run = is_pad.long().flip(1).cumprod(dim=1).flip(1).bool()
-        kept = int(closes and bool(is_pad[:, -1].all()))
-        padding[:, kept:] |= run[:, : is_pad.shape[1] - kept]
+def warn_of_likely_padding(ids: Int[Tensor, "batch pos"], tokenizer: Tokenizer | None) -> None:
+    """Warn where ids look padded with a token that is not for padding alone; all of them run as tokens.
 
-    only_pad = is_pad.all(dim=1)
-    if (opens or closes) and bool(only_pad.any()):
-        others = padding[~only_pad]
-        on_the_left = bool(others[:, 0].any()) and not bool(others[:, -1].any())
-        if padding_side is not None:
-            on_the_left = padding_side == "left"
-        padding[only_pad] = True
-        padding[only_pad, -1 if on_the_left else 0] = False
-    return padding
+    They look so where some rows of a batch begin, or end, with two or more of the pad, EOS or BOS id, and others do
+    not. Where there is a dedicated pad id, that one is padding and others are not.
+    """
+    if tokenizer is None or len(ids) < 2 or ids.shape[1] < 2 or dedicated_pad_id(tokenizer) is not None:
+        return
+    names = {"pad_token_id": "pad", "eos_token_id": "EOS", "bos_token_id": "BOS"}
+    found: dict[int, list[str]] = {}
+    for name, meaning in names.items():
+        if (token := special_id(tokenizer, name)) is not None:
+            found.setdefault(token, []).append(meaning)
+    for token, meanings in found.items():
+        for verb, ends in (("begin", ids[:, :2]), ("end", ids[:, -2:])):
+            padded = (ends == token).all(1)
+            rows = padded.nonzero()[:, 0].tolist()
+            if rows and len(rows) < len(ids):
+                more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+                warn_caller(
+                    f"rows {rows[:_SHOWN]}{more} of the token ids {verb} with several {decode(tokenizer, [token])!r} "
+                    f"(id {token}), as if padded; but that is the tokenizer's {' and '.join(meanings)} token, "
+                    "so every id is run as a token. If they are padded, pass attention_mask: "
+                    "to_tokens(..., return_attention_mask=True) gives it with the ids. If they are not, pass a mask "
+                    "of ones",
+                    PaddingWarning,
+                )
+                return

@@ -2,6 +2,9 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+from hooklens.arguments import refusal
+from hooklens.errors import HookLensError, InputError
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -19,6 +22,17 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
         """Decode a list of ids to text."""
+
+
+def read_tokenizer(given: object, *, what: str = "tokenizer", error: type[HookLensError] = InputError) -> Tokenizer:
+    """A tokenizer that a caller gave.
+
+    Raises:
+        HookLensError: something else, the class of a tokenizer or its name included.
+    """
+    if isinstance(given, Tokenizer) and not isinstance(given, type):
+        return given
+    raise refusal(given, what, "a transformers tokenizer (AutoTokenizer.from_pretrained(name))", error)
 
 
 def special_id(tokenizer: Tokenizer, name: str) -> int | None:

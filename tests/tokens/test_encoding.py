@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.errors import HookLensError, InputError
@@ -64,7 +64,7 @@ class TestBosRule:
         ],
     )
     def test_tokens(self, tokenizer, text, prepend_bos, expected):
-        assert to_tokens(tokenizer, text, prepend_bos=prepend_bos).tokens.tolist() == [expected]
+        assert to_tokens(tokenizer, text, prepend_bos=prepend_bos).tolist() == [expected]
 
     @pytest.mark.parametrize(
         ("tokenizer", "prepend_bos", "front", "end"),
@@ -81,11 +81,11 @@ class TestBosRule:
     )
     def test_one_token_that_is_both_bos_and_eos(self, tokenizer, prepend_bos, front, end):
         middle = BYTES("the cat").input_ids
-        assert to_tokens(tokenizer, "the cat", prepend_bos=prepend_bos).tokens.tolist() == [front + middle + end]
+        assert to_tokens(tokenizer, "the cat", prepend_bos=prepend_bos).tolist() == [front + middle + end]
 
     def test_an_empty_text_does_not_pass_an_eos_off_as_the_bos(self):
-        assert to_tokens(BYTES_WITH_EOS, "", prepend_bos=True).tokens.tolist() == [[0, 0]]
-        assert to_tokens(BYTES_WITH_BOS, "", prepend_bos=True).tokens.tolist() == [[0]]
+        assert to_tokens(BYTES_WITH_EOS, "", prepend_bos=True).tolist() == [[0, 0]]
+        assert to_tokens(BYTES_WITH_BOS, "", prepend_bos=True).tolist() == [[0]]
 
     @given(
         texts=st.lists(
@@ -93,9 +93,8 @@ class TestBosRule:
         ),
         tokenizer=st.sampled_from([PLAIN, WITH_BOS, WITH_EOS, WITH_BOTH, PAD_IS_EOS, NO_BOS, BYTES, BYTES_WITH_BOS]),
     )
-    @settings(deadline=None)
     def test_the_default_is_what_the_tokenizer_does(self, texts, tokenizer):
-        batch = to_tokens(tokenizer, texts)
+        batch = to_tokens(tokenizer, texts, return_attention_mask=True)
         rows = [row[mask.bool()].tolist() for row, mask in zip(*batch, strict=True)]
         assert rows == tokenizer(texts).input_ids
 
@@ -109,10 +108,10 @@ class TestBosRule:
 class TestPadding:
     def test_sides(self):
         texts = ["the cat sat", "the"]
-        right = to_tokens(PLAIN, texts, padding_side="right")
+        right = to_tokens(PLAIN, texts, padding_side="right", return_attention_mask=True)
         assert right.tokens.tolist() == [[4, 5, 6], [4, 0, 0]]
         assert right.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-        left = to_tokens(PLAIN, texts, padding_side="left")
+        left = to_tokens(PLAIN, texts, padding_side="left", return_attention_mask=True)
         assert left.tokens.tolist() == [[4, 5, 6], [0, 0, 4]]
         assert left.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
         assert left.tokens.dtype == left.attention_mask.dtype == torch.int64
@@ -122,8 +121,8 @@ class TestPadding:
         for side in ("left", "right"):
             tokenizer.padding_side = side
             default, given_side = (
-                to_tokens(tokenizer, ["the cat", "the"]),
-                to_tokens(PLAIN, ["the cat", "the"], padding_side=side),
+                to_tokens(tokenizer, ["the cat", "the"], return_attention_mask=True),
+                to_tokens(PLAIN, ["the cat", "the"], padding_side=side, return_attention_mask=True),
             )
             assert default.tokens.equal(given_side.tokens)
             assert default.attention_mask.equal(given_side.attention_mask)
@@ -142,7 +141,7 @@ class TestPadding:
         tokenizer = word_tokenizer(**special)
         before = (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer), dict(tokenizer.special_tokens_map))
         assert padding_token_id(tokenizer) == expected
-        batch = to_tokens(tokenizer, ["the cat", "sat"])
+        batch = to_tokens(tokenizer, ["the cat", "sat"], return_attention_mask=True)
         assert batch.tokens.tolist() == [[4, 5], [6, expected or 0]]
         assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
         assert before == (
@@ -157,10 +156,14 @@ class TestLength:
     def test_truncation_keeps_the_front_and_warns_once(self):
         with pytest.warns(UserWarning, match="to_tokens cut") as record:
             batch = to_tokens(WITH_BOS, ["the cat sat on", "the", "the cat sat"], n_ctx=3)
-        assert batch.tokens.tolist() == [[1, 4, 5], [1, 4, 0], [1, 4, 5]]
+        assert batch.tolist() == [[1, 4, 5], [1, 4, 0], [1, 4, 5]]
         assert [str(warning.message) for warning in record] == [
             "to_tokens cut 3 tokens from the end of 2 of 3 prompts to fit n_ctx=3 (prompt 0: 5, prompt 2: 4)"
         ]
+
+    def test_truncation_is_done_where_it_is_asked_for(self):
+        with pytest.warns(UserWarning, match="to_tokens cut 1 tokens"):
+            assert to_tokens(PLAIN, "the cat sat", n_ctx=2, truncate=True).tolist() == [[4, 5]]
 
     def test_no_truncation_is_an_error(self):
         with pytest.raises(
@@ -171,12 +174,12 @@ class TestLength:
     def test_a_prompt_that_fits_gives_no_warning(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert to_tokens(PLAIN, "the cat", n_ctx=2).tokens.tolist() == [[4, 5]]
+            assert to_tokens(PLAIN, "the cat", n_ctx=2).tolist() == [[4, 5]]
 
     def test_prompts_over_the_tokenizers_own_limit_are_not_cut(self):
         tokenizer = word_tokenizer(**ALL_SPECIAL)
         tokenizer.model_max_length = 2
-        assert to_tokens(tokenizer, "the cat sat on").tokens.shape == (1, 4)
+        assert to_tokens(tokenizer, "the cat sat on").shape == (1, 4)
 
     def test_empty_prompts(self):
         with pytest.raises(
@@ -185,7 +188,7 @@ class TestLength:
             to_tokens(PLAIN, ["", "the", " "])
         with pytest.raises(InputError, match=r"empty prompt: prompt 0 of 1 has no token; give some text$"):
             to_tokens(NO_BOS, "")
-        with pytest.raises(InputError, match="no prompt was given: the list of texts is empty"):
+        with pytest.raises(InputError, match=r"no prompt was given: the text is empty \(\[\]\)"):
             to_tokens(PLAIN, [])
 
 

@@ -23,6 +23,16 @@ class TestCheckTokenIds:
         with pytest.raises(InputError, match=r"\(row 0, position 9\) and 90 more;"):
             check_token_ids(torch.full((1, 100), 11), 10)
 
+    def test_form_alone_is_checked_where_there_are_no_values(self):
+        assert check_token_ids(torch.ones(1, 2, dtype=torch.long, device="meta"), 1) is None
+        with pytest.raises(InputError, match=r"dtype torch\.float32"):
+            check_token_ids(torch.ones(1, 2, device="meta"), 1)
+
+    @pytest.mark.parametrize("outside", [-1, 10])
+    def test_the_first_id_outside_is_an_offender(self, outside):
+        with pytest.raises(InputError, match=rf"outside the vocabulary: {outside} \(row 0, position 0\); "):
+            check_token_ids(torch.tensor([outside]), 10)
+
     @pytest.mark.parametrize(
         ("tokens", "text"),
         [

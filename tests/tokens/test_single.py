@@ -1,9 +1,15 @@
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from hooklens.errors import InputError
-from hooklens.tokens import get_token_position, to_single_str_token, to_single_token
+from hooklens.tokens import get_token_position, to_single_str_token, to_single_token, to_string
+from tests.annotations import unchecked
 from tests.tokens.tokenizers import BYTES, CAT, PLAIN, THE, WITH_BOS
+
+WRONG = [True, np.True_, 4.0, np.float32(4), None, b"4", [[[4]]], torch.tensor(4.0), torch.tensor([4.0, 5.0])]
 
 
 class TestSingleTokens:
@@ -33,6 +39,53 @@ class TestSingleTokens:
         ):
             to_single_str_token(PLAIN, token)
 
+    @pytest.mark.parametrize("token", [CAT, np.int64(CAT), np.uint8(CAT), torch.tensor(CAT), torch.tensor(CAT).int()])
+    def test_every_kind_of_integer(self, token):
+        assert to_single_str_token(PLAIN, token) == to_string(PLAIN, token) == "cat"
+        assert get_token_position(PLAIN, token, "the cat") == 1
+
+    @pytest.mark.parametrize("token", WRONG)
+    def test_what_is_no_id(self, token):
+        """True was the token 1, and floats reached the tokenizer."""
+        with unchecked():
+            for read in (
+                lambda: to_single_str_token(PLAIN, token),
+                lambda: get_token_position(PLAIN, token, "the cat"),
+            ):
+                with pytest.raises(InputError, match=r"the token is .*; expected a token id, an integer"):
+                    read()
+            with pytest.raises(InputError):
+                to_string(PLAIN, token)
+
+    @pytest.mark.parametrize("token", [9, 2**40, -1, np.int64(9), torch.tensor(-3)])
+    def test_ids_that_the_tokenizer_lacks(self, token):
+        text = rf"token ids? {int(token)} is not in the tokenizer's vocabulary; its ids are 0 to 8"
+        with pytest.raises(InputError, match=text):
+            to_single_str_token(PLAIN, token)
+        with pytest.raises(InputError, match=text):
+            get_token_position(PLAIN, token, "the cat")
+        with pytest.raises(InputError, match=text if token > 0 else "token ids are negative: "):
+            to_string(PLAIN, token)
+
+    def test_all_ids_that_the_tokenizer_lacks_are_named(self):
+        with pytest.raises(InputError, match=r"token ids \[9, 11\] are not in the tokenizer's vocabulary"):
+            to_string(PLAIN, [[4, 11], [9, 5]])
+
+    def test_ids_of_added_tokens_may_leave_gaps(self):
+        """Their ids can be beyond the number of tokens."""
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
+        )
+        assert len(tokenizer) == 2
+        assert to_single_str_token(tokenizer, 7) == "b"
+        with pytest.raises(InputError, match="token id 5 is not in the tokenizer's vocabulary"):
+            to_single_str_token(tokenizer, 5)
+
+    @pytest.mark.parametrize("text", [None, 4, 2.0, b"cat", ["cat"]])
+    def test_what_is_no_text(self, text):
+        with unchecked(), pytest.raises(InputError, match="to_single_token takes a text, got "):
+            to_single_token(PLAIN, text)
+
 
 class TestGetTokenPosition:
     def test_positions(self):
@@ -42,6 +95,17 @@ class TestGetTokenPosition:
         assert get_token_position(PLAIN, "cat", text, prepend_bos=True) == 2
         assert get_token_position(PLAIN, "sat", torch.tensor([1, 4, 5, 6])) == 3
         assert get_token_position(PLAIN, "sat", torch.tensor([[1, 4, 5, 6]])) == 3
+
+    @pytest.mark.parametrize("mode", ["middle", None, 1, ["first"]])
+    def test_unknown_mode(self, mode):
+        with unchecked(), pytest.raises(InputError, match=r"mode is .*; expected 'first' or 'last'"):
+            get_token_position(PLAIN, "the", "the cat", mode=mode)
+
+    def test_unknown_word(self):
+        """It was found where another unknown word stands."""
+        with pytest.raises(InputError, match="'lion' is not in the tokenizer's vocabulary"):
+            get_token_position(PLAIN, "lion", "the zebra")
+        assert get_token_position(PLAIN, "<unk>", "the zebra") == 1
 
     def test_absent_token(self):
         with pytest.raises(

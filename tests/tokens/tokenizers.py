@@ -49,3 +49,16 @@ BYTES_WITH_BOS = byte_tokenizer(template="<|end|> $A")
 BYTES_WITH_EOS = byte_tokenizer(template="$A <|end|>")
 
 BOS, EOS, THE, CAT = 1, 2, 4, 5
+
+# Every way in which special tokens share ids; all have ids 0 to 8, as `word_tokenizer` says.
+PAD_IS_UNKNOWN = word_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+BOS_IS_EOS = word_tokenizer(bos_token="</s>", eos_token="</s>")
+ONLY_BOS = word_tokenizer(bos_token="<s>")
+KINDS = {
+    "dedicated pad": PLAIN,
+    "pad is EOS": PAD_IS_EOS,
+    "BOS is EOS, no pad": BOS_IS_EOS,
+    "pad is unknown": PAD_IS_UNKNOWN,
+    "BOS only": ONLY_BOS,
+}
+WITHOUT_DEDICATED_PAD = {name: tokenizer for name, tokenizer in KINDS.items() if tokenizer is not PLAIN}
