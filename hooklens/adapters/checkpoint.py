@@ -28,7 +28,7 @@ class _ShardReader(Protocol):
 
     def shapes(self, path: Path) -> dict[str, tuple[int, ...]]: ...
 
-    def read(self, path: Path, name: str) -> Tensor: ...
+    def read(self, path: Path, name: str, *, apart: bool) -> Tensor: ...
 
 
 class _SafetensorsReader:
@@ -39,9 +39,9 @@ class _SafetensorsReader:
         file = self._file(path)
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
-    def read(self, path: Path, name: str) -> Tensor:
-        # A mapping of its own: the pages of a tensor that is split into copies are given back with it.
-        tensor: Tensor = _open_safetensors(path).get_tensor(name)
+    def read(self, path: Path, name: str, *, apart: bool) -> Tensor:
+        # In a mapping of its own: the pages of a tensor that is split into copies are given back with it.
+        tensor: Tensor = (_open_safetensors(path) if apart else self._file(path)).get_tensor(name)
         return tensor
 
     def _file(self, path: Path) -> Any:
@@ -66,7 +66,7 @@ class _PickleReader:
     def shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._state(path).items()}
 
-    def read(self, path: Path, name: str) -> Tensor:
+    def read(self, path: Path, name: str, *, apart: bool) -> Tensor:
         return self._state(path)[name].detach()
 
     def _state(self, path: Path) -> Mapping[str, Tensor]:
@@ -130,9 +130,9 @@ class DiskTensors:
         """The shape of a tensor, from the file's header."""
         return self._shapes[name]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, memory-mapped where the file allows."""
-        return self._reader.read(self._files[name], name)
+    def read(self, name: str, *, apart: bool = False) -> Tensor:
+        """The tensor, memory-mapped where the file allows; see `TensorSource`."""
+        return self._reader.read(self._files[name], name, apart=apart)
 
 
 def _find_files(folder: Path) -> tuple[_ShardReader, dict[str, Path]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.adapters.config_map import BiasFlag
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import Family, choose_family, find_family
-from hooklens.adapters.rules import expected_shape
+from hooklens.adapters.rules import DiskShapes
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, InputError, join_names
 from hooklens.weights.shapes import weight_shapes
@@ -30,8 +30,13 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor itself."""
+    def read(self, name: str, *, apart: bool = False) -> Tensor:
+        """The tensor itself.
+
+        Args:
+            name: which.
+            apart: it will be copied from and let go, so it should keep no memory that outlives it.
+        """
 
 
 class MemoryTensors:
@@ -48,7 +53,7 @@ class MemoryTensors:
         """The shape of a tensor."""
         return tuple(self._state[name].shape)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, apart: bool = False) -> Tensor:
         """The tensor, detached and sharing its memory."""
         return self._state[name].detach()
 
@@ -68,6 +73,7 @@ class HubModel:
         self._stored_names = _map_names(self._family, source.names())
         cfg = self._family.read_config(config, where=where)
         self.cfg = _settle_biases(self._family, self._settle_tying(cfg), self._stored_names)
+        self._bound = list(self._family.bind_rules(self.cfg))
         self._check_tensors()
 
     def tensors(self, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -83,8 +89,9 @@ class HubModel:
         return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers))
 
     def _iterate(self, layers: Sequence[int] | None) -> Iterator[tuple[str, Tensor]]:
-        for bound in self._family.bind_rules(self.cfg, layers):
-            loaded = bound.rule.load(self._source.read(self._stored_names[bound.hub]), self.cfg)
+        for bound in self._bound if layers is None else self._family.bind_rules(self.cfg, layers):
+            stored = self._source.read(self._stored_names[bound.hub], apart=len(bound.ours) > 1)
+            loaded = bound.rule.load(stored, self.cfg)
             yield from zip(bound.ours, loaded, strict=True)
             if bound.hub == self._family.embedding and self.cfg.tied_unembed:
                 yield "unembed.W_U", loaded[0].T
@@ -114,20 +121,20 @@ class HubModel:
 
     def _check_tensors(self) -> None:
         """Account for every name and shape; raise once with all that is wrong."""
-        expected = {bound.hub: bound for bound in self._family.bind_rules(self.cfg)}
+        expected = {bound.hub: bound for bound in self._bound}
         missing = [name for name in expected if name not in self._stored_names]
         unexpected = [
             stored
             for name, stored in self._stored_names.items()
             if name not in expected and not self._family.is_weightless(name)
         ]
-        shapes = weight_shapes(self.cfg)
+        shapes = DiskShapes(weight_shapes(self.cfg), self.cfg)
         misshapen = []
         for name, bound in expected.items():
-            if name in missing:
+            if name not in self._stored_names:
                 continue
             found = self._source.shape(self._stored_names[name])
-            right = expected_shape(bound.rule, bound.layer, shapes, self.cfg)
+            right = shapes.of(bound.rule, bound.layer)
             if found != tuple(right):
                 misshapen.append(f"{self._stored_names[name]!r} is {list(found)}, expected {list(right)}")
         problems = []
@@ -237,6 +244,7 @@ class HubLayout:
         self._state = state
         self.config = family.write_config(cfg, transforms=transforms)
         self._shapes = weight_shapes(cfg)
+        self._disk_shapes = DiskShapes(self._shapes, cfg)
         self._check_state()
         self._bound = {bound.hub: bound for bound in family.bind_rules(cfg)}
 
@@ -246,7 +254,7 @@ class HubLayout:
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a tensor on disk."""
-        return expected_shape(self._bound[name].rule, self._bound[name].layer, self._shapes, self._cfg)
+        return self._disk_shapes.of(self._bound[name].rule, self._bound[name].layer)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor."""

@@ -150,9 +150,25 @@ def fused_qkv_rules(hub: str, attention: str, *, order: RowOrder) -> tuple[Fused
     )
 
 
-def expected_shape(
-    rule: WeightRule, layer: int, shapes: Mapping[str, tuple[int, ...]], cfg: HookedConfig
-) -> torch.Size:
-    """The shape that the rule's tensor has on disk, given the logical shapes of the parameters."""
-    empty = [torch.empty(shapes[name.format(i=layer)], device="meta") for name in rule.ours]
-    return rule.save(tuple(empty), cfg).shape
+class DiskShapes:
+    """The shapes that tensors have on disk, given the logical shapes of the parameters.
+
+    Args:
+        shapes: of all parameters by name.
+        cfg: the network.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], cfg: HookedConfig) -> None:
+        self._shapes = shapes
+        self._cfg = cfg
+        # Layers are alike, so most of the answers are known already.
+        self._known: dict[tuple[object, ...], torch.Size] = {}
+
+    def of(self, rule: WeightRule, layer: int) -> torch.Size:
+        """The shape of the rule's tensor in a layer."""
+        ours = tuple(self._shapes[name.format(i=layer)] for name in rule.ours)
+        asked = (rule.hub, ours)
+        if asked not in self._known:
+            empty = tuple(torch.empty(shape, device="meta") for shape in ours)
+            self._known[asked] = rule.save(empty, self._cfg).shape
+        return self._known[asked]

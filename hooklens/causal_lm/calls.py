@@ -1,18 +1,22 @@
 """What a call of the model takes: inputs brought to one form, keywords checked before anything runs."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.errors import InputError, suggest_names
+from hooklens.arguments import Reader, optional, read_flag, read_int, read_one_of, read_tensor, refusal, require
+from hooklens.errors import HookLensError, InputError, suggest_names
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.positions import LogitsAt, TokenPlan
+from hooklens.tokens import Prompt, is_integer
 
-Input = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | Float[Tensor, "batch pos d_model"]
+Input = Prompt | Float[Tensor, "batch pos d_model"]
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
@@ -30,6 +34,54 @@ class PreparedCall(NamedTuple):
     plan: TokenPlan
     past_kv_cache: HookedKeyValueCache | None
     start_at_layer: int | None
+
+
+def read_mask(given: object, *, what: str, error: type[HookLensError] = InputError) -> Tensor:
+    """A mask as a tensor; its shape and values are checked against the input.
+
+    Raises:
+        HookLensError: neither a tensor nor a list or array of numbers.
+    """
+    expected = "a tensor [batch pos] of 1 (token) and 0 (padding)"
+    if isinstance(given, list | tuple | np.ndarray):
+        try:
+            given = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise refusal(given, what, expected, error) from None
+    return read_tensor(given, what=what, expected=expected, error=error)
+
+
+def read_positions(given: object, *, what: str, error: type[HookLensError] = InputError) -> Tensor:
+    """Positions as int64, where they are whole numbers; their shape and values are checked against the input.
+
+    Raises:
+        HookLensError: no tensor, or one of other numbers.
+    """
+    positions = read_tensor(given, what=what, expected="a tensor [pos] or [batch pos] of whole numbers", error=error)
+    if not is_integer(positions):
+        raise refusal(given, what, "a tensor [pos] or [batch pos] of whole numbers", error)
+    return positions.long()
+
+
+PREPARING: dict[str, Reader] = {
+    "prepend_bos": optional(read_flag),
+    "padding_side": partial(read_one_of, options=("left", "right", None)),
+    "attention_mask": optional(read_mask),
+    "positions": optional(read_positions),
+    "past_kv_cache": optional(
+        partial(require, kind=HookedKeyValueCache, expected="a HookedKeyValueCache, from model.prefill(prefix)")
+    ),
+    "start_at_layer": optional(read_int),
+}
+"""Readers of what shapes the input of a call."""
+
+CALLING: dict[str, Reader] = {
+    **PREPARING,
+    "return_type": partial(read_one_of, options=("logits", "loss", "both", None)),
+    "loss_per_token": read_flag,
+    "stop_at_layer": optional(read_int),
+}
+"""Readers of a call's keywords; `logits_at` is read where the number of tokens is known."""
 
 
 class CallKeywords:
@@ -76,10 +128,8 @@ def check_return_type(
     """Refuse outputs that a call cannot give.
 
     Raises:
-        InputError: an unknown return type, or arguments that exclude each other.
+        InputError: arguments that exclude each other.
     """
-    if return_type not in ("logits", "loss", "both", None):
-        raise InputError(f"return_type is {return_type!r}; expected 'logits', 'loss', 'both' or None")
     if return_type in ("loss", "both"):
         clash = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer, "logits_at": logits_at}
         given = [name for name, value in clash.items() if value is not None]
@@ -102,6 +152,9 @@ def check_stream(stream: object, d_model: int, dtype: torch.dtype, device: torch
     if not isinstance(stream, Tensor) or stream.ndim != 3 or stream.shape[-1] != d_model:
         found = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
         raise InputError(f"with start_at_layer the input is the residual stream [batch, pos, {d_model}]; got {found}")
+    if not stream.numel() or stream.layout != torch.strided:
+        found = f"shape {list(stream.shape)}" if not stream.numel() else f"layout {stream.layout}"
+        raise InputError(f"the residual stream has {found}; expected at least one row and position, laid out plainly")
     if (stream.dtype, stream.device) != (dtype, device):
         raise InputError(
             f"the residual stream is {stream.dtype} on {stream.device}, the model {dtype} on {device}; convert it"

@@ -1,21 +1,37 @@
 """Where a model comes from and goes to: checkpoints, transformers models, state dicts, weight processing."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.adapters import build_hf_model, open_checkpoint, read_hf_model, write_checkpoint
+from hooklens.arguments import (
+    optional,
+    read_device,
+    read_dtype,
+    read_flag,
+    read_int,
+    read_path,
+    read_text,
+    reads,
+    refusal,
+    require,
+    show,
+)
 from hooklens.bundled import bundled_path
-from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig
-from hooklens.errors import CheckpointError
-from hooklens.model.parameters import ModelWeights, check_tied, fill_parameters
+from hooklens.errors import CheckpointError, HookLensError
+from hooklens.hooks.choice import read_choice
+from hooklens.model.decoder import Decoder
+from hooklens.model.parameters import ModelWeights, check_tied, fill_parameters, name_as_field
 from hooklens.optional import import_package
-from hooklens.tokens import Tokenizer
+from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
 
 if TYPE_CHECKING:
@@ -27,28 +43,84 @@ _RECORD_FILE = "hooklens.json"
 _BUNDLED = "bundled:"
 
 
-class CheckpointMethods(TextMethods):
-    """A network that is loaded, saved and converted.
+_TOKENIZER = optional(read_tokenizer)
+
+
+def _read_source(given: object, *, what: str, error: type[HookLensError]) -> str | Path:
+    path = read_path(given, what=what, error=error)
+    return given if isinstance(given, str) else path
+
+
+def _read_loaded_dtype(given: object, *, what: str, error: type[HookLensError]) -> torch.dtype | str:
+    return "auto" if isinstance(given, str) and given == "auto" else read_dtype(given, what=what, error=error)
+
+
+def _read_layers(given: object, *, what: str, error: type[HookLensError]) -> list[int]:
+    """Blocks as a list of numbers; which there are is known when the checkpoint is open."""
+    chosen = read_choice(given, what=what, error=error)
+    if not isinstance(chosen, tuple):
+        raise refusal(given, what, "a list of layers", error)
+    return list(chosen)
+
+
+def _read_shard_size(given: object, *, what: str, error: type[HookLensError]) -> int | str:
+    if isinstance(given, str) and re.fullmatch(r"\d+(\.\d+)?\s*[KMGTP]B", given, re.IGNORECASE | re.ASCII):
+        return given
+    if isinstance(given, str):
+        raise refusal(given, what, "a number of bytes, or a text such as '5GB'", error)
+    return read_int(given, what=what, least=1, error=error)
+
+
+def _read_state(given: object, *, what: str, error: type[HookLensError]) -> Mapping[str, Tensor]:
+    require(given, kind=Mapping, what=what, expected="a mapping from names to tensors", error=error)
+    assert isinstance(given, Mapping)
+    wrong = [name for name, value in given.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if wrong:
+        listed = ", ".join(f"{show(name)}: {show(given[name])}" for name in wrong[:5])
+        raise error(f"{what} holds {listed}, expected tensors by name")
+    return given
+
+
+def _read_transformers_model(given: object, *, what: str, error: type[HookLensError]) -> Any:
+    if isinstance(given, nn.Module) and hasattr(getattr(given, "config", None), "to_dict") and hasattr(given, "device"):
+        return given
+    raise refusal(given, what, "a transformers model (a name or folder goes to from_pretrained)", error)
+
+
+class CheckpointMethods:
+    """Loading, saving and converting a network.
 
     Attributes:
         tokenizer: a transformers tokenizer, or None.
         transforms: the weight-processing steps that were done, in order.
     """
 
-    def __init__(self, cfg: HookedConfig, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(cfg)
-        self.tokenizer = tokenizer
-        if self.device.type != "meta":
-            self.initialize()
-        self.eval()
+    cfg: HookedConfig
+    tokenizer: Tokenizer | None
+    transforms: tuple[str, ...]
+
+    def as_decoder(self) -> Decoder:
+        """The network that is loaded or saved."""
+        assert isinstance(self, Decoder)
+        return self
 
     @classmethod
+    @reads(
+        source=_read_source,
+        revision=optional(read_text),
+        dtype=_read_loaded_dtype,
+        device=read_device,
+        layers=optional(_read_layers),
+        tokenizer=_TOKENIZER,
+        cache_dir=optional(read_path),
+        local_files_only=read_flag,
+    )
     def from_pretrained(
         cls: type[Model],
         source: str | Path,
         *,
         revision: str | None = None,
-        dtype: torch.dtype | Literal["auto"] = "auto",
+        dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         layers: Sequence[int] | None = None,
         tokenizer: Tokenizer | None = None,
@@ -61,7 +133,7 @@ class CheckpointMethods(TextMethods):
             source: a name on the hub, a local folder (no network is touched), or a bundled checkpoint
                 (`"bundled:tiny-llama"`).
             revision: branch, tag or commit on the hub.
-            dtype: of the weights; `"auto"` is the checkpoint's own.
+            dtype: of the weights, or its name (`"bfloat16"`); `"auto"` is the checkpoint's own.
             device: where to put the weights.
             layers: keep only these blocks, in this order.
             tokenizer: used in place of the checkpoint's own.
@@ -79,14 +151,15 @@ class CheckpointMethods(TextMethods):
         model = cls._from_tensors(
             checkpoint.config_for(kept),
             checkpoint.tensors(kept),
-            tokenizer=tokenizer or _load_tokenizer(checkpoint.folder),
+            tokenizer=_load_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer,
             device=device,
-            dtype=checkpoint.dtype if dtype == "auto" else dtype,
+            dtype=dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype,
         )
         model.transforms = _read_transforms(checkpoint.folder)
         return model
 
     @classmethod
+    @reads(hf_model=_read_transformers_model, tokenizer=_TOKENIZER)
     def from_hf(cls: type[Model], hf_model: "PreTrainedModel", tokenizer: Tokenizer | None = None) -> Model:
         """Take over a transformers model's weights, sharing memory where its layout allows.
 
@@ -97,15 +170,20 @@ class CheckpointMethods(TextMethods):
         return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=hf_model.device)
 
     @classmethod
+    @reads(state=_read_state, cfg=partial(require, kind=HookedConfig, expected="a HookedConfig"), tokenizer=_TOKENIZER)
     def from_state_dict(
         cls: type[Model], state: Mapping[str, Tensor], cfg: HookedConfig, tokenizer: Tokenizer | None = None
     ) -> Model:
-        """Build a model from weights under HookLens' own names; they are used as they are, not copied.
+        """Build a model from weights under the field's names or those of `state_dict()`.
+
+        They are used as they are, not copied.
 
         Raises:
             CheckpointError: a missing, unknown or misshapen weight.
         """
-        check_tied(state, tied_unembed=cfg.tied_unembed)
+        state = name_as_field(cfg, state)
+        if "embed.W_E" in state:
+            check_tied(state, tied_unembed=cfg.tied_unembed)
         device = state["embed.W_E"].device if "embed.W_E" in state else "cpu"
         return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=device)
 
@@ -120,10 +198,13 @@ class CheckpointMethods(TextMethods):
         dtype: torch.dtype | None = None,
     ) -> Model:
         with torch.device("meta"):
-            model = cls(cfg, tokenizer)
-        fill_parameters(model, tensors, device=device, dtype=dtype)
+            model = cls(cfg, tokenizer)  # type: ignore[call-arg]
+        # Also what the tensors are made of is read here, one after another.
+        with torch.inference_mode(mode=False):
+            fill_parameters(model.as_decoder(), tensors, device=device, dtype=dtype)
         return model
 
+    @reads(folder=read_path, dtype=optional(read_dtype), max_shard_size=_read_shard_size)
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
     ) -> None:
@@ -141,7 +222,7 @@ class CheckpointMethods(TextMethods):
         write_checkpoint(
             Path(folder),
             self.cfg,
-            ModelWeights(self),
+            ModelWeights(self.as_decoder()),
             dtype=dtype,
             max_shard_size=max_shard_size,
             transforms=self.transforms,
@@ -160,8 +241,15 @@ class CheckpointMethods(TextMethods):
         Raises:
             UnsupportedModelError: no Hugging Face architecture can hold this network.
         """
-        return build_hf_model(self.cfg, ModelWeights(self), transforms=self.transforms)
+        return build_hf_model(self.cfg, ModelWeights(self.as_decoder()), transforms=self.transforms)
 
+    @reads(
+        fold_ln=read_flag,
+        center_writing_weights=read_flag,
+        center_unembed=read_flag,
+        fold_value_biases=read_flag,
+        refactor_factored_attn_matrices=read_flag,
+    )
     def process_weights(
         self: Model,
         *,
@@ -179,7 +267,7 @@ class CheckpointMethods(TextMethods):
             TransformError: a step cannot hold for this architecture; the text says why.
         """
         processed = process_weights(
-            ModelWeights(self),
+            ModelWeights(self.as_decoder()),
             self.cfg,
             fold_ln=fold_ln,
             center_writing_weights=center_writing_weights,
@@ -194,7 +282,7 @@ class CheckpointMethods(TextMethods):
 
     def named_weights(self) -> ModelWeights:
         """The weights by name, read when asked for and shared, not copied."""
-        return ModelWeights(self)
+        return ModelWeights(self.as_decoder())
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer | None:

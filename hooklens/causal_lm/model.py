@@ -1,6 +1,7 @@
-"""The model class: calls, captures and prefixes."""
+"""The model class: what it is made of, and its calls, captures and prefixes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from hooklens import tokens as tokenization
 from hooklens.activation_cache import ActivationCache
-from hooklens.axes import find_site
+from hooklens.arguments import optional, read_flag, reads, require
 from hooklens.causal_lm.calls import (
+    CALLING,
     CallKeywords,
     Input,
     LogitsAndLoss,
@@ -19,24 +21,32 @@ from hooklens.causal_lm.calls import (
     check_stream,
 )
 from hooklens.causal_lm.checkpoints import CheckpointMethods
+from hooklens.causal_lm.text import TextMethods
+from hooklens.config import HookedConfig
 from hooklens.errors import InputError
 from hooklens.generation import TextGeneration
-from hooklens.hooks.capture import choose_columns
+from hooklens.hooks.arguments import CAPTURING, LISTENING, HookList
+from hooklens.hooks.call import NOBODY, Listeners, join_listeners
+from hooklens.hooks.capture import Capture, choose_columns, columns_among
+from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit
-from hooklens.hooks.module import HookList, require_gradients
+from hooklens.hooks.module import require_gradients, run_backward
 from hooklens.hooks.names import NamesFilter
-from hooklens.hooks.pos_slice import PosSlice
+from hooklens.hooks.point import HookPoint
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.decoder import next_token_loss
+from hooklens.model.decoder import Decoder
+from hooklens.model.loss import next_token_loss
+from hooklens.model.part import Part
 from hooklens.model.positions import LogitsAt
+from hooklens.model.weight_views import WeightViews
 from hooklens.optional import import_package
-from hooklens.tokens import PaddingSide
+from hooklens.tokens import PaddingSide, Tokenizer
 
 if TYPE_CHECKING:
     import pandas
 
 
-class HookedCausalLM(CheckpointMethods, TextGeneration):
+class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews, Decoder):
     """A decoder-only language model with a named hook point at every activation.
 
     Args:
@@ -55,6 +65,20 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
         torch.Size([1, 4, 9, 9])
     """
 
+    @reads(
+        cfg=partial(require, kind=HookedConfig, expected="a HookedConfig"),
+        tokenizer=optional(tokenization.read_tokenizer),
+    )
+    def __init__(self, cfg: HookedConfig, tokenizer: Tokenizer | None = None) -> None:
+        # Parameters made under inference_mode could never be trained, nor read with gradients.
+        with torch.inference_mode(mode=False):
+            super().__init__(cfg)
+            if self.device.type != "meta":
+                self.initialize()
+        self.tokenizer = tokenizer
+        self.eval()
+
+    @reads(**CALLING)
     def forward(  # type: ignore[override]
         self,
         input: Input,
@@ -78,11 +102,12 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
             return_type: `"logits"` `[batch pos d_vocab]`; `"loss"`, the mean cross-entropy of the next token in
                 nats; `"both"`, a named tuple of the two; None, nothing, and no logits are computed unless
                 somebody listens there.
-            loss_per_token: the losses themselves, `[batch pos-1]`.
+            loss_per_token: the losses themselves, `[batch pos-1]`; `[batch pos]` on a cached prefix whose
+                `last_logits` are known, which predict the first token.
             prepend_bos: for text; None is the tokenizer's own rule (with a cache: False, text goes on).
             padding_side: for texts of different length; None is the tokenizer's own.
-            attention_mask: `[batch pos]`, 1 for tokens and 0 for padding. None: for text, what padding was
-                added; for ids, what can be inferred from the tokenizer's padding token.
+            attention_mask: `[batch pos]`, 1 for tokens and 0 for padding. None: for text, the padding that was
+                added; ids are all tokens but runs of a dedicated pad id at a row's ends (`hooklens.tokens.padding`).
             positions: position of each column, in place of what the mask says.
             past_kv_cache: what came before; a frozen one is read, another one is appended to.
             start_at_layer: `input` is the stream entering this block; blocks below do not run.
@@ -120,28 +145,29 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
         loss_per_token: bool = False,
         stop_at_layer: int | None = None,
         logits_at: LogitsAt = None,
+        listeners: Listeners = NOBODY,
     ) -> Tensor | LogitsAndLoss | None:
         wants_loss = return_type in ("loss", "both")
         check_return_type(return_type, loss_per_token, call.start_at_layer, stop_at_layer, logits_at)
+        cache = call.past_kv_cache
+        # Before the call, which may append to the cache.
+        before = None if cache is None or not wants_loss else cache.last_logits
         out = self.run(
             call.input,
             call.plan,
+            listeners=listeners,
             past_kv_cache=call.past_kv_cache,
             start_at_layer=call.start_at_layer,
             stop_at_layer=stop_at_layer,
             logits_at=logits_at,
-            unembed=return_type is not None or self._listens_past_blocks(),
+            unembed=return_type is not None,
         )
         if return_type is None and stop_at_layer is None:
             return None
         if not wants_loss:
             return out
-        loss = next_token_loss(out, call.input, call.plan.attention_mask, per_token=loss_per_token)
+        loss = next_token_loss(out, call.input, call.plan.attention_mask, last_logits=before, per_token=loss_per_token)
         return LogitsAndLoss(out, loss) if return_type == "both" else loss
-
-    def _listens_past_blocks(self) -> bool:
-        unembed = self.unembed
-        return self.ln_final.listening or unembed.hook_in.listening or unembed.hook_out.listening
 
     def _prepare(
         self,
@@ -159,29 +185,23 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
             stream = check_stream(input, self.cfg.d_model, self.dtype, self.device)
             plan = self.make_plan(stream, attention_mask, positions, past_kv_cache)
             return PreparedCall(stream, plan, past_kv_cache, start_at_layer)
-        if isinstance(input, Tensor):
-            tokenization.check_token_ids(input, self.cfg.d_vocab)
-            ids = input[None] if input.ndim == 1 else input
-            if attention_mask is None and self.tokenizer is not None:
-                attention_mask = self._infer_attention_mask(ids, padding_side)
-            elif attention_mask is not None and attention_mask.ndim == 1:
-                attention_mask = attention_mask[None]
-        else:
-            if prepend_bos is None and past_kv_cache is not None and len(past_kv_cache):
-                prepend_bos = False
-            ids, text_mask = tokenization.to_tokens(
-                self._need_tokenizer(),
-                input,
-                prepend_bos=prepend_bos,
-                padding_side=padding_side,
-                truncate=False,
-                n_ctx=self.cfg.n_ctx,
-            )
-            attention_mask = text_mask if attention_mask is None else attention_mask
-        ids = ids.to(self.device)
-        mask = None if attention_mask is None else attention_mask.to(self.device)
-        return PreparedCall(ids, self.make_plan(ids, mask, positions, past_kv_cache), past_kv_cache, None)
+        if prepend_bos is None and past_kv_cache is not None and len(past_kv_cache):
+            prepend_bos = False
+        ids, attention_mask = tokenization.read_tokens(
+            input,
+            self.tokenizer,
+            d_vocab=self.cfg.d_vocab,
+            n_ctx=self.cfg.n_ctx,
+            attention_mask=attention_mask,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+        )
+        tokenization.check_has_values(ids, self.device)
+        ids = tokenization.as_usable(ids.to(self.device))
+        plan = self.make_plan(ids, attention_mask, positions, past_kv_cache)
+        return PreparedCall(ids, plan, past_kv_cache, None)
 
+    @reads(**CALLING, **LISTENING, **CAPTURING, remove_batch_dim=read_flag)
     def run_with_cache(  # type: ignore[override]
         self,
         input: Input,
@@ -191,7 +211,7 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
         dtype: torch.dtype | None = None,
         remove_batch_dim: bool = False,
         incl_bwd: bool = False,
-        pos_slice: PosSlice = None,
+        pos_slice: Choice = None,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
@@ -227,16 +247,16 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
         if incl_bwd and (forward_keywords.get("return_type") != "loss" or forward_keywords.get("loss_per_token")):
             raise InputError("incl_bwd needs a scalar to run backward from: call with return_type='loss'")
         call = self._prepare(input, **prepare_keywords)
-        columns = None if pos_slice is None else choose_columns(pos_slice, call.plan.n_new, where="run in this call")
-        with (
-            self.hooks(fwd_hooks, bwd_hooks, edits),
-            self.capture(names_filter, device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd) as captured,
-        ):
-            output = self._run_call(call, **run_keywords)
-            if incl_bwd:
-                output.backward()  # type: ignore[union-attr]
+        idle = self._find_idle(forward_keywords)
+        points = self.select_hook_points(names_filter, idle=idle)
+        columns = self._choose_columns(pos_slice, run_keywords.get("logits_at"), call, points)
+        capture = Capture(points, device=device, dtype=dtype, pos_slice=columns, incl_bwd=incl_bwd)
+        listeners = join_listeners([self.listen(fwd_hooks, bwd_hooks, edits, idle=idle), capture.listeners])
+        output = self._run_call(call, listeners=listeners, **run_keywords)
+        if incl_bwd:
+            run_backward(output, capture)
         cache = ActivationCache(
-            captured,
+            capture.tensors,
             cfg=self.cfg,
             transforms=self.transforms,
             tokens=call.input if call.start_at_layer is None else None,
@@ -246,6 +266,27 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
         )
         return output, cache.remove_batch_dim() if remove_batch_dim else cache
 
+    def _find_idle(self, keywords: dict[str, Any]) -> frozenset[str]:
+        return self.idle_points(
+            start_at_layer=keywords.get("start_at_layer"), stop_at_layer=keywords.get("stop_at_layer")
+        )
+
+    @staticmethod
+    def _choose_columns(
+        pos_slice: Choice, logits_at: LogitsAt, call: PreparedCall, points: Collection[str]
+    ) -> list[int] | None:
+        """The columns that a capture keeps, before anything runs."""
+        if pos_slice is None:
+            return None
+        columns = choose_columns(pos_slice, call.plan.n_new, where="positions run in this call")
+        if logits_at is not None:
+            held = call.plan.choose_columns(logits_at).columns
+            for name in points:
+                if name.startswith("unembed."):
+                    columns_among(columns, held, name)
+        return columns
+
+    @reads(**CALLING, **LISTENING)
     def run_with_hooks(  # type: ignore[override]
         self,
         input: Input,
@@ -257,12 +298,17 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
     ) -> Any:
         """Run the model with hooks and edits that last for this call; other keywords are a call's.
 
-        Raises:
-            HookNameError: a hook or edit names no hook point.
-        """
-        _KEYWORDS.split(forward_keywords)
-        return super().run_with_hooks(input, fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, edits=edits, **forward_keywords)
+        Backward hooks act in every backward pass from the output, also later ones.
 
+        Raises:
+            HookNameError: a hook or edit names no hook point, or none that this call reaches.
+        """
+        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
+        require_gradients(bwd_hooks, "bwd_hooks")
+        listeners = self.listen(fwd_hooks, bwd_hooks, edits, idle=self._find_idle(forward_keywords))
+        return self._run_call(self._prepare(input, **prepare_keywords), listeners=listeners, **run_keywords)
+
+    @reads(**CALLING)
     def prefill(self, prefix: Input, **forward_keywords: Any) -> HookedKeyValueCache:
         """A frozen key-value cache of a prefix, to run any number of continuations on.
 
@@ -292,21 +338,27 @@ class HookedCausalLM(CheckpointMethods, TextGeneration):
         Sizes that the input decides stand in the shape as axis names.
         """
         table: pandas.DataFrame = import_package("pandas").DataFrame(
-            [self._describe_point(name) for name in self.hook_points()]
+            [self._describe_point(name, point) for name, point in self.hook_points().items()]
         )
         return table
 
-    def _describe_point(self, name: str) -> dict[str, Any]:
-        site = find_site(name)
-        assert site is not None
-        by_input = {"batch", "pos", "query", "key"}
+    def _describe_point(self, name: str, point: HookPoint) -> dict[str, Any]:
+        site = self.cfg.description.points.get(name) or point.site
+        if site is None:
+            return {"name": name, "axes": None, "shape": None, "on_request": False, "description": ""}
         return {
             "name": name,
             "axes": site.axes,
-            "shape": tuple(axis if axis in by_input else self.cfg.size(axis) for axis in site.axes),
+            "shape": tuple(axis if axis in _BY_INPUT else self._size(name, axis) for axis in site.axes),
             "on_request": site.on_request,
             "description": site.description,
         }
 
+    def _size(self, name: str, axis: str) -> int:
+        """The size of an axis at a hook point, as the part it stands in knows it."""
+        part = self.get_submodule(name.rpartition(".")[0])
+        return part.size_of(axis) if isinstance(part, Part) else self.cfg.size(axis)
 
+
+_BY_INPUT = frozenset({"batch", "pos", "query", "key"})
 _KEYWORDS = CallKeywords(HookedCausalLM._prepare, HookedCausalLM._run_call)

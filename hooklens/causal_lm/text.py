@@ -1,22 +1,49 @@
 """Text to tokens and back, as methods of the model."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from hooklens import tokens as tokenization
+from hooklens.arguments import read_tensor, refusal
+from hooklens.config import HookedConfig
 from hooklens.errors import InputError
-from hooklens.model.weight_views import WeightViews
-from hooklens.tokens import PaddingSide, Tokenizer
+from hooklens.tokens import Ids, PaddingSide, TokenBatch, Tokenizer
 
 
-class TextMethods(WeightViews):
-    """A network with a tokenizer; see `hooklens.tokens` for the rules."""
+class TextMethods:
+    """What a tokenizer adds to a network; see `hooklens.tokens` for the rules."""
 
+    cfg: HookedConfig
     tokenizer: Tokenizer | None
+    device: torch.device
+    W_U: Float[Tensor, "d_model d_vocab"]
+
+    @overload
+    def to_tokens(
+        self,
+        text: str | Sequence[str],
+        *,
+        prepend_bos: bool | None = ...,
+        padding_side: PaddingSide | None = ...,
+        truncate: bool = ...,
+        return_attention_mask: Literal[False] = ...,
+    ) -> Int[Tensor, "batch pos"]: ...
+
+    @overload
+    def to_tokens(
+        self,
+        text: str | Sequence[str],
+        *,
+        prepend_bos: bool | None = ...,
+        padding_side: PaddingSide | None = ...,
+        truncate: bool = ...,
+        return_attention_mask: Literal[True],
+    ) -> TokenBatch: ...
 
     def to_tokens(
         self,
@@ -25,8 +52,13 @@ class TextMethods(WeightViews):
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         truncate: bool = True,
-    ) -> Int[Tensor, "batch pos"]:
-        """Token ids of text; see `hooklens.tokens.to_tokens` for the rules."""
+        return_attention_mask: bool = False,
+    ) -> Int[Tensor, "batch pos"] | TokenBatch:
+        """Token ids of text, with `return_attention_mask=True` `(ids, mask)`; see `hooklens.tokens.to_tokens`.
+
+        Both lie on the model's device. Give the mask with the ids wherever texts of different length were padded:
+        unless the tokenizer has a pad token of its own, ids do not tell.
+        """
         batch = tokenization.to_tokens(
             self._need_tokenizer(),
             text,
@@ -34,10 +66,14 @@ class TextMethods(WeightViews):
             padding_side=padding_side,
             truncate=truncate,
             n_ctx=self.cfg.n_ctx,
+            d_vocab=self.cfg.d_vocab,
+            return_attention_mask=return_attention_mask,
         )
-        return batch.tokens.to(self.device)
+        if isinstance(batch, Tensor):
+            return batch.to(self.device)
+        return TokenBatch(batch.tokens.to(self.device), batch.attention_mask.to(self.device))
 
-    def to_string(self, tokens: int | Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
+    def to_string(self, tokens: int | np.integer[Any] | Tensor | Ids) -> str | list[str]:
         """The text of token ids: a string for one row, a list of strings for several."""
         return tokenization.to_string(self._need_tokenizer(), tokens)
 
@@ -49,16 +85,21 @@ class TextMethods(WeightViews):
         """The id of a text that is exactly one token.
 
         Raises:
-            InputError: it is none or several; the text names them.
+            InputError: it is none or several (the text names them), or a word that the vocabulary lacks.
         """
         return tokenization.to_single_token(self._need_tokenizer(), text)
 
-    def to_single_str_token(self, token: int) -> str:
+    def to_single_str_token(self, token: int | np.integer[Any] | Tensor) -> str:
         """The text of one token id."""
         return tokenization.to_single_str_token(self._need_tokenizer(), token)
 
     def get_token_position(
-        self, token: str | int, input: Any, *, mode: Literal["first", "last"] = "first", prepend_bos: bool | None = None
+        self,
+        token: str | int | np.integer[Any] | Tensor,
+        input: Any,
+        *,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
     ) -> int:
         """Where a token stands in a prompt.
 
@@ -67,22 +108,24 @@ class TextMethods(WeightViews):
         """
         return tokenization.get_token_position(self._need_tokenizer(), token, input, mode=mode, prepend_bos=prepend_bos)
 
-    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
-        """The unembedding direction of each token: the column of `W_U` whose product with the stream is its logit."""
+    def tokens_to_residual_directions(self, tokens: str | int | Integer[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
+        """The unembedding direction of each token: the column of `W_U` whose product with the stream is its logit.
+
+        Raises:
+            InputError: a text that is no single token, or ids outside the vocabulary.
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        ids = torch.as_tensor(tokens, device=self.device)
-        return self.W_U.T[ids]
-
-    def _infer_attention_mask(self, ids: Tensor, padding_side: PaddingSide | None) -> Tensor | None:
-        tokenizer = self._need_tokenizer()
-        return tokenization.infer_attention_mask(
-            ids,
-            pad_token_id=tokenization.padding_token_id(tokenizer),
-            bos_token_id=getattr(tokenizer, "bos_token_id", None),
-            eos_token_id=getattr(tokenizer, "eos_token_id", None),
-            padding_side=padding_side,
-        )
+        expected = "a text of one token, or token ids, integers"
+        try:
+            ids = read_tensor(torch.as_tensor(tokens), what="tokens", expected=expected)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise refusal(tokens, "tokens", expected) from None
+        if not tokenization.is_integer(ids):
+            raise refusal(tokens, "tokens", expected)
+        ids = ids.long()
+        tokenization.check_range(ids, self.cfg.d_vocab)
+        return self.W_U.T[ids.to(self.device)]
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.evaluation.batching import BatchSize, check_batch_size
@@ -46,7 +47,7 @@ def score_continuations(
         progress: show a progress bar.
 
     Returns:
-        A row per continuation, in the order given: `index`; `continuation`, its text (None without a tokenizer);
+        A row per continuation, in the order given: `index`; `continuation`, its text (None for ids without one);
         `tokens`, its ids; `n_tokens`; `n_bytes`, of the text in UTF-8; `logprob`, the sum in nats;
         `logprob_per_token`; `logprob_per_byte` (NaN without a text); `token_logprobs`; `is_greedy`, whether it is
         what greedy decoding gives.
@@ -98,7 +99,7 @@ def describe_score(model: HookedCausalLM, text: Text, tokens: Sequence[int], sco
     shown: str | None = None
     if isinstance(text, str):
         shown = text
-    elif model.tokenizer is not None:
+    elif model.tokenizer is not None and all(tokenization.knows_id(model.tokenizer, token) for token in tokens):
         shown = str(model.to_string(list(tokens)))
     n_bytes = 0 if shown is None else len(shown.encode())
     return {

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.axes import find_site
+from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Add, Edit, Project, Replace, Scale, Zero
 from hooklens.kv_cache import HookedKeyValueCache
 
-Text = str | Tensor | Sequence[int]
+Text = str | Tensor | np.ndarray[Any, np.dtype[Any]] | Sequence[int | np.integer[Any]]
 """A string, or token ids `[pos]`."""
 
 
@@ -40,7 +42,7 @@ class Prefix:
         That is so where its length decides the rotary frequencies (dynamic scaling), and where an edit names a
         token that does not run on the cache: the last one, whose successor nobody asks for, or none at all.
         """
-        if model.rotary is not None and model.rotary.depends_on_length(n_tokens):
+        if model.depends_on_length(n_tokens):
             return None
         if any(isinstance(edit.pos, int) and edit.pos >= n_tokens - 1 for edit in self.edits):
             return None
@@ -87,7 +89,7 @@ def extend_prefix(model: HookedCausalLM, prefix: Prefix, text: Text) -> Prefix:
 
 
 def encode_continuation(model: HookedCausalLM, text: Text) -> list[int]:
-    """The token ids of text that goes on: encoded alone, no special token added. Ids are taken as they are.
+    """The token ids of text that goes on: encoded alone, no special token added. Padding of ids is left out.
 
     Raises:
         InputError: there is no token, the model has no tokenizer, or what was given is no row of ids.
@@ -95,34 +97,37 @@ def encode_continuation(model: HookedCausalLM, text: Text) -> list[int]:
     if isinstance(text, str):
         if model.tokenizer is None:
             raise InputError("text was given, but the model has no tokenizer; pass token ids")
-        [encoded] = model.tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [int(token) for token in encoded]
+        ids = tokenization.encode_continuation(model.tokenizer, text, d_vocab=model.cfg.d_vocab)
+    elif isinstance(text, Sequence) and not text:
+        ids = []
+    elif tokenization.is_text(text):
+        raise InputError("a continuation is a list of texts; expected a text or one row of token ids")
     else:
-        ids = _read_ids(text)
+        ids = _read_row(model, text, "a continuation")[0].tolist()
     if not ids:
         raise InputError(f"{text!r} has no token: there is nothing to score; give at least one")
-    outside = [token for token in ids if not 0 <= token < model.cfg.d_vocab]
-    if outside:
-        raise InputError(f"token ids {outside} are outside the vocabulary, 0 to {model.cfg.d_vocab - 1}")
     return ids
 
 
-def _read_ids(ids: Tensor | Sequence[int]) -> list[int]:
-    if isinstance(ids, Tensor):
-        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(f"token ids are {list(ids.shape)} {ids.dtype}; expected integers [pos]")
-        ids = ids.tolist()
-    return [int(token) for token in ids]
+def _read_row(
+    model: HookedCausalLM, text: Text, what: str, *, prepend_bos: bool | None = None
+) -> Int[Tensor, "one pos"]:
+    """The tokens of one row, as a call of the model takes them."""
+    ids, mask = tokenization.read_tokens(
+        text,
+        model.tokenizer,
+        d_vocab=model.cfg.d_vocab,
+        n_ctx=model.cfg.n_ctx,
+        prepend_bos=prepend_bos,
+        what=what,
+    )
+    if len(ids) != 1:
+        raise InputError(f"{what} has shape {list(ids.shape)}; expected one row of at least one token")
+    return ids if mask is None else ids[:, mask[0].bool()]
 
 
 def _encode_prefix(model: HookedCausalLM, text: Text, *, prepend_bos: bool | None) -> Int[Tensor, "one pos"]:
-    if isinstance(text, str):
-        return model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)
-    tokens = torch.as_tensor(text, dtype=None if len(text) else torch.long).to(model.device)
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or len(tokens) != 1 or tokens.shape[1] == 0:
-        raise InputError(f"the prefix has shape {list(tokens.shape)}; expected one row of at least one token")
-    return tokens
+    return _read_row(model, text, "the prefix", prepend_bos=prepend_bos).to(model.device)
 
 
 def _check_edits(edits: Sequence[Edit]) -> None:
@@ -152,8 +157,8 @@ def _acts_in_parts(model: HookedCausalLM, edit: Edit) -> bool:
         return False
     if not (edit.pos is None or (isinstance(edit.pos, int) and edit.pos >= 0)):
         return False
-    for point in model.find_edit_points(edit):
-        site = find_site(point.name or "")
+    for point in model.find_edit_points(edit).values():
+        site = point.site
         # What single query heads read of keys and values is in no cache.
         if site is None or "key" in site.axes or site.repeats is not None:
             return False

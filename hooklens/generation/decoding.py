@@ -1,8 +1,5 @@
 """The loop of a generation: prefill, then a token a step for every row that goes on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -58,12 +55,6 @@ class Decoding:
         self._draws = RowDraws(len(self.rows), options.seed, prompts.ids.device) if options.do_sample else None
         self._newest: Tensor | None = None
         self._logprobs: list[tuple[list[int], Tensor]] | None = [] if keeps_logprobs else None
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Steps must be made inside this `with` block, in which edits act and captures record."""
-        with self._forward.attached():
-            yield
 
     def step(self) -> None:
         """Add a token to every row that goes on."""

@@ -7,8 +7,7 @@ one token of every unfinished row.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,10 @@ from hooklens.axes import find_site
 from hooklens.errors import EditError, join_names
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.prompts import Prompts
+from hooklens.hooks.call import Hook, Listeners, Listening, Phase, TokenIndex
+from hooklens.hooks.choice import read_choice, resolve_choice
 from hooklens.hooks.edits import Add, Edit, Mean, Project, Replace, Scale, Zero
 from hooklens.hooks.point import HookPoint
-from hooklens.hooks.selection import Indices, Phase, TokenIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,25 @@ class StepTokens:
         token_index: `[batch pos]`, absolute positions; -1 for what the edit must leave alone.
         n_tokens: `[batch]`, the most tokens each row can come to.
         phase: what the step is part of.
+        positions_by_column: None: rows differ.
+        columns: None: tensors hold all columns of the step.
     """
 
     token_index: Tensor
     n_tokens: Tensor
     phase: Phase
+    positions_by_column: None = None
+    columns: None = None
+
+    @property
+    def length(self) -> int:
+        """The most tokens of any row; rows differ, so nobody asks."""
+        return int(self.n_tokens.max())
+
+    @property
+    def n_run(self) -> int:
+        """Columns of the step."""
+        return self.token_index.shape[1]
 
 
 class StepEdits:
@@ -75,7 +89,9 @@ class StepEdits:
         # Negative positions are counted from here, so each is moved back by the tokens to come.
         self._n_tokens = self._prompt_ends + max_new_tokens
         self._placed = [
-            (_from_prompt_end(edit, max_new_tokens), point) for edit in edits for point in model.find_edit_points(edit)
+            (_from_prompt_end(edit, max_new_tokens), point)
+            for edit in edits
+            for point in model.find_edit_points(edit).values()
         ]
         if not whole_sequences:
             _refuse_uncached(self._placed)
@@ -86,16 +102,13 @@ class StepEdits:
     def __bool__(self) -> bool:
         return bool(self._placed)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """The edits act inside the `with` block."""
-        with ExitStack() as stack:
-            for edit, point in self._placed:
-                stack.enter_context(point.add_hook(self._listener(edit)))
-            yield
-
-    def _listener(self, edit: Edit) -> "_Listener":
-        return _Listener(self, edit)
+    @property
+    def listeners(self) -> Listeners:
+        """The edits at each of their points."""
+        made: dict[HookPoint, Listening] = {}
+        for edit, point in self._placed:
+            made.setdefault(point, Listening()).hooks.append(Hook(_Listener(self, edit), point, by_keyword=False))
+        return made
 
     def begin_step(self, tokens: TokenIndex, rows: Sequence[int] | None, finished: Sequence[int]) -> None:
         """Take note of the step that comes.
@@ -198,7 +211,7 @@ def _from_prompt_end(edit: Edit, max_new_tokens: int) -> Edit:
     def move(position: int) -> int:
         return position - max_new_tokens if position < 0 else position
 
-    pos: Indices = edit.pos
+    pos = read_choice(edit.pos, what="pos", error=EditError)
     if isinstance(edit, Mean) and pos is None:
         # Neither padding nor finished rows belong into a mean.
         return dataclasses.replace(edit, pos=slice(None))
@@ -215,21 +228,17 @@ def _from_prompt_end(edit: Edit, max_new_tokens: int) -> Edit:
 def _check_positions(edit: Edit, prompt_ends: list[int], max_new_tokens: int) -> None:
     """Refuse positions no row can have, and rows that are no prompts, before any work is done."""
     subject = f"edit {type(edit).__name__}({edit.name!r})"
-    n_rows = len(prompt_ends)
-    if edit.rows is None or isinstance(edit.rows, slice):
-        rows = list(range(n_rows))[edit.rows or slice(None)]
-    else:
-        rows = [edit.rows] if isinstance(edit.rows, int) else list(edit.rows)
-        outside = [row for row in rows if not -n_rows <= row < n_rows]
-        if outside:
-            raise EditError(
-                f"{subject}: rows {outside} out of range; rows are prompts while generating, 0 to {n_rows - 1}"
-            )
-    if edit.pos is None or isinstance(edit.pos, slice):
+    index = read_choice(edit.rows, what=f"{subject}: rows", error=EditError)
+    rows = resolve_choice(
+        index, len(prompt_ends), what=f"{subject}: rows", noun="prompts, which rows are while generating",
+        error=EditError,
+    )  # fmt: skip
+    pos = read_choice(edit.pos, what=f"{subject}: pos", error=EditError)
+    if pos is None or isinstance(pos, slice):
         return
-    wanted = [edit.pos] if isinstance(edit.pos, int) else list(edit.pos)
+    wanted = (pos,) if isinstance(pos, int) else pos
     bad = [
-        f"{position} in row {row % n_rows}"
+        f"{position} in row {row}"
         for row in rows
         for position in wanted
         if not -prompt_ends[row] <= position < prompt_ends[row] + max_new_tokens

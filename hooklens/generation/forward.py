@@ -1,7 +1,6 @@
 """The model calls of a generation: the prompts once, then one token a step."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +12,7 @@ from hooklens.generation.options import GenerationOptions
 from hooklens.generation.prompts import Prompts
 from hooklens.generation.recording import Recorder
 from hooklens.generation.rows import Rows
+from hooklens.hooks.call import Call, Phase, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
 
 Logits = Float[Tensor, "batch d_vocab"]
@@ -35,7 +35,8 @@ class Forward:
         self._n_samples = options.num_return_sequences
         given = options.past_kv_cache
         # A hook may count on its rows, and a cache that is appended to keeps its own.
-        foreign_hooks = any(point.listening for point in model.hook_points().values())
+        points = model.hook_points()
+        foreign_hooks = bool(thread_listeners()) or any(point.own is not None for point in points.values())
         self._masks_finished = given is not None and not given.frozen
         self.keeps_all_rows = foreign_hooks or self._masks_finished
         self.recorder = Recorder(model, options.names_filter)
@@ -48,9 +49,10 @@ class Forward:
             whole_sequences=not options.use_past_kv_cache,
         )
         self._listens = bool(self.recorder) or bool(self.edits)
+        self._listeners = join_listeners([self.edits.listeners, self.recorder.listeners])
         self._uses_cache = options.use_past_kv_cache
         self._cache = self._open_cache(given) if self._uses_cache else None
-        self._unembed_points = [model.hook_points()[name] for name in _UNEMBED_POINTS if name in model.hook_points()]
+        self._unembed_points = [points[name] for name in _UNEMBED_POINTS if name in points]
 
     def _open_cache(self, given: HookedKeyValueCache | None) -> HookedKeyValueCache:
         n_prompts = len(self._prompts.lengths)
@@ -62,12 +64,7 @@ class Forward:
         rows = given.expand(n_prompts) if given.batch_size == 1 else given.select(slice(None))
         return rows.unfreeze()
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Edits act and captures record inside the `with` block."""
-        with torch.no_grad(), self.edits.attached(), self.recorder.attached():
-            yield
-
+    @torch.no_grad()
     def run_prompts(self) -> Logits:
         """Logits of the first new token of every row."""
         prompts = self._prompts
@@ -85,6 +82,7 @@ class Forward:
             self._cache = self._cache.expand(self._n_samples) if one else self._cache.select(samples)
         return logits[samples]
 
+    @torch.no_grad()
     def run_step(self, tokens: Int[Tensor, " active"], rows: Rows) -> Logits:
         """Logits of the next token of every active row.
 
@@ -98,13 +96,13 @@ class Forward:
         else:
             ids = tokens[:, None]
             mask = self._mask_finished(len(ids), finished) if finished and self._masks_finished else None
-        with self._model.decoding() if self._uses_cache else nullcontext():
-            plan = self._model.make_plan(ids, mask, None, self._cache)
-            if not self._listens:
-                return self._run_last(ids, plan)
-            if self.edits:
-                self.edits.begin_step(plan, rows.active, finished)
-            logits = self._run_last(ids, plan)
+        phase: Phase = "decode" if self._uses_cache else "prefill"
+        plan = self._model.make_plan(ids, mask, None, self._cache, phase=phase)
+        if not self._listens:
+            return self._run_last(ids, plan)
+        if self.edits:
+            self.edits.begin_step(plan, rows.active, finished)
+        logits = self._run_last(ids, plan)
         if self.recorder:
             places = torch.tensor(rows.places, device=logits.device)
             unfinished = rows.active_index[places]
@@ -123,8 +121,11 @@ class Forward:
 
     def _run_last(self, ids: Tensor, plan: object) -> Logits:
         """Logits at the last column; at all of them only where somebody listens there."""
-        only_last = ids.shape[1] > 1 and not any(point.listening for point in self._unembed_points)
-        logits: Tensor = self._model.run(ids, plan, past_kv_cache=self._cache, logits_at=-1 if only_last else None)
+        call = Call(join_listeners([thread_listeners(), self._listeners]))
+        only_last = ids.shape[1] > 1 and not any(point.listens(call) for point in self._unembed_points)
+        logits: Tensor = self._model.run(
+            ids, plan, listeners=self._listeners, past_kv_cache=self._cache, logits_at=-1 if only_last else None
+        )
         return logits[:, -1]
 
     def _mask_table(self, rows: Rows) -> Bool[Tensor, "active pos"] | None:

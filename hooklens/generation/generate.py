@@ -1,7 +1,6 @@
 """Generation from start to end: whole results, and streams of steps."""
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooklens.errors import InputError
+from hooklens import tokens as tokenization
+from hooklens.errors import InputError, warn_caller
 from hooklens.generation.decoding import Decoding
 from hooklens.generation.model import GeneratingModel
-from hooklens.generation.options import GenerationOptions, ReturnKind, Streamer, check_return_type
+from hooklens.generation.options import GenerationOptions, ReturnKind, Streamer
 from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
 from hooklens.generation.prompts import Input, Prompts, read_prompts
 from hooklens.generation.text import TextPieces, decode_plain
@@ -47,10 +47,10 @@ def generate(
         InputError: anything that does not fit, before any work.
         CacheError: the key-value cache does not fit.
     """
-    check_return_type(return_type)
-    gives_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
+    is_text = tokenization.is_text(input)
+    gives_text = return_type == "str" or (return_type == "input" and is_text)
     # Text that was given needs a tokenizer before text that is to be given back does.
-    if gives_text and isinstance(input, Tensor) and model.tokenizer is None:
+    if gives_text and not is_text and model.tokenizer is None:
         raise InputError(
             f"generate: return_type={return_type!r} needs a tokenizer and the model has none; use 'tokens'"
         )
@@ -59,13 +59,13 @@ def generate(
     clock = _Clock()
     interrupted = False
     try:
-        with decoding.attached(), _progress_bar(options.max_new_tokens, shown=verbose) as advance:
+        with _progress_bar(options.max_new_tokens, shown=verbose) as advance:
             for _ in _steps(decoding, prompts, streamer):
                 clock.tick()
                 advance()
     except KeyboardInterrupt:
         interrupted = True
-        warnings.warn(f"generation was interrupted after {clock.n_steps} tokens a row", UserWarning, stacklevel=3)
+        warn_caller(f"generation was interrupted after {clock.n_steps} tokens a row")
     if streamer is not None:
         streamer.end()
     tokens = decoding.tokens()
@@ -74,7 +74,7 @@ def generate(
     if not gives_text:
         return tokens
     text = _decode_rows(model, decoding, tokens)
-    return text[0] if len(text) == 1 and isinstance(input, str | Tensor) else text
+    return text[0] if len(text) == 1 and (isinstance(input, str) or not is_text) else text
 
 
 def generate_stream(model: GeneratingModel, input: Input, options: GenerationOptions) -> Iterator[GenerationStep]:
@@ -103,8 +103,7 @@ def _stream(model: GeneratingModel, decoding: Decoding, prompts: Prompts) -> Ite
             for _ in range(n_samples)
         ]
     while not decoding.rows.done:
-        with decoding.attached():
-            decoding.step()
+        decoding.step()
         yield decoding.newest_step(pieces)
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from hooklens.arguments import reads
 from hooklens.generation.generate import Generated, generate, generate_stream
 from hooklens.generation.model import GeneratingModel
-from hooklens.generation.options import GenerationOptions, LogitsFunction, ReturnKind, StopFunction, Streamer
+from hooklens.generation.options import DELIVERY, GenerationOptions, LogitsFunction, ReturnKind, StopFunction, Streamer
 from hooklens.generation.output import GenerationStep
 from hooklens.generation.prompts import Input
 from hooklens.hooks.edits import Edit
@@ -15,6 +16,7 @@ from hooklens.kv_cache import HookedKeyValueCache
 class TextGeneration:
     """Gives a model (see `GeneratingModel`) methods that generate."""
 
+    @reads(**DELIVERY)
     def generate(
         self: GeneratingModel,
         input: Input = "",

@@ -1,7 +1,6 @@
 """What generation asks of a model."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,26 +32,23 @@ class GeneratingModel(Protocol):
 
     @property
     def make_plan(self) -> Callable[..., Any]:
-        """`make_plan(ids, attention_mask, positions, past_kv_cache)` checks a call and works out its positions."""
+        """`make_plan(ids, attention_mask, positions, past_kv_cache, phase=...)` checks a call and places its tokens."""
 
     @property
     def run(self) -> Callable[..., Tensor]:
-        """`run(ids, plan, past_kv_cache=..., logits_at=...)` gives logits `[batch chosen d_vocab]`."""
+        """`run(ids, plan, listeners=..., past_kv_cache=..., logits_at=...)` gives logits `[batch chosen d_vocab]`."""
 
     def hook_points(self) -> dict[str, HookPoint]:
         """All hook points by name."""
 
-    def select_hook_points(self, names_filter: NamesFilter) -> list[HookPoint]:
-        """The hook points a filter selects."""
+    def select_hook_points(self, names_filter: NamesFilter) -> dict[str, HookPoint]:
+        """The hook points a filter selects, by name."""
 
-    def find_edit_points(self, edit: Edit) -> list[HookPoint]:
-        """The hook points at which an edit acts."""
+    def find_edit_points(self, edit: Edit) -> dict[str, HookPoint]:
+        """The hook points at which an edit acts, by name."""
 
     def named_weights(self) -> Mapping[str, Tensor]:
         """The weights by name, shared."""
-
-    def decoding(self) -> AbstractContextManager[None]:
-        """Calls inside the `with` block run generated tokens: edits see the phase `"decode"`."""
 
 
 def init_cache(model: GeneratingModel, batch_size: int) -> HookedKeyValueCache:

@@ -1,13 +1,28 @@
 """What a caller asks of a generation, checked before any work."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
-from hooklens.errors import InputError
+from hooklens.arguments import (
+    MOST_ENTRIES,
+    Reader,
+    is_function,
+    optional,
+    read_flag,
+    read_int,
+    read_number,
+    read_one_of,
+    read_seed,
+    refusal,
+    require,
+)
+from hooklens.errors import HookLensError, InputError
+from hooklens.hooks.arguments import read_edits
+from hooklens.hooks.choice import read_choice
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
 from hooklens.kv_cache import HookedKeyValueCache
@@ -86,7 +101,7 @@ class GenerationOptions:
         Raises:
             InputError: values outside their ranges, or that exclude each other; all of them are named.
         """
-        problems = [*self._bad_numbers(), *self._bad_things(), *self._clashes()]
+        problems = self._read_values() or self._clashes()
         if problems:
             raise InputError("generate: " + "; ".join(problems))
 
@@ -97,43 +112,14 @@ class GenerationOptions:
             return []
         return [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings)
 
-    def _bad_numbers(self) -> list[str]:
+    def _read_values(self) -> list[str]:
+        """Bring values to plain ones, and say which cannot be."""
         problems = []
-        for name in ("max_new_tokens", "num_return_sequences"):
-            value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                problems.append(f"{name} is {value!r}, expected a whole number >= 1")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
-            problems.append(f"top_k is {self.top_k!r}, expected a whole number >= 1, or None for all tokens")
-        if self.seed is not None and not _is_whole(self.seed):
-            problems.append(f"seed is {self.seed!r}, expected a whole number")
-        if not _is_finite(self.temperature) or self.temperature <= 0:
-            problems.append(
-                f"temperature is {self.temperature!r}, expected a number > 0 (do_sample=False takes the most likely "
-                "token)"
-            )
-        if self.top_p is not None and not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
-            problems.append(f"top_p is {self.top_p!r}, expected a probability in (0, 1]")
-        if self.min_p is not None and not (_is_finite(self.min_p) and 0 <= self.min_p <= 1):
-            problems.append(f"min_p is {self.min_p!r}, expected a fraction in [0, 1]")
-        if not _is_finite(self.freq_penalty):
-            problems.append(f"freq_penalty is {self.freq_penalty!r}, expected a finite number")
-        penalty = self.repetition_penalty
-        if penalty is not None and not (_is_finite(penalty) and penalty > 0):
-            problems.append(f"repetition_penalty is {penalty!r}, expected a number > 0 (1 is no penalty)")
-        return problems
-
-    def _bad_things(self) -> list[str]:
-        problems = []
-        if any(not isinstance(text, str) or not text for text in self.stop_texts):
-            problems.append(f"stop_strings is {self.stop_strings!r}, expected strings that are not empty")
-        for name in ("logits_processor", "stopping_criteria"):
-            given = getattr(self, name)
-            if not isinstance(given, Sequence) or not all(callable(function) for function in given):
-                problems.append(f"{name} is {given!r}, expected a list of functions of (ids, scores)")
-        wrong = [type(edit).__name__ for edit in self.edits if not isinstance(edit, Edit)]
-        if wrong:
-            problems.append(f"edits holds {', '.join(wrong)}, expected values from hooklens.edits")
+        for name, reader in _READERS.items():
+            try:
+                object.__setattr__(self, name, reader(getattr(self, name), what=name, error=InputError))
+            except InputError as found:
+                problems.append(str(found))
         return problems
 
     def _clashes(self) -> list[str]:
@@ -156,19 +142,71 @@ class GenerationOptions:
         return problems
 
 
-def check_return_type(return_type: object) -> None:
-    """Refuse what is no `ReturnKind`.
+def _read_stop_strings(given: object, *, what: str, error: type[HookLensError]) -> str | list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise refusal(given, what, "strings that are not empty", error)
+    return given if isinstance(given, str) else list(texts)
+
+
+def _read_end_tokens(given: object, *, what: str, error: type[HookLensError]) -> int | list[int]:
+    chosen = read_choice(given, what=what, error=error)
+    if chosen is None or isinstance(chosen, slice):
+        raise refusal(given, what, "a token id or a list of them", error)
+    return chosen if isinstance(chosen, int) else list(chosen)
+
+
+def _read_functions(given: object, *, what: str, error: type[HookLensError]) -> Sequence[Callable[..., Any]]:
+    if not isinstance(given, Sequence) or not all(is_function(function) for function in given):
+        raise refusal(given, what, "a list of functions of (ids, scores)", error)
+    return given
+
+
+def _number(expected: str, allows: Callable[[float], bool]) -> Reader:
+    return partial(read_number, expected=expected, allows=allows)
+
+
+_COUNT = partial(read_int, least=1, most=MOST_ENTRIES)
+_READERS: dict[str, Reader] = {
+    "max_new_tokens": _COUNT,
+    "stop_at_eos": read_flag,
+    "eos_token_id": optional(_read_end_tokens),
+    "do_sample": read_flag,
+    "temperature": _number("a number > 0 (do_sample=False takes the most likely token)", lambda number: number > 0),
+    "top_k": optional(_COUNT),
+    "top_p": optional(_number("a probability in (0, 1]", lambda number: 0 < number <= 1)),
+    "min_p": optional(_number("a fraction in [0, 1]", lambda number: 0 <= number <= 1)),
+    "freq_penalty": _number("a finite number", lambda number: True),
+    "repetition_penalty": optional(_number("a number > 0 (1 is no penalty)", lambda number: number > 0)),
+    "stop_strings": optional(_read_stop_strings),
+    "num_return_sequences": _COUNT,
+    "use_past_kv_cache": read_flag,
+    "past_kv_cache": optional(
+        partial(require, kind=HookedKeyValueCache, expected="a HookedKeyValueCache, from model.prefill(prefix)")
+    ),
+    "prepend_bos": optional(read_flag),
+    "seed": optional(read_seed),
+    "logits_processor": _read_functions,
+    "stopping_criteria": _read_functions,
+    "edits": read_edits,
+}
+"""Readers of the options; what `names_filter` selects is looked up in the model."""
+
+
+def read_streamer(given: object, *, what: str, error: type[HookLensError] = InputError) -> Streamer:
+    """A streamer that a caller gave.
 
     Raises:
-        InputError: another value.
+        HookLensError: something else, the class of one included.
     """
-    if return_type not in get_args(ReturnKind):
-        raise InputError(f"generate: return_type is {return_type!r}; expected 'input', 'tokens', 'str' or 'output'")
+    if isinstance(given, Streamer) and not isinstance(given, type):
+        return given
+    raise refusal(given, what, "an object with put(tokens) and end(), as transformers' streamers", error)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+DELIVERY: dict[str, Reader] = {
+    "streamer": optional(read_streamer),
+    "return_type": partial(read_one_of, options=get_args(ReturnKind)),
+    "verbose": read_flag,
+}
+"""Readers of the keywords that say how the result is handed over."""

@@ -1,6 +1,5 @@
 """Prompts as one left-padded batch, so that all rows go on at the same column."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Int
@@ -11,7 +10,11 @@ from hooklens.errors import InputError
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions
 
-Input = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
+Input = tokenization.Prompt
+
+_MOST_BYTES = 2**40
+# The generator of a row's draws keeps 2.5 KB of state.
+_BYTES_OF_A_ROW = 2500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,39 +61,39 @@ def read_prompts(model: GeneratingModel, input: Input, options: GenerationOption
         n_before=past if len(past) == len(ids) else past * len(ids),
     )
     _check_context(prompts, options.max_new_tokens, model.cfg.n_ctx)
+    _check_size(model, prompts, options)
     return prompts
 
 
 def _encode(model: GeneratingModel, input: Input, options: GenerationOptions) -> tuple[Tensor, Tensor | None]:
     """Ids, and which of them are tokens; None where all are."""
     tokenizer, cache = model.tokenizer, options.past_kv_cache
-    mask: Tensor | None
-    if isinstance(input, Tensor):
-        tokenization.check_token_ids(input, model.cfg.d_vocab)
-        ids = (input[None] if input.ndim == 1 else input).long()
-        mask = None
-        if tokenizer is not None:
-            mask = tokenization.infer_attention_mask(
-                ids,
-                pad_token_id=tokenization.padding_token_id(tokenizer),
-                bos_token_id=getattr(tokenizer, "bos_token_id", None),
-                eos_token_id=getattr(tokenizer, "eos_token_id", None),
-            )
-    else:
-        if tokenizer is None:
-            raise InputError(
-                "generate: text was given, but the model has no tokenizer; pass token ids, or load with tokenizer=..."
-            )
-        prepend_bos = options.prepend_bos
-        if prepend_bos is None and cache is not None and len(cache):
-            prepend_bos = False
-        elif prepend_bos is None and input == "" and getattr(tokenizer, "bos_token_id", None) is not None:
-            # Nothing to go on from: the token that opens a sequence.
-            prepend_bos = True
-        ids, mask = tokenization.to_tokens(
-            tokenizer, input, prepend_bos=prepend_bos, padding_side="left", truncate=False, n_ctx=model.cfg.n_ctx
+    prepend_bos = options.prepend_bos
+    if prepend_bos is None and cache is not None and len(cache):
+        prepend_bos = False
+    elif prepend_bos is None and _is_nothing(input) and getattr(tokenizer, "bos_token_id", None) is not None:
+        # Nothing to go on from: the token that opens a sequence.
+        prepend_bos = True
+    is_text = tokenization.is_text(input)
+    if is_text and tokenizer is None:
+        raise InputError(
+            "generate: text was given, but the model has no tokenizer; pass token ids, or load with tokenizer=..."
         )
-    return ids, None if mask is None or bool(mask.all()) else mask.bool()
+    ids, mask = tokenization.read_tokens(
+        input,
+        tokenizer,
+        d_vocab=model.cfg.d_vocab,
+        n_ctx=model.cfg.n_ctx,
+        prepend_bos=prepend_bos,
+        # Ids may be padded at both ends.
+        padding_side="left" if is_text else None,
+    )
+    tokenization.check_has_values(ids, model.device)
+    return ids, None if mask is None else mask.bool()
+
+
+def _is_nothing(input: Input) -> bool:
+    return isinstance(input, str) and not input
 
 
 def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,7 @@ def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     order = mask.long().argsort(dim=1, stable=True)
     width = int(mask.sum(1).max())
     mask = mask.gather(1, order)[:, -width:]
-    return ids.gather(1, order)[:, -width:], mask
+    return ids.gather(1, order.to(ids.device))[:, -width:], mask
 
 
 def _check_context(prompts: Prompts, max_new_tokens: int, n_ctx: int) -> None:
@@ -118,9 +121,26 @@ def _check_context(prompts: Prompts, max_new_tokens: int, n_ctx: int) -> None:
     )
 
 
+def _check_size(model: GeneratingModel, prompts: Prompts, options: GenerationOptions) -> None:
+    """Refuse more rows than any machine could hold, before the first is made."""
+    cfg = model.cfg
+    rows = len(prompts.lengths) * options.num_return_sequences
+    width = prompts.ids.shape[1] + options.max_new_tokens
+    cached = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * model.dtype.itemsize * options.use_past_kv_cache
+    # What has to be there at one time: a row's ids and keys and values, and its logits of a step in float32.
+    needed = rows * (_BYTES_OF_A_ROW + width * (8 + cached) + 4 * cfg.d_vocab)
+    if needed > _MOST_BYTES:
+        raise InputError(
+            f"generate: {len(prompts.lengths)} prompts with num_return_sequences={options.num_return_sequences} are "
+            f"{rows} rows of up to {width} tokens, which need {needed} bytes at one time ({needed / 2**40:.1f} TiB); "
+            "ask for fewer, in several calls"
+        )
+
+
 def filling_token_id(model: GeneratingModel) -> int:
-    """The id that stands where a row has no token: the tokenizer's padding token, or 0."""
-    return 0 if model.tokenizer is None else tokenization.padding_token_id(model.tokenizer) or 0
+    """The id that stands where a row has no token: the tokenizer's padding token, or 0 where the model lacks it."""
+    padding = None if model.tokenizer is None else tokenization.padding_token_id(model.tokenizer)
+    return padding if padding is not None and padding < model.cfg.d_vocab else 0
 
 
 def end_token_ids(model: GeneratingModel, options: GenerationOptions) -> list[int]:

@@ -4,8 +4,7 @@ What comes out has the shapes of a forward over prompts and new tokens, padded o
 new token of each row (which no forward has run). Columns of padding hold 0, or -inf among attention scores.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from hooklens.axes import HookSite, find_site
 from hooklens.errors import HookNameError, join_names
 from hooklens.generation.model import GeneratingModel
+from hooklens.hooks.call import Call, Listeners, Listening
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
 
@@ -62,8 +62,8 @@ class Recorder:
     """
 
     def __init__(self, model: GeneratingModel, names_filter: NamesFilter) -> None:
-        self._points: list[HookPoint] = [] if names_filter is None else model.select_hook_points(names_filter)
-        unknown = [point.name or "" for point in self._points if find_site(point.name or "") is None]
+        self._points: dict[str, HookPoint] = {} if names_filter is None else model.select_hook_points(names_filter)
+        unknown = [name for name, point in self._points.items() if point.site is None]
         if unknown:
             raise HookNameError(
                 f"generate: the axes of {join_names(unknown)} are not known, so what passes there at different steps "
@@ -75,20 +75,13 @@ class Recorder:
     def __bool__(self) -> bool:
         return bool(self._points)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Activations are kept inside the `with` block."""
-        attached: list[HookPoint] = []
-        try:
-            for point in self._points:
-                point.add_capture(self._keep)
-                attached.append(point)
-            yield
-        finally:
-            for point in attached:
-                point.remove_capture(self._keep)
+    @property
+    def listeners(self) -> Listeners:
+        """The recorder at each of its points."""
+        return dict.fromkeys(self._points.values(), Listening(watchers=[self]))
 
-    def _keep(self, tensor: Tensor, point: HookPoint) -> None:
+    def keep(self, tensor: Tensor, point: HookPoint, call: Call) -> None:
+        """Keep what passes a point, until the step ends."""
         self._passing[point.name or ""] = tensor
 
     def end_step(self, *, n_new: int, first_column: int, rows: Tensor | None, places: Tensor | None) -> None:

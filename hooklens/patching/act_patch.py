@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens import tokens as tokenization
 from hooklens.axes import get_act_name
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
@@ -106,17 +107,19 @@ def generic_activation_patch(
     check_source(model, clean_cache)
     layers = sorted({index[0] for index in indices})
     measure = _as_function(patching_metric)
+    mask = _mask_of(model, corrupted_tokens)
     values = []
     with torch.no_grad():
         entering = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
-        _, streams = model.run_with_cache(
-            corrupted_tokens, names_filter=entering, attention_mask=_all(corrupted_tokens)
-        )
+        _, streams = model.run_with_cache(corrupted_tokens, names_filter=entering, attention_mask=mask)
         for index in import_package("tqdm").tqdm(indices, desc="patching"):
             name = get_act_name(activation_name, index[0])
             hook = _Setter(patch_setter, index, clean_cache[name])
             logits = model.run_with_hooks(
-                streams["resid_pre", index[0]], fwd_hooks=[(name, hook)], start_at_layer=index[0]
+                streams["resid_pre", index[0]],
+                fwd_hooks=[(name, hook)],
+                start_at_layer=index[0],
+                attention_mask=mask,
             )
             values.append(float(measure(logits)))
     result = torch.tensor(values, device=model.device).view(*shape)
@@ -139,9 +142,10 @@ def _as_function(metric: PatchingMetric) -> Callable[[Tensor], Tensor | float]:
     return metric
 
 
-def _all(tokens: Tensor) -> Tensor:
-    """A mask that hides nothing: TransformerLens takes ids as they are."""
-    return torch.ones_like(tokens)
+def _mask_of(model: HookedCausalLM, tokens: Tensor) -> Tensor | None:
+    """The mask that a call of the model gives ids."""
+    mask = tokenization.read_tokens(tokens, model.tokenizer, d_vocab=model.cfg.d_vocab).attention_mask
+    return None if mask is None else mask.to(model.device)
 
 
 def _size(axis: AxisName, model: HookedCausalLM, tokens: Tensor, activation_name: str) -> int:
@@ -155,6 +159,12 @@ def _size(axis: AxisName, model: HookedCausalLM, tokens: Tensor, activation_name
 def _patch(
     model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric, site: Grid
 ) -> Float[Tensor, "..."]:
+    mask = _mask_of(model, corrupted_tokens)
+    if mask is not None and not bool(mask[:, 0].all()):
+        raise InputError(
+            "corrupted_tokens are padded on the left: columns are no positions; pad both prompts on the right, "
+            "or use patching.sweep, which needs no cache"
+        )
     result = sweep(
         model,
         corrupted_tokens,
@@ -162,7 +172,7 @@ def _patch(
         site,
         metric if isinstance(metric, Metric) else _OfBatch(metric),
         source=clean_cache,
-        attention_mask=_all(corrupted_tokens),
+        attention_mask=mask,
     )
     return result.values
 

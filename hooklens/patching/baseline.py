@@ -16,7 +16,9 @@ from torch import Tensor
 from hooklens.axes import find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig
+from hooklens.hooks.call import NOBODY, Listeners
 from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.model.positions import TokenPlan
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics import Metric, Runs, prepare_metric
 from hooklens.patching.pair import PromptPairs
@@ -196,9 +198,12 @@ def refuse_nan(baseline: Baseline) -> None:
         )
 
 
-def unembed(model: HookedCausalLM, stream: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, "rows pos d_vocab"]:
+def unembed(
+    model: HookedCausalLM, stream: Float[Tensor, "rows pos d_model"], *, listeners: Listeners = NOBODY
+) -> Float[Tensor, "rows pos d_vocab"]:
     """The logits of a stream that has left the last block."""
-    return model.run(stream, model.make_plan(stream), start_at_layer=model.cfg.n_layers)
+    plan = TokenPlan(batch=len(stream), n_new=stream.shape[1], device=stream.device)
+    return model.run(stream, plan, listeners=listeners, start_at_layer=model.cfg.n_layers)
 
 
 def _run_unpatched(

@@ -133,7 +133,7 @@ def _columns_to_run(
 ) -> slice:
     """From the first column that an ablation changes to the last that the metric reads."""
     width = clean.shape[1]
-    if model.rotary is not None and model.rotary.depends_on_length(width):
+    if model.depends_on_length(width):
         return slice(0, width)
     stop = width if baseline.metric.positions is None else int(baseline.reads.max()) + 1
     if ablation != "resample":

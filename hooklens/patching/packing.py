@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hooklens.model.positions import TokenPlan
+from hooklens.model.visibility import Hidden, Rule, Sides, Visibility, Window
 
 _FILLER = -1
 
@@ -114,6 +115,35 @@ class Packing:
         return PackedPlan(self.column, self._start, self._segment, n_past=self.n_past)
 
 
+@dataclass(frozen=True)
+class BesideSegments:
+    """No token sees the tokens of other segments, or what of the past its own segment runs anew.
+
+    Attributes:
+        start: `[row width]`, first column of the token's segment.
+        segment: `[row width]`, which segment the token belongs to.
+        column: `[row width]`, position of each token.
+    """
+
+    start: Int[Tensor, "row width"]
+    segment: Int[Tensor, "row width"]
+    column: Int[Tensor, "row width"]
+
+    def acts(self, sides: Sides, keys: range) -> bool:
+        """Always."""
+        return True
+
+    def hide(self, sides: Sides, keys: range) -> Hidden:
+        """The past from the segment's start on; of the row other segments, and later columns of its own."""
+        n_past = sides.n_past
+        past = torch.arange(keys.start, min(keys.stop, n_past), device=sides.device)
+        in_past = past >= self.start[:, None, :, None]
+        own = slice(max(keys.start - n_past, 0), max(keys.stop - n_past, 0))
+        segment, column = self.segment[:, None], self.column[:, None]
+        in_row = (segment[..., None] != segment[:, :, None, own]) | (column[:, :, None, own] > column[..., None])
+        return torch.cat([in_past, in_row], dim=-1)
+
+
 class PackedPlan(TokenPlan):
     """The tokens of packed segments: where they stand in their prompts, and what each may attend to.
 
@@ -139,7 +169,6 @@ class PackedPlan(TokenPlan):
         )
         self._column, self._start, self._segment = column, start, segment
         self._whole = whole
-        self._past_masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def first_rows(self, n: int) -> "PackedPlan":
         """The plan of the first rows."""
@@ -147,67 +176,21 @@ class PackedPlan(TokenPlan):
             self._column[:n], self._start[:n], self._segment[:n], n_past=self.n_past, whole=self._whole or self
         )
 
-    @property
-    def key_positions(self) -> Int[Tensor, "rows key"]:
+    def _place_keys(self) -> Int[Tensor, "rows key"]:
         """The position of each key: those of the cache, then those of the row."""
         past = torch.arange(self.n_past, device=self.device).expand(self.batch, -1)
         return torch.cat([past, self._column], dim=1)
 
-    def is_causal_only(self, window: int | None) -> bool:
-        """Never: segments do not see each other."""
-        return False
+    def rules(self, window: int | None) -> tuple[Rule, ...]:
+        """Segments do not see each other."""
+        beside = BesideSegments(self._start, self._segment, self._column)
+        return (beside,) if window is None else (beside, Window(window))
 
-    def _make_hidden(self, window: int | None) -> Tensor:
-        query, key = self._column[:, None, :, None], self.key_positions[:, None, None, :]
-        past = torch.arange(self.n_past, device=self.device) >= self._start[:, None, :, None]
-        segment = self._segment
-        new = (segment[:, None, :, None] != segment[:, None, None, :]) | (key[..., self.n_past :] > query)
-        hidden = torch.cat([past, new], dim=-1)
-        return hidden if window is None else hidden | (key <= query - window)
-
-    def additive_mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "rows one query key"] | None:
-        """The mask of the whole batch, its first rows."""
+    def visibility(self, window: int | None) -> Visibility:
+        """What queries see; the masks of the whole batch serve its first rows."""
         if self._whole is None:
-            return super().additive_mask(window, dtype)
-        mask = self._whole.additive_mask(window, dtype)
-        return None if mask is None else mask[: self.batch]
-
-    def new_part(self) -> TokenPlan:
-        """What tokens may attend to in their own row."""
-        return _OwnRow(self)
-
-    def past_mask(
-        self, window: int | None, dtype: torch.dtype, *, fold_rows: bool
-    ) -> Float[Tensor, "rows one some_query past"] | None:
-        """What tokens may not see of the unpatched run."""
-        mask = (self._whole or self)._whole_past_mask(window, dtype)[: self.batch]
-        return mask.reshape(1, 1, -1, self.n_past) if fold_rows else mask
-
-    def _whole_past_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        # Contiguous, so that folding the rows into one is a view.
-        key = (window, dtype)
-        if key not in self._past_masks:
-            mask = self.additive_mask(window, dtype)
-            assert mask is not None
-            self._past_masks[key] = mask[..., : self.n_past].contiguous()
-        return self._past_masks[key]
-
-
-class _OwnRow(TokenPlan):
-    """A packed plan as if the cache were not there."""
-
-    def __init__(self, packed: PackedPlan) -> None:
-        super().__init__(batch=packed.batch, n_new=packed.n_new, device=packed.device)
-        self._packed = packed
-
-    def is_causal_only(self, window: int | None) -> bool:
-        """Never: segments do not see each other."""
-        return False
-
-    def additive_mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "rows one query key"] | None:
-        """The part of the mask on the row's own tokens."""
-        mask = self._packed.additive_mask(window, dtype)
-        return None if mask is None else mask[..., self._packed.n_past :]
+            return super().visibility(window)
+        return self._whole.visibility(window).first_rows(self.batch)
 
 
 def count_up(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

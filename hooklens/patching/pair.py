@@ -16,7 +16,7 @@ from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 
-Prompt = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
+Prompt = tokenization.Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ def read_pairs(
         model: whose tokenizer and vocabulary count.
         clean: text, a list of texts, or ids.
         corrupted: the same, one for each clean prompt.
-        attention_mask: real tokens (1) and padding (0) of both, where ids are padded. None: for ids, what can be
-            inferred from the tokenizer's padding token.
+        attention_mask: real tokens (1) and padding (0) of both, where ids are padded. None: as in a call of the
+            model, see `hooklens.tokens.padding`.
 
     Raises:
         InputError: another number of prompts, or pairs of prompts of different length; all of them are named.
@@ -79,38 +79,31 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
     """The real tokens of each prompt.
 
     Raises:
-        InputError: neither text nor ids, text without a tokenizer or with a mask, or a mask of another
-            shape.
+        InputError: neither text nor ids, text without a tokenizer or with a mask, or a mask of another shape or
+            without any token in a row.
     """
-    mask: Tensor | None
-    if isinstance(prompt, Tensor):
-        tokenization.check_token_ids(prompt, model.cfg.d_vocab)
-        ids, mask = (prompt if prompt.ndim == 2 else prompt[None]), attention_mask
-        if mask is None and model.tokenizer is not None:
-            mask = tokenization.infer_attention_mask(
-                ids,
-                pad_token_id=tokenization.padding_token_id(model.tokenizer),
-                bos_token_id=getattr(model.tokenizer, "bos_token_id", None),
-                eos_token_id=getattr(model.tokenizer, "eos_token_id", None),
-            )
-    else:
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"a prompt is a {type(prompt).__name__}; expected text, a list of texts, or token ids (of a Pair: "
-                "pair.clean and pair.corrupted)"
-            )
-        if attention_mask is not None:
-            raise InputError("attention_mask goes with token ids; the padding of text is known without it")
-        if model.tokenizer is None:
-            raise InputError("text was given, but the model has no tokenizer; pass token ids")
-        ids, mask = tokenization.to_tokens(model.tokenizer, prompt, truncate=False, n_ctx=model.cfg.n_ctx)
+    if attention_mask is not None and tokenization.is_text(prompt):
+        raise InputError("attention_mask goes with token ids; the padding of text is known without it")
+    ids, mask = tokenization.read_tokens(
+        prompt,
+        model.tokenizer,
+        d_vocab=model.cfg.d_vocab,
+        n_ctx=model.cfg.n_ctx,
+        attention_mask=attention_mask,
+        what="a prompt",
+        hint=" (of a Pair: pair.clean and pair.corrupted)",
+    )
     ids = ids.to(model.device)
     if mask is None:
         return list(ids)
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask has shape {list(mask.shape)}; expected that of the ids, {list(ids.shape)}")
-    return [row[real.bool()] for row, real in zip(ids, mask.to(ids.device), strict=True)]
+    empty = (mask == 0).all(1).nonzero()[:, 0].tolist()
+    if empty:
+        raise InputError(f"attention_mask hides every token of rows {empty}; leave empty rows out of the batch")
+    # A mask on the CPU says where the tokens are without waiting for an accelerator.
+    real = mask.bool() if mask.device.type == "cpu" else mask.bool().to(ids.device)
+    return [row[tokens] for row, tokens in zip(ids, real, strict=True)]
 
 
 def _pad_right(rows: Sequence[Tensor]) -> Int[Tensor, "pairs pos"]:

@@ -5,8 +5,7 @@ rows patched there join with the unpatched run's stream, so every block runs onc
 for no others.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from hooklens.axes import find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.hooks import HookPoint
+from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.call import Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.positions import TokenPlan
 from hooklens.patching.baseline import Baseline, unembed
@@ -78,25 +78,19 @@ class Pass:
     def run(self) -> Float[Tensor, "segments read d_vocab"]:
         """The logits of every segment's prompt at the positions that the metric reads."""
         packing, n_layers = self.packing, self.model.cfg.n_layers
-        plan = None if packing.is_plain else packing.make_plan()
-        table, stream, n_rows = None, None, 0
+        plans = _Plans(packing, self.model.device)
+        stream, n_rows = None, 0
+        outside = thread_listeners()
         reads = self._find_reads()
         for layer in range(packing.layers[0], n_layers):
             stream = self._join(stream, layer)
             n_rows = len(stream)
-            rows = self._plain_plan(n_rows) if plan is None else plan.first_rows(n_rows)
-            if self.model.rotary is not None and table is None:
-                table = self.model.rotary.look_up(plan or rows, stream.dtype)
-            cut = None if table is None else (table[0][:n_rows], table[1][:n_rows])
+            plan = plans.of(n_rows)
             wanted = reads.places(reads.row < n_rows) if layer == n_layers - 1 and self._may_narrow(layer) else None
-            with self._patched(layer):
-                stream = self.model.block_list()[layer](stream, rows, cut, self._past(layer, n_rows), wanted=wanted)
+            call = Call(join_listeners([outside, self._listeners_in(layer)]), plan)
+            stream = self.model.block_list()[layer](stream, plan, call, self._past(layer, n_rows), wanted=wanted)
             self.token_layers += n_rows * packing.width
         return self._read_logits(reads, self._gather(reads, stream, n_rows))
-
-    def _plain_plan(self, n_rows: int) -> TokenPlan:
-        packing = self.packing
-        return TokenPlan(batch=n_rows, n_new=packing.width, device=self.model.device, n_past=packing.n_past)
 
     def _find_reads(self) -> "Reads":
         """The tokens of the batch that the metric reads; before its start a segment has none."""
@@ -169,17 +163,17 @@ class Pass:
         keys, values = (tensor.expand(n_rows, -1, -1, -1) for tensor in (keys, values))
         return HookedKeyValueCacheEntry(keys, values)
 
-    @contextmanager
-    def _patched(self, layer: int) -> Iterator[None]:
-        """The edits inside a block, attached while it runs."""
-        points = self.model.hook_points()
+    def _listeners_in(self, layer: int) -> Listeners:
+        """The edits inside a block."""
         names = [name for at, name in self._edits if at == layer and name != "stream"]
-        handles = [points[name].add_hook(_PutIn(self._edits[layer, name])) for name in names]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self._put_in({name: self._edits[layer, name] for name in names})
+
+    def _put_in(self, edits: dict[str, list[tuple[Index, Tensor]]]) -> Listeners:
+        points = self.model.hook_points()
+        return {
+            points[name]: Listening([Hook(_PutIn(made), points[name], by_keyword=False)])
+            for name, made in edits.items()
+        }
 
     def _collect_edits(self) -> dict[tuple[int, str], list[tuple[Index, Tensor]]]:
         """What to write where: by layer and hook name (`"stream"`: on entering), pairs of an index and values."""
@@ -226,8 +220,7 @@ class Pass:
         if len(at) == 3:
             of_head, change = change, change.new_zeros(len(change), *W_O.shape[:2])
             change[torch.arange(len(change)), at[2]] = of_head
-        # As it is stored: a view.
-        written = F.linear(change.flatten(1), W_O.permute(2, 0, 1).flatten(1))
+        written = F.linear(change.flatten(1), self.model.block_list()[layer].attn.o_proj.weight)
         return self.baseline.streams[layer + 1][at[:2]] + written
 
     def _edit_pattern(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
@@ -279,8 +272,7 @@ class Pass:
         self, reads: "Reads", stream: Float[Tensor, "token one d_model"]
     ) -> Float[Tensor, "segments read d_vocab"]:
         """Logits where the metric reads; before its start a segment's are those of the unpatched run."""
-        with self._patched_head(reads):
-            logits = unembed(self.model, stream)[:, 0]
+        logits = unembed(self.model, stream, listeners=self._put_in(self._edits_of_head(reads)))[:, 0]
         shape = (len(self.segments), self.baseline.reads.shape[1])
         if len(logits) == shape[0] * shape[1]:
             return logits.view(*shape, -1)
@@ -288,10 +280,8 @@ class Pass:
         out[reads.segment, reads.read] = logits
         return out
 
-    @contextmanager
-    def _patched_head(self, reads: "Reads") -> Iterator[None]:
-        """The edits in the final norm and the unembedding, attached while they run."""
-        points = self.model.hook_points()
+    def _edits_of_head(self, reads: "Reads") -> dict[str, list[tuple[Index, Tensor]]]:
+        """The edits in the final norm and the unembedding."""
         edits: dict[str, list[tuple[Index, Tensor]]] = {}
         for index, segment in enumerate(self.segments):
             name = self.cells[segment.cell].name
@@ -302,12 +292,28 @@ class Pass:
             [read] = at.nonzero(as_tuple=True)
             values = self.baseline.values[name][segment.pair, reads.column[read]]
             edits.setdefault(name, []).append((Index(read, (slice(0, 1),)), values[:, None]))
-        handles = [points[name].add_hook(_PutIn(edit)) for name, edit in edits.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return edits
+
+
+class _Plans:
+    """The plans of a pass, in which ever more rows run: one for each number of rows."""
+
+    def __init__(self, packing: Packing, device: torch.device) -> None:
+        self._packing, self._device = packing, device
+        self._whole = None if packing.is_plain else packing.make_plan()
+        self._made: dict[int, TokenPlan] = {}
+
+    def of(self, n_rows: int) -> TokenPlan:
+        """The plan of the first rows."""
+        if n_rows not in self._made:
+            self._made[n_rows] = self._make(n_rows)
+        return self._made[n_rows]
+
+    def _make(self, n_rows: int) -> TokenPlan:
+        if self._whole is not None:
+            return self._whole.first_rows(n_rows)
+        packing = self._packing
+        return TokenPlan(batch=n_rows, n_new=packing.width, device=self._device, n_past=packing.n_past)
 
 
 class _PutIn:

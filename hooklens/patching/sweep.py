@@ -326,7 +326,7 @@ def _first_change(differs: np.ndarray, cell: Cell, length: int) -> int | None:
 
 def _can_share(model: HookedCausalLM, baseline: Baseline) -> bool:
     """Whether columns keep their keys in a shorter run: not where rotary frequencies depend on the length."""
-    return model.rotary is None or not model.rotary.depends_on_length(max(baseline.lengths))
+    return not model.depends_on_length(max(baseline.lengths))
 
 
 def _axes(name: str) -> tuple[str, ...]:
@@ -348,7 +348,7 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
     """
     if model.training and not allow_training:
         raise InputError("the model is in training mode; call model.eval() first, or pass allow_training=True")
-    attached = [name for name, point in model.hook_points().items() if point.listening]
+    attached = [name for name, point in model.hook_points().items() if point.own is not None]
     if attached:
         raise InputError(
             f"hooks are attached to {len(attached)} hook points, such as {attached[0]!r}, which a sweep would show "

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooklens.axes import layer_of
 from hooklens.hooks import HookPoint
@@ -47,9 +47,9 @@ def _loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Tensor) -> Tensor:
 
 def _gradients_at(probe: Probe, names: Sequence[str]) -> dict[str, Tensor]:
     """What `incl_bwd` keeps, without leaving gradients on the parameters."""
-    embeddings = [probe.model.embed.W_E]
+    embeddings = [probe.model.embed.table.weight]
     if "hook_pos_embed" in probe.model.hook_points():
-        embeddings.append(probe.model.pos_embed.W_pos)
+        embeddings.append(probe.model.pos_embed.table.weight)
     with (
         torch.enable_grad(),
         _requiring_gradients(embeddings),
@@ -60,7 +60,7 @@ def _gradients_at(probe: Probe, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
     """A model with frozen weights has gradients at its hook points all the same."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:

@@ -138,7 +138,7 @@ def make_probe(
     cfg = model.cfg
     if n_tokens < 4:
         raise InputError(f"verify: n_tokens is {n_tokens}; expected at least 4, so that rows of several lengths exist")
-    attached = [name for name, point in model.hook_points().items() if point.listening]
+    attached = [name for name, point in model.hook_points().items() if point.own is not None]
     if attached:
         raise InputError(
             f"verify: hooks are attached to {len(attached)} hook points, such as {attached[0]!r}, and would be part of "

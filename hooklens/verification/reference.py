@@ -117,8 +117,7 @@ def _run_reference(model: "PreTrainedModel", probe: Probe, batches: Sequence[_Ba
     narrowing = _NarrowingWatch(probe.n_tokens)
     with narrowing if model.dtype == torch.float64 else nullcontext():
         logits = {batch.label: batch.real(_call(model, batch.tokens, batch.mask)) for batch in batches}
-    rotary = probe.model.rotary
-    if rotary is not None and rotary.depends_on_length(probe.n_tokens):
+    if probe.model.depends_on_length(probe.n_tokens):
         alone = {row.shape[1]: logits[f"single row of {row.shape[1]}"] for row in probe.rows()}
         in_order = torch.cat([alone[length] for length in probe.lengths])
         logits |= {batch.label: in_order for batch in batches if batch.label.endswith("padded")}
