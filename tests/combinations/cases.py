@@ -1,0 +1,314 @@
+"""What is drawn at random: a network, padded rows, how they are run, edits, hooks, and what is watched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hooklens.config import (
+    AlibiPositions,
+    HookedConfig,
+    LearnedPositions,
+    NoPositions,
+    NormConfig,
+    RotaryPositions,
+    RotaryScaling,
+)
+from tests.annotations import unchecked
+from tests.combinations.edits import EditCase, HookCase, draw_edits, draw_hooks
+
+D_VOCAB, N_CTX = 7, 32
+NORMS = st.sampled_from(
+    [
+        NormConfig(kind="layer", eps=1e-5),
+        NormConfig(kind="layer", eps=1e-5, bias=False),
+        NormConfig(kind="rms", eps=1e-5, bias=False),
+        NormConfig(kind="rms", eps=1e-5, bias=False, unit_offset=True),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns that are run together: which of them are tokens, `[rows][columns]`."""
+
+    mask: tuple[tuple[bool, ...], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [sum(row) for row in self.mask]
+
+    @property
+    def width(self) -> int:
+        return len(self.mask[0])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination.
+
+    Attributes:
+        cfg, dtype, seed: the network; the seed is that of weights, tokens and values, too.
+        scheme: `"once"`; `"grow"`, each part appended to a cache; `"frozen"`, the first part a frozen prefix of the
+            same rows; `"shared"`, the first part a frozen prefix of one row that serves all.
+        parts: columns, in order.
+        spread: positions are given, and advance by this much; None: they are counted.
+        logits_at: of the last call.
+        half: run blocks below this one and from this one on in two calls; None: in one.
+        edits, hooks: what acts.
+        delivery: `"call"`, `"with"` or `"add"`.
+        names: points to capture.
+        pos_slice, kept_dtype: how they are kept.
+        gradient: None, `"loss"` (`incl_bwd` and the model's own loss), or with a loss of the caller's `"capture"` (a
+            `with` block) or `"hooks"` (backward hooks, which fire after the call).
+        mode: `"no_grad"`, `"inference"` or `"grad"` around calls without a backward pass.
+        threaded: another thread runs the same model meanwhile.
+        says_mask: hand over a mask also where it hides nothing.
+    """
+
+    cfg: HookedConfig
+    dtype: torch.dtype
+    seed: int
+    scheme: str
+    parts: tuple[Part, ...]
+    spread: int | None
+    logits_at: Any
+    half: int | None
+    edits: tuple[EditCase, ...]
+    hooks: tuple[HookCase, ...]
+    delivery: str
+    names: tuple[str, ...]
+    pos_slice: Any
+    kept_dtype: torch.dtype | None
+    gradient: str | None
+    mode: str
+    threaded: bool
+    says_mask: bool
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.parts[-1].mask)
+
+    @property
+    def n_given(self) -> int:
+        """How many parts are a frozen prefix."""
+        return 1 if self.scheme in ("frozen", "shared") else 0
+
+    def generator(self, more: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1000 + more)
+
+    def tokens(self, *, altered: Sequence[int] = ()) -> list[list[list[int]]]:
+        """Tokens by part and row, those of altered rows different everywhere."""
+        generator = self.generator()
+        drawn = []
+        for part in self.parts:
+            rows = [torch.randint(D_VOCAB, (n,), generator=generator).tolist() for n in part.lengths]
+            is_common = self.scheme == "shared" and not drawn
+            change = [] if is_common else altered
+            drawn.append([[(t + 1) % D_VOCAB for t in row] if i in change else row for i, row in enumerate(rows)])
+        return drawn
+
+    def positions(self) -> list[list[int]] | None:
+        """The position of each token of each row."""
+        if self.spread is None:
+            return None
+        lengths = [
+            sum(part.lengths[0 if len(part.mask) == 1 else i] for part in self.parts) for i in range(self.n_rows)
+        ]
+        return [[self.spread * i + (1 if i else 0) for i in range(n)] for n in lengths]
+
+
+@st.composite
+def draw_config(draw) -> HookedConfig:
+    n_layers = draw(st.integers(1, 3))
+    n_heads = draw(st.sampled_from([1, 2, 4]))
+    d_head = draw(st.sampled_from([2, 4]))
+    wiring = draw(st.sampled_from(["sequential", "parallel"]))
+    norm_before = draw(st.booleans())
+    of_layer = st.one_of(
+        st.just(NoPositions()),
+        st.builds(AlibiPositions, scaled=st.booleans()),
+        st.builds(
+            RotaryPositions,
+            dim=st.sampled_from([2, d_head]),
+            base=st.sampled_from([10000.0, 20.0]),
+            layout=st.sampled_from(["half", "interleaved"]),
+            scaling=st.sampled_from([None, RotaryScaling(kind="linear", factor=3.0)]),
+        ),
+    )
+    positions = draw(
+        st.one_of(
+            of_layer,
+            st.builds(LearnedPositions, offset=st.sampled_from([0, 2])),
+            st.tuples(*[of_layer] * n_layers),
+        )
+    )
+    tied = draw(st.booleans())
+    window = st.sampled_from([None, 1, 2, 3])
+    return HookedConfig(
+        d_model=6,
+        d_mlp=5,
+        d_vocab=D_VOCAB,
+        n_ctx=N_CTX,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
+        d_head=d_head,
+        act_fn=draw(st.sampled_from(["relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "silu"])),
+        gated_mlp=draw(st.booleans()),
+        wiring=wiring,
+        norm_before=norm_before,
+        shared_norm=wiring == "parallel" and norm_before and draw(st.booleans()),
+        norm=draw(NORMS),
+        norm_after=draw(st.booleans()),
+        qk_norm=draw(st.one_of(st.none(), NORMS)),
+        positions=positions,
+        qkv_bias=draw(st.booleans()),
+        out_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        unembed_bias=not tied and draw(st.booleans()),
+        attn_scale=draw(st.sampled_from([None, 0.7])),
+        attn_softcap=draw(st.sampled_from([None, 2.0])),
+        logits_softcap=draw(st.sampled_from([None, 3.0])),
+        windows=draw(st.one_of(st.none(), st.tuples(*[window] * n_layers))),
+        embed_scale=draw(st.sampled_from([None, 1.5])),
+        tied_unembed=tied,
+    )
+
+
+@st.composite
+def draw_part(draw, n_rows: int, *, at_least: int, longest: int = 4) -> Part:
+    """Ragged rows, padded on the left, on the right, in between, or not at all."""
+    padding = draw(st.sampled_from(["none", "left", "right", "between"]))
+    if padding == "none":
+        n = draw(st.integers(max(at_least, 1), longest))
+        return Part(((True,) * n,) * n_rows)
+    lengths = [draw(st.integers(at_least, longest)) for _ in range(n_rows)]
+    width = max(1, *lengths) + (draw(st.integers(0, 1)) if padding == "between" else 0)
+    rows = []
+    for n in lengths:
+        if padding == "between":
+            order = draw(st.permutations(range(width)))
+            rows.append(tuple(column in order[:n] for column in range(width)))
+        else:
+            tokens, rest = (True,) * n, (False,) * (width - n)
+            rows.append(rest + tokens if padding == "left" else tokens + rest)
+    return Part(tuple(rows))
+
+
+def reads_positions(cfg: HookedConfig) -> bool:
+    kinds = cfg.positions if isinstance(cfg.positions, tuple) else (cfg.positions,)
+    return has_window(cfg) or not all(isinstance(kind, NoPositions) for kind in kinds)
+
+
+def has_window(cfg: HookedConfig) -> bool:
+    return cfg.windows is not None and any(size is not None for size in cfg.windows)
+
+
+def _may_spread(cfg: HookedConfig, scheme: str) -> bool:
+    kinds = cfg.positions if isinstance(cfg.positions, tuple) else (cfg.positions,)
+    counted = has_window(cfg) or any(isinstance(kind, AlibiPositions) for kind in kinds)
+    return reads_positions(cfg) and (scheme == "once" or not counted)
+
+
+@st.composite
+def draw_neighbours(draw, cfg: HookedConfig) -> list[str]:
+    """The points that a case is about: all, those of a block, or those around its keys, which meet more often so."""
+    points = list(cfg.description.points)
+    block = f"blocks.{draw(st.integers(0, cfg.n_layers - 1))}."
+    near = [name for name in points if name.startswith(block)]
+    words = ("attn_in", "k_input", "hook_k", "k_per_head", "rot_k", "ln1.hook", "k_norm.hook")
+    keys = [name for name in near if any(word in name for word in words)]
+    return draw(st.sampled_from([points, points, near, keys]))
+
+
+def draw_logits_at(draw, shortest: int) -> Any:
+    """Positions that every row of the call has."""
+    n = draw(st.integers(1, shortest))
+    return draw(
+        st.one_of(
+            st.integers(-shortest, shortest - 1),
+            st.just(slice(-n, None)),
+            st.just(slice(None, n)),
+            st.lists(st.integers(0, shortest - 1), min_size=1, unique=True),
+        )
+    )
+
+
+@st.composite
+def draw_case(draw) -> Case:
+    # The check of annotations looks at random items of lists, which would be another source of chance.
+    with unchecked():
+        return draw(_draw_case())
+
+
+@st.composite
+def _draw_case(draw) -> Case:
+    cfg = draw(draw_config())
+    n_rows = draw(st.integers(1, 3))
+    scheme = draw(st.sampled_from(["once", "grow", "frozen", "shared"]))
+    first = draw(draw_part(1 if scheme == "shared" else n_rows, at_least=1, longest=6 if scheme == "once" else 4))
+    n_more = 0 if scheme == "once" else draw(st.integers(1, 2)) if scheme == "grow" else 1
+    parts = (first, *(draw(draw_part(n_rows, at_least=draw(st.sampled_from([0, 1])))) for _ in range(n_more)))
+    last = parts[-1]
+    is_low = draw(st.integers(0, 5)) == 0
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16])) if is_low else torch.float64
+    gradient = None if scheme == "grow" or is_low else draw(st.sampled_from([None, "loss", "capture", "hooks"]))
+    half = draw(st.one_of(st.none(), st.integers(0, cfg.n_layers))) if scheme != "grow" else None
+    predicts = _n_predicted(parts, scheme) > 0 and last.width > (0 if scheme != "once" else 1)
+    if gradient == "loss" and (half is not None or not predicts):
+        gradient = "capture"
+    takes_some = gradient != "loss" and min(last.lengths) > 0
+    logits_at = draw_logits_at(draw, min(last.lengths)) if takes_some and draw(st.booleans()) else None
+    points = draw(draw_neighbours(cfg))
+    names = draw(st.lists(st.sampled_from(points), min_size=1, max_size=6, unique=True))
+    pos_slice = None
+    if logits_at is None and scheme != "grow" and gradient != "hooks":
+        column = st.integers(0, last.width - 1)
+        pos_slice = draw(st.one_of(st.none(), column, st.lists(column, min_size=1, unique=True)))
+    lengths = [sum(p.lengths[0 if len(p.mask) == 1 else i] for p in parts) for i in range(n_rows)]
+    edits = draw(draw_edits(cfg, points, lengths, last.width, scheme=scheme, narrowed=logits_at is not None))
+    mode = draw(st.sampled_from(["no_grad", "inference", "grad"]))
+    in_place = gradient is None and mode != "grad"
+    delivery = draw(st.sampled_from(["call", "with", "add"])) if scheme != "grow" else "call"
+    # What is added belongs to the model, so it would act in the other thread, too.
+    threaded = delivery != "add" and draw(st.integers(0, 3)) == 0
+    return Case(
+        cfg=cfg,
+        dtype=dtype,
+        seed=draw(st.integers(0, 10**6)),
+        scheme=scheme,
+        parts=parts,
+        spread=draw(st.sampled_from([None, 1, 2])) if _may_spread(cfg, scheme) and max(lengths) < 15 else None,
+        logits_at=logits_at,
+        half=half,
+        edits=edits,
+        hooks=draw(draw_hooks(points, scheme=scheme, in_place=in_place)),
+        delivery=delivery,
+        names=tuple(names),
+        pos_slice=pos_slice,
+        kept_dtype=draw(st.sampled_from([None, torch.float32])),
+        gradient=gradient,
+        mode=mode,
+        threaded=threaded,
+        says_mask=draw(st.booleans()),
+    )
+
+
+def _n_predicted(parts: tuple[Part, ...], scheme: str) -> int:
+    """Tokens of the last part that something predicts: the token before, or a prefix's last logits."""
+    if scheme == "once":
+        return sum(max(0, n - 1) for n in parts[-1].lengths)
+    return sum(parts[-1].lengths)
+
+
+def stack_rows(values: list[list[Any]], part: Part, empty: Any) -> Tensor:
+    """Values of tokens in the columns of a part; padding holds something else in every place."""
+    laid = []
+    for row, mask in zip(values, part.mask, strict=True):
+        given = iter(row)
+        laid.append([next(given) if is_token else empty for is_token in mask])
+    return torch.tensor(laid)

@@ -1,0 +1,377 @@
+"""A slow and plain transformer to compare with: one row at a time, no padding, no masks, no cache, float64.
+
+A row is its real tokens. Attention is a loop over heads and queries, each with the list of the keys that it sees; what
+it does not see is never computed, so no mask can hide a wrong number and no gradient can be NaN by one. Weights come
+from `model.named_weights()`, under the field's names.
+
+A row is a generator that gives `(name, value)` at every hook point and goes on from what it is sent. So edits are plain
+functions of the values, and `Reference.run` drives all rows in step, because the mean over a batch needs all of them.
+
+Values are `[pos ...]`; attention scores and patterns are lists `[head][query]` of vectors over the keys in sight.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooklens import HookedCausalLM
+from hooklens.config import AlibiPositions, LearnedPositions, NormConfig, RotaryPositions
+
+Value = Tensor | list[list[Tensor]]
+Steps = Generator[tuple[str, Value], Any, Any]
+Place = tuple[int, int, int | None]
+"""Row, position, and head where the value has heads."""
+Cells = dict[Place, Tensor]
+
+
+@dataclass(frozen=True)
+class PlainEdit:
+    """What becomes of some cells of the values at a hook point.
+
+    Attributes:
+        name: the hook point.
+        places: pairs (row, position).
+        heads: of each; None: all, or the value has none.
+        change: from the cells to their new values.
+    """
+
+    name: str
+    places: list[tuple[int, int]]
+    heads: list[int] | None
+    change: Callable[[Cells], Cells]
+
+    def apply(self, values: list[Value]) -> list[Value]:
+        grids = [_to_cells(value) for value in values]
+        cells: Cells = {}
+        for row, position in self.places:
+            here = grids[row][position]
+            if isinstance(here, Tensor):
+                cells[row, position, None] = here
+            else:
+                for head in range(len(here)) if self.heads is None else self.heads:
+                    cells[row, position, head] = here[head]
+        for (row, position, head), cell in (self.change(cells) if cells else {}).items():
+            if head is None:
+                grids[row][position] = cell
+            else:
+                grids[row][position][head] = cell
+        return [_from_cells(grid, value) for grid, value in zip(grids, values, strict=True)]
+
+
+def _to_cells(value: Value) -> list[Any]:
+    """A value as a list over positions of vectors, or of lists over heads of vectors."""
+    if isinstance(value, list):
+        return [list(heads) for heads in zip(*value, strict=True)]
+    return [list(here) if here.ndim > 1 else here for here in value]
+
+
+def _from_cells(grid: list[Any], like: Value) -> Value:
+    if isinstance(like, list):
+        return [list(queries) for queries in zip(*grid, strict=True)]
+    return torch.stack([here if isinstance(here, Tensor) else torch.stack(here) for here in grid])
+
+
+@dataclass
+class Outcome:
+    """What a row gave: logits `[pos d_vocab]`, and the value at every hook point, in order."""
+
+    logits: Tensor
+    values: dict[str, Value]
+
+
+class Reference:
+    """The plain network with a model's configuration and a copy of its weights, of which gradients are wanted."""
+
+    def __init__(self, model: HookedCausalLM) -> None:
+        self.cfg = model.cfg
+        self.weights = {
+            name: weight.detach().clone().double().requires_grad_()
+            for name, weight in model.named_weights().items()
+            if not (model.cfg.tied_unembed and name == "unembed.W_U")
+        }
+
+    def run(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        positions: Sequence[Sequence[int]] | None = None,
+        n_frozen: Sequence[int] | None = None,
+        edits: Sequence[PlainEdit] = (),
+    ) -> list[Outcome]:
+        """Run rows of tokens.
+
+        Args:
+            rows: real tokens of each row.
+            positions: of each token; None: 0, 1, 2, ...
+            n_frozen: how many tokens of each row are given: no gradient goes through their keys and values.
+            edits: in the order in which they act.
+        """
+        running = [
+            self._run_row(
+                list(row),
+                list(range(len(row))) if positions is None else list(positions[i]),
+                0 if n_frozen is None else n_frozen[i],
+            )
+            for i, row in enumerate(rows)
+        ]
+        records: list[dict[str, Value]] = [{} for _ in rows]
+        asked = [next(row) for row in running]
+        while True:
+            (name,) = {name for name, _ in asked}
+            values = [value for _, value in asked]
+            for edit in edits:
+                if edit.name == name:
+                    values = edit.apply(values)
+            values = [_own(value) for value in values]
+            for record, value in zip(records, values, strict=True):
+                record[name] = value
+            asked, ended = [], []
+            for row, value in zip(running, values, strict=True):
+                try:
+                    asked.append(row.send(value))
+                except StopIteration as end:
+                    ended.append(end.value)
+            if ended:
+                assert not asked
+                return [Outcome(logits, record) for logits, record in zip(ended, records, strict=True)]
+
+    def sees(self, layer: int, positions: Sequence[int], query: int) -> list[int]:
+        """The keys that a query sees: no later one, and none that lies too far back."""
+        window = self.cfg.windows[layer] if self.cfg.windows is not None else None
+        return [key for key in range(query + 1) if window is None or positions[key] > positions[query] - window]
+
+    def _weight(self, name: str) -> Tensor:
+        if self.cfg.tied_unembed and name == "unembed.W_U":
+            return self.weights["embed.W_E"].T
+        return self.weights[name]
+
+    def _bias(self, name: str) -> Tensor | float:
+        return self.weights.get(name, 0.0)
+
+    def _run_row(self, tokens: list[int], positions: list[int], n_frozen: int) -> Steps:
+        cfg = self.cfg
+        x = torch.stack([self._weight("embed.W_E")[token] for token in tokens])
+        if cfg.embed_scale is not None:
+            x = x * cfg.embed_scale
+        x = yield "hook_embed", x
+        if isinstance(cfg.positions, LearnedPositions):
+            table, offset = self._weight("pos_embed.W_pos"), cfg.positions.offset
+            x = x + (yield "hook_pos_embed", torch.stack([table[offset + position] for position in positions]))
+        for layer in range(cfg.n_layers):
+            x = yield from self._run_block(layer, x, positions, n_frozen)
+        x = yield from self._norm("ln_final", cfg.norm, x)
+        x = yield "unembed.hook_in", x
+        logits = yield "unembed.hook_out", x @ self._weight("unembed.W_U") + self._bias("unembed.b_U")
+        return logits if cfg.logits_softcap is None else cfg.logits_softcap * torch.tanh(logits / cfg.logits_softcap)
+
+    def _norm(self, name: str, norm: NormConfig, x: Tensor) -> Steps:
+        scale = yield f"{name}.hook_scale", self._scale(norm, x)
+        normalized = yield f"{name}.hook_normalized", self._centre(norm, x) / scale
+        return self._weigh(name, norm, normalized)
+
+    def _plain_norm(self, name: str, norm: NormConfig, x: Tensor) -> Tensor:
+        return self._weigh(name, norm, self._centre(norm, x) / self._scale(norm, x))
+
+    @staticmethod
+    def _centre(norm: NormConfig, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
+
+    def _scale(self, norm: NormConfig, x: Tensor) -> Tensor:
+        return (self._centre(norm, x).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+
+    def _weigh(self, name: str, norm: NormConfig, normalized: Tensor) -> Tensor:
+        gain = self._weight(f"{name}.w")
+        return normalized * (1 + gain if norm.unit_offset else gain) + self._bias(f"{name}.b")
+
+    def _run_block(self, layer: int, x: Tensor, positions: list[int], n_frozen: int) -> Steps:
+        cfg, name = self.cfg, f"blocks.{layer}"
+        resid = yield f"{name}.hook_resid_pre", x
+        per_head = yield f"{name}.hook_attn_in", torch.stack([resid] * cfg.n_heads, 1)
+        by_group = torch.stack([group.mean(1) for group in per_head.chunk(cfg.n_kv_heads, 1)], 1)
+        inputs = []
+        for letter, copies in (("q", per_head), ("k", by_group), ("v", by_group)):
+            inputs.append((yield f"{name}.hook_{letter}_input", copies))
+        normed = resid
+        if cfg.norm_before:
+            normed = yield from self._norm(f"{name}.ln1", cfg.norm, resid)
+            inputs = [self._norm_copy(f"{name}.ln1", copies, resid, normed) for copies in inputs]
+        attn_out = yield from self._attend(layer, inputs, positions, n_frozen)
+        if cfg.norm_after:
+            attn_out = yield from self._norm(f"{name}.ln1_post", cfg.norm, attn_out)
+        attn_out = yield f"{name}.hook_attn_out", attn_out
+        mid = resid
+        if cfg.wiring == "sequential":
+            mid = yield f"{name}.hook_resid_mid", resid + attn_out
+        mlp_in = yield f"{name}.hook_mlp_in", mid
+        if cfg.shared_norm:
+            mlp_in = self._norm_copy(f"{name}.ln1", mlp_in, resid, normed)
+        elif cfg.norm_before:
+            mlp_in = yield from self._norm(f"{name}.ln2", cfg.norm, mlp_in)
+        mlp_out = yield from self._mlp(f"{name}.mlp", mlp_in)
+        if cfg.norm_after:
+            mlp_out = yield from self._norm(f"{name}.ln2_post", cfg.norm, mlp_out)
+        mlp_out = yield f"{name}.hook_mlp_out", mlp_out
+        out = mid + mlp_out if cfg.wiring == "sequential" else resid + attn_out + mlp_out
+        return (yield f"{name}.hook_resid_post", out)
+
+    def _norm_copy(self, name: str, copies: Tensor, resid: Tensor, normed: Tensor) -> Tensor:
+        """The norm of a copy of the stream, and what was done inside the norm of the stream itself."""
+        done = normed - self._plain_norm(name, self.cfg.norm, resid)
+        return self._plain_norm(name, self.cfg.norm, copies) + (done[:, None] if copies.ndim == 3 else done)
+
+    def _mlp(self, name: str, x: Tensor) -> Steps:
+        act = _ACTIVATIONS[self.cfg.act_fn]
+        linear = x @ self._weight(f"{name}.W_in") + self._bias(f"{name}.b_in")
+        if self.cfg.gated_mlp:
+            gate = yield f"{name}.hook_pre", x @ self._weight(f"{name}.W_gate") + self._bias(f"{name}.b_gate")
+            post = act(gate) * (yield f"{name}.hook_pre_linear", linear)
+        else:
+            post = act((yield f"{name}.hook_pre", linear))
+        post = yield f"{name}.hook_post", post
+        return post @ self._weight(f"{name}.W_out") + self._bias(f"{name}.b_out")
+
+    def _attend(self, layer: int, inputs: list[Tensor], positions: list[int], n_frozen: int) -> Steps:
+        cfg, name = self.cfg, f"blocks.{layer}.attn"
+        kind = cfg.positions[layer] if isinstance(cfg.positions, tuple) else cfg.positions
+        made = []
+        for letter, copies in zip("QKV", inputs, strict=True):
+            weight, bias = self._weight(f"{name}.W_{letter}"), self._bias(f"{name}.b_{letter}")
+            heads = torch.stack([copies[:, head] @ weight[head] for head in range(len(weight))], 1) + bias
+            made.append((yield f"{name}.hook_{letter.lower()}", heads))
+        q, k, v = made
+        group = cfg.n_heads // cfg.n_kv_heads
+        k_copies, v_copies = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if group > 1:
+            k_copies = yield f"{name}.hook_k_per_head", k_copies
+            v_copies = yield f"{name}.hook_v_per_head", v_copies
+        placed = k
+        if cfg.qk_norm is not None:
+            q = yield from self._norm(f"{name}.q_norm", cfg.qk_norm, q)
+            placed = yield from self._norm(f"{name}.k_norm", cfg.qk_norm, placed)
+        if isinstance(kind, RotaryPositions):
+            q = yield f"{name}.hook_rot_q", _rotate(kind, q, positions)
+            placed = yield f"{name}.hook_rot_k", _rotate(kind, placed, positions)
+        done = (placed - self._place_keys(name, kind, k, positions)).repeat_interleave(group, 1)
+        keys = self._place_keys(name, kind, k_copies, positions) + done
+        keys = torch.cat([keys[:n_frozen].detach(), keys[n_frozen:]])
+        values = torch.cat([v_copies[:n_frozen].detach(), v_copies[n_frozen:]])
+        seen = [self.sees(layer, positions, query) for query in range(len(positions))]
+        scores = [
+            [self._scores(kind, head, q[query, head], keys[:, head], seen[query], positions) for query in range(len(q))]
+            for head in range(cfg.n_heads)
+        ]
+        scores = yield f"{name}.hook_attn_scores", scores
+        pattern = yield f"{name}.hook_pattern", [[_softmax(row) for row in queries] for queries in scores]
+        z = torch.stack(
+            [
+                torch.stack(
+                    [
+                        sum(
+                            weight * values[key, head]
+                            for weight, key in zip(pattern[head][query], keys_seen, strict=True)
+                        )
+                        for head in range(cfg.n_heads)
+                    ]
+                )
+                for query, keys_seen in enumerate(seen)
+            ]
+        )
+        z = yield f"{name}.hook_z", z
+        result = torch.stack([z[:, head] @ self._weight(f"{name}.W_O")[head] for head in range(cfg.n_heads)], 1)
+        result = yield f"{name}.hook_result", result
+        return result.sum(1) + self._bias(f"{name}.b_O")
+
+    def _place_keys(self, name: str, kind: object, k: Tensor, positions: list[int]) -> Tensor:
+        if self.cfg.qk_norm is not None:
+            k = self._plain_norm(f"{name}.k_norm", self.cfg.qk_norm, k)
+        return _rotate(kind, k, positions) if isinstance(kind, RotaryPositions) else k
+
+    def _scores(
+        self, kind: object, head: int, query: Tensor, keys: Tensor, seen: list[int], positions: list[int]
+    ) -> Tensor:
+        scale = self.cfg.score_scale
+        scores = []
+        for key in seen:
+            score = query.dot(keys[key]) * scale
+            if isinstance(kind, AlibiPositions):
+                bias = _slope(head, self.cfg.n_heads) * positions[key]
+                score = score + (bias * scale if kind.scaled else bias)
+            scores.append(score)
+        row, cap = torch.stack(scores), self.cfg.attn_softcap
+        return row if cap is None else cap * torch.tanh(row / cap)
+
+
+def _softmax(row: Tensor) -> Tensor:
+    grown = (row - row.max().detach()).exp()
+    return grown / grown.sum()
+
+
+def _slope(head: int, n_heads: int) -> float:
+    """The slope of a head (Press et al. 2022); the tests have powers of two only."""
+    assert n_heads & (n_heads - 1) == 0
+    return 2.0 ** (-8 * (head + 1) / n_heads)
+
+
+def _rotate(kind: RotaryPositions, heads: Tensor, positions: list[int]) -> Tensor:
+    """Turn pairs of entries; angles are float32 numbers, as models are trained with."""
+    half = kind.dim // 2
+    frequencies = 1.0 / kind.base ** (torch.arange(0, kind.dim, 2).float() / kind.dim)
+    if kind.scaling is not None:
+        assert kind.scaling.kind == "linear"
+        frequencies = frequencies / kind.scaling.factor
+    turned = []
+    for vectors, position in zip(heads, positions, strict=True):
+        angles = torch.tensor(float(position)) * frequencies
+        entries = list(vectors.unbind(-1))
+        for pair in range(half):
+            one, other = (pair, pair + half) if kind.layout == "half" else (2 * pair, 2 * pair + 1)
+            cos, sin = angles[pair].cos().double(), angles[pair].sin().double()
+            a, b = vectors[:, one], vectors[:, other]
+            entries[one], entries[other] = a * cos - b * sin, b * cos + a * sin
+        turned.append(torch.stack(entries, -1))
+    return torch.stack(turned)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: x * (x > 0),
+    "relu2": lambda x: x * x * (x > 0),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu_quick": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+def _own(value: Value) -> Value:
+    """The same in a tensor of its own, at which a gradient can be asked for."""
+    if isinstance(value, list):
+        return [[_own(row) for row in queries] for queries in value]
+    return value.clone() if value.requires_grad else value.detach().clone().requires_grad_(torch.is_grad_enabled())
+
+
+def gradients(loss: Tensor, value: Value) -> Value:
+    """The gradient of a loss at a hook point's value, 0 where it does not depend on it."""
+    flat = [value] if isinstance(value, Tensor) else [row for queries in value for row in queries]
+    found = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
+    filled = [torch.zeros_like(at) if one is None else one for at, one in zip(flat, found, strict=True)]
+    if isinstance(value, Tensor):
+        return filled[0]
+    numbers = iter(filled)
+    return [[next(numbers) for _ in queries] for queries in value]
+
+
+def as_field(name: str, stored: Tensor, shape: torch.Size) -> Tensor:
+    """What belongs to a parameter (`[out, in]`) in the shape of the weight of the field's name."""
+    letter = name.rpartition(".")[2]
+    if letter in ("W_Q", "W_K", "W_V"):
+        heads, d_model, d_head = shape
+        return stored.view(heads, d_head, d_model).transpose(1, 2)
+    if letter == "W_O":
+        heads, d_head, d_model = shape
+        return stored.T.reshape(heads, d_head, d_model)
+    if letter in ("W_in", "W_gate", "W_out", "W_U"):
+        return stored.T
+    return stored.reshape(shape)
