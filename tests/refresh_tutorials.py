@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from tests.test_tutorials import QUOTE, TUTORIALS, find_quotes, format_like, read
+from tests.test_tutorials import NO_LIMITS, QUOTE, TUTORIALS, find_quotes, format_like, read
 
 
 def refresh(path: Path) -> None:
@@ -20,7 +20,7 @@ def refresh(path: Path) -> None:
     names = [name for _, name in find_quotes(notebook)]
     report = f"import json; print(json.dumps({{n: globals()[n] for n in {names!r}}}))"
     notebook.cells.append(nbformat.v4.new_code_cell(report))
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    NotebookClient(notebook, kernel_name="python3", **NO_LIMITS).execute()
     values = json.loads(notebook.cells.pop().outputs[0].text)
 
     def requote(match: re.Match[str]) -> str:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors", "axes", "optional", "precision"),
+    ("errors", "axes", "arguments", "optional", "precision", "files"),
     ("config", "hooks"),
     ("weights", "kv_cache", "activation_cache", "tokens", "bundled"),
     ("model", "adapters", "generation"),
@@ -23,7 +23,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
 
-Within row 1, `axes` and `optional` stand on `errors`: every module may import the errors it raises.
+Within row 1, `axes`, `arguments` and `optional` stand on `errors`: every module may import the errors it raises.
 """
 
 HEAVY = frozenset(
@@ -162,9 +162,17 @@ class SourceTree:
         return problems
 
     def cycles(self) -> list[list[str]]:
-        """Groups of modules that import each other, directly or through others (Tarjan 1972)."""
+        """Groups of modules that import each other, directly or through others (Tarjan 1972).
+
+        Modules of one room may name each other's types: two classes that are handed to each other belong together.
+        """
         graph = {
-            name: [found.target for found in self.imports_of(module) if found.target in self.modules]
+            name: [
+                found.target
+                for found in self.imports_of(module)
+                if found.target in self.modules
+                and not (found.for_types_only and found.target.rpartition(".")[0] == name.rpartition(".")[0])
+            ]
             for name, module in self.modules.items()
         }
         return [sorted(group) for group in _strong_components(graph) if len(group) > 1 or group[0] in graph[group[0]]]

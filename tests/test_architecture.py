@@ -12,8 +12,10 @@ from tests.source_tree import HEAVY, ROWS, SourceTree
 ROOT = Path(__file__).parents[1]
 # Of code: an interface is allowed to be long where it is long because it is explained.
 MOST_LINES = 450
-# Seconds that `import hooklens` may take on top of `import torch`: a notebook's first cell is no place to wait.
-MOST_IMPORT_TIME = 0.3
+# Calls of functions that `import hooklens` may make on top of `import torch`: a notebook's first cell is no place to
+# wait. Some 60 thousand take 0.2 seconds of a processor; one package that is heavy to import makes several hundred
+# thousand.
+MOST_CALLS = 90_000
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +88,23 @@ def test_import_loads_no_heavy_package() -> None:
     assert run_python(code).split() == []
 
 
-def test_import_is_quick(tmp_path: Path) -> None:
-    """Processor time, not the clock's, and the best of four: other processes' load is none of the package's.
+def test_import_is_quick() -> None:
+    """Calls are counted, not seconds: their number is the same on every machine, however busy, and cached or not."""
+    code = """
+import sys, torch
 
-    The first run fills the bytecode cache, as the first import after an installation does.
-    """
-    code = "import time, torch; start = time.process_time(); import hooklens; print(time.process_time() - start)"
-    seconds = [float(run_python(code, PYTHONPYCACHEPREFIX=str(tmp_path), PYTHONDONTWRITEBYTECODE="")) for _ in range(4)]
-    assert min(seconds) < MOST_IMPORT_TIME
+calls = 0
+
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+
+sys.setprofile(count)
+import hooklens
+sys.setprofile(None)
+print(calls)
+"""
+    assert int(run_python(code)) < MOST_CALLS
 
 
 @pytest.fixture

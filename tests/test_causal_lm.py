@@ -104,7 +104,7 @@ class TestReturnTypes:
     @pytest.mark.parametrize(
         ("keywords", "text"),
         [
-            ({"return_type": "logit"}, r"return_type is 'logit'; expected 'logits', 'loss', 'both' or None"),
+            ({"return_type": "logit"}, r"return_type is 'logit', expected 'logits', 'loss', 'both' or None"),
             (
                 {"return_type": "loss", "logits_at": -1},
                 r"'loss' needs token ids and logits .* leave out \['logits_at'\]",

@@ -52,7 +52,7 @@ def test_names_in_the_table_exist() -> None:
         "patching": hl.patching,
     }
     table = "".join(line for line in README.splitlines() if line.startswith("| "))
-    names = re.findall(rf"\b({'|'.join(places)})\.(\w+(?:\.\w+)*)", table)
+    names = re.findall(rf"(?<![.\w])({'|'.join(places)})\.(\w+(?:\.\w+)*)", table)
     assert {place for place, _ in names} == places.keys()
     for place, name in names:
         assert attrgetter(name)(places[place]) is not None, f"{place}.{name}"

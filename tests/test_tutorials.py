@@ -20,6 +20,8 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 QUOTE = re.compile(r"\*\*(?P<text>[^*\n]+)\*\*<!-- (?P<name>\w+) -->")
 NUMBER_WITHOUT_A_NAME = re.compile(r"\*\*[-+]?\d[\d.,]*%?\*\*(?!<!--)")
 MOST_BYTES = 200_000
+# All may take long on a busy machine. The default of `iopub_timeout` gives up on a cell's output after 4 seconds.
+NO_LIMITS: dict[str, Any] = {"timeout": None, "startup_timeout": 3600, "iopub_timeout": 3600}
 
 
 def read(path: Path) -> Any:
@@ -55,7 +57,7 @@ def run_notebook(path: Path, names: list[str]) -> dict[str, Any]:
         f"import json, sys\nprint(json.dumps({{'python': sys.executable, **{{n: globals()[n] for n in {names!r}}}}}))"
     )
     notebook.cells.append(nbformat.v4.new_code_cell(report))
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    NotebookClient(notebook, kernel_name="python3", **NO_LIMITS).execute()
     values: dict[str, Any] = json.loads(notebook.cells[-1].outputs[0].text)
     return values
 

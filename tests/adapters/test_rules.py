@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.adapters.rules import Copy, FusedQKV, expected_shape
-from hooklens.config import HookedConfig
+from hooklens.adapters.rules import Copy, DiskShapes, FusedQKV
+from hooklens.config import HookedConfig, NoPositions
 
 NAMES = ("b.{i}.W_Q", "b.{i}.W_K", "b.{i}.W_V")
 
@@ -20,6 +20,7 @@ def configs(draw) -> HookedConfig:
         d_vocab=7,
         n_layers=1,
         n_ctx=8,
+        positions=NoPositions(),
     )
 
 
@@ -81,7 +82,9 @@ def test_fused_parts_are_stored_as_a_linear_weight(cfg, order) -> None:
     ],
 )
 def test_copy_is_a_view_both_ways(pattern, shape, logical) -> None:
-    cfg = HookedConfig(d_model=6, n_heads=4, d_head=2, d_mlp=10, d_vocab=7, n_layers=1, n_ctx=8)
+    cfg = HookedConfig(
+        d_model=6, n_heads=4, d_head=2, d_mlp=10, d_vocab=7, n_layers=1, n_ctx=8, positions=NoPositions()
+    )
     rule, tensor = Copy("hub", "b.{i}.ours", pattern), torch.randn(shape)
     (loaded,) = rule.load(tensor, cfg)
     saved = rule.save((loaded,), cfg)
@@ -89,4 +92,4 @@ def test_copy_is_a_view_both_ways(pattern, shape, logical) -> None:
     assert torch.equal(saved, tensor)
     assert loaded.data_ptr() == saved.data_ptr() == tensor.data_ptr()
     assert saved.is_contiguous()
-    assert expected_shape(rule, 3, {"b.3.ours": logical}, cfg) == shape
+    assert DiskShapes({"b.3.ours": logical}, cfg).of(rule, 3) == shape

@@ -28,9 +28,10 @@ def test_overhead_bound(family: str, benchmark: Any, record: Any, one_thread: No
     tokens = torch.randint(0, 1000, (1, 16), device=device)
     seconds = time_alternating(_calls(reference, model, tokens), rounds=300)
     subject = f"overhead-bound, {family}, {device}:"
-    record(f"{subject} plain / transformers", seconds["plain"] / seconds["transformers"], at_most=0.8)
-    record(f"{subject} caching everything / plain", seconds["everything"] / seconds["plain"], at_most=1.6)
-    record(f"{subject} caching resid_post / plain", seconds["resid_post"] / seconds["plain"], at_most=1.1)
+    record(f"{subject} plain / transformers", seconds["plain"] / seconds["transformers"], at_most=0.75)
+    record(f"{subject} caching everything / transformers", seconds["everything"] / seconds["transformers"], at_most=1.0)
+    record(f"{subject} caching everything / plain", seconds["everything"] / seconds["plain"])
+    record(f"{subject} caching resid_post / plain", seconds["resid_post"] / seconds["plain"], at_most=1.02)
     benchmark.extra_info.update({f"ms {name}": value * 1e3 for name, value in seconds.items()})
     benchmark.pedantic(lambda: model(tokens), rounds=20)
 
@@ -43,7 +44,7 @@ def test_compute_bound(family: str, benchmark: Any, record: Any, device: str) ->
     tokens = torch.randint(0, 1000, (1, 1024), device=device)
     seconds = time_alternating(_calls(reference, model, tokens), rounds=12, warm_up=1)
     subject = f"compute-bound, {family}, {device}:"
-    record(f"{subject} plain / transformers", seconds["plain"] / seconds["transformers"], at_most=1.02)
+    record(f"{subject} plain / transformers", seconds["plain"] / seconds["transformers"], at_most=1.0)
     record(f"{subject} caching resid_post / plain", seconds["resid_post"] / seconds["plain"])
     record(f"{subject} caching everything / plain", seconds["everything"] / seconds["plain"])
     benchmark.extra_info.update({f"ms {name}": value * 1e3 for name, value in seconds.items()})

@@ -65,4 +65,4 @@ def test_peak_resident_memory_of_loading(family: str, record: Any, tmp_path: Pat
     small, _ = build_pair(family, n_layers=1, d_model=32, n_heads=2)
     small.save_pretrained(tmp_path / "small")
     ratio = float(run_fresh(_LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"))).splitlines()[-1])
-    record(f"peak resident memory of loading, {family}: / bytes of the model", ratio, at_most=1.15)
+    record(f"peak resident memory of loading, {family}: / bytes of the model", ratio, at_most=1.05)

@@ -67,6 +67,49 @@ def test_suffixes_against_full_sequences(device: str, record: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("tracked", [False, True], ids=["alone", "with gradients"])
+def test_suffixes_against_a_past_for_each_row(
+    tracked: bool, family: str, dtype: torch.dtype, device: str, record: Any
+) -> None:
+    """The same model on a past that is expanded to all rows and joined with the new keys; llama's keys are shared."""
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("processors without bfloat16 instructions take minutes")
+    n_rows, n_new = 32, 8
+    _, model = build_pair(family, **_SIZES, device=device, dtype=dtype)
+    prefix = torch.randint(0, 1000, (1, _N_PREFIX), device=device)
+    suffixes = torch.randint(0, 1000, (n_rows, n_new), device=device)
+    kv = model.prefill(prefix)
+    first = model.blocks[0].ln1.w
+
+    def run(past: Any) -> torch.Tensor:
+        with torch.set_grad_enabled(tracked):
+            if not tracked:
+                return model(suffixes, past_kv_cache=past)
+            loss = model(suffixes, past_kv_cache=past, return_type="loss")
+            return torch.autograd.grad(loss, first)[0]
+
+    def run_on_frozen() -> torch.Tensor:
+        return run(kv)
+
+    def run_on_expanded() -> torch.Tensor:
+        return run(kv.expand(n_rows).unfreeze())
+
+    # Twelve layers add up what each rounds.
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(run_on_frozen(), run_on_expanded(), rtol=tolerance, atol=tolerance)
+    seconds = time_alternating(
+        {"frozen": run_on_frozen, "expanded": run_on_expanded}, rounds=3 if device == "cpu" else 20, warm_up=1
+    )
+    what = f"{n_rows} suffixes of {n_new} on {_N_PREFIX}, {family}, {dtype}, {'with gradients, ' * tracked}{device}"
+    record(f"{what}: ms", 1000 * seconds["frozen"])
+    record(f"{what}: times faster than an expanded past", seconds["expanded"] / seconds["frozen"], at_least=1)
+    frozen, expanded = _peak(run_on_frozen), _peak(run_on_expanded)
+    record(f"{what}: added MiB", frozen / 2**20)
+    record(f"{what}: times less added memory than an expanded past", expanded / frozen, at_least=2 if tracked else 10)
+
+
 def _peak(call: Any) -> int:
     with PeakMemory() as memory:
         call()

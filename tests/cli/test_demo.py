@@ -112,7 +112,6 @@ def test_demo_as_a_program_offline_and_into_a_plain_file() -> None:
         [sys.executable, "-m", "hooklens.cli", "demo"],
         capture_output=True,
         check=False,
-        timeout=120,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr.decode()

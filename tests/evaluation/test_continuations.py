@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hooklens import edits
+from hooklens import HookedCausalLM, edits
 from hooklens.errors import EditError, InputError
 from hooklens.evaluation import score_continuations
 from tests.evaluation.networks import N_CTX, PREFIX, draw_row, reader, score_alone
@@ -122,16 +122,19 @@ def test_bad_input_is_refused_all_at_once():
         score_continuations(model, prefix, [], progress=False)
     with pytest.raises(InputError, match="one string; give a list"):
         score_continuations(model, prefix, " Mary", progress=False)
-    with pytest.raises(InputError, match=r"continuation 0: token ids \[-1, 9999\] are outside the vocabulary, 0 to"):
+    with pytest.raises(
+        InputError,
+        match=r"continuation 0: token ids outside the vocabulary: -1 \(row 0, position 1\), 9999 \(row 0, position 2\)",
+    ):
         score_continuations(model, prefix, [[1, -1, 9999]], progress=False)
     with pytest.raises(InputError, match="batch_size is 0; expected 'auto' or an integer >= 1"):
         score_continuations(model, prefix, [" Mary"], batch_size=0, progress=False)
     too_long = N_CTX - 6 + 1
     text = rf"continuations 1 \({too_long} tokens\) do not fit behind a prefix of 6 tokens: the model has n_ctx={N_CTX}"
     with pytest.raises(InputError, match=text):
-        score_continuations(model, prefix, [[1], [1] * too_long], progress=False)
+        score_continuations(model, prefix, [[4], [4] * too_long], progress=False)
     with pytest.raises(InputError, match=r"edits Scale\('hook_embed'\) name rows.*leave rows out"):
-        score_continuations(model, prefix, [[1]], edits=[edits.Scale("hook_embed", 2.0, rows=0)], progress=False)
+        score_continuations(model, prefix, [[4]], edits=[edits.Scale("hook_embed", 2.0, rows=0)], progress=False)
 
 
 def test_sequence_may_fill_the_context():
@@ -139,3 +142,29 @@ def test_sequence_may_fill_the_context():
     prefix, row = draw_row(6, seed=0), draw_row(N_CTX - 6, seed=1)
     table = score_continuations(model, prefix, [row], progress=False)
     assert table["token_logprobs"][0] == pytest.approx(score_alone(model, prefix, row), abs=1e-10)
+
+
+def test_ids_that_the_tokenizer_lacks_have_no_text():
+    """Embeddings often have more rows than the tokenizer has tokens."""
+    model = reader()
+    model = HookedCausalLM.from_state_dict(dict(model.named_weights()), model.cfg, tokenizer=FewTokens(model.tokenizer))
+    table = score_continuations(model, draw_row(4, seed=0), [[4], [100]], progress=False)
+    assert table["continuation"].isna().tolist() == [False, True]
+
+
+class FewTokens:
+    """A tokenizer that has the first 50 ids of another one."""
+
+    bos_token_id = eos_token_id = pad_token_id = unk_token_id = None
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, text, **options):
+        return self.inner(text, **options)
+
+    def __len__(self):
+        return 50
+
+    def decode(self, token_ids, **options):
+        return self.inner.decode(token_ids, **options)

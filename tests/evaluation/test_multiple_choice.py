@@ -81,6 +81,6 @@ def test_bad_items_are_refused_all_at_once():
         multiple_choice(model, [{"question": "x"}, {"continuation": "x"}], progress=False)
     with pytest.raises(InputError, match="there is no item to answer"):
         multiple_choice(model, [], progress=False)
-    long = {"question": [1] * (N_CTX - 1), "choices": [[1], [1, 2]]}
+    long = {"question": [4] * (N_CTX - 1), "choices": [[4], [4, 2]]}
     with pytest.raises(InputError, match=r"continuations 1 \(2 tokens\) do not fit behind a prefix of 47 tokens"):
         multiple_choice(model, [long], progress=False)

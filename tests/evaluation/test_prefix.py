@@ -6,6 +6,7 @@ import torch
 from hooklens import edits
 from hooklens.errors import InputError
 from hooklens.evaluation.prefix import edits_act_in_parts, encode_continuation, extend_prefix, make_prefix
+from tests.annotations import unchecked
 from tests.evaluation.networks import PREFIX, reader
 
 
@@ -67,13 +68,24 @@ def test_which_edits_act_in_parts(edit, expected):
     assert edits_act_in_parts(reader(), [edit]) is expected
 
 
+def test_padding_of_ids_is_no_part_of_prefix_or_continuation():
+    """A call hid it, and an evaluation ran it as tokens."""
+    model = reader()
+    pad = model.tokenizer.pad_token_id
+    assert make_prefix(model, [pad, pad, 5, 6, pad]).tokens.tolist() == [[5, 6]]
+    assert encode_continuation(model, [5, pad, 6, pad]) == [5, pad, 6]
+
+
 def test_bad_prefixes_are_refused():
     model = reader()
     with pytest.raises(InputError, match=r"the prefix has shape \[2, 3\]; expected one row of at least one token"):
-        make_prefix(model, torch.ones(2, 3, dtype=torch.long))
-    with pytest.raises(InputError, match=r"the prefix has shape \[1, 0\]"):
+        make_prefix(model, torch.full((2, 3), 4))
+    with pytest.raises(InputError, match=r"no prompt was given: the prefix is empty \(\[\]\)"):
         make_prefix(model, [])
     with pytest.raises(InputError, match="the input needs 49 positions, the model has n_ctx=48"):
-        make_prefix(model, [1] * 49)
-    with pytest.raises(InputError, match=r"token ids are \[1, 2\] torch.int64; expected integers \[pos\]"):
-        encode_continuation(model, torch.ones(1, 2, dtype=torch.long))
+        make_prefix(model, [4] * 49)
+    with pytest.raises(InputError, match=r"a continuation has shape \[2, 2\]; expected one row of at least one token"):
+        encode_continuation(model, torch.full((2, 2), 4))
+    text = "a continuation is a list of texts; expected a text or one row of token ids"
+    with unchecked(), pytest.raises(InputError, match=text):
+        encode_continuation(model, [" Mary", " John"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ def test_results_reach_the_file_as_they_come(tmp_path):
         assert len(path.read_text().splitlines()) == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(1, 4), cut=st.integers(0, 200))
 def test_file_cut_anywhere_loses_at_most_its_last_line(tmp_path_factory, n, cut):
     path = tmp_path_factory.mktemp("cut") / "results.jsonl"
@@ -90,3 +91,15 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
         out.append([{**record(1), "per_byte": math.nan, "each": [-math.inf, 1.0]}])
     found = json.loads(path.read_text())
     assert (found["per_byte"], found["each"]) == (None, [None, 1.0])
+
+
+def test_results_reach_the_disk_before_the_next_are_computed(tmp_path, monkeypatch):
+    """One sync for each batch of results, when all its lines are in the file."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((number, path.read_bytes().count(b"\n"))))
+    path = tmp_path / "results.jsonl"
+    with ResultsFile(path, {"model": "m"}) as results:
+        number = results._file.fileno()
+        results.append([{"id": "1", "item": "a"}, {"id": "2", "item": "b"}])
+        results.append([{"id": "3", "item": "c"}])
+    assert synced == [(number, 2), (number, 3)]

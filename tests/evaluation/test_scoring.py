@@ -20,7 +20,7 @@ def collect(model, prefix, rows, **options) -> list[RowScore]:
     return [scores[i] for i in range(len(rows))]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     network=st.sampled_from(list(CONFIGS)),
     n_prefix=st.integers(1, 8),

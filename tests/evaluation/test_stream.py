@@ -83,8 +83,8 @@ def test_interrupted_run_is_finished_by_the_next(items, tmp_path, n_calls):
 def test_faulty_lines_are_named_and_the_others_scored(items, tmp_path):
     with items.open("a") as file:
         file.write('nonsense\n{"tokens": [99999]}\n')
-        file.write(json.dumps({"tokens": [1] * 60}) + "\n")
-        file.write(json.dumps({"question": [1] * 60, "choices": [[1], [2]]}) + "\n")
+        file.write(json.dumps({"tokens": [4] * 60}) + "\n")
+        file.write(json.dumps({"question": [4] * 60, "choices": [[4], [2]]}) + "\n")
         file.write('{"id": "good", "continuation": " John"}\n')
     summary = score_file(reader(), items, tmp_path / "out.jsonl", prefix=PREFIX, progress=False)
     assert summary.n_scored == 7
@@ -92,7 +92,7 @@ def test_faulty_lines_are_named_and_the_others_scored(items, tmp_path):
     assert [error.line for error in summary.errors] == [7, 8, 9, 10]
     texts = [str(error) for error in summary.errors]
     assert texts[0].startswith(f"{items}, line 7: is not JSON")
-    assert "line 8: token ids [99999] are outside the vocabulary" in texts[1]
+    assert "line 8: token ids outside the vocabulary: 99999 (row 0, position 0)" in texts[1]
     assert "line 9: " in texts[2]
     assert "do not fit behind a prefix of 10 tokens" in texts[2]
     assert "needs 70 positions" in texts[3]

@@ -190,7 +190,7 @@ def test_what_does_not_exist_is_refused_before_any_work():
     ids = torch.tensor([[5, 17, 80], [61, 2, 33]])
     with pytest.raises(EditError, match=r"positions out of range: 9 in row 0, -4 in row 0, 9 in row 1, -4 in row 1"):
         generate(model, ids, [edits.Zero("hook_embed", pos=[2, 8, 9, -4])])
-    with pytest.raises(EditError, match=r"rows \[2\] out of range; rows are prompts"):
+    with pytest.raises(EditError, match=r"rows: \[2\] out of range; there are 2 prompts, which rows"):
         generate(model, ids, [edits.Zero("hook_embed", rows=[1, 2])], num_return_sequences=1)
     with pytest.raises(HookNameError, match="hook_embedd"):
         generate(model, ids, [edits.Zero("hook_embedd")])

@@ -60,7 +60,7 @@ def test_values_of_other_types_are_refused():
 
 
 def test_all_problems_are_named_at_once():
-    with pytest.raises(InputError, match=r"top_k is 0.*temperature is 0.*top_p is 2"):
+    with pytest.raises(InputError, match=r"temperature is 0.*top_k is 0.*top_p is 2"):
         GenerationOptions(top_k=0, temperature=0, top_p=2)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 from transformers.generation import (
@@ -21,7 +21,6 @@ from hooklens.generation.processors import FrequencyPenalty, RowIds, build_pipel
 from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 6), min_size=1, max_size=12), penalty=st.floats(-2, 2))
 def test_frequency_penalty_takes_off_a_logit_for_each_occurrence(ids, penalty):
     scores = torch.linspace(-1, 1, 7)[None]

@@ -1,9 +1,12 @@
 """Prompts become one batch, padded on the left."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from hooklens.errors import InputError
 from hooklens.generation.options import GenerationOptions
@@ -13,7 +16,6 @@ from tests.generation.networks import pair, reader, with_padding_id
 ROW = st.lists(st.integers(1, 96), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(ROW, st.booleans()), min_size=1, max_size=4))
 def test_padding_on_either_side_becomes_padding_on_the_left(rows):
     width = max(len(ids) for ids, _ in rows)
@@ -27,6 +29,29 @@ def test_padding_on_either_side_becomes_padding_on_the_left(rows):
         assert set(prompts.padding) == {0}
     else:
         assert prompts.mask.sum(1).tolist() == prompts.lengths
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array, list, tuple])
+def test_ids_in_every_form(form):
+    found = read_prompts(with_padding_id(pair()[0]), form([[0, 5], [6, 7]]), GenerationOptions())
+    assert found.ids.tolist() == [[0, 5], [6, 7]]
+    assert found.mask.tolist() == [[False, True], [True, True]]
+    assert found.lengths == [1, 2]
+
+
+def test_a_first_token_that_is_bos_and_eos_is_kept():
+    """It was taken for padding and dropped."""
+    model = with_padding_id(pair()[0])
+    model.tokenizer.pad_token_id, model.tokenizer.bos_token_id, model.tokenizer.eos_token_id = None, 0, 0
+    found = read_prompts(model, torch.tensor([[0, 5, 6], [9, 10, 11]]), GenerationOptions())
+    assert found.ids.tolist() == [[0, 5, 6], [9, 10, 11]]
+    assert found.mask is None
+
+
+def test_a_filling_token_that_the_model_lacks_is_not_put_into_rows():
+    model = with_padding_id(pair()[0])
+    model.tokenizer.pad_token_id = model.cfg.d_vocab
+    assert filling_token_id(model) == 0
 
 
 def test_text_follows_the_bos_rule_and_goes_on_from_a_cache_without_bos():
@@ -57,3 +82,32 @@ def test_all_rows_that_are_too_long_are_counted():
     ids = torch.ones(3, 60, dtype=torch.long)
     with pytest.raises(InputError, match=r"row 0 has 60 prompt tokens.*n_ctx=64 \(and 2 more rows\)"):
         read_prompts(pair()[0], ids, GenerationOptions())
+
+
+def test_rows_may_fill_the_context_and_the_longest_that_does_not_fit_is_named():
+    ids = torch.ones(2, 10, dtype=torch.long)
+    assert read_prompts(pair()[0], ids, GenerationOptions(max_new_tokens=54)).lengths == [10, 10]
+    padded = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [0, 5, 6, 7]])
+    model = with_padding_id(pair()[0])
+    with pytest.raises(
+        InputError, match=r"row 1 has 4 prompt tokens.* 65 positions in all, the model has n_ctx=64; ask"
+    ):
+        read_prompts(model, padded, GenerationOptions(max_new_tokens=61))
+    with pytest.raises(InputError, match=r"row 1 has 4 prompt tokens.* 66 positions in all.* \(and 1 more rows\); ask"):
+        read_prompts(model, padded, GenerationOptions(max_new_tokens=62))
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_an_empty_text_goes_on_from_the_token_that_opens_a_sequence(bos):
+    """Also for a tokenizer that puts none before other text; one that has none has nothing to go on from."""
+    words = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    model = with_padding_id(pair()[0])
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos)
+    assert read_prompts(model, "a", GenerationOptions()).ids.tolist() == [[1]]
+    if bos is None:
+        with pytest.raises(InputError, match="empty"):
+            read_prompts(model, "", GenerationOptions())
+    else:
+        assert read_prompts(model, "", GenerationOptions()).ids.tolist() == [[0]]
+        with pytest.raises(InputError, match="empty"):
+            read_prompts(model, "", GenerationOptions(prepend_bos=False))

@@ -1,7 +1,7 @@
 """Which rows go through the model, as rows end."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.generation.prompts import Prompts
@@ -14,7 +14,6 @@ def make_rows(n_prompts, *, n_samples=1, keeps_all=False):
     return Rows(prompts, n_samples=n_samples, max_new_tokens=50, keeps_all=keeps_all, needs_table=True)
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), keeps_all=st.booleans(), n_samples=st.integers(1, 3)
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
@@ -40,7 +40,6 @@ def test_draws_pass_a_chi_square_test_against_the_processed_softmax(keywords):
     assert p_value > 1e-3
 
 
-@settings(deadline=None)
 @given(
     scores=st.lists(st.one_of(st.floats(-20, 20), st.just(-torch.inf)), min_size=1, max_size=8).filter(
         lambda row: max(row) > -torch.inf

@@ -99,4 +99,3 @@ def test_generation_leaves_no_listener_behind():
             verbose=False,
         )
     assert not any(point.listening for point in model.hook_points().values())
-    assert model._phase == "prefill"

@@ -1,7 +1,7 @@
 """Text in pieces, and stop strings, with tokens smaller than characters."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +22,6 @@ def byte_tokenizer():
 BYTES = byte_tokenizer()
 
 
-@settings(deadline=None)
 @given(prompt=st.text("aé漢🙂 ", min_size=1, max_size=6), new=st.text("aé漢🙂 ", min_size=1, max_size=12))
 def test_pieces_sum_to_the_text_and_are_whole_characters(prompt, new):
     ids = BYTES(new)["input_ids"]
@@ -39,7 +38,6 @@ def test_a_row_that_ends_inside_a_character_shows_it_as_broken():
     assert shown == ["a", "", "\N{REPLACEMENT CHARACTER}"]
 
 
-@settings(deadline=None)
 @given(text=st.text("ab🙂", min_size=1, max_size=30), stop=st.text("ab🙂", min_size=1, max_size=4))
 def test_stop_strings_are_found_with_the_token_that_completes_them(text, stop):
     ids = BYTES(text)["input_ids"]

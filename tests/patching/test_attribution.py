@@ -4,6 +4,7 @@ import torch
 from hooklens import patching
 from hooklens.errors import InputError
 from hooklens.patching import KL, LogitDiff, LogProb
+from hooklens.patching.attribution import list_fractions
 from tests.annotations import unchecked
 from tests.model.networks import make_model, pad_rows, random_tokens
 from tests.patching.naive import cell_index
@@ -86,6 +87,48 @@ def test_integrated_gradients_of_the_embedding_sum_to_the_whole_difference():
     result = patching.attribution(model, clean, corrupted, site, LogitDiff(3, 5), method="ig", steps=400)
     # The midpoint rule's error falls with the square of the steps; norms bend sharply near these embeddings.
     torch.testing.assert_close(result.per_pair, result.clean_per_pair, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("atp", 8), ("ig", 3)])
+def test_stats_are_the_forwards_that_ran(method, steps):
+    """Both unpatched prompts are one batch; then one forward per gradient, and where the embeddings move also one of
+    the run as it is. One full forward per cell and prompt, and two unpatched ones, is what it is compared with."""
+    model = make_model("rotary")
+    lengths = (6, 4)
+    pairs = [
+        [row[0, :n] for row, n in zip(random_tokens(2, 6, seed=seed).split(1), lengths, strict=True)] for seed in (1, 2)
+    ]
+    (clean, mask), (corrupted, _) = pad_rows(pairs[0], "right"), pad_rows(pairs[1], "right")
+    rows = []
+    model.blocks[-1].register_forward_pre_hook(lambda block, inputs: rows.append(len(inputs[0])))
+    # A forward reaches the last block; reading the embeddings of the other run does not.
+    result = patching.attribution(
+        model,
+        clean,
+        corrupted,
+        patching.grid("z", positions=-1),
+        LogitDiff(3, 5),
+        method=method,
+        steps=steps,
+        attention_mask=mask,
+    )
+    n_cells = model.cfg.n_layers * model.cfg.n_heads
+    stats = result.stats
+    assert stats.forwards == len(rows)
+    # Each of two prompts is a row with all its tokens, in the unpatched batch, too.
+    assert stats.tokens == sum(rows) // len(lengths) * sum(lengths)
+    assert (stats.cells, stats.pairs, stats.unchanged) == (n_cells, 2, 0)
+    assert stats.naive_forwards == (n_cells + 2) * 2
+    assert stats.naive_tokens == (n_cells + 2) * sum(lengths)
+
+
+def test_methods_and_steps_are_checked():
+    fractions = {"atp": [0.0], "ig": [0.25, 0.75]}
+    for method, expected in fractions.items():
+        assert list_fractions("attribution", method, ("atp", "ig"), 2) == expected
+    assert list_fractions("attribution", "ig", ("atp", "ig"), 1) == [0.5]
+    with pytest.raises(InputError, match="method='ig', steps=0; expected 'atp' or 'ig', and steps >= 1"):
+        list_fractions("attribution", "ig", ("atp", "ig"), 0)
 
 
 def test_noise_and_refusals():

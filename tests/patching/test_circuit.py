@@ -16,7 +16,7 @@ EDGES = list_edges(SEQUENTIAL)
 some_edges = st.lists(st.sampled_from(EDGES), max_size=30)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(first=some_edges, second=some_edges)
 def test_circuits_are_sets_in_the_order_of_the_network(first, second):
     one, other = Circuit(first), Circuit(second)
@@ -34,7 +34,7 @@ def test_circuits_are_sets_in_the_order_of_the_network(first, second):
     assert not one.complement(SEQUENTIAL) & one
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(edges=some_edges)
 def test_masks_hold_the_edges(edges):
     circuit, graph = Circuit(edges), Graph.of(SEQUENTIAL)
@@ -70,7 +70,7 @@ def paths_from_embed(circuit):
     return used
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(edges=some_edges)
 def test_pruned_circuits_hold_the_edges_on_paths(edges):
     circuit = Circuit(edges)

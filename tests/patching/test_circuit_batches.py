@@ -55,6 +55,21 @@ def test_counts():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
+def test_counts_are_what_ran(ablation):
+    """Both unpatched prompts are one batch; what ablated activations come from depends on the ablation."""
+    ran = []
+    handle = MODEL.blocks[0].register_forward_pre_hook(lambda block, inputs: ran.append(inputs[0].shape[:2].numel()))
+    try:
+        counted = runner(ablation=ablation, batch_size=3)
+        counted.prepare([0, 1, 2])
+    finally:
+        handle.remove()
+    assert counted.forwards == len(ran)
+    assert counted.token_layers == sum(ran) * MODEL.cfg.n_layers
+
+
+@torch.no_grad()
 def test_the_ablated_run_is_that_of_the_empty_circuit():
     for ablation in ("resample", "mean", "zero"):
         measured = runner(ablation=ablation)

@@ -46,7 +46,7 @@ def test_full_circuit_is_the_clean_run_and_empty_the_corrupted_one(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_random_circuits_equal_the_reference(network, data):
     model = MODELS[network]

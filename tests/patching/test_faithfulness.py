@@ -194,3 +194,8 @@ def test_nan_names_the_circuit():
     calls = []
     with pytest.raises(patching.SweepInterruptedError, match=r"NaN for the circuits \['full'\]"):
         evaluate(CIRCUITS, FunctionMetric(fine_for_the_clean_run))
+    # In a batch that is not the first, rows are counted from where it starts.
+    calls = []
+    later = {name: CIRCUITS[name] for name in ("half", "third", "none", "full")}
+    with pytest.raises(patching.SweepInterruptedError, match=r"NaN for the circuits \['full'\]"):
+        evaluate(later, FunctionMetric(fine_for_the_clean_run), batch_size=6)

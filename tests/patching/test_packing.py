@@ -17,7 +17,7 @@ def some_segments(draw):
     return segments
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(some_segments())
 def test_every_token_has_a_place_of_its_own(segments):
     packing = Packing(segments, device=torch.device("cpu"))
@@ -34,13 +34,13 @@ def test_every_token_has_a_place_of_its_own(segments):
     assert packing.n_holes == len(packing.layers) * packing.width - len(taken)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(some_segments(), st.sampled_from([None, 1, 3, 50]))
 def test_a_token_sees_what_it_would_see_in_its_own_prompt(segments, window):
     """Each token sees every earlier column of its prompt once: in the past, or in its own segment."""
     packing = Packing(segments, device=torch.device("cpu"))
     plan = packing.make_plan()
-    mask = plan.additive_mask(window, torch.float32)
+    mask = plan.visibility(window).sight(plan.keys, torch.float32).mask
     keys = plan.key_positions
     for segment, row, offset in zip(segments, packing.row, packing.offset, strict=True):
         for column in range(segment.start, segment.stop):
@@ -49,12 +49,12 @@ def test_a_token_sees_what_it_would_see_in_its_own_prompt(segments, window):
             assert sorted(seen) == list(range(first, column + 1))
     n_rows = max(1, len(packing.layers) // 2)
     part = plan.first_rows(n_rows)
-    assert torch.equal(part.additive_mask(window, torch.float32), mask[:n_rows])
-    joined = [
-        part.past_mask(window, torch.float32, fold_rows=False),
-        part.new_part().additive_mask(window, torch.float32),
-    ]
-    assert torch.equal(torch.cat(joined, -1), mask[:n_rows])
+    seen = part.visibility(window)
+    assert torch.equal(seen.sight(part.keys, torch.float32).mask, mask[:n_rows])
+    past, new = (seen.sight(keys, torch.float32).mask for keys in (part.past, part.new))
+    assert torch.equal(torch.cat([past, new], -1), mask[:n_rows])
+    folded = seen.sight(part.past, torch.float32, fold_rows=n_rows).mask
+    assert torch.equal(folded, past.flatten(0, 2)[None, None])
 
 
 def test_segments_of_complementary_length_share_rows():

@@ -127,3 +127,18 @@ def test_an_interruption_keeps_what_was_measured():
     partial = caught.value.result
     assert torch.equal(partial.values[:2], whole.values[:2])
     assert bool(partial.values[2:].isnan().all())
+
+
+@pytest.mark.parametrize(("receivers", "passes"), [(["logits"], 1), (["logits", "a1.h0.q"], 2)])
+def test_stats_are_the_forwards_that_ran(receivers, passes):
+    """Each sender takes one pass, and a second where receivers other than the logits pass on what they read."""
+    model = make_model("rotary")
+    clean, corrupted = random_tokens(3, 5, seed=1), random_tokens(3, 5, seed=2)
+    ran = []
+    model.blocks[-1].register_forward_pre_hook(lambda block, inputs: ran.append(inputs[0].shape[:2].numel()))
+    stats = patching.path_patch(model, clean, corrupted, ["a0.h0", "a0.h1"], receivers, METRIC).stats
+    assert stats.forwards == len(ran) == 1 + 2 + 2 * passes
+    assert stats.tokens == sum(ran)
+    assert (stats.cells, stats.pairs, stats.unchanged) == (2, 3, 0)
+    # One by one: two unpatched runs, and two passes for each sender.
+    assert (stats.naive_forwards, stats.naive_tokens) == ((2 + 2 * 2) * 3, (2 + 2 * 2) * 3 * 5)

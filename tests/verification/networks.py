@@ -11,9 +11,11 @@ from hooklens import (
     HookedConfig,
     HookPoint,
     LearnedPositions,
+    NoPositions,
     NormConfig,
     RotaryPositions,
 )
+from hooklens.hooks import Call
 from hooklens.verification import CheckResult, VerificationReport, verify
 
 RMS = NormConfig(kind="rms", eps=1e-6, bias=False)
@@ -71,7 +73,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def build(name: str = "learned") -> HookedCausalLM:
     """A model of two layers whose every parameter is random."""
-    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 4, "d_vocab": 53, "n_ctx": 40, "d_mlp": 40}
+    sizes = {
+        "d_model": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "d_vocab": 53,
+        "n_ctx": 40,
+        "d_mlp": 40,
+        "positions": NoPositions(),
+    }
     torch.manual_seed(0)
     model = HookedCausalLM(HookedConfig(**{**sizes, **CONFIGS[name]}))
     generator = torch.Generator().manual_seed(1)
@@ -91,41 +101,42 @@ def failures_at(report: VerificationReport, subject: str) -> dict[str, CheckResu
 
 
 class NeverFires(HookPoint):
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
         return tensor
 
 
 class FiresTwice(HookPoint):
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return super().__call__(super().__call__(tensor))
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
+        return super().__call__(super().__call__(tensor, call), call)
 
 
 class ShowsOtherAxes(HookPoint):
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return super().__call__(tensor.transpose(1, 2)).transpose(1, 2)
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
+        return super().__call__(tensor.transpose(1, 2), call).transpose(1, 2)
 
 
 class LosesEdits(HookPoint):
-    def __call__(self, tensor: Tensor) -> Tensor:
-        super().__call__(tensor.clone())
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
+        super().__call__(tensor.clone(), call)
         return tensor
 
 
 class ChangesWhatItWatches(HookPoint):
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return super().__call__(tensor) * 1.001 if self.listening else tensor
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
+        assert call is not None
+        return super().__call__(tensor, call) * 1.001 if self.listens(call) else tensor
 
 
 class Detaches(HookPoint):
     """Hands the right values on, but gradients go past what listeners see."""
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return super().__call__(tensor.clone()).detach() + (tensor - tensor.detach())
+    def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
+        return super().__call__(tensor.clone(), call).detach() + (tensor - tensor.detach())
 
 
 class LeaksUpstream(HookPoint):
     """Edits reach the tensor that the skip connection reads, too."""
 
-    def watch(self, tensor: Tensor) -> tuple[Tensor, bool]:
-        edited, changed = super().watch(tensor.clone())
+    def watch(self, tensor: Tensor, call: Call) -> tuple[Tensor, bool]:
+        edited, changed = super().watch(tensor.clone(), call)
         return tensor.copy_(edited), changed

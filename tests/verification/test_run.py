@@ -8,6 +8,7 @@ import torch
 from hooklens import (
     HookedCausalLM,
     HookedConfig,
+    NoPositions,
 )
 from hooklens.errors import CheckpointError, InputError
 from hooklens.verification import verify
@@ -29,7 +30,9 @@ def test_half_precision_passes(name: str) -> None:
 
 
 def test_a_network_without_blocks_passes() -> None:
-    model = HookedCausalLM(HookedConfig(d_model=24, n_layers=0, n_heads=4, d_vocab=53, n_ctx=40))
+    model = HookedCausalLM(
+        HookedConfig(d_model=24, n_layers=0, n_heads=4, d_vocab=53, n_ctx=40, positions=NoPositions())
+    )
 
     assert verify_points(model, gradients=True).passed
 
@@ -49,7 +52,9 @@ def test_verifying_leaves_the_model_as_it_was() -> None:
 
 
 def test_layers_are_sampled_in_a_deep_model_and_the_report_says_so() -> None:
-    model = HookedCausalLM(HookedConfig(d_model=8, n_layers=7, n_heads=2, d_vocab=11, n_ctx=16))
+    model = HookedCausalLM(
+        HookedConfig(d_model=8, n_layers=7, n_heads=2, d_vocab=11, n_ctx=16, positions=NoPositions())
+    )
 
     report = verify_points(model)
 

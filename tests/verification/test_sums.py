@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hooklens.hooks import Call
 from hooklens.model.attention import Attention
 from hooklens.model.positions import TokenPlan
 from tests.verification.networks import build, verify_points
@@ -25,8 +26,8 @@ def test_wrong_positions_of_padded_rows_are_named(dtype: torch.dtype, monkeypatc
 def test_a_pattern_that_z_was_not_computed_with_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     watch_pattern = Attention._watch_pattern
 
-    def watch_scaled(attention: Attention, q: Tensor, k: Tensor, plan: TokenPlan) -> tuple[Tensor, bool]:
-        return watch_pattern(attention, 2 * q, k, plan)
+    def watch_scaled(attention: Attention, q: Tensor, k: Tensor, plan: TokenPlan, call: Call) -> tuple[Tensor, bool]:
+        return watch_pattern(attention, 2 * q, k, plan, call)
 
     monkeypatch.setattr(Attention, "_watch_pattern", watch_scaled)
 

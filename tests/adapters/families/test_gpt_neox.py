@@ -66,8 +66,9 @@ def test_both_names_of_the_unembedding_are_read_and_the_one_on_disk_is_written(t
     save_variant("neox-parallel", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    state = dict(checkpoint.tensors())
-    renamed = {name.replace("embed_out", "lm_head"): tensor for name, tensor in weights.items()}
+    # Tensors may be views of the file, which is about to be written anew.
+    state = {name: tensor.clone() for name, tensor in checkpoint.tensors()}
+    renamed = {name.replace("embed_out", "lm_head"): tensor.clone() for name, tensor in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors")
     assert torch.equal(dict(open_checkpoint(tmp_path).tensors())["unembed.W_U"], state["unembed.W_U"])
 
