@@ -129,9 +129,10 @@ def test_each_rule_alone(data, drawn, size):
         found = rule.hide(plan, keys).expand(shape) if acts else torch.zeros(shape, dtype=torch.bool)
         for row, query in drawn.queries():
             wanted = [expected(row, query, key) for key in keys]
-            # What does not act hides nothing, from tokens and of what the causal mask leaves.
+            # What does not act hides nothing of what the causal mask and that of padding leave.
             if not acts and isinstance(rule, Window):
-                wanted = [hides and key <= plan.n_past + query for hides, key in zip(wanted, keys, strict=True)]
+                within = [drawn.real[row][key] and key <= plan.n_past + query for key in keys]
+                wanted = [hides and sees for hides, sees in zip(wanted, within, strict=True)]
             assert found[row, 0, query].tolist() == wanted, rule
 
 
