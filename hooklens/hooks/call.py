@@ -172,8 +172,8 @@ class Listening:
         )
 
 
-Listeners = Mapping["HookPoint", Listening]
-"""Who listens at which points; never changed once it is handed to a call."""
+Listeners = Mapping[Any, Listening]
+"""Who listens at which hook points; never changed once it is handed to a call."""
 
 NOBODY: Listeners = {}
 

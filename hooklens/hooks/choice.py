@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hooklens.errors import HookLensError, InputError
 
-Choice = int | slice | Sequence[int] | np.integer[Any] | npt.NDArray[np.integer[Any]] | Tensor | None
+Choice = int | slice | Sequence[int] | np.integer[Any] | np.ndarray[Any, np.dtype[Any]] | Tensor | None
 """Entries of an axis as a caller names them."""
 
 Index = int | slice | tuple[int, ...] | None
