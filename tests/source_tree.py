@@ -26,6 +26,18 @@ ROWS: tuple[tuple[str, ...], ...] = (
 Within row 1, `axes`, `arguments` and `optional` stand on `errors`: every module may import the errors it raises.
 """
 
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "patching": (
+        ("errors",),
+        ("pairs", "graph"),
+        ("metrics", "results"),
+        ("runs",),
+        ("sweeps", "estimates", "paths"),
+        ("circuits",),
+    ),
+}
+"""The same inside a package that has packages of its own."""
+
 HEAVY = frozenset(
     {"transformers", "pandas", "huggingface_hub", "tokenizers", "tqdm", "matplotlib", "plotly", "peft", "yaml"}
 )
@@ -159,6 +171,26 @@ class SourceTree:
                         continue
                     if row_of.get(target, len(ROWS)) >= row_of[module.part]:
                         problems.append(f"{place}: {target} does not stand in a row below {module.part}")
+        return problems
+
+    def floor_violations(self, package: str) -> list[str]:
+        """The same inside a package: its own `__init__` may import everything."""
+        floor_of = {room: floor for floor, rooms in enumerate(FLOORS[package]) for room in rooms}
+        prefix = f"{self.folder.name}.{package}."
+        problems = []
+        for module in self.modules.values():
+            if not module.name.startswith(prefix):
+                continue
+            room = module.name.removeprefix(prefix).split(".")[0]
+            if room not in floor_of:
+                problems.append(f"{module.name}: {room!r} stands on no floor; add it to FLOORS")
+                continue
+            for found in self.imports_of(module):
+                if not found.target.startswith(prefix) or found.for_types_only:
+                    continue
+                target = found.target.removeprefix(prefix).split(".")[0]
+                if target not in (room, "errors") and floor_of.get(target, len(floor_of)) >= floor_of[room]:
+                    problems.append(f"{module.name}:{found.line}: {target} does not stand on a floor below {room}")
         return problems
 
     def cycles(self) -> list[list[str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_tree import HEAVY, ROWS, SourceTree
+from tests.source_tree import FLOORS, HEAVY, ROWS, SourceTree
 
 ROOT = Path(__file__).parents[1]
 # Of code: an interface is allowed to be long where it is long because it is explained.
@@ -25,6 +25,11 @@ def tree() -> SourceTree:
 
 def test_imports_go_down_the_rows(tree: SourceTree) -> None:
     assert tree.row_violations() == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_down_the_floors_of_a_package(tree: SourceTree, package: str) -> None:
+    assert tree.floor_violations(package) == []
 
 
 def test_no_import_cycles(tree: SourceTree) -> None:
@@ -123,6 +128,11 @@ def bad_tree(tmp_path: Path) -> SourceTree:
         "weights.py": "def f():\n    import json\n    import_package('hooklens.model')\n    __import__('os')\n",
         "tokens.py": "import pandas.core\nif TYPE_CHECKING:\n    import transformers\n",
         "stray.py": "",
+        "patching/__init__.py": "from hooklens.patching.paths import x\n",
+        "patching/errors.py": "",
+        "patching/paths.py": "from hooklens.patching.errors import x\nfrom hooklens.patching.sweeps import x\n",
+        "patching/sweeps.py": "",
+        "patching/spare.py": "",
         "causal_lm.py": "load_llama = 1  # 'bundled:tiny-llama' and llama3 pass, GPT2 does not\n",
     }
     for name, source in sources.items():
@@ -139,6 +149,10 @@ def test_checks_report_what_breaks_the_rules(bad_tree: SourceTree) -> None:
         "hooklens.hooks:1 imports hooklens.config: config does not stand in a row below hooks",
         "hooklens.hooks.point:2 imports hooklens: import the module that defines the name",
         "hooklens.stray: 'stray' stands in no row; add it to ROWS and CONTRIBUTING.md",
+    ]
+    assert bad_tree.floor_violations("patching") == [
+        "hooklens.patching.paths:2: sweeps does not stand on a floor below paths",
+        "hooklens.patching.spare: 'spare' stands on no floor; add it to FLOORS",
     ]
     assert bad_tree.cycles() == [["hooklens.model", "hooklens.model.block"]]
     assert bad_tree.hidden_imports() == [

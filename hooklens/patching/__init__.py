@@ -1,7 +1,30 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
-from hooklens.patching.acdc import discover_circuit
-from hooklens.patching.act_patch import (
+from hooklens.patching.circuits.acdc import discover_circuit
+from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
+from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
+from hooklens.patching.circuits.faithfulness import evaluate_circuits
+from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
+from hooklens.patching.estimates.attribution import attribution
+from hooklens.patching.estimates.edges import EdgeScores, edge_attribution
+from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.metrics.function import FunctionMetric
+from hooklens.patching.metrics.metric import (
+    KL,
+    Accuracy,
+    FractionRecovered,
+    LogitDiff,
+    LogProb,
+    Loss,
+    Metric,
+    Probability,
+)
+from hooklens.patching.pairs.template import Pair, stack_pairs
+from hooklens.patching.paths.path import path_patch
+from hooklens.patching.results.result import SweepResult, SweepStats
+from hooklens.patching.runs.sites import Cell, Grid, grid
+from hooklens.patching.runs.sources import draw_activations, mean_activations
+from hooklens.patching.sweeps.act_patch import (
     generic_activation_patch,
     get_act_patch_attn_head_all_pos_every,
     get_act_patch_attn_head_by_pos_every,
@@ -22,21 +45,7 @@ from hooklens.patching.act_patch import (
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
 )
-from hooklens.patching.attribution import attribution
-from hooklens.patching.circuit import Circuit
-from hooklens.patching.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
-from hooklens.patching.edges import EdgeScores, edge_attribution
-from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
-from hooklens.patching.faithfulness import evaluate_circuits
-from hooklens.patching.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
-from hooklens.patching.function_metric import FunctionMetric
-from hooklens.patching.metrics import KL, Accuracy, FractionRecovered, LogitDiff, LogProb, Loss, Metric, Probability
-from hooklens.patching.path import path_patch
-from hooklens.patching.result import SweepResult, SweepStats
-from hooklens.patching.sites import Cell, Grid, grid
-from hooklens.patching.sources import draw_activations, mean_activations
-from hooklens.patching.sweep import sweep
-from hooklens.patching.template import Pair, stack_pairs
+from hooklens.patching.sweeps.sweep import sweep
 
 __all__ = [
     "KL",

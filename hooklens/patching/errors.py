@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from hooklens.errors import HookLensError
 
 if TYPE_CHECKING:
-    from hooklens.patching.result import SweepResult
+    from hooklens.patching.results.result import SweepResult
 
 
 class SiteError(HookLensError, ValueError):

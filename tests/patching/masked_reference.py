@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hooklens import HookedCausalLM
 from hooklens.patching import Circuit
-from hooklens.patching.nodes import list_readers, list_writers, reaches
+from hooklens.patching.graph.nodes import list_readers, list_writers, reaches
 
 
 class MaskedReference:

@@ -1,0 +1,248 @@
+"""Circuit discovery: edges are taken away one after another as long as the behaviour stays (ACDC).
+
+Conmy et al. 2023, "Towards Automated Circuit Discovery for Mechanistic Interpretability". From the logits
+backwards, reader by reader and for each the writers from the last to the first, every edge is ablated for a try;
+with `C` the circuit so far,
+
+    removed for good  where  damage(C without the edge) - damage(C) < threshold
+
+    damage(C) = mean over pairs of | m(C) - m(clean run) |
+
+For `KL()`, the default, the clean run has 0, so the damage is the divergence itself. For `LogitDiff` and the other
+metrics a circuit that overshoots is as damaged as one that falls short, and what pairs lose and gain does not
+cancel. A node from which no edge leads on does nothing: its incoming edges are removed without a run.
+
+The threshold is in the metric's units, and counts for each edge: many small losses may add up. What is found
+depends on it, on the order, and on the ablation; it is a circuit that suffices, not the only one.
+
+The search is sequential, but its outcome can be guessed. A batch holds one row for each of the next candidates, in
+which all candidates before it are as guessed: removed, or what an earlier batch has shown. Rows are read in order
+up to the first wrong guess, which is decided, too, and the next batch goes on behind it; what the rows behind it
+showed are the next guesses. So the decisions are those of one run per edge, wherever an increase is not within
+rounding of the threshold. As the search goes down, runs enter at the layer it is at, for all below is the clean run.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+from hooklens.optional import import_package
+from hooklens.patching.circuits.ablation import Ablation
+from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats, Verdict
+from hooklens.patching.circuits.masked_run import Ground
+from hooklens.patching.circuits.runner import CircuitRunner
+from hooklens.patching.errors import MetricError
+from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.graph.nodes import check_additive, inputs_of
+from hooklens.patching.metrics.function import MetricFunction, as_metric
+from hooklens.patching.metrics.metric import KL, Metric
+from hooklens.patching.pairs.prompts import Prompt, read_pairs
+from hooklens.patching.runs.checks import check_model
+from hooklens.patching.runs.memory import BatchSize
+
+# Batches grow while guesses are right. After a wrong one they shrink, but not to rows that cost less than a pass.
+_FEWEST_ROWS = 4
+
+
+def discover_circuit(
+    model: HookedCausalLM,
+    clean: Prompt,
+    corrupted: Prompt,
+    metric: Metric | MetricFunction | None = None,
+    *,
+    threshold: float,
+    ablation: Ablation = "resample",
+    batch_size: BatchSize = "auto",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    progress: bool = True,
+    allow_training: bool = False,
+) -> Discovery:
+    """Find a circuit by taking edges away.
+
+    Args:
+        model: the model; nothing may be attached to its hook points.
+        clean: prompts whose behaviour is studied.
+        corrupted: as many prompts of the same lengths, which removed edges take their outputs from.
+        metric: what must not change; None: `KL()` to the clean run's predictions at the last position.
+        threshold: an edge is removed where that raises the damage by less than this, in the metric's units. At 0
+            every edge stays that can be told from nothing, at infinity none.
+        ablation: what removed edges carry, as for `evaluate_circuits`.
+        batch_size: prompts run at once, circuits times pairs; `"auto"` by memory.
+        attention_mask: real tokens (1) of padded ids, the same for both.
+        progress: show a progress bar.
+        allow_training: accept a model in training mode.
+
+    Raises:
+        InputError: a threshold below 0, prompts that do not go together, or a norm between heads and stream.
+        MetricError: the metric gives another shape than one value per row, or NaN.
+        DiscoveryInterruptedError: stopped, or failed on the way; it holds what was decided.
+
+    Example:
+        >>> found = discover_circuit(model, clean, corrupted, threshold=0.05)
+        >>> found.circuit.heads()
+    """
+    check_model(model, allow_training=allow_training)
+    check_additive(model.cfg)
+    if math.isnan(threshold) or threshold < 0:
+        raise InputError(f"discover_circuit: threshold={threshold}; expected a number >= 0 in the metric's units")
+    prompts = read_pairs(model, clean, corrupted, attention_mask)
+    measured = KL() if metric is None else as_metric(metric)
+    with torch.no_grad():
+        runner = CircuitRunner(model, prompts, measured, ablation=ablation, batch_size=batch_size)
+        return _Search(runner, threshold).finish(progress=progress)
+
+
+@dataclass(frozen=True)
+class _Try:
+    """An edge to decide: its row of the batch, where it has one, and the guess that later rows are built on."""
+
+    reader: int
+    writer: int
+    row: int | None
+    removed: bool
+
+
+class _Search:
+    """A search in progress: the edges still in the circuit, and those to come."""
+
+    def __init__(self, runner: CircuitRunner, threshold: float) -> None:
+        self.runner, self.threshold = runner, threshold
+        graph, cfg = runner.graph, runner.model.cfg
+        self.kept = graph.exists()
+        self.candidates = [
+            (reader, writer)
+            for reader in reversed(range(len(graph.readers)))
+            for writer in reversed(range(graph.n_inputs[reader]))
+        ]
+        index_of = {reader: index for index, reader in enumerate(graph.readers)}
+        self.fed_by: list[list[int]] = [[] for _ in graph.readers]
+        for number, writer in enumerate(graph.writers):
+            for reader in inputs_of(writer, group_size=cfg.n_heads // cfg.n_kv_heads):
+                self.fed_by[index_of[reader]].append(number)
+        self.grounds: list[Ground] = []
+        self.decisions: list[Decision] = []
+        self.guesses: dict[tuple[int, int], bool] = {}
+        self.damage, self.circuits_run = 0.0, 0
+
+    def finish(self, *, progress: bool) -> Discovery:
+        """Decide all edges."""
+        # Before the first edge is tried, a failure is a mistake in the call and not an interruption.
+        self.grounds = [self.runner.prepare(group) for group in self.runner.groups()]
+        most = min(self.runner.rows_per_batch(ground) for ground in self.grounds)
+        n_rows = min(_FEWEST_ROWS, most)
+        bar = import_package("tqdm").tqdm(total=len(self.candidates), desc="edges", disable=not progress)
+        try:
+            while len(self.decisions) < len(self.candidates):
+                before = len(self.decisions)
+                plan, masks = self._plan(n_rows)
+                n_right = self._decide(plan, self._measure(masks) if len(masks) else [])
+                n_rows = min(most, max(2 * n_right, _FEWEST_ROWS))
+                bar.update(len(self.decisions) - before)
+                bar.set_postfix(kept=sum(each.verdict == "kept" for each in self.decisions), refresh=False)
+        except (Exception, KeyboardInterrupt) as error:
+            raise DiscoveryInterruptedError(
+                f"the search stopped after {len(self.decisions)} of {len(self.candidates)} edges "
+                f"({type(error).__name__}: {error}); this error's .result holds the decisions and, as its circuit, the "
+                "edges kept and those not tried yet",
+                self.result(),
+            ) from error
+        finally:
+            bar.close()
+        return self.result()
+
+    def _plan(self, n_rows: int) -> tuple[list[_Try], Bool[Tensor, "row reader writer"]]:
+        """The next edges with their guesses, and the circuits to run."""
+        guessed = self.kept.clone()
+        plan: list[_Try] = []
+        masks: list[Tensor] = []
+        for reader, writer in self.candidates[len(self.decisions) :]:
+            feeds = self.fed_by[reader]
+            if feeds and not bool(guessed[:, feeds].any()):
+                guessed[reader, writer] = False
+                plan.append(_Try(reader, writer, None, removed=True))
+                continue
+            if len(masks) == n_rows:
+                break
+            without = guessed.clone()
+            without[reader, writer] = False
+            removed = self.guesses.get((reader, writer), True)
+            plan.append(_Try(reader, writer, len(masks), removed))
+            masks.append(without)
+            guessed = without if removed else guessed
+        return plan, torch.stack(masks) if masks else guessed[None][:0]
+
+    def _measure(self, masks: Bool[Tensor, "row reader writer"]) -> list[float]:
+        """The damage of each circuit."""
+        total = torch.zeros(len(masks), dtype=torch.float64, device=self.runner.model.device)
+        for ground in self.grounds:
+            values = self.runner.measure(ground, masks)
+            total += (values - ground.baseline.clean).abs().double().sum(1)
+        self.circuits_run += len(masks)
+        return (total / len(self.runner.prompts)).tolist()
+
+    def _decide(self, plan: list[_Try], damages: list[float]) -> int:
+        """Read a batch up to the first wrong guess; gives how many rows were of use."""
+        n_right = 0
+        damage, astray = self.damage, False
+        for each in plan:
+            if each.row is None:
+                if not astray:
+                    self._note(each, "unreachable")
+                continue
+            increase = damages[each.row] - damage
+            removed = increase < self.threshold
+            if astray:
+                # This row has edges before it that were decided otherwise: its verdict is only the next guess.
+                self.guesses[each.reader, each.writer] = removed
+            elif math.isnan(increase):
+                edge = f"{self.runner.graph.writers[each.writer]} -> {self.runner.graph.readers[each.reader]}"
+                raise MetricError(f"metric {self.runner.metric.name} is NaN without the edge {edge}")
+            else:
+                n_right += 1
+                self._note(each, "removed" if removed else "kept", damages[each.row], increase)
+                astray = removed != each.removed
+            if each.removed:
+                damage = damages[each.row]
+        return n_right
+
+    def _note(self, each: _Try, verdict: Verdict, damage: float | None = None, increase: float | None = None) -> None:
+        """Write a decision down."""
+        graph = self.runner.graph
+        writer, reader = str(graph.writers[each.writer]), str(graph.readers[each.reader])
+        self.decisions.append(Decision(writer=writer, reader=reader, verdict=verdict, damage=damage, increase=increase))
+        if verdict != "kept":
+            self.kept[each.reader, each.writer] = False
+        if verdict == "removed" and damage is not None:
+            self.damage = damage
+
+    def result(self) -> Discovery:
+        """What is decided so far."""
+        runner, graph = self.runner, self.runner.graph
+        n_pairs, n_tokens = len(runner.prompts), sum(runner.prompts.lengths)
+        n_unreachable = sum(each.verdict == "unreachable" for each in self.decisions)
+        n_naive = len(self.decisions) - n_unreachable + 2
+        edges = [
+            (str(graph.writers[writer]), str(graph.readers[reader])) for reader, writer in self.kept.nonzero().tolist()
+        ]
+        return Discovery(
+            circuit=Circuit(edges),
+            decisions=tuple(self.decisions),
+            damage=self.damage,
+            threshold=self.threshold,
+            metric=runner.metric.name,
+            stats=DiscoveryStats(
+                edges=len(self.candidates),
+                decided=len(self.decisions),
+                unreachable=n_unreachable,
+                circuits_run=self.circuits_run,
+                forwards=runner.forwards,
+                tokens=runner.token_layers / runner.model.cfg.n_layers,
+                naive_forwards=n_naive * n_pairs,
+                naive_tokens=n_naive * n_tokens,
+            ),
+        )

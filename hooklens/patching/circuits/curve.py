@@ -1,0 +1,201 @@
+"""The faithfulness curve: how much of a behaviour circuits of growing size keep.
+
+Edges are ranked by their scores, and the circuits of the first 1, 2, 4, ... of them are run with the rest ablated
+(Hanna et al. 2024; `faithfulness` has the scale). A behaviour that few edges carry shows as a curve that reaches 1
+early. Curves compare rankings, too: the better ranking has the larger area (Mueller et al. 2025, "MIB").
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import HookLensError, InputError
+from hooklens.optional import import_package
+from hooklens.patching.circuits.ablation import Ablation
+from hooklens.patching.circuits.faithfulness import evaluate_circuits
+from hooklens.patching.estimates.edges import EdgeScores
+from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.metrics.function import MetricFunction
+from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.results.figures import Backend, draw_curve
+from hooklens.patching.results.result import SweepResult
+from hooklens.patching.runs.memory import BatchSize
+
+if TYPE_CHECKING:
+    import pandas
+
+_N_SIZES = 20
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FaithfulnessCurve:
+    """Circuits of growing size, and how faithful they are.
+
+    Attributes:
+        circuits: what was run, the smallest first.
+        result: the values; its `stats` say what they took.
+    """
+
+    circuits: tuple[Circuit, ...]
+    result: SweepResult
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Edges of each circuit."""
+        return tuple(len(circuit) for circuit in self.circuits)
+
+    @property
+    def values(self) -> Float[Tensor, " circuit"]:
+        """The metric of each circuit, averaged over pairs."""
+        return self.result.values
+
+    @property
+    def faithfulness(self) -> Float[Tensor, " circuit"]:
+        """The values with 0 at the ablated run and 1 at the clean one.
+
+        Raises:
+            HookLensError: both have the same value.
+        """
+        return self.result.normalized
+
+    def smallest(self, fraction: float) -> Circuit:
+        """The smallest circuit that was run whose faithfulness is at least `fraction`.
+
+        Larger ones may fall below it again.
+
+        Raises:
+            HookLensError: none is.
+        """
+        for circuit, found in zip(self.circuits, self.faithfulness.tolist(), strict=True):
+            if found >= fraction:
+                return circuit
+        raise HookLensError(
+            f"no circuit of the curve reaches a faithfulness of {fraction}: the highest is "
+            f"{float(self.faithfulness.max()):.3f}, of circuits with {self.sizes[0]} to {self.sizes[-1]} edges"
+        )
+
+    def area(self, *, scale: Literal["log", "linear"] = "log") -> float:
+        """The area under the curve from the smallest to the largest circuit, as the mean faithfulness.
+
+        Args:
+            scale: `"log"`: over the logarithm of the number of edges, so that each doubling counts alike and small
+                circuits matter; `"linear"`: over the number itself.
+
+        Raises:
+            HookLensError: fewer than two circuits with edges, or an unknown scale.
+        """
+        if scale not in ("log", "linear"):
+            raise HookLensError(f"area: scale is {scale!r}; expected 'log' or 'linear'")
+        points = [
+            (math.log(size) if scale == "log" else float(size), found)
+            for size, found in zip(self.sizes, self.faithfulness.tolist(), strict=True)
+            if size > 0
+        ]
+        if len(points) < 2:
+            raise HookLensError(f"area: a curve of {len(points)} circuits with edges has no area; give two sizes")
+        pieces: list[float] = [(x - w) * (f + g) / 2 for (w, g), (x, f) in pairwise(points)]
+        return sum(pieces) / (points[-1][0] - points[0][0])
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per circuit: edges, heads, value, and faithfulness where the two runs differ."""
+        table: pandas.DataFrame = import_package("pandas").DataFrame(
+            {
+                "edges": self.sizes,
+                "heads": [len(circuit.heads()) for circuit in self.circuits],
+                "value": self.values.tolist(),
+            }
+        )
+        if self.result.clean != self.result.corrupted:
+            table["faithfulness"] = self.faithfulness.tolist()
+        return table
+
+    def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
+        """Faithfulness over the number of edges, on a logarithmic axis.
+
+        Returns:
+            A plotly or matplotlib figure.
+
+        Raises:
+            MissingDependencyError: the package is not installed.
+            HookLensError: an unknown backend, or runs that do not differ.
+        """
+        drawn = [(size, found) for size, found in zip(self.sizes, self.faithfulness.tolist(), strict=True) if size]
+        return draw_curve(
+            [size for size, _ in drawn],
+            [found for _, found in drawn],
+            labels=("edges", "faithfulness"),
+            level=1.0,
+            backend=backend,
+            title=f"{self.result.metric}, fraction kept by the strongest edges" if title is None else title,
+        )
+
+
+def faithfulness_curve(
+    model: HookedCausalLM,
+    clean: Prompt,
+    corrupted: Prompt,
+    scores: EdgeScores,
+    metric: Metric | MetricFunction,
+    *,
+    sizes: Sequence[int] | None = None,
+    connected: bool = True,
+    ablation: Ablation = "resample",
+    batch_size: BatchSize = "auto",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    progress: bool = True,
+    allow_training: bool = False,
+) -> FaithfulnessCurve:
+    """Run the circuits of the strongest edges, more and more of them.
+
+    Args:
+        model: the model.
+        clean: prompts whose behaviour is studied.
+        corrupted: as many prompts of the same lengths.
+        scores: of `edge_attribution`, on these prompts or others.
+        metric: as for a sweep.
+        sizes: numbers of edges; None: twenty from 1 to all, evenly spaced on a logarithmic scale.
+        connected: choose edges from the logits backwards, see `EdgeScores.circuit`; False: simply the strongest.
+        ablation, batch_size, attention_mask, progress, allow_training: as for `evaluate_circuits`.
+
+    Raises:
+        InputError: a size below 0 or above the number of edges, all of which are named; or other scores.
+        SiteError, MetricError, SweepInterruptedError: as for `evaluate_circuits`.
+    """
+    if not isinstance(scores, EdgeScores):
+        raise InputError(
+            f"faithfulness_curve: scores are a {type(scores).__name__}; expected those of edge_attribution"
+        )
+    n_edges = int(scores.exists.sum())
+    chosen = _log_sizes(n_edges) if sizes is None else sorted(set(sizes))
+    outside = [size for size in chosen if not 0 <= size <= n_edges]
+    if outside or not chosen:
+        raise InputError(
+            f"faithfulness_curve: sizes {outside or chosen}; expected numbers of edges from 0 to {n_edges}"
+        )
+    circuits = {size: scores.circuit(size, connected=connected) for size in chosen}
+    result = evaluate_circuits(
+        model,
+        clean,
+        corrupted,
+        circuits,
+        metric,
+        ablation=ablation,
+        batch_size=batch_size,
+        attention_mask=attention_mask,
+        progress=progress,
+        allow_training=allow_training,
+    )
+    return FaithfulnessCurve(circuits=tuple(circuits.values()), result=result)
+
+
+def _log_sizes(n_edges: int) -> list[int]:
+    exponents = torch.linspace(0.0, math.log(n_edges), _N_SIZES, dtype=torch.float64)
+    return sorted({round(size) for size in exponents.exp().tolist()})

@@ -1,0 +1,98 @@
+"""What a search for a circuit has found: the circuit, and how each edge was decided."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from hooklens.errors import HookLensError
+from hooklens.optional import import_package
+from hooklens.patching.graph.circuit import Circuit
+
+if TYPE_CHECKING:
+    import pandas
+
+Verdict = Literal["kept", "removed", "unreachable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What became of one edge.
+
+    Attributes:
+        writer, reader: the edge.
+        verdict: `"kept"`; `"removed"`: the damage without it grows by less than the threshold; `"unreachable"`:
+            removed without a run, since nothing leads from its reader to the logits any more.
+        damage: that of the circuit at this point without the edge; None for an unreachable one.
+        increase: by how much that is more than with the edge.
+    """
+
+    writer: str
+    reader: str
+    verdict: Verdict
+    damage: float | None = None
+    increase: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoveryStats:
+    """What a search took, against one run per edge and pair.
+
+    Attributes:
+        edges: edges of the network.
+        decided: edges decided.
+        unreachable: those among them that were removed without a run.
+        circuits_run: circuits run, those that turned out not to be needed included.
+        forwards: passes through the model, those of the unpatched runs included.
+        tokens: tokens run through all layers, or as many through some as comes to the same.
+        naive_forwards: one per pair and edge that is not unreachable, and the two unpatched runs.
+        naive_tokens: the tokens of those.
+    """
+
+    edges: int
+    decided: int
+    unreachable: int
+    circuits_run: int
+    forwards: int
+    tokens: float
+    naive_forwards: int
+    naive_tokens: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Discovery:
+    """A circuit found by `discover_circuit`.
+
+    Attributes:
+        circuit: the edges that were kept. Where the search was stopped, also those it had not come to.
+        decisions: what became of each edge, in the order of the search.
+        damage: the circuit's, averaged over pairs.
+        threshold: how much more damage an edge's removal could do.
+        metric: the metric's name.
+        stats: what it took.
+    """
+
+    circuit: Circuit
+    decisions: tuple[Decision, ...] = field(repr=False)
+    damage: float
+    threshold: float
+    metric: str
+    stats: DiscoveryStats
+
+    @property
+    def trace(self) -> "pandas.DataFrame":
+        """One row per edge in the order of the search: writer, reader, verdict, damage, increase."""
+        rows = [(each.writer, each.reader, each.verdict, each.damage, each.increase) for each in self.decisions]
+        columns = ["writer", "reader", "verdict", "damage", "increase"]
+        table: pandas.DataFrame = import_package("pandas").DataFrame(rows, columns=columns)
+        return table.astype({"damage": "float64", "increase": "float64"})
+
+
+class DiscoveryInterruptedError(HookLensError, RuntimeError):
+    """A search for a circuit stopped before its end.
+
+    Attributes:
+        result: what it had decided; edges that it had not come to are still in the circuit.
+    """
+
+    def __init__(self, message: str, result: Discovery) -> None:
+        super().__init__(message)
+        self.result = result

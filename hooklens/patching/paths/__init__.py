@@ -1,0 +1,1 @@
+"""Path patching: what senders do through chosen receivers, and through nothing else."""

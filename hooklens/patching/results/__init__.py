@@ -1,0 +1,1 @@
+"""What experiments give: labelled values for each pair, as a table, a figure and a file."""

@@ -1,0 +1,278 @@
+"""The two unpatched runs of some pairs, and what patches take from them.
+
+`into` is the run that is patched, `source` the run that activations come from. Prompts are padded on the right, so
+that columns are positions. From `into` come the stream entering each block and
+every block's keys and values, on which patched rows go on; from `source` come the values put in.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.axes import find_site, layer_of
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import HookedConfig
+from hooklens.hooks.call import NOBODY, Listeners
+from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.model.positions import TokenPlan
+from hooklens.patching.errors import MetricError, SiteError
+from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
+from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.sources import fit_given
+
+Direction = Literal["denoise", "noise"]
+Source = Literal["other", "zero"] | Mapping[str, Tensor]
+Stage = Literal["stream", "written", "block", "head"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a patched row leaves the unpatched run.
+
+    Attributes:
+        layer: the first block that runs; `n_layers` when none does.
+        stage: what is patched: the `stream` that enters that block, what heads have `written` to it, a hook point
+            inside the `block`, or one in the `head` (final norm and unembedding).
+    """
+
+    layer: int
+    stage: Stage
+
+
+def find_entry(name: str, cfg: HookedConfig) -> Entry:
+    """Where rows patched at a hook point start: as late as the hook point allows.
+
+    What is only added to the stream (an MLP's output, in parallel blocks also attention's, the embeddings)
+    changes nothing else, so its difference is added to the stream, and the block that wrote it does not run. The
+    same goes in parallel blocks for the heads' `z`, whose difference goes through `W_O` first.
+    """
+    layer = layer_of(name)
+    word = name.rpartition(".")[2]
+    if layer is None:
+        return Entry(0, "stream") if word in ("hook_embed", "hook_pos_embed") else Entry(cfg.n_layers, "head")
+    if word == "hook_resid_pre":
+        return Entry(layer, "stream")
+    if word in ("hook_resid_post", "hook_mlp_out") or (word == "hook_attn_out" and cfg.wiring == "parallel"):
+        return Entry(layer + 1, "stream")
+    if word == "hook_z" and cfg.wiring == "parallel" and not cfg.norm_after:
+        return Entry(layer + 1, "written")
+    return Entry(layer, "block")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """The unpatched runs of a group of pairs.
+
+    Attributes:
+        pairs: which pairs of the experiment these are.
+        lengths: tokens of each pair.
+        streams: the stream of `into` entering each block, and the one leaving the last, `[pairs pos d_model]`.
+        keys_values: keys and values of `into` in each layer, `[pairs pos kv_head d_head]`.
+        entries: by hook name, where patched rows leave the unpatched run.
+        values: by hook name, what a patch puts in: the activation's new value, or for what enters with the stream
+            the stream's.
+        replaced: for what heads have written, by hook name, the activation's value in `into`.
+        differs: by hook name, where the new value is not the old one, `[pairs pos ...]` (query positions
+            before heads and keys), the last axis of vectors reduced.
+        reads: `[pairs read]`, columns whose logits the metric reads.
+        into_logits: `[pairs read d_vocab]` of the unpatched run.
+        metric: the metric, prepared for these pairs.
+        clean: the metric's values of the clean run, `[pairs]`.
+        corrupted: the metric's values of the corrupted run, `[pairs]`.
+    """
+
+    pairs: tuple[int, ...]
+    lengths: tuple[int, ...]
+    streams: list[Float[Tensor, "pairs pos d_model"]]
+    keys_values: list[tuple[Tensor, Tensor]]
+    entries: dict[str, Entry]
+    values: dict[str, Tensor]
+    replaced: dict[str, Tensor]
+    differs: dict[str, Bool[Tensor, "pairs pos *rest"]]
+    reads: Int[Tensor, "pairs read"]
+    into_logits: Float[Tensor, "pairs read d_vocab"]
+    metric: Metric
+    clean: Float[Tensor, " pairs"]
+    corrupted: Float[Tensor, " pairs"]
+
+
+def run_baseline(
+    model: HookedCausalLM,
+    prompts: PromptPairs,
+    pairs: Sequence[int],
+    names: Iterable[str],
+    metric: Metric,
+    *,
+    direction: Direction,
+    source: Source,
+) -> Baseline:
+    """Run both prompts of some pairs.
+
+    Args:
+        model: the model.
+        prompts: all pairs.
+        pairs: the pairs to run.
+        names: the hook points to be patched.
+        metric: says which positions are read.
+        direction: `"denoise"` patches clean activations into the corrupted run, `"noise"` the other way.
+        source: what is put in: the other run's activation, zeros, or tensors by hook name.
+
+    Raises:
+        SiteError: a source lacks a hook point or has another shape.
+        InputError: a position that the metric reads is outside a prompt.
+    """
+    names = list(dict.fromkeys(names))
+    chosen = list(pairs)
+    lengths = tuple(prompts.lengths[pair] for pair in chosen)
+    width = max(lengths)
+    clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
+    into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    captured, cache = _run_unpatched(model, torch.cat([into, other]), lengths, names)
+
+    n_layers, n_pairs = model.cfg.n_layers, len(chosen)
+    last = captured[f"blocks.{n_layers - 1}.hook_resid_post"]
+    streams = [captured[f"blocks.{layer}.hook_resid_pre"][:n_pairs] for layer in range(n_layers)] + [last[:n_pairs]]
+    reads = _find_reads(metric, lengths, width, model.device)
+    into_logits, other_logits = unembed(model, last.take_along_dim(reads.repeat(2, 1)[..., None], dim=1)).chunk(2)
+    clean_logits, corrupted_logits = (
+        (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
+    )
+    prepared = prepare_metric(
+        metric,
+        Runs(
+            model=model,
+            pairs=tuple(chosen),
+            n_pairs=len(prompts),
+            tokens=into,
+            lengths=lengths,
+            clean_logits=clean_logits,
+            corrupted_logits=corrupted_logits,
+        ),
+    )
+    entries = {name: find_entry(name, model.cfg) for name in names}
+    values, replaced, differs = {}, {}, {}
+    may_differ = (into != other).cumsum(1) > 0
+    for name in names:
+        current, new = captured[name].chunk(2)
+        if source == "other":
+            new = _keep_agreeing(name, current, new, may_differ)
+        else:
+            new = _value_of(source, name, current, chosen, prompts)
+        differs[name] = _find_differences(name, current, new)
+        entry = entries[name]
+        values[name] = streams[entry.layer] + (new - current) if _is_added(name, entry) else new
+        if entry.stage == "written":
+            replaced[name] = current
+    return Baseline(
+        pairs=tuple(chosen),
+        lengths=lengths,
+        streams=streams,
+        keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in cache.entries],
+        entries=entries,
+        values=values,
+        replaced=replaced,
+        differs=differs,
+        reads=reads,
+        into_logits=into_logits,
+        metric=prepared,
+        clean=prepared.measure(clean_logits[None])[0],
+        corrupted=prepared.measure(corrupted_logits[None])[0],
+    )
+
+
+def refuse_nan(baseline: Baseline) -> None:
+    """Refuse pairs whose unpatched runs have no value to compare with.
+
+    Raises:
+        MetricError: the metric is NaN for some; they are named.
+    """
+    is_nan = torch.stack([baseline.clean, baseline.corrupted]).isnan().any(0).tolist()
+    broken = [pair for pair, nan in zip(baseline.pairs, is_nan, strict=True) if nan]
+    if broken:
+        raise MetricError(
+            f"metric {baseline.metric.name} is NaN for the unpatched runs of pairs {broken}; nothing could be compared"
+        )
+
+
+def unembed(
+    model: HookedCausalLM, stream: Float[Tensor, "rows pos d_model"], *, listeners: Listeners = NOBODY
+) -> Float[Tensor, "rows pos d_vocab"]:
+    """The logits of a stream that has left the last block."""
+    plan = TokenPlan(batch=len(stream), n_new=stream.shape[1], device=stream.device)
+    return model.run(stream, plan, listeners=listeners, start_at_layer=model.cfg.n_layers)
+
+
+def _run_unpatched(
+    model: HookedCausalLM, tokens: Int[Tensor, "rows pos"], lengths: tuple[int, ...], names: list[str]
+) -> tuple[dict[str, Tensor], HookedKeyValueCache]:
+    """Run both prompts of each pair as one batch: the streams, what is patched, and keys and values."""
+    n_layers = model.cfg.n_layers
+    watched = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), *names]
+    watched.append(f"blocks.{n_layers - 1}.hook_resid_post")
+    mask = None
+    if len(set(lengths)) > 1:
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = columns < torch.tensor(2 * lengths, device=tokens.device)[:, None]
+    cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(tokens), dtype=model.dtype)
+    reads_head = any(find_entry(name, model.cfg).stage == "head" for name in names)
+    with model.capture(list(dict.fromkeys(watched))) as captured:
+        model.run(tokens, model.make_plan(tokens, mask, None, cache), past_kv_cache=cache, unembed=reads_head)
+    return captured, cache
+
+
+def _find_reads(
+    metric: Metric, lengths: tuple[int, ...], width: int, device: torch.device
+) -> Int[Tensor, "pairs read"]:
+    """The columns a metric reads in each pair; with `pos=None` every column, padding included."""
+    positions = metric.positions
+    if positions is None:
+        return torch.arange(width, device=device).expand(len(lengths), -1)
+    outside = sorted({pos for pos in positions for length in lengths if not -length <= pos < length})
+    if outside or not positions:
+        raise SiteError(
+            f"metric {metric.name} reads positions {outside or positions}, which do not lie in every prompt; the "
+            f"shortest has {min(lengths)} tokens"
+        )
+    return torch.tensor([[pos % length for pos in positions] for length in lengths], device=device)
+
+
+def _value_of(
+    source: Source, name: str, like: Tensor, pairs: list[int], prompts: PromptPairs
+) -> Float[Tensor, "pairs pos *rest"]:
+    if isinstance(source, str):
+        return torch.zeros_like(like)
+    if name not in source:
+        raise SiteError(f"the source of activations has none for {name!r}; it has {sorted(source)[:5]} ...")
+    return fit_given(name, source[name], like, pairs, n_pairs=len(prompts), width=max(prompts.lengths))
+
+
+def _is_added(name: str, entry: Entry) -> bool:
+    return entry.stage == "stream" and not name.endswith(("hook_resid_pre", "hook_resid_post"))
+
+
+def _keep_agreeing(name: str, current: Tensor, new: Tensor, may_differ: Bool[Tensor, "pairs pos"]) -> Tensor:
+    """The new values, with the old ones where the prompts have agreed so far.
+
+    There the activations are the same, but rows of one batch need not round alike.
+    """
+    shape = [len(new), *[1] * (new.ndim - 1)]
+    axis = _position_axis(name)
+    shape[axis] = new.shape[axis]
+    return torch.where(may_differ.view(shape), new, current)
+
+
+def _position_axis(name: str) -> int:
+    site = find_site(name)
+    assert site is not None
+    return site.axes.index("query" if "query" in site.axes else "pos")
+
+
+def _find_differences(name: str, current: Tensor, new: Tensor) -> Bool[Tensor, "pairs pos *rest"]:
+    site = find_site(name)
+    assert site is not None
+    differs = current != new
+    return differs.transpose(1, 2) if "key" in site.axes else differs.any(-1)

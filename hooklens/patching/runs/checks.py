@@ -1,0 +1,32 @@
+"""What an experiment asks of the model, and of activations from elsewhere, before it runs anything."""
+
+from hooklens.activation_cache import ActivationCache
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+from hooklens.weights.processing import check_transforms_match
+
+
+def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
+    """Refuse models whose runs would not be the plain ones.
+
+    Raises:
+        InputError: training mode that was not asked for, or hooks attached to the model.
+    """
+    if model.training and not allow_training:
+        raise InputError("the model is in training mode; call model.eval() first, or pass allow_training=True")
+    attached = [name for name, point in model.hook_points().items() if point.own is not None]
+    if attached:
+        raise InputError(
+            f"hooks are attached to {len(attached)} hook points, such as {attached[0]!r}, which a sweep would show "
+            "parts of sequences and rows of other cells; remove them: model.reset_hooks(including_permanent=True)"
+        )
+
+
+def check_source(model: HookedCausalLM, source: object) -> None:
+    """Refuse the cache of a model whose weights were processed otherwise.
+
+    Raises:
+        TransformError: names both records.
+    """
+    if isinstance(source, ActivationCache):
+        check_transforms_match(source.transforms, model.transforms)

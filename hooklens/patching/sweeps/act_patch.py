@@ -1,0 +1,268 @@
+"""The patching functions of TransformerLens 2.x, by their names, on the sweep engine.
+
+Each patches the activations of a clean run, held in a cache, into the corrupted run and gives a tensor of the
+metric with one axis per index. `patching_metric` maps the logits `[batch pos d_vocab]` of one patched batch to a
+number, or is a metric of this package, whose values are averaged over the batch. Where a function is named after
+`k` or `v`, heads are key-value heads.
+
+`patching.sweep` does the same with labels, and needs no cache.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import product
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens import tokens as tokenization
+from hooklens.axes import get_act_name
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+from hooklens.hooks import HookPoint
+from hooklens.optional import import_package
+from hooklens.patching.errors import MetricError
+from hooklens.patching.metrics.metric import Cells, Metric, Positions, Values
+from hooklens.patching.runs.checks import check_source
+from hooklens.patching.runs.sites import Grid, grid
+from hooklens.patching.sweeps.sweep import sweep
+
+if TYPE_CHECKING:
+    import pandas
+
+AxisName = Literal["layer", "pos", "head", "head_index", "src_pos", "dest_pos"]
+PatchingMetric = Metric | Callable[[Tensor], Tensor | float]
+PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
+Tokens = Int[Tensor, "batch pos"]
+Cache = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _OfBatch(Metric):
+    """A function from the logits of a batch to one number, which every pair is given."""
+
+    needs_all_pairs: ClassVar[bool] = True
+
+    fn: Callable[[Tensor], Tensor | float]
+    _: KW_ONLY
+    pos: Positions = None
+
+    def measure(self, logits: Cells) -> Values:
+        values = [torch.as_tensor(self.fn(cell)) for cell in logits]
+        wrong = next((value for value in values if value.numel() != 1), None)
+        if wrong is not None:
+            raise MetricError(
+                f"patching_metric returned shape {list(wrong.shape)} for logits {list(logits.shape[1:])} "
+                "[batch pos d_vocab]; expected a single number: average over the batch"
+            )
+        stacked = torch.stack([value.reshape(()).to(logits) for value in values])
+        return stacked[:, None].expand(-1, logits.shape[1])
+
+
+def generic_activation_patch(
+    model: HookedCausalLM,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    patching_metric: PatchingMetric,
+    patch_setter: PatchSetter,
+    activation_name: str,
+    index_axis_names: Sequence[AxisName] | None = None,
+    index_df: "pandas.DataFrame | None" = None,
+    return_index_df: bool = False,  # noqa: FBT001, FBT002
+) -> "Tensor | tuple[Tensor, pandas.DataFrame]":
+    """Patch by a function of one's own: one run per index, from the patched layer on.
+
+    Args:
+        model: the model.
+        corrupted_tokens: ids of the run that is patched.
+        clean_cache: activations of the clean run.
+        patching_metric: from logits to a number.
+        patch_setter: `patch_setter(corrupted_activation, index, clean_activation)` gives the patched activation;
+            it may write into the one it is handed.
+        activation_name: a hook word such as `"resid_pre"`.
+        index_axis_names: the axes to run over, `"layer"` first.
+        index_df: the indices, one per row, in place of all of them.
+        return_index_df: give the table of indices, too.
+
+    Returns:
+        The metric, one axis per index axis; with `index_df` one value per row.
+
+    Raises:
+        InputError: both or neither of `index_axis_names` and `index_df`.
+        TransformError: the cache of a model with other processing.
+    """
+    if (index_axis_names is None) == (index_df is None):
+        raise InputError("generic_activation_patch takes either index_axis_names or index_df")
+    if index_df is None:
+        assert index_axis_names is not None
+        sizes = [_size(axis, model, corrupted_tokens, activation_name) for axis in index_axis_names]
+        indices = [list(index) for index in product(*(range(size) for size in sizes))]
+        index_df = import_package("pandas").DataFrame(indices, columns=list(index_axis_names))
+        shape = sizes
+    else:
+        indices = index_df.to_numpy().tolist()
+        shape = [len(indices)]
+    check_source(model, clean_cache)
+    layers = sorted({index[0] for index in indices})
+    measure = _as_function(patching_metric)
+    mask = _mask_of(model, corrupted_tokens)
+    values = []
+    with torch.no_grad():
+        entering = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
+        _, streams = model.run_with_cache(corrupted_tokens, names_filter=entering, attention_mask=mask)
+        for index in import_package("tqdm").tqdm(indices, desc="patching"):
+            name = get_act_name(activation_name, index[0])
+            hook = _Setter(patch_setter, index, clean_cache[name])
+            logits = model.run_with_hooks(
+                streams["resid_pre", index[0]],
+                fwd_hooks=[(name, hook)],
+                start_at_layer=index[0],
+                attention_mask=mask,
+            )
+            values.append(float(measure(logits)))
+    result = torch.tensor(values, device=model.device).view(*shape)
+    return (result, index_df) if return_index_df else result
+
+
+class _Setter:
+    """A patch setter as a hook."""
+
+    def __init__(self, fn: PatchSetter, index: Sequence[int], clean: Tensor) -> None:
+        self.fn, self.index, self.clean = fn, index, clean
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        return self.fn(tensor.clone(), self.index, self.clean)
+
+
+def _as_function(metric: PatchingMetric) -> Callable[[Tensor], Tensor | float]:
+    if isinstance(metric, Metric):
+        return lambda logits: metric(logits).mean()
+    return metric
+
+
+def _mask_of(model: HookedCausalLM, tokens: Tensor) -> Tensor | None:
+    """The mask that a call of the model gives ids."""
+    mask = tokenization.read_tokens(tokens, model.tokenizer, d_vocab=model.cfg.d_vocab).attention_mask
+    return None if mask is None else mask.to(model.device)
+
+
+def _size(axis: AxisName, model: HookedCausalLM, tokens: Tensor, activation_name: str) -> int:
+    if axis == "layer":
+        return model.cfg.n_layers
+    if axis in ("head", "head_index"):
+        return model.cfg.n_kv_heads if activation_name in ("k", "v", "rot_k") else model.cfg.n_heads
+    return tokens.shape[-1]
+
+
+def _patch(
+    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric, site: Grid
+) -> Float[Tensor, "..."]:
+    mask = _mask_of(model, corrupted_tokens)
+    if mask is not None and not bool(mask[:, 0].all()):
+        raise InputError(
+            "corrupted_tokens are padded on the left: columns are no positions; pad both prompts on the right, "
+            "or use patching.sweep, which needs no cache"
+        )
+    result = sweep(
+        model,
+        corrupted_tokens,
+        corrupted_tokens,
+        site,
+        metric if isinstance(metric, Metric) else _OfBatch(metric),
+        source=clean_cache,
+        attention_mask=mask,
+    )
+    return result.values
+
+
+def _make(word: str, index: str, **spans: str) -> Callable[[HookedCausalLM, Tokens, Cache, PatchingMetric], Tensor]:
+    """A function that patches one kind of activation over a grid."""
+    site = grid(word, **spans)  # type: ignore[arg-type]
+    # Patterns list heads before positions.
+    heads_first = word == "pattern" and "dest_pos" in index
+
+    def patch(
+        model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, patching_metric: PatchingMetric
+    ) -> Tensor:
+        values = _patch(model, corrupted_tokens, clean_cache, patching_metric, site)
+        return values.transpose(1, 2) if heads_first else values
+
+    patch.__doc__ = f"""The metric with the clean `{word}` patched in, `[{index}]`.
+
+    Args:
+        model: the model.
+        corrupted_tokens: ids of the run that is patched, `[batch pos]`.
+        clean_cache: activations of the clean run.
+        patching_metric: from logits to a number.
+    """
+    return patch
+
+
+get_act_patch_resid_pre = _make("resid_pre", "layer pos")
+get_act_patch_resid_mid = _make("resid_mid", "layer pos")
+get_act_patch_attn_out = _make("attn_out", "layer pos")
+get_act_patch_mlp_out = _make("mlp_out", "layer pos")
+get_act_patch_attn_head_out_by_pos = _make("z", "layer pos head", positions="each")
+get_act_patch_attn_head_q_by_pos = _make("q", "layer pos head", positions="each")
+get_act_patch_attn_head_k_by_pos = _make("k", "layer pos kv_head", positions="each")
+get_act_patch_attn_head_v_by_pos = _make("v", "layer pos kv_head", positions="each")
+get_act_patch_attn_head_pattern_by_pos = _make("pattern", "layer head dest_pos", positions="each")
+get_act_patch_attn_head_pattern_dest_src_pos = _make(
+    "pattern", "layer head dest_pos src_pos", positions="each", sources="each"
+)
+get_act_patch_attn_head_out_all_pos = _make("z", "layer head")
+get_act_patch_attn_head_q_all_pos = _make("q", "layer head")
+get_act_patch_attn_head_k_all_pos = _make("k", "layer kv_head")
+get_act_patch_attn_head_v_all_pos = _make("v", "layer kv_head")
+get_act_patch_attn_head_pattern_all_pos = _make("pattern", "layer head")
+
+
+def get_act_patch_attn_head_all_pos_every(
+    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
+) -> Float[Tensor, "patch_type layer head"]:
+    """Every head over all positions: output, query, key, value and pattern, in this order.
+
+    With fewer key-value heads than heads the rest of the rows of keys and values is 0.
+    """
+    functions = (
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+    )
+    return _stack_heads([patch(model, corrupted_tokens, clean_cache, metric) for patch in functions])
+
+
+def get_act_patch_attn_head_by_pos_every(
+    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
+) -> Float[Tensor, "patch_type layer pos head"]:
+    """Every head at each position: output, query, key, value and pattern (by destination), in this order.
+
+    With fewer key-value heads than heads the rest of the rows of keys and values is 0.
+    """
+    functions = (
+        get_act_patch_attn_head_out_by_pos,
+        get_act_patch_attn_head_q_by_pos,
+        get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_v_by_pos,
+    )
+    results = [patch(model, corrupted_tokens, clean_cache, metric) for patch in functions]
+    pattern = get_act_patch_attn_head_pattern_by_pos(model, corrupted_tokens, clean_cache, metric)
+    return _stack_heads([*results, pattern.transpose(1, 2)])
+
+
+def get_act_patch_block_every(
+    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
+) -> Float[Tensor, "patch_type layer pos"]:
+    """Every block at each position: the stream entering it, attention's output and the MLP's, in this order."""
+    functions = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
+    return torch.stack([patch(model, corrupted_tokens, clean_cache, metric) for patch in functions])
+
+
+def _stack_heads(results: list[Tensor]) -> Tensor:
+    n_heads = max(result.shape[-1] for result in results)
+    return torch.stack([F.pad(result, (0, n_heads - result.shape[-1])) for result in results])

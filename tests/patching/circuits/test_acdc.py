@@ -1,0 +1,240 @@
+import math
+
+import pytest
+import torch
+
+from hooklens import patching
+from hooklens.errors import InputError
+from hooklens.patching import KL, Circuit, FunctionMetric, LogitDiff, LogProb
+from hooklens.patching.circuits import acdc
+from hooklens.patching.graph.nodes import inputs_of, list_edges, list_readers, list_writers
+from tests.model.networks import make_model, pad_rows, random_tokens
+from tests.patching.masked_reference import MaskedReference
+
+CLEAN, CORRUPTED = random_tokens(3, 6, seed=1), random_tokens(3, 6, seed=2)
+CORRUPTED[:, :2] = CLEAN[:, :2]
+METRICS = {"KL": KL(), "LogitDiff": LogitDiff(3, [5, 6, 7]), "LogProb": LogProb(4, pos=[2, -1])}
+
+
+def find(model, metric=None, **options):
+    return patching.discover_circuit(model, CLEAN, CORRUPTED, metric, **{"progress": False, **options})
+
+
+def discover_naively(cfg, threshold, damage_of):
+    """ACDC as the paper tells it: one run per edge that leads somewhere, each after the last is decided."""
+    group = cfg.n_heads // cfg.n_kv_heads
+    fed = {str(reader): [] for reader in list_readers(cfg)}
+    for writer in list_writers(cfg):
+        for reader in inputs_of(writer, group_size=group):
+            fed[str(reader)].append(str(writer))
+    edges = set(list_edges(cfg))
+    current, decisions = 0.0, []
+    for reader in reversed(list_readers(cfg)):
+        for writer in reversed(list_writers(cfg)):
+            edge = (str(writer), str(reader))
+            if edge not in edges:
+                continue
+            if edge[1] != "logits" and not any(start in fed[edge[1]] for start, _ in edges):
+                edges.remove(edge)
+                decisions.append((*edge, "unreachable"))
+                continue
+            damage = damage_of(Circuit(edges - {edge}))
+            if damage - current < threshold:
+                edges.remove(edge)
+                current = damage
+                decisions.append((*edge, "removed"))
+            else:
+                decisions.append((*edge, "kept"))
+    return Circuit(edges), decisions, current
+
+
+def damage_by_evaluation(model, metric, ablation):
+    def damage_of(circuit):
+        result = patching.evaluate_circuits(
+            model, CLEAN, CORRUPTED, [circuit], metric, ablation=ablation, progress=False
+        )
+        return float((result.per_pair[0] - result.clean_per_pair).abs().mean())
+
+    return damage_of
+
+
+# Thresholds between the smallest and the largest damage that edges of these networks do.
+@pytest.mark.parametrize(
+    ("network", "metric", "threshold", "ablation"),
+    [
+        ("grouped", "KL", 0.001, "resample"),
+        ("grouped", "KL", 0.01, "resample"),
+        ("grouped", "LogitDiff", 0.03, "zero"),
+        ("rotary", "KL", 0.001, "mean"),
+        ("rotary", "LogProb", 0.01, "resample"),
+        ("shared norm", "LogitDiff", 0.01, "resample"),
+        ("alibi, grouped", "KL", 0.003, "zero"),
+        ("learned, tied", "LogitDiff", 0.02, "mean"),
+    ],
+)
+def test_decisions_are_those_of_one_run_per_edge(network, metric, threshold, ablation):
+    model = make_model(network)
+    found = find(model, METRICS[metric], threshold=threshold, ablation=ablation)
+    circuit, decisions, damage = discover_naively(
+        model.cfg, threshold, damage_by_evaluation(model, METRICS[metric], ablation)
+    )
+    assert [(each.writer, each.reader, each.verdict) for each in found.decisions] == decisions
+    assert found.circuit == circuit
+    assert found.damage == pytest.approx(damage, abs=1e-9)
+    # No increase lies so near to the threshold that rounding could decide.
+    margins = [abs(each.increase - threshold) for each in found.decisions if each.increase is not None]
+    assert min(margins) > 1e-9
+    verdicts = {verdict for *_, verdict in decisions}
+    assert {"kept", "removed"} <= verdicts
+    value = damage_by_evaluation(model, METRICS[metric], ablation)(found.circuit)
+    assert value == pytest.approx(found.damage, abs=1e-9)
+
+
+def test_decisions_equal_the_search_on_the_reference():
+    model = make_model("grouped")
+    reference = MaskedReference(model, CLEAN, CORRUPTED)
+    clean = model(CLEAN).detach()[:, -1].log_softmax(-1)
+
+    def damage_of(circuit):
+        patched = reference.logits(circuit)[:, -1].log_softmax(-1)
+        return float((clean.exp() * (clean - patched)).sum(-1).mean())
+
+    _, decisions, _ = discover_naively(model.cfg, 0.001, damage_of)
+    found = find(model, threshold=0.001)
+    assert [(each.writer, each.reader, each.verdict) for each in found.decisions] == decisions
+    assert found.metric == "KL"
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 60])
+def test_batches_change_nothing(batch_size):
+    model = make_model("rotary")
+    one, other = (find(model, threshold=0.001, batch_size=size) for size in (batch_size, "auto"))
+    assert one.circuit == other.circuit
+    assert [each.verdict for each in one.decisions] == [each.verdict for each in other.decisions]
+    if batch_size == 1:
+        # Rows of one candidate are never run in vain.
+        assert one.stats.circuits_run == one.stats.decided - one.stats.unreachable
+
+
+def test_thresholds_at_the_ends():
+    model = make_model("grouped")
+    n_edges = len(list_edges(model.cfg))
+    everything = find(model, threshold=0)
+    assert everything.circuit == Circuit.full(model.cfg)
+    assert {each.verdict for each in everything.decisions} == {"kept"}
+    assert everything.damage == 0.0
+    nothing = find(model, threshold=math.inf)
+    assert nothing.circuit == Circuit()
+    assert nothing.stats.unreachable == n_edges - 1 - 2 * (4 + 1)
+    assert nothing.damage == pytest.approx(float(KL_of_the_corrupted_run(model)), abs=1e-9)
+
+
+@torch.no_grad()
+def KL_of_the_corrupted_run(model):  # noqa: N802
+    clean, corrupted = (model(tokens)[:, -1].log_softmax(-1) for tokens in (CLEAN, CORRUPTED))
+    return (clean.exp() * (clean - corrupted)).sum(-1).mean()
+
+
+def test_losses_and_gains_of_pairs_do_not_cancel():
+    """One pair gains by each edge what the other loses, so their mean never moves."""
+    model = make_model("grouped")
+    clean, corrupted = CLEAN[:2], CORRUPTED[:2]
+    last = {}
+
+    def opposed(logits):
+        value = logits[:, -1, 3] - logits[:, -1, 5]
+        last.setdefault("clean", value)
+        away = (value - last["clean"])[:1]
+        return torch.cat([away, -away])
+
+    found = patching.discover_circuit(model, clean, corrupted, FunctionMetric(opposed), threshold=1e-6, progress=False)
+    assert len(found.circuit) > 10
+
+
+def test_padded_pairs_equal_the_mean_over_pairs():
+    model = make_model("grouped")
+    lengths = (6, 4)
+    rows = [[row[:n] for row, n in zip(tokens, lengths, strict=False)] for tokens in (CLEAN, CORRUPTED)]
+    (clean, mask), (corrupted, _) = pad_rows(rows[0], "left"), pad_rows(rows[1], "left")
+    found = patching.discover_circuit(model, clean, corrupted, threshold=0.001, attention_mask=mask, progress=False)
+    damages = [
+        patching.evaluate_circuits(model, one[None], other[None], [found.circuit], KL(), progress=False).values
+        for one, other in zip(*rows, strict=True)
+    ]
+    assert found.damage == pytest.approx(float(torch.cat(damages).mean()), abs=1e-9)
+    split = patching.discover_circuit(
+        model, clean, corrupted, threshold=0.001, attention_mask=mask, batch_size=1, progress=False
+    )
+    assert split.circuit == found.circuit
+
+
+def test_stats_and_late_starts():
+    model = make_model("learned, tied")
+    found = find(model, threshold=0.001)
+    stats, n_edges = found.stats, len(list_edges(model.cfg))
+    assert stats.edges == stats.decided == n_edges == len(found.trace)
+    assert stats.unreachable == int((found.trace["verdict"] == "unreachable").sum())
+    assert stats.naive_forwards == 3 * (n_edges - stats.unreachable + 2)
+    assert stats.naive_tokens == 6 * stats.naive_forwards
+    assert stats.forwards < stats.naive_forwards / 3
+    # The first two columns are the same in both prompts, and the upper half of the search runs one layer of two.
+    assert stats.tokens < 0.9 * 4 / 6 * 18 * stats.circuits_run + 4 * 18
+
+
+def test_guesses_make_use_of_rows_behind_a_kept_edge(monkeypatch):
+    model = make_model("grouped")
+    with_guesses = find(model, threshold=0.001)
+    monkeypatch.setattr(acdc._Search, "guesses", property(lambda self: {}, lambda self, value: None), raising=False)
+    without = find(model, threshold=0.001)
+    assert with_guesses.circuit == without.circuit
+    assert with_guesses.stats.forwards < without.stats.forwards
+
+
+def test_an_interruption_keeps_what_was_decided(monkeypatch):
+    model = make_model("grouped")
+    whole = find(model, threshold=0.001)
+    measure, calls = acdc._Search._measure, []
+
+    def stop(self, masks):
+        calls.append(len(masks))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, masks)
+
+    monkeypatch.setattr(acdc._Search, "_measure", stop)
+    with pytest.raises(patching.DiscoveryInterruptedError, match=r"stopped after \d+ of 82 edges \(Keyb") as caught:
+        find(model, threshold=0.001)
+    partial = caught.value.result
+    n_decided = len(partial.decisions)
+    assert 0 < n_decided < 82
+    assert partial.decisions == whole.decisions[:n_decided]
+    gone = [(each.writer, each.reader) for each in partial.decisions if each.verdict != "kept"]
+    assert partial.circuit == Circuit.full(model.cfg).without_edges(gone)
+    assert partial.stats.decided == n_decided
+
+
+def test_refusals():
+    model = make_model("grouped")
+    for threshold in (-0.1, math.nan):
+        with pytest.raises(InputError, match=rf"threshold={threshold}; expected a number >= 0 in the metric's units"):
+            find(model, threshold=threshold)
+    with pytest.raises(InputError, match="a norm follows each branch"):
+        find(make_model("capped"), threshold=0.1)
+    with pytest.raises(InputError, match="training mode"):
+        find(make_model("grouped").train(), threshold=0.1)
+    with pytest.raises(patching.MetricError, match="NaN for the unpatched runs"):
+        find(model, FunctionMetric(lambda logits: logits[:, -1, 0] * math.nan), threshold=0.1)
+
+
+def test_nan_names_the_edge():
+    calls = []
+
+    def sometimes(logits):
+        calls.append(logits)
+        return logits[:, -1, 0] * (1.0 if len(calls) <= 5 else math.nan)
+
+    with pytest.raises(
+        patching.DiscoveryInterruptedError, match="MetricError: metric sometimes is NaN without the edge"
+    ) as caught:
+        find(make_model("grouped"), FunctionMetric(sometimes), threshold=math.inf)
+    assert len(caught.value.result.decisions) == 3

@@ -1,0 +1,154 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hooklens import HookedCausalLM, patching
+from hooklens.errors import HookLensError, InputError
+from hooklens.patching import Circuit, FaithfulnessCurve, LogitDiff, SweepResult, SweepStats
+from hooklens.patching.graph.nodes import list_edges
+from tests.annotations import unchecked
+from tests.model.networks import make_model, random_tokens
+
+MODEL = make_model("grouped")
+CLEAN, CORRUPTED = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
+METRIC = LogitDiff(3, 5)
+SCORES = patching.edge_attribution(MODEL, CLEAN, CORRUPTED, METRIC)
+EDGES = list_edges(MODEL.cfg)
+
+
+def curve(**options):
+    return patching.faithfulness_curve(MODEL, CLEAN, CORRUPTED, SCORES, METRIC, **{"progress": False, **options})
+
+
+def made_up(points):
+    """A curve of given faithfulness by number of edges."""
+    values = torch.tensor([[value] for value in points.values()])
+    stats = SweepStats(
+        cells=len(points), pairs=1, unchanged=0, forwards=1, tokens=1.0, naive_forwards=1, naive_tokens=1
+    )
+    result = SweepResult(
+        per_pair=values,
+        axes={"circuit": tuple(points)},
+        clean_per_pair=torch.ones(1),
+        corrupted_per_pair=torch.zeros(1),
+        cells=tuple({"edges": size} for size in points),
+        metric="LogitDiff",
+        direction="denoise",
+        stats=stats,
+    )
+    return FaithfulnessCurve(circuits=tuple(Circuit(EDGES[:size]) for size in points), result=result)
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_the_curve_runs_the_circuits_of_the_strongest_edges(connected):
+    sizes = [40, 3, 10, 82, 3]
+    found = curve(sizes=sizes, connected=connected)
+    assert found.sizes == (3, 10, 40, 82)
+    assert found.circuits == tuple(SCORES.circuit(size, connected=connected) for size in found.sizes)
+    expected = patching.evaluate_circuits(MODEL, CLEAN, CORRUPTED, found.circuits, METRIC, progress=False)
+    torch.testing.assert_close(found.faithfulness, expected.normalized, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-10)
+    assert float(found.faithfulness[-1]) == pytest.approx(1.0, abs=1e-9)
+    assert found.result.axes == {"circuit": (3, 10, 40, 82)}
+
+
+def test_sizes_are_spaced_by_their_logarithm():
+    found = curve()
+    assert (found.sizes[0], found.sizes[-1]) == (1, 82)
+    assert 14 <= len(found.sizes) <= 20
+    ratios = [b / a for a, b in zip(found.sizes[-8:], found.sizes[-7:], strict=False)]
+    assert max(ratios) < 1.4
+
+
+def test_ablation_is_handed_on():
+    zero = curve(sizes=[10], ablation="zero")
+    expected = patching.evaluate_circuits(
+        MODEL, CLEAN, CORRUPTED, zero.circuits, METRIC, ablation="zero", progress=False
+    )
+    torch.testing.assert_close(zero.values, expected.values, rtol=0, atol=1e-10)
+    assert abs(zero.result.corrupted - curve(sizes=[10]).result.corrupted) > 1e-6
+
+
+def test_smallest():
+    found = made_up({2: 0.1, 5: 0.85, 10: 0.7, 30: 1.0})
+    assert len(found.smallest(0.8)) == 5
+    assert len(found.smallest(0.05)) == 2
+    assert len(found.smallest(1.0)) == 30
+    with pytest.raises(HookLensError, match=r"reaches a faithfulness of 1\.2: the highest is 1\.000, .* 2 to 30 edges"):
+        found.smallest(1.2)
+
+
+def test_area():
+    found = made_up({0: 0.0, 1: 0.0, 4: 0.5, 16: 1.0})
+    # On the logarithmic axis the curve is a straight line from 0 to 1.
+    assert found.area() == pytest.approx(0.5)
+    assert found.area(scale="linear") == pytest.approx((3 * 0.25 + 12 * 0.75) / 15)
+    assert made_up({1: 1.0, 7: 1.0, 50: 1.0}).area() == pytest.approx(1.0)
+    with unchecked(), pytest.raises(HookLensError, match="scale is 'square'"):
+        found.area(scale="square")
+    with pytest.raises(HookLensError, match="a curve of 1 circuits with edges has no area"):
+        made_up({0: 0.0, 4: 0.5}).area()
+
+
+def test_table_and_plots():
+    found = curve(sizes=[0, 5, 82])
+    table = found.to_dataframe()
+    assert table["edges"].tolist() == [0, 5, 82]
+    assert table["heads"].tolist() == [len(circuit.heads()) for circuit in found.circuits]
+    assert table["faithfulness"].tolist() == pytest.approx([0.0, float(found.faithfulness[1]), 1.0], abs=1e-9)
+    figure = found.plot(backend="matplotlib", title="kept")
+    (axes,) = figure.axes
+    assert axes.get_title() == "kept"
+    assert axes.get_xscale() == "log"
+    assert axes.lines[0].get_xdata().tolist() == [5, 82]
+    plotly = pytest.importorskip("plotly")
+    assert plotly is not None
+    assert list(found.plot().data[0].x) == [5, 82]
+
+
+def test_refusals():
+    with pytest.raises(InputError, match=r"sizes \[-1, 83\]; expected numbers of edges from 0 to 82"):
+        curve(sizes=[-1, 4, 83])
+    with pytest.raises(InputError, match=r"sizes \[\]"):
+        curve(sizes=[])
+    with unchecked(), pytest.raises(HookLensError, match="backend is 'ascii'"):
+        curve(sizes=[3]).plot(backend="ascii")
+    same = made_up({1: 0.0})
+    same = replace(same, result=replace(same.result, clean_per_pair=torch.zeros(1)))
+    assert "faithfulness" not in same.to_dataframe()
+    with pytest.raises(HookLensError, match="no scale between them"):
+        _ = same.faithfulness
+
+
+NAMES = [("Mary", "John"), ("Anna", "Paul"), ("Alice", "Tom"), ("Sarah", "James")]
+SENTENCE = "When {first} and {second} went to the store , {subject} gave a drink to"
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_few_edges_carry_the_indirect_object(checkpoint):
+    model = HookedCausalLM.from_pretrained(f"bundled:{checkpoint}")
+    couples = [*NAMES, *(couple[::-1] for couple in NAMES)]
+    clean, corrupted = (
+        [SENTENCE.format(first=one, second=other, subject=(one, other)[who]) for one, other in couples]
+        for who in (1, 0)
+    )
+    metric = LogitDiff([one for one, _ in couples], [other for _, other in couples])
+    scores = patching.edge_attribution(model, clean, corrupted, metric, method="eap-ig", steps=16)
+    # A tenth of the edges is few, and half of the heads.
+    few = int(scores.exists.sum()) // 10
+    found = patching.faithfulness_curve(
+        model, clean, corrupted, scores, metric, sizes=range(1, few + 1), progress=False
+    )
+    assert found.result.clean > 10 > -10 > found.result.corrupted
+    assert len(found.smallest(0.8).pruned(model.cfg).heads()) <= 8
+    searched = patching.discover_circuit(model, clean, corrupted, metric, threshold=0.5, progress=False).circuit
+    assert len(searched) <= few
+    assert len(searched.heads()) <= 8
+    kept = patching.evaluate_circuits(model, clean, corrupted, [searched], metric, progress=False)
+    assert float(kept.normalized[0]) >= 0.8
+
+
+def test_other_scores_are_refused():
+    with unchecked(), pytest.raises(InputError, match="scores are a list; expected those of edge_attribution"):
+        patching.faithfulness_curve(MODEL, CLEAN, CORRUPTED, [("embed", "logits")], METRIC)
