@@ -32,8 +32,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("pairs", "graph"),
         ("metrics", "results"),
         ("runs",),
-        ("sweeps", "estimates", "paths"),
+        ("sweeps", "paths"),
         ("circuits",),
+        ("estimates",),
     ),
 }
 """The same inside a package that has packages of its own."""

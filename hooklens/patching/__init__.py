@@ -6,8 +6,9 @@ from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryI
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
 from hooklens.patching.estimates.attribution import attribution
-from hooklens.patching.estimates.edges import EdgeScores, edge_attribution
+from hooklens.patching.estimates.edges import edge_attribution
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import (
     KL,

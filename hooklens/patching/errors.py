@@ -1,11 +1,8 @@
 """The errors of patching experiments."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hooklens.errors import HookLensError
-
-if TYPE_CHECKING:
-    from hooklens.patching.results.result import SweepResult
 
 
 class SiteError(HookLensError, ValueError):
@@ -17,12 +14,12 @@ class MetricError(HookLensError, ValueError):
 
 
 class SweepInterruptedError(HookLensError, RuntimeError):
-    """A sweep stopped before its end.
+    """A sweep or another experiment stopped before its end.
 
     Attributes:
-        result: what it had measured; cells that were not run are NaN.
+        result: what it had measured, as the experiment would give it; what was not run is NaN.
     """
 
-    def __init__(self, message: str, result: "SweepResult") -> None:
+    def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result

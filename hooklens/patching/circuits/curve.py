@@ -20,8 +20,8 @@ from hooklens.errors import HookLensError, InputError
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
-from hooklens.patching.estimates.edges import EdgeScores
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import Prompt

@@ -9,28 +9,33 @@ so two forwards and one backward give an estimate for all cells at once (`method
 rest of the network is linear in the patch, and fails where the gradient is flat, as in a saturated softmax.
 
 `method="ig"` averages the gradient over runs whose input embeddings lie between those of the two prompts, at
-fractions `(k + 1/2) / steps` of the way (integrated gradients, Sundararajan et al. 2017; Hanna et al. 2024, "Have
+fractions `(k - 1/2) / steps` of the way (integrated gradients, Sundararajan et al. 2017; Hanna et al. 2024, "Have
 Faith in Faithfulness"), which sees past flat places at `steps` times the cost.
+
+Pairs are run in groups, so memory does not grow with their number.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.arguments import read_int, read_one_of
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError
-from hooklens.hooks import HookPoint
+from hooklens.patching.estimates.gradients import GradientRuns, Move, fractions_of, group_pairs
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs, read_pairs
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.checks import check_model
-from hooklens.patching.runs.sites import Cell, Sites, lay_out
+from hooklens.patching.runs.memory import BatchSize, check_batch_size
+from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.patching.runs.sites import Cell, CellArray, Sites, lay_out
+from hooklens.precision import wide_dtype
 
 Method = Literal["atp", "ig"]
 
@@ -46,7 +51,9 @@ def attribution(
     method: Method = "atp",
     steps: int = 8,
     direction: Direction = "denoise",
+    batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    progress: bool = True,
     allow_training: bool = False,
 ) -> SweepResult:
     """Estimate what `patching.sweep` would give, from gradients.
@@ -60,155 +67,146 @@ def attribution(
         method: `"atp"`: the gradient of the run that is patched; `"ig"`: averaged on the way to the other run.
         steps: gradients averaged by `"ig"`.
         direction: which run is patched.
+        batch_size: pairs run at once; `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Raises:
         InputError: prompts that do not go together, an unknown method, or a metric without a gradient.
+        SweepInterruptedError: it was stopped on the way; it holds what was estimated.
     """
     check_model(model, allow_training=allow_training)
-    fractions = list_fractions("attribution", method, ("atp", "ig"), steps)
+    check_batch_size(batch_size)
+    read_one_of(direction, what="attribution: direction", options=("denoise", "noise"))
+    moves = _list_moves(method, steps)
     prompts = read_pairs(model, clean, corrupted, attention_mask)
-    array = lay_out(sites, model, prompts.lengths)
-    names = list(dict.fromkeys(cell.name for cell in array.cells))
-    with torch.no_grad():
-        baseline = run_baseline(
-            model, prompts, range(len(prompts)), names, as_metric(metric), direction=direction, source="other"
-        )
-    gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
-    effects = {
-        name: effect_of(name, change_of(model, baseline, name, current), gradient)
-        for name, (current, gradient) in gradients.items()
-    }
-    base = baseline.corrupted if direction == "denoise" else baseline.clean
-    values = torch.stack([_sum_cell(effects[cell.name], cell, baseline.lengths) for cell in array.cells]) + base
-    shape = [len(labels) for labels in array.axes.values()]
-    # Both unpatched prompts are one forward.
-    n_runs = 2 + len(fractions) + (method == "ig")
-    n_tokens = sum(prompts.lengths)
-    return SweepResult(
-        per_pair=values.view(*shape, -1),
-        axes=array.axes,
-        clean_per_pair=baseline.clean,
-        corrupted_per_pair=baseline.corrupted,
-        cells=tuple(cell.describe() for cell in array.cells),
-        metric=baseline.metric.name,
-        direction=direction,
-        stats=SweepStats(
-            cells=len(array.cells),
-            pairs=len(prompts),
-            unchanged=0,
-            forwards=n_runs - 1,
-            tokens=n_runs * n_tokens,
-            naive_forwards=(len(array.cells) + 2) * len(prompts),
-            naive_tokens=(len(array.cells) + 2) * n_tokens,
-        ),
-    )
+    run = _AttributionRun(model, prompts, lay_out(sites, model, prompts.lengths), as_metric(metric), moves, direction)
+    return run.finish(batch_size=batch_size, progress=progress)
 
 
-def list_fractions(subject: str, method: str, known: tuple[str, str], steps: int) -> list[float]:
-    """How far on the way to the other run gradients are taken: nowhere, or at the middles of `steps` equal parts.
-
-    Args:
-        subject: what an error calls the experiment.
-        method: one of the known ones.
-        known: the method of one gradient, and that which averages.
-        steps: gradients averaged.
+def _list_moves(method: Method, steps: int) -> list[Move]:
+    """Where gradients are taken.
 
     Raises:
         InputError: an unknown method, or no steps.
     """
-    plain, averaged = known
-    if method not in known or steps < 1:
-        raise InputError(
-            f"{subject}: method={method!r}, steps={steps}; expected {plain!r} or {averaged!r}, and steps >= 1"
+    read_one_of(method, what="attribution: method", options=("atp", "ig"))
+    read_int(steps, what="attribution: steps", least=1)
+    # Midpoints are the same counted from either end.
+    return (
+        [Move()] if method == "atp" else [Move(fraction=f) for f in fractions_of("midpoint", steps, direction="noise")]
+    )
+
+
+class _AttributionRun:
+    """The values of all cells, filled in group by group."""
+
+    def __init__(
+        self,
+        model: HookedCausalLM,
+        prompts: PromptPairs,
+        array: CellArray,
+        metric: Metric,
+        moves: Sequence[Move],
+        direction: Direction,
+    ) -> None:
+        self.model, self.prompts, self.array, self.metric = model, prompts, array, metric
+        self.moves, self.direction = moves, direction
+        self.names = list(dict.fromkeys(cell.name for cell in array.cells))
+        dtype = wide_dtype(model.dtype)
+        self.values = torch.full((len(array.cells), len(prompts)), torch.nan, dtype=dtype, device=model.device)
+        self.ends = torch.full((2, len(prompts)), torch.nan, dtype=dtype, device=model.device)
+        self.forwards, self.n_tokens = 0, 0
+
+    def finish(self, *, batch_size: BatchSize, progress: bool) -> SweepResult:
+        """Estimate all cells of all pairs."""
+        groups = group_pairs(
+            self.model,
+            self.prompts,
+            batch_size=batch_size,
+            held=self._numbers_held(),
+            n_reads=max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions),
+            together=self.metric.needs_all_pairs,
         )
-    return [0.0] if method == plain else [(k + 0.5) / steps for k in range(steps)]
+        with keep_partial_result("attribution", "estimating", self.values, self.result, progress=progress) as bar:
+            for group in groups:
+                self._run_group(group)
+                bar.update(len(self.values) * len(group))
+        return self.result()
+
+    def result(self) -> SweepResult:
+        """The values so far."""
+        n_cells, n_pairs = self.values.shape
+        return SweepResult(
+            per_pair=self.values.view(*(len(labels) for labels in self.array.axes.values()), -1).clone(),
+            axes=self.array.axes,
+            clean_per_pair=self.ends[0].clone(),
+            corrupted_per_pair=self.ends[1].clone(),
+            cells=tuple(cell.describe() for cell in self.array.cells),
+            metric=self.metric.name,
+            direction=self.direction,
+            stats=SweepStats(
+                cells=n_cells,
+                pairs=n_pairs,
+                unchanged=0,
+                forwards=self.forwards,
+                tokens=self.n_tokens,
+                naive_forwards=(n_cells + 2) * n_pairs,
+                naive_tokens=(n_cells + 2) * sum(self.prompts.lengths),
+            ),
+        )
+
+    def _run_group(self, group: list[int]) -> None:
+        with torch.no_grad():
+            baseline = run_baseline(
+                self.model,
+                self.prompts,
+                group,
+                self.names,
+                self.metric,
+                direction=self.direction,
+                source="other",
+            )
+        runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction)
+        moved = self.moves[0].fraction > 0
+        current = runs.unmoved(self.names) if moved else {}
+        slopes: dict[str, Tensor] = {}
+        for now, gradients in runs.run(self.moves, self.names, () if moved else self.names):
+            current = current or now
+            for name, gradient in gradients.items():
+                part = gradient / len(self.moves)
+                slopes[name] = slopes[name] + part if name in slopes else part
+        # A hook point that the metric does not depend on has gradient 0.
+        effects = {
+            name: effect_of(name, change_of(baseline, name, old), slopes.get(name, torch.zeros_like(old)))
+            for name, old in current.items()
+        }
+        base = baseline.corrupted if self.direction == "denoise" else baseline.clean
+        values = torch.stack([_sum_cell(effects[cell.name], cell, baseline.lengths) for cell in self.array.cells])
+        self.values[:, group] = (values + base).to(self.values)
+        self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
+        # Both unpatched prompts are one batch.
+        self.forwards += 1 + runs.forwards
+        self.n_tokens += (2 + runs.forwards) * sum(baseline.lengths)
+
+    def _numbers_held(self) -> int:
+        """For each token: both runs' values and gradients of what is patched, and the baseline's streams and keys."""
+        cfg, width = self.model.cfg, max(self.prompts.lengths)
+        widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.d_mlp, cfg.n_heads * width)
+        per_head = cfg.n_heads * cfg.d_model
+        of_names = sum(per_head if _is_per_head(name) else widest for name in self.names)
+        return 6 * of_names + cfg.n_layers * (2 * cfg.d_model + 4 * cfg.n_kv_heads * cfg.d_head)
 
 
-def average_gradients(
-    model: HookedCausalLM,
-    prompts: PromptPairs,
-    baseline: Baseline,
-    names: Sequence[str],
-    fractions: Sequence[float],
-    *,
-    direction: Direction,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Activations of the run that is patched, and the metric's gradient at them.
-
-    Args:
-        model: the model.
-        prompts: all pairs.
-        baseline: their unpatched runs.
-        names: the hook points.
-        fractions: how far the embeddings are moved to those of the other run; gradients are averaged over them.
-        direction: which run is patched.
-
-    Raises:
-        InputError: the metric has no gradient.
-    """
-    into, other = (prompts.corrupted, prompts.clean) if direction == "denoise" else (prompts.clean, prompts.corrupted)
-    columns = torch.arange(into.shape[1], device=into.device)
-    mask = columns < torch.tensor(prompts.lengths, device=into.device)[:, None]
-    with torch.no_grad(), model.capture("hook_embed") as captured:
-        model.run(other, model.make_plan(other, mask), stop_at_layer=0)
-    target = captured["hook_embed"]
-    currents: dict[str, Tensor] = {}
-    summed: dict[str, Tensor] = {}
-    if fractions[0]:
-        with torch.no_grad(), model.capture(list(names)) as unmoved:
-            model.run(into, model.make_plan(into, mask))
-        currents = dict(unmoved)
-    for fraction in fractions:
-        run = _GradientRun(target, fraction)
-        hooks = [(name, run.leave_graph) for name in ("hook_embed", "hook_pos_embed") if name in model.hook_points()]
-        with (
-            torch.enable_grad(),
-            model.hooks(hooks, [(list(names), run.keep_gradient)]),
-            model.capture(list(names)) as now,
-        ):
-            stream = model.run(into, model.make_plan(into, mask), unembed=True)
-            logits = stream.take_along_dim(baseline.reads[..., None], dim=1)
-            value = baseline.metric.measure(logits[None])[0].sum()
-            if not value.requires_grad:
-                raise InputError(
-                    f"metric {baseline.metric.name} has no gradient: attribution needs a differentiable one"
-                )
-            torch.autograd.grad(value, run.leaves)
-        if not currents:
-            currents = dict(now)
-        for name in names:
-            # A hook point that the metric does not depend on has gradient 0.
-            gradient = run.gradients.get(name, torch.zeros_like(now[name])) / len(fractions)
-            summed[name] = summed[name] + gradient if name in summed else gradient
-    return {name: (currents[name], summed[name]) for name in names}
+def _is_per_head(name: str) -> bool:
+    """Whether a hook point carries a vector of the stream's width for each head."""
+    site = find_site(name)
+    assert site is not None
+    return "d_model" in site.axes and bool({"head", "kv_head"} & set(site.axes))
 
 
-class _GradientRun:
-    """The embeddings of one run as the leaves of its graph, and the gradients that arrive at hook points."""
-
-    def __init__(self, target: Tensor, fraction: float) -> None:
-        self.target, self.fraction = target, fraction
-        self.leaves: list[Tensor] = []
-        self.gradients: dict[str, Tensor] = {}
-
-    def leave_graph(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        """The embedding, part of the way to the other run's, as a leaf."""
-        value = tensor.detach()
-        if hook.name == "hook_embed" and self.fraction:
-            value = torch.lerp(value, self.target, self.fraction)
-        leaf = value.clone().requires_grad_()
-        self.leaves.append(leaf)
-        return leaf
-
-    def keep_gradient(self, gradient: Tensor, hook: HookPoint) -> None:
-        """Keep what arrives at a hook point."""
-        assert hook.name is not None
-        self.gradients[hook.name] = gradient.detach()
-
-
-def change_of(model: HookedCausalLM, baseline: Baseline, name: str, current: Tensor) -> Tensor:
+def change_of(baseline: Baseline, name: str, current: Tensor) -> Tensor:
     """New value minus old at a hook point; 0 where both are the same infinity."""
     entry = baseline.entries[name]
     old = baseline.streams[entry.layer] if entry.stage == "stream" else current
@@ -216,8 +214,8 @@ def change_of(model: HookedCausalLM, baseline: Baseline, name: str, current: Ten
     return torch.where(new == old, torch.zeros_like(new), new - old)
 
 
-def effect_of(name: str, change: Tensor, gradient: Tensor) -> Tensor:
-    """The first-order effect of each entry of an activation, `[pairs pos ...]`; vectors are summed."""
+def effect_of(name: str, change: Tensor, gradient: Tensor) -> Float[Tensor, "pairs pos *rest"]:
+    """The first-order effect of each entry of an activation; vectors are summed."""
     site = find_site(name)
     assert site is not None
     effect = change * gradient

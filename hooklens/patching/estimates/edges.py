@@ -1,133 +1,55 @@
-"""Edge attribution patching: what every edge between two nodes would do, estimated from one gradient.
+"""Edge attribution patching: what every edge between two nodes would do.
 
 An edge patch moves what a reader gets from one writer, and from it alone, to its value in the other run; all else
-that the reader gets stays. To first order (Syed et al. 2023, "Attribution Patching Outperforms Automated Circuit
-Discovery"), with `o` the writer's output, `x` the reader's input and `m` the metric,
+that the reader gets stays. To first order, with `o` the writer's output, `x` the reader's input and `m` the metric,
 
     score(writer, reader) = sum over positions of (o' - o) . dm/dx
 
-`method="eap-ig"` averages `dm/dx` over runs whose embeddings lie between those of the two prompts (Hanna et al.
-2024). Positive scores move the metric up when the writer's part is taken from the other run.
+With `direction="noise"`, as published, `o` and `dm/dx` are those of the clean run and `o'` is the corrupted one's, so a
+positive score says that the metric rises when the edge is taken from the clean run. Methods differ in the runs whose
+gradients are averaged:
 
-Scores are made layer by layer as one matrix product over positions and the stream, so memory holds the writers'
-changes `[writer pos d_model]` and the readers' gradients `[reader pos d_model]`, never a product of both.
+- `"eap"` (Syed et al. 2023, "Attribution Patching Outperforms Automated Circuit Discovery"): the run that is patched.
+- `"eap-ig-inputs"` (Hanna et al. 2024, "Have Faith in Faithfulness"): runs whose input embeddings lie between those of
+  the two prompts, at `corrupted + k / steps (clean - corrupted)` for `k = 1 .. steps`; `"eap-ig"` is another name
+  for it.
+- `"eap-ig-activations"` (the same authors' code): the run that is patched, with one output at a time (the embeddings, a
+  layer's attention, a layer's MLP) moved to such points between both runs; the mean over all outputs and points.
+- `"clean-corrupted"` (Hanna et al.): both unpatched runs.
+- `"exact"`: no gradient, one run of the network for each edge: `m` with this edge alone patched, minus `m`.
+
+`rule` chooses the points: `"right"` is the published one; `"left"`, `k = 0 .. steps - 1`, is that of the authors'
+later code; `"midpoint"`, `k - 1/2`, is ours: its error falls with the square of the steps.
+
+Scores are filled in group by group of pairs, so memory does not grow with their number.
 """
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.arguments import read_int, read_one_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.optional import import_package
-from hooklens.patching.estimates.attribution import average_gradients, change_of, list_fractions
-from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.nodes import (
-    Edge,
-    Reader,
-    Writer,
-    check_additive,
-    inputs_of,
-    list_readers,
-    list_writers,
-    reaches,
-    split_writer,
-)
+from hooklens.patching.circuits.masked_run import Ground
+from hooklens.patching.circuits.runner import CircuitRunner
+from hooklens.patching.estimates.edge_gradients import EdgeGradients
+from hooklens.patching.estimates.gradients import Move, Rule, fractions_of
+from hooklens.patching.graph.edge_scores import EdgeScores
+from hooklens.patching.graph.nodes import Graph, check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.prompts import Prompt, read_pairs
-from hooklens.patching.runs.baseline import Direction, run_baseline
+from hooklens.patching.pairs.prompts import Prompt, PromptPairs, read_pairs
+from hooklens.patching.runs.baseline import Direction
 from hooklens.patching.runs.checks import check_model
+from hooklens.patching.runs.memory import BatchSize, check_batch_size
+from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.precision import wide_dtype
 
-if TYPE_CHECKING:
-    import pandas
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EdgeScores:
-    """The score of every edge.
-
-    Attributes:
-        scores: `[writer reader]`, averaged over pairs; 0 where there is no edge.
-        writers, readers: the nodes, in the order in which they write and read.
-        exists: `[writer reader]`, where there is an edge.
-        clean, corrupted: the metric of the unpatched runs, averaged over pairs.
-        metric: the metric's name.
-    """
-
-    scores: Float[Tensor, "writer reader"]
-    writers: tuple[str, ...]
-    readers: tuple[str, ...]
-    exists: Tensor
-    clean: float
-    corrupted: float
-    metric: str
-
-    def __getitem__(self, edge: tuple[str, str]) -> float:
-        writer, reader = edge
-        return float(self.scores[self.writers.index(writer), self.readers.index(reader)])
-
-    def top(self, k: int) -> list[tuple[str, str]]:
-        """The `k` edges with the largest scores by absolute value, as (writer, reader)."""
-        strength = self.scores.abs().masked_fill(~self.exists, -1.0).flatten()
-        order = strength.argsort(descending=True, stable=True)[: min(k, int(self.exists.sum()))].tolist()
-        n_readers = len(self.readers)
-        return [(self.writers[index // n_readers], self.readers[index % n_readers]) for index in order]
-
-    def circuit(self, k: int, *, connected: bool = True) -> Circuit:
-        """The circuit of the `k` strongest edges, all edges where there are no more.
-
-        Args:
-            k: how many edges.
-            connected: choose greedily from the logits backwards (Hanna et al. 2024): each step takes the strongest
-                edge that ends in the logits or in a head or MLP of which an edge is chosen already, so no edge leads
-                nowhere. The circuit of `k` edges is part of that of `k + 1`. False: simply `top(k)`.
-
-        Raises:
-            InputError: a negative `k`.
-        """
-        if k < 0:
-            raise InputError(f"EdgeScores.circuit: k={k}; expected a number of edges >= 0")
-        return Circuit(self._choose_connected(k) if connected else self.top(k))
-
-    def _choose_connected(self, k: int) -> list[Edge]:
-        """The edges in the order in which the greedy search takes them."""
-        strength = self.scores.abs().tolist()
-        exists = self.exists.tolist()
-        row = {name: index for index, name in enumerate(self.readers)}
-        group_size = sum(name.endswith(".q") for name in self.readers) // sum(name.endswith(".k") for name in row)
-        chosen: list[Edge] = []
-        seen: set[str] = set()
-        waiting: list[tuple[float, int, int]] = []
-
-        def open_reader(reader: str) -> None:
-            if reader not in seen:
-                seen.add(reader)
-                for writer in range(len(self.writers)):
-                    if exists[writer][row[reader]]:
-                        # Of equally strong edges the first in the table is taken, as by `top`.
-                        heapq.heappush(waiting, (-strength[writer][row[reader]], writer, row[reader]))
-
-        open_reader("logits")
-        while waiting and len(chosen) < k:
-            _, writer, reader = heapq.heappop(waiting)
-            name = self.writers[writer]
-            chosen.append((name, self.readers[reader]))
-            for source in inputs_of(split_writer(name), group_size=group_size):
-                open_reader(str(source))
-        return chosen
-
-    def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per edge: writer, reader, score; the strongest first."""
-        edges = self.top(self.scores.numel())
-        rows = [(writer, reader, self[writer, reader]) for writer, reader in edges]
-        table: pandas.DataFrame = import_package("pandas").DataFrame(rows, columns=["writer", "reader", "score"])
-        return table
+Method = Literal["eap", "eap-ig", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "exact"]
 
 
 @torch.inference_mode(mode=False)
@@ -137,10 +59,13 @@ def edge_attribution(
     corrupted: Prompt,
     metric: Metric | MetricFunction,
     *,
-    method: Literal["eap", "eap-ig"] = "eap",
-    steps: int = 8,
-    direction: Direction = "denoise",
+    method: Method = "eap",
+    steps: int = 5,
+    rule: Rule = "right",
+    direction: Direction = "noise",
+    batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    progress: bool = True,
     allow_training: bool = False,
 ) -> EdgeScores:
     """Score every edge between embeddings, heads, MLPs and logits.
@@ -149,70 +74,128 @@ def edge_attribution(
         model: the model.
         clean: prompts whose behaviour is studied.
         corrupted: as many prompts of the same lengths.
-        metric: as for a sweep; it must be differentiable.
-        method: `"eap"`: the gradient of the run that is patched; `"eap-ig"`: averaged on the way to the other run.
-        steps: gradients averaged by `"eap-ig"`.
-        direction: which run is patched.
+        metric: as for a sweep; it must be differentiable for all methods but `"exact"`.
+        method: how edges are scored, see the module.
+        steps: points between the two runs, for `"eap-ig-inputs"` and `"eap-ig-activations"`.
+        rule: which points.
+        direction: `"noise"` takes corrupted outputs into the clean run, as published; `"denoise"` the other way.
+        batch_size: pairs run at once (for `"exact"` pairs times edges); `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Raises:
-        InputError: an unknown method, prompts that do not go together, or a norm between heads and stream.
+        InputError: an unknown method or rule, prompts that do not go together, or a norm between heads and stream.
+        MetricError: the metric is NaN for an unpatched run.
+        SweepInterruptedError: it was stopped on the way; `.result` holds the scores of the pairs that were done.
     """
     check_model(model, allow_training=allow_training)
     check_additive(model.cfg)
-    fractions = list_fractions("edge_attribution", method, ("eap", "eap-ig"), steps)
+    check_batch_size(batch_size)
+    read_one_of(method, what="edge_attribution: method", options=get_args(Method))
+    read_one_of(rule, what="edge_attribution: rule", options=get_args(Rule))
+    read_one_of(direction, what="edge_attribution: direction", options=get_args(Direction))
+    read_int(steps, what="edge_attribution: steps", least=1)
     prompts = read_pairs(model, clean, corrupted, attention_mask)
-    writers, readers = list_writers(model.cfg), list_readers(model.cfg)
-    written = list(dict.fromkeys(writer.hook_name for writer in writers))
-    names = list(dict.fromkeys([*written, *(reader.hook_name for reader in readers)]))
-    with torch.no_grad():
-        baseline = run_baseline(
-            model, prompts, range(len(prompts)), written, as_metric(metric), direction=direction, source="other"
+    if method == "exact" and direction != "noise":
+        raise InputError(
+            "edge_attribution: exact scores are those of the clean run with one corrupted edge; exchange the prompts "
+            "to patch the other run"
         )
-    gradients = average_gradients(model, prompts, baseline, names, fractions, direction=direction)
-    with torch.no_grad():
-        changes = {name: change_of(model, baseline, name, gradients[name][0]) for name in written}
-        changes = {name: _mask_padding(change, prompts.lengths) for name, change in changes.items()}
-        slopes = {name: gradients[name][1] for name in names}
-        scores, exists = _score_edges(model, writers, readers, changes, slopes)
-    return EdgeScores(
-        scores=scores / len(prompts),
-        writers=tuple(map(str, writers)),
-        readers=tuple(map(str, readers)),
-        exists=exists,
-        clean=float(baseline.clean.mean()),
-        corrupted=float(baseline.corrupted.mean()),
-        metric=baseline.metric.name,
-    )
+    run = _EdgeRun(model, prompts, as_metric(metric), method, direction)
+    if method == "exact":
+        return run.finish(run.patch_edges(batch_size), progress=progress)
+    moves = list_moves(model, method, steps, rule=rule, direction=direction)
+    return run.finish(run.estimate_edges(moves, batch_size), progress=progress)
 
 
-def _score_edges(
-    model: HookedCausalLM,
-    writers: Sequence[Writer],
-    readers: Sequence[Reader],
-    changes: dict[str, Tensor],
-    slopes: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Scores summed over pairs, and where there are edges."""
-    exists = torch.tensor(
-        [[reaches(writer, reader, model.cfg) for reader in readers] for writer in writers], device=model.device
-    )
-    scores = torch.zeros(exists.shape, dtype=model.dtype, device=model.device)
-    sent = torch.stack([_of_node(changes[writer.hook_name], writer) for writer in writers])
-    for kind_and_layer in dict.fromkeys((reader.kind, reader.layer) for reader in readers):
-        chosen = [i for i, reader in enumerate(readers) if (reader.kind, reader.layer) == kind_and_layer]
-        felt = torch.stack([_of_node(slopes[readers[i].hook_name], readers[i]) for i in chosen])
-        scores[:, chosen] = sent.flatten(1) @ felt.flatten(1).T
-    return scores.masked_fill(~exists, 0.0), exists
+def list_moves(model: HookedCausalLM, method: Method, steps: int, *, rule: Rule, direction: Direction) -> list[Move]:
+    """The runs whose gradients a method averages."""
+    if method == "eap":
+        return [Move()]
+    if method == "clean-corrupted":
+        return [Move(), Move(fraction=1.0)]
+    places = ["hook_embed"]
+    if method == "eap-ig-activations":
+        graph = Graph.of(model.cfg)
+        written = dict.fromkeys((writer.layer, writer.kind) for writer in graph.writers if writer.kind != "embed")
+        words = {"head": "attn_out", "mlp": "mlp_out"}
+        places += [f"blocks.{layer}.hook_{words[kind]}" for layer, kind in written]
+    fractions = fractions_of(rule, steps, direction=direction)
+    return [Move(place, fraction) for place in places for fraction in fractions]
 
 
-def _mask_padding(change: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A change with zeros at padding."""
-    columns = torch.arange(change.shape[1], device=change.device)
-    real = columns < torch.tensor(lengths, device=change.device)[:, None]
-    return change * real.view(*real.shape, *[1] * (change.ndim - 2))
+class _EdgeRun:
+    """The scores of all edges, filled in group by group of pairs."""
 
+    def __init__(
+        self, model: HookedCausalLM, prompts: PromptPairs, metric: Metric, method: Method, direction: Direction
+    ) -> None:
+        self.model, self.prompts, self.metric, self.method, self.direction = model, prompts, metric, method, direction
+        self.graph = Graph.of(model.cfg)
+        self.exists = self.graph.exists().T.to(model.device)
+        dtype = wide_dtype(model.dtype)
+        self.scores = torch.zeros(*self.exists.shape, len(prompts), dtype=dtype, device=model.device)
+        self.scores[self.exists] = torch.nan
+        self.ends = torch.full((2, len(prompts)), torch.nan, dtype=dtype, device=model.device)
+        self.forwards, self.tokens = 0, 0.0
 
-def _of_node(tensor: Tensor, node: Writer | Reader) -> Float[Tensor, "pairs pos d_model"]:
-    return tensor[:, :, node.head] if tensor.ndim == 4 else tensor
+    def finish(self, steps: Iterator[int], *, progress: bool) -> EdgeScores:
+        """Take all steps; each says how many scores it has added."""
+        with keep_partial_result("edge attribution", "scoring", self.scores, self.result, progress=progress) as bar:
+            bar.total = int(self.exists.sum()) * len(self.prompts)
+            for done in steps:
+                bar.update(done)
+        return self.result()
+
+    def result(self) -> EdgeScores:
+        """The scores so far."""
+        return EdgeScores(
+            per_pair=self.scores.clone(),
+            writers=tuple(map(str, self.graph.writers)),
+            readers=tuple(map(str, self.graph.readers)),
+            exists=self.exists.clone(),
+            clean_per_pair=self.ends[0].clone(),
+            corrupted_per_pair=self.ends[1].clone(),
+            metric=self.metric.name,
+            method=self.method,
+            direction=self.direction,
+            forwards=self.forwards,
+            tokens=self.tokens,
+        )
+
+    def estimate_edges(self, moves: list[Move], batch_size: BatchSize) -> Iterator[int]:
+        """Score from gradients."""
+        estimate = EdgeGradients(self.model, self.prompts, self.metric, moves, direction=self.direction)
+        for group in estimate.groups(batch_size):
+            baseline, scores = estimate.run(group)
+            self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
+            self.scores[:, :, group] = scores.to(self.scores).masked_fill(~self.exists[..., None], 0.0)
+            self.forwards, self.tokens = estimate.forwards, estimate.tokens
+            yield int(self.exists.sum()) * len(group)
+
+    def patch_edges(self, batch_size: BatchSize) -> Iterator[int]:
+        """Run the clean prompts once for each edge, with this edge alone corrupted."""
+        with torch.no_grad():
+            runner = CircuitRunner(self.model, self.prompts, self.metric, ablation="resample", batch_size=batch_size)
+        edges = self.graph.exists().nonzero()
+        for group in runner.groups():
+            with torch.no_grad():
+                ground = runner.prepare(group)
+            self.ends[:, group] = torch.stack([ground.baseline.clean, ground.baseline.corrupted]).to(self.ends)
+            # Edges into late layers enter there, so neighbours in the order of reading run together.
+            for some in torch.split(edges, runner.rows_per_batch(ground)):
+                reader, writer = some.T
+                effects = self._patch(runner, ground, reader, writer)
+                self.scores[writer[:, None], reader[:, None], torch.tensor(group)] = effects.to(self.scores)
+                self.forwards, self.tokens = runner.forwards, runner.token_layers / self.model.cfg.n_layers
+                yield effects.numel()
+
+    @torch.no_grad()
+    def _patch(
+        self, runner: CircuitRunner, ground: Ground, reader: Tensor, writer: Tensor
+    ) -> Float[Tensor, "edge pair"]:
+        """What the metric changes by as one edge of each run is corrupted."""
+        masks = self.graph.exists().repeat(len(reader), 1, 1)
+        masks[torch.arange(len(reader)), reader, writer] = False
+        return runner.measure(ground, masks) - ground.baseline.clean

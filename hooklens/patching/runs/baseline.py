@@ -80,6 +80,7 @@ class Baseline:
             before heads and keys), the last axis of vectors reduced.
         reads: `[pairs read]`, columns whose logits the metric reads.
         into_logits: `[pairs read d_vocab]` of the unpatched run.
+        kept: by hook name, activations of both runs that were asked for, `into` and then `source`.
         metric: the metric, prepared for these pairs.
         clean: the metric's values of the clean run, `[pairs]`.
         corrupted: the metric's values of the corrupted run, `[pairs]`.
@@ -95,6 +96,7 @@ class Baseline:
     differs: dict[str, Bool[Tensor, "pairs pos *rest"]]
     reads: Int[Tensor, "pairs read"]
     into_logits: Float[Tensor, "pairs read d_vocab"]
+    kept: dict[str, tuple[Tensor, Tensor]]
     metric: Metric
     clean: Float[Tensor, " pairs"]
     corrupted: Float[Tensor, " pairs"]
@@ -109,6 +111,7 @@ def run_baseline(
     *,
     direction: Direction,
     source: Source,
+    keep: Iterable[str] = (),
 ) -> Baseline:
     """Run both prompts of some pairs.
 
@@ -120,18 +123,19 @@ def run_baseline(
         metric: says which positions are read.
         direction: `"denoise"` patches clean activations into the corrupted run, `"noise"` the other way.
         source: what is put in: the other run's activation, zeros, or tensors by hook name.
+        keep: hook points whose activations in both runs are given back.
 
     Raises:
         SiteError: a source lacks a hook point or has another shape.
         InputError: a position that the metric reads is outside a prompt.
     """
-    names = list(dict.fromkeys(names))
+    names, keep = list(dict.fromkeys(names)), list(dict.fromkeys(keep))
     chosen = list(pairs)
     lengths = tuple(prompts.lengths[pair] for pair in chosen)
     width = max(lengths)
     clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
     into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    captured, cache = _run_unpatched(model, torch.cat([into, other]), lengths, names)
+    captured, cache = _run_unpatched(model, torch.cat([into, other]), lengths, [*names, *keep])
 
     n_layers, n_pairs = model.cfg.n_layers, len(chosen)
     last = captured[f"blocks.{n_layers - 1}.hook_resid_post"]
@@ -178,6 +182,7 @@ def run_baseline(
         differs=differs,
         reads=reads,
         into_logits=into_logits,
+        kept={name: (captured[name][:n_pairs], captured[name][n_pairs:]) for name in keep},
         metric=prepared,
         clean=prepared.measure(clean_logits[None])[0],
         corrupted=prepared.measure(corrupted_logits[None])[0],

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.errors import SweepInterruptedError
-
-if TYPE_CHECKING:
-    from hooklens.patching.results.result import SweepResult
 
 
 @contextmanager
 def keep_partial_result(
-    what: str, unit: str, values: Tensor, result: Callable[[], "SweepResult"], *, progress: bool
+    what: str, unit: str, values: Tensor, result: Callable[[], Any], *, progress: bool
 ) -> Iterator[Any]:
     """Run an experiment that fills in values, NaN before.
 
@@ -30,13 +28,17 @@ def keep_partial_result(
         The bar, to update by how many values were filled in.
 
     Raises:
-        SweepInterruptedError: the experiment was stopped or failed; it holds the result so far.
+        SweepInterruptedError: the experiment was stopped or failed; it holds the result so far. Input refused before
+            anything was measured is refused as ever.
     """
+    n_known = int((~values.isnan()).sum())
     bar = import_package("tqdm").tqdm(total=values.numel(), desc=unit, disable=not progress)
     try:
         yield bar
     except (Exception, KeyboardInterrupt) as error:
         n_measured = int((~values.isnan()).sum())
+        if n_measured == n_known and isinstance(error, InputError):
+            raise
         raise SweepInterruptedError(
             f"{what} stopped after {n_measured} of {values.numel()} values ({type(error).__name__}: {error}); they are "
             "in this error's .result, the others are NaN",

@@ -4,7 +4,8 @@ import torch
 from hooklens import patching
 from hooklens.errors import InputError
 from hooklens.patching import KL, LogitDiff, LogProb
-from hooklens.patching.estimates.attribution import list_fractions
+from hooklens.patching.estimates import attribution
+from hooklens.patching.estimates.gradients import fractions_of
 from tests.annotations import unchecked
 from tests.model.networks import make_model, pad_rows, random_tokens
 from tests.patching.naive import cell_index
@@ -122,13 +123,49 @@ def test_stats_are_the_forwards_that_ran(method, steps):
     assert stats.naive_tokens == (n_cells + 2) * sum(lengths)
 
 
-def test_methods_and_steps_are_checked():
-    fractions = {"atp": [0.0], "ig": [0.25, 0.75]}
-    for method, expected in fractions.items():
-        assert list_fractions("attribution", method, ("atp", "ig"), 2) == expected
-    assert list_fractions("attribution", "ig", ("atp", "ig"), 1) == [0.5]
-    with pytest.raises(InputError, match="method='ig', steps=0; expected 'atp' or 'ig', and steps >= 1"):
-        list_fractions("attribution", "ig", ("atp", "ig"), 0)
+def test_points_between_the_runs():
+    """Counted from the corrupted run; a run that is patched from the clean end counts from there."""
+    assert fractions_of("right", 2, direction="denoise") == [0.5, 1.0]
+    assert fractions_of("left", 2, direction="denoise") == [0.0, 0.5]
+    assert fractions_of("midpoint", 2, direction="denoise") == [0.25, 0.75]
+    assert fractions_of("right", 2, direction="noise") == [0.5, 0.0]
+    assert fractions_of("left", 2, direction="noise") == [1.0, 0.5]
+
+
+def test_groups_of_pairs_change_nothing():
+    """Memory would grow with the pairs if all of them ran at once."""
+    model = make_model("grouped")
+    clean, corrupted = random_tokens(5, 6, seed=1), random_tokens(5, 6, seed=2)
+    sites = [patching.grid("z", positions="each"), patching.grid("pattern")]
+    for method in ("atp", "ig"):
+        options = {"method": method, "steps": 3, "progress": False}
+        whole = patching.attribution(model, clean, corrupted, sites, LogitDiff([3, 4, 5, 6, 7], 1), **options)
+        parts = patching.attribution(
+            model, clean, corrupted, sites, LogitDiff([3, 4, 5, 6, 7], 1), batch_size=2, **options
+        )
+        torch.testing.assert_close(parts.per_pair, whole.per_pair, rtol=0, atol=1e-12)
+        assert parts.stats.forwards == 3 * whole.stats.forwards
+        assert parts.stats.tokens == whole.stats.tokens
+
+
+def test_stopped_on_the_way(monkeypatch):
+    model = make_model("grouped")
+    clean, corrupted = random_tokens(3, 6, seed=1), random_tokens(3, 6, seed=2)
+    expected = patching.attribution(model, clean, corrupted, "z", LogitDiff(3, 5), progress=False)
+    run_group, calls = attribution._AttributionRun._run_group, []
+
+    def stop(self, group):
+        calls.append(group)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        run_group(self, group)
+
+    monkeypatch.setattr(attribution._AttributionRun, "_run_group", stop)
+    with pytest.raises(patching.SweepInterruptedError, match="attribution stopped after 16 of 24 values") as caught:
+        patching.attribution(model, clean, corrupted, "z", LogitDiff(3, 5), batch_size=1, progress=False)
+    found = caught.value.result.per_pair
+    torch.testing.assert_close(found[..., :2], expected.per_pair[..., :2], rtol=0, atol=1e-12)
+    assert bool(found[..., 2].isnan().all())
 
 
 def test_noise_and_refusals():
@@ -137,8 +174,10 @@ def test_noise_and_refusals():
     noise = patching.attribution(model, clean, corrupted, "z", LogitDiff(3, 5), direction="noise")
     swapped = patching.attribution(model, corrupted, clean, "z", LogitDiff(3, 5))
     torch.testing.assert_close(noise.per_pair, swapped.per_pair, rtol=0, atol=0)
-    with unchecked(), pytest.raises(InputError, match="method='eap'"):
+    with unchecked(), pytest.raises(InputError, match="method is 'eap', expected 'atp' or 'ig'"):
         patching.attribution(model, clean, corrupted, "z", KL(), method="eap")
+    with pytest.raises(InputError, match="steps is 0, expected a whole number >= 1"):
+        patching.attribution(model, clean, corrupted, "z", KL(), method="ig", steps=0)
     with pytest.raises(InputError, match="has no gradient"):
         patching.attribution(model, clean, corrupted, "z", patching.Accuracy(3))
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hooklens.errors import InputError
 from hooklens.patching import SweepInterruptedError
 from hooklens.patching.runs.progress import keep_partial_result
 from tests.annotations import unchecked
@@ -22,6 +23,17 @@ def test_what_was_measured_comes_with_the_error(capsys):
     assert caught.value.result[:2].tolist() == [0.0, 1.0]
     assert isinstance(caught.value.__cause__, ValueError)
     assert "numbers" in capsys.readouterr().err
+
+
+def test_input_that_is_refused_at_the_start_is_refused_as_ever():
+    """A metric without a gradient came as an interrupted experiment with no values."""
+    values = torch.full((2,), torch.nan)
+    with (
+        unchecked(),
+        pytest.raises(InputError, match="nothing to count"),
+        keep_partial_result("counting", "numbers", values, values.clone, progress=False),
+    ):
+        raise InputError("nothing to count")
 
 
 def test_nothing_is_shown_unless_asked(capsys):

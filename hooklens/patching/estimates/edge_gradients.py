@@ -1,0 +1,194 @@
+"""Scores of edges from gradients, for some pairs at a time.
+
+Gradients are taken at queries, keys, values, MLP inputs and the last stream. Those at the inputs of heads follow from
+them, one layer at a time, through the maps and the norm in front of them, so no graph holds a copy of the stream for
+each head; and what heads write is multiplied out of `z`, one layer at a time, too.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.model.attention import Attention, project_heads
+from hooklens.model.block import Block
+from hooklens.model.norm import Norm
+from hooklens.patching.estimates.gradients import GradientRuns, Move, group_pairs
+from hooklens.patching.graph.nodes import Graph
+from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.baseline import Baseline, Direction, refuse_nan, run_baseline
+from hooklens.patching.runs.memory import BatchSize
+
+NodeVectors = Float[Tensor, "pairs pos node d_model"]
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Nodes of one layer and kind (the three inputs of attention are one): which rows of the table they are."""
+
+    layer: int
+    kind: str
+    rows: slice
+    n_inputs: int = 0
+
+
+class EdgeGradients:
+    """Scores the edges of some pairs.
+
+    Args:
+        model: the model.
+        prompts: all pairs.
+        metric: what is measured.
+        moves: the runs whose gradients are averaged.
+        direction: which run is patched.
+
+    Attributes:
+        forwards: runs of the network so far, the unpatched ones included.
+        tokens: tokens run.
+    """
+
+    def __init__(
+        self,
+        model: HookedCausalLM,
+        prompts: PromptPairs,
+        metric: Metric,
+        moves: Sequence[Move],
+        *,
+        direction: Direction,
+    ) -> None:
+        self.model, self.prompts, self.metric, self.moves, self.direction = model, prompts, metric, moves, direction
+        self.forwards, self.tokens = 0, 0.0
+        graph = Graph.of(model.cfg)
+        self.shape = (len(graph.writers), len(graph.readers))
+        self.writers = _group([(writer.layer, writer.kind, 0) for writer in graph.writers])
+        self.readers = _group(
+            [
+                (reader.layer, "attn" if reader.kind in ("q", "k", "v") else reader.kind, n_inputs)
+                for reader, n_inputs in zip(graph.readers, graph.n_inputs, strict=True)
+            ]
+        )
+
+    def groups(self, batch_size: BatchSize) -> Iterator[list[int]]:
+        """The pairs that are run at once."""
+        cfg = self.model.cfg
+        of_readers, of_writers = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_model, cfg.n_heads * cfg.d_model
+        of_streams = 2 * cfg.n_layers * (2 * cfg.d_model + cfg.n_heads * cfg.d_head)
+        return group_pairs(
+            self.model,
+            self.prompts,
+            batch_size=batch_size,
+            # One layer's inputs with their copies, norms and gradients, and one layer's outputs; the baseline.
+            held=6 * of_readers + 4 * of_writers + 2 * of_streams,
+            n_reads=max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions),
+            together=self.metric.needs_all_pairs,
+        )
+
+    def run(self, group: list[int]) -> tuple[Baseline, Float[Tensor, "writer reader pair"]]:
+        """The unpatched runs of some pairs, and the scores.
+
+        Raises:
+            MetricError: the metric is NaN for an unpatched run.
+            InputError: it has no gradient.
+        """
+        with torch.no_grad():
+            baseline = run_baseline(
+                self.model,
+                self.prompts,
+                group,
+                [],
+                self.metric,
+                direction=self.direction,
+                source="other",
+                keep=map(_output_name, self.writers),
+            )
+        refuse_nan(baseline)
+        runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction)
+        graded = [name for reader in self.readers for name in _gradient_names(reader)]
+        streams = [_stream_name(reader) for reader in self.readers if reader.kind == "attn"]
+        differs = runs.may_differ[..., None]
+        changes = {}
+        for name, (old, new) in baseline.kept.items():
+            changes[name] = (new - old) * (differs if old.ndim == 3 else differs[..., None])
+        scores = changes[_output_name(self.writers[0])].new_zeros(*self.shape, len(group))
+        for now, gradients in runs.run(self.moves, graded, streams):
+            for reader in self.readers:
+                felt = self._felt(reader, now, gradients)
+                for writer in self.writers:
+                    if felt is not None and writer.rows.stop <= reader.n_inputs:
+                        sent = self._sent(writer, changes)
+                        scores[writer.rows, reader.rows] += torch.einsum("npwd,nprd->wrn", sent, felt)
+        self.forwards += 1 + runs.forwards
+        self.tokens += (2 + runs.forwards) * sum(baseline.lengths)
+        return baseline, scores / len(self.moves)
+
+    def _sent(self, writer: _Nodes, changes: dict[str, Tensor]) -> NodeVectors:
+        """The changes of what nodes write."""
+        change = changes[_output_name(writer)]
+        if writer.kind != "head":
+            return change[:, :, None]
+        W_O = self._attention(writer.layer)[0].W_O.detach()
+        return torch.einsum("nphe,hed->nphd", change, W_O)
+
+    def _felt(self, reader: _Nodes, now: dict[str, Tensor], gradients: dict[str, Tensor]) -> NodeVectors | None:
+        """The gradients at what nodes read; None where the metric does not depend on them."""
+        names = [name for name in _gradient_names(reader) if name in gradients]
+        if reader.kind != "attn":
+            return gradients[names[0]][:, :, None] if names else None
+        stream = now[_stream_name(reader)]
+        attn, ln1 = self._attention(reader.layer)
+        n_heads, n_kv_heads = self.model.cfg.n_heads, self.model.cfg.n_kv_heads
+        felt = []
+        for letter, n_copies in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
+            gradient = gradients.get(f"blocks.{reader.layer}.attn.hook_{letter}")
+            copies = stream[:, :, None].expand(-1, -1, n_copies, -1)
+            if gradient is None:
+                felt.append(torch.zeros_like(copies))
+                continue
+            with torch.enable_grad():
+                copies = copies.clone().requires_grad_()
+                normed = copies if ln1 is None else ln1.apply_weights(copies)
+                projected = project_heads(normed, getattr(attn, f"{letter}_proj"), self.model.cfg.d_head)
+            felt += torch.autograd.grad(projected, copies, gradient)
+        return torch.cat(felt, dim=2)
+
+    def _attention(self, layer: int) -> tuple[Attention, Norm | None]:
+        """The attention of a layer, and the norm of the stream that it reads."""
+        block = self.model.blocks[layer]
+        assert isinstance(block, Block)
+        assert isinstance(block.attn, Attention)
+        return block.attn, block.ln1
+
+
+def _group(nodes: list[tuple[int, str, int]]) -> list[_Nodes]:
+    """Neighbouring nodes of one layer and kind together."""
+    groups: list[_Nodes] = []
+    for index, (layer, kind, n_inputs) in enumerate(nodes):
+        if groups and (groups[-1].layer, groups[-1].kind) == (layer, kind):
+            groups[-1] = _Nodes(layer, kind, slice(groups[-1].rows.start, index + 1), n_inputs)
+        else:
+            groups.append(_Nodes(layer, kind, slice(index, index + 1), n_inputs))
+    return groups
+
+
+def _output_name(writer: _Nodes) -> str:
+    """Where what nodes write passes; heads before `W_O`."""
+    words = {"embed": "hook_resid_pre", "head": "attn.hook_z", "mlp": "hook_mlp_out"}
+    return f"blocks.{max(writer.layer, 0)}.{words[writer.kind]}"
+
+
+def _stream_name(reader: _Nodes) -> str:
+    """Where the stream that heads read passes once."""
+    return f"blocks.{reader.layer}.hook_resid_pre"
+
+
+def _gradient_names(reader: _Nodes) -> list[str]:
+    """The hook points where gradients are taken for nodes."""
+    if reader.kind == "attn":
+        return [f"blocks.{reader.layer}.attn.hook_{letter}" for letter in "qkv"]
+    if reader.kind == "mlp":
+        return [f"blocks.{reader.layer}.hook_mlp_in"]
+    return [f"blocks.{reader.layer - 1}.hook_resid_post"]

@@ -1,0 +1,220 @@
+"""Gradients of a metric at hook points, in runs that lie between those of two prompts."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooklens.axes import layer_of
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.errors import InputError
+from hooklens.hooks import HookPoint
+from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.baseline import Baseline, Direction, unembed
+from hooklens.patching.runs.memory import BatchSize, free_bytes
+
+Rule = Literal["right", "left", "midpoint"]
+
+# A pass over more tokens is no faster per token on a CPU, and its graph would only take memory.
+_TOKENS_ON_CPU = 1024
+_SHARE_OF_FREE_MEMORY = 0.25
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where a gradient is taken: the run that is patched, with one activation moved towards the other run's.
+
+    No gradient goes through the activation, wherever it is moved to.
+
+    Attributes:
+        name: the hook point of the activation.
+        fraction: how far it is moved, 0 to 1.
+    """
+
+    name: str = "hook_embed"
+    fraction: float = 0.0
+
+
+def fractions_of(rule: Rule, steps: int, *, direction: Direction) -> list[float]:
+    """How far from the run that is patched the points of a rule lie, for `steps` points between the two runs.
+
+    Counted from the corrupted run to the clean one, `"right"` takes the points `k / steps` for `k = 1 .. steps`,
+    `"left"` those for `k = 0 .. steps - 1`, and `"midpoint"` `(k - 1/2) / steps` for `k = 1 .. steps`.
+    """
+    shift = {"right": 1.0, "left": 0.0, "midpoint": 0.5}[rule]
+    towards_clean = [(k + shift) / steps for k in range(steps)]
+    return towards_clean if direction == "denoise" else [1.0 - fraction for fraction in towards_clean]
+
+
+class GradientRuns:
+    """Runs of some pairs with gradients, one for each move.
+
+    Args:
+        model: the model.
+        prompts: all pairs of the experiment.
+        baseline: the unpatched runs of the pairs that are run.
+        direction: which run is patched.
+
+    Attributes:
+        forwards: runs of the network so far, those with a backward pass included.
+    """
+
+    def __init__(
+        self, model: HookedCausalLM, prompts: PromptPairs, baseline: Baseline, *, direction: Direction
+    ) -> None:
+        pairs, width = list(baseline.pairs), max(baseline.lengths)
+        clean, corrupted = prompts.clean[pairs, :width], prompts.corrupted[pairs, :width]
+        self.model, self.baseline = model, baseline
+        self.into, self.other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+        self.forwards = 0
+
+    @property
+    def mask(self) -> Bool[Tensor, "pairs pos"]:
+        """Real tokens."""
+        columns = torch.arange(self.into.shape[1], device=self.into.device)
+        return columns < torch.tensor(self.baseline.lengths, device=self.into.device)[:, None]
+
+    @property
+    def may_differ(self) -> Bool[Tensor, "pairs pos"]:
+        """Real tokens at and behind the first one in which the prompts of a pair differ.
+
+        Before it the activations of both are the same, up to how rows of one batch are rounded.
+        """
+        return ((self.into != self.other).cumsum(1) > 0) & self.mask
+
+    def unmoved(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Activations of the run that is patched, without a graph."""
+        with torch.no_grad(), self.model.capture(list(names)) as captured:
+            self._run(self.into)
+        return captured
+
+    def run(
+        self, moves: Sequence[Move], graded: Sequence[str], kept: Sequence[str] = ()
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The activations of each run, and the metric's gradient at them.
+
+        Args:
+            moves: the runs.
+            graded: the hook points where gradients are taken.
+            kept: the hook points whose activations are given back; they are detached.
+
+        Yields:
+            Activations and gradients by hook name. A hook point that the metric does not depend on has no gradient.
+
+        Raises:
+            InputError: the metric has no gradient.
+        """
+        targets = self._targets(moves)
+        watched = list(dict.fromkeys(kept))
+        in_head = any(layer_of(name) is None and name not in ("hook_embed", "hook_pos_embed") for name in graded)
+        leaves = {name for name in ("hook_embed", "hook_pos_embed") if name in self.model.hook_points()}
+        for move in moves:
+            one = _GradientRun(move, targets.get(move.name))
+            hooks = [(name, one.leave_graph) for name in leaves | {move.name}]
+            with (
+                torch.enable_grad(),
+                self.model.hooks(hooks, [(list(graded), one.keep_gradient)]),
+                self.model.capture(watched or "hook_embed") as now,
+            ):
+                value = self._measure(all_columns=in_head).sum()
+                if not value.requires_grad:
+                    raise InputError(
+                        f"metric {self.baseline.metric.name} has no gradient: attribution needs a differentiable one"
+                    )
+                torch.autograd.grad(value, one.leaves, allow_unused=True)
+            yield {name: now[name].detach() for name in watched}, one.gradients
+
+    def _measure(self, *, all_columns: bool) -> Tensor:
+        """The metric's values; logits are made where it reads them, or everywhere for gradients behind the blocks."""
+        reads = self.baseline.reads[..., None]
+        if all_columns:
+            logits = self._run(self.into, unembed=True).take_along_dim(reads, dim=1)
+        else:
+            logits = unembed(self.model, self._run(self.into).take_along_dim(reads, dim=1))
+        return self.baseline.metric.measure(logits[None])[0]
+
+    def _targets(self, moves: Sequence[Move]) -> dict[str, Tensor]:
+        """The other run's activations at the places that are moved."""
+        places = list(dict.fromkeys(move.name for move in moves if move.fraction))
+        if not places:
+            return {}
+        stop = 0 if places == ["hook_embed"] else None
+        with torch.no_grad(), self.model.capture(places) as captured:
+            self._run(self.other, stop_at_layer=stop)
+        return captured
+
+    def _run(
+        self, tokens: Int[Tensor, "pairs pos"], *, unembed: bool = False, stop_at_layer: int | None = None
+    ) -> Tensor:
+        self.forwards += stop_at_layer is None
+        plan = self.model.make_plan(tokens, self.mask)
+        return self.model.run(tokens, plan, unembed=unembed, stop_at_layer=stop_at_layer)
+
+
+class _GradientRun:
+    """What becomes a leaf of one run's graph, and the gradients that arrive at hook points."""
+
+    def __init__(self, move: Move, target: Tensor | None) -> None:
+        self.move, self.target = move, target
+        self.leaves: list[Tensor] = []
+        self.gradients: dict[str, Tensor] = {}
+
+    def leave_graph(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        """The activation as a leaf, moved where this is the place to move."""
+        value = tensor.detach()
+        if self.target is not None and hook.name == self.move.name and self.move.fraction:
+            value = torch.lerp(value, self.target, self.move.fraction)
+        leaf = value.clone().requires_grad_()
+        self.leaves.append(leaf)
+        return leaf
+
+    def keep_gradient(self, gradient: Tensor, hook: HookPoint) -> None:
+        """Keep what arrives at a hook point."""
+        assert hook.name is not None
+        self.gradients[hook.name] = gradient.detach()
+
+
+def group_pairs(
+    model: HookedCausalLM, prompts: PromptPairs, *, batch_size: BatchSize, held: int, n_reads: int, together: bool
+) -> Iterator[list[int]]:
+    """The pairs that are run at once.
+
+    Args:
+        model: the model.
+        prompts: all pairs.
+        batch_size: pairs at once; `"auto"` by memory.
+        held: numbers held for each token, beside the graph.
+        n_reads: positions of each pair whose logits are made.
+        together: the metric cannot be measured for some pairs alone.
+    """
+    n_pairs, width = len(prompts), max(prompts.lengths)
+    size = n_pairs
+    if not together and batch_size != "auto":
+        size = batch_size
+    elif not together:
+        # Logits, their softmax and its gradient.
+        per_pair = width * (graph_size(model, width) + held) + 4 * n_reads * model.cfg.d_vocab
+        size = int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // (per_pair * model.dtype.itemsize)
+        if model.device.type == "cpu":
+            size = min(size, _TOKENS_ON_CPU // width)
+    for first in range(0, n_pairs, max(1, size)):
+        yield list(range(first, min(first + max(1, size), n_pairs)))
+
+
+def graph_size(model: HookedCausalLM, width: int) -> int:
+    """An upper bound for the numbers that a graph of the whole network keeps for each token.
+
+    Args:
+        model: the model.
+        width: columns of a row.
+    """
+    cfg = model.cfg
+    of_heads = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
+    # The stream and its norms, all that attention reads and writes before and after rotary, and the MLP.
+    of_block = 10 * cfg.d_model + 4 * of_heads + (6 if cfg.gated_mlp else 4) * cfg.d_mlp
+    # Scores, their cap, the mask and the pattern, where no kernel keeps them to itself.
+    of_pattern = 4 * cfg.n_heads * width
+    return cfg.n_layers * (of_block + of_pattern)
