@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.model.attention import Attention, project_heads
+from hooklens.model.attention import Attention
 from hooklens.model.block import Block
 from hooklens.model.norm import Norm
 from hooklens.patching.estimates.gradients import GradientRuns, Move, group_pairs
@@ -23,7 +23,7 @@ from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.baseline import Baseline, Direction, refuse_nan, run_baseline
 from hooklens.patching.runs.memory import BatchSize
 
-NodeVectors = Float[Tensor, "pairs pos node d_model"]
+NodeVectors = Float[Tensor, "pairs node pos d_model"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class EdgeGradients:
                 for writer in self.writers:
                     if felt is not None and writer.rows.stop <= reader.n_inputs:
                         sent = self._sent(writer, changes)
-                        scores[writer.rows, reader.rows] += torch.einsum("npwd,nprd->wrn", sent, felt)
+                        products = sent.flatten(2) @ felt.flatten(2).transpose(1, 2)
+                        scores[writer.rows, reader.rows] += products.permute(1, 2, 0)
         self.forwards += 1 + runs.forwards
         self.tokens += (2 + runs.forwards) * sum(baseline.lengths)
         return baseline, scores / len(self.moves)
@@ -129,31 +130,30 @@ class EdgeGradients:
         """The changes of what nodes write."""
         change = changes[_output_name(writer)]
         if writer.kind != "head":
-            return change[:, :, None]
+            return change[:, None]
         W_O = self._attention(writer.layer)[0].W_O.detach()
-        return torch.einsum("nphe,hed->nphd", change, W_O)
+        return torch.einsum("nphe,hed->nhpd", change, W_O).contiguous()
 
     def _felt(self, reader: _Nodes, now: dict[str, Tensor], gradients: dict[str, Tensor]) -> NodeVectors | None:
         """The gradients at what nodes read; None where the metric does not depend on them."""
-        names = [name for name in _gradient_names(reader) if name in gradients]
+        names = _gradient_names(reader)
         if reader.kind != "attn":
-            return gradients[names[0]][:, :, None] if names else None
+            return gradients[names[0]][:, None] if names[0] in gradients else None
         stream = now[_stream_name(reader)]
         attn, ln1 = self._attention(reader.layer)
-        n_heads, n_kv_heads = self.model.cfg.n_heads, self.model.cfg.n_kv_heads
-        felt = []
-        for letter, n_copies in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
-            gradient = gradients.get(f"blocks.{reader.layer}.attn.hook_{letter}")
-            copies = stream[:, :, None].expand(-1, -1, n_copies, -1)
-            if gradient is None:
-                felt.append(torch.zeros_like(copies))
-                continue
-            with torch.enable_grad():
-                copies = copies.clone().requires_grad_()
-                normed = copies if ln1 is None else ln1.apply_weights(copies)
-                projected = project_heads(normed, getattr(attn, f"{letter}_proj"), self.model.cfg.d_head)
-            felt += torch.autograd.grad(projected, copies, gradient)
-        return torch.cat(felt, dim=2)
+        behind_norm = []
+        for name, weight in zip(names, (attn.W_Q, attn.W_K, attn.W_V), strict=True):
+            if name in gradients:
+                behind_norm.append(torch.einsum("nphe,hde->nhpd", gradients[name], weight.detach()))
+            else:
+                behind_norm.append(stream.new_zeros(len(stream), len(weight), *stream.shape[1:]))
+        felt = torch.cat(behind_norm, dim=1)
+        if ln1 is None:
+            return felt
+        with torch.enable_grad():
+            copies = stream[:, None].expand_as(felt).contiguous().requires_grad_()
+            normed = ln1.apply_weights(copies)
+        return torch.autograd.grad(normed, copies, felt)[0]
 
     def _attention(self, layer: int) -> tuple[Attention, Norm | None]:
         """The attention of a layer, and the norm of the stream that it reads."""
