@@ -55,8 +55,8 @@ _PLAIN = (
 def reads(**readers: Reader) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
     """Put readers before a method: it is handed what they return, and all refusals are raised as one.
 
-    Defaults are not read, so a plain call costs nothing. Keywords that the function hands on (`**keywords`) can have
-    readers, too. An argument that the method does not take is a `TypeError`.
+    Defaults are not read, so a plain call of a method costs nothing. Keywords that the function hands on
+    (`**keywords`) can have readers, too. An argument that the method does not take is a `TypeError`.
 
     Args:
         **readers: by the name of the argument.
@@ -70,7 +70,7 @@ def reads(**readers: Reader) -> Callable[[Callable[Parameters, Returned]], Calla
 
         @functools.wraps(function)
         def checked(*arguments: Any, **keywords: Any) -> Returned:
-            if keywords or len(arguments) > 1:
+            if keywords or len(arguments) > signature.n_unread:
                 arguments, keywords = signature.read(arguments, keywords)
             return function(*arguments, **keywords)
 
@@ -89,6 +89,8 @@ class _Signature:
         self._subject = function.__qualname__
         self._known = None if hands_on else frozenset(parameters)
         self._readers = readers
+        # A method's first argument is the object itself; a function's may have a reader.
+        self.n_unread = 0 if next(iter(parameters), None) in readers else 1
         self._places = [
             (place, name)
             for place, (name, one) in enumerate(parameters.items())
@@ -321,6 +323,20 @@ def read_tensor(given: object, *, what: str, expected: str = "a tensor", error: 
         why = "without values (device 'meta')" if given.is_meta else f"of layout {given.layout}"
         raise error(f"{what} is a tensor {why}, expected {expected} that holds its entries one by one")
     return given
+
+
+def read_numbers(given: object, *, what: str, expected: str, error: Error = InputError) -> Tensor:
+    """A tensor whose values can be looked at, also from a list or an array of numbers.
+
+    Raises:
+        HookLensError: another kind of value, or one whose values cannot be looked at.
+    """
+    if isinstance(given, list | tuple | np.ndarray):
+        try:
+            given = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise refusal(given, what, expected, error) from None
+    return read_tensor(given, what=what, expected=expected, error=error)
 
 
 def is_function(given: object) -> TypeGuard[Callable[..., Any]]:

@@ -23,7 +23,7 @@ def refusal(cfg, step):
         "center_writing_weights": {
             "does not subtract the mean": cfg.norm.kind == "rms",
             "cfg.norm_after is True": cfg.norm_after,
-            "cfg.norm_before is False": not cfg.norm_before,
+            "no norm before their branches": not cfg.norm_before,
         },
         "center_unembed": {"adding a number to all logits changes the softmax": cfg.logits_softcap is not None},
         "refactor_factored_attn_matrices": {

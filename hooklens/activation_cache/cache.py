@@ -29,6 +29,7 @@ from hooklens.activation_cache.stacks import fit_norm
 from hooklens.activation_cache.stream import StreamPoint, locate, require, require_weight
 from hooklens.errors import CacheError
 from hooklens.hooks.choice import Choice
+from hooklens.precision import widen
 
 Stack = Float[Tensor, "component *batch_pos read"]
 Vectors = Float[Tensor, "*components_batch_pos d_model"]
@@ -151,7 +152,7 @@ class ActivationCache(CapturedActivations):
         Raises:
             MissingActivationError: lists the `hook_z` that were not captured.
         """
-        names = [f"blocks.{layer}.attn" for layer in range(self.cfg.n_layers)]
+        names = [f"blocks.{block.layer}.attn" for block in self.cfg.blocks if block.attn is not None]
         todo = [attn for attn in names if f"{attn}.hook_result" not in self]
         require(self, [f"{attn}.hook_z" for attn in todo], purpose="compute_head_results")
         results = {}
@@ -287,7 +288,7 @@ class ActivationCache(CapturedActivations):
         """
         check_flags(has_batch_dim=has_batch_dim, whole_streams=whole_streams)
         point = locate(self.cfg, layer, mlp_input=mlp_input)
-        stack, norm = fit_norm(
+        stack, norm, _ = fit_norm(
             self, residual_stack, point, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim
         )
         if norm is None:
@@ -319,14 +320,13 @@ class ActivationCache(CapturedActivations):
             CacheError: the tokens do not fit the stack, or are text: a cache has no tokenizer.
         """
         check_flags(has_batch_dim=has_batch_dim)
-        stack, norm = fit_norm(
+        stack, norm, lead = fit_norm(
             self, residual_stack, locate(self.cfg, None),
             pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim,
         )  # fmt: skip
-        assert norm is not None
         asked = find_directions(self, tokens, incorrect_tokens, like_activation=stack)
-        directions = align_directions(asked.directions, norm.scale.shape[:-1])
-        return (norm.apply(stack) * directions).sum(-1)
+        read = widen(stack) if norm is None else norm.apply(stack)
+        return (read * align_directions(asked.directions, lead)).sum(-1)
 
     def logit_attr_bias(
         self, tokens: TokenIds | str, incorrect_tokens: TokenIds | str | None = None

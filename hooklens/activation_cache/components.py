@@ -9,16 +9,18 @@ of a branch (`cfg.norm_after`), heads and neurons are read behind it, with its d
 it had in the run: what a head really adds to the stream.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.activation_cache.arguments import choose
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm, like
 from hooklens.activation_cache.stream import StreamPoint, require, require_weight, take_positions
+from hooklens.hooks.choice import Choice
 from hooklens.precision import widen
 
 
@@ -48,13 +50,9 @@ def embedding_names(cache: CapturedActivations) -> list[str]:
 
 def output_names(point: StreamPoint, mode: str) -> list[str]:
     """The hook points of the outputs below a place, in the order of the computation."""
-    names = []
-    for layer in point.attention_layers:
-        if mode != "mlp":
-            names.append(f"blocks.{layer}.hook_attn_out")
-        if mode != "attn" and layer in point.mlp_layers:
-            names.append(f"blocks.{layer}.hook_mlp_out")
-    return names
+    attns = [] if mode == "mlp" else [(layer, "attn") for layer in point.attention_layers]
+    mlps = [] if mode == "attn" else [(layer, "mlp") for layer in point.mlp_layers]
+    return [f"blocks.{layer}.hook_{branch}_out" for layer, branch in sorted(attns + mlps)]
 
 
 def read_points(cache: CapturedActivations, names: list[str], readout: Readout) -> LabelledStack:
@@ -73,23 +71,23 @@ def _labels_of(names: Iterable[str]) -> list[str]:
     return ["_".join([*path, point.removeprefix("hook_")]) for *path, point in parts]
 
 
-def head_names(cache: CapturedActivations, layers: range) -> list[str]:
+def head_names(cache: CapturedActivations, layers: Sequence[int]) -> list[str]:
     """What `read_heads` needs to be captured: `hook_z` where `hook_result` is not, and the scales of exit norms."""
     attns = [f"blocks.{layer}.attn" for layer in layers]
     values = [f"{attn}.hook_z" for attn in attns if f"{attn}.hook_result" not in cache]
     return [*values, *_exit_scale_names(cache, layers, "ln1_post")]
 
 
-def neuron_names(cache: CapturedActivations, layers: range) -> list[str]:
+def neuron_names(cache: CapturedActivations, layers: Sequence[int]) -> list[str]:
     """What `read_neurons` needs to be captured: `hook_post`, and the scales of exit norms."""
     return [*(f"blocks.{layer}.mlp.hook_post" for layer in layers), *_exit_scale_names(cache, layers, "ln2_post")]
 
 
-def _exit_scale_names(cache: CapturedActivations, layers: range, norm: str) -> list[str]:
-    return [f"blocks.{layer}.{norm}.hook_scale" for layer in layers] if cache.cfg.norm_after else []
+def _exit_scale_names(cache: CapturedActivations, layers: Sequence[int], norm: str) -> list[str]:
+    return [f"blocks.{layer}.{norm}.hook_scale" for layer in layers if cache.cfg.block(layer).norm_after]
 
 
-def read_heads(cache: CapturedActivations, layers: range, readout: Readout) -> LabelledStack:
+def read_heads(cache: CapturedActivations, layers: Sequence[int], readout: Readout) -> LabelledStack:
     """What each head of some layers adds to the stream.
 
     Raises:
@@ -100,7 +98,7 @@ def read_heads(cache: CapturedActivations, layers: range, readout: Readout) -> L
     return LabelledStack(torch.cat(per_layer), labels)
 
 
-def _read_heads_by_layer(cache: CapturedActivations, layers: range, readout: Readout) -> Iterator[Tensor]:
+def _read_heads_by_layer(cache: CapturedActivations, layers: Sequence[int], readout: Readout) -> Iterator[Tensor]:
     require(cache, head_names(cache, layers), purpose="what each head adds to the stream")
     for layer in layers:
         attn = f"blocks.{layer}.attn"
@@ -114,7 +112,7 @@ def _read_heads_by_layer(cache: CapturedActivations, layers: range, readout: Rea
 
 
 def read_neurons(
-    cache: CapturedActivations, layers: range, readout: Readout, neurons: list[int] | None = None
+    cache: CapturedActivations, layers: Sequence[int], readout: Readout, neurons: Choice = None
 ) -> LabelledStack:
     """What each neuron of some layers adds to the stream.
 
@@ -126,14 +124,15 @@ def read_neurons(
 
     Raises:
         MissingActivationError: lists what was not captured.
+        CacheError: a layer has no such neurons.
     """
     require(cache, neuron_names(cache, layers), purpose="what each neuron adds to the stream")
-    chosen = list(range(cache.cfg.d_mlp)) if neurons is None else neurons
     parts: list[Tensor] = []
     labels: list[str] = []
     for layer in layers:
         post = cache[f"blocks.{layer}.mlp.hook_post"]
         W_out = require_weight(cache, f"blocks.{layer}.mlp.W_out")
+        chosen, _ = choose(neurons, len(W_out), what="neuron_slice", noun="neurons of an MLP")
         if neurons is not None:
             post, W_out = post[..., chosen], W_out[chosen]
         post = take_positions(post, -2, readout.pos_slice)
@@ -158,17 +157,16 @@ def read_biases(
     total = torch.zeros_like(widen(stream))
     for layer in point.attention_layers:
         norm = _exit_norm(cache, layer, "ln1_post", readout)
-        total = total + _written_bias(cache, f"blocks.{layer}.attn.b_O", norm, stream, present=cache.cfg.out_bias)
+        total = total + _written_bias(cache, f"blocks.{layer}.attn.b_O", norm, stream)
     for layer in point.mlp_layers if with_mlps else ():
         norm = _exit_norm(cache, layer, "ln2_post", readout)
-        total = total + _written_bias(cache, f"blocks.{layer}.mlp.b_out", norm, stream, present=cache.cfg.mlp_bias)
+        total = total + _written_bias(cache, f"blocks.{layer}.mlp.b_out", norm, stream)
     return readout.read_taken(total)
 
 
-def _written_bias(
-    cache: CapturedActivations, name: str, norm: FrozenNorm | None, stream: Tensor, *, present: bool
-) -> Tensor:
-    bias = like(require_weight(cache, name), stream) if present else torch.zeros_like(widen(stream))
+def _written_bias(cache: CapturedActivations, name: str, norm: FrozenNorm | None, stream: Tensor) -> Tensor:
+    has_bias = name in cache.cfg.description.weights
+    bias = like(require_weight(cache, name), stream) if has_bias else torch.zeros_like(widen(stream))
     if norm is None:
         return bias
     through = norm.apply(bias)
@@ -176,7 +174,7 @@ def _written_bias(
 
 
 def _exit_norm(cache: CapturedActivations, layer: int, norm: str, readout: Readout) -> FrozenNorm | None:
-    if not cache.cfg.norm_after:
+    if not cache.cfg.block(layer).norm_after:
         return None
     purpose = "what is added to the stream behind a norm"
     return freeze_norm(cache, f"blocks.{layer}.{norm}", pos_slice=readout.pos_slice, purpose=purpose)

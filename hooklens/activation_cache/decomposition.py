@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hooklens.activation_cache.arguments import check_flags, choose
+from hooklens.activation_cache.arguments import check_flags
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.components import (
     LabelledStack,
@@ -28,7 +28,7 @@ from hooklens.activation_cache.components import (
 from hooklens.activation_cache.readout import Readout, check_projection, freeze_norm
 from hooklens.activation_cache.stream import StreamPoint, locate, require, take_positions
 from hooklens.errors import CacheError
-from hooklens.hooks.choice import Choice
+from hooklens.hooks.choice import Choice, read_choice
 
 Mode = Literal["all", "mlp", "attn"]
 
@@ -61,7 +61,7 @@ def make_readout(
     check_flags(apply_ln=apply_ln)
     read_through = point.norm if apply_ln else None
     scale = [] if read_through is None else [f"{read_through}.hook_scale"]
-    require(cache, [*names, *scale], purpose=purpose)
+    require(cache, dict.fromkeys([*names, *scale]), purpose=purpose)
     norm = None if read_through is None else freeze_norm(cache, read_through, pos_slice=pos_slice, purpose=purpose)
     directions = check_projection(project_output_onto, cache.cfg.d_model)
     return Readout(pos_slice=pos_slice, norm=norm, directions=directions)
@@ -71,15 +71,16 @@ def places_up_to(point: StreamPoint, *, incl_mid: bool) -> list[StreamPoint]:
     """Every layer's entrance up to a place; `incl_mid`: the places between attention and MLP, too.
 
     Raises:
-        CacheError: `incl_mid` where the blocks are parallel.
+        CacheError: `incl_mid` where no block has such a place.
     """
     check_flags(incl_mid=incl_mid)
-    if incl_mid and point.cfg.wiring == "parallel":
-        raise CacheError("accumulated_resid: incl_mid: the blocks are parallel, so the stream has no such places")
+    if incl_mid and not any(block.has_mid for block in point.cfg.blocks):
+        why = "the blocks are parallel" if point.cfg.wiring == "parallel" else "no block has attention and an MLP"
+        raise CacheError(f"accumulated_resid: incl_mid: {why}, so the stream has no such places")
     places = []
     for layer in range(point.layer + 1):
         places.append(locate(point.cfg, layer))
-        if incl_mid and layer < point.layer:
+        if incl_mid and layer < point.layer and point.cfg.block(layer).has_mid:
             places.append(locate(point.cfg, layer, mlp_input=True))
     return [*places, point] if point.has_mid else places
 
@@ -152,10 +153,8 @@ def decompose_by_neuron(
     incl_remainder: bool,
 ) -> LabelledStack:
     """Neurons below a place, and what of the stream they leave; see `ActivationCache.stack_neuron_results`."""
-    chosen = None
-    if neuron_slice is not None:
-        chosen, _ = choose(neuron_slice, cache.cfg.d_mlp, what="neuron_slice", noun="neurons of an MLP")
-    neurons = read_neurons(cache, point.mlp_layers, readout, chosen) if point.mlp_layers else None
+    read_choice(neuron_slice, what="neuron_slice", refuse_tuple=True, error=CacheError)
+    neurons = read_neurons(cache, point.mlp_layers, readout, neuron_slice) if point.mlp_layers else None
     return _complete(neurons, "neurons", cache, point, readout, incl_remainder=incl_remainder)
 
 
@@ -203,7 +202,7 @@ def _complete(
 
 
 def _nothing_below(what: str, point: StreamPoint) -> CacheError:
-    return CacheError(
-        f"there are no {what} below layer {point.layer}: the stream there is the embedding; give a layer from 1 to "
-        f"{point.cfg.n_layers}"
-    )
+    reason = f"the stream there is the embedding; give a layer from 1 to {point.cfg.n_layers}"
+    if point.layer:
+        reason = "no layer there has any"
+    return CacheError(f"there are no {what} below layer {point.layer}: {reason}")

@@ -86,7 +86,7 @@ def _directions_of(cache: CapturedActivations, ids: Tensor, activation: Tensor) 
     bias = torch.zeros_like(directions[..., 0])
     if cache.cfg.unembed_bias:
         bias = bias + like(require_weight(cache, "unembed.b_U")[ids.to(W_U.device)], activation)
-    if cache.cfg.norm.bias:
+    if cache.cfg.final_norm is not None and cache.cfg.final_norm.bias:
         bias = bias + directions @ like(require_weight(cache, "ln_final.b"), activation)
     return directions, bias
 

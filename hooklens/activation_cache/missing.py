@@ -31,7 +31,8 @@ def explain_missing(name: str, held: Collection[str], cfg: HookedConfig) -> str:
         return f"the model has no activation {point!r}: {reason}.{suggest_names(name, held)}"
     if name.endswith(GRAD) and point in held:
         return f"the gradient of {point!r} was not captured; run with incl_bwd=True to have it"
-    if name.endswith("hook_result") and all(f"blocks.{layer}.attn.hook_z" in held for layer in range(cfg.n_layers)):
+    results = [site for site in cfg.description.points if site.endswith(".hook_result")]
+    if name in results and all(site.replace("hook_result", "hook_z") in held for site in results):
         return (
             f"{name!r} was not captured, but follows from what was: cache.compute_head_results() gives a cache with it"
         )

@@ -72,12 +72,13 @@ def freeze_norm(cache: CapturedActivations, norm: str, *, pos_slice: Choice = No
     point = f"{norm}.hook_scale"
     require(cache, [point], purpose=purpose)
     scale = widen(take_positions(cache[point], -2, pos_slice))
-    weight = like(require_weight(cache, f"{norm}.w"), scale)
+    kind = cache.cfg.description.norms[norm]
+    gain = like(require_weight(cache, f"{norm}.w"), scale) if kind.weight else scale.new_ones(cache.cfg.d_model)
     return FrozenNorm(
         scale=scale,
-        gain=1 + weight if cache.cfg.norm.unit_offset else weight,
-        bias=like(require_weight(cache, f"{norm}.b"), scale) if cache.cfg.norm.bias else None,
-        centres=cache.cfg.norm.kind == "layer",
+        gain=1 + gain if kind.unit_offset else gain,
+        bias=like(require_weight(cache, f"{norm}.b"), scale) if kind.bias else None,
+        centres=kind.kind == "layer",
     )
 
 

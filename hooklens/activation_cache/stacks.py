@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,10 +23,10 @@ def fit_norm(
     pos_slice: Choice,
     batch_slice: Choice,
     has_batch_dim: bool,
-) -> tuple[Float[Tensor, "*components_taken d_model"], FrozenNorm | None]:
-    """The rows of a stack that are asked for, and the norm at a place with the scale of these rows and positions.
+) -> tuple[Float[Tensor, "*components_taken d_model"], FrozenNorm | None, torch.Size]:
+    """The rows of a stack that are asked for, the norm at a place with their scale, and the sizes of batch and pos.
 
-    Arguments are those of `ActivationCache.apply_ln_to_stack`; the norm is None where blocks read the stream as it is.
+    Arguments are those of `ActivationCache.apply_ln_to_stack`; the norm is None where the stream is read as it is.
 
     Raises:
         MissingActivationError: the norm's `hook_scale` was not captured.
@@ -41,14 +42,21 @@ def fit_norm(
     if batch_slice is not None and has_batch_dim:
         stack = _take_rows(stack, row_axis, batch_slice, "the stack")
     if point.norm is None:
-        return stack, None
+        has_rows = cache.has_batch_dim and has_batch_dim and not isinstance(read_choice(batch_slice, what=""), int)
+        n_lead = has_rows + (not one_position)
+        if stack.ndim <= n_lead or stack.shape[-1] != cache.cfg.d_model:
+            raise CacheError(
+                f"the stack has shape {list(stack.shape)}; expected [*components, "
+                f"{'batch, ' * has_rows}{'' if one_position else 'pos, '}{cache.cfg.d_model}]"
+            )
+        return stack, None, stack.shape[stack.ndim - 1 - n_lead : -1]
     norm = freeze_norm(cache, point.norm, pos_slice=pos_slice, purpose="apply_ln_to_stack")
     if batch_slice is not None:
         norm = replace(norm, scale=_take_rows(norm.scale, row_axis, batch_slice, "this cache"))
     elif cache.has_batch_dim and not has_batch_dim and norm.scale.shape[row_axis] == 1:
         norm = replace(norm, scale=norm.scale.select(row_axis, 0))
     _check_shape(stack, norm)
-    return stack, norm
+    return stack, norm, norm.scale.shape[:-1]
 
 
 def _take_rows(tensor: Tensor, axis: int, rows: Choice, where: str) -> Tensor:

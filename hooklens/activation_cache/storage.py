@@ -87,7 +87,7 @@ def read_cache(path: str | os.PathLike[str], *, device: torch.device | str = "cp
         return _interpret(stored, json.loads(metadata["header"]))
     except CacheError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CacheError(
             f"{str(path)!r} cannot be read as an activation cache ({type(error).__name__}: {error}); "
             "expected a file that ActivationCache.save wrote"

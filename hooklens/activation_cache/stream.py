@@ -41,27 +41,37 @@ class StreamPoint:
     @property
     def has_mid(self) -> bool:
         """Whether this is the place between attention and MLP of a sequential block."""
-        return self.mlp_input and self.cfg.wiring == "sequential"
+        return self.mlp_input and self.cfg.block(self.layer).has_mid
 
     @property
-    def attention_layers(self) -> range:
+    def attention_layers(self) -> list[int]:
         """Layers whose attention has written to the stream here; the MLP of a parallel block reads beside it."""
-        return range(self.layer + self.has_mid)
+        return [block.layer for block in self.cfg.blocks[: self.layer + self.has_mid] if block.attn is not None]
 
     @property
-    def mlp_layers(self) -> range:
+    def mlp_layers(self) -> list[int]:
         """Layers whose MLP has written to the stream here."""
-        return range(self.layer)
+        return [block.layer for block in self.cfg.blocks[: self.layer] if block.mlp is not None]
 
     @property
     def norm(self) -> str | None:
-        """The norm through which the stream is read here; None where blocks read it as it is."""
+        """The norm through which the stream is read here; None where it is read as it is.
+
+        In a layer without attention the MLP is the first to read it.
+
+        Raises:
+            CacheError: the layer has neither.
+        """
         if self.layer == self.cfg.n_layers:
-            return "ln_final"
-        if not self.cfg.norm_before:
-            return None
-        own_norm = self.mlp_input and not self.cfg.shared_norm
-        return f"blocks.{self.layer}.{'ln2' if own_norm else 'ln1'}"
+            return None if self.cfg.final_norm is None else "ln_final"
+        block = self.cfg.block(self.layer)
+        if block.attn is None and block.mlp is None:
+            raise CacheError(
+                f"layer {self.layer} has neither attention nor an MLP, so nothing reads the stream there through a "
+                "norm; give the layer that reads it next"
+            )
+        norm = block.mlp_norm if self.mlp_input or block.attn is None else block.attn_norm
+        return None if norm is None else f"blocks.{self.layer}.{norm}"
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +101,7 @@ def locate(cfg: HookedConfig, layer: SupportsIndex | None, *, mlp_input: bool = 
     """The place that `layer` names: 0 to `n_layers`; None and -1 are the end of the stream.
 
     Raises:
-        CacheError: the layer is out of range or no whole number, or the end of the stream has no MLP.
+        CacheError: the layer is out of range or no whole number, or there is no MLP.
     """
     check_flags(mlp_input=mlp_input)
     number = read_number(layer, what="layer")
@@ -106,6 +116,8 @@ def locate(cfg: HookedConfig, layer: SupportsIndex | None, *, mlp_input: bool = 
             f"mlp_input: layer {layer} is the end of the stream, which the unembedding reads, not an MLP; "
             f"give a layer from 0 to {cfg.n_layers - 1}"
         )
+    if mlp_input and cfg.block(resolved).mlp is None:
+        raise CacheError(f"mlp_input: layer {resolved} has no MLP; leave mlp_input out")
     return StreamPoint(cfg=cfg, layer=resolved, mlp_input=mlp_input)
 
 

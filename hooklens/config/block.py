@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from hooklens.config.checks import check_counts
+from hooklens.config.norms import NormConfig
 from hooklens.config.positions import Positions
 from hooklens.errors import ConfigError
 
@@ -58,6 +59,8 @@ class PartConfig:
 class BlockConfig:
     """The description of one layer.
 
+    What a setting of the network says of a part that the layer lacks has no effect.
+
     Attributes:
         cfg: what all layers share.
         layer: which layer.
@@ -69,14 +72,51 @@ class BlockConfig:
     options: Mapping[str, Option] = field(default_factory=dict)
 
     @property
-    def attn(self) -> PartConfig:
-        """The attention."""
-        return _of_layer(self.cfg.attn, self.layer)
+    def attn(self) -> PartConfig | None:
+        """The attention; None: the layer has none."""
+        return self._own(self.cfg.attn)
 
     @property
-    def mlp(self) -> PartConfig:
-        """The MLP."""
-        return _of_layer(self.cfg.mlp, self.layer)
+    def mlp(self) -> PartConfig | None:
+        """The MLP, or what stands in its place; None: the layer has none."""
+        return self._own(self.cfg.mlp)
+
+    @property
+    def norm(self) -> NormConfig | None:
+        """The kind of the norms around the branches; None: the layer has none."""
+        return self._own(self.cfg.norm)
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether norms stand at the entrances of the branches."""
+        return self.norm is not None and self._own(self.cfg.norm_before)
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether norms stand at the exits of the branches."""
+        return self.norm is not None and self._own(self.cfg.norm_after)
+
+    @property
+    def attn_norm(self) -> str | None:
+        """The norm through which attention reads the stream, `"ln1"`; None: as it is, or there is no attention."""
+        return "ln1" if self.norm_before and self.attn is not None else None
+
+    @property
+    def mlp_norm(self) -> str | None:
+        """The norm through which the MLP reads the stream, `"ln2"`, or a shared `"ln1"`; None as in `attn_norm`."""
+        if not self.norm_before or self.mlp is None:
+            return None
+        return "ln1" if self.cfg.shared_norm else "ln2"
+
+    @property
+    def has_mid(self) -> bool:
+        """Whether the stream has a place between attention and MLP."""
+        return self.cfg.wiring == "sequential" and self.attn is not None and self.mlp is not None
+
+    @property
+    def qk_norm(self) -> NormConfig | None:
+        """The norm over each head's query and key."""
+        return self._own(self.cfg.qk_norm)
 
     @property
     def positions(self) -> Positions:
@@ -87,7 +127,10 @@ class BlockConfig:
     @property
     def window(self) -> int | None:
         """How many of the latest keys a query may see; None: all."""
-        return self.cfg.window(self.layer)
+        return None if self.cfg.windows is None else self.cfg.windows[self.layer]
+
+    def _own(self, value: Value | tuple[Value, ...]) -> Value:
+        return value[self.layer] if isinstance(value, tuple) else value
 
     def of(self, part: PartConfig) -> "BlockConfig":
         """The description for one part, with its options."""
@@ -105,7 +148,3 @@ class BlockConfig:
         check_counts(f"options of the part in layer {self.layer}", {axis: size})
         assert isinstance(size, int)
         return size
-
-
-def _of_layer(value: Value | tuple[Value, ...], layer: int) -> Value:
-    return value[layer] if isinstance(value, tuple) else value

@@ -1,7 +1,7 @@
 """Checks of configuration values: what was found, what was expected."""
 
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from hooklens.errors import ConfigError
@@ -68,16 +68,28 @@ def check_flags(owner: str, values: Mapping[str, object]) -> None:
         raise ConfigError(f"{owner}: {', '.join(found)}; expected True or False")
 
 
-def check_kind(what: str, value: object, kind: type, *, by_layer: bool = False) -> None:
-    """Refuse what is not of a class or, where layers may differ, a tuple of such.
+def check_kind(what: str, value: object, kind: type, *, by_layer: bool = True) -> None:
+    """Refuse what is neither of a class nor None (absent) nor, where layers may differ, a tuple of such.
 
     Raises:
         ConfigError: it is not.
     """
     each = value if by_layer and isinstance(value, tuple) else (value,)
-    if not all(isinstance(one, kind) for one in each):
+    if not all(one is None or isinstance(one, kind) for one in each):
         also = ", or a tuple with one for each layer" if by_layer else ""
-        raise ConfigError(f"{what}={value!r}; expected {kind.__name__}(...){also}")
+        raise ConfigError(f"{what}={value!r}; expected {kind.__name__}(...) or None{also}")
+
+
+def refuse(problems: Sequence[str], owner: str) -> None:
+    """Refuse a combination of values, with all that is wrong with it.
+
+    Raises:
+        ConfigError: there are problems.
+    """
+    if len(problems) == 1:
+        raise ConfigError(f"{owner}: {problems[0]}")
+    if problems:
+        raise ConfigError(f"{owner}:\n- " + "\n- ".join(problems))
 
 
 def check_counts(owner: str, values: Mapping[str, object], *, at_least: int = 1) -> None:
@@ -98,6 +110,7 @@ def check_counts(owner: str, values: Mapping[str, object], *, at_least: int = 1)
 def _is_number(value: object, at_least: float | None) -> bool:
     if value is None:
         return True
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Also of whole numbers some are too large to compute with.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return False
     return value > 0 if at_least is None else value >= at_least

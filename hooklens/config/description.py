@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hooklens.axes import HookSite
+from hooklens.config.norms import NormConfig
 
 if TYPE_CHECKING:
     from hooklens.config.network import HookedConfig
@@ -54,11 +55,13 @@ class Description:
     Attributes:
         weights: by name, in the order of the computation. A tied `unembed.W_U` is among them.
         points: what each hook point carries, by name.
+        norms: the norms, by name (`"blocks.3.ln1"`).
         absent: why the network lacks what other networks have, by the name of a weight, a point or a whole part.
     """
 
     weights: dict[str, DeclaredWeight] = field(default_factory=dict)
     points: dict[str, HookSite] = field(default_factory=dict)
+    norms: dict[str, NormConfig] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     def why_absent(self, name: str) -> str | None:

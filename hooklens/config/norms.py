@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from hooklens.config.checks import check_choice, check_numbers
-from hooklens.errors import ConfigError
+from hooklens.config.checks import check_choice, check_flags, check_numbers, check_present, refuse
 
 NormKind = Literal["layer", "rms"]
 
@@ -16,17 +15,25 @@ class NormConfig:
     Attributes:
         kind: `"layer"` (centre, scale, weight, bias) or `"rms"` (scale, weight; Zhang and Sennrich 2019).
         eps: added to the variance or mean square before the root.
+        weight: whether it has a weight `w`. Without weight and bias it centres and scales only.
         bias: whether a LayerNorm has a bias `b`.
         unit_offset: the weight acts as `1 + w`.
     """
 
     kind: NormKind
     eps: float
+    weight: bool = True
     bias: bool = True
     unit_offset: bool = False
 
     def __post_init__(self) -> None:
         check_choice("norm kind", self.kind, get_args(NormKind))
+        check_present("norm", {"eps": self.eps})
         check_numbers("norm", {"eps": self.eps}, at_least=0.0)
+        check_flags("norm", {"weight": self.weight, "bias": self.bias, "unit_offset": self.unit_offset})
+        problems = []
         if self.kind == "rms" and self.bias:
-            raise ConfigError("an RMSNorm has no bias: set bias=False")
+            problems.append("an RMSNorm has no bias: set bias=False")
+        if self.unit_offset and not self.weight:
+            problems.append("unit_offset=True is how a weight acts: it needs weight=True")
+        refuse(problems, "norm")

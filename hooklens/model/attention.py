@@ -38,7 +38,7 @@ HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos _ d_mo
 
 _PER_HEAD, _PER_KV_HEAD = "batch pos head d_head", "batch pos kv_head d_head"
 _ROTARY = When(lambda block: isinstance(block.positions, RotaryPositions), "its positions are not rotary")
-_QK_NORMED = When(lambda block: block.cfg.qk_norm is not None, "it has no query-key norm")
+_QK_NORMED = When(lambda block: block.qk_norm is not None, "it has no query-key norm")
 _BIASED = When(lambda block: block.cfg.qkv_bias, "its queries, keys and values have no biases")
 _OUT_BIASED = When(lambda block: block.cfg.out_bias, "its attention output has no bias")
 _SHARING = When(
@@ -101,8 +101,8 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     hook_v_per_head: HookPoint = point(
         _PER_HEAD, "grouped queries: values, a copy per query head", on_request=True, repeats="hook_v", when=_SHARING
     )
-    q_norm: Norm | None = norm("query norm", axes=_PER_HEAD, kind=lambda block: block.cfg.qk_norm, when=_QK_NORMED)
-    k_norm: Norm | None = norm("key norm", axes=_PER_KV_HEAD, kind=lambda block: block.cfg.qk_norm, when=_QK_NORMED)
+    q_norm: Norm | None = norm("query norm", axes=_PER_HEAD, kind=lambda block: block.qk_norm, when=_QK_NORMED)
+    k_norm: Norm | None = norm("key norm", axes=_PER_KV_HEAD, kind=lambda block: block.qk_norm, when=_QK_NORMED)
     hook_rot_q: HookPoint = point(_PER_HEAD, "queries after rotary", when=_ROTARY)
     hook_rot_k: HookPoint = point(_PER_KV_HEAD, "keys after rotary, as cached", when=_ROTARY)
     hook_attn_scores: HookPoint = point(

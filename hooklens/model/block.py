@@ -14,21 +14,17 @@ from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.part import Part, find_part
 from hooklens.model.positions import TokenPlan
 
-_NORMS_BEFORE = When(lambda block: block.cfg.norm_before, "it has no norms before its branches")
-_NORMS_AFTER = When(lambda block: block.cfg.norm_after, "it has no norms after its branches")
-_OWN_MLP_NORM = When(
-    lambda block: block.cfg.norm_before and not block.cfg.shared_norm, "its MLPs have no norm of their own"
-)
-_SEQUENTIAL = When(lambda block: block.cfg.wiring == "sequential", "its blocks are parallel")
+_ATTENDS = When(lambda block: block.attn is not None, "this layer has no attention")
+_HAS_MLP = When(lambda block: block.mlp is not None, "this layer has no MLP")
+_NORMED = When(lambda block: block.norm is not None, "this layer has no norms")
+_NORMS_BEFORE = When(lambda block: block.norm_before, "it has no norms before its branches", _NORMED)
+_NORMS_AFTER = When(lambda block: block.norm_after, "it has no norms after its branches", _NORMED)
+_LN1_READ = When(lambda block: "ln1" in (block.attn_norm, block.mlp_norm), "this layer has no attention", _NORMS_BEFORE)
+_LN1_POST = When(lambda block: True, "", _ATTENDS, _NORMS_AFTER)
+_LN2_READ = When(lambda block: block.mlp_norm == "ln2", "its MLPs have no norm of their own", _HAS_MLP, _NORMS_BEFORE)
+_LN2_POST = When(lambda block: True, "", _HAS_MLP, _NORMS_AFTER)
+_HAS_MID = When(lambda block: block.cfg.wiring == "sequential", "its blocks are parallel", _ATTENDS, _HAS_MLP)
 _PER_HEAD, _PER_KV_HEAD = "batch pos head d_model", "batch pos kv_head d_model"
-
-
-def _norm_of_attention(block: BlockConfig) -> str | None:
-    return "ln1" if block.cfg.norm_before else None
-
-
-def _norm_of_mlp(block: BlockConfig) -> str | None:
-    return "ln2" if _OWN_MLP_NORM.holds(block) else _norm_of_attention(block)
 
 
 class Block(Part, place="blocks.{i}"):
@@ -46,7 +42,8 @@ class Block(Part, place="blocks.{i}"):
             |             | mlp_out
         resid_post = (+) -+
 
-    In every wiring `resid_post = resid_pre + attn_out + mlp_out`.
+    In every wiring `resid_post = resid_pre + attn_out + mlp_out`. A layer without attention or without an MLP
+    (`cfg.block(layer)`) lacks that branch with its norms and hook points, and `hook_resid_mid`; the attribute is None.
     """
 
     # The stream enters as the very tensor that left the block below.
@@ -56,40 +53,54 @@ class Block(Part, place="blocks.{i}"):
         "stream entering attention, a copy per head, before the norm; a key-value head reads the mean of the copies of "
         "its query heads",
         on_request=True,
+        when=_ATTENDS,
     )
     hook_q_input: HookPoint = point(
-        _PER_HEAD, "stream entering the queries, a copy per head, before the norm", on_request=True
+        _PER_HEAD, "stream entering the queries, a copy per head, before the norm", on_request=True, when=_ATTENDS
     )
     hook_k_input: HookPoint = point(
-        _PER_KV_HEAD, "stream entering the keys, a copy per key-value head, before the norm", on_request=True
+        _PER_KV_HEAD,
+        "stream entering the keys, a copy per key-value head, before the norm",
+        on_request=True,
+        when=_ATTENDS,
     )
     hook_v_input: HookPoint = point(
-        _PER_KV_HEAD, "stream entering the values, a copy per key-value head, before the norm", on_request=True
+        _PER_KV_HEAD,
+        "stream entering the values, a copy per key-value head, before the norm",
+        on_request=True,
+        when=_ATTENDS,
     )
-    ln1: Norm | None = norm("norm before attention", when=_NORMS_BEFORE)
+    ln1: Norm | None = norm("norm before attention", when=_LN1_READ)
     attn: Attention = inner(
         lambda block: find_part("blocks.{i}.attn", block.attn),
         lambda block: block.of(block.attn),
-        reads=_norm_of_attention,
+        reads=lambda block: block.attn_norm,
+        when=_ATTENDS,
     )
-    ln1_post: Norm | None = norm("norm after attention", when=_NORMS_AFTER)
-    hook_attn_out: HookPoint = point(STREAM, "what attention adds to the stream")
-    hook_resid_mid: HookPoint = point(STREAM, "the stream between attention and MLP", when=_SEQUENTIAL)
+    ln1_post: Norm | None = norm("norm after attention", when=_LN1_POST)
+    hook_attn_out: HookPoint = point(STREAM, "what attention adds to the stream", when=_ATTENDS)
+    hook_resid_mid: HookPoint = point(STREAM, "the stream between attention and MLP", when=_HAS_MID)
     # The skip connection reads the same tensor.
     hook_mlp_in: HookPoint = point(
-        STREAM, "stream entering the MLP, before the norm; an edit reaches the MLP only", shared=True
+        STREAM, "stream entering the MLP, before the norm; an edit reaches the MLP only", shared=True, when=_HAS_MLP
     )
-    ln2: Norm | None = norm("norm before the MLP", when=_OWN_MLP_NORM)
+    ln2: Norm | None = norm("norm before the MLP", when=_LN2_READ)
     mlp: MLP = inner(
-        lambda block: find_part("blocks.{i}.mlp", block.mlp), lambda block: block.of(block.mlp), reads=_norm_of_mlp
+        lambda block: find_part("blocks.{i}.mlp", block.mlp),
+        lambda block: block.of(block.mlp),
+        reads=lambda block: block.mlp_norm,
+        when=_HAS_MLP,
     )
-    ln2_post: Norm | None = norm("norm after the MLP", when=_NORMS_AFTER)
-    hook_mlp_out: HookPoint = point(STREAM, "what the MLP adds to the stream")
+    ln2_post: Norm | None = norm("norm after the MLP", when=_LN2_POST)
+    hook_mlp_out: HookPoint = point(STREAM, "what the MLP adds to the stream", when=_HAS_MLP)
     hook_resid_post: HookPoint = point(STREAM, "the stream leaving the block")
 
     def __init__(self, block: BlockConfig) -> None:
         super().__init__(block)
-        self.is_parallel = self.cfg.wiring == "parallel"
+        self.has_attn, self.has_mlp, self.has_mid = block.attn is not None, block.mlp is not None, block.has_mid
+        self.shares_norm = block.mlp_norm == "ln1"
+        # Without either branch the very tensor that entered leaves.
+        self.hook_resid_post.shared = not (self.has_attn or self.has_mlp)
 
     def forward(
         self,
@@ -111,33 +122,47 @@ class Block(Part, place="blocks.{i}"):
                 runs for these only, so all points after attention see no others.
         """
         resid_pre = self.hook_resid_pre(resid, call)
-        attn_out, normed = self._run_attention(resid_pre, plan, call, entry)
+        normed = resid_pre if self.ln1 is None else self.ln1(resid_pre, call)
+        attn_out = None
+        if self.has_attn:
+            attn_out = self._run_attention(resid_pre, normed, plan, call, entry)
+        elif entry is not None and not entry.frozen:
+            entry.append_columns(resid_pre.shape[1])
+        shared = normed if self.shares_norm else None
+        del normed
         if wanted is not None:
-            resid_pre, attn_out = resid_pre[wanted][:, None], attn_out[wanted][:, None]
-            normed = None if normed is None else normed[wanted][:, None]
+            resid_pre = resid_pre[wanted][:, None]
+            shared, attn_out = (None if x is None else x[wanted][:, None] for x in (shared, attn_out))
             call = call.on(plan.choose_tokens(*wanted))
-        if self.is_parallel:
-            mlp_out = self._run_mlp(resid_pre, normed, call)
-            return self.hook_resid_post(resid_pre + attn_out + mlp_out, call)
-        resid_mid = self.hook_resid_mid(resid_pre + attn_out, call)
-        # The MLP is where a block needs most memory.
-        del attn_out, normed, resid_pre, resid
-        return self.hook_resid_post(resid_mid + self._run_mlp(resid_mid, None, call), call)
+        if self.has_mid and attn_out is not None:
+            resid_mid = self.hook_resid_mid(resid_pre + attn_out, call)
+            # The MLP is where a block needs most memory.
+            del attn_out, resid_pre, resid
+            return self.hook_resid_post(resid_mid + self._run_mlp(resid_mid, None, call), call)
+        mlp_out = self._run_mlp(resid_pre, shared, call) if self.has_mlp else None
+        for out in (attn_out, mlp_out):
+            resid_pre = resid_pre if out is None else resid_pre + out
+        return self.hook_resid_post(resid_pre, call)
+
+    def run_mlp(self, stream: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP adds when it reads a stream, without attention: `resid_mid`, in parallel blocks `resid_pre`."""
+        normed = self.ln1(stream, call) if self.cfg.shared_norm and self.ln1 is not None else None
+        return self._run_mlp(stream, normed, call)
 
     def _run_attention(
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
+        normed: Float[Tensor, "batch pos d_model"],
         plan: TokenPlan,
         call: Call,
         entry: HookedKeyValueCacheEntry | None,
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
-        """What attention adds to the stream, and the normed stream where the MLP reads it, too."""
-        normed = resid_pre if self.ln1 is None else self.ln1(resid_pre, call)
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the stream."""
         q_input, k_input, v_input = self._head_inputs(resid_pre, normed, call)
         attn_out = self.attn(q_input, k_input, v_input, plan, call, entry)
         if self.ln1_post is not None:
             attn_out = self.ln1_post(attn_out, call)
-        return self.hook_attn_out(attn_out, call), normed if self.cfg.shared_norm else None
+        return self.hook_attn_out(attn_out, call)
 
     def _run_mlp(self, resid: Tensor, normed: Tensor | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the stream; with a shared norm, `normed` is the output of `ln1`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,16 +17,28 @@ Spec = Any
 """What a part is built from: a `BlockConfig` inside blocks, a `HookedConfig` outside, a `NormSpec` for norms."""
 
 
-class When(NamedTuple):
+class When:
     """Whether a network has something.
 
-    Attributes:
-        holds: the question, asked of the part's spec.
+    Args:
+        condition: the question, asked of the part's spec.
         absent: why a network does not have it, as it ends the sentence "the model has none: ...".
+        also: what else has to hold; of several reasons the first of these is told.
     """
 
-    holds: Callable[[Spec], bool]
-    absent: str
+    def __init__(self, condition: Callable[[Spec], bool], absent: str, *also: "When") -> None:
+        self._condition, self._absent, self._also = condition, absent, also
+
+    def why_not(self, spec: Spec) -> str | None:
+        """Why a network does not have it; None where it does."""
+        for one in self._also:
+            if (reason := one.why_not(spec)) is not None:
+                return reason
+        return None if self._condition(spec) else self._absent
+
+    def holds(self, spec: Spec) -> bool:
+        """Whether a network has it."""
+        return self.why_not(spec) is None
 
 
 ALWAYS = When(lambda spec: True, "")
@@ -209,10 +221,8 @@ class Slot(Declared):
         """The class of the part in a network."""
         return self.part if isinstance(self.part, type) else self.part(spec)
 
-    def build(self, spec: Spec, place: str) -> nn.Module | None:
-        """The part, or the parts of all layers; None where the network has none."""
-        if not self.when.holds(spec):
-            return None
+    def build(self, spec: Spec, place: str) -> nn.Module:
+        """The part, or the parts of all layers."""
         if self.per_layer:
             return nn.ModuleList(self.part_class(one)(one) for one in self.spec(spec))
         made, inside = self.part_class(spec), self.spec(spec)

@@ -14,8 +14,10 @@ from hooklens.errors import CacheError, InputError
 from hooklens.hooks import HookPoint
 from hooklens.hooks.call import NOBODY, Call, Listeners, Phase, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.kv_cache.documents import ColumnDocuments
 from hooklens.model.block import Block
 from hooklens.model.declared import When, inner, point
+from hooklens.model.documents import Borders, DocumentMarks, hide_padding, place_documents, read_marks
 from hooklens.model.embed import Embed, PosEmbed, TiedUnembed, Unembed
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parameters import read_state
@@ -28,6 +30,7 @@ Logits = Float[Tensor, "batch chosen d_vocab"]
 
 
 _LEARNED = When(lambda cfg: isinstance(cfg.positions, LearnedPositions), "its positions are not learned vectors")
+_NORMED_LAST = When(lambda cfg: cfg.final_norm is not None, "it has no final norm")
 
 
 class Decoder(Part, place=""):
@@ -44,9 +47,12 @@ class Decoder(Part, place=""):
     hook_embed: HookPoint = point(STREAM, "token embedding, as it enters the stream")
     pos_embed: PosEmbed = inner(PosEmbed, when=_LEARNED)
     hook_pos_embed: HookPoint = point(STREAM, "learned position embedding", when=_LEARNED)
-    blocks: nn.ModuleList = inner(Block, lambda cfg: [cfg.block(i) for i in range(cfg.n_layers)], per_layer=True)
-    ln_final: Norm = norm("final norm", kind=lambda cfg: cfg.norm)
-    unembed: Unembed = inner(lambda cfg: TiedUnembed if cfg.tied_unembed else Unembed, reads=lambda cfg: "ln_final")
+    blocks: nn.ModuleList = inner(Block, lambda cfg: cfg.blocks, per_layer=True)
+    ln_final: Norm | None = norm("final norm", kind=lambda cfg: cfg.final_norm, when=_NORMED_LAST)
+    unembed: Unembed = inner(
+        lambda cfg: TiedUnembed if cfg.tied_unembed else Unembed,
+        reads=lambda cfg: "ln_final" if _NORMED_LAST.holds(cfg) else None,
+    )
 
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__(cfg)
@@ -96,13 +102,17 @@ class Decoder(Part, place=""):
         *,
         attention_mask: Bool[Tensor, "batch pos"] | None = None,
         positions: Int[Tensor, "rows pos"] | Int[Tensor, " pos"] | None = None,
+        document_ids: Int[Tensor, "rows pos"] | Int[Tensor, " pos"] | None = None,
+        document_borders: Borders = None,
+        restart_positions: bool | None = None,
         past_kv_cache: HookedKeyValueCache | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         logits_at: LogitsAt = None,
     ) -> Logits | Stream:
         """Logits, or with `stop_at_layer` the residual stream; see `run`."""
-        plan = self.make_plan(input, attention_mask, positions, past_kv_cache)
+        marks = self.read_documents(input, document_ids, document_borders, restart_positions)
+        plan = self.make_plan(input, attention_mask, positions, past_kv_cache, marks=marks)
         return self.run(
             input,
             plan,
@@ -150,7 +160,12 @@ class Decoder(Part, place=""):
             stream = self._embed_tokens(input, plan, call) if start_at_layer is None else input
             stream = self._run_blocks(stream, plan, call, past_kv_cache, start, stop)
             if past_kv_cache is not None and not past_kv_cache.frozen:
-                past_kv_cache.append_attention_mask(self._new_mask(plan), all_tokens=plan.attention_mask is None)
+                past_kv_cache.append_attention_mask(
+                    self._new_mask(plan),
+                    all_tokens=plan.attention_mask is None,
+                    documents=self._documents_to_keep(plan),
+                    token_ids=input if start_at_layer is None else None,
+                )
                 past_kv_cache.transforms = self.transforms
             if stop_at_layer is not None or not (unembed or self.listens_past_blocks(call)):
                 return stream
@@ -163,7 +178,8 @@ class Decoder(Part, place=""):
     def listens_past_blocks(self, call: Call) -> bool:
         """Whether somebody listens in the final norm or the unembedding."""
         unembed = self.unembed
-        return self.ln_final.listens(call) or unembed.hook_in.listens(call) or unembed.hook_out.listens(call)
+        in_norm = self.ln_final is not None and self.ln_final.listens(call)
+        return in_norm or unembed.hook_in.listens(call) or unembed.hook_out.listens(call)
 
     def idle_points(self, *, start_at_layer: int | None = None, stop_at_layer: int | None = None) -> frozenset[str]:
         """The hook points that do not fire in a call that leaves out blocks."""
@@ -214,7 +230,7 @@ class Decoder(Part, place=""):
 
     def depends_on_length(self, n_tokens: int) -> bool:
         """Whether a sequence of this length turns at rotary frequencies of its own (dynamic scaling)."""
-        rotaries = {block.attn.rotary for block in self.block_list()}
+        rotaries = {block.attn.rotary for block in self.block_list() if block.has_attn}
         return any(rotary is not None and rotary.depends_on_length(n_tokens) for rotary in rotaries)
 
     def block_list(self) -> list[Block]:
@@ -225,7 +241,7 @@ class Decoder(Part, place=""):
         return list(blocks)  # type: ignore[arg-type]
 
     def _unembed_stream(self, stream: Stream, call: Call, chosen: ChosenColumns | None) -> Logits:
-        normed = self.ln_final(stream, call)
+        normed = stream if self.ln_final is None else self.ln_final(stream, call)
         if chosen is not None:
             normed, call = chosen.take(normed), call.on(chosen)
         logits = self.unembed(normed, call)
@@ -260,6 +276,17 @@ class Decoder(Part, place=""):
                 "only; freeze the cache (it is then read, not written) or run all blocks"
             )
 
+    @staticmethod
+    def read_documents(
+        input: Tokens | Stream,
+        document_ids: object = None,
+        document_borders: object = None,
+        restart_positions: bool | None = None,  # noqa: FBT001
+    ) -> DocumentMarks | None:
+        """What a caller says about the documents of an input; see `hooklens.model.documents.read_marks`."""
+        batch, n_new = input.shape[:2]
+        return read_marks(document_ids, document_borders, restart_positions, batch=batch, n_new=n_new)
+
     def make_plan(
         self,
         input: Tokens | Stream,
@@ -268,6 +295,7 @@ class Decoder(Part, place=""):
         past_kv_cache: HookedKeyValueCache | None = None,
         *,
         phase: Phase = "prefill",
+        marks: DocumentMarks | None = None,
     ) -> TokenPlan:
         """Work out which tokens a call runs, and check them against the model and the cache.
 
@@ -277,10 +305,13 @@ class Decoder(Part, place=""):
             positions: `[pos]` or `[batch pos]`, in place of what the mask says.
             past_kv_cache: what came before these tokens.
             phase: `"decode"` for generated tokens, of which edits are told.
+            marks: the documents of these tokens, from `read_documents`. None: of the row, or of a cache with
+                documents the last one.
 
         Raises:
-            InputError: a mask or positions of the wrong shape, positions that change nothing, or too many.
-            CacheError: the cache does not fit the model or the batch.
+            InputError: a mask or positions of the wrong shape, positions that change nothing, or too many, or
+                documents that do not go with them.
+            CacheError: the cache does not fit the model, the batch or the documents.
         """
         cache = past_kv_cache
         batch, n_new = input.shape[:2]
@@ -292,6 +323,8 @@ class Decoder(Part, place=""):
         # Looked at where it was given: a mask on the host keeps no device waiting.
         checked = check_attention_mask(attention_mask, batch, n_new, n_past)
         given = self._check_positions(positions, batch, n_new, cache)
+        if marks is not None:
+            checked = hide_padding(checked, marks, batch=batch, n_past=n_past)
         plan = TokenPlan(
             batch=batch,
             n_new=n_new,
@@ -301,7 +334,10 @@ class Decoder(Part, place=""):
             n_past=n_past,
             positions=None if given is None else given.to(input.device),
             phase=phase,
+            causal=self.cfg.causal,
         )
+        if marks is not None or (cache is not None and cache.document_ids is not None):
+            plan.documents = place_documents(marks, cache, plan, checked)
         self._check_context(plan)
         return plan
 
@@ -312,9 +348,10 @@ class Decoder(Part, place=""):
         given = check_positions(positions, batch, n_new, self.cfg.n_ctx)
         if given is None:
             return None
-        kinds = self.cfg.positions if isinstance(self.cfg.positions, tuple) else (self.cfg.positions,)
-        windowed = self.cfg.windows is not None and any(size is not None for size in self.cfg.windows)
-        if not windowed and all(isinstance(kind, NoPositions) for kind in kinds):
+        attending = [block for block in self.cfg.blocks if block.attn is not None]
+        kinds = [block.positions for block in attending]
+        windowed = any(block.window is not None for block in attending)
+        if not (windowed or self._embeds_positions) and all(isinstance(kind, NoPositions) for kind in kinds):
             raise InputError("positions were given, and nothing in this network reads them (cfg.positions is none)")
         if cache is not None and (windowed or any(isinstance(kind, AlibiPositions) for kind in kinds)):
             raise InputError(
@@ -327,13 +364,21 @@ class Decoder(Part, place=""):
         n_ctx = self.cfg.n_ctx
         if plan.n_keys <= n_ctx:
             return
-        longest = plan.n_keys if plan.key_mask is None else int(plan.n_tokens.max())
+        if plan.counts_within_documents:
+            longest = int(plan.document_positions.max()) + 1
+        else:
+            longest = plan.n_keys if plan.key_mask is None else int(plan.n_tokens.max())
         if longest > n_ctx:
             past = f" ({plan.n_past} of them in the cache)" if plan.n_past else ""
             raise InputError(
                 f"the input needs {longest} positions{past}, the model has n_ctx={n_ctx}; shorten the input, or for "
-                "positions that extrapolate load with a config whose n_ctx is larger (cfg.replace(n_ctx=...))"
+                "positions that extrapolate load with a larger one (from_pretrained(..., n_ctx=...))"
             )
+
+    @staticmethod
+    def _documents_to_keep(plan: TokenPlan) -> ColumnDocuments | None:
+        documents = plan.documents
+        return None if documents is None else ColumnDocuments(documents.ids, documents.restarts)
 
     @staticmethod
     def _new_mask(plan: TokenPlan) -> Tensor:

@@ -15,6 +15,7 @@ def next_token_loss(
     attention_mask: Bool[Tensor, "batch pos"] | None = None,
     *,
     last_logits: Float[Tensor, "rows d_vocab"] | None = None,
+    starts_document: Bool[Tensor, "rows pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ""] | Float[Tensor, "batch predicted"]:
     """Cross-entropy in nats of each next token, averaged over the tokens that are predicted.
@@ -24,8 +25,9 @@ def next_token_loss(
         tokens: the tokens run.
         attention_mask: real tokens; padding is neither predicted nor predicts, wherever it stands.
         last_logits: the logits before the first token, of a cached prefix: they predict it.
+        starts_document: the first tokens of documents that share a row; nothing predicts them.
         per_token: the losses themselves, `[batch pos-1]` (`[batch pos]` with `last_logits`), 0 for padding and for
-            a row's first token.
+            the first token of a row or document.
 
     Raises:
         InputError: there is no token to predict.
@@ -38,10 +40,14 @@ def next_token_loss(
     else:
         predictions, counted = _predict_from_real(logits, attention_mask.bool(), last_logits)
         targets = tokens if last_logits is not None else tokens[:, 1:]
+    if starts_document is not None:
+        goes_on = ~starts_document[:, -targets.shape[1] :].expand(len(targets), -1)
+        counted = goes_on if counted is None else counted & goes_on
     if not targets.shape[1] or (counted is not None and not torch.compiler.is_compiling() and not counted.any()):
+        subject = "rows" if starts_document is None else "rows and documents"
         raise InputError(
-            "loss: rows of one token have no next token to predict; give at least two, or continue a cached prefix "
-            "(model.prefill)"
+            f"loss: {subject} of one token have no next token to predict; give at least two, or continue a cached "
+            "prefix (model.prefill)"
         )
     losses = F.cross_entropy(widen(predictions).flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view(targets.shape)

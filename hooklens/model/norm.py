@@ -42,12 +42,14 @@ class NormSpec:
 class Norm(Part):
     """A norm over the last axis: `(x - mean) / scale * w + b`, or `x / scale * w` for the RMS kind.
 
+    Without weight it ends with the division.
+
     The fused kernel does the work. With a listener the scale and the normalized tensor are computed
     beside it, in float32 for half-precision inputs, and the output is recomputed from them only when a
     listener changed one. `hook_scale` carries float32 for half-precision inputs.
     """
 
-    w: nn.Parameter = weight("...")
+    w: nn.Parameter | None = weight("...", when=When(lambda spec: spec.norm.weight, "its norms have no weight"))
     b: nn.Parameter | None = weight("...", when=When(lambda spec: spec.norm.bias, "its norms have no bias"))
     hook_scale: HookPoint = point("... one", "the norm's denominator")
     hook_normalized: HookPoint = point("...", "after centring and scaling, before weight and bias")
@@ -56,12 +58,13 @@ class Norm(Part):
         super().__init__(spec, place=place)
         self.norm = spec.norm
         self.size = (spec.size("..."),)
-        if not spec.norm.bias:
-            self.register_parameter("b", None)
+        for name in {"w", "b"} & set(self.absent):
+            self.register_parameter(name, None)
 
     def initialize(self) -> None:
         """Make the norm's weight act as 1 and its bias as 0."""
-        nn.init.constant_(self.w, 0.0 if self.norm.unit_offset else 1.0)
+        if self.w is not None:
+            nn.init.constant_(self.w, 0.0 if self.norm.unit_offset else 1.0)
         if self.b is not None:
             nn.init.zeros_(self.b)
 
@@ -81,10 +84,9 @@ class Norm(Part):
             return F.layer_norm(x, self.size, self._gain(), weights["b"], self.norm.eps)
         return F.rms_norm(x, self.size, self._gain(), self.norm.eps)
 
-    def _gain(self) -> Tensor:
+    def _gain(self) -> Tensor | None:
         gain = self._parameters["w"]
-        assert gain is not None
-        return 1.0 + gain if self.norm.unit_offset else gain
+        return 1.0 + gain if gain is not None and self.norm.unit_offset else gain
 
     def _forward_watched(self, x: Tensor, call: Call) -> Tensor:
         out, mean, scale = self._run_with_statistics(x)
@@ -103,7 +105,8 @@ class Norm(Part):
             changed = changed or normalized_changed
         if not changed:
             return self.apply_weights(x) if out is None else out
-        scaled = normalized * self._gain()
+        gain = self._gain()
+        scaled = normalized if gain is None else normalized * gain
         return scaled if self.b is None else scaled + self.b
 
     def _run_with_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -126,7 +129,7 @@ def norm(
     where: str,
     *,
     axes: str = STREAM,
-    kind: Callable[[Any], NormConfig | None] = lambda spec: spec.cfg.norm,
+    kind: Callable[[Any], NormConfig | None] = lambda block: block.norm,
     when: When = ALWAYS,
 ) -> Any:
     """Declare a norm inside a part.

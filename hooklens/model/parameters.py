@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
 from hooklens.weights.layout import logical_view, stored_view
+from hooklens.weights.names import bare_names
 
 if TYPE_CHECKING:
     from hooklens.model.decoder import Decoder
@@ -104,7 +105,8 @@ def read_state(decoder: "Decoder", state: Mapping[str, Any]) -> dict[str, Any]:
             the embedding.
     """
     declared = _held_weights(decoder.cfg)
-    named = name_as_field(decoder.cfg, state)
+    named, bare = name_as_field(decoder.cfg, state), bare_names(state)
+    state = {bare[name]: value for name, value in state.items()}
     check_tied({"embed.W_E": decoder.embed.W_E, **named}, tied_unembed=decoder.cfg.tied_unembed)
     translated, problems = {}, []
     for name, value in named.items():
@@ -127,8 +129,8 @@ def read_state(decoder: "Decoder", state: Mapping[str, Any]) -> dict[str, Any]:
 def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under the field's names and in its shapes; shared, not copied.
 
-    TransformerLens's buffers, its names of weights that several heads share, and its biases of 0, which say what their
-    absence says, are understood.
+    Prefixes of wrappers (`module.`, `_orig_mod.`), TransformerLens's buffers, its names of weights that several heads
+    share, and its biases of 0, which say what their absence says, are understood.
 
     Raises:
         CheckpointError: a weight under two names.
@@ -137,8 +139,9 @@ def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, T
     by_parameter = {weight.parameter: weight for weight in declared.values()}
     named: dict[str, Tensor] = {}
     doubled = []
+    bare = bare_names(state)
     for given, value in state.items():
-        name, tensor = _SHARED_HEADS.sub(r".attn.\1", given), value
+        name, tensor = _SHARED_HEADS.sub(r".attn.\1", bare[given]), value
         weight = by_parameter.get(name)
         if weight is not None and tuple(value.shape) == weight.stored_shape:
             name, tensor = weight.name, logical_view(value, weight.stored, weight.axes, weight.shape)

@@ -47,6 +47,7 @@ class Part(HookedModule):
         declared: the declarations, by name, in the order in which the part is built.
         place: where such parts stand in a network.
         cfg: the network's config.
+        absent: why it lacks what it declares and does not have, by name.
         shapes: logical shapes of the weights that it has.
         size_of: the size of an axis.
     """
@@ -74,19 +75,20 @@ class Part(HookedModule):
         super().__init__()
         self.cfg: HookedConfig = spec if isinstance(spec, HookedConfig) else spec.cfg
         self.size_of: Callable[[str], int] = spec.size
-        present = [one for one in self.declared.values() if isinstance(one, Weight) and one.when.holds(spec)]
+        reasons = {name: one.when.why_not(spec) for name, one in self.declared.items()}
+        self.absent = {name: reason for name, reason in reasons.items() if reason is not None}
+        present = [one for one in self.declared.values() if isinstance(one, Weight) and one.name not in self.absent]
         self.shapes = {one.name: tuple(map(spec.size, one.axes.split())) for one in present}
         self._make_weights(spec, present)
         place = (self.place or "") if place is None else place
         for name, one in self.declared.items():
-            if isinstance(one, Point) and one.when.holds(spec):
+            if isinstance(one, Point) and name not in self.absent:
                 setattr(self, name, HookPoint(one.site(place, *_norm_words(spec)), shared=one.shared))
+            elif isinstance(one, Slot) and name not in self.absent:
+                setattr(self, name, one.build(spec, place))
             elif isinstance(one, Slot):
-                built = one.build(spec, place)
-                if built is None:
-                    self.__dict__[name] = None
-                else:
-                    setattr(self, name, built)
+                # Where reading it costs nothing.
+                self.__dict__[name] = None
 
     def _make_weights(self, spec: Spec, present: list[Weight]) -> None:
         biased = {one.module for one in present if one.is_bias}
@@ -118,7 +120,7 @@ class Part(HookedModule):
             declared = self.declared.get(name)
             if declared is None:
                 raise
-        raise AttributeError(f"{type(self).__name__} has no {name} here: {declared.when.absent}")
+        raise AttributeError(f"{type(self).__name__} has no {name} here: {self.absent.get(name, 'it was deleted')}")
 
     def weight_table(self) -> Iterator[tuple[Weight, tuple[int, ...]]]:
         """The weights that this part has, with their logical shapes."""
@@ -178,8 +180,8 @@ def _describe(description: Description, part: type[Part], spec: Spec, prefix: st
     """Note what a part declares, and what is inside it, under full names."""
     for own_name, one in part.declared.items():
         name = prefix + own_name
-        if not one.when.holds(spec):
-            description.absent[name] = one.when.absent
+        if (reason := one.when.why_not(spec)) is not None:
+            description.absent[name] = reason
         elif isinstance(one, Weight):
             description.weights[name] = _describe_weight(one, spec, prefix, reads)
         elif isinstance(one, Point):
@@ -192,7 +194,10 @@ def _describe(description: Description, part: type[Part], spec: Spec, prefix: st
         elif isinstance(one, Slot):
             sibling = one.reads(spec)
             reads_from = None if sibling is None else prefix + sibling
-            _describe(description, one.part_class(spec), one.spec(spec), f"{name}.", reads_from)
+            inside = one.spec(spec)
+            if one.axes:
+                description.norms[name] = inside.norm
+            _describe(description, one.part_class(spec), inside, f"{name}.", reads_from)
 
 
 def _describe_weight(one: Weight, spec: Spec, prefix: str, reads: str | None) -> DeclaredWeight:

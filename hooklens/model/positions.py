@@ -15,11 +15,12 @@ from torch import Tensor
 from hooklens.errors import InputError
 from hooklens.hooks.call import Phase
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
-from hooklens.model.visibility import Causal, Padding, Rule, Sight, Visibility, Window
+from hooklens.model.documents import DocumentColumns
+from hooklens.model.visibility import Causal, Padding, Rule, SameDocument, Sight, Visibility, Window
 
 LogitsAt = Choice
 Made = TypeVar("Made")
-_RULES: tuple[Rule, ...] = (Causal(), Padding())
+_CAUSAL: tuple[Rule, ...] = (Causal(), Padding())
 
 
 class TokenPlan:
@@ -34,10 +35,12 @@ class TokenPlan:
         positions: position of each column, to override what the masks say.
         phase: `"decode"` while generating, else `"prefill"`.
         device: where the call runs.
+        causal: no query sees a later key.
 
     Attributes:
         n_keys: past + new columns.
         key_mask: which of past + new columns are tokens, `[batch key]`; None: all.
+        documents: of past + new columns, set before anything runs; None: rows are one document each.
         columns: all columns of the call, which None stands for; see `ChosenColumns`.
     """
 
@@ -54,6 +57,7 @@ class TokenPlan:
         n_past: int = 0,
         positions: Int[Tensor, "rows pos"] | None = None,
         phase: Phase = "prefill",
+        causal: bool = True,
     ) -> None:
         self.batch, self.n_new, self.n_past, self.n_keys = batch, n_new, n_past, n_past + n_new
         self.device = device
@@ -61,6 +65,8 @@ class TokenPlan:
         self.attention_mask, self.past_mask = attention_mask, past_mask
         self.key_mask = self._join_masks(attention_mask, past_mask)
         self.given_positions = positions
+        self.causal = causal
+        self.documents: DocumentColumns | None = None
         self._seen: dict[int | None, Visibility] = {}
         self._sights: dict[tuple[int | None, torch.dtype], Sight] = {}
         self._made: dict[Hashable, object] = {}
@@ -114,6 +120,8 @@ class TokenPlan:
         """The position of each column, one row where all rows agree; padding stands at position 0."""
         if self.given_positions is not None:
             return self.given_positions
+        if self.counts_within_documents:
+            return self.document_positions[:, self.n_past :]
         if self.key_mask is None:
             return torch.arange(self.n_past, self.n_keys, device=self.device)[None]
         return self.token_index.clamp(min=0)
@@ -126,6 +134,8 @@ class TokenPlan:
     def _place_keys(self) -> Tensor:
         if self.given_positions is not None and not self.n_past:
             return self.given_positions
+        if self.counts_within_documents:
+            return self.document_positions
         if self.key_mask is None:
             return torch.arange(self.n_keys, device=self.device)[None]
         return (self.key_mask.cumsum(1) - 1).clamp(min=0) * self.key_mask
@@ -138,9 +148,38 @@ class TokenPlan:
         return self.remember("n_positions", lambda: int(self.positions.max()) + 1)
 
     @property
+    def counts_within_documents(self) -> bool:
+        """Whether positions start anew in each document of a row."""
+        return self.given_positions is None and self.documents is not None and self.documents.restarts
+
+    @property
+    def longest(self) -> int:
+        """A bound on the length of sequences, which documents make shorter than rows: looked at where they do."""
+        if not self.counts_within_documents:
+            return self.n_positions
+        return self.remember("longest", lambda: int(self.document_lengths.max()))
+
+    @property
     def is_contiguous(self) -> bool:
         """Whether positions simply go on from the cache, 0, 1, 2, ... in every row."""
-        return self.given_positions is None and self.key_mask is None
+        return self.given_positions is None and self.key_mask is None and self.documents is None
+
+    @property
+    def starts_document(self) -> Bool[Tensor, "rows pos"] | None:
+        """The columns of this call that hold the first token of a document; None where rows are one document each."""
+        return None if self.documents is None else self.document_positions[:, self.n_past :] == 0
+
+    @property
+    def document_positions(self) -> Int[Tensor, "_ key"]:
+        """The position of each key within its document; padding stands at position 0."""
+        assert self.documents is not None
+        return self.remember("document_positions", self.documents.count_positions)
+
+    @property
+    def document_lengths(self) -> Int[Tensor, "_ key"]:
+        """The number of tokens of each key's document."""
+        assert self.documents is not None
+        return self.remember("document_lengths", self.documents.count_lengths)
 
     @property
     def past(self) -> range:
@@ -159,7 +198,10 @@ class TokenPlan:
 
     def rules(self, window: int | None) -> tuple[Rule, ...]:
         """What hides keys from queries in a layer with such a window."""
-        return _RULES if window is None else (*_RULES, Window(window))
+        rules = _CAUSAL if self.causal else _CAUSAL[1:]
+        if self.documents is not None:
+            rules = (*rules, SameDocument())
+        return rules if window is None else (*rules, Window(window, both_ways=not self.causal))
 
     def visibility(self, window: int | None) -> Visibility:
         """What queries see in a layer with such a window (None: none); made once per call."""

@@ -49,7 +49,7 @@ class RotaryTables:
 
     def _look_up(self, plan: TokenPlan, dtype: torch.dtype) -> CosSin:
         n_positions = plan.n_positions
-        if self.depends_on_length(n_positions):
+        if self.depends_on_length(n_positions) and self.depends_on_length(plan.longest):
             return self._look_up_by_length(plan, n_positions, dtype)
         cos, sin = self._table(n_positions, plan.device, dtype)
         if plan.is_contiguous:
@@ -68,6 +68,8 @@ class RotaryTables:
                 f"sequence's length, so the {plan.n_past} cached keys do not fit a sequence of {n_positions}; "
                 "run the whole sequence without a cache"
             )
+        if plan.counts_within_documents:
+            return self._look_up_by_document(plan, n_positions, dtype)
         lengths = plan.n_tokens.tolist() if plan.key_mask is not None else [n_positions]
         positions = plan.positions.expand(len(lengths), -1)
         rows = [
@@ -75,6 +77,20 @@ class RotaryTables:
             for position, length in zip(positions, lengths, strict=True)
         ]
         cos, sin = (torch.stack(tables) for tables in zip(*rows, strict=True))
+        return cos[:, :, None], sin[:, :, None]
+
+    def _look_up_by_document(self, plan: TokenPlan, n_positions: int, dtype: torch.dtype) -> CosSin:
+        """The same for each document's own length."""
+        lengths, positions = plan.document_lengths, plan.positions
+        cos, sin = (table[positions] for table in self._table(n_positions, plan.device, dtype))
+        for length in sorted(set(lengths.flatten().tolist())):
+            if self.depends_on_length(length):
+                own = (lengths == length)[:, :, None]
+                tables = self._make_table(n_positions, length, plan.device, dtype)
+                cos, sin = (
+                    torch.where(own, own_table[positions], kept)
+                    for own_table, kept in zip(tables, (cos, sin), strict=True)
+                )
         return cos[:, :, None], sin[:, :, None]
 
     def _table(self, n_positions: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.model.attend import additive_mask
+from hooklens.model.documents import DocumentColumns
 
 Hidden = Bool[Tensor, "rows one query key"]
 
@@ -33,6 +34,7 @@ class Sides(Protocol):
 
     past_mask: Bool[Tensor, "rows past"] | None
     attention_mask: Bool[Tensor, "batch new"] | None
+    documents: DocumentColumns | None
 
     @property
     def key_mask(self) -> Bool[Tensor, "batch key"] | None:
@@ -71,19 +73,45 @@ class Causal:
 
 @dataclass(frozen=True)
 class Window:
-    """A token sees the `size` latest positions only, its own included."""
+    """A token sees the `size` latest positions only, its own included.
+
+    Attributes:
+        size: how many.
+        both_ways: of the later positions as many: a token sees what is less than `size` positions away. For networks
+            that are not causal.
+    """
 
     size: int
+    both_ways: bool = False
 
     def acts(self, sides: Sides, keys: range) -> bool:
-        """Where the first of the keys is further back from the last query, or positions were given."""
-        return self.size < sides.n_past + sides.n_new - keys.start or sides.given_positions is not None
+        """Where one of the keys is further from the query at the other end, or positions do not count columns."""
+        n_back = sides.n_past + sides.n_new - keys.start
+        n_ahead = keys.stop - sides.n_past if self.both_ways else 0
+        return self.size < max(n_back, n_ahead) or sides.given_positions is not None
 
     def hide(self, sides: Sides, keys: range) -> Hidden:
-        """What lies too far back; padding between two tokens does not count as distance."""
+        """What lies too far off; padding between two tokens does not count as distance."""
         key = sides.key_positions[:, None, None, keys.start : keys.stop]
         query = sides.key_positions[:, None, sides.n_past :, None]
-        return key <= query - self.size
+        too_early = key <= query - self.size
+        return too_early | (key >= query + self.size) if self.both_ways else too_early
+
+
+@dataclass(frozen=True)
+class SameDocument:
+    """No token sees another document of its row."""
+
+    def acts(self, sides: Sides, keys: range) -> bool:
+        """Where there are documents, unless the keys and the queries are known to be of one."""
+        documents = sides.documents
+        return documents is not None and not (documents.goes_on and keys.start >= sides.n_past)
+
+    def hide(self, sides: Sides, keys: range) -> Hidden:
+        """The columns of other documents."""
+        assert sides.documents is not None
+        ids = sides.documents.ids
+        return ids[:, None, sides.n_past :, None] != ids[:, None, None, keys.start : keys.stop]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hooklens.weights.factored import FactoredMatrix
 
 
 class _Stacked:
-    """The weights of one name of all layers, along a first axis; absent biases read as zeros.
+    """The weights of one name of all layers, along a first axis; biases that maps lack read as zeros.
 
     Args:
         module: where a layer has it.
@@ -33,11 +33,17 @@ class _Stacked:
         if views is None:
             return self
         decoder, name = views.as_decoder(), self._name
-        found = [getattr(block._modules[self._module], name, None) for block in decoder.block_list()]
-        lacking = [layer for layer, weight in enumerate(found) if weight is None]
-        if name.startswith("W_") and lacking:
+        parts = [getattr(block, self._module) for block in decoder.block_list()]
+        found = [getattr(part, name, None) for part in parts]
+        without = parts if name.startswith("b_") else found
+        lacking = [layer for layer, one in enumerate(without) if one is None]
+        if lacking:
             reason = decoder.cfg.description.why_absent(f"blocks.{lacking[0]}.{self._module}.{name}")
-            raise ConfigError(f"{name}: layers {lacking} have none: {reason or 'another part stands there'}")
+            others = f". Other layers' are at model.blocks[i].{self._module}.{name}"
+            raise ConfigError(
+                f"{name}: layers {lacking} have none: {reason or 'another part stands there'}"
+                f"{others if len(lacking) < len(parts) else ''}"
+            )
         shape = [decoder.cfg.size(axis) for axis in self._axes]
         empty = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
         return torch.stack([empty if weight is None else weight for weight in found]) if found else empty[None][:0]
@@ -55,11 +61,12 @@ def _stacked(module: str, axes: str) -> Any:
 class WeightViews:
     """What reads a network's weights: every property below stacks the layers' along a first axis.
 
-    Biases that the model does not have read as zeros. Nothing is kept: a change of the weights shows in the
+    Biases that the model's maps do not have read as zeros. Nothing is kept: a change of the weights shows in the
     next reading.
 
     Raises:
-        ConfigError: on reading a weight that a layer does not have.
+        ConfigError: on reading a weight that a layer does not have, or a bias of attention or an MLP that it does not
+            have; all such layers are named.
     """
 
     cfg: HookedConfig
@@ -134,6 +141,9 @@ class WeightViews:
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
         """How much each head writes into what each later head reads (Elhage et al. 2021).
 
+        Weights are read as they are: fold norms first (`process_weights(fold_ln=True)`). With rotary positions the
+        scores for `"Q"` and `"K"` hold at distance 0.
+
         Args:
             mode: `"Q"`, `"K"` or `"V"`: which input of the later head.
 
@@ -143,8 +153,9 @@ class WeightViews:
         return all_composition_scores(self.W_Q, self.W_K, self.W_V, self.W_O, mode)
 
     def all_head_labels(self) -> list[str]:
-        """`["L0H0", "L0H1", ...]`."""
-        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+        """`["L0H0", "L0H1", ...]`, of the layers that have attention."""
+        attending = [block.layer for block in self.cfg.blocks if block.attn is not None]
+        return [f"L{layer}H{head}" for layer in attending for head in range(self.cfg.n_heads)]
 
     @reads(layer=read_int, mlp_input=read_flag, include_mlp_biases=read_flag)
     def accumulated_bias(
@@ -160,7 +171,7 @@ class WeightViews:
         Raises:
             ConfigError: the layer is out of range, or norms stand between the biases and the stream.
         """
-        if self.cfg.norm_after:
+        if any(block.norm_after for block in self.cfg.blocks):
             raise ConfigError(
                 "accumulated_bias: norms follow the branches (cfg.norm_after), so what a bias adds differs from "
                 "position to position; the last component of cache.get_full_resid_decomposition() is that sum"
@@ -168,8 +179,15 @@ class WeightViews:
         if not 0 <= layer <= self.cfg.n_layers - mlp_input:
             raise ConfigError(f"accumulated_bias: layer {layer!r} is out of range for {self.cfg.n_layers} layers")
         in_between = mlp_input and self.cfg.wiring == "sequential"
-        total = self.b_O[: layer + in_between].sum(0)
-        return total + self.b_out[:layer].sum(0) if include_mlp_biases else total
+        decoder = self.as_decoder()
+        names = [f"blocks.{below}.attn.b_O" for below in range(layer + in_between)]
+        names += [f"blocks.{below}.mlp.b_out" for below in range(layer if include_mlp_biases else 0)]
+        total = torch.zeros(self.cfg.d_model, device=decoder.device, dtype=decoder.dtype)
+        for name in names:
+            if name in self.cfg.description.weights:
+                path, _, bias = name.rpartition(".")
+                total = total + getattr(decoder.get_submodule(path), bias)
+        return total
 
     @property
     def n_params_total(self) -> int:

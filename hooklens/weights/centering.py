@@ -19,26 +19,27 @@ def _center(draft: WeightDraft, names: list[str], axis_name: str) -> None:
         draft.write(name, value - value.mean(dim=axis, keepdim=True))
 
 
-def _center_writers(draft: WeightDraft, cfg: HookedConfig) -> None:
+def _center_writers(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
     _center(draft, [name for name, weight in draft.declared.items() if weight.writes], "d_model")
 
 
-def _center_block_writers(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
-    _center_writers(draft, cfg)
-
-
-def _center_vocabulary(draft: WeightDraft, cfg: HookedConfig) -> None:
+def _center_vocabulary(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
     _center(draft, draft.present(("unembed.W_U", "unembed.b_U")), "d_vocab")
 
 
 def _writing_obstacles(cfg: HookedConfig) -> list[str]:
+    blocks = [block for block in cfg.blocks if block.attn is not None or block.mlp is not None]
+    readers = [block.norm for block in blocks if block.norm_before] + [cfg.final_norm]
     obstacles = []
-    if cfg.norm.kind != "layer":
-        obstacles.append(f"cfg.norm.kind is {cfg.norm.kind!r}, which does not subtract the mean as LayerNorm does")
-    if cfg.norm_after:
-        obstacles.append("cfg.norm_after is True: norms, not weights, write to the stream")
-    if not cfg.norm_before:
-        obstacles.append("cfg.norm_before is False: the blocks read the stream with its mean")
+    if kinds := sorted({norm.kind for norm in readers if norm is not None and norm.kind != "layer"}):
+        obstacles.append(f"cfg.norm.kind is {kinds[0]!r}, which does not subtract the mean as LayerNorm does")
+    if layers := [block.layer for block in blocks if block.norm_after]:
+        some = "" if len(layers) == len(blocks) else f" in layers {layers}"
+        obstacles.append(f"cfg.norm_after is True{some}: norms, not weights, write to the stream")
+    if layers := [block.layer for block in blocks if not block.norm_before]:
+        obstacles.append(f"layers {layers} have no norm before their branches: they read the stream with its mean")
+    if cfg.final_norm is None:
+        obstacles.append("cfg.final_norm is None: the unembedding reads the stream with its mean")
     return obstacles
 
 
@@ -57,13 +58,12 @@ CENTER_WRITING_WEIGHTS = ProcessingStep(
     find_obstacles=_writing_obstacles,
     # W_E changes and W_U, which reads the final norm, keeps its value.
     change_config=_untied,
-    change_block=_center_block_writers,
-    change_ends=_center_writers,
+    change=_center_writers,
 )
 
 CENTER_UNEMBED = ProcessingStep(
     name="center_unembed",
     find_obstacles=_unembed_obstacles,
     change_config=_untied,
-    change_ends=_center_vocabulary,
+    change=_center_vocabulary,
 )

@@ -7,8 +7,16 @@ reads with: its QK circuit for queries, the transpose of it for keys, its OV cir
 
 Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". It lies between 0 (nothing that
 `L` writes is read by `R`) and 1; random matrices of rank d_head in d_model dimensions score near
-`d_model ** -0.5`, so a score means something only above that. Norms on the way are left out: fold them
-first.
+`d_model ** -0.5`, so a score means something only above that.
+
+What the weights say is all that is read, as the model has them:
+
+- Norms on the way are left out, their weights included: fold these first (`process_weights(fold_ln=True)`), or scores
+  are those of a network without them. Centring and folding value biases change no more than what they change in the
+  weights; biases play no part.
+- Positions are left out. With rotary positions a query at distance `t` from its key is turned against it, and
+  `W_Q W_K^T` is what it reads at distance 0 only: scores for `"Q"` and `"K"` hold there, those for `"V"` everywhere.
+- So are query-key norms, with their weights.
 
 With `L = A_1 B_1`, `A_1 = Q R_1` and `R = A_2 B_2`, `B_2^T = Q' R_2`, the three norms are those of
 `(R_1 B_1) (A_2 R_2^T)`, which is inner x inner, of `R_1 B_1` and of `A_2 R_2^T`.
@@ -60,7 +68,8 @@ def all_composition_scores(
 
     Args:
         W_Q, W_K, W_V, W_O: the weights of all layers; a key-value head counts for each query head it serves.
-        mode: `"Q"`, `"K"` or `"V"`: through which input the later head reads.
+        mode: `"Q"`, `"K"` or `"V"`: through which input the later head reads. With rotary positions `"Q"` and `"K"`
+            hold at distance 0.
 
     Raises:
         InputError: an unknown mode, or heads that are no multiple of key-value heads.

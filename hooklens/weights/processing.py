@@ -87,10 +87,11 @@ def process_weights(
 def fold_ln(state: Mapping[str, Tensor], cfg: HookedConfig) -> Processed:
     """Move weight and bias of `ln1`, `ln2` and `ln_final` into the maps that read them.
 
-    The norms are left with weight 1 (0 with `unit_offset`) and bias 0. Maps that read a LayerNorm are centred
-    over d_model. Biases come into being where a norm had one: `qkv_bias`, `mlp_bias` and `unembed_bias` are
-    switched on, with zeros for the maps of a flag that read no norm. A tied unembedding is untied. Norms after
-    a branch and query-key norms stay as they are.
+    The norms are left with weight 1 (0 with `unit_offset`) and bias 0, where they have these. Maps that read a
+    LayerNorm are centred over d_model. Biases come into being where a norm had one: `qkv_bias`, `mlp_bias` and
+    `unembed_bias` are switched on, with zeros for the maps of a flag that read no such norm. A tied unembedding is
+    untied, where there is
+    a final norm. Norms after a branch and query-key norms stay as they are.
 
     Raises:
         CheckpointError: the state dict does not hold the parameters of the config.
@@ -192,10 +193,7 @@ def _take_steps(steps: list[ProcessingStep], state: Mapping[str, Tensor], cfg: H
         for layer, declared in _weights_by_layer(new_cfg).items():
             draft = WeightDraft(state, declared, dtype=dtype, tied=cfg.tied_unembed)
             for step in steps:
-                if layer is None:
-                    step.change_ends(draft, new_cfg)
-                else:
-                    step.change_block(draft, new_cfg, f"blocks.{layer}.")
+                step.change(draft, new_cfg, "" if layer is None else f"blocks.{layer}.")
             new_state |= draft.finish()
     ordered = {name: new_state[name] for name in weight_shapes(new_cfg)}
     return Processed(ordered, new_cfg, tuple(step.name for step in steps))

@@ -52,15 +52,17 @@ def _refactor_ov(draft: WeightDraft, cfg: HookedConfig, attn: str) -> None:
 
 def _refactor_block(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
     attn = f"{prefix}attn."
-    _refactor_qk(draft, cfg, attn)
-    _refactor_ov(draft, cfg, attn)
+    if f"{attn}W_Q" in draft.declared:
+        _refactor_qk(draft, cfg, attn)
+        _refactor_ov(draft, cfg, attn)
 
 
 def _obstacles(cfg: HookedConfig) -> list[str]:
     obstacles = other_attention(cfg)
-    if any(isinstance(cfg.block(layer).positions, RotaryPositions) for layer in range(cfg.n_layers)):
+    attending = [block for block in cfg.blocks if block.attn is not None]
+    if any(isinstance(block.positions, RotaryPositions) for block in attending):
         obstacles.append("rotary positions rotate queries and keys before their product (cfg.positions)")
-    if cfg.qk_norm is not None:
+    if any(block.qk_norm is not None for block in attending):
         obstacles.append("query-key norm normalises queries and keys before their product (cfg.qk_norm)")
     if cfg.n_kv_heads != cfg.n_heads:
         obstacles.append(
@@ -73,5 +75,5 @@ def _obstacles(cfg: HookedConfig) -> list[str]:
 REFACTOR_FACTORED_ATTN_MATRICES = ProcessingStep(
     name="refactor_factored_attn_matrices",
     find_obstacles=_obstacles,
-    change_block=_refactor_block,
+    change=_refactor_block,
 )

@@ -152,6 +152,8 @@ class TestDamagedFiles:
             {"header": "[]"},
             {"header": "3"},
             {"header": "{"},
+            {"header": "[" * 5000},
+            {"header": put("cfg", "attn_scale", 10**400)},
             {"header": lambda header: header.pop("cfg")},
             {"header": lambda header: header.pop("has_batch_dim")},
             {"header": put("place_of", [])},

@@ -14,11 +14,13 @@ from hooklens.config import (
     LearnedPositions,
     NoPositions,
     NormConfig,
+    PartConfig,
     RotaryPositions,
     RotaryScaling,
 )
 from tests.annotations import unchecked
 from tests.combinations.edits import EditCase, HookCase, draw_edits, draw_hooks
+from tests.combinations.reference import of_layer
 
 D_VOCAB, N_CTX = 7, 32
 NORMS = st.sampled_from(
@@ -27,8 +29,12 @@ NORMS = st.sampled_from(
         NormConfig(kind="layer", eps=1e-5, bias=False),
         NormConfig(kind="rms", eps=1e-5, bias=False),
         NormConfig(kind="rms", eps=1e-5, bias=False, unit_offset=True),
+        NormConfig(kind="layer", eps=1e-5, weight=False, bias=False),
+        NormConfig(kind="layer", eps=1e-5, weight=False),
+        NormConfig(kind="rms", eps=1e-5, weight=False, bias=False),
     ]
 )
+ATTENTION, MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class Case:
             same rows; `"shared"`, the first part a frozen prefix of one row that serves all.
         parts: columns, in order.
         spread: positions are given, and advance by this much; None: they are counted.
+        starts: by part and row, whether each token starts a document; None: nothing is said of documents.
+        says_ids: documents are said by ids, not by borders.
+        restarts: counted positions start anew in each document.
         logits_at: of the last call.
         half: run blocks below this one and from this one on in two calls; None: in one.
         edits, hooks: what acts.
@@ -75,6 +84,9 @@ class Case:
     scheme: str
     parts: tuple[Part, ...]
     spread: int | None
+    starts: tuple[tuple[tuple[bool, ...], ...], ...] | None
+    says_ids: bool
+    restarts: bool
     logits_at: Any
     half: int | None
     edits: tuple[EditCase, ...]
@@ -112,13 +124,26 @@ class Case:
         return drawn
 
     def positions(self) -> list[list[int]] | None:
-        """The position of each token of each row."""
-        if self.spread is None:
+        """The position of each token of each row; None: 0, 1, 2, ..."""
+        documents = self.documents()
+        if self.spread is None and (documents is None or not self.restarts):
             return None
+        if self.spread is None:
+            return [[i - row.index(document) for i, document in enumerate(row)] for row in documents]
         lengths = [
             sum(part.lengths[0 if len(part.mask) == 1 else i] for part in self.parts) for i in range(self.n_rows)
         ]
         return [[self.spread * i + (1 if i else 0) for i in range(n)] for n in lengths]
+
+    def documents(self) -> list[list[int]] | None:
+        """The document of each token of each row, counted along it."""
+        if self.starts is None:
+            return None
+        rows = []
+        for row in range(self.n_rows):
+            flags = [flag for part in self.starts for flag in part[0 if len(part) == 1 else row]]
+            rows.append([sum(flags[1 : i + 1]) for i in range(len(flags))])
+        return rows
 
 
 @st.composite
@@ -127,10 +152,11 @@ def draw_config(draw) -> HookedConfig:
     n_heads = draw(st.sampled_from([1, 2, 4]))
     d_head = draw(st.sampled_from([2, 4]))
     wiring = draw(st.sampled_from(["sequential", "parallel"]))
-    norm_before = draw(st.booleans())
+    causal = draw(st.integers(0, 4)) > 0
+    around = draw(draw_parts(n_layers, wiring))
     of_layer = st.one_of(
         st.just(NoPositions()),
-        st.builds(AlibiPositions, scaled=st.booleans()),
+        st.builds(AlibiPositions, scaled=st.booleans()) if causal else st.nothing(),
         st.builds(
             RotaryPositions,
             dim=st.sampled_from([2, d_head]),
@@ -160,11 +186,7 @@ def draw_config(draw) -> HookedConfig:
         act_fn=draw(st.sampled_from(["relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "silu"])),
         gated_mlp=draw(st.booleans()),
         wiring=wiring,
-        norm_before=norm_before,
-        shared_norm=wiring == "parallel" and norm_before and draw(st.booleans()),
-        norm=draw(NORMS),
-        norm_after=draw(st.booleans()),
-        qk_norm=draw(st.one_of(st.none(), NORMS)),
+        **around,
         positions=positions,
         qkv_bias=draw(st.booleans()),
         out_bias=draw(st.booleans()),
@@ -176,7 +198,37 @@ def draw_config(draw) -> HookedConfig:
         windows=draw(st.one_of(st.none(), st.tuples(*[window] * n_layers))),
         embed_scale=draw(st.sampled_from([None, 1.5])),
         tied_unembed=tied,
+        causal=causal,
     )
+
+
+def draw_by_layer(draw, one: st.SearchStrategy, n_layers: int) -> Any:
+    """A value for all layers, or one for each."""
+    return draw(st.one_of(one, st.tuples(*[one] * n_layers)))
+
+
+@st.composite
+def draw_parts(draw, n_layers: int, wiring: str) -> dict[str, Any]:
+    """What the layers have: attention, MLPs, norms of which kind and where."""
+    norm = draw_by_layer(draw, NORMS if draw(st.booleans()) else NORMS | st.none(), n_layers)
+    norm_before = draw_by_layer(draw, st.booleans(), n_layers)
+    norms = norm if isinstance(norm, tuple) else (norm,) * n_layers
+    befores = norm_before if isinstance(norm_before, tuple) else (norm_before,) * n_layers
+    can_share = wiring == "parallel" and None not in norms and all(befores)
+    after = draw_by_layer(draw, st.booleans(), n_layers)
+    if None in norms:
+        after = tuple(one is not None and draw(st.booleans()) for one in norms)
+    fields = {"norm": norm, "norm_before": norm_before, "norm_after": after}
+    if isinstance(norm, tuple) or draw(st.booleans()):
+        fields["final_norm"] = draw(NORMS | st.none())
+    lacks = draw(st.booleans())
+    return {
+        **fields,
+        "shared_norm": can_share and draw(st.booleans()),
+        "qk_norm": draw_by_layer(draw, st.none() | NORMS, n_layers),
+        "attn": draw_by_layer(draw, st.sampled_from([ATTENTION, None]), n_layers) if lacks else ATTENTION,
+        "mlp": draw_by_layer(draw, st.sampled_from([MLP, None]), n_layers) if lacks else MLP,
+    }
 
 
 @st.composite
@@ -199,17 +251,26 @@ def draw_part(draw, n_rows: int, *, at_least: int, longest: int = 4) -> Part:
     return Part(tuple(rows))
 
 
+def attending(cfg: HookedConfig) -> list[int]:
+    return [layer for layer in range(cfg.n_layers) if of_layer(cfg.attn, layer) is not None]
+
+
+def kinds_of_positions(cfg: HookedConfig) -> list[object]:
+    """The kinds that something reads."""
+    learned = [cfg.positions] if isinstance(cfg.positions, LearnedPositions) else []
+    return [*learned, *(of_layer(cfg.positions, layer) for layer in attending(cfg))]
+
+
 def reads_positions(cfg: HookedConfig) -> bool:
-    kinds = cfg.positions if isinstance(cfg.positions, tuple) else (cfg.positions,)
-    return has_window(cfg) or not all(isinstance(kind, NoPositions) for kind in kinds)
+    return has_window(cfg) or not all(isinstance(kind, NoPositions) for kind in kinds_of_positions(cfg))
 
 
 def has_window(cfg: HookedConfig) -> bool:
-    return cfg.windows is not None and any(size is not None for size in cfg.windows)
+    return cfg.windows is not None and any(cfg.windows[layer] is not None for layer in attending(cfg))
 
 
 def _may_spread(cfg: HookedConfig, scheme: str) -> bool:
-    kinds = cfg.positions if isinstance(cfg.positions, tuple) else (cfg.positions,)
+    kinds = kinds_of_positions(cfg)
     counted = has_window(cfg) or any(isinstance(kind, AlibiPositions) for kind in kinds)
     return reads_positions(cfg) and (scheme == "once" or not counted)
 
@@ -222,7 +283,7 @@ def draw_neighbours(draw, cfg: HookedConfig) -> list[str]:
     near = [name for name in points if name.startswith(block)]
     words = ("attn_in", "k_input", "hook_k", "k_per_head", "rot_k", "ln1.hook", "k_norm.hook")
     keys = [name for name in near if any(word in name for word in words)]
-    return draw(st.sampled_from([points, points, near, keys]))
+    return draw(st.sampled_from([points, points, near, keys or near]))
 
 
 def draw_logits_at(draw, shortest: int) -> Any:
@@ -249,7 +310,7 @@ def draw_case(draw) -> Case:
 def _draw_case(draw) -> Case:
     cfg = draw(draw_config())
     n_rows = draw(st.integers(1, 3))
-    scheme = draw(st.sampled_from(["once", "grow", "frozen", "shared"]))
+    scheme = draw(st.sampled_from(["once", "grow", "frozen", "shared"])) if cfg.causal else "once"
     first = draw(draw_part(1 if scheme == "shared" else n_rows, at_least=1, longest=6 if scheme == "once" else 4))
     n_more = 0 if scheme == "once" else draw(st.integers(1, 2)) if scheme == "grow" else 1
     parts = (first, *(draw(draw_part(n_rows, at_least=draw(st.sampled_from([0, 1])))) for _ in range(n_more)))
@@ -258,7 +319,8 @@ def _draw_case(draw) -> Case:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16])) if is_low else torch.float64
     gradient = None if scheme == "grow" or is_low else draw(st.sampled_from([None, "loss", "capture", "hooks"]))
     half = draw(st.one_of(st.none(), st.integers(0, cfg.n_layers))) if scheme != "grow" else None
-    predicts = _n_predicted(parts, scheme) > 0 and last.width > (0 if scheme != "once" else 1)
+    starts = draw(_draw_starts(parts)) if draw(st.booleans()) else None
+    predicts = _n_predicted(parts, scheme, starts) > 0 and last.width > (0 if scheme != "once" else 1)
     if gradient == "loss" and (half is not None or not predicts):
         gradient = "capture"
     takes_some = gradient != "loss" and min(last.lengths) > 0
@@ -283,6 +345,9 @@ def _draw_case(draw) -> Case:
         scheme=scheme,
         parts=parts,
         spread=draw(st.sampled_from([None, 1, 2])) if _may_spread(cfg, scheme) and max(lengths) < 15 else None,
+        starts=starts,
+        says_ids=draw(st.booleans()),
+        restarts=draw(st.booleans()),
         logits_at=logits_at,
         half=half,
         edits=edits,
@@ -298,11 +363,20 @@ def _draw_case(draw) -> Case:
     )
 
 
-def _n_predicted(parts: tuple[Part, ...], scheme: str) -> int:
+@st.composite
+def _draw_starts(draw, parts: tuple[Part, ...]) -> tuple[tuple[tuple[bool, ...], ...], ...]:
+    """Which tokens start a document, by part and row; a part may have none."""
+    flag = st.sampled_from([True, False, False])
+    return tuple(
+        tuple(draw(st.tuples(*[flag if some else st.just(False)] * n)) for n in part.lengths)
+        for part, some in ((part, draw(st.booleans())) for part in parts)
+    )
+
+
+def _n_predicted(parts: tuple[Part, ...], scheme: str, starts: Any) -> int:
     """Tokens of the last part that something predicts: the token before, or a prefix's last logits."""
-    if scheme == "once":
-        return sum(max(0, n - 1) for n in parts[-1].lengths)
-    return sum(parts[-1].lengths)
+    flags = [(False,) * n for n in parts[-1].lengths] if starts is None else starts[-1]
+    return sum(not flag for row in flags for flag in (row[1:] if scheme == "once" else row))
 
 
 def stack_rows(values: list[list[Any]], part: Part, empty: Any) -> Tensor:

@@ -99,6 +99,7 @@ class Reference:
         *,
         positions: Sequence[Sequence[int]] | None = None,
         n_frozen: Sequence[int] | None = None,
+        documents: Sequence[Sequence[int]] | None = None,
         edits: Sequence[PlainEdit] = (),
     ) -> list[Outcome]:
         """Run rows of tokens.
@@ -107,10 +108,13 @@ class Reference:
             rows: real tokens of each row.
             positions: of each token; None: 0, 1, 2, ...
             n_frozen: how many tokens of each row are given: no gradient goes through their keys and values.
+            documents: a number for each token; None: rows are one document each.
             edits: in the order in which they act.
         """
+        self._documents = [[0] * len(row) for row in rows] if documents is None else documents
         running = [
             self._run_row(
+                i,
                 list(row),
                 list(range(len(row))) if positions is None else list(positions[i]),
                 0 if n_frozen is None else n_frozen[i],
@@ -138,10 +142,20 @@ class Reference:
                 assert not asked
                 return [Outcome(logits, record) for logits, record in zip(ended, records, strict=True)]
 
-    def sees(self, layer: int, positions: Sequence[int], query: int) -> list[int]:
-        """The keys that a query sees: no later one, and none that lies too far back."""
+    def sees(self, layer: int, row: int, positions: Sequence[int], query: int) -> list[int]:
+        """The keys that a query of the last run sees: of its document, none later and none that lies too far off.
+
+        Without causality later ones, too.
+        """
         window = self.cfg.windows[layer] if self.cfg.windows is not None else None
-        return [key for key in range(query + 1) if window is None or positions[key] > positions[query] - window]
+        document = self._documents[row]
+
+        def is_near(key: int) -> bool:
+            ahead = positions[key] - positions[query]
+            return window is None or (-window < ahead and (self.cfg.causal or ahead < window))
+
+        keys = range(query + 1 if self.cfg.causal else len(positions))
+        return [key for key in keys if document[key] == document[query] and is_near(key)]
 
     def _weight(self, name: str) -> Tensor:
         if self.cfg.tied_unembed and name == "unembed.W_U":
@@ -151,7 +165,7 @@ class Reference:
     def _bias(self, name: str) -> Tensor | float:
         return self.weights.get(name, 0.0)
 
-    def _run_row(self, tokens: list[int], positions: list[int], n_frozen: int) -> Steps:
+    def _run_row(self, row: int, tokens: list[int], positions: list[int], n_frozen: int) -> Steps:
         cfg = self.cfg
         x = torch.stack([self._weight("embed.W_E")[token] for token in tokens])
         if cfg.embed_scale is not None:
@@ -161,8 +175,9 @@ class Reference:
             table, offset = self._weight("pos_embed.W_pos"), cfg.positions.offset
             x = x + (yield "hook_pos_embed", torch.stack([table[offset + position] for position in positions]))
         for layer in range(cfg.n_layers):
-            x = yield from self._run_block(layer, x, positions, n_frozen)
-        x = yield from self._norm("ln_final", cfg.norm, x)
+            x = yield from self._run_block(layer, row, x, positions, n_frozen)
+        if cfg.final_norm is not None:
+            x = yield from self._norm("ln_final", cfg.final_norm, x)
         x = yield "unembed.hook_in", x
         logits = yield "unembed.hook_out", x @ self._weight("unembed.W_U") + self._bias("unembed.b_U")
         return logits if cfg.logits_softcap is None else cfg.logits_softcap * torch.tanh(logits / cfg.logits_softcap)
@@ -183,44 +198,50 @@ class Reference:
         return (self._centre(norm, x).square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
     def _weigh(self, name: str, norm: NormConfig, normalized: Tensor) -> Tensor:
-        gain = self._weight(f"{name}.w")
+        gain = self._weight(f"{name}.w") if norm.weight else torch.ones(())
         return normalized * (1 + gain if norm.unit_offset else gain) + self._bias(f"{name}.b")
 
-    def _run_block(self, layer: int, x: Tensor, positions: list[int], n_frozen: int) -> Steps:
+    def _run_block(self, layer: int, row: int, x: Tensor, positions: list[int], n_frozen: int) -> Steps:
         cfg, name = self.cfg, f"blocks.{layer}"
-        resid = yield f"{name}.hook_resid_pre", x
-        per_head = yield f"{name}.hook_attn_in", torch.stack([resid] * cfg.n_heads, 1)
-        by_group = torch.stack([group.mean(1) for group in per_head.chunk(cfg.n_kv_heads, 1)], 1)
-        inputs = []
-        for letter, copies in (("q", per_head), ("k", by_group), ("v", by_group)):
-            inputs.append((yield f"{name}.hook_{letter}_input", copies))
-        normed = resid
-        if cfg.norm_before:
-            normed = yield from self._norm(f"{name}.ln1", cfg.norm, resid)
-            inputs = [self._norm_copy(f"{name}.ln1", copies, resid, normed) for copies in inputs]
-        attn_out = yield from self._attend(layer, inputs, positions, n_frozen)
-        if cfg.norm_after:
-            attn_out = yield from self._norm(f"{name}.ln1_post", cfg.norm, attn_out)
-        attn_out = yield f"{name}.hook_attn_out", attn_out
-        mid = resid
-        if cfg.wiring == "sequential":
-            mid = yield f"{name}.hook_resid_mid", resid + attn_out
-        mlp_in = yield f"{name}.hook_mlp_in", mid
-        if cfg.shared_norm:
-            mlp_in = self._norm_copy(f"{name}.ln1", mlp_in, resid, normed)
-        elif cfg.norm_before:
-            mlp_in = yield from self._norm(f"{name}.ln2", cfg.norm, mlp_in)
-        mlp_out = yield from self._mlp(f"{name}.mlp", mlp_in)
-        if cfg.norm_after:
-            mlp_out = yield from self._norm(f"{name}.ln2_post", cfg.norm, mlp_out)
-        mlp_out = yield f"{name}.hook_mlp_out", mlp_out
-        out = mid + mlp_out if cfg.wiring == "sequential" else resid + attn_out + mlp_out
+        attends, has_mlp = of_layer(cfg.attn, layer) is not None, of_layer(cfg.mlp, layer) is not None
+        norm = of_layer(cfg.norm, layer)
+        before, after = (norm is not None and of_layer(flag, layer) for flag in (cfg.norm_before, cfg.norm_after))
+        resid = out = yield f"{name}.hook_resid_pre", x
+        normed, inputs = resid, []
+        if attends:
+            per_head = yield f"{name}.hook_attn_in", torch.stack([resid] * cfg.n_heads, 1)
+            by_group = torch.stack([group.mean(1) for group in per_head.chunk(cfg.n_kv_heads, 1)], 1)
+            for letter, copies in (("q", per_head), ("k", by_group), ("v", by_group)):
+                inputs.append((yield f"{name}.hook_{letter}_input", copies))
+        if before and (attends or (cfg.shared_norm and has_mlp)):
+            normed = yield from self._norm(f"{name}.ln1", norm, resid)
+            inputs = [self._norm_copy(f"{name}.ln1", norm, copies, resid, normed) for copies in inputs]
+        if attends:
+            attn_out = yield from self._attend(layer, row, inputs, positions, n_frozen)
+            if after:
+                attn_out = yield from self._norm(f"{name}.ln1_post", norm, attn_out)
+            out = out + (yield f"{name}.hook_attn_out", attn_out)
+        if has_mlp:
+            mid = resid
+            if cfg.wiring == "sequential":
+                if attends:
+                    out = yield f"{name}.hook_resid_mid", out
+                mid = out
+            mlp_in = yield f"{name}.hook_mlp_in", mid
+            if before and cfg.shared_norm:
+                mlp_in = self._norm_copy(f"{name}.ln1", norm, mlp_in, resid, normed)
+            elif before:
+                mlp_in = yield from self._norm(f"{name}.ln2", norm, mlp_in)
+            mlp_out = yield from self._mlp(f"{name}.mlp", mlp_in)
+            if after:
+                mlp_out = yield from self._norm(f"{name}.ln2_post", norm, mlp_out)
+            out = out + (yield f"{name}.hook_mlp_out", mlp_out)
         return (yield f"{name}.hook_resid_post", out)
 
-    def _norm_copy(self, name: str, copies: Tensor, resid: Tensor, normed: Tensor) -> Tensor:
+    def _norm_copy(self, name: str, norm: NormConfig, copies: Tensor, resid: Tensor, normed: Tensor) -> Tensor:
         """The norm of a copy of the stream, and what was done inside the norm of the stream itself."""
-        done = normed - self._plain_norm(name, self.cfg.norm, resid)
-        return self._plain_norm(name, self.cfg.norm, copies) + (done[:, None] if copies.ndim == 3 else done)
+        done = normed - self._plain_norm(name, norm, resid)
+        return self._plain_norm(name, norm, copies) + (done[:, None] if copies.ndim == 3 else done)
 
     def _mlp(self, name: str, x: Tensor) -> Steps:
         act = _ACTIVATIONS[self.cfg.act_fn]
@@ -233,9 +254,9 @@ class Reference:
         post = yield f"{name}.hook_post", post
         return post @ self._weight(f"{name}.W_out") + self._bias(f"{name}.b_out")
 
-    def _attend(self, layer: int, inputs: list[Tensor], positions: list[int], n_frozen: int) -> Steps:
+    def _attend(self, layer: int, row: int, inputs: list[Tensor], positions: list[int], n_frozen: int) -> Steps:
         cfg, name = self.cfg, f"blocks.{layer}.attn"
-        kind = cfg.positions[layer] if isinstance(cfg.positions, tuple) else cfg.positions
+        kind, qk_norm = of_layer(cfg.positions, layer), of_layer(cfg.qk_norm, layer)
         made = []
         for letter, copies in zip("QKV", inputs, strict=True):
             weight, bias = self._weight(f"{name}.W_{letter}"), self._bias(f"{name}.b_{letter}")
@@ -248,17 +269,17 @@ class Reference:
             k_copies = yield f"{name}.hook_k_per_head", k_copies
             v_copies = yield f"{name}.hook_v_per_head", v_copies
         placed = k
-        if cfg.qk_norm is not None:
-            q = yield from self._norm(f"{name}.q_norm", cfg.qk_norm, q)
-            placed = yield from self._norm(f"{name}.k_norm", cfg.qk_norm, placed)
+        if qk_norm is not None:
+            q = yield from self._norm(f"{name}.q_norm", qk_norm, q)
+            placed = yield from self._norm(f"{name}.k_norm", qk_norm, placed)
         if isinstance(kind, RotaryPositions):
             q = yield f"{name}.hook_rot_q", _rotate(kind, q, positions)
             placed = yield f"{name}.hook_rot_k", _rotate(kind, placed, positions)
-        done = (placed - self._place_keys(name, kind, k, positions)).repeat_interleave(group, 1)
-        keys = self._place_keys(name, kind, k_copies, positions) + done
+        done = (placed - self._place_keys(name, kind, qk_norm, k, positions)).repeat_interleave(group, 1)
+        keys = self._place_keys(name, kind, qk_norm, k_copies, positions) + done
         keys = torch.cat([keys[:n_frozen].detach(), keys[n_frozen:]])
         values = torch.cat([v_copies[:n_frozen].detach(), v_copies[n_frozen:]])
-        seen = [self.sees(layer, positions, query) for query in range(len(positions))]
+        seen = [self.sees(layer, row, positions, query) for query in range(len(positions))]
         scores = [
             [self._scores(kind, head, q[query, head], keys[:, head], seen[query], positions) for query in range(len(q))]
             for head in range(cfg.n_heads)
@@ -284,9 +305,11 @@ class Reference:
         result = yield f"{name}.hook_result", result
         return result.sum(1) + self._bias(f"{name}.b_O")
 
-    def _place_keys(self, name: str, kind: object, k: Tensor, positions: list[int]) -> Tensor:
-        if self.cfg.qk_norm is not None:
-            k = self._plain_norm(f"{name}.k_norm", self.cfg.qk_norm, k)
+    def _place_keys(
+        self, name: str, kind: object, qk_norm: NormConfig | None, k: Tensor, positions: list[int]
+    ) -> Tensor:
+        if qk_norm is not None:
+            k = self._plain_norm(f"{name}.k_norm", qk_norm, k)
         return _rotate(kind, k, positions) if isinstance(kind, RotaryPositions) else k
 
     def _scores(
@@ -302,6 +325,11 @@ class Reference:
             scores.append(score)
         row, cap = torch.stack(scores), self.cfg.attn_softcap
         return row if cap is None else cap * torch.tanh(row / cap)
+
+
+def of_layer(value: Any, layer: int) -> Any:
+    """What a field of a configuration says of a layer."""
+    return value[layer] if isinstance(value, tuple) else value
 
 
 def _softmax(row: Tensor) -> Tensor:

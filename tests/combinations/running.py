@@ -61,9 +61,10 @@ class Runner:
             keywords: dict[str, Any] = {}
             if case.says_mask or not mask.all():
                 keywords["attention_mask"] = mask.long() if case.seed % 2 else mask
-            if positions is not None:
+            if case.spread is not None:
                 given = [positions[row][before[row] : lengths[row]] for row in range(len(part.mask))]
                 keywords["positions"] = stack_rows(given, part, 0)
+            keywords |= self._say_documents(len(self.inputs), before, lengths)
             self.inputs.append(stack_rows(drawn, part, case.seed % 7))
             self.keywords.append(keywords)
             columns = [[c for c, is_token in enumerate(row) if is_token] for row in part.mask]
@@ -82,6 +83,23 @@ class Runner:
         if case.n_given:
             with self.mode():
                 self.prefix = model.prefill(self.inputs[0], **self.keywords[0])
+
+    def _say_documents(self, number: int, before: list[int], lengths: list[int]) -> dict[str, Any]:
+        """The keywords about documents for one part; a part in which none starts may leave them out."""
+        case, documents = self.case, self.case.documents()
+        if documents is None:
+            return {}
+        part, starts = case.parts[number], case.starts[number]
+        none_starts = not any(flag for row in starts for flag in row)
+        if none_starts and (number if case.says_ids else case.seed % 2):
+            return {}
+        said: dict[str, Any] = {}
+        if case.spread is None and (case.seed % 2 or not case.restarts):
+            said["restart_positions"] = case.restarts
+        if case.says_ids:
+            given = [documents[row][before[row] : lengths[row]] for row in range(len(part.mask))]
+            return {**said, "document_ids": stack_rows(given, part, -1 if case.seed % 3 else 5)}
+        return {**said, "document_borders": stack_rows([list(row) for row in starts], part, False)}
 
     def mode(self):
         return MODES[self.case.mode if self.case.gradient is None else "grad"]()

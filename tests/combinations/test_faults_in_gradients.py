@@ -9,7 +9,7 @@ from hooklens.config import AlibiPositions, RotaryPositions
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Replace, Scale, Zero
 from tests.combinations.reference import PlainEdit, Reference
-from tests.model.networks import CONFIGS, make_config, make_model, pad_rows, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_config, make_model, pad_rows, random_tokens
 
 # The same sums in another order, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -29,7 +29,7 @@ def assert_finite(tensors: dict[str, Tensor]) -> None:
 # Gradients where a query sees no key.
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_gradients_at_every_point_are_finite_with_padding_on_the_left(network):
     """A captured gradient at the pattern, or a soft cap, gave NaN everywhere as soon as a row was padded on the left.
 

@@ -56,7 +56,9 @@ def run_reference(case: Case, reference: Reference, runner: Runner) -> list[Outc
         plain += [edit.as_plain(runner.running[number], case.dtype) for edit in runner.edits_of(number)]
     given_tokens = runner.running[case.n_given].before
     with torch.set_grad_enabled(case.gradient is not None):
-        return reference.run(runner.rows, positions=case.positions(), n_frozen=given_tokens, edits=plain)
+        return reference.run(
+            runner.rows, positions=case.positions(), n_frozen=given_tokens, documents=case.documents(), edits=plain
+        )
 
 
 def assert_close(found: Tensor, expected: Tensor, bound: float, what: str) -> None:
@@ -115,7 +117,7 @@ def compare_point(
             assert layer is not None
             positions = case.positions()
             seen = reference.sees(
-                layer, range(len(runner.rows[row])) if positions is None else positions[row], position
+                layer, row, range(len(runner.rows[row])) if positions is None else positions[row], position
             )
             keys = [_key_columns(case, ran.number, row)[key] for key in seen]
             for head, queries in enumerate(values[row]):
@@ -199,9 +201,11 @@ def _own_loss(case: Case, runner: Runner, ran: Ran, expected: list[Outcome]) -> 
 
 def _mean_loss(case: Case, runner: Runner, expected: list[Outcome]) -> Tensor:
     """The mean over all tokens that follow one, which for the first after a prefix is the prefix's last."""
-    call, losses = runner.running[-1], []
+    call, losses, documents = runner.running[-1], [], case.documents()
     for row, tokens in enumerate(runner.rows):
         for position in range(max(1, call.before[row]), call.lengths[row]):
+            if documents is not None and documents[row][position] != documents[row][position - 1]:
+                continue
             logits = expected[row].logits[position - 1]
             if position == call.before[row]:
                 logits = logits.detach()

@@ -20,7 +20,7 @@ from hooklens.errors import HookLensError
 from hooklens.hooks import call as call_module
 from hooklens.hooks.call import Call, Hook, Listening, join_listeners, open_call, thread_listeners
 from tests.annotations import unchecked
-from tests.model.networks import CONFIGS, make_config, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_tokens
 
 
 def is_clean(model):
@@ -611,7 +611,7 @@ def test_interrupts_show_what_is_left():
     assert set(in_model) <= set(wrong)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_a_call_leaves_the_model_as_it_was(network):
     """Nothing about a call stands in a module: the modules' own dictionaries are the same afterwards."""
     model, tokens = make_model(network), random_tokens(1, 4)

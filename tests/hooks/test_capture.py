@@ -10,14 +10,14 @@ from hooklens.axes import find_site
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks import Call, Capture, HookPoint
 from tests.annotations import unchecked
-from tests.model.networks import CONFIGS, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
 
 
 def kept_storages(tensors):
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_nothing_is_copied(network):
     """Each captured tensor is the very memory that the hook point passed on."""
     model, tokens = make_model(network), random_tokens(2, 5)

@@ -9,7 +9,7 @@ import torch
 
 from hooklens import edits
 from hooklens.errors import HookLensError
-from tests.model.networks import CONFIGS, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -18,15 +18,19 @@ def _fresh_compiler():
 
 
 def calls(model):
+    points = () if model is None else model.hook_points()
+    wanted = ["resid_post", "pattern", "z", "mlp_out"]
+    names = [word for word in wanted if any(name.endswith(f"hook_{word}") for name in points)]
     declared = [
         edits.Zero("blocks.0.attn.hook_z", pos=-1, head=1),
         edits.Add("blocks.1.hook_resid_pre", 0.5),
         edits.Replace("blocks.1.hook_mlp_out", 0.25, pos=[0, 2]),
         edits.Scale("blocks.1.attn.hook_pattern", 0.5, head=[0, 2]),
     ]
+    declared = [edit for edit in declared if edit.name in points]
     return {
         "plain": lambda ids: (model(ids), {}),
-        "captures": lambda ids: model.run_with_cache(ids, names_filter=["resid_post", "pattern", "z", "mlp_out"]),
+        "captures": lambda ids: model.run_with_cache(ids, names_filter=names),
         "everything": lambda ids: model.run_with_cache(ids),  # noqa: PLW0108 -- the names are read without a model
         "edits": lambda ids: (model.run_with_hooks(ids, edits=declared), {}),
         "both": lambda ids: model.run_with_cache(ids, names_filter="resid_post", edits=declared, logits_at=-1),
@@ -35,7 +39,7 @@ def calls(model):
 
 
 @pytest.mark.parametrize("call", calls(None))
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_no_graph_break(network, call):
     """fullgraph=True raises at a graph break; the eager backend runs what was traced."""
     model, tokens = make_model(network, dtype=torch.float32), random_tokens(2, 6)
@@ -48,6 +52,22 @@ def test_no_graph_break(network, call):
     assert list(cache) == list(kept)
     for name in kept:
         torch.testing.assert_close(cache[name], kept[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("said", ["document_ids", "document_borders"])
+@pytest.mark.parametrize("network", ["grouped", "alibi", "learned, tied", "capped"])
+def test_documents_break_no_graph(network, said):
+    cfg = ALL_CONFIGS[network]
+    model = make_model(cfg.replace(causal=network == "alibi"), dtype=torch.float32)
+    tokens, ids = random_tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, -1], [3, 2, 2, 2, 2, 2]])
+    given = ids if said == "document_ids" else torch.tensor([False, False, True, False, True, False])
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        expected = model(tokens, **{said: given}, return_type="both")
+        found = compiled(tokens, **{said: given}, return_type="both")
+    real = ids >= 0
+    torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_code_and_its_gradients():

@@ -6,9 +6,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hooklens import HookedCausalLM
-from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NoPositions, NormConfig, RotaryPositions
+from hooklens.config import (
+    AlibiPositions,
+    HookedConfig,
+    LearnedPositions,
+    NoPositions,
+    NormConfig,
+    PartConfig,
+    RotaryPositions,
+)
 
 RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
+ATTENTION, MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
 D_VOCAB = 23
 N_CTX = 32
 
@@ -38,12 +47,30 @@ CONFIGS = {
     ),
     "bare": make_config(norm_before=False),
 }  # fmt: skip
+# Where layers lack what the ones above have.
+PARTIAL_CONFIGS = {
+    "attention only": make_config(
+        attn_only=True, norm=NormConfig(kind="layer", eps=1e-5, weight=False, bias=False), final_norm=None,
+        positions=RotaryPositions(dim=6),
+    ),
+    "layers that lack parts": make_config(
+        n_layers=4, attn=(None, ATTENTION, None, ATTENTION), mlp=(MLP, None, None, MLP), n_kv_heads=2,
+        norm=(RMS_NORM, None, None, NormConfig(kind="layer", eps=1e-5)), final_norm=RMS_NORM,
+        norm_after=(True, False, False, True), positions=AlibiPositions(), qk_norm=(None, None, None, RMS_NORM),
+    ),
+    "heads and MLPs apart": make_config(
+        n_layers=4, attn=(ATTENTION, None, None, ATTENTION), mlp=(None, None, MLP, MLP), n_kv_heads=2,
+        norm=(RMS_NORM, RMS_NORM, None, NormConfig(kind="layer", eps=1e-5)), final_norm=RMS_NORM,
+        positions=RotaryPositions(dim=4),
+    ),
+}  # fmt: skip
+ALL_CONFIGS = {**CONFIGS, **PARTIAL_CONFIGS}
 
 
 @torch.no_grad()
 def make_model(network: str | HookedConfig, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> HookedCausalLM:
     """A model of a named configuration (or a given one), norm weights and biases random, too."""
-    model = HookedCausalLM(CONFIGS[network] if isinstance(network, str) else network).to(dtype)
+    model = HookedCausalLM(ALL_CONFIGS[network] if isinstance(network, str) else network).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))

@@ -20,7 +20,7 @@ from hooklens.model.attend import (
 from hooklens.model.kernels import Part
 from tests.benchmarks.peak import run_fresh
 from tests.model.attention_by_hand import DEVICES, SCALE, Case, attend_by_hand, build, cases
-from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_model, pad_rows, random_tokens
 
 
 def check(case: Case, found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -220,12 +220,12 @@ def test_function_transforms(softcap):
         torch.testing.assert_close(found[i], causal(*(x[i] for x in stacked)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("edited", [False, True])
 def test_gradients_of_left_padded_rows(network, frozen, edited):
     """Padding sees no key: weights got NaN gradients on a frozen prefix, with a soft cap and with an edited pattern."""
-    model = make_model(CONFIGS[network])
+    model = make_model(network)
     rows = [random_tokens(1, n, seed=n)[0] for n in (2, 5, 6)]
     prefix = random_tokens(1, 3, seed=9)
     ids, mask = pad_rows(rows, "left")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.model.networks import CONFIGS, Allocations, make_config, make_model, pad_rows, random_tokens
+from tests.model.networks import ALL_CONFIGS, CONFIGS, Allocations, make_config, make_model, pad_rows, random_tokens
 
 # No product of other sizes gives these numbers of entries.
 N, HEADS, BATCH = 31, 4, 2
@@ -62,7 +62,7 @@ def test_a_watched_pattern_is_made_and_the_result_too(network):
 
 
 @pytest.mark.parametrize("layout", ["fresh", "after to", "after a step"])
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_no_forward_copies_or_permutes_a_weight(network, layout):
     """Every forward copied weights to transpose them, 75 % of all parameter bytes."""
     # Seven tokens: an activation's number of entries is a multiple of 7, and no weight's is.
@@ -81,13 +81,15 @@ def test_no_forward_copies_or_permutes_a_weight(network, layout):
         assert not weights & activations
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_side_tensors_against_their_definitions(network):
     model = make_model(network)
     ids, mask = pad_rows([random_tokens(1, n, seed=n)[0] for n in (6, 4)], "left")
     _, cache = model.run_with_cache(ids, names_filter="*", attention_mask=mask)
     group = model.cfg.n_heads // model.cfg.n_kv_heads
     for layer, block in enumerate(model.block_list()):
+        if block.attn is None:
+            continue
         scores, pattern = cache["attn_scores", layer], cache["pattern", layer]
         real = mask.bool()
         visible = torch.ones(6, 6).tril().bool() & real[:, None, None, :]

@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from tests.model.networks import CONFIGS, make_config, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, CONFIGS, make_config, make_model, random_tokens
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_the_stream_is_the_sum_of_what_is_written(network):
     model = make_model(network)
     _, cache = model.run_with_cache(random_tokens(2, 5))
-    for layer in range(2):
-        total = cache["resid_pre", layer] + cache["attn_out", layer] + cache["mlp_out", layer]
-        torch.testing.assert_close(cache["resid_post", layer], total, rtol=1e-12, atol=1e-12)
-        assert (f"blocks.{layer}.hook_resid_mid" in cache) is (model.cfg.wiring == "sequential")
+    for block in model.cfg.blocks:
+        written = [name for name, part in (("attn_out", block.attn), ("mlp_out", block.mlp)) if part is not None]
+        total = sum((cache[name, block.layer] for name in written), cache["resid_pre", block.layer])
+        torch.testing.assert_close(cache["resid_post", block.layer], total, rtol=1e-12, atol=1e-12)
+        has_mid = model.cfg.wiring == "sequential" and len(written) == 2
+        assert (f"blocks.{block.layer}.hook_resid_mid" in cache) is has_mid
 
 
 @pytest.mark.parametrize("network", ["grouped", "alibi", "capped", "bare"])

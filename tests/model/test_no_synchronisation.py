@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooklens import HookedKeyValueCache
-from tests.model.networks import CONFIGS, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
 
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim"}
 
@@ -58,7 +58,7 @@ def test_the_guard_sees_what_waits(look):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_a_planned_forward(network, grad):
     model, tokens = make_model(network), random_tokens(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -72,7 +72,7 @@ def test_a_planned_forward(network, grad):
                 model.run(tokens, model.make_plan(tokens), logits_at=-1)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 @torch.no_grad()
 def test_cached_steps(network):
     model, tokens = make_model(network), random_tokens(2, 8)
@@ -87,7 +87,7 @@ def test_cached_steps(network):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("left_padded", [True, False])
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_calls_on_a_frozen_prefix(network, left_padded, grad):
     model, tokens = make_model(network), random_tokens(3, 4)
     mask = torch.tensor([[0, 1, 1, 1, 1]]) if left_padded else None

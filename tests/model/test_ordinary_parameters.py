@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 from hooklens import HookedCausalLM
 from hooklens.errors import ConfigError
-from tests.model.networks import CONFIGS, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
 
 # Rebuilding a network from its weights under the field's names is the independent way to know what a tool has made.
 PROJECTIONS = ["blocks.0.attn.q_proj", "blocks.1.attn.k_proj", "blocks.1.attn.o_proj", "blocks.0.mlp.in_proj"]
@@ -25,19 +25,22 @@ def linear_maps(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_every_linear_map_is_a_plain_one_with_contiguous_weights(network):
     model = make_model(network)
     maps = linear_maps(model)
     assert all(type(module) is nn.Linear for module in maps.values())
-    per_block = 7 if model.cfg.gated_mlp else 6
-    assert len(maps) == per_block * model.cfg.n_layers + (not model.cfg.tied_unembed)
+    in_blocks = [
+        4 * (block.attn is not None) + (3 if model.cfg.gated_mlp else 2) * (block.mlp is not None)
+        for block in model.cfg.blocks
+    ]
+    assert len(maps) == sum(in_blocks) + (not model.cfg.tied_unembed)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     for module in maps.values():
         assert module.weight.shape == (module.out_features, module.in_features)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_parameters_to_vector_and_back(network):
     """It refused the strided parameters of a network."""
     model, other, tokens = make_model(network), make_model(network, seed=3), random_tokens(2, 5)
@@ -87,7 +90,7 @@ def test_parametrisation(name, mode):
         assert torch.equal(model(tokens), doubled)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor])
 def test_optimisers_change_what_runs(network, optimiser):
     model, tokens = make_model(network), random_tokens(2, 6)
@@ -105,7 +108,7 @@ def test_optimisers_change_what_runs(network, optimiser):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_functional_call_and_an_ensemble_by_vmap(network):
     models, tokens = [make_model(network, seed=seed) for seed in (0, 1, 2)], random_tokens(2, 5)
     parameters, buffers = torch.func.stack_module_state(models)
@@ -124,7 +127,7 @@ def test_functional_call_and_an_ensemble_by_vmap(network):
                 torch.testing.assert_close(row, model(tokens), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_swapped_tensors_run(network):
     model, other, tokens = make_model(network), make_model(network, seed=3), random_tokens(2, 5)
     expected = other(tokens).detach().clone()
@@ -134,7 +137,7 @@ def test_swapped_tensors_run(network):
 
 
 @pytest.mark.parametrize("assign", [True, False])
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_load_state_dict(network, assign):
     model, other, tokens = make_model(network), make_model(network, seed=3), random_tokens(2, 5)
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}

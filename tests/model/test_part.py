@@ -11,7 +11,7 @@ from hooklens.config import NormConfig, PartConfig, RotaryPositions
 from hooklens.errors import CheckpointError, ConfigError
 from hooklens.model import MLP, Attention, Part, point, weight
 from tests.annotations import unchecked
-from tests.model.networks import CONFIGS, make_config, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_tokens
 
 declare_axis("expert", "experts of a toy MLP")
 
@@ -43,7 +43,7 @@ def by_hand(stored, word, cfg):
     return stored.T if word in ("W_in", "W_gate", "W_out", "W_U") else stored
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 class TestViews:
     def test_they_are_views_of_the_stored_matrix(self, network):
         model = make_model(network)

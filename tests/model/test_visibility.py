@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooklens.config import RotaryPositions
+from hooklens.model.documents import DocumentColumns
 from hooklens.model.positions import TokenPlan
-from hooklens.model.visibility import Causal, Padding, Sight, Visibility, Window
+from hooklens.model.visibility import Causal, Padding, SameDocument, Sight, Visibility, Window
 from tests.model.networks import Allocations, make_config, make_model, pad_rows, random_tokens
 
 CPU = torch.device("cpu")
@@ -23,17 +24,26 @@ class Drawn:
         plan: the call.
         real: which of past + new columns are tokens, of each row.
         positions: the position of each key, of each row.
+        documents: the document of each key, of each row.
     """
 
     plan: TokenPlan
     real: list[list[bool]]
     positions: list[list[int]]
+    documents: list[list[int]]
+
+    def is_far(self, window, row, query, key):
+        """Whether a key lies outside of a query's window: too far back, and without causality too far ahead."""
+        ahead = self.positions[row][key] - self.positions[row][query]
+        return ahead <= -window or (not self.plan.causal and ahead >= window)
 
     def sees(self, window, row, query, key):
-        """Whether a token sees a key: not later, a token, and not too far back."""
+        """Whether a token sees a key: not later, a token, of its document, and not too far off."""
         query += self.plan.n_past
-        far = window is not None and self.positions[row][key] <= self.positions[row][query] - window
-        return key <= query and self.real[row][key] and not far
+        if window is not None and self.is_far(window, row, query, key):
+            return False
+        later = self.plan.causal and key > query
+        return not later and self.real[row][key] and self.documents[row][key] == self.documents[row][query]
 
     def queries(self):
         """The row and the number of each query that is a token."""
@@ -61,17 +71,35 @@ def drawn_calls(draw, *, shared_past=False):
         )))  # fmt: skip
     plan = TokenPlan(
         batch=batch, n_new=n_new, n_past=n_past, device=CPU, attention_mask=new, past_mask=past,
-        positions=given_positions,
+        positions=given_positions, causal=draw(st.booleans()),
     )  # fmt: skip
     past = torch.ones(1, n_past, dtype=torch.bool) if past is None else past
     new = torch.ones(batch, n_new, dtype=torch.bool) if new is None else new
     real = torch.cat([past.expand(batch, -1), new], 1).tolist()
+    documents, restarts = [[0] * plan.n_keys] * batch, False
+    if draw(st.booleans()):
+        restarts = draw(st.booleans())
+        documents = draw_documents(draw, plan, real)
+        plan.documents = DocumentColumns(torch.tensor(documents), plan.key_mask, goes_on=False, restarts=restarts)
     if given_positions is None:
         # Padding stands at position 0.
-        positions = [[row[key] * (sum(row[: key + 1]) - 1) for key in range(plan.n_keys)] for row in real]
+        positions = [
+            [row[key] * (sum(row[(of.index(of[key]) if restarts else 0) : key + 1]) - 1) for key in range(plan.n_keys)]
+            for row, of in zip(real, documents, strict=True)
+        ]
     else:
         positions = given_positions.expand(batch, -1).tolist()
-    return Drawn(plan, real, positions)
+    return Drawn(plan, real, positions, documents)
+
+
+def draw_documents(draw, plan, real):
+    """A document for each column, counted along the row; padding is of the one before it."""
+    starts = st.lists(st.booleans(), min_size=plan.n_keys, max_size=plan.n_keys)
+    rows = []
+    for row in real:
+        flags = draw(starts)
+        rows.append([sum(flags[i] and row[i] for i in range(key + 1)) for key in range(plan.n_keys)])
+    return rows
 
 
 @st.composite
@@ -121,7 +149,11 @@ def test_each_rule_alone(data, drawn, size):
         Window(size): lambda row, query, key: (
             drawn.positions[row][key] <= drawn.positions[row][plan.n_past + query] - size
         ),
+        Window(size, both_ways=True): lambda row, query, key: (
+            abs(drawn.positions[row][key] - drawn.positions[row][plan.n_past + query]) >= size
+        ),
         Padding(): lambda row, query, key: not drawn.real[row][key],
+        SameDocument(): lambda row, query, key: drawn.documents[row][key] != drawn.documents[row][plan.n_past + query],
     }
     shape = (plan.batch, 1, plan.n_new, len(keys))
     for rule, expected in hides.items():
@@ -129,9 +161,10 @@ def test_each_rule_alone(data, drawn, size):
         found = rule.hide(plan, keys).expand(shape) if acts else torch.zeros(shape, dtype=torch.bool)
         for row, query in drawn.queries():
             wanted = [expected(row, query, key) for key in keys]
-            # What does not act hides nothing of what the causal mask and that of padding leave.
+            # What does not act hides nothing of what the other rules leave.
             if not acts and isinstance(rule, Window):
-                within = [drawn.real[row][key] and key <= plan.n_past + query for key in keys]
+                at, of = plan.n_past + query, drawn.documents[row]
+                within = [drawn.real[row][key] and (rule.both_ways or key <= at) and of[key] == of[at] for key in keys]
                 wanted = [hides and sees for hides, sees in zip(wanted, within, strict=True)]
             assert found[row, 0, query].tolist() == wanted, rule
 
@@ -150,6 +183,10 @@ def test_each_rule_alone(data, drawn, size):
         (Window(3), {"n_new": 4}, range(4), True),
         (Window(4), {"n_new": 1, "n_past": 4}, range(5), True),
         (Window(5), {"n_new": 1, "n_past": 4}, range(5), False),
+        (Window(3, both_ways=True), {"n_new": 3, "causal": False}, range(3), False),
+        (Window(2, both_ways=True), {"n_new": 3, "causal": False}, range(3), True),
+        (Window(3, both_ways=True), {"n_new": 4, "causal": False}, range(2, 4), True),
+        (SameDocument(), {"n_new": 3}, range(3), False),
         (Window(9), {"n_new": 2, "positions": torch.tensor([[0, 9]])}, range(2), True),
         (Padding(), {"n_new": 2}, range(2), False),
         (Padding(), {"n_new": 2, "attention_mask": torch.tensor([[True, False]])}, range(2), True),
@@ -260,8 +297,8 @@ def test_padding_is_no_distance():
 
 
 @dataclass(frozen=True)
-class SameDocument:
-    """No token sees one of another document."""
+class InHalves:
+    """No token of the second half of a row sees the first one."""
 
     starts: int
 
@@ -276,10 +313,10 @@ class SameDocument:
 
 def test_a_restriction_is_one_more_rule():
     plan = TokenPlan(batch=1, n_new=4, device=CPU)
-    sight = Visibility(plan, (Causal(), SameDocument(2))).sight(plan.keys, torch.float32)
+    sight = Visibility(plan, (Causal(), InHalves(2))).sight(plan.keys, torch.float32)
     assert not sight.is_causal
     assert (sight.mask[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert Visibility(plan, (Causal(), SameDocument(0))).sight(plan.keys, torch.float32).is_causal
+    assert Visibility(plan, (Causal(), InHalves(0))).sight(plan.keys, torch.float32).is_causal
     assert Visibility(plan, ()).sight(plan.keys, torch.float32) == Sight(False, None, False)
 
 
@@ -317,6 +354,23 @@ class TestInACall:
         with Allocations() as made:
             model.run_with_cache(tokens, names_filter="*pattern")
         assert made.with_numel(*self.square())
+
+    @torch.no_grad()
+    def test_a_network_that_is_not_causal_needs_no_mask(self):
+        model, tokens = make_model(make_config(causal=False, windows=(None, self.N))), random_tokens(2, self.N)
+        with Allocations() as made:
+            model(tokens)
+        assert made.with_numel(*self.square()) == []
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_documents_take_one_mask_for_all_layers_and_heads(self, causal):
+        model, tokens = make_model(make_config(n_layers=3, causal=causal)), random_tokens(2, self.N)
+        with Allocations() as made:
+            model(tokens, document_borders=[0, 7, 20])
+        masks = [shape for name, shape in made.sizes if "masked_fill" in name and shape[-2:-1] == (self.N,)]
+        assert [shape[:3] for shape in masks] == [(1, 1, self.N)]
+        assert made.with_numel(4 * self.N**2, 8 * self.N**2) == []
 
     @torch.no_grad()
     def test_a_window_as_wide_as_the_call_is_no_window(self):

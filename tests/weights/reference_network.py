@@ -3,13 +3,24 @@
 Weight processing must leave its log-probabilities as they are. Nothing here comes from `hooklens.model`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NoPositions, NormConfig, RotaryPositions
+from hooklens.config import (
+    AlibiPositions,
+    HookedConfig,
+    LearnedPositions,
+    NoPositions,
+    NormConfig,
+    PartConfig,
+    RotaryPositions,
+)
 from hooklens.weights.shapes import weight_shapes
 
-RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
+RMS_NORM, LAYER_NORM = NormConfig(kind="rms", eps=1e-6, bias=False), NormConfig(kind="layer", eps=1e-5)
+ATTENTION, MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
 
 STEPS = (
     "fold_ln",
@@ -52,6 +63,21 @@ CONFIGS = {
     "norms after only": make_config(norm_before=False, norm_after=True),
     "no norm in the blocks": make_config(norm_before=False),
     "gated with biases": make_config(gated_mlp=True, n_kv_heads=2, attn_scale=0.3),
+    "attention only, layer norm without weight": make_config(
+        attn_only=True, norm=NormConfig(kind="layer", eps=1e-5, weight=False, bias=False), unembed_bias=True
+    ),
+    "no norms": make_config(norm=None, tied_unembed=True),
+    "no final norm": make_config(final_norm=None),
+    "layers that lack parts": make_config(
+        n_layers=4, attn=(None, ATTENTION, None, ATTENTION), mlp=(MLP, None, None, MLP),
+        norm=(LAYER_NORM, None, LAYER_NORM, NormConfig(kind="layer", eps=1e-5, weight=False)), final_norm=LAYER_NORM,
+        mlp_bias=False, qkv_bias=False,
+    ),
+    "layers with other norms": make_config(
+        norm=(RMS_NORM, LAYER_NORM), final_norm=NormConfig(kind="rms", eps=1e-6, weight=False, bias=False),
+        norm_after=(False, True), norm_before=(True, False), qk_norm=(None, RMS_NORM), tied_unembed=True,
+    ),
+    "MLPs alone": make_config(attn=None, wiring="parallel", shared_norm=True, mlp_bias=False),
 }  # fmt: skip
 
 
@@ -82,27 +108,33 @@ def run_reference(state: dict[str, Tensor], cfg: HookedConfig, tokens: Tensor) -
         x = x + state["pos_embed.W_pos"][cfg.positions.offset :][: tokens.shape[1]]
     for layer in range(cfg.n_layers):
         block = {k.removeprefix(f"blocks.{layer}."): v for k, v in state.items() if k.startswith(f"blocks.{layer}.")}
-        attn_in = _norm(block, "ln1", x, cfg.norm) if cfg.norm_before else x
-        attn_out = _attention(block, cfg, attn_in, layer)
-        if cfg.norm_after:
-            attn_out = _norm(block, "ln1_post", attn_out, cfg.norm)
-        mid = x if cfg.wiring == "parallel" else x + attn_out
-        mlp_in = attn_in if cfg.shared_norm else mid
-        if cfg.norm_before and not cfg.shared_norm:
-            mlp_in = _norm(block, "ln2", mid, cfg.norm)
-        mlp_out = _mlp(block, cfg, mlp_in)
-        if cfg.norm_after:
-            mlp_out = _norm(block, "ln2_post", mlp_out, cfg.norm)
+        norm, attends = of_layer(cfg.norm, layer), of_layer(cfg.attn, layer) is not None
+        before, after = (norm if of_layer(flag, layer) else None for flag in (cfg.norm_before, cfg.norm_after))
+        attn_out = mlp_out = torch.zeros_like(x)
+        attn_in = _norm(block, "ln1", x, before) if attends or cfg.shared_norm else x
+        if attends:
+            attn_out = _norm(block, "ln1_post", _attention(block, cfg, attn_in, layer), after)
+        if of_layer(cfg.mlp, layer) is not None:
+            mid = x if cfg.wiring == "parallel" else x + attn_out
+            mlp_in = attn_in if cfg.shared_norm else _norm(block, "ln2", mid, before)
+            mlp_out = _norm(block, "ln2_post", _mlp(block, cfg, mlp_in), after)
         x = x + attn_out + mlp_out
-    logits = _norm(state, "ln_final", x, cfg.norm) @ state["unembed.W_U"] + state.get("unembed.b_U", 0.0)
+    logits = _norm(state, "ln_final", x, cfg.final_norm) @ state["unembed.W_U"] + state.get("unembed.b_U", 0.0)
     return _softcap(logits, cfg.logits_softcap)
 
 
-def _norm(weights: dict[str, Tensor], name: str, x: Tensor, norm: NormConfig) -> Tensor:
+def of_layer(value: Any, layer: int) -> Any:
+    """What a field of a configuration says of a layer."""
+    return value[layer] if isinstance(value, tuple) else value
+
+
+def _norm(weights: dict[str, Tensor], name: str, x: Tensor, norm: NormConfig | None) -> Tensor:
+    if norm is None:
+        return x
     if norm.kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     x = x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-    w = weights[f"{name}.w"]
+    w = weights[f"{name}.w"] if norm.weight else torch.ones((), dtype=x.dtype)
     return x * (1 + w if norm.unit_offset else w) + (weights[f"{name}.b"] if norm.bias else 0.0)
 
 
@@ -114,8 +146,7 @@ def _attention(block: dict[str, Tensor], cfg: HookedConfig, x: Tensor, layer: in
     q, k, v = (
         torch.einsum("bpd,ndh->bpnh", x, block[f"attn.W_{part}"]) + block.get(f"attn.b_{part}", 0.0) for part in "QKV"
     )
-    if cfg.qk_norm is not None:
-        q, k = _norm(block, "attn.q_norm", q, cfg.qk_norm), _norm(block, "attn.k_norm", k, cfg.qk_norm)
+    q, k = (_norm(block, f"attn.{name}_norm", x, of_layer(cfg.qk_norm, layer)) for name, x in (("q", q), ("k", k)))
     if isinstance(cfg.positions, RotaryPositions):
         q, k = _rotate(q, cfg.positions), _rotate(k, cfg.positions)
     group = cfg.n_heads // cfg.n_kv_heads

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hooklens.config import RotaryPositions
 from hooklens.errors import InputError
 from hooklens.weights.composition import all_composition_scores, composition_scores
 from hooklens.weights.factored import FactoredMatrix
+from tests.model.networks import make_config, make_model
 
 # Rounding of matrix products of a dozen terms in float64, relative to scores between 0 and 1.
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -107,3 +109,36 @@ def test_errors_say_what_was_found():
         composition_scores(random_factored(8, 7), random_factored(8, 7))
     with pytest.raises(InputError, match=r"leading axes \(2,\) and \(3,\) do not broadcast.*unsqueeze"):
         composition_scores(random_factored(2, 7, 7), random_factored(3, 7, 7))
+
+
+def test_scores_of_rotary_heads_hold_at_distance_0():
+    """Nothing said so: at another distance the rotation stands between `W_Q` and `W_K`, and the score differs."""
+    model = make_model(make_config(positions=RotaryPositions(dim=6)))
+    scores = model.all_composition_scores("K").detach()
+    W = {name: getattr(model, name).detach() for name in ("W_Q", "W_K", "W_V", "W_O")}
+
+    OV = W["W_V"][0, 2] @ W["W_O"][0, 2]
+    for distance in (0, 3):
+        angles = distance * 10_000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+        rotation = torch.zeros(6, 6, dtype=torch.float64)
+        for i, angle in enumerate(angles):
+            # Entry i is turned with entry i + 3.
+            rotation[i, i] = rotation[i + 3, i + 3] = torch.cos(angle)
+            rotation[i, i + 3], rotation[i + 3, i] = torch.sin(angle), -torch.sin(angle)
+        QK = W["W_Q"][1, 1] @ rotation @ W["W_K"][1, 1].T
+        same = float(dense_score(OV, QK.T)) == pytest.approx(float(scores[0, 2, 1, 1]), abs=1e-12)
+        assert same == (distance == 0)
+
+
+def test_weights_are_read_as_they_are():
+    """Nothing said so: a norm's weight counts once it is folded into what reads behind it."""
+    model = make_model("grouped")
+    folded = model.process_weights(fold_ln=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            for name in ("W_Q", "W_K", "W_V"):
+                weight = getattr(block.attn, name)
+                weight.mul_(block.ln1.w[None, :, None])
+    for mode in ("Q", "K", "V"):
+        expected = model.all_composition_scores(mode)
+        torch.testing.assert_close(folded.all_composition_scores(mode), expected, **CLOSE)

@@ -12,11 +12,11 @@ def test_folded_norms_are_neutral_and_other_norms_stay(name):
     cfg = CONFIGS[name]
     state = random_state(cfg)
     processed = fold_ln(state, cfg)
-    neutral = 0.0 if cfg.norm.unit_offset else 1.0
     for weight, tensor in processed.state.items():
         module, _, part = weight.rpartition(".")
         norm = module.rpartition(".")[2]
         if norm in {"ln1", "ln2", "ln_final"}:
+            neutral = 0.0 if cfg.description.norms[module].unit_offset else 1.0
             assert (tensor == (neutral if part == "w" else 0.0)).all(), weight
         elif norm in {"ln1_post", "ln2_post", "q_norm", "k_norm"}:
             assert tensor is state[weight]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.weights.layout import lay_out, logical_view, parse_stored, stored_view
-from tests.model.networks import CONFIGS
+from tests.model.networks import ALL_CONFIGS
 
 LETTERS = ("a", "b", "c", "d")
 
@@ -133,9 +133,9 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_every_weight_of_a_network_is_stored_as_written_out(network):
-    for weight in CONFIGS[network].description.weights.values():
+    for weight in ALL_CONFIGS[network].description.weights.values():
         tensor = torch.randn(weight.shape)
         stored = stored_view(tensor, weight.stored, weight.axes)
         assert stored.shape == weight.stored_shape, weight.name

@@ -30,6 +30,10 @@ REFUSED = {
         "rms, unit offset, norms after, caps, tied",
         "norms after only",
         "no norm in the blocks",
+        "no norms",
+        "no final norm",
+        "layers that lack parts",
+        "layers with other norms",
     },
     "center_unembed": {"rms, unit offset, norms after, caps, tied"},
     "refactor_factored_attn_matrices": {
@@ -38,12 +42,19 @@ REFUSED = {
         "rms, gated, grouped",
         "rms, unit offset, norms after, caps, tied",
         "gated with biases",
+        "layers with other norms",
     },
+}
+# Steps that find nothing to do.
+IDLE = {
+    ("fold_ln", "no norms"),
+    ("fold_value_biases", "MLPs alone"),
+    ("refactor_factored_attn_matrices", "MLPs alone"),
 }
 ALLOWED = [(step, name) for step, name in product(STEPS, CONFIGS) if name not in REFUSED.get(step, ())]
 FORBIDDEN = [(step, name) for step, name in product(STEPS, CONFIGS) if name in REFUSED.get(step, ())]
 # float64: rounding of some hundred operations. float32: the same, 2^29 times larger, with room for the
-# conditioning of two random layers.
+# conditioning of two random layers. Relative to the largest log-probability: without norms they are in the thousands.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -69,12 +80,14 @@ def test_a_step_keeps_log_probabilities_and_its_input(step, name, dtype):
     check_state(processed.state, processed.cfg)
     assert processed.steps[-1] == step
     assert {tensor.dtype for tensor in processed.state.values()} == {dtype}
+    expected = log_probs(state, cfg, tokens)
     torch.testing.assert_close(
-        log_probs(processed.state, processed.cfg, tokens),
-        log_probs(state, cfg, tokens),
-        rtol=0,
-        atol=TOLERANCE[dtype],
+        log_probs(processed.state, processed.cfg, tokens), expected, rtol=0, atol=TOLERANCE[dtype] * _size(expected)
     )
+
+
+def _size(values):
+    return max(1.0, float(values.abs().max()) / 100)
 
 
 @pytest.mark.parametrize(("step", "name"), ALLOWED)
@@ -95,7 +108,7 @@ def test_touched_tensors_are_new_and_laid_out_and_untouched_ones_are_shared(step
         assert stored.data_ptr() == tensor.data_ptr(), weight
         assert not tensor.requires_grad
     if step != "fold_value_biases" or cfg.qkv_bias:
-        assert changed
+        assert bool(changed) != ((step, name) in IDLE)
     embedding = processed.state["embed.W_E"]
     assert (embedding is state["embed.W_E"]) == (step != "center_writing_weights")
 
