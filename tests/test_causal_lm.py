@@ -9,7 +9,7 @@ from hooklens.axes import find_site
 from hooklens.errors import HookLensError, HookNameError, HookOutputError, InputError
 from tests.annotations import unchecked
 from tests.checkpoints import build_variant, save_variant
-from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
+from tests.model.networks import ALL_CONFIGS, make_model, pad_rows, random_tokens
 from tests.tokens.tokenizers import ALL_SPECIAL, word_tokenizer
 
 
@@ -136,18 +136,18 @@ class TestReturnTypes:
             torch.testing.assert_close(found[row], model(tokens)[0, [0, -1]], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_layers_compose_bit_for_bit(network):
     """`start_at_layer` ran all blocks, and `stop_at_layer=n_layers` gave logits in place of the last stream."""
     model, tokens = make_model(network), random_tokens(2, 5)
     logits, cache = model.run_with_cache(tokens)
-    streams = [cache["resid_pre", 0], cache["resid_pre", 1], cache["resid_post", 1]]
+    streams = [*cache.stack_activation("resid_pre"), cache["resid_post", -1]]
     for stop, stream in enumerate(streams):
         assert torch.equal(model(tokens, stop_at_layer=stop), stream)
         assert torch.equal(model(stream, start_at_layer=stop), logits)
         for start in range(stop + 1):
             assert torch.equal(model(streams[start], start_at_layer=start, stop_at_layer=stop), stream)
-    assert torch.equal(model(tokens, stop_at_layer=-1), streams[1])
+    assert torch.equal(model(tokens, stop_at_layer=-1), streams[-2])
     fired = []
     hooks = [("*", lambda t, hook: fired.append(hook.name))]
     model.run_with_hooks(streams[1], start_at_layer=1, stop_at_layer=2, fwd_hooks=hooks)
@@ -155,7 +155,7 @@ def test_layers_compose_bit_for_bit(network):
     assert len(fired) == len(set(fired)) == sum(name.startswith("blocks.1.") for name in model.hook_points())
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_gradients_are_autograds(network):
     model, tokens = make_model(network), random_tokens(2, 5)
     leaves = {}

@@ -5,14 +5,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.arguments import Reader, optional, read_flag, read_int, read_one_of, read_tensor, refusal, require
+from hooklens.arguments import (
+    Reader,
+    optional,
+    read_flag,
+    read_int,
+    read_numbers,
+    read_one_of,
+    read_tensor,
+    refusal,
+    require,
+)
 from hooklens.errors import HookLensError, InputError, suggest_names
 from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.model.documents import read_document_borders, read_document_ids
 from hooklens.model.positions import LogitsAt, TokenPlan
 from hooklens.tokens import Prompt, is_integer
 
@@ -42,13 +52,7 @@ def read_mask(given: object, *, what: str, error: type[HookLensError] = InputErr
     Raises:
         HookLensError: neither a tensor nor a list or array of numbers.
     """
-    expected = "a tensor [batch pos] of 1 (token) and 0 (padding)"
-    if isinstance(given, list | tuple | np.ndarray):
-        try:
-            given = torch.as_tensor(given)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise refusal(given, what, expected, error) from None
-    return read_tensor(given, what=what, expected=expected, error=error)
+    return read_numbers(given, what=what, expected="a tensor [batch pos] of 1 (token) and 0 (padding)", error=error)
 
 
 def read_positions(given: object, *, what: str, error: type[HookLensError] = InputError) -> Tensor:
@@ -68,6 +72,9 @@ PREPARING: dict[str, Reader] = {
     "padding_side": partial(read_one_of, options=("left", "right", None)),
     "attention_mask": optional(read_mask),
     "positions": optional(read_positions),
+    "document_ids": optional(read_document_ids),
+    "document_borders": optional(read_document_borders),
+    "restart_positions": optional(read_flag),
     "past_kv_cache": optional(
         partial(require, kind=HookedKeyValueCache, expected="a HookedKeyValueCache, from model.prefill(prefix)")
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from hooklens.causal_lm.calls import (
 from hooklens.causal_lm.checkpoints import CheckpointMethods
 from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig
+from hooklens.documents import NO_DOCUMENT
 from hooklens.errors import InputError
 from hooklens.generation import TextGeneration
+from hooklens.generation.past import read_past
 from hooklens.hooks.arguments import CAPTURING, LISTENING, HookList
 from hooklens.hooks.call import NOBODY, Listeners, join_listeners
 from hooklens.hooks.capture import Capture, choose_columns, columns_among
@@ -35,6 +37,7 @@ from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder
+from hooklens.model.documents import Borders
 from hooklens.model.loss import next_token_loss
 from hooklens.model.part import Part
 from hooklens.model.positions import LogitsAt
@@ -57,6 +60,7 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
         cfg: the network's configuration.
         tokenizer: the tokenizer, or None.
         transforms: the weight-processing steps that were done, in order.
+        generation_config: the checkpoint's settings of generation, of which `generate` takes the end tokens.
 
     Example:
         >>> model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
@@ -76,6 +80,7 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
             if self.device.type != "meta":
                 self.initialize()
         self.tokenizer = tokenizer
+        self.generation_config: dict[str, Any] = {}
         self.eval()
 
     @reads(**CALLING)
@@ -89,6 +94,9 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
         padding_side: PaddingSide | None = None,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        document_borders: Borders = None,
+        restart_positions: bool | None = None,
         past_kv_cache: HookedKeyValueCache | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
@@ -104,11 +112,20 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
                 somebody listens there.
             loss_per_token: the losses themselves, `[batch pos-1]`; `[batch pos]` on a cached prefix whose
                 `last_logits` are known, which predict the first token.
-            prepend_bos: for text; None is the tokenizer's own rule (with a cache: False, text goes on).
+            prepend_bos: for text; None is the tokenizer's own rule. On a cache that holds tokens text goes on from
+                them: it is encoded together with them, and there is no BOS to prepend.
             padding_side: for texts of different length; None is the tokenizer's own.
             attention_mask: `[batch pos]`, 1 for tokens and 0 for padding. None: for text, the padding that was
                 added; ids are all tokens but runs of a dedicated pad id at a row's ends (`hooklens.tokens.padding`).
             positions: position of each column, in place of what the mask says.
+            document_ids: the document of each column, `[batch pos]` or `[pos]`, -1 for padding: the tokens of a row
+                that have the same number stand one after another and see no others, as if each document were run
+                alone. Edits and `logits_at` go on counting along the row; no first token of a document counts in the
+                loss. On a cache with documents the ids go on, too; without ids the last document goes on.
+            document_borders: the same said by where documents start: booleans, `[batch pos]` or `[pos]`, or columns of
+                this call, alike in all rows.
+            restart_positions: count positions within each document (None: as the cache does, else True). False: along
+                the row.
             past_kv_cache: what came before; a frozen one is read, another one is appended to.
             start_at_layer: `input` is the stream entering this block; blocks below do not run.
             stop_at_layer: return the stream entering this block (`n_layers`: the last `resid_post`); blocks
@@ -117,8 +134,9 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
                 negative ones from its end. The position axis stays.
 
         Raises:
-            InputError: arguments that do not fit each other or the model.
-            CacheError: a cache that does not fit.
+            InputError: arguments that do not fit each other or the model, or text that does not go on from the
+                tokens in the cache.
+            CacheError: a cache that does not fit, or does not know the tokens that text goes on from.
         """
         call = self._prepare(
             input,
@@ -126,6 +144,9 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
             padding_side=padding_side,
             attention_mask=attention_mask,
             positions=positions,
+            document_ids=document_ids,
+            document_borders=document_borders,
+            restart_positions=restart_positions,
             past_kv_cache=past_kv_cache,
             start_at_layer=start_at_layer,
         )
@@ -166,39 +187,57 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
             return None
         if not wants_loss:
             return out
-        loss = next_token_loss(out, call.input, call.plan.attention_mask, last_logits=before, per_token=loss_per_token)
+        loss = next_token_loss(
+            out,
+            call.input,
+            call.plan.attention_mask,
+            last_logits=before,
+            starts_document=call.plan.starts_document,
+            per_token=loss_per_token,
+        )
         return LogitsAndLoss(out, loss) if return_type == "both" else loss
 
     def _prepare(
         self,
         input: Input,
+        end: Literal["closed", "open"] = "closed",
         *,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        document_borders: Borders = None,
+        restart_positions: bool | None = None,
         past_kv_cache: HookedKeyValueCache | None = None,
         start_at_layer: int | None = None,
     ) -> PreparedCall:
-        """Turn an input into token ids (or take the stream as it is) and plan the call."""
+        """Turn an input into token ids (or take the stream as it is) and plan the call.
+
+        Text that is `"open"`, because something follows, leaves out what the tokenizer puts behind a text.
+        """
         if start_at_layer is not None:
             stream = check_stream(input, self.cfg.d_model, self.dtype, self.device)
-            plan = self.make_plan(stream, attention_mask, positions, past_kv_cache)
+            marks = self.read_documents(stream, document_ids, document_borders, restart_positions)
+            plan = self.make_plan(stream, attention_mask, positions, past_kv_cache, marks=marks)
             return PreparedCall(stream, plan, past_kv_cache, start_at_layer)
-        if prepend_bos is None and past_kv_cache is not None and len(past_kv_cache):
-            prepend_bos = False
+        # Document ids say which columns are padding: it is not guessed from the tokens.
+        said = document_ids is not None and attention_mask is None and not tokenization.is_text(input)
         ids, attention_mask = tokenization.read_tokens(
             input,
             self.tokenizer,
             d_vocab=self.cfg.d_vocab,
             n_ctx=self.cfg.n_ctx,
-            attention_mask=attention_mask,
+            attention_mask=document_ids != NO_DOCUMENT if said else attention_mask,
             prepend_bos=prepend_bos,
             padding_side=padding_side,
+            past=read_past(self, input, past_kv_cache),
+            closed=end == "closed",
         )
         tokenization.check_has_values(ids, self.device)
         ids = tokenization.as_usable(ids.to(self.device))
-        plan = self.make_plan(ids, attention_mask, positions, past_kv_cache)
+        marks = self.read_documents(ids, document_ids, document_borders, restart_positions)
+        plan = self.make_plan(ids, None if said else attention_mask, positions, past_kv_cache, marks=marks)
         return PreparedCall(ids, plan, past_kv_cache, None)
 
     @reads(**CALLING, **LISTENING, **CAPTURING, remove_batch_dim=read_flag)
@@ -313,7 +352,7 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
         """A frozen key-value cache of a prefix, to run any number of continuations on.
 
         A prefix of one row serves batches of any size. `kv.last_logits` holds the logits at each row's last
-        token.
+        token. Of text, what a tokenizer puts behind it (an EOS, in some) is left out, since the text goes on.
 
         Args:
             prefix: text or token ids.
@@ -323,9 +362,10 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
         clash = sorted({*run_keywords, "past_kv_cache", "start_at_layer"} & forward_keywords.keys())
         if clash:
             raise InputError(f"prefill sets {clash} itself: leave them out")
-        ids = self._prepare(prefix, **prepare_keywords)
+        ids = self._prepare(prefix, "open", **prepare_keywords)
         cache = HookedKeyValueCache.init_cache(self.cfg, self.device, len(ids.input), dtype=self.dtype)
-        plan = self.make_plan(ids.input, ids.plan.attention_mask, prepare_keywords.get("positions"), cache)
+        marks = self.read_documents(ids.input, *(prepare_keywords.get(name) for name in _SAYS_DOCUMENTS))
+        plan = self.make_plan(ids.input, ids.plan.attention_mask, prepare_keywords.get("positions"), cache, marks=marks)
         # Out of inference_mode, whose tensors no later call could compute gradients with.
         with torch.inference_mode(mode=False), torch.no_grad():
             logits = self.run(ids.input, plan, past_kv_cache=cache, logits_at=-1)
@@ -360,5 +400,6 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
         return part.size_of(axis) if isinstance(part, Part) else self.cfg.size(axis)
 
 
+_SAYS_DOCUMENTS = ("document_ids", "document_borders", "restart_positions")
 _BY_INPUT = frozenset({"batch", "pos", "query", "key"})
 _KEYWORDS = CallKeywords(HookedCausalLM._prepare, HookedCausalLM._run_call)

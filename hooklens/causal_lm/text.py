@@ -82,7 +82,7 @@ class TextMethods:
         return tokenization.to_str_tokens(self._need_tokenizer(), input, prepend_bos=prepend_bos)
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is exactly one token.
+        """The id of a text that is exactly one token inside a row: `" word"` with its space, `"word"` without.
 
         Raises:
             InputError: it is none or several (the text names them), or a word that the vocabulary lacks.

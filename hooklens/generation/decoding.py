@@ -14,7 +14,7 @@ from hooklens.generation.recording import RowLayout
 from hooklens.generation.rows import Rows
 from hooklens.generation.sampling import RowDraws, sample_tokens, token_log_probs
 from hooklens.generation.stopping import StopRules
-from hooklens.generation.text import TextPieces
+from hooklens.generation.text import TextPieces, decode_behind
 from hooklens.precision import widen
 
 
@@ -36,7 +36,7 @@ class Decoding:
         self, model: GeneratingModel, prompts: Prompts, options: GenerationOptions, *, keeps_logprobs: bool
     ) -> None:
         self._prompts = prompts
-        self._stops = StopRules(model, options)
+        self._stops = StopRules(model, options, prompts)
         self._pipeline = build_pipeline(options)
         self._forward = Forward(model, prompts, options)
         self._n_samples = options.num_return_sequences
@@ -73,8 +73,9 @@ class Decoding:
         rows.append(tokens)
         ended = self._stops.ask_criteria(rows.ids, processed) if self._stops.reads_ids else None
         reasons = [
-            self._stops.reason(rows.new_ids[rows.active[place]], criterion=ended is not None and ended[place])
+            self._stops.reason(row, rows.new_ids[row], criterion=ended is not None and ended[place])
             for place in rows.places
+            for row in [rows.active[place]]
         ]
         staying = rows.end(reasons)
         if staying is not None:
@@ -142,6 +143,16 @@ class Decoding:
         lengths = torch.tensor([len(ids) for ids in self.rows.new_ids], device=columns[0].device)
         steps = torch.arange(len(columns), device=columns[0].device)
         return torch.stack(columns, 1).masked_fill(steps >= lengths[:, None], 0.0)
+
+    def text(self, tokens: Tensor) -> list[str]:
+        """The text of each row of `tokens()` without special tokens, as it reads behind what is in the cache."""
+        tokenizer = self._model.tokenizer
+        assert tokenizer is not None
+        texts = []
+        for row, (length, new) in enumerate(zip(self.prompt_lengths, self.rows.new_ids, strict=True)):
+            before = self._prompts.tokens_before(row // self._n_samples)
+            texts.append(decode_behind(tokenizer, before, tokens[row, : length + len(new)].tolist()))
+        return texts
 
     @property
     def prompt_lengths(self) -> list[int]:

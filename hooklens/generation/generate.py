@@ -15,7 +15,7 @@ from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions, ReturnKind, Streamer
 from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
 from hooklens.generation.prompts import Input, Prompts, read_prompts
-from hooklens.generation.text import TextPieces, decode_plain
+from hooklens.generation.text import TextPieces
 from hooklens.optional import import_package
 
 Generated = str | list[str] | Tensor | GenerationOutput
@@ -73,7 +73,7 @@ def generate(
         return _build_output(model, decoding, tokens, clock, interrupted=interrupted)
     if not gives_text:
         return tokens
-    text = _decode_rows(model, decoding, tokens)
+    text = decoding.text(tokens)
     return text[0] if len(text) == 1 and (isinstance(input, str) or not is_text) else text
 
 
@@ -98,8 +98,8 @@ def _stream(model: GeneratingModel, decoding: Decoding, prompts: Prompts) -> Ite
     if model.tokenizer is not None:
         n_samples = len(decoding.rows) // len(prompts.lengths)
         pieces = [
-            TextPieces(model.tokenizer, ids[padding:].tolist())
-            for ids, padding in zip(prompts.ids, prompts.padding, strict=True)
+            TextPieces(model.tokenizer, prompts.sequence(prompt))
+            for prompt in range(len(prompts.lengths))
             for _ in range(n_samples)
         ]
     while not decoding.rows.done:
@@ -153,15 +153,6 @@ def _progress_bar(total: int, *, shown: bool) -> Iterator[Any]:
         yield bar.update
 
 
-def _decode_rows(model: GeneratingModel, decoding: Decoding, tokens: Tensor) -> list[str]:
-    assert model.tokenizer is not None
-    lengths = zip(decoding.prompt_lengths, decoding.rows.new_ids, strict=True)
-    return [
-        decode_plain(model.tokenizer, row[: length + len(ids)].tolist())
-        for row, (length, ids) in zip(tokens, lengths, strict=True)
-    ]
-
-
 def _build_output(
     model: GeneratingModel, decoding: Decoding, tokens: Tensor, clock: _Clock, *, interrupted: bool
 ) -> GenerationOutput:
@@ -172,7 +163,7 @@ def _build_output(
         n_new_tokens=[len(ids) for ids in rows.new_ids],
         finish_reasons=["interrupted" if reason is None else reason for reason in rows.reasons],
         logprobs=decoding.logprobs(),
-        text=None if model.tokenizer is None else _decode_rows(model, decoding, tokens),
+        text=None if model.tokenizer is None else decoding.text(tokens),
         cache=decoding.activation_cache(tokens),
         timing=clock.timing(),
         interrupted=interrupted,

@@ -53,10 +53,11 @@ class TextGeneration:
 
         Args:
             input: a text, a list of texts, or token ids `[batch pos]`; prompts may differ in length. An empty
-                text is the BOS token alone.
+                text is the BOS token alone. What a tokenizer puts behind a text (an EOS, in some) is left out.
             max_new_tokens: most tokens to add to a prompt.
             stop_at_eos: a row ends with the first end token, which stays in it.
-            eos_token_id: the end token, or several; None: the tokenizer's.
+            eos_token_id: the end token, or several; None: those of `model.generation_config` (the checkpoint's
+                generation_config.json), or else the tokenizer's.
             do_sample: draw from the distribution; False: take the most likely token.
             temperature: divides the logits, > 0.
             top_k: draw from the k most likely tokens.
@@ -69,8 +70,11 @@ class TextGeneration:
             use_past_kv_cache: False runs the whole sequence at every step. The tokens are the same, except with
                 dynamic rotary scaling past the trained length, where cached keys keep earlier frequencies.
             past_kv_cache: what came before the prompts. A frozen cache is read (one row serves all prompts),
-                another one is appended to: all tokens but each row's last.
-            prepend_bos: for text; None is the tokenizer's own rule (with a cache: False, text goes on).
+                another one is appended to: all tokens but each row's last. The new tokens are those of the whole
+                sequence under every option, since the cache knows its tokens; the result and the streamer have the
+                prompts and what follows, not what came before.
+            prepend_bos: for text; None is the tokenizer's own rule. On a cache that holds tokens text goes on from
+                them: it is encoded together with them, and there is no BOS to prepend.
             seed: of the draws; None: from torch's global generator. A row's draws depend on the seed and on its
                 place only, not on other rows.
             logits_processor: functions (ids `[batch pos]`, scores `[batch d_vocab]`) to scores, as in
@@ -89,9 +93,11 @@ class TextGeneration:
             verbose: show a progress bar.
 
         Raises:
-            InputError: values out of range or that exclude each other, or a sequence longer than `n_ctx`; before
-                any work.
-            CacheError: the cache is another model's, of another dtype or device, or serves other rows.
+            InputError: values out of range or that exclude each other, text that does not go on from what is in the
+                cache, options that look at tokens that the cache does not know, or a sequence longer than `n_ctx`;
+                before any work.
+            CacheError: the cache is another model's, of another dtype or device, serves other rows, or does not know
+                the tokens that text goes on from.
             EditError: an edit's positions or rows are outside the sequences.
             HookNameError: an edit or `names_filter` selects no hook point.
         """

@@ -21,6 +21,7 @@ class GeneratingModel(Protocol):
     cfg: HookedConfig
     tokenizer: Tokenizer | None
     transforms: tuple[str, ...]
+    generation_config: dict[str, Any]
 
     @property
     def device(self) -> torch.device:

@@ -52,7 +52,7 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: most tokens to add to a prompt.
         stop_at_eos: a row ends with the first end token.
-        eos_token_id: the end tokens; None: the tokenizer's.
+        eos_token_id: the end tokens; None: those of the checkpoint's generation_config.json, or the tokenizer's.
         do_sample: draw from the distribution; False: take the most likely token, which temperature, top-k, top-p
             and min-p do not change.
         temperature: divides the logits, > 0.
@@ -149,7 +149,12 @@ def _read_stop_strings(given: object, *, what: str, error: type[HookLensError]) 
     return given if isinstance(given, str) else list(texts)
 
 
-def _read_end_tokens(given: object, *, what: str, error: type[HookLensError]) -> int | list[int]:
+def read_end_tokens(given: object, *, what: str, error: type[HookLensError] = InputError) -> int | list[int]:
+    """One end token or several.
+
+    Raises:
+        HookLensError: anything else.
+    """
     chosen = read_choice(given, what=what, error=error)
     if chosen is None or isinstance(chosen, slice):
         raise refusal(given, what, "a token id or a list of them", error)
@@ -170,7 +175,7 @@ _COUNT = partial(read_int, least=1, most=MOST_ENTRIES)
 _READERS: dict[str, Reader] = {
     "max_new_tokens": _COUNT,
     "stop_at_eos": read_flag,
-    "eos_token_id": optional(_read_end_tokens),
+    "eos_token_id": optional(read_end_tokens),
     "do_sample": read_flag,
     "temperature": _number("a number > 0 (do_sample=False takes the most likely token)", lambda number: number > 0),
     "top_k": optional(_COUNT),

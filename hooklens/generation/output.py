@@ -43,7 +43,8 @@ class GenerationOutput:
         finish_reasons: why each row ended.
         logprobs: log-probabilities in nats of the new tokens under the model itself, before penalties, the
             caller's processors, temperature and truncation; 0 where a row has no token.
-        text: tokens as text, without special tokens; None without a tokenizer.
+        text: tokens as text, without special tokens, as they read behind what came before them in a key-value cache;
+            None without a tokenizer.
         cache: what `names_filter` captured, laid out as one run of `tokens[:, :-1]`, with an attention mask
             that leaves out each row's last token; None without a filter.
         timing: seconds.

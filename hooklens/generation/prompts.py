@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooklens import tokens as tokenization
 from hooklens.errors import InputError
 from hooklens.generation.model import GeneratingModel
-from hooklens.generation.options import GenerationOptions
+from hooklens.generation.options import GenerationOptions, read_end_tokens
+from hooklens.generation.past import read_past
 
 Input = tokenization.Prompt
 
@@ -26,17 +28,27 @@ class Prompts:
         mask: which of them are tokens; None: all.
         lengths: tokens of each prompt.
         n_before: tokens of each prompt's row in the key-value cache it goes on from.
+        before: those tokens; None: the cache does not know them.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None
     lengths: list[int]
     n_before: list[int]
+    before: list[list[int]] | None = None
 
     @property
     def padding(self) -> list[int]:
         """Columns of padding before each prompt."""
         return [self.ids.shape[1] - length for length in self.lengths]
+
+    def tokens_before(self, row: int) -> list[int]:
+        """The tokens in a row's key-value cache, where it knows them."""
+        return [] if self.before is None else self.before[row]
+
+    def sequence(self, row: int) -> list[int]:
+        """All tokens of a row: those in the cache, where it knows them, and the prompt's."""
+        return [*self.tokens_before(row), *self.ids[row, self.padding[row] :].tolist()]
 
 
 def read_prompts(model: GeneratingModel, input: Input, options: GenerationOptions) -> Prompts:
@@ -46,6 +58,7 @@ def read_prompts(model: GeneratingModel, input: Input, options: GenerationOption
         InputError: no tokens, text without a tokenizer, ids outside the vocabulary, or more tokens than `n_ctx`.
         CacheError: the key-value cache is another model's, or serves other rows.
     """
+    _require_causal(model)
     cache = options.past_kv_cache
     ids, mask = _encode(model, input, options)
     if cache is not None:
@@ -53,25 +66,60 @@ def read_prompts(model: GeneratingModel, input: Input, options: GenerationOption
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     if mask is not None:
         ids, mask = _pad_left(ids, mask)
-    past = [0] if cache is None else cache.previous_attention_mask.sum(1).tolist()
+    past = [0]
+    before: list[list[int]] | None = [[]]
+    if cache is not None:
+        past = cache.previous_attention_mask.sum(1).tolist()
+        before = None if cache.token_ids is None else cache.token_rows()
+    seen = past if cache is None or cache.document_ids is None else cache.continued_lengths.tolist()
     prompts = Prompts(
         ids=ids.to(model.device),
         mask=None if mask is None else mask.to(model.device),
         lengths=lengths,
         n_before=past if len(past) == len(ids) else past * len(ids),
+        before=before if before is None or len(before) == len(ids) else before * len(ids),
     )
-    _check_context(prompts, options.max_new_tokens, model.cfg.n_ctx)
+    seen = seen if len(seen) == len(ids) else seen * len(ids)
+    _check_context(prompts, seen, options.max_new_tokens, model.cfg.n_ctx)
     _check_size(model, prompts, options)
     return prompts
+
+
+def _require_causal(model: GeneratingModel) -> None:
+    if not model.cfg.causal:
+        raise InputError(
+            "generate: this network is not causal (cfg.causal=False): what it gives at a token depends on the later "
+            "ones, so it has no next token to draw. Read its logits at the tokens that there are, model(input)"
+        )
+
+
+def join_sequences(prompts: Prompts) -> Int[Tensor, "batch pos"]:
+    """The prompts behind the tokens in the key-value cache, padding on the left.
+
+    Raises:
+        InputError: the cache does not know its tokens.
+    """
+    if not any(prompts.n_before):
+        return prompts.ids
+    if prompts.before is None:
+        raise InputError(
+            "generate: repetition_penalty, freq_penalty, logits_processor and stopping_criteria look at all tokens of "
+            "a row, and past_kv_cache does not know those it holds (it was filled from a residual stream or by hand, "
+            "or saved without them); make it with model.prefill(prefix), or tell it: cache.token_ids = ids [batch pos]"
+        )
+    ends = [before + length for before, length in zip(prompts.n_before, prompts.lengths, strict=True)]
+    joined = prompts.ids.new_zeros(len(ends), max(ends))
+    for row, end in enumerate(ends):
+        joined[row, joined.shape[1] - end :] = torch.tensor(prompts.sequence(row), device=joined.device)
+    return joined
 
 
 def _encode(model: GeneratingModel, input: Input, options: GenerationOptions) -> tuple[Tensor, Tensor | None]:
     """Ids, and which of them are tokens; None where all are."""
     tokenizer, cache = model.tokenizer, options.past_kv_cache
     prepend_bos = options.prepend_bos
-    if prepend_bos is None and cache is not None and len(cache):
-        prepend_bos = False
-    elif prepend_bos is None and _is_nothing(input) and getattr(tokenizer, "bos_token_id", None) is not None:
+    begins = cache is None or not len(cache)
+    if prepend_bos is None and begins and _is_nothing(input) and getattr(tokenizer, "bos_token_id", None) is not None:
         # Nothing to go on from: the token that opens a sequence.
         prepend_bos = True
     is_text = tokenization.is_text(input)
@@ -87,6 +135,8 @@ def _encode(model: GeneratingModel, input: Input, options: GenerationOptions) ->
         prepend_bos=prepend_bos,
         # Ids may be padded at both ends.
         padding_side="left" if is_text else None,
+        past=read_past(model, input, cache),
+        closed=False,
     )
     tokenization.check_has_values(ids, model.device)
     return ids, None if mask is None else mask.bool()
@@ -104,15 +154,14 @@ def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order.to(ids.device))[:, -width:], mask
 
 
-def _check_context(prompts: Prompts, max_new_tokens: int, n_ctx: int) -> None:
-    needed = [
-        before + length + max_new_tokens for before, length in zip(prompts.n_before, prompts.lengths, strict=True)
-    ]
+def _check_context(prompts: Prompts, n_seen: list[int], max_new_tokens: int, n_ctx: int) -> None:
+    """Check that the positions suffice, where prompts go on from so many tokens of the cache."""
+    needed = [seen + length + max_new_tokens for seen, length in zip(n_seen, prompts.lengths, strict=True)]
     over = [row for row, total in enumerate(needed) if total > n_ctx]
     if not over:
         return
     row = max(over, key=lambda index: needed[index])
-    before = f"{prompts.n_before[row]} tokens in past_kv_cache, " if prompts.n_before[row] else ""
+    before = f"{n_seen[row]} tokens in past_kv_cache, " if n_seen[row] else ""
     others = f" (and {len(over) - 1} more rows)" if len(over) > 1 else ""
     raise InputError(
         f"generate: row {row} has {before}{prompts.lengths[row]} prompt tokens and max_new_tokens={max_new_tokens}, "
@@ -138,13 +187,15 @@ def _check_size(model: GeneratingModel, prompts: Prompts, options: GenerationOpt
 
 
 def filling_token_id(model: GeneratingModel) -> int:
-    """The id that stands where a row has no token: the tokenizer's padding token, or 0 where the model lacks it."""
-    padding = None if model.tokenizer is None else tokenization.padding_token_id(model.tokenizer)
-    return padding if padding is not None and padding < model.cfg.d_vocab else 0
+    """The id that stands where a row has no token: the checkpoint's padding token, the tokenizer's, or 0."""
+    found = [model.generation_config.get("pad_token_id")]
+    if model.tokenizer is not None:
+        found.append(tokenization.padding_token_id(model.tokenizer))
+    return next((token for token in found if type(token) is int and 0 <= token < model.cfg.d_vocab), 0)
 
 
 def end_token_ids(model: GeneratingModel, options: GenerationOptions) -> list[int]:
-    """The tokens that end a row; empty when none does.
+    """The tokens that end a row: those given, the checkpoint's, or the tokenizer's; empty when none does.
 
     Raises:
         InputError: an id outside the vocabulary.
@@ -153,8 +204,13 @@ def end_token_ids(model: GeneratingModel, options: GenerationOptions) -> list[in
         return []
     given = options.eos_token_id
     if given is None:
-        found = getattr(model.tokenizer, "eos_token_id", None)
-        return [] if found is None else [found]
+        found = model.generation_config.get("eos_token_id")
+        if found is None:
+            found = getattr(model.tokenizer, "eos_token_id", None)
+        if found is None or found == []:
+            return []
+        ends = read_end_tokens(found, what="generate: eos_token_id of model.generation_config or model.tokenizer")
+        return [ends] if isinstance(ends, int) else ends
     ids = [given] if isinstance(given, int) else list(given)
     outside = [token for token in ids if not 0 <= token < model.cfg.d_vocab]
     if outside:

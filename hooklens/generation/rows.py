@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.generation.processors import RowIds
-from hooklens.generation.prompts import Prompts
+from hooklens.generation.prompts import Prompts, join_sequences
 from hooklens.generation.stopping import FinishReason
 
 # Rows that have ended leave the batch when they are at least this fraction of it: leaving copies the cache.
@@ -40,14 +40,20 @@ class Rows:
         self.active = list(range(n_rows))
         self.places = list(range(n_rows))
         self._keeps_all = keeps_all
-        self._padding = [width for width in prompts.padding for _ in range(n_samples)]
         self.n_columns = prompts.ids.shape[1]
-        # Row by row, the prompts with their padding and what came after.
+        # Row by row, all tokens with padding before them, those in a key-value cache included, and what came after.
         self._table: Tensor | None = None
+        self._padding: list[int] = []
         if needs_table:
-            columns = self.n_columns + max_new_tokens
-            self._table = prompts.ids.new_zeros(n_rows, columns)
-            self._table[:, : self.n_columns] = prompts.ids.repeat_interleave(n_samples, 0)
+            sequences = join_sequences(prompts)
+            self._n_cached = sequences.shape[1] - self.n_columns
+            self._padding = [
+                sequences.shape[1] - before - length
+                for before, length in zip(prompts.n_before, prompts.lengths, strict=True)
+                for _ in range(n_samples)
+            ]
+            self._table = sequences.new_zeros(n_rows, sequences.shape[1] + max_new_tokens)
+            self._table[:, : sequences.shape[1]] = sequences.repeat_interleave(n_samples, 0)
         self._active_index: Tensor | None = None
         self.device = prompts.ids.device
 
@@ -75,9 +81,9 @@ class Rows:
 
     @property
     def table(self) -> Int[Tensor, "active pos"]:
-        """Prompts with their padding and new tokens of the active rows."""
+        """All tokens of the active rows, with the padding before them."""
         assert self._table is not None
-        table = self._table[:, : self.n_columns]
+        table = self._table[:, : self._n_cached + self.n_columns]
         return table if len(self.active) == len(self) else table[self.active_index]
 
     @property
@@ -91,7 +97,7 @@ class Rows:
         if self._table is not None:
             # Rows that have left keep what they have; what follows an ended row's last token is never read.
             rows = slice(None) if len(self.active) == len(self) else self.active_index
-            self._table[rows, self.n_columns] = tokens
+            self._table[rows, self._n_cached + self.n_columns] = tokens
         self.n_columns += 1
         ids = tokens.tolist()
         for place in self.places:

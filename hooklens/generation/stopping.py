@@ -10,8 +10,8 @@ from hooklens.errors import InputError
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions, StopFunction
 from hooklens.generation.processors import RowIds
-from hooklens.generation.prompts import end_token_ids
-from hooklens.generation.text import StopTexts
+from hooklens.generation.prompts import Prompts, end_token_ids
+from hooklens.generation.text import StopTexts, find_context
 
 FinishReason = Literal["end_token", "stop_string", "criterion", "length", "interrupted"]
 
@@ -19,11 +19,16 @@ FinishReason = Literal["end_token", "stop_string", "criterion", "length", "inter
 class StopRules:
     """The rules by which rows of one generation end.
 
+    Args:
+        model: knows its end tokens.
+        options: say when rows end.
+        prompts: what the new tokens follow.
+
     Raises:
         InputError: stop strings without a tokenizer, or end tokens outside the vocabulary.
     """
 
-    def __init__(self, model: GeneratingModel, options: GenerationOptions) -> None:
+    def __init__(self, model: GeneratingModel, options: GenerationOptions, prompts: Prompts) -> None:
         self._end_tokens = frozenset(end_token_ids(model, options))
         self._criteria: tuple[StopFunction, ...] = tuple(options.stopping_criteria)
         self._max_new_tokens = options.max_new_tokens
@@ -35,6 +40,11 @@ class StopRules:
                     "eos_token_id or stopping_criteria"
                 )
             self._stop_texts = StopTexts(model.tokenizer, options.stop_texts)
+            self._before = [
+                find_context(model.tokenizer, prompts.sequence(prompt))
+                for prompt in range(len(prompts.lengths))
+                for _ in range(options.num_return_sequences)
+            ]
 
     @property
     def reads_ids(self) -> bool:
@@ -59,11 +69,17 @@ class StopRules:
                     ended[rows.cpu()] |= verdict
         return ended.tolist()
 
-    def reason(self, new_ids: Sequence[int], *, criterion: bool) -> FinishReason | None:
-        """Why a row ends with its newest token; None if it goes on."""
+    def reason(self, row: int, new_ids: Sequence[int], *, criterion: bool) -> FinishReason | None:
+        """Why a row ends with its newest token; None if it goes on.
+
+        Args:
+            row: which row of the result.
+            new_ids: its new tokens.
+            criterion: whether a criterion of the caller's ends it.
+        """
         if new_ids[-1] in self._end_tokens:
             return "end_token"
-        if self._stop_texts is not None and self._stop_texts.occurs_in(new_ids):
+        if self._stop_texts is not None and self._stop_texts.occurs_in(new_ids, before=self._before[row]):
             return "stop_string"
         if criterion:
             return "criterion"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.config import HookedConfig
@@ -22,6 +22,7 @@ from hooklens.kv_cache.arguments import (
     read_transforms,
     require,
 )
+from hooklens.kv_cache.documents import ColumnDocuments, read_documents
 from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
 from hooklens.kv_cache.fit import (
     check_batch,
@@ -30,7 +31,9 @@ from hooklens.kv_cache.fit import (
     check_origin,
     check_place,
     check_same_tokens,
+    require_causal,
 )
+from hooklens.kv_cache.ids import ColumnIds, read_token_ids, rows_of_ids
 from hooklens.kv_cache.inference import lasting_tensors
 from hooklens.kv_cache.mask import ColumnMask
 from hooklens.kv_cache.storage import StoredCache, read_cache, write_cache
@@ -43,12 +46,15 @@ class HookedKeyValueCache:
     until one of the two is appended to, which changes the other one in no way.
 
     Args:
-        entries: one per layer.
+        entries: one per layer, without heads for a layer without attention.
         previous_attention_mask: `[batch pos]`, which of the cached columns are real tokens. Its values are looked at
             once, see `has_padding`.
         frozen: freeze the entries: running a model on the cache leaves it as it is. False leaves them as they are.
         fingerprint: of the model's configuration, see `HookedConfig.fingerprint`; None: not checked.
         transforms: the weight-processing steps of the model that keys and values come from, `model.transforms`.
+        document_ids: `[batch pos]`, int64, the document of each column; None: rows are one document each.
+        restarts_positions: with `document_ids`, positions were counted within each document.
+        token_ids: `[batch pos]`, the token in each column; None: not known.
 
     Attributes:
         entries: as above.
@@ -57,7 +63,7 @@ class HookedKeyValueCache:
             any model may.
 
     Raises:
-        CacheError: entries of different lengths, rows or frozenness, or a mask that does not fit them.
+        CacheError: entries of different lengths, rows or frozenness, or a mask or documents that do not fit them.
     """
 
     def __init__(
@@ -68,12 +74,17 @@ class HookedKeyValueCache:
         *,
         fingerprint: str | None = None,
         transforms: tuple[str, ...] = (),
+        document_ids: Int[Tensor, "batch pos"] | None = None,
+        restarts_positions: bool = True,
+        token_ids: Int[Tensor, "batch pos"] | None = None,
     ) -> None:
         require(entries, (list, tuple), what="entries", expected="a list of HookedKeyValueCacheEntry, one per layer")
         require(frozen, bool, what="frozen", expected="True or False")
         require(fingerprint, (str, type(None)), what="fingerprint", expected="cfg.fingerprint or None")
         mask = ColumnMask(read_mask(previous_attention_mask, what="previous_attention_mask"))
-        self._hold(entries, mask, fingerprint, read_transforms(transforms))
+        documents = read_documents(document_ids, restarts_positions, columns=mask.columns.shape)
+        self._hold(entries, mask, fingerprint, read_transforms(transforms), documents)
+        self.token_ids = token_ids
         before = [entry.frozen for entry in self.entries]
         if frozen:
             self.freeze()
@@ -90,10 +101,13 @@ class HookedKeyValueCache:
         mask: ColumnMask,
         fingerprint: str | None,
         transforms: tuple[str, ...],
+        documents: ColumnDocuments | None,
     ) -> None:
         check_entries(entries)
         self.entries = list(entries)
         self._mask = mask
+        self._documents = documents
+        self._ids = ColumnIds.none(*_place(mask))
         self.fingerprint = fingerprint
         self.transforms = transforms
         self._logits: Float[Tensor, "batch d_vocab"] | None = None
@@ -111,11 +125,15 @@ class HookedKeyValueCache:
         """An empty cache for any model of this config, however its weights were processed.
 
         Raises:
-            CacheError: an argument of the wrong kind.
+            CacheError: an argument of the wrong kind, or a network that is not causal.
         """
         require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
+        require_causal(cfg)
         entries = [
-            HookedKeyValueCacheEntry.init_cache_entry(cfg, device, batch_size, dtype=dtype) for _ in range(cfg.n_layers)
+            HookedKeyValueCacheEntry.init_cache_entry(
+                cfg, device, batch_size, dtype=dtype, has_attn=block.attn is not None
+            )
+            for block in cfg.blocks
         ]
         with lasting_tensors():
             mask = torch.empty(entries[0].batch_size, 0, dtype=torch.bool, device=entries[0].device)
@@ -157,6 +175,56 @@ class HookedKeyValueCache:
         return self._mask.has_padding
 
     @property
+    def document_ids(self) -> Int[Tensor, "batch pos"] | None:
+        """The document of each cached column, as numbers; None where rows are one document each.
+
+        Padding has the number of a token beside it.
+        """
+        return None if self._documents is None or not len(self) else self._documents.ids
+
+    @property
+    def restarts_positions(self) -> bool:
+        """Whether positions are counted within each document of the cache; True without documents."""
+        return self._documents is None or self._documents.restarts_positions
+
+    @property
+    def continued_lengths(self) -> Int[Tensor, " batch"]:
+        """The position at which each row goes on: its tokens, or those of its last document where positions restart."""
+        mask, documents = self._mask.columns, self._documents
+        if documents is not None and documents.restarts_positions:
+            mask = mask & (documents.ids == documents.ids[:, -1:])
+        return mask.sum(1)
+
+    @property
+    def token_ids(self) -> Int[Tensor, "batch pos"] | None:
+        """The token in each column, by which text is encoded that goes on from them; None: not known.
+
+        A model that fills the cache with tokens writes them here. Columns of a residual stream (`start_at_layer`) have
+        none, and neither has a file that was saved without them; who knows them may set them, on a frozen cache, too.
+        What stands in columns of padding says nothing.
+
+        Raises:
+            CacheError: on setting: not one integer for each column.
+        """
+        return self._ids.all_of(len(self))
+
+    @token_ids.setter
+    def token_ids(self, ids: Int[Tensor, "batch pos"] | None) -> None:
+        if ids is None:
+            self._ids = ColumnIds.none(*_place(self._mask))
+            return
+        read = read_token_ids(ids, batch=self.batch_size, n_columns=len(self))
+        self._ids = ColumnIds(read.to(self._mask.columns.device))
+
+    def token_rows(self) -> list[list[int]]:
+        """The token ids of each row without padding, in plain numbers; waits for the device.
+
+        Raises:
+            CacheError: they are not known.
+        """
+        return rows_of_ids(self.token_ids, self.previous_attention_mask)
+
+    @property
     def last_logits(self) -> Float[Tensor, "batch d_vocab"] | None:
         """Logits at the last position, where `model.prefill` made the cache and its columns are the same since.
 
@@ -196,7 +264,8 @@ class HookedKeyValueCache:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the keys. The values' is the same, unless the cache was filled under `torch.autocast`."""
-        return self.entries[0].dtypes[0]
+        holding = next((entry for entry in self.entries if entry.head_shape[0]), self.entries[0])
+        return holding.dtypes[0]
 
     @property
     def device(self) -> torch.device:
@@ -251,9 +320,19 @@ class HookedKeyValueCache:
             CacheError: they do not; the layers are named.
         """
         check_same_tokens(self.entries, self._mask.columns)
+        if self._documents is not None and self._documents.ids.shape != self._mask.columns.shape:
+            raise CacheError(
+                f"the document ids cover {list(self._documents.ids.shape)} rows and columns, the attention mask "
+                f"{list(self._mask.columns.shape)}"
+            )
 
     def append_attention_mask(
-        self, mask_of_new_tokens: Bool[Tensor, "batch new"], *, all_tokens: bool | None = None
+        self,
+        mask_of_new_tokens: Bool[Tensor, "batch new"],
+        *,
+        all_tokens: bool | None = None,
+        documents: ColumnDocuments | None = None,
+        token_ids: Int[Tensor, "batch new"] | None = None,
     ) -> Bool[Tensor, "batch key"]:
         """The mask over past + new columns; stored, too, unless the cache is frozen.
 
@@ -261,20 +340,35 @@ class HookedKeyValueCache:
             mask_of_new_tokens: which of the new columns are real tokens.
             all_tokens: whether all of them are, where the caller knows it. None: looked up, which waits for the
                 device.
+            documents: of past + new columns. None: the new ones go on with the last document of the past, if it has
+                documents.
+            token_ids: the tokens in the new columns. None: not known, and `token_ids` is None from here on.
 
         Raises:
-            CacheError: rows that the cache does not have, or no mask.
+            CacheError: rows that the cache does not have, no mask, ids that are not those of its columns, or documents
+                of other columns.
         """
         require(all_tokens, (bool, type(None)), what="all_tokens", expected="True, False or None")
+        require(documents, (ColumnDocuments, type(None)), what="documents", expected="ColumnDocuments or None")
         new = read_mask(mask_of_new_tokens, what="mask_of_new_tokens")
         if new.shape[0] != self.batch_size and not (self.frozen and self.batch_size == 1):
             raise CacheError(
                 f"the mask of the new tokens has {new.shape[0]} rows, the cache {self.batch_size}; only a frozen cache "
                 "with one row serves another number of rows"
             )
+        ids = None
+        if token_ids is not None:
+            ids = read_token_ids(token_ids, batch=new.shape[0], n_columns=new.shape[1])
         if self.frozen:
             # What is not stored need not be looked at.
             return self._mask.join(new, all_tokens=False).columns
+        if documents is not None:
+            columns = torch.Size((self.batch_size, len(self) + new.shape[1]))
+            documents = documents.lasting(columns)
+        elif self._documents is not None and len(self):
+            documents = self._documents.gone_on(new.shape[1])
+        self._documents = documents
+        self._ids = self._ids.join(ids, n_columns=len(self))
         self._mask = self._mask.join(new, all_tokens=all_tokens)
         return self._mask.columns
 
@@ -293,14 +387,18 @@ class HookedKeyValueCache:
             entry.roll_back(n)
         if n < len(self):
             self._mask = self._mask.part(self._mask.columns[:, :n])
+        if self._documents is not None:
+            self._documents = self._documents.changed(lambda ids: ids[:, :n])
+        self._ids = self._ids.change(lambda ids: ids[:, :n])
 
     def _derive(
         self,
         change: Callable[[Tensor], Tensor],
         mask: Callable[[ColumnMask], ColumnMask],
         logits: Callable[[Tensor], Tensor] | None,
+        ids: Callable[[Tensor], Tensor] | None = None,
     ) -> "HookedKeyValueCache":
-        """A cache of changed keys, values, mask and logits."""
+        """A cache of changed keys, values, mask and logits; ids and documents change as keys do, or as is said."""
         self.check_consistent()
         derived = HookedKeyValueCache.__new__(HookedKeyValueCache)
         with lasting_tensors():
@@ -308,7 +406,9 @@ class HookedKeyValueCache:
                 HookedKeyValueCacheEntry(change(entry.past_keys), change(entry.past_values), self.frozen)
                 for entry in self.entries
             ]
-            derived._hold(entries, mask(self._mask), self.fingerprint, self.transforms)
+            documents = None if self._documents is None else self._documents.changed(ids or change)
+            derived._hold(entries, mask(self._mask), self.fingerprint, self.transforms, documents)
+            derived._ids = self._ids.change(ids or change)
             last = self.last_logits
             if last is not None and logits is not None:
                 derived.last_logits = logits(last)
@@ -378,7 +478,10 @@ class HookedKeyValueCache:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=place, dtype=kind)
 
-        return self._derive(move, lambda mask: mask.same(mask.columns.to(device=place)), move)
+        def place_columns(tensor: Tensor) -> Tensor:
+            return tensor.to(device=place)
+
+        return self._derive(move, lambda mask: mask.same(place_columns(mask.columns)), move, place_columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file. A file that is there is replaced in one step, or stays as it is.
@@ -393,15 +496,19 @@ class HookedKeyValueCache:
             values=[entry.past_values for entry in self.entries],
             attention_mask=self._mask.columns,
             last_logits=self.last_logits,
+            token_ids=self.token_ids,
             frozen=self.frozen,
             fingerprint=self.fingerprint,
             transforms=self.transforms,
+            document_ids=self.document_ids,
+            restarts_positions=self.restarts_positions,
         )
         write_cache(path, stored)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
-        """Read what `save` wrote. A file without a record of weight processing counts as an unprocessed model's.
+        """Read what `save` wrote. A file without a record of weight processing counts as an unprocessed model's; from
+        one without token ids, which tokens it holds is not known.
 
         Raises:
             CacheError: the file is missing, damaged, or not a key-value cache.
@@ -419,6 +526,9 @@ class HookedKeyValueCache:
                 stored.frozen,
                 fingerprint=stored.fingerprint,
                 transforms=stored.transforms,
+                document_ids=stored.document_ids,
+                restarts_positions=stored.restarts_positions,
+                token_ids=stored.token_ids,
             )
             cache.last_logits = stored.last_logits
         except CacheError as error:
@@ -446,7 +556,8 @@ class HookedKeyValueCache:
             batch: rows of the call.
 
         Raises:
-            CacheError: another model's, another record, device or dtype, or rows that it cannot serve.
+            CacheError: another model's, another record, device or dtype, rows that it cannot serve, or a network that
+                is not causal.
         """
         require(batch, (int, np.integer, torch.SymInt), what="batch", expected="the number of rows")
         # Before every decoding step: entries that are alike, as they nearly always are, are checked as one.
@@ -461,3 +572,7 @@ class HookedKeyValueCache:
         )
         check_place(entries, device=device, dtype=dtype)
         check_batch(self.batch_size, batch, frozen=self.frozen)
+
+
+def _place(mask: ColumnMask) -> tuple[int, torch.device]:
+    return mask.columns.shape[0], mask.columns.device

@@ -63,14 +63,25 @@ class HookedKeyValueCacheEntry:
         batch_size: int = 1,
         *,
         dtype: torch.dtype | None = None,
+        has_attn: bool = True,
     ) -> "HookedKeyValueCacheEntry":
         """An empty entry for one layer of a model. It takes the dtypes of the first keys and values it is given.
+
+        Args:
+            cfg: the model's.
+            device: where it lies.
+            batch_size: rows.
+            dtype: of what is empty.
+            has_attn: whether the layer has attention; without, the entry has no heads and holds only how many tokens
+                there were.
 
         Raises:
             CacheError: an argument of the wrong kind.
         """
         require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
-        shape = (read_count(batch_size, what="batch_size", least=1), 0, cfg.n_kv_heads, cfg.d_head)
+        require(has_attn, bool, what="has_attn", expected="True or False")
+        n_kv_heads = cfg.n_kv_heads if has_attn else 0
+        shape = (read_count(batch_size, what="batch_size", least=1), 0, n_kv_heads, cfg.d_head)
         with lasting_tensors():
             empty = torch.empty(shape, device=read_device(device), dtype=read_dtype(dtype))
         return cls(empty, empty)
@@ -128,6 +139,12 @@ class HookedKeyValueCacheEntry:
     def mark_unchanged(self) -> None:
         """Count from here on which columns stay as they are."""
         self._n_unchanged = len(self)
+
+    def append_columns(self, n: int) -> None:
+        """Count new tokens in a layer without attention, whose entry has 0 heads: columns that hold nothing."""
+        keys = self._held.keys
+        nothing = keys.new_empty(keys.shape[0], n, 0, keys.shape[3])
+        self.append(nothing, nothing.to(self._held.values.dtype))
 
     def append(
         self, new_keys: Float[Tensor, "batch new kv_head d_head"], new_values: Float[Tensor, "batch new kv_head d_head"]

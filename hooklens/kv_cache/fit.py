@@ -54,18 +54,40 @@ def check_same_tokens(entries: Sequence[HookedKeyValueCacheEntry], mask: Bool[Te
 
 
 def check_model(entries: Sequence[HookedKeyValueCacheEntry], cfg: HookedConfig, *, n_layers: int) -> None:
-    """Check layers and heads.
+    """Check layers and heads, and that the network can have a cache at all.
+
+    Args:
+        entries: of all layers, or one where they are all alike.
+        cfg: the model's.
+        n_layers: of the cache.
 
     Raises:
-        CacheError: the entries are another model's.
+        CacheError: the entries are another model's, or the network is not causal.
     """
     require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
-    heads = (cfg.n_kv_heads, cfg.d_head)
-    if n_layers != cfg.n_layers or any(entry.head_shape != heads for entry in entries):
+    require_causal(cfg)
+    heads = cfg.kv_heads if len(entries) == n_layers else tuple(set(cfg.kv_heads))
+    if n_layers != cfg.n_layers or [entry.head_shape for entry in entries] != [(n, cfg.d_head) for n in heads]:
         found = ", ".join(str(shape) for shape in sorted({(n_layers, *entry.head_shape) for entry in entries}))
+        wanted = ", ".join(str((cfg.n_layers, n, cfg.d_head)) for n in sorted(set(cfg.kv_heads)))
+        where = f" in layers with {list(cfg.kv_heads)} key-value heads" if len(set(cfg.kv_heads)) > 1 else ""
         raise CacheError(
-            f"the cache has (layers, key-value heads, d_head) {found}, the model {(cfg.n_layers, *heads)}: it was made "
-            "by another model; make one with model.prefill(prefix)"
+            f"the cache has (layers, key-value heads, d_head) {found}, the model {wanted}{where}: it was made by "
+            "another model; make one with model.prefill(prefix)"
+        )
+
+
+def require_causal(cfg: HookedConfig) -> None:
+    """Check that what was computed of some tokens stays as it is when others follow them.
+
+    Raises:
+        CacheError: the network is not causal.
+    """
+    if not cfg.causal:
+        raise CacheError(
+            "this network is not causal (cfg.causal=False): every token sees the later ones, so a new token changes "
+            "the keys and values of all that came before and none can be kept. Run whole sequences without a key-value "
+            "cache (past_kv_cache=None)"
         )
 
 
@@ -102,7 +124,7 @@ def check_batch(rows: int, batch: int, *, frozen: bool) -> None:
 
 
 def check_place(entries: Sequence[HookedKeyValueCacheEntry], *, device: torch.device, dtype: torch.dtype) -> None:
-    """Check device and dtype; entries without tokens take any dtype.
+    """Check device and dtype; entries without tokens or heads take any dtype.
 
     Under `torch.autocast` values come in autocast's dtype, and keys in that or, after a rotation, in the model's.
 
@@ -114,7 +136,7 @@ def check_place(entries: Sequence[HookedKeyValueCacheEntry], *, device: torch.de
     computed = find_computing_dtype(dtype, device)
     for entry in entries:
         keys, values = entry.dtypes
-        is_typed = len(entry) == 0 or (values == computed and keys in (computed, dtype))
+        is_typed = len(entry) == 0 or not entry.head_shape[0] or (values == computed and keys in (computed, dtype))
         if entry.device == device and is_typed:
             continue
         found = str(keys) if keys == values else f"{keys} (keys) and {values} (values)"

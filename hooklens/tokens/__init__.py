@@ -4,8 +4,15 @@ Pure functions around a `transformers` tokenizer, which they never change.
 """
 
 from hooklens.tokens.batch import CallTokens, read_tokens
+from hooklens.tokens.continuation import (
+    TextBefore,
+    describe_clash,
+    encode_behind,
+    find_text_before,
+    without_last_spaces,
+)
 from hooklens.tokens.decoding import to_str_tokens, to_string
-from hooklens.tokens.encoding import TokenBatch, encode_continuation, to_tokens
+from hooklens.tokens.encoding import TokenBatch, check_encoded, to_tokens
 from hooklens.tokens.ids import as_usable, check_has_values, check_range, check_token_ids, is_integer, knows_id
 from hooklens.tokens.inputs import Ids, Prompt, is_text, read_input
 from hooklens.tokens.padding import PaddingSide, dedicated_pad_id, mask_of_ids, padding_token_id
@@ -19,14 +26,18 @@ __all__ = [
     "PaddingSide",
     "PositionMode",
     "Prompt",
+    "TextBefore",
     "TokenBatch",
     "Tokenizer",
     "as_usable",
+    "check_encoded",
     "check_has_values",
     "check_range",
     "check_token_ids",
     "dedicated_pad_id",
-    "encode_continuation",
+    "describe_clash",
+    "encode_behind",
+    "find_text_before",
     "get_token_position",
     "is_integer",
     "is_text",
@@ -42,4 +53,5 @@ __all__ = [
     "to_string",
     "to_tokens",
     "unknown_token_id",
+    "without_last_spaces",
 ]

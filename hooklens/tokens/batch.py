@@ -1,5 +1,6 @@
 """The token ids and the mask that a call runs, from whatever it was given."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ def read_tokens(
     attention_mask: object = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
+    past: Sequence[Sequence[int]] | None = None,
+    closed: bool = True,
     what: str = "the input",
     hint: str = "",
 ) -> CallTokens:
@@ -53,12 +56,15 @@ def read_tokens(
         attention_mask: 1 for tokens and 0 for padding, for ids; for text it may hide more than the padding.
         prepend_bos: the BOS rule for text; ids are taken as they are.
         padding_side: where text is padded (None: the tokenizer's own), and where ids may be (None: both ends).
+        past: for text that goes on: the tokens before each text, or one row of them before all texts (see
+            `hooklens.tokens.continuation`). None: a sequence begins.
+        closed: False leaves out what the tokenizer puts behind a text, since something is to follow.
         what: what messages call the input.
         hint: ends the message about a kind that is no input.
 
     Raises:
         InputError: no input, text without a tokenizer, ids or tokens outside the vocabulary, rows of nothing but
-            padding, or a mask that is none.
+            padding, a mask that is none, or text that does not go on from `past`.
     """
     read_prepend_bos(prepend_bos)
     if padding_side is not None:
@@ -80,6 +86,8 @@ def read_tokens(
             truncate=False,
             n_ctx=n_ctx,
             d_vocab=d_vocab,
+            past=past,
+            closed=closed,
         )
         if mask is not None:
             _refuse_shown_padding(mask, batch.attention_mask)

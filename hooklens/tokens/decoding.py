@@ -29,10 +29,12 @@ def to_str_tokens(
     *,
     prepend_bos: bool | None = None,
 ) -> list[str] | list[list[str]]:
-    """The tokens of a prompt as strings, each decoded alone; a list of such lists for several prompts.
+    """The tokens of a prompt as strings, each by itself; a list of such lists for several prompts.
 
-    There are as many strings as tokens: one that holds a part of a character shows as the replacement
-    character U+FFFD. Prompts of a list are not padded.
+    A token that begins with a space shows it, also where a decoder drops the space at the beginning of a text: with
+    SentencePiece-like tokenizers the first token's string has the space that they put in front. There are as many
+    strings as tokens: one that holds a part of a character shows as the replacement character U+FFFD. Prompts of a
+    list are not padded.
 
     Args:
         tokenizer: encodes and decodes.

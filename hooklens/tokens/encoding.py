@@ -10,7 +10,9 @@
 - `False`: none is added; one that the text itself spells out stays, being part of the text.
 
 All three leave every other special token as the tokenizer is configured: where it appends an EOS, the
-rows end in that EOS under `True` and `False` too.
+rows end in that EOS under `True` and `False` too. Text that something is to follow (`closed=False`: a prompt to
+generate from, a prefix) leaves out what the tokenizer puts behind it. Text that goes on from tokens (`past`) has no
+BOS at its front; `hooklens.tokens.continuation` says how it is encoded.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_flag
 from hooklens.errors import InputError, warn_caller
+from hooklens.tokens.continuation import closing_ids, continue_rows
 from hooklens.tokens.ids import check_known_ids
 from hooklens.tokens.inputs import is_text, read_id_rows, read_prepend_bos, read_texts
 from hooklens.tokens.padding import PaddingSide, padding_token_id, resolve_padding_side
@@ -112,6 +115,8 @@ def to_tokens(
         truncate=truncate,
         n_ctx=n_ctx,
         d_vocab=d_vocab,
+        past=None,
+        closed=True,
     )
     return batch if wants_mask else batch.tokens
 
@@ -125,17 +130,17 @@ def encode_batch(
     truncate: bool,
     n_ctx: int | None,
     d_vocab: int | None,
+    past: Sequence[Sequence[int]] | None,
+    closed: bool,
 ) -> TokenBatch:
-    """The ids and the mask of prompts, see `to_tokens`."""
+    """The ids and the mask of prompts, see `to_tokens` and `hooklens.tokens.batch.read_tokens`."""
     texts = read_texts(text)
     side = resolve_padding_side(tokenizer, padding_side)
     cut = read_flag(truncate, what="truncate")
-    rows = _encode_prompts(tokenizer, texts, prepend_bos=prepend_bos)
+    rows = _encode_prompts(tokenizer, texts, prepend_bos=prepend_bos, past=past, closed=closed)
     if n_ctx is not None:
         rows = _fit_context(rows, n_ctx, truncate=cut)
-    warn_of_unknown(tokenizer, texts, rows)
-    if d_vocab is not None:
-        _check_vocabulary(tokenizer, rows, d_vocab)
+    check_encoded(tokenizer, texts, rows, d_vocab=d_vocab)
 
     width = max(len(row) for row in rows)
     # Any id will do as filling, since the mask says what it is; 0 is an id that every embedding has.
@@ -149,16 +154,17 @@ def encode_batch(
     return TokenBatch(tokens, attention_mask)
 
 
-def encode_continuation(tokenizer: Tokenizer, text: str, *, d_vocab: int) -> list[int]:
-    """The ids of a text that goes on after another: no special token is added. They may be none.
+def check_encoded(
+    tokenizer: Tokenizer, texts: Sequence[str], rows: Sequence[Sequence[int]], *, d_vocab: int | None
+) -> None:
+    """Warn of words in texts that the vocabulary lacks, and refuse tokens that the model lacks.
 
     Raises:
         InputError: tokens beyond `d_vocab`.
     """
-    rows = encode(tokenizer, [text], add_special_tokens=False)
-    warn_of_unknown(tokenizer, [text], rows)
-    _check_vocabulary(tokenizer, rows, d_vocab)
-    return rows[0]
+    warn_of_unknown(tokenizer, texts, rows)
+    if d_vocab is not None:
+        _check_vocabulary(tokenizer, rows, d_vocab)
 
 
 def read_rows(tokenizer: Tokenizer, input: Any, *, prepend_bos: bool | None) -> tuple[list[list[int]], bool]:
@@ -171,9 +177,28 @@ def read_rows(tokenizer: Tokenizer, input: Any, *, prepend_bos: bool | None) -> 
     return rows, is_batch
 
 
-def _encode_prompts(tokenizer: Tokenizer, texts: list[str], *, prepend_bos: bool | None) -> list[list[int]]:
+def _encode_prompts(
+    tokenizer: Tokenizer,
+    texts: list[str],
+    *,
+    prepend_bos: bool | None,
+    past: Sequence[Sequence[int]] | None = None,
+    closed: bool = True,
+) -> list[list[int]]:
     """Encode under the BOS rule, rows of different lengths, and refuse prompts that have no token."""
-    rows = _apply_bos_rule(tokenizer, texts, prepend_bos=read_prepend_bos(prepend_bos))
+    asked = read_prepend_bos(prepend_bos)
+    # What the tokenizer puts behind a text, where that is not as it is to be.
+    closing = closing_ids(tokenizer, texts) if closed != (past is None) else []
+    if past is None:
+        rows = _apply_bos_rule(tokenizer, texts, prepend_bos=asked)
+        rows = [row[: len(row) - len(closing)] for row in rows]
+    elif asked:
+        raise InputError(
+            "prepend_bos=True: the text goes on from tokens that stand before it, where no BOS belongs; leave "
+            "prepend_bos out, or write the BOS into the text where it is to stand there"
+        )
+    else:
+        rows = [[*row, *closing] if row else row for row in continue_rows(tokenizer, past, texts)]
     empty = [index for index, row in enumerate(rows) if not row]
     if empty:
         has_bos = special_id(tokenizer, "bos_token_id") is not None
@@ -182,7 +207,7 @@ def _encode_prompts(tokenizer: Tokenizer, texts: list[str], *, prepend_bos: bool
     return rows
 
 
-def _check_vocabulary(tokenizer: Tokenizer, rows: list[list[int]], d_vocab: int) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], d_vocab: int) -> None:
     """Refuse tokens that the tokenizer has and the model has not."""
     outside = sorted({token for row in rows for token in row if token >= d_vocab})
     if not outside:

@@ -6,17 +6,24 @@ import numpy as np
 from torch import Tensor
 
 from hooklens.errors import InputError, join_names
+from hooklens.tokens.continuation import TextBefore, encode_behind
 from hooklens.tokens.encoding import read_rows
 from hooklens.tokens.ids import check_known_ids, read_token_id
 from hooklens.tokens.inputs import Prompt
-from hooklens.tokens.tokenizer import Tokenizer, decode, decode_each, encode
+from hooklens.tokens.tokenizer import Tokenizer, decode_each, encode
 from hooklens.tokens.unknown import unknown_pieces
 
 PositionMode = Literal["first", "last"]
 
+# What a text may stand behind: signs that seldom make one token with it.
+_BEFORE = ("\n", ":", "a")
+
 
 def to_single_token(tokenizer: Tokenizer, text: str) -> int:
-    """The id of a text that is exactly one token; nothing is added to the text, no space and no BOS.
+    """The id of a text that is exactly one token inside a row; nothing is added to the text, no space and no BOS.
+
+    SentencePiece-like tokenizers put a space in front of a text that they encode alone; here `"word"` is the token
+    without a space and `" word"` the one with it, as with every other tokenizer.
 
     Raises:
         InputError: the text is no token or several (the message names the pieces), or a word that the vocabulary
@@ -24,35 +31,54 @@ def to_single_token(tokenizer: Tokenizer, text: str) -> int:
     """
     if not isinstance(text, str):
         raise InputError(f"to_single_token takes a text, got {text!r} ({type(text).__name__})")
-    [ids] = encode(tokenizer, [text], add_special_tokens=False)
-    if len(ids) == 1:
+    token = _find_single(tokenizer, text)
+    if token is not None:
         if unknown_pieces(tokenizer, [text]):
             raise InputError(
                 f"{text!r} is not in the tokenizer's vocabulary: it becomes the unknown token "
-                f"{getattr(tokenizer, 'unk_token', None)!r} (id {ids[0]}), as every word does that the vocabulary "
+                f"{getattr(tokenizer, 'unk_token', None)!r} (id {token}), as every word does that the vocabulary "
                 "lacks; use a word that it has"
             )
-        return ids[0]
-    found = f"{len(ids)} tokens: {join_names(decode_each(tokenizer, ids))}" if ids else "no token at all"
+        return token
+    [ids] = encode(tokenizer, [text], add_special_tokens=False)
+    pieces = join_names(decode_each(tokenizer, ids))
+    found = f"{len(ids)} tokens: {pieces}" if len(ids) > 1 else f"not the token {pieces}" if ids else "no token at all"
     bare = text.strip()
     variants = [variant for variant in (f" {bare}", bare) if bare and variant != text]
-    lengths = [len(ids) for ids in encode(tokenizer, variants, add_special_tokens=False)] if variants else []
     single = [
         repr(variant)
-        for variant, length in zip(variants, lengths, strict=True)
-        if length == 1 and not unknown_pieces(tokenizer, [variant])
+        for variant in variants
+        if _find_single(tokenizer, variant) is not None and not unknown_pieces(tokenizer, [variant])
     ]
     hint = f" {' or '.join(single)} is one (mind the space)." if single else ""
     raise InputError(f"{text!r} is {found}; expected a text that is a single token.{hint}")
 
 
+def _find_single(tokenizer: Tokenizer, text: str) -> int | None:
+    """The token that a text is inside a row; None where it is several, or none."""
+    [alone] = encode(tokenizer, [text], add_special_tokens=False)
+    rows = [alone]
+    if text.startswith(" "):
+        # A tokenizer that puts a space in front makes two of this one.
+        rows += encode(tokenizer, [text[1:]], add_special_tokens=False)
+    for sign in _BEFORE:
+        [encoded] = encode(tokenizer, [sign], add_special_tokens=False)
+        rows += [row for row in encode_behind(tokenizer, TextBefore([], sign, encoded), [text]) if row is not None]
+    for row in rows:
+        if len(row) == 1 and decode_each(tokenizer, row) == [text]:
+            return row[0]
+    # Tokenizers that change texts (case, accents, spaces dropped) have no token that reads as this one.
+    is_spaced = decode_each(tokenizer, alone) == [f" {text}"]
+    return alone[0] if len(alone) == 1 and not is_spaced else None
+
+
 def to_single_str_token(tokenizer: Tokenizer, token: int | np.integer[Any] | Tensor) -> str:
-    """The string of one token id.
+    """The string of one token id, a space at its beginning included.
 
     Raises:
         InputError: it is no integer, or the tokenizer has no such id.
     """
-    return decode(tokenizer, [_read_known_id(tokenizer, token, what="to_single_str_token: the token")])
+    return decode_each(tokenizer, [_read_known_id(tokenizer, token, what="to_single_str_token: the token")])[0]
 
 
 def _read_known_id(tokenizer: Tokenizer, token: Any, *, what: str) -> int:

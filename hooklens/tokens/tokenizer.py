@@ -5,6 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 from hooklens.arguments import refusal
 from hooklens.errors import HookLensError, InputError
 
+# What SentencePiece writes in the place of a space.
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -61,6 +64,28 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def decode_each(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text of each id alone."""
-    strings = {token: decode(tokenizer, [token]) for token in set(ids)}
+    """The text of each id, a space at its beginning included."""
+    strings = {token: _decode_one(tokenizer, token) for token in set(ids)}
     return [strings[token] for token in ids]
+
+
+def _decode_one(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token as it is inside a row.
+
+    SentencePiece-like decoders drop a space of the first token that they decode, without which a token alone would
+    read as another one. Behind itself the token has it.
+    """
+    alone = decode(tokenizer, [token])
+    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
+    piece = None if convert is None else convert(token)
+    if not isinstance(piece, str) or _SPACE not in piece or _SPACE in alone:
+        return alone
+    return decode(tokenizer, [token, token])[len(alone) :]
+
+
+def added_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that a tokenizer finds in a text before it splits the rest: special ones and other added ones."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    special = [special_id(tokenizer, name) for name in names]
+    more = (*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ()))
+    return frozenset(token for token in (*special, *more) if token is not None)

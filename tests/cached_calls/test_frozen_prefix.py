@@ -10,7 +10,7 @@ from hooklens.config import RotaryPositions
 from hooklens.errors import InputError
 from tests.cached_calls.networks import VARIANTS, assert_close, build, draw_rows, load, read
 from tests.generation.networks import reader
-from tests.model.networks import CONFIGS, Allocations, make_config, make_model, pad_rows, random_tokens
+from tests.model.networks import ALL_CONFIGS, Allocations, make_config, make_model, pad_rows, random_tokens
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def test_a_hundred_reuses_are_bit_identical(variant):
 @torch.no_grad()
 @settings(max_examples=60)
 @given(
-    network=st.sampled_from(list(CONFIGS)),
+    network=st.sampled_from(list(ALL_CONFIGS)),
     prefix_lengths=st.lists(st.integers(1, 7), min_size=1, max_size=1)
     | st.lists(st.integers(1, 7), min_size=3, max_size=3),
     suffix_lengths=st.lists(st.integers(1, 5), min_size=3, max_size=3),
@@ -71,7 +71,7 @@ def test_ragged_suffixes_on_every_network(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_empty_frozen_cache_is_no_cache(network):
     """Attention soft caps were left out on a frozen cache without columns."""
     model = build(network)
@@ -86,7 +86,7 @@ def test_empty_frozen_cache_is_no_cache(network):
 @pytest.mark.parametrize("padded", [False, True])
 def test_no_tensor_as_large_as_rows_times_prefix(network, padded):
     """Nothing that a call on a shared prefix allocates has a key (or value) per row and prefix token."""
-    model = make_model(CONFIGS[network].replace(n_ctx=512))
+    model = make_model(ALL_CONFIGS[network].replace(n_ctx=512))
     n_rows, n_prefix = 40, 400
     suffixes = random_tokens(n_rows, 2, seed=2)
     mask = torch.ones_like(suffixes)

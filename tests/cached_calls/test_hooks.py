@@ -5,10 +5,10 @@ import torch
 
 from hooklens import edits
 from tests.cached_calls.networks import assert_close, build
-from tests.model.networks import CONFIGS, random_tokens
+from tests.model.networks import ALL_CONFIGS, random_tokens
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 @pytest.mark.parametrize("rows_of_prefix", [1, 3])
 @torch.no_grad()
 def test_watching_a_call_on_a_frozen_prefix_changes_nothing(network, rows_of_prefix):
@@ -75,7 +75,7 @@ def test_edits_while_the_prefix_is_cached_are_in_the_cache():
     assert_close(model(suffixes, past_kv_cache=kv), expected)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", ALL_CONFIGS)
 def test_gradients_through_suffixes_equal_the_full_runs(network):
     model = build(network)
     prefix, suffixes = random_tokens(1, 6), random_tokens(3, 2, seed=2)

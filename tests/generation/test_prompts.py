@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from hooklens import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.prompts import end_token_ids, filling_token_id, read_prompts
@@ -59,7 +60,7 @@ def test_text_follows_the_bos_rule_and_goes_on_from_a_cache_without_bos():
     bos = model.tokenizer.bos_token_id
     assert read_prompts(model, "Mary went", GenerationOptions()).ids[0, 0] == bos
     assert read_prompts(model, "Mary went", GenerationOptions(prepend_bos=False)).ids.shape == (1, 2)
-    on_cache = read_prompts(model, "went to", GenerationOptions(past_kv_cache=model.prefill("Mary")))
+    on_cache = read_prompts(model, " went to", GenerationOptions(past_kv_cache=model.prefill("Mary")))
     assert on_cache.ids.shape == (1, 2)
     assert on_cache.n_before == [2]
 
@@ -76,6 +77,18 @@ def test_end_and_filling_tokens_are_the_tokenizers():
     assert end_token_ids(pair()[0], GenerationOptions()) == []
     assert filling_token_id(model) == model.tokenizer.pad_token_id
     assert filling_token_id(pair()[0]) == 0
+
+
+def test_the_checkpoints_generation_config_comes_before_the_tokenizer(monkeypatch):
+    model = reader()
+    monkeypatch.setattr(model, "generation_config", {"eos_token_id": [5, 6], "pad_token_id": 7, "top_k": 3})
+    assert end_token_ids(model, GenerationOptions()) == [5, 6]
+    assert end_token_ids(model, GenerationOptions(eos_token_id=8)) == [8]
+    assert end_token_ids(model, GenerationOptions(stop_at_eos=False)) == []
+    assert filling_token_id(model) == 7
+    model.generation_config = {"eos_token_id": 0, "pad_token_id": 10**6}
+    assert end_token_ids(model, GenerationOptions()) == [0]
+    assert filling_token_id(model) == model.tokenizer.pad_token_id
 
 
 def test_all_rows_that_are_too_long_are_counted():
@@ -111,3 +124,17 @@ def test_an_empty_text_goes_on_from_the_token_that_opens_a_sequence(bos):
         assert read_prompts(model, "", GenerationOptions()).ids.tolist() == [[0]]
         with pytest.raises(InputError, match="empty"):
             read_prompts(model, "", GenerationOptions(prepend_bos=False))
+
+
+@pytest.mark.parametrize("use_past_kv_cache", [True, False])
+def test_a_network_that_is_not_causal_generates_nothing(use_past_kv_cache):
+    """What it gives at the last token would change with every new one."""
+    causal, _ = pair()
+    model = HookedCausalLM.from_state_dict(causal.state_dict(), causal.cfg.replace(causal=False, origin=None))
+    options = {"use_past_kv_cache": use_past_kv_cache}
+    for call in (
+        lambda: model.generate(torch.tensor([[5, 6]]), verbose=False, **options),
+        lambda: model.generate_stream(torch.tensor([[5, 6]]), **options),
+    ):
+        with pytest.raises(InputError, match=r"generate: this network is not causal \(cfg.causal=False\)"):
+            call()

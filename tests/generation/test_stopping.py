@@ -6,6 +6,7 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from hooklens.errors import InputError
 from hooklens.generation.options import GenerationOptions
+from hooklens.generation.prompts import read_prompts
 from hooklens.generation.stopping import StopRules
 from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
@@ -50,7 +51,8 @@ def test_no_tokenizer_and_no_end_token_is_no_error():
 
 def test_what_cannot_end_a_row_is_refused():
     model, _ = pair()
+    prompts = read_prompts(model, [5], GenerationOptions())
     with pytest.raises(InputError, match=r"eos_token_id holds \[97, -1\], outside the vocabulary; ids are 0 to 96"):
-        StopRules(model, GenerationOptions(eos_token_id=[3, 97, -1]))
+        StopRules(model, GenerationOptions(eos_token_id=[3, 97, -1]), prompts)
     with pytest.raises(InputError, match="stop_strings needs a tokenizer"):
-        StopRules(model, GenerationOptions(stop_strings="x"))
+        StopRules(model, GenerationOptions(stop_strings="x"), prompts)

@@ -1,13 +1,14 @@
 """Text in pieces, and stop strings, with tokens smaller than characters."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hooklens.generation.text import StopTexts, TextPieces, decode_plain
+from hooklens.generation.text import StopTexts, TextPieces, decode_behind, decode_plain, find_context
 from tests.generation.networks import reader
+from tests.tokens.kinds import KINDS, make_tokenizer
 
 
 def byte_tokenizer():
@@ -65,3 +66,41 @@ def test_generation_ends_with_a_stop_string(stop):
     out = model.generate("John and", stop_strings=stop, logits_processor=[dictate], return_type="output", verbose=False)
     assert out.text == ["John and Mary went" if stop == "went" else "John and Mary went to"]
     assert out.finish_reasons == ["stop_string"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_pieces_sum_to_the_text_whatever_special_tokens_stand_between(kind, data):
+    """Behind an EOS the space of the next word was lost: a token was decoded with special tokens alone before it."""
+    tokenizer = make_tokenizer(kind)
+    words = tokenizer(" the cat\nno on world é", add_special_tokens=False).input_ids
+    token = st.one_of(st.sampled_from([1, 2, 3]), st.sampled_from(words))
+    prompt, new = (data.draw(st.lists(token, min_size=n, max_size=14)) for n in (0, 1))
+    pieces = TextPieces(tokenizer, prompt)
+    shown = "".join(pieces.push(one, last=index == len(new) - 1) for index, one in enumerate(new))
+    whole, start = decode_plain(tokenizer, prompt + new), decode_plain(tokenizer, prompt)
+    if "\N{REPLACEMENT CHARACTER}" not in whole:
+        assert shown == whole[len(start) :] == decode_behind(tokenizer, prompt, new)
+
+
+def test_a_word_behind_a_special_token_keeps_its_space():
+    tokenizer = make_tokenizer("Prepend, byte fallback", "BOS")
+    prompt = tokenizer("the cat</s>").input_ids
+    [word] = tokenizer("sat", add_special_tokens=False).input_ids
+    assert TextPieces(tokenizer, prompt).push(word) == " sat"
+
+
+def test_a_character_that_the_prompt_leaves_open_comes_whole():
+    ids = BYTES("漢")["input_ids"]
+    assert decode_behind(BYTES, ids[:2], ids[2:]) == "漢"
+    assert TextPieces(BYTES, ids[:2]).push(ids[2]) == "漢"
+
+
+def test_a_stop_string_may_begin_with_the_space_of_the_first_new_word():
+    """The new text was decoded alone, where its first space is lost."""
+    tokenizer = make_tokenizer("Metaspace always", "BOS")
+    [word] = tokenizer("sat", add_special_tokens=False).input_ids
+    before = find_context(tokenizer, tokenizer("the cat").input_ids)
+    assert StopTexts(tokenizer, [" sat"]).occurs_in([word], before=before)
+    assert not StopTexts(tokenizer, ["t sat"]).occurs_in([word], before=before)

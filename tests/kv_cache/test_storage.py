@@ -134,6 +134,7 @@ def rewrite(path, *, tensors=None, metadata=None):
         {"metadata": {"transforms": "[1]"}},
         {"metadata": {"transforms": '"fold_ln"'}},
         {"metadata": {"transforms": "{}"}},
+        {"metadata": {"transforms": "[" * 5000}},
         {"metadata": {"format": "hooklens-kv-cache-9"}},
         {"metadata": {"another": "key"}},
         {"tensors": {"attention_mask": None}},

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.errors import InputError
-from hooklens.tokens import to_str_tokens, to_string, to_tokens
+from hooklens.tokens import to_single_str_token, to_str_tokens, to_string, to_tokens
+from tests.tokens.kinds import DROPS_SPACES, KINDS, make_tokenizer
 from tests.tokens.tokenizers import BYTES, PLAIN, WITH_BOS
 
 
@@ -34,6 +35,24 @@ class TestStrings:
 
     def test_parts_of_a_character_show_as_the_replacement_character(self):
         assert to_str_tokens(BYTES, "é") == ["\ufffd", "\ufffd"]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_tokens_of_different_text_show_different_strings(self, kind):
+        """`world` and `▁world` both showed as "world"; the space of a word is a part of its token's string."""
+        tokenizer = make_tokenizer(kind)
+        ids = list(range(4, len(tokenizer)))
+        strings = to_str_tokens(tokenizer, ids)
+        for token, string in zip(ids, strings, strict=True):
+            piece = tokenizer.convert_ids_to_tokens(token)
+            if "▁" in piece:
+                assert string == piece.replace("▁", " ")
+            elif not piece.startswith("<0x"):
+                assert string == tokenizer.decode([token])
+            assert to_single_str_token(tokenizer, token) == string
+        if kind not in DROPS_SPACES:
+            spaced = " the cat sat on the mat" if strings != [one.lstrip() for one in strings] else "the cat"
+            shown = "".join(to_str_tokens(tokenizer, "the cat sat on the mat"))
+            assert shown in (spaced, spaced[1:])
 
     def test_several_prompts(self):
         expected = [["the", "cat"], ["sat"]]

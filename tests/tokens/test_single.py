@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from hooklens.errors import InputError
 from hooklens.tokens import get_token_position, to_single_str_token, to_single_token, to_string
 from tests.annotations import unchecked
+from tests.tokens.kinds import DROPS_SPACES, KINDS, make_tokenizer
 from tests.tokens.tokenizers import BYTES, CAT, PLAIN, THE, WITH_BOS
 
 WRONG = [True, np.True_, 4.0, np.float32(4), None, b"4", [[[4]]], torch.tensor(4.0), torch.tensor([4.0, 5.0])]
@@ -116,3 +117,34 @@ class TestGetTokenPosition:
     def test_several_rows(self):
         with pytest.raises(InputError, match="the input has 2 rows; expected a single prompt"):
             get_token_position(PLAIN, "sat", torch.tensor([[4], [5]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_and_its_string_name_each_other(kind):
+    """With Llama's tokenizers "world" gave the token of " world", and " world" none."""
+    tokenizer = make_tokenizer(kind, "BOS")
+    words = ["the", "no", "cat", "world", " the", " no", " sat", " world"]
+    found = {}
+    for word in words:
+        try:
+            found[word] = to_single_token(tokenizer, word)
+        except InputError as error:
+            found[word] = None
+            assert "expected a text that is a single token" in str(error)  # noqa: PT017
+    spelled = {tokenizer.convert_ids_to_tokens(token): token for token in range(4, len(tokenizer))}
+    for word, token in found.items():
+        names = {word.replace(" ", "▁"), word.replace(" ", "Ġ")}
+        if kind in DROPS_SPACES:
+            names = {word.strip()}
+        expected = {spelled[name] for name in names if name in spelled}
+        assert ({token} if token is not None else set()) == expected
+        if token is not None and kind not in DROPS_SPACES:
+            assert to_single_str_token(tokenizer, token) == word
+    assert sum(token is not None for token in found.values()) >= 2
+
+
+def test_the_token_with_the_space_is_named_where_there_is_no_other():
+    tokenizer = make_tokenizer("Metaspace always")
+    assert to_single_str_token(tokenizer, to_single_token(tokenizer, " cats")) == " cats"
+    with pytest.raises(InputError, match=r"'hello' is not the token ' hello'; expected a text .* ' hello' is one"):
+        to_single_token(tokenizer, "hello")

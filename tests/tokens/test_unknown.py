@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from hooklens.errors import InputError, UnknownTokenWarning
-from hooklens.tokens import encode_continuation, to_single_token, to_tokens, unknown_token_id
+from hooklens.tokens import read_tokens, to_single_token, to_tokens, unknown_token_id
 from hooklens.tokens.unknown import unknown_pieces
 from tests.tokens.tokenizers import ALL_SPECIAL, BYTES, PAD_IS_UNKNOWN, PLAIN, WITH_BOS, word_tokenizer
 
@@ -58,9 +58,9 @@ def test_a_tokenizer_without_places_names_them_too():
 
 def test_continuations_warn_too():
     with pytest.warns(UnknownTokenWarning, match="the tokenizer's vocabulary lacks 'zebra': "):
-        assert encode_continuation(WITH_BOS, " the zebra", d_vocab=9) == [4, 3]
+        assert read_tokens(" the zebra", WITH_BOS, d_vocab=9, past=[[1, 5]]).ids.tolist() == [[4, 3]]
     with pytest.raises(InputError, match=r"the text holds tokens that the model lacks: 'mat' \(id 8\)"):
-        encode_continuation(WITH_BOS, "mat", d_vocab=8)
+        read_tokens(" mat", WITH_BOS, d_vocab=8, past=[[1, 5]])
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, Slow(PLAIN)])
