@@ -41,18 +41,16 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "is no regular file, so no file can take its place", str(path))
-    _remove_stale_drafts(target)
-    folder = target.parent / f"{_draft_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}.draft"
-    folder.mkdir()
+    folder = make_draft(target)
     try:
         draft = folder / "contents"
         draft.touch()
         mode = stat.S_IMODE((target if target.exists() else draft).stat().st_mode)
         yield draft
         draft.chmod(mode)
-        _force_to_disk(draft)
+        force_to_disk(draft)
         os.replace(draft, target)
-        _force_folder_to_disk(target.parent)
+        force_folder_to_disk(target.parent)
     finally:
         # Whatever the writer left beside its draft goes, too.
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,6 +127,18 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
+def make_draft(target: Path) -> Path:
+    """An empty draft folder beside `target`; drafts that killed processes of this host left there are removed.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    _remove_stale_drafts(target)
+    folder = target.parent / f"{_draft_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}.draft"
+    folder.mkdir()
+    return folder
+
+
 def _draft_prefix(target: Path) -> str:
     """Begins the names of the drafts of one target by processes of this host, however long the target's name is."""
     place = hashlib.sha256(f"{socket.gethostname()}/{target.name}".encode(errors="surrogateescape")).hexdigest()[:16]
@@ -156,13 +166,22 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _force_to_disk(file: Path) -> None:
+def force_to_disk(file: Path) -> None:
+    """Wait until the contents of a file are on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     with open(file, "rb+") as stream:
         os.fsync(stream.fileno())
 
 
-def _force_folder_to_disk(folder: Path) -> None:
-    """The new name, too; some file systems cannot force a folder, and have put the file in place all the same."""
+def force_folder_to_disk(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk; some file systems cannot, and have changed them all the same.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     if os.name != "posix":
         return
     try:

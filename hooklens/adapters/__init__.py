@@ -5,13 +5,15 @@ is a `HookedConfig` and tensors under HookLens names.
 """
 
 from hooklens.adapters.checkpoint import Checkpoint, open_checkpoint
-from hooklens.adapters.conversion import read_hf_model, to_hub
-from hooklens.adapters.export import build_hf_model, write_checkpoint
+from hooklens.adapters.conversion import to_hub
+from hooklens.adapters.export import write_checkpoint
+from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
 
 __all__ = [
     "Checkpoint",
     "build_hf_model",
     "open_checkpoint",
+    "read_hf_generation_config",
     "read_hf_model",
     "to_hub",
     "write_checkpoint",

@@ -5,11 +5,13 @@ only hold the value that HookLens implements; an *inert* key carries no architec
 reported in one warning. All that is wrong with a config is collected and raised once.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from hooklens.arguments import MOST_ENTRIES, show
 from hooklens.config import Activation, NormConfig, NormKind
 from hooklens.errors import UnsupportedModelError, join_names
 
@@ -35,8 +37,16 @@ INERT_KEYS = frozenset(
         "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
         "num_return_sequences", "remove_invalid_values", "repetition_penalty", "temperature", "top_k", "top_p",
         "typical_p",
+        # Notes of the programs that wrote the config.
+        "activation_dropout", "dropout", "is_llama_config", "resid_dropout", "resid_pdrop", "transformers.js_config",
+        "unsloth_fixed", "unsloth_version",
     }
 )  # fmt: skip
+
+
+# Under one of these the several ways to quantise say which one it was (`quantization` is that of MLX).
+QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_KIND_WORDS = {int: "int", float: "float", bool: "true or false", str: "a text", dict: "an object"}
 
 
 def _is_exactly(value: object, kind: type) -> bool:
@@ -72,12 +82,14 @@ class ConfigReader:
             self.problems.append(f"{self._path}{key} is missing")
             return kind(1) if kind is not dict else {}
         value: Any = self._config[key]
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= MOST_ENTRIES:
             value = float(value)
         if not _is_exactly(value, kind):
-            self.problems.append(f"{self._path}{key} is {value!r}; expected {kind.__name__}")
-        elif kind is int and value < 0:
-            self.problems.append(f"{self._path}{key} is {value!r}; expected a size, at least 0")
+            self.problems.append(f"{self._path}{key} is {show(value)}; expected {_KIND_WORDS.get(kind, kind.__name__)}")
+        elif kind is int and not 0 <= value <= MOST_ENTRIES:
+            self.problems.append(f"{self._path}{key} is {show(value)}; expected a size, at least 0 and below 2**31")
+        elif kind is float and not math.isfinite(value):
+            self.problems.append(f"{self._path}{key} is {show(value)}; expected a finite number")
         else:
             return value
         return default if default is not REQUIRED else kind(1)
@@ -91,7 +103,7 @@ class ConfigReader:
 
     def reject(self, key: str, expected: str) -> None:
         """Record that the value of `key` is not implemented."""
-        self.problems.append(f"{self._path}{key} is {self._config.get(key)!r}; expected {expected}")
+        self.problems.append(f"{self._path}{key} is {show(self._config.get(key))}; expected {expected}")
 
     def unused(self) -> list[str]:
         """Full names of the keys that nobody asked for, those of nested objects included."""
@@ -218,7 +230,11 @@ def norm_key(hub: str, kind: NormKind, *, default_eps: float) -> Key:
     def decode(eps: float) -> NormConfig:
         return NormConfig(kind=kind, eps=eps, bias=kind == "layer")
 
-    return Key(hub, "norm", float, default=default_eps, decode=decode, encode=lambda norm: norm.eps)
+    def encode(norm: object) -> float:
+        # What is no norm, or one for each layer, differs from what is read back, and is refused there.
+        return norm.eps if isinstance(norm, NormConfig) else default_eps
+
+    return Key(hub, "norm", float, default=default_eps, decode=decode, encode=encode)
 
 
 @dataclass(frozen=True)
@@ -284,7 +300,6 @@ class ConfigMap:
             "add_cross_attention": False,
             "is_encoder_decoder": False,
             "pruned_heads": {},
-            "quantization_config": None,
             "tie_encoder_decoder": False,
         }
     )
@@ -304,6 +319,14 @@ class ConfigMap:
             reader.used.add(key)
             if config.get(key) not in (None, value):
                 reader.reject(key, f"{value!r}, the only value implemented")
+        for key in QUANTISATION_KEYS:
+            if reader.has(key):
+                reader.reject(
+                    key,
+                    "none: the weights are quantised, and HookLens computes with plain ones. Take the checkpoint that "
+                    "was quantised, or dequantise this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), "
+                    "which goes to HookedCausalLM.from_hf",
+                )
         if reader.problems:
             listed = "; ".join(reader.problems)
             raise UnsupportedModelError(

@@ -1,23 +1,31 @@
 """From the hub's layout to HookLens' and back: configs and tensors checked against each other, then renamed."""
 
-import json
+import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hooklens.adapters.config_map import BiasFlag
+from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import Family, choose_family, find_family
 from hooklens.adapters.rules import DiskShapes
-from hooklens.config import HookedConfig
+from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, InputError, join_names
+from hooklens.weights.names import bare_names
 from hooklens.weights.shapes import weight_shapes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+_FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+# What a value head adds to the weights of the model that it reads (`trl`); the language model is whole without it.
+_VALUE_HEAD = re.compile(r"v_head\..*")
+_ADAPTER = re.compile(r"(.*\.)?(base_layer|lora_[A-Za-z_]+|modules_to_save|ia3_l)\..*")
+# More entries in one tensor are in no file.
+_MOST_ENTRIES = 2**48
 
 
 @runtime_checkable
@@ -27,8 +35,8 @@ class TensorSource(Protocol):
     def names(self) -> Collection[str]:
         """Names of all tensors."""
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+    def header(self, name: str) -> TensorHeader:
+        """The dtype and shape of a tensor, without reading it."""
 
     def read(self, name: str, *, apart: bool = False) -> Tensor:
         """The tensor itself.
@@ -49,9 +57,9 @@ class MemoryTensors:
         """Names of all tensors."""
         return self._state.keys()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return tuple(self._state[name].shape)
+    def header(self, name: str) -> TensorHeader:
+        """The dtype and shape of a tensor."""
+        return header_of(self._state[name])
 
     def read(self, name: str, *, apart: bool = False) -> Tensor:
         """The tensor, detached and sharing its memory."""
@@ -70,28 +78,31 @@ class HubModel:
         self._where = where
         self._source = source
         self._family = find_family(config, load_families(), where=where)
-        self._stored_names = _map_names(self._family, source.names())
+        self._stored_names = _map_names(self._family, source.names(), where=where)
         cfg = self._family.read_config(config, where=where)
+        self._check_size(cfg)
         self.cfg = _settle_biases(self._family, self._settle_tying(cfg), self._stored_names)
         self._bound = list(self._family.bind_rules(self.cfg))
         self._check_tensors()
 
-    def tensors(self, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """HookLens names and tensors in their logical shapes, one by one.
 
         Args:
             layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
+            n_ctx: how many learned positions to take. None: all.
 
         Raises:
-            InputError: a layer does not exist or is given twice.
+            InputError: a layer does not exist or is given twice, or there are fewer learned positions.
         """
         # Checked at the call: a generator would not run until the first tensor is asked for.
-        return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers))
+        cfg = config_of_length(self.cfg, n_ctx)
+        return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg)
 
-    def _iterate(self, layers: Sequence[int] | None) -> Iterator[tuple[str, Tensor]]:
+    def _iterate(self, layers: Sequence[int] | None, cfg: HookedConfig) -> Iterator[tuple[str, Tensor]]:
         for bound in self._bound if layers is None else self._family.bind_rules(self.cfg, layers):
             stored = self._source.read(self._stored_names[bound.hub], apart=len(bound.ours) > 1)
-            loaded = bound.rule.load(stored, self.cfg)
+            loaded = crop_positions(bound.ours, bound.rule.load(stored, self.cfg), cfg)
             yield from zip(bound.ours, loaded, strict=True)
             if bound.hub == self._family.embedding and self.cfg.tied_unembed:
                 yield "unembed.W_U", loaded[0].T
@@ -114,42 +125,81 @@ class HubModel:
         return cfg
 
     def _are_equal(self, one: str, other: str) -> bool:
-        if self._source.shape(one) != self._source.shape(other):
+        if self._source.header(one) != self._source.header(other):
             return False
         first, second = self._source.read(one), self._source.read(other)
         return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
+    def _check_size(self, cfg: HookedConfig) -> None:
+        """Refuse numbers that no such tensors could bear out, before anything is made of that size."""
+        n_found = len(self._stored_names)
+        if cfg.n_layers > n_found:
+            raise CheckpointError(
+                f"{self._where}: config.json describes {cfg.n_layers} layers, and there are {n_found} tensors in all. "
+                "Check that config.json and the weights belong together and that the download is whole"
+            )
+        huge = [
+            f"{name} {list(shape)}" for name, shape in weight_shapes(cfg).items() if math.prod(shape) > _MOST_ENTRIES
+        ]
+        if huge:
+            raise CheckpointError(
+                f"{self._where}: config.json describes weights of impossible size: {', '.join(huge[:5])}. Correct it, "
+                "or download it again"
+            )
+
     def _check_tensors(self) -> None:
-        """Account for every name and shape; raise once with all that is wrong."""
+        """Account for every name, shape and dtype; raise once with all that is wrong."""
         expected = {bound.hub: bound for bound in self._bound}
         missing = [name for name in expected if name not in self._stored_names]
-        unexpected = [
-            stored
-            for name, stored in self._stored_names.items()
-            if name not in expected and not self._family.is_weightless(name)
-        ]
+        extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
+        heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
+        unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
+        adapters = [name for name in unexpected if _ADAPTER.fullmatch(name)]
+        if adapters:
+            raise CheckpointError(
+                f"{self._where}: holds the weights of an adapter beside those of the model: {join_names(adapters)}. "
+                "Merge them first: model.merge_and_unload() of peft"
+            )
         shapes = DiskShapes(weight_shapes(self.cfg), self.cfg)
-        misshapen = []
+        misshapen, quantised = [], []
         for name, bound in expected.items():
             if name not in self._stored_names:
                 continue
-            found = self._source.shape(self._stored_names[name])
+            found = self._source.header(self._stored_names[name])
             right = shapes.of(bound.rule, bound.layer)
-            if found != tuple(right):
-                misshapen.append(f"{self._stored_names[name]!r} is {list(found)}, expected {list(right)}")
+            if found.dtype not in _FLOATS:
+                quantised.append(f"{self._stored_names[name]!r} is {found.dtype}")
+            elif found.shape != tuple(right):
+                misshapen.append(f"{self._stored_names[name]!r} is {list(found.shape)}, expected {list(right)}")
         problems = []
         if missing:
             problems.append(f"missing tensors: {join_names(missing)}")
         if unexpected:
             problems.append(f"unexpected tensors: {join_names(unexpected)}")
         if misshapen:
-            problems.append(f"tensors of another shape than config.json says: {'; '.join(misshapen)}")
+            problems.append(f"tensors of another shape than config.json says: {_list_some(misshapen)}")
+        if quantised:
+            problems.append(
+                f"tensors of another dtype than float64, float32, float16 or bfloat16: {_list_some(quantised)} "
+                "(HookLens computes with plain weights: dequantise them first)"
+            )
         if problems:
             raise CheckpointError(
                 f"{self._where}: config.json describes a {self._family.name} model with other tensors: "
                 f"{'. '.join(problems)}. Check that config.json and the weights belong together and that the download "
                 "is whole"
             )
+        if heads:
+            warnings.warn(
+                f"{self._where}: {join_names(sorted(heads))} belong to a value head, which is no part of the language "
+                "model; they are left out",
+                stacklevel=2,
+            )
+
+
+def _list_some(problems: Sequence[str]) -> str:
+    left_out = len(problems) - 20
+    return "; ".join(problems[:20]) + (f" and {left_out} more" if left_out > 0 else "")
 
 
 def check_layers(layers: Sequence[int], n_layers: int) -> list[int]:
@@ -160,7 +210,7 @@ def check_layers(layers: Sequence[int], n_layers: int) -> list[int]:
     """
     chosen = list(layers)
     outside = [layer for layer in chosen if not 0 <= layer < n_layers]
-    repeated = sorted({layer for layer in chosen if chosen.count(layer) > 1})
+    repeated = sorted(layer for layer, times in Counter(chosen).items() if times > 1)
     if outside or repeated:
         found = [f"{outside} are not layers of the checkpoint"] if outside else []
         found += [f"{repeated} are given more than once"] if repeated else []
@@ -176,20 +226,59 @@ def config_of_layers(cfg: HookedConfig, layers: Sequence[int] | None) -> HookedC
     """
     if layers is None:
         return cfg
-    chosen = check_layers(layers, cfg.n_layers)
-    windows = None if cfg.windows is None else tuple(cfg.windows[layer] for layer in chosen)
-    return cfg.replace(n_layers=len(chosen), windows=windows)
+    return cfg.take_layers(check_layers(layers, cfg.n_layers))
 
 
-def _map_names(family: Family, stored: Collection[str]) -> dict[str, str]:
-    """Names on disk by the family's rules, with the names under which the source has them."""
-    is_base_model = not any(name.startswith(family.base_prefix) for name in stored)
-    names = {}
+def config_of_length(cfg: HookedConfig, n_ctx: int | None) -> HookedConfig:
+    """The config of a model that takes sequences of another length; None keeps the length.
+
+    Positions that are computed (rotary, ALiBi) go on past the checkpoint's length, and how they are scaled stays as it
+    is. Of learned positions there are only those that were learned.
+
+    Raises:
+        InputError: there are fewer learned positions.
+    """
+    if n_ctx is None or n_ctx == cfg.n_ctx:
+        return cfg
+    if n_ctx > cfg.n_ctx and isinstance(cfg.positions, LearnedPositions):
+        raise InputError(
+            f"n_ctx={n_ctx}: the checkpoint has learned {cfg.n_ctx} positions and none past them; expected at most "
+            f"{cfg.n_ctx}"
+        )
+    return cfg.replace(n_ctx=n_ctx)
+
+
+def crop_positions(names: Sequence[str], tensors: Sequence[Tensor], cfg: HookedConfig) -> tuple[Tensor, ...]:
+    """Tensors as they are, but of a table of learned positions only the rows that `cfg` has."""
+    if "pos_embed.W_pos" not in names:
+        return tuple(tensors)
+    rows = cfg.size("position")
+    return tuple(
+        tensor[:rows] if name == "pos_embed.W_pos" else tensor for name, tensor in zip(names, tensors, strict=True)
+    )
+
+
+def _map_names(family: Family, stored: Collection[str], *, where: str) -> dict[str, str]:
+    """Names on disk by the family's rules, with the names under which the source has them.
+
+    What wrappers of the model put into names is taken out.
+
+    Raises:
+        CheckpointError: a weight is there under two names.
+    """
+    bare = bare_names(stored)
+    is_base_model = not any(name.startswith(family.base_prefix) for name in bare.values())
+    names: dict[str, str] = {}
+    doubled = []
     for name in stored:
-        known = family.renamed.get(name, name)
+        known = family.renamed.get(bare[name], bare[name])
         if is_base_model and known != family.head:
             known = family.base_prefix + known
+        if known in names:
+            doubled.append(f"{names[known]!r} and {name!r}")
         names[known] = name
+    if doubled:
+        raise CheckpointError(f"{where}: two names of one weight: {_list_some(doubled)}; keep one of each")
     return names
 
 
@@ -207,22 +296,6 @@ def _settle_biases(family: Family, cfg: HookedConfig, names: Collection[str]) ->
         if len(absent) < len(part.names):
             cfg = cfg.replace(**absent)
     return cfg
-
-
-def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, Tensor]]:
-    """The config and parameters of a transformers model in memory.
-
-    Parameters share the model's memory wherever the layout allows: all but the queries, keys and values of a
-    fused tensor with several key-value heads.
-
-    Raises:
-        UnsupportedModelError: the architecture or a config value is not implemented.
-        CheckpointError: the tensors are not those that the config promises.
-    """
-    # Through JSON, so that dtypes and the like are plain values as in a file.
-    config = json.loads(json.dumps(hf_model.config.to_dict(), default=str))
-    model = HubModel(config, MemoryTensors(hf_model.state_dict()), where=type(hf_model).__name__)
-    return model.cfg, dict(model.tensors())
 
 
 class HubLayout:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hooklens.adapters.config_map import BiasFlag, ConfigMap
 from hooklens.adapters.rules import WeightRule
+from hooklens.arguments import show
 from hooklens.config import HookedConfig, Origin
 from hooklens.errors import ConfigError, UnsupportedModelError, join_names
 
@@ -117,7 +118,7 @@ class Family:
         return any(re.fullmatch(pattern, name) for pattern in self.weightless)
 
     def _translate(self, config: Config) -> Config:
-        dialect = self.dialects.get(config.get("model_type", ""))
+        dialect = self.dialects.get(str(config.get("model_type")))
         return config if dialect is None else dialect(config)
 
     def _write_config(self, cfg: HookedConfig) -> tuple[dict[str, Any], list[str]]:
@@ -184,6 +185,13 @@ def find_family(config: Config, families: Sequence[Family], *, where: str) -> Fa
         UnsupportedModelError: there is none; the text names the architecture and the supported ones.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    wrong = []
+    if model_type is not None and not isinstance(model_type, str):
+        wrong.append(f"model_type is {show(model_type)}; expected a text")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        wrong.append(f"architectures is {show(architectures)}; expected a list of names")
+    if wrong:
+        raise UnsupportedModelError(f"{where}: config.json names no architecture: {'; '.join(wrong)}")
     for family in families:
         known_type = model_type is None or model_type in (*family.model_types, *family.dialects)
         known_class = not architectures or bool(set(architectures) & set(family.architectures))
@@ -191,8 +199,8 @@ def find_family(config: Config, families: Sequence[Family], *, where: str) -> Fa
             return family
     supported = [f"{'/'.join(family.model_types)} ({join_names(family.architectures)})" for family in families]
     raise UnsupportedModelError(
-        f"{where}: architecture {join_names(architectures) or 'not given'} with model_type {model_type!r} is not "
-        f"supported; supported are {'; '.join(supported)}"
+        f"{where}: config.json: architecture {join_names(architectures) or 'not given'} with model_type "
+        f"{show(model_type)} is not supported; supported are {'; '.join(supported)}"
     )
 
 

@@ -3,19 +3,23 @@
 import os
 from pathlib import Path
 
+from hooklens.adapters.folder import finish_replacement
 from hooklens.errors import CheckpointError
 from hooklens.optional import import_package
 
 _CONFIG_AND_TOKENIZER = [
     "config.json",
     "generation_config.json",
+    "hooklens.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "spiece.model",
     "*.tiktoken",
 ]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
@@ -31,7 +35,8 @@ def find_folder(
 ) -> Path:
     """The local folder of a checkpoint, downloaded first where `source` is a name on the hub.
 
-    An existing folder is taken as it is, without any network call. From the hub come the config, the tokenizer and
+    An existing folder is taken as it is, without any network call; a save into it that was interrupted when its files
+    were being put in place is finished. From the hub come the config, the tokenizer and
     the safetensors files, or the PyTorch files where there are none; never code.
 
     Raises:
@@ -39,6 +44,7 @@ def find_folder(
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        finish_replacement(path)
         return path
     if path.is_file():
         raise CheckpointError(f"{path}: is a file; expected the folder that holds config.json and the weights")

@@ -1,6 +1,5 @@
 """Where a model comes from and goes to: checkpoints, transformers models, state dicts, weight processing."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -10,8 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hooklens.adapters import build_hf_model, open_checkpoint, read_hf_model, write_checkpoint
+from hooklens.adapters import (
+    build_hf_model,
+    open_checkpoint,
+    read_hf_generation_config,
+    read_hf_model,
+    write_checkpoint,
+)
 from hooklens.arguments import (
+    MOST_ENTRIES,
     optional,
     read_device,
     read_dtype,
@@ -26,11 +32,10 @@ from hooklens.arguments import (
 )
 from hooklens.bundled import bundled_path
 from hooklens.config import HookedConfig
-from hooklens.errors import CheckpointError, HookLensError
+from hooklens.errors import CheckpointError, HookLensError, join_names
 from hooklens.hooks.choice import read_choice
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights, check_tied, fill_parameters, name_as_field
-from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
 
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="CheckpointMethods")
 
-_RECORD_FILE = "hooklens.json"
 _BUNDLED = "bundled:"
 
 
@@ -82,9 +86,26 @@ def _read_state(given: object, *, what: str, error: type[HookLensError]) -> Mapp
 
 
 def _read_transformers_model(given: object, *, what: str, error: type[HookLensError]) -> Any:
-    if isinstance(given, nn.Module) and hasattr(getattr(given, "config", None), "to_dict") and hasattr(given, "device"):
-        return given
+    """A transformers model, without what runs it in parallel or compiled around it."""
+    model: Any = given
+    while isinstance(model, nn.Module) and (inside := _find_wrapped(model)) is not None:
+        model = inside
+    if isinstance(model, nn.Module) and any(kind.__module__.split(".")[0] == "peft" for kind in type(model).__mro__):
+        raise refusal(given, what, "a model without adapters beside its weights: merge them, merge_and_unload()", error)
+    if isinstance(model, nn.Module) and isinstance(getattr(model, "pretrained_model", None), nn.Module):
+        raise refusal(given, what, "a transformers model; the one inside this is its pretrained_model", error)
+    if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "to_dict") and hasattr(model, "device"):
+        return model
     raise refusal(given, what, "a transformers model (a name or folder goes to from_pretrained)", error)
+
+
+def _find_wrapped(model: nn.Module) -> nn.Module | None:
+    """The model that another module only runs: compiled (`torch.compile`), or on several devices."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        wrapped: nn.Module = model.module
+        return wrapped
+    inside = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return inside if isinstance(inside, nn.Module) else None
 
 
 class CheckpointMethods:
@@ -93,11 +114,16 @@ class CheckpointMethods:
     Attributes:
         tokenizer: a transformers tokenizer, or None.
         transforms: the weight-processing steps that were done, in order.
+        generation_config: the contents of the checkpoint's `generation_config.json`, saved with the model; empty where
+            there is none. `generate` takes its `eos_token_id` (one or a list) where it is given none, and fills
+            rows with its `pad_token_id`. Its sampling settings do not act by themselves: the defaults of `generate` are
+            what its signature says.
     """
 
     cfg: HookedConfig
     tokenizer: Tokenizer | None
     transforms: tuple[str, ...]
+    generation_config: dict[str, Any]
 
     def as_decoder(self) -> Decoder:
         """The network that is loaded or saved."""
@@ -111,6 +137,7 @@ class CheckpointMethods:
         dtype=_read_loaded_dtype,
         device=read_device,
         layers=optional(_read_layers),
+        n_ctx=optional(partial(read_int, least=1, most=MOST_ENTRIES)),
         tokenizer=_TOKENIZER,
         cache_dir=optional(read_path),
         local_files_only=read_flag,
@@ -123,6 +150,7 @@ class CheckpointMethods:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         layers: Sequence[int] | None = None,
+        n_ctx: int | None = None,
         tokenizer: Tokenizer | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -136,38 +164,63 @@ class CheckpointMethods:
             dtype: of the weights, or its name (`"bfloat16"`); `"auto"` is the checkpoint's own.
             device: where to put the weights.
             layers: keep only these blocks, in this order.
+            n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
+                past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
             tokenizer: used in place of the checkpoint's own.
             cache_dir: the hub's cache folder.
             local_files_only: use what the hub's cache holds, and no network.
 
         Raises:
-            CheckpointError: files or tensors are missing, damaged, or too many.
+            CheckpointError: files or tensors are missing, damaged, or too many. Damage inside the entries of a tensor
+                is not seen.
             UnsupportedModelError: the architecture, or a value in its config, is not implemented.
+            InputError: a layer does not exist, or there are fewer than `n_ctx` learned positions.
         """
         if isinstance(source, str) and source.startswith(_BUNDLED):
             source = bundled_path(source.removeprefix(_BUNDLED))
         checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         kept = None if layers is None else list(layers)
         model = cls._from_tensors(
-            checkpoint.config_for(kept),
-            checkpoint.tensors(kept),
-            tokenizer=_load_tokenizer(checkpoint.folder) if tokenizer is None else tokenizer,
+            checkpoint.config_for(kept, n_ctx=n_ctx),
+            checkpoint.tensors(kept, n_ctx=n_ctx),
+            tokenizer=checkpoint.load_tokenizer() if tokenizer is None else tokenizer,
             device=device,
             dtype=dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype,
         )
-        model.transforms = _read_transforms(checkpoint.folder)
+        model.transforms = checkpoint.transforms
+        model.generation_config = dict(checkpoint.generation_config)
         return model
 
     @classmethod
-    @reads(hf_model=_read_transformers_model, tokenizer=_TOKENIZER)
-    def from_hf(cls: type[Model], hf_model: "PreTrainedModel", tokenizer: Tokenizer | None = None) -> Model:
-        """Take over a transformers model's weights, sharing memory where its layout allows.
+    @reads(hf_model=_read_transformers_model, tokenizer=_TOKENIZER, share=optional(read_flag))
+    def from_hf(
+        cls: type[Model],
+        hf_model: "PreTrainedModel",
+        tokenizer: Tokenizer | None = None,
+        *,
+        share: bool | None = None,
+    ) -> Model:
+        """Take over a transformers model's weights: all of them in the same memory, or all of them copied.
+
+        In shared memory a change of one model (an optimiser's step, an edit in place) is a change of the other. Never
+        is a part of the weights shared, which would leave both models half changed.
+
+        Args:
+            hf_model: the model; compiled, and in `DataParallel`, too.
+            tokenizer: a transformers tokenizer, needed only for text.
+            share: True: every weight is shared. False: none is. None: all are where the layout allows it of all, and
+                else none. It does not where queries, keys and values of several key-value heads lie in one tensor.
 
         Raises:
+            CheckpointError: `share=True`, and some weights cannot be shared; they are named. Or tensors are missing, or
+                hold no values (device `"meta"`).
             UnsupportedModelError: the architecture, or a value in its config, is not implemented.
         """
         cfg, state = read_hf_model(hf_model)
-        return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=hf_model.device)
+        model = cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=hf_model.device)
+        model.generation_config = read_hf_generation_config(hf_model)
+        _settle_sharing(model.as_decoder(), hf_model, share=share)
+        return model
 
     @classmethod
     @reads(state=_read_state, cfg=partial(require, kind=HookedConfig, expected="a HookedConfig"), tokenizer=_TOKENIZER)
@@ -210,14 +263,21 @@ class CheckpointMethods:
     ) -> None:
         """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads, tokenizer included.
 
+        All files take their places in one step: a save that is interrupted, or killed, at any moment leaves what the
+        folder held before, or all of the new checkpoint. Where that happens while the files are put in their places,
+        the next `from_pretrained` or `save_pretrained` puts the rest there; until then the folder has no `config.json`.
+        The weight-processing steps are recorded in `hooklens.json`.
+
         Args:
-            folder: made if it does not exist.
+            folder: made if it does not exist. Files of an older checkpoint in it go; a tokenizer stays where the model
+                has none.
             dtype: of the written weights; None: the model's.
             max_shard_size: files are split at this size.
 
         Raises:
             UnsupportedModelError: no Hugging Face architecture can hold this network; the text says why and what
                 to do instead.
+            CheckpointError: the folder cannot be written to, is a file, or holds a PEFT adapter.
         """
         write_checkpoint(
             Path(folder),
@@ -226,14 +286,9 @@ class CheckpointMethods:
             dtype=dtype,
             max_shard_size=max_shard_size,
             transforms=self.transforms,
+            generation_config=self.generation_config,
+            tokenizer=self.tokenizer,
         )
-        record = Path(folder) / _RECORD_FILE
-        if self.transforms:
-            record.write_text(json.dumps({"transforms": self.transforms}))
-        else:
-            record.unlink(missing_ok=True)
-        if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
-            self.tokenizer.save_pretrained(str(folder))
 
     def to_hf(self) -> "PreTrainedModel":
         """The transformers model with equal logits.
@@ -241,7 +296,12 @@ class CheckpointMethods:
         Raises:
             UnsupportedModelError: no Hugging Face architecture can hold this network.
         """
-        return build_hf_model(self.cfg, ModelWeights(self.as_decoder()), transforms=self.transforms)
+        return build_hf_model(
+            self.cfg,
+            ModelWeights(self.as_decoder()),
+            transforms=self.transforms,
+            generation_config=self.generation_config,
+        )
 
     @reads(
         fold_ln=read_flag,
@@ -278,6 +338,7 @@ class CheckpointMethods:
         copied = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in processed.state.items()}
         model = self.from_state_dict(copied, processed.cfg, self.tokenizer)
         model.transforms = (*self.transforms, *processed.steps)
+        model.generation_config = dict(self.generation_config)
         return model
 
     def named_weights(self) -> ModelWeights:
@@ -285,22 +346,23 @@ class CheckpointMethods:
         return ModelWeights(self.as_decoder())
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The checkpoint's tokenizer, or None where it ships none."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-    if not any((folder / name).exists() for name in names):
-        return None
-    tokenizer: Tokenizer = import_package("transformers").AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
-    return tokenizer
+def _settle_sharing(model: nn.Module, source: nn.Module, *, share: bool | None) -> None:
+    """Leave all parameters in the memory of `source`, or none.
 
-
-def _read_transforms(folder: Path) -> tuple[str, ...]:
-    record = folder / _RECORD_FILE
-    if not record.exists():
-        return ()
-    try:
-        return tuple(json.loads(record.read_text())["transforms"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{record}: cannot be read as a record of weight processing ({error})") from error
+    Raises:
+        CheckpointError: all are to be shared, and some cannot be.
+    """
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in source.state_dict().values()}
+    shared = {name: one.untyped_storage().data_ptr() in theirs for name, one in model.named_parameters()}
+    apart = [name for name, is_shared in shared.items() if not is_shared]
+    if not apart and share is not False:
+        return
+    if share:
+        raise CheckpointError(
+            f"share=True: {len(apart)} of {len(shared)} weights cannot lie in the memory of the "
+            f"{type(source).__name__}: {join_names(apart)}. There they are parts of fused tensors, or on another "
+            "device; take share=False"
+        )
+    for name, parameter in model.named_parameters():
+        if shared[name]:
+            parameter.data = parameter.data.clone()

@@ -42,10 +42,10 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         "hidden_size is missing",
         "heads is '2'; expected int",
         "act is 'xielu'; expected one of 'gelu', 'gelu_fast',",
-        "bias is 1; expected bool",
+        "bias is 1; expected true or false",
         "eps is True; expected float",
         "post_norm is True; expected False, the only value implemented",
-        "quantization_config is {'bits': 4}; expected None",
+        "quantization_config is {'bits': 4}; expected none: the weights are quantised",
     ):
         assert problem in text
 

@@ -41,6 +41,8 @@ def install(monkeypatch, tmp_path):
 
 REPOSITORY = [
     "config.json",
+    "generation_config.json",
+    "hooklens.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -60,8 +62,11 @@ def test_safetensors_are_fetched_and_nothing_that_runs(install) -> None:
     fake = install([*REPOSITORY, "model-00001-of-00002.safetensors", "model.safetensors.index.json"])
     assert find_folder("owner/name", revision="v1", cache_dir="cache", local_files_only=True) == fake.folder
     assert fake.calls == [("owner/name", "v1", "cache", True)]
+    # The record of weight processing was not fetched, so processed weights counted as plain ones.
     assert found(fake) == {
         "config.json",
+        "generation_config.json",
+        "hooklens.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "tokenizer.model",

@@ -32,6 +32,7 @@ _CONFIG = ConfigMap(
         PositionKeys(),
     ),
     fixed={"gated_mlp": True, "wiring": "sequential"},
+    pinned={"rope_interleaved": False},
 )
 
 _LAYER = "model.layers.{i}"

@@ -1,0 +1,93 @@
+"""Models of transformers in memory, read and built."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hooklens.adapters.companions import check_generation_config
+from hooklens.adapters.conversion import HubModel, MemoryTensors, to_hub
+from hooklens.config import HookedConfig
+from hooklens.errors import CheckpointError, join_names
+from hooklens.optional import import_package
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, Tensor]]:
+    """The config and parameters of a transformers model in memory.
+
+    Parameters share the model's memory wherever the layout allows: all but the queries, keys and values of a
+    fused tensor with several key-value heads.
+
+    Raises:
+        UnsupportedModelError: the architecture or a config value is not implemented.
+        CheckpointError: the tensors are not those that the config promises, or hold no values.
+    """
+    where, state = type(hf_model).__name__, hf_model.state_dict()
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{where}: {len(empty)} of {len(state)} tensors hold no values (device 'meta'): {join_names(empty)}. The "
+            "model was made without weights, or they are offloaded: load it without device_map, or give its name or "
+            "folder to HookedCausalLM.from_pretrained"
+        )
+    model = HubModel(_plain(hf_model.config.to_dict()), MemoryTensors(state), where=where)
+    return model.cfg, dict(model.tensors())
+
+
+def read_hf_generation_config(hf_model: "PreTrainedModel") -> dict[str, Any]:
+    """The settings of generation of a transformers model, as `generation_config.json` would hold them.
+
+    Raises:
+        CheckpointError: end tokens or padding token are no token ids.
+    """
+    config = getattr(hf_model, "generation_config", None)
+    if config is None:
+        return {}
+    return check_generation_config(_plain(config.to_diff_dict()), where=f"{type(hf_model).__name__}.generation_config")
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Through JSON, so that dtypes and the like are plain values as in a file."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
+
+
+def build_hf_model(
+    cfg: HookedConfig,
+    state: Mapping[str, Tensor],
+    *,
+    transforms: Sequence[str] = (),
+    generation_config: Mapping[str, Any] | None = None,
+) -> "PreTrainedModel":
+    """The transformers model with the same logits, in eval mode, attending with `sdpa`.
+
+    Its parameters share memory with `state` where the layout allows.
+
+    Args:
+        cfg: the network.
+        state: its parameters under HookLens names; a tied `unembed.W_U` may be left out.
+        transforms: the weight-processing steps it has been through, for the advice where it cannot be written.
+        generation_config: settings of generation, as in `generation_config.json`; None or empty: what the config gives.
+
+    Raises:
+        UnsupportedModelError: no family can express `cfg`; the text says which fields, and what to do.
+        CheckpointError: the state is not that of `cfg`.
+    """
+    transformers = import_package("transformers")
+    config, tensors = to_hub(cfg, state, transforms=transforms)
+    hf_config = transformers.AutoConfig.for_model(**config)
+    model_class = getattr(transformers, config["architectures"][0])
+    model: PreTrainedModel = model_class.from_pretrained(
+        None,
+        config=hf_config,
+        state_dict=tensors,
+        dtype=state["embed.W_E"].dtype,
+        attn_implementation="sdpa",
+    )
+    if generation_config:
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(generation_config))
+    return model.eval()

@@ -1,0 +1,82 @@
+"""Tests of hooklens.adapters.disk: which file a tensor is read from, and headers checked by their digest."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hooklens import HookedCausalLM
+from hooklens.adapters.disk import DiskTensors
+from hooklens.errors import CheckpointError
+from tests.checkpoints import build_variant, save_variant
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return save_variant("llama-gqa", tmp_path, max_shard_size="60KB")
+
+
+def read_index(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def add(path, **tensors) -> None:
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+
+
+def test_the_index_says_where_a_tensor_is(sharded) -> None:
+    """A stale tensor in a shard that came later won over the index, silently."""
+    weight_map = read_index(sharded)["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    expected = dict(build_variant("llama-gqa").state_dict())
+    for shard in shards:
+        foreign = {name: torch.full_like(expected[name], 7.0) for name, file in weight_map.items() if file != shard}
+        add(sharded / shard, **foreign)
+    found = DiskTensors(sharded)
+    assert set(found.names()) == set(weight_map)
+    assert all(torch.equal(found.read(name), expected[name]) for name in weight_map)
+
+
+def test_a_tensor_is_in_the_file_that_the_index_says(sharded) -> None:
+    index = read_index(sharded)
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    index["weight_map"][name] = last
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"index lists tensors that the files do not hold: '{name}' in {last}"):
+        DiskTensors(sharded)
+
+
+def test_tensors_beside_the_index(sharded) -> None:
+    """One that is there once is accounted for as any other; of two nobody knows which is meant."""
+    first, *_, last = sorted(set(read_index(sharded)["weight_map"].values()))
+    add(sharded / first, extra=torch.ones(1))
+    with pytest.raises(CheckpointError, match="unexpected tensors: 'extra'"):
+        HookedCausalLM.from_pretrained(sharded)
+    add(sharded / last, extra=torch.zeros(1))
+    with pytest.raises(CheckpointError, match=rf"are in several files: 'extra' in {first} and {last}"):
+        HookedCausalLM.from_pretrained(sharded)
+
+
+def test_headers_that_hooklens_wrote_are_checked(tmp_path) -> None:
+    HookedCausalLM.from_hf(build_variant("llama-gqa")).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata().keys() == {"format", "hooklens.header"}
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"layers.0.input_layernorm", b"layers.0.input_layernorn", 1))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its header is damaged: names, dtypes or shapes"):
+        HookedCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_tensors_of_other_dtypes_are_refused(tmp_path, dtype) -> None:
+    """int8 and float8 weights were taken as they stand, without the scales that belong to them."""
+    save_variant("llama-gqa", tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    add(tmp_path / "model.safetensors", **{name: torch.ones(48, 32).to(dtype)})
+    said = rf"another dtype than float64, .*: '{name}' is {str(dtype).removeprefix('torch.')} \(.*dequantise"
+    with pytest.raises(CheckpointError, match=said):
+        HookedCausalLM.from_pretrained(tmp_path)
