@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.cli.arguments import Model
+from hooklens.cli.arguments import Model, read_text
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.", callback=read_text)],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 50,
     temperature: Annotated[float, typer.Option(help="Divides the logits, > 0.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many most likely tokens.")] = None,
@@ -24,7 +24,9 @@ def generate(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1, makes tokens of the text less likely.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End with this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End with this text; may be given several times.", callback=read_text)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws reproducible.")] = None,
     *,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the most likely token at every step.")] = False,

@@ -10,10 +10,7 @@ EXIT_FAILED = 1
 
 
 def verify(model: Model) -> None:
-    """Check a model: equal to its reference implementation, undisturbed by watching, alive at every hook point.
-
-    The exit code is 0 when every check passed and 1 when one failed.
-    """
+    """Check a model: equal to its reference implementation, undisturbed by watching, alive at every hook point."""
     report = verify_model(model)
     typer.echo(str(report))
     if not report.passed:

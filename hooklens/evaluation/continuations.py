@@ -7,15 +7,18 @@ from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.evaluation.batching import BatchSize, check_batch_size
-from hooklens.evaluation.prefix import Text, encode_continuation, make_prefix
+from hooklens.evaluation.prefix import (
+    Text,
+    encode_continuations,
+    encode_prefix,
+    run_prefix,
+)
 from hooklens.evaluation.scoring import RowScore, check_context, score_rows
 from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     import pandas
-
-_SHOWN = 10
 
 
 def score_continuations(
@@ -30,9 +33,10 @@ def score_continuations(
 ) -> "pandas.DataFrame":
     r"""Score continuations of a prefix; the prefix runs once.
 
-    A continuation that is text is encoded alone, without BOS or other special tokens, so begin it with a space
-    where the text has one. Where the tokenizer would split prefix and continuation together in another way, give
-    token ids.
+    A continuation that is text is encoded together with the prefix, and what follows the prefix's tokens is scored; no
+    special token is added. Where a continuation and the spaces at the prefix's end make tokens together, all
+    continuations begin before those spaces (as in lm-evaluation-harness), and `tokens` shows them. A continuation that
+    begins inside a token of the whole is refused.
 
     Edits act as on the full sequence. Those that may act on several tokens at once (`Custom`, `Mean`, several
     positions, positions from the end, attention scores and patterns) make each full sequence run alone.
@@ -53,12 +57,15 @@ def score_continuations(
         what greedy decoding gives.
 
     Raises:
-        InputError: no continuation, empty ones, or such as do not fit the context (all are named).
+        InputError: no continuation, empty ones, or such as do not go on from the prefix or do not fit the context
+            (all are named).
     """
     check_batch_size(batch_size)
-    rows = encode_all(model, continuations)
-    ready = make_prefix(model, prefix, edits=edits, prepend_bos=prepend_bos)
-    check_context(model, len(ready), [len(row) for row in rows])
+    check_continuations(continuations)
+    begun = encode_prefix(model, prefix, edits=edits, prepend_bos=prepend_bos)
+    start, rows = encode_continuations(model, begun, continuations)
+    check_context(model, len(start), [len(row) for row in rows])
+    ready = run_prefix(model, start)
     scores: dict[int, RowScore] = {}
     bar = import_package("tqdm.auto").tqdm(total=len(rows), desc="scoring", disable=not progress, leave=False)
     with bar:
@@ -72,26 +79,16 @@ def score_continuations(
     return table
 
 
-def encode_all(model: HookedCausalLM, continuations: Sequence[Text]) -> list[list[int]]:
-    """Token ids of continuations.
+def check_continuations(continuations: Sequence[Text]) -> None:
+    """Check that there is a list of continuations.
 
     Raises:
-        InputError: there is none, or some cannot be scored; all of them are named.
+        InputError: it is one text, or empty.
     """
     if isinstance(continuations, str):
         raise InputError("continuations is one string; give a list of them")
     if not len(continuations):
         raise InputError("there is no continuation to score; give at least one")
-    rows, wrong = [], []
-    for index, continuation in enumerate(continuations):
-        try:
-            rows.append(encode_continuation(model, continuation))
-        except InputError as error:
-            wrong.append(f"continuation {index}: {error}")
-    if wrong:
-        more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise InputError("\n".join(wrong[:_SHOWN]) + more)
-    return rows
 
 
 def describe_score(model: HookedCausalLM, text: Text, tokens: Sequence[int], score: RowScore) -> dict[str, Any]:

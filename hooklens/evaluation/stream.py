@@ -1,23 +1,30 @@
 """Score a file of items into a file of results, item by item; an interrupted run goes on where it was."""
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hooklens.arguments import optional, read_flag, read_function, reads
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError
 from hooklens.evaluation.batching import BatchSize, check_batch_size
 from hooklens.evaluation.continuations import describe_score
-from hooklens.evaluation.fingerprint import model_fingerprint, token_fingerprint
-from hooklens.evaluation.items import ContinuationItem, Item, ItemError, ItemFile, MultipleChoiceItem, read_items
-from hooklens.evaluation.multiple_choice import answer_item
-from hooklens.evaluation.prefix import Prefix, Text, encode_continuation, extend_prefix, make_prefix
+from hooklens.evaluation.encoded import EncodedItem, encode_items
+from hooklens.evaluation.fingerprint import (
+    describe_precision,
+    model_fingerprint,
+    token_fingerprint,
+    tokenizer_fingerprint,
+)
+from hooklens.evaluation.interventions import find_interventions
+from hooklens.evaluation.items import ContinuationItem, ItemError, ItemFile, MultipleChoiceItem, read_items
+from hooklens.evaluation.multiple_choice import answer_item, check_target_delimiter
+from hooklens.evaluation.prefix import Prefix, Text, make_prefix
 from hooklens.evaluation.results_file import ResultsFile
-from hooklens.evaluation.scoring import check_context, score_rows
+from hooklens.evaluation.scoring import RowScore, score_rows
+from hooklens.hooks.arguments import read_edits
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 
 
@@ -36,115 +43,135 @@ class StreamSummary:
     errors: list[ItemError]
 
 
+@reads(
+    edits=read_edits,
+    progress=read_flag,
+    on_errors=optional(partial(read_function, expected="a function of a list of ItemErrors")),
+)
 def score_file(
     model: HookedCausalLM,
     items: str | Path,
     results: str | Path,
     *,
     prefix: Text,
+    target_delimiter: str = " ",
     batch_size: BatchSize = "auto",
+    edits: Sequence[Edit] = (),
     prepend_bos: bool | None = None,
     progress: bool = True,
+    on_errors: Callable[[list[ItemError]], object] | None = None,
 ) -> StreamSummary:
     """Score the items of a JSON Lines file behind one prefix, appending each result as a line of JSON.
 
     Results have the columns of `score_continuations` or `multiple_choice`, with `id` (match items by it: results
-    come in another order) and `item`, a hash of the item. Results that the file holds already are kept and not
-    computed again, so a run that was interrupted is finished by running it again.
+    come in another order; `read_items(path).items` has the ids of items without one) and `item`, a hash of the item.
+
+    Results that the file holds already are kept and not computed again, so a run that was interrupted is finished by
+    running it again. That is refused where something else would come out: another model (every entry of its weights
+    counts), tokenizer, prefix, delimiter, precision, or other edits. What functions do (hooks, `Custom`) cannot be
+    compared: where any act, the file must be a new one. One process at a time writes a file.
+
+    All items are encoded and checked before the first is scored; those that cannot be are left out.
 
     Args:
         model: scores.
         items: the file, see `hooklens.evaluation.items`.
         results: the file to append to.
         prefix: what stands before every continuation and question.
+        target_delimiter: see `multiple_choice`.
         batch_size: rows at once.
+        edits: values from `hooklens.edits`, as in `score_continuations`.
         prepend_bos: for a prefix that is text.
         progress: show a progress bar.
+        on_errors: is called with the lines that cannot be scored, before any is scored.
 
     Raises:
-        InputError: a file cannot be used, or the results belong to another model or prefix. Lines that cannot be
-            scored do not raise; the summary lists them.
+        InputError: a file cannot be used, another process writes the results, or they belong to another run. Lines
+            that cannot be scored do not raise; the summary lists them.
     """
     check_batch_size(batch_size)
+    check_target_delimiter(target_delimiter)
     file = read_items(items)
-    ready = make_prefix(model, prefix, prepend_bos=prepend_bos)
-    run = {"model": model_fingerprint(model), "prefix": token_fingerprint(ready.tokens[0].tolist())}
-    with ResultsFile(results, run) as out:
-        pending, errors = _leave_out_done(file, out.done)
-        n_found = len(file.items) - len(pending) - len(errors)
+    ready = make_prefix(model, prefix, edits=edits, prepend_bos=prepend_bos)
+    encoded, faults = encode_items(model, file.items, ready)
+    with ResultsFile(results, _describe_run(model, ready, target_delimiter)) as out:
+        pending, taken = _leave_out_done(encoded, out.done)
+        errors = _list_errors(file, {**faults, **taken})
+        if errors and on_errors is not None:
+            on_errors(errors)
         n_scored = 0
-        faults: dict[int, str] = {}
         bar = import_package("tqdm.auto").tqdm(
             total=len(pending), desc="scoring", unit="item", disable=not progress, leave=False
         )
         with bar:
-            for records in _score_pending(model, ready, pending, batch_size, faults.__setitem__):
+            for records in _score_pending(model, ready, pending, target_delimiter, batch_size):
                 out.append(records)
                 n_scored += len(records)
                 bar.update(len(records))
-    errors += [file.fault(line, message) for line, message in faults.items()]
-    return StreamSummary(
-        n_scored=n_scored,
-        n_found=n_found,
-        errors=sorted([*file.errors, *errors], key=lambda error: error.line),
-    )
+    n_found = len(encoded) - len(taken) - n_scored
+    return StreamSummary(n_scored=n_scored, n_found=n_found, errors=errors)
 
 
-def item_fingerprint(item: Item) -> str:
-    """A hash of an item's content, which tells an item apart from another one under its id."""
-    content = json.dumps(dataclasses.asdict(item), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _describe_run(model: HookedCausalLM, prefix: Prefix, target_delimiter: str) -> dict[str, Any]:
+    """All that decides the numbers of an item."""
+    acting = find_interventions(model, prefix.edits)
+    return {
+        "model": model_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        "prefix": token_fingerprint(prefix.tokens[0].tolist()),
+        "edits": acting.fingerprint,
+        "functions": list(acting.functions),
+        "precision": describe_precision(),
+        "target_delimiter": target_delimiter,
+    }
 
 
-def _leave_out_done(file: ItemFile, done: Mapping[str, str]) -> tuple[dict[int, Item], list[ItemError]]:
-    """Items that have no result, by line, and those whose id has the result of another item."""
-    pending: dict[int, Item] = {}
-    errors = []
-    for line, item in file.items.items():
-        if item.id not in done:
-            pending[line] = item
-        elif done[item.id] != item_fingerprint(item):
-            message = (
-                f"the results hold another item under the id {item.id!r}; give items ids of their own, or start "
-                "with a new results file"
+def _leave_out_done(
+    items: Mapping[int, EncodedItem], done: Mapping[str, str]
+) -> tuple[list[EncodedItem], dict[int, str]]:
+    """Items that have no result, and, by line, what is wrong with those whose id has the result of another item."""
+    pending = []
+    taken = {}
+    for line, encoded in items.items():
+        name = encoded.item.id
+        if name not in done:
+            pending.append(encoded)
+        elif done[name] != encoded.fingerprint:
+            taken[line] = (
+                f"the results hold another item under the id {name!r}; give items ids of their own, or start with a "
+                "new results file"
             )
-            errors.append(file.fault(line, message))
-    return pending, errors
+    return pending, taken
+
+
+def _list_errors(file: ItemFile, faults: Mapping[int, str]) -> list[ItemError]:
+    found = [file.fault(line, message) for line, message in faults.items()]
+    return sorted([*file.errors, *found], key=lambda error: error.line)
 
 
 def _score_pending(
     model: HookedCausalLM,
     prefix: Prefix,
-    pending: Mapping[int, Item],
+    pending: Sequence[EncodedItem],
+    target_delimiter: str,
     batch_size: BatchSize,
-    report_fault: Callable[[int, str], None],
 ) -> Iterator[list[dict[str, Any]]]:
     """Records of items as they are scored: continuations batch by batch, then questions one by one."""
-    encoded: list[tuple[ContinuationItem, list[int]]] = []
-    for line, item in pending.items():
-        if isinstance(item, ContinuationItem):
-            try:
-                tokens = encode_continuation(model, item.continuation)
-                check_context(model, len(prefix), [len(tokens)])
-                encoded.append((item, tokens))
-            except InputError as error:
-                report_fault(line, str(error))
-    for batch in score_rows(model, prefix, [tokens for _, tokens in encoded], batch_size=batch_size):
-        scored = [(*encoded[index], score) for index, score in batch.items()]
-        yield [
-            {**_identify(item), **describe_score(model, item.continuation, tokens, score)}
-            for item, tokens, score in scored
-        ]
-    for line, item in pending.items():
-        if isinstance(item, MultipleChoiceItem):
-            try:
-                question = extend_prefix(model, prefix, item.question)
-                record = answer_item(model, item, question, batch_size=batch_size)
-            except InputError as error:
-                report_fault(line, str(error))
-                continue
-            yield [{**record, **_identify(item)}]
+    continuations = [encoded for encoded in pending if isinstance(encoded.item, ContinuationItem)]
+    rows = [encoded.rows[0] for encoded in continuations]
+    for batch in score_rows(model, prefix, rows, batch_size=batch_size):
+        yield [_describe_continuation(model, continuations[index], score) for index, score in batch.items()]
+    for encoded in pending:
+        if isinstance(encoded.item, MultipleChoiceItem):
+            record = answer_item(model, encoded, prefix, target_delimiter=target_delimiter, batch_size=batch_size)
+            yield [{**record, **_identify(encoded)}]
 
 
-def _identify(item: Item) -> dict[str, Any]:
-    return {"id": item.id, "item": item_fingerprint(item)}
+def _describe_continuation(model: HookedCausalLM, encoded: EncodedItem, score: RowScore) -> dict[str, Any]:
+    assert isinstance(encoded.item, ContinuationItem)
+    described = describe_score(model, encoded.item.continuation, encoded.rows[0], score)
+    return {**_identify(encoded), **described}
+
+
+def _identify(encoded: EncodedItem) -> dict[str, str]:
+    return {"id": encoded.item.id, "item": encoded.fingerprint}

@@ -41,3 +41,22 @@ def test_prompts_that_do_not_align_are_an_error(run: Run, checkpoint: Path) -> N
     result = run("patch", checkpoint, "--clean", CLEAN, "--corrupted", "John", "--answer", "John")
     assert result.exit_code == 2
     assert "positions can be compared only if they have as many" in result.output
+
+
+def test_a_place_that_takes_no_results_is_refused_before_the_work(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error of the system after the sweep, whose results were lost."""
+    monkeypatch.setattr("hooklens.cli.patch.sweep", None)
+    options = ("--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", "John")
+    (tmp_path / "taken.png").mkdir()
+    for out, message in {
+        tmp_path / "no" / "table.csv": "does not exist",
+        tmp_path: "is no regular file",
+        Path("/"): "give the name of a file",
+        tmp_path / "table.png": "the name of the image; give the table's",
+        tmp_path / "taken.csv": "is no regular file",
+    }.items():
+        result = run("patch", checkpoint, *options, "--out", out)
+        assert result.exit_code == 2
+        assert message in result.stderr

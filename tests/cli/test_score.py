@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.cli.conftest import Run
 
@@ -20,7 +21,7 @@ WORDS = ["John", "Mary", "gave", "a", "drink", "to"]
 def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     prefix, items, out = tmp_path / "prefix.txt", tmp_path / "items.jsonl", tmp_path / "results.jsonl"
     prefix.write_text(PREFIX + "\n")
-    lines = [{"continuation": " " + " ".join(WORDS[: 1 + i % 6])} for i in range(12)]
+    lines = [{"id": i + 1, "continuation": " " + " ".join(WORDS[: 1 + i % 6])} for i in range(12)]
     items.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return prefix, items, out
 
@@ -62,7 +63,7 @@ def test_faulty_lines_are_named_and_the_exit_code_says_so(
         file.write('{"continuation": ""}\n')
     result = run(*arguments(checkpoint, files))
     assert result.exit_code == 1
-    assert f"hooklens: {files[1]}, line 13: 'continuation' is empty: there is nothing to score" in result.stderr
+    assert result.stderr == f"hooklens: {files[1]}, line 13: 'continuation' is empty: there is nothing to score\n"
     assert result.stdout == f"{files[2]}: 12 items scored, 1 could not be scored\n"
 
 
@@ -119,3 +120,46 @@ def test_killed_run_is_finished_by_the_next(run: Run, checkpoint: Path, files: t
     assert out.read_bytes().startswith(before)
     assert f"{12 - len(done)} items scored, {len(done)} were there already" in result.stdout
     assert prefix.read_text() == PREFIX + "\n"
+
+
+INTERRUPTED_AFTER_FIVE = KILLED_AFTER_FIVE.replace("SIGKILL", "SIGINT")
+
+
+def test_interrupted_run_says_what_is_kept_and_is_finished_by_the_next(
+    run: Run, checkpoint: Path, files: tuple[Path, Path, Path]
+) -> None:
+    out = files[2]
+    command = [sys.executable, "-c", INTERRUPTED_AFTER_FIVE, *arguments(checkpoint, files)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert f"hooklens: interrupted; results so far are kept in {out}; run the same command again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(read_results(out)) == 5
+    result = run(*arguments(checkpoint, files))
+    assert result.stdout == f"{out}: 7 items scored, 5 were there already\n"
+    assert len(read_results(out)) == 12
+
+
+def test_a_file_that_another_process_writes_is_refused(
+    run: Run, checkpoint: Path, files: tuple[Path, Path, Path]
+) -> None:
+    """Two processes on one file wrote every row twice."""
+    with FileLock(files[2].with_name(files[2].name + ".lock")):
+        result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 2
+    assert f"hooklens: another process is writing results to {files[2]}; wait until it has finished" in result.stderr
+    assert not files[2].exists()
+    assert run(*arguments(checkpoint, files)).exit_code == 0
+
+
+def test_delimiter_is_handed_on(run: Run, checkpoint: Path, files: tuple[Path, Path, Path]) -> None:
+    _, items, out = files
+    items.write_text(json.dumps({"id": "1", "question": " John gave", "choices": [" a", " a drink"], "answer": 1}))
+    assert run(*arguments(checkpoint, files), "--target-delimiter", "").exit_code == 0
+    record = json.loads(out.read_text())
+    assert record["logprobs_norm"] == [record["logprobs"][0] / 2, record["logprobs"][1] / 8]
+    result = run(*arguments(checkpoint, files))
+    assert result.exit_code == 2
+    assert "target_delimiter is '' there and ' ' in this run" in result.stderr

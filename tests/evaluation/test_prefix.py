@@ -5,7 +5,7 @@ import torch
 
 from hooklens import edits
 from hooklens.errors import InputError
-from hooklens.evaluation.prefix import edits_act_in_parts, encode_continuation, extend_prefix, make_prefix
+from hooklens.evaluation.prefix import edits_act_in_parts, encode_continuations, extend_prefix, make_prefix, run_behind
 from tests.annotations import unchecked
 from tests.evaluation.networks import PREFIX, reader
 
@@ -15,14 +15,16 @@ def test_prefix_follows_the_bos_rule_and_continuations_have_none():
     assert torch.equal(make_prefix(model, PREFIX).tokens, model.to_tokens(PREFIX))
     without = make_prefix(model, PREFIX, prepend_bos=False).tokens
     assert torch.equal(without, model.to_tokens(PREFIX, prepend_bos=False))
-    assert encode_continuation(model, PREFIX) == without[0].tolist()
+    _, rows = encode_continuations(model, make_prefix(model, "Mary"), [" " + PREFIX])
+    assert rows == [without[0].tolist()]
 
 
 @pytest.mark.parametrize("edit", [None, edits.Scale("hook_embed", 2.0, pos=8), edits.Mean("blocks.0.hook_mlp_out")])
 def test_extended_prefix_is_the_prefix_of_the_whole(edit):
     model = reader()
     given = [] if edit is None else [edit]
-    extended = extend_prefix(model, make_prefix(model, PREFIX, edits=given), " John gave")
+    prefix = make_prefix(model, PREFIX, edits=given)
+    extended = run_behind(model, prefix, extend_prefix(model, prefix, " John gave"))
     whole = make_prefix(model, PREFIX + " John gave", edits=given)
     assert torch.equal(extended.tokens, whole.tokens)
     assert (extended.cache is None) == (whole.cache is None)
@@ -37,7 +39,7 @@ def test_extending_leaves_the_prefix_as_it_was():
     model = reader()
     prefix = make_prefix(model, PREFIX)
     before = prefix.cache.entries[1].past_values.clone()
-    extend_prefix(model, prefix, " John gave")
+    run_behind(model, prefix, extend_prefix(model, prefix, " John gave"))
     assert torch.equal(prefix.cache.entries[1].past_values, before)
     assert prefix.cache.frozen
 
@@ -73,7 +75,8 @@ def test_padding_of_ids_is_no_part_of_prefix_or_continuation():
     model = reader()
     pad = model.tokenizer.pad_token_id
     assert make_prefix(model, [pad, pad, 5, 6, pad]).tokens.tolist() == [[5, 6]]
-    assert encode_continuation(model, [5, pad, 6, pad]) == [5, pad, 6]
+    _, rows = encode_continuations(model, make_prefix(model, [5]), [[5, pad, 6, pad]])
+    assert rows == [[5, pad, 6]]
 
 
 def test_bad_prefixes_are_refused():
@@ -84,8 +87,9 @@ def test_bad_prefixes_are_refused():
         make_prefix(model, [])
     with pytest.raises(InputError, match="the input needs 49 positions, the model has n_ctx=48"):
         make_prefix(model, [4] * 49)
+    prefix = make_prefix(model, [4])
     with pytest.raises(InputError, match=r"a continuation has shape \[2, 2\]; expected one row of at least one token"):
-        encode_continuation(model, torch.full((2, 2), 4))
+        encode_continuations(model, prefix, [torch.full((2, 2), 4)])
     text = "a continuation is a list of texts; expected a text or one row of token ids"
     with unchecked(), pytest.raises(InputError, match=text):
-        encode_continuation(model, [" Mary", " John"])
+        encode_continuations(model, prefix, [[" Mary", " John"]])
