@@ -4,22 +4,17 @@ from hooklens.patching.circuits.acdc import discover_circuit
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
-from hooklens.patching.errors import MetricError, SiteError, SweepInterruptedError
+from hooklens.patching.circuits.result import CircuitResult
+from hooklens.patching.errors import MetricError, SiteError, SmallDifferenceWarning, SweepInterruptedError
 from hooklens.patching.estimates.attribution import attribution
 from hooklens.patching.estimates.edges import edge_attribution
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.metrics.function import FunctionMetric
-from hooklens.patching.metrics.metric import (
-    KL,
-    Accuracy,
-    FractionRecovered,
-    LogitDiff,
-    LogProb,
-    Loss,
-    Metric,
-    Probability,
-)
+from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
+from hooklens.patching.metrics.of_runs import KL, Loss
+from hooklens.patching.metrics.scaled import FractionRecovered
 from hooklens.patching.pairs.template import Pair, stack_pairs
 from hooklens.patching.paths.path import path_patch
 from hooklens.patching.results.result import SweepResult, SweepStats
@@ -53,6 +48,7 @@ __all__ = [
     "Accuracy",
     "Cell",
     "Circuit",
+    "CircuitResult",
     "Decision",
     "Discovery",
     "DiscoveryInterruptedError",
@@ -70,6 +66,7 @@ __all__ = [
     "Pair",
     "Probability",
     "SiteError",
+    "SmallDifferenceWarning",
     "SweepInterruptedError",
     "SweepResult",
     "SweepStats",

@@ -13,6 +13,10 @@ class MetricError(HookLensError, ValueError):
     """A metric gives no usable value."""
 
 
+class SmallDifferenceWarning(UserWarning):
+    """The unpatched runs nearly agree, so what is divided by their difference says little."""
+
+
 class SweepInterruptedError(HookLensError, RuntimeError):
     """A sweep or another experiment stopped before its end.
 

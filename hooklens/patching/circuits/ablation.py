@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
@@ -61,22 +60,16 @@ def written_names(model: HookedCausalLM) -> list[str]:
 
 
 def ablated_outputs(
-    model: HookedCausalLM,
-    corrupted: Int[Tensor, "pairs pos"],
-    mask: Bool[Tensor, "pairs pos"],
-    ablation: Ablation,
+    ablation: Literal["zero"] | Mapping[str, Tensor],
     *,
     like: Mapping[str, Tensor],
     pairs: Sequence[int],
     prompts: PromptPairs,
 ) -> Mapping[str, Tensor]:
-    """The ablated outputs of some pairs, by hook name.
+    """The ablated outputs of some pairs, by hook name, where they are not those of a run.
 
     Args:
-        model: the model.
-        corrupted: the pairs' corrupted prompts.
-        mask: their real columns.
-        ablation: `"resample"`, `"zero"`, or outputs by hook name.
+        ablation: `"zero"`, or outputs by hook name.
         like: the outputs of the clean run.
         pairs: which pairs of the experiment these are.
         prompts: all pairs.
@@ -84,16 +77,7 @@ def ablated_outputs(
     Raises:
         SiteError: an output of another shape.
     """
-    if ablation == "resample":
-        return _run(model, corrupted, mask)
-    if ablation == "zero":
+    if isinstance(ablation, str):
         return {name: torch.zeros_like(output) for name, output in like.items()}
-    assert not isinstance(ablation, str)
     size = {"n_pairs": len(prompts), "width": max(prompts.lengths)}
     return {name: fit_given(name, ablation[name], output, pairs, **size) for name, output in like.items()}
-
-
-def _run(model: HookedCausalLM, tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    with model.capture(written_names(model)) as captured:
-        model.run(tokens, model.make_plan(tokens, mask), unembed=False)
-    return captured

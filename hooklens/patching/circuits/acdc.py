@@ -19,40 +19,57 @@ The search is sequential, but its outcome can be guessed. A batch holds one row 
 which all candidates before it are as guessed: removed, or what an earlier batch has shown. Rows are read in order
 up to the first wrong guess, which is decided, too, and the next batch goes on behind it; what the rows behind it
 showed are the next guesses. So the decisions are those of one run per edge, wherever an increase is not within
-rounding of the threshold. As the search goes down, runs enter at the layer it is at, for all below is the clean run.
+rounding of the threshold. Rows behind a wrong guess are run in vain, so a batch ends where one is to be expected, by
+how often guesses of its kind were wrong of late; and where the search goes down to another layer, since all rows run
+the nodes of any.
+
+The run of the circuit so far is kept. A candidate differs from it in one reader, so only that node is run, and those
+that its change reaches over edges still in the circuit (`masked_run`): few, once most edges are gone.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats, Verdict
-from hooklens.patching.circuits.masked_run import Ground
+from hooklens.patching.circuits.ground import Ground
+from hooklens.patching.circuits.masked_run import MaskedRun
+from hooklens.patching.circuits.reach import Masks
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.nodes import check_additive, inputs_of
+from hooklens.patching.graph.nodes import check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
-from hooklens.patching.metrics.metric import KL, Metric
-from hooklens.patching.pairs.prompts import Prompt, read_pairs
-from hooklens.patching.runs.checks import check_model
+from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.metrics.of_runs import KL
+from hooklens.patching.pairs.loader import Pairs, read_all_pairs
+from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.runs.memory import BatchSize
+from hooklens.patching.runs.options import RunOptions
 
-# Batches grow while guesses are right. After a wrong one they shrink, but not to rows that cost less than a pass.
-_FEWEST_ROWS = 4
+# Fewer tokens take as long: what a pass costs beside them.
+_TOKENS_OF_A_PASS = 32
+# Where the unpatched prompts are run anew for each batch, they cost about as much as so many of its rows.
+_ROWS_OF_A_GROUND = 16
+# A batch ends where so many of its guesses are expected to be wrong: an eighth of the rows is then run in vain.
+_WRONG_GUESSES = 0.25
+# Edges that are kept lie beside each other, so only the last decisions tell how often the next guess is wrong.
+_MEMORY = 0.9
 
 
 def discover_circuit(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
     threshold: float,
@@ -66,7 +83,7 @@ def discover_circuit(
 
     Args:
         model: the model; nothing may be attached to its hook points.
-        clean: prompts whose behaviour is studied.
+        clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths, which removed edges take their outputs from.
         metric: what must not change; None: `KL()` to the clean run's predictions at the last position.
         threshold: an edge is removed where that raises the damage by less than this, in the metric's units. At 0
@@ -86,25 +103,30 @@ def discover_circuit(
         >>> found = discover_circuit(model, clean, corrupted, threshold=0.05)
         >>> found.circuit.heads()
     """
-    check_model(model, allow_training=allow_training)
+    options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
     check_additive(model.cfg)
-    if math.isnan(threshold) or threshold < 0:
-        raise InputError(f"discover_circuit: threshold={threshold}; expected a number >= 0 in the metric's units")
-    prompts = read_pairs(model, clean, corrupted, attention_mask)
-    measured = KL() if metric is None else as_metric(metric)
+    is_number = isinstance(threshold, int | float | np.integer | np.floating) and not isinstance(threshold, bool)
+    if not is_number or math.isnan(threshold) or threshold < 0:
+        raise InputError(f"discover_circuit: threshold={show(threshold)}; expected a number >= 0 in the metric's units")
+    prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    measured = KL() if metric is None else as_metric(metric).encode(model)
     with torch.no_grad():
-        runner = CircuitRunner(model, prompts, measured, ablation=ablation, batch_size=batch_size)
-        return _Search(runner, threshold).finish(progress=progress)
+        runner = CircuitRunner(model, prompts, measured, ablation=ablation, batch_size=options.batch_size)
+        return _Search(runner, float(threshold)).finish(progress=options.progress)
 
 
 @dataclass(frozen=True)
 class _Try:
-    """An edge to decide: its row of the batch, where it has one, and the guess that later rows are built on."""
+    """An edge to decide: its row of the batch, where it has one, and the guess that later rows are built on.
+
+    An earlier batch has `shown` the guess, or nothing has.
+    """
 
     reader: int
     writer: int
     row: int | None
     removed: bool
+    shown: bool = False
 
 
 class _Search:
@@ -112,19 +134,19 @@ class _Search:
 
     def __init__(self, runner: CircuitRunner, threshold: float) -> None:
         self.runner, self.threshold = runner, threshold
-        graph, cfg = runner.graph, runner.model.cfg
+        graph = runner.graph
         self.kept = graph.exists()
         self.candidates = [
             (reader, writer)
             for reader in reversed(range(len(graph.readers)))
             for writer in reversed(range(graph.n_inputs[reader]))
         ]
-        index_of = {reader: index for index, reader in enumerate(graph.readers)}
-        self.fed_by: list[list[int]] = [[] for _ in graph.readers]
-        for number, writer in enumerate(graph.writers):
-            for reader in inputs_of(writer, group_size=cfg.n_heads // cfg.n_kv_heads):
-                self.fed_by[index_of[reader]].append(number)
-        self.grounds: list[Ground] = []
+        self.fed_by = runner.wiring.fed_by
+        self.groups = list(runner.groups())
+        self.held: dict[int, Ground] = {}
+        self.runs: dict[int, MaskedRun] = {}
+        # How often guesses were wrong of late: those that nothing had shown, and those that an earlier batch had.
+        self.wrong = {False: 0.05, True: 0.05}
         self.decisions: list[Decision] = []
         self.guesses: dict[tuple[int, int], bool] = {}
         self.damage, self.circuits_run = 0.0, 0
@@ -132,16 +154,20 @@ class _Search:
     def finish(self, *, progress: bool) -> Discovery:
         """Decide all edges."""
         # Before the first edge is tried, a failure is a mistake in the call and not an interruption.
-        self.grounds = [self.runner.prepare(group) for group in self.runner.groups()]
-        most = min(self.runner.rows_per_batch(ground) for ground in self.grounds)
-        n_rows = min(_FEWEST_ROWS, most)
+        first = self.held[0] = self.runner.prepare(self.groups[0])
+        most = self.runner.rows_per_batch(first)
+        n_held = self.runner.grounds_to_hold(first, most)
+        for number in range(1, len(self.groups)):
+            ground = self.runner.prepare(self.groups[number])
+            if number < n_held:
+                self.held[number] = ground
+            most = min(most, self.runner.rows_per_batch(ground))
         bar = import_package("tqdm").tqdm(total=len(self.candidates), desc="edges", disable=not progress)
         try:
             while len(self.decisions) < len(self.candidates):
                 before = len(self.decisions)
-                plan, masks = self._plan(n_rows)
-                n_right = self._decide(plan, self._measure(masks) if len(masks) else [])
-                n_rows = min(most, max(2 * n_right, _FEWEST_ROWS))
+                plan, masks = self._plan(most)
+                self._decide(plan, self._measure(masks) if len(masks) else [])
                 bar.update(len(self.decisions) - before)
                 bar.set_postfix(kept=sum(each.verdict == "kept" for each in self.decisions), refresh=False)
         except (Exception, KeyboardInterrupt) as error:
@@ -155,8 +181,12 @@ class _Search:
             bar.close()
         return self.result()
 
-    def _plan(self, n_rows: int) -> tuple[list[_Try], Bool[Tensor, "row reader writer"]]:
+    def _plan(self, most: int) -> tuple[list[_Try], Masks]:
         """The next edges with their guesses, and the circuits to run."""
+        fewest = -(-_TOKENS_OF_A_PASS // (len(self.runner.prompts) * self.held[0].width))
+        if len(self.held) < len(self.groups):
+            fewest = _ROWS_OF_A_GROUND
+        n_wrong, top = 0.0, None
         guessed = self.kept.clone()
         plan: list[_Try] = []
         masks: list[Tensor] = []
@@ -166,29 +196,40 @@ class _Search:
                 guessed[reader, writer] = False
                 plan.append(_Try(reader, writer, None, removed=True))
                 continue
-            if len(masks) == n_rows:
+            shown = self.guesses.get((reader, writer))
+            n_wrong += self.wrong[shown is not None]
+            top = reader if top is None else top
+            is_cheap = n_wrong <= _WRONG_GUESSES and self._stand_together(top, reader)
+            if len(masks) == most or (len(masks) >= fewest and not is_cheap):
                 break
             without = guessed.clone()
             without[reader, writer] = False
-            removed = self.guesses.get((reader, writer), True)
-            plan.append(_Try(reader, writer, len(masks), removed))
+            removed = True if shown is None else shown
+            plan.append(_Try(reader, writer, len(masks), removed, shown is not None))
             masks.append(without)
             guessed = without if removed else guessed
         return plan, torch.stack(masks) if masks else guessed[None][:0]
 
-    def _measure(self, masks: Bool[Tensor, "row reader writer"]) -> list[float]:
+    def _stand_together(self, one: int, other: int) -> bool:
+        """Whether two readers belong to the same layer's attention, or the same MLP."""
+        first, second = self.runner.graph.readers[one], self.runner.graph.readers[other]
+        return first.layer == second.layer and (first.kind == "mlp") == (second.kind == "mlp")
+
+    def _measure(self, masks: Masks) -> list[float]:
         """The damage of each circuit."""
         total = torch.zeros(len(masks), dtype=torch.float64, device=self.runner.model.device)
-        for ground in self.grounds:
-            values = self.runner.measure(ground, masks)
-            total += (values - ground.baseline.clean).abs().double().sum(1)
+        for number, group in enumerate(self.groups):
+            ground = self.held.get(number)
+            values, run = self.runner.run(self.runner.prepare(group) if ground is None else ground, masks)
+            if ground is not None:
+                self.runs[number] = run
+            total += (values - run.ground.clean).abs().double().sum(1)
         self.circuits_run += len(masks)
         return (total / len(self.runner.prompts)).tolist()
 
-    def _decide(self, plan: list[_Try], damages: list[float]) -> int:
-        """Read a batch up to the first wrong guess; gives how many rows were of use."""
-        n_right = 0
-        damage, astray = self.damage, False
+    def _decide(self, plan: list[_Try], damages: list[float]) -> None:
+        """Read a batch up to the first wrong guess, and keep the run of the circuit that is left."""
+        damage, astray, last_removed = self.damage, False, None
         for each in plan:
             if each.row is None:
                 if not astray:
@@ -203,12 +244,16 @@ class _Search:
                 edge = f"{self.runner.graph.writers[each.writer]} -> {self.runner.graph.readers[each.reader]}"
                 raise MetricError(f"metric {self.runner.metric.name} is NaN without the edge {edge}")
             else:
-                n_right += 1
                 self._note(each, "removed" if removed else "kept", damages[each.row], increase)
+                last_removed = each.row if removed else last_removed
                 astray = removed != each.removed
+                self.wrong[each.shown] = _MEMORY * self.wrong[each.shown] + (1 - _MEMORY) * astray
             if each.removed:
                 damage = damages[each.row]
-        return n_right
+        if last_removed is not None:
+            for run in self.runs.values():
+                run.adopt(last_removed)
+        self.runs.clear()
 
     def _note(self, each: _Try, verdict: Verdict, damage: float | None = None, increase: float | None = None) -> None:
         """Write a decision down."""

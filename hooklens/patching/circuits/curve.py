@@ -1,33 +1,37 @@
 """The faithfulness curve: how much of a behaviour circuits of growing size keep.
 
 Edges are ranked by their scores, and the circuits of the first 1, 2, 4, ... of them are run with the rest ablated
-(Hanna et al. 2024; `faithfulness` has the scale). A behaviour that few edges carry shows as a curve that reaches 1
-early. Curves compare rankings, too: the better ranking has the larger area (Mueller et al. 2025, "MIB").
+(Hanna et al. 2024, by whose definition faithfulness is shown; `faithfulness` says what goes with such a number). A
+behaviour that few edges carry shows as a curve that reaches 1 early. Curves compare rankings, too: the better ranking
+has the larger area (Mueller et al. 2025, "MIB").
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.arguments import read_int, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
-from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
+from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.pairs.loader import Pairs
 from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.results.figures import Backend, draw_curve
-from hooklens.patching.results.result import SweepResult
 from hooklens.patching.runs.memory import BatchSize
+from hooklens.patching.runs.options import refuse_missing
 
 if TYPE_CHECKING:
     import pandas
@@ -40,12 +44,15 @@ class FaithfulnessCurve:
     """Circuits of growing size, and how faithful they are.
 
     Attributes:
-        circuits: what was run, the smallest first.
-        result: the values; its `stats` say what they took.
+        result: the circuits, the smallest first, and their values; its `stats` say what they took.
     """
 
-    circuits: tuple[Circuit, ...]
-    result: SweepResult
+    result: CircuitResult
+
+    @property
+    def circuits(self) -> tuple[Circuit, ...]:
+        """What was run, the smallest first."""
+        return self.result.circuits
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -59,12 +66,14 @@ class FaithfulnessCurve:
 
     @property
     def faithfulness(self) -> Float[Tensor, " circuit"]:
-        """The values with 0 at the ablated run and 1 at the clean one.
+        """That of Hanna et al. 2024: the values with 0 at the fully ablated run and 1 at the clean one.
+
+        `result.faithfulness_wang` has the other definition.
 
         Raises:
             HookLensError: both have the same value.
         """
-        return self.result.normalized
+        return self.result.faithfulness_hanna
 
     def smallest(self, fraction: float) -> Circuit:
         """The smallest circuit that was run whose faithfulness is at least `fraction`.
@@ -105,17 +114,21 @@ class FaithfulnessCurve:
         return sum(pieces) / (points[-1][0] - points[0][0])
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per circuit: edges, heads, value, and faithfulness where the two runs differ."""
-        table: pandas.DataFrame = import_package("pandas").DataFrame(
-            {
-                "edges": self.sizes,
-                "heads": [len(circuit.heads()) for circuit in self.circuits],
-                "value": self.values.tolist(),
-            }
-        )
-        if self.result.clean != self.result.corrupted:
-            table["faithfulness"] = self.faithfulness.tolist()
-        return table
+        """One row per circuit, as `CircuitResult.to_dataframe` gives, without labels, which are the sizes."""
+        return self.result.to_dataframe().drop(columns="circuit")
+
+    def save(self, path: str | Path) -> None:
+        """Write the result, circuits and all, to a safetensors file, whole or not at all."""
+        self.result.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FaithfulnessCurve":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: as `CircuitResult.load`.
+        """
+        return cls(result=CircuitResult.load(path))
 
     def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
         """Faithfulness over the number of edges, on a logarithmic axis.
@@ -131,7 +144,7 @@ class FaithfulnessCurve:
         return draw_curve(
             [size for size, _ in drawn],
             [found for _, found in drawn],
-            labels=("edges", "faithfulness"),
+            labels=("edges", "faithfulness (Hanna et al. 2024)"),
             level=1.0,
             backend=backend,
             title=f"{self.result.metric}, fraction kept by the strongest edges" if title is None else title,
@@ -140,10 +153,10 @@ class FaithfulnessCurve:
 
 def faithfulness_curve(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
-    scores: EdgeScores,
-    metric: Metric | MetricFunction,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    scores: EdgeScores | None = None,
+    metric: Metric | MetricFunction | None = None,
     *,
     sizes: Sequence[int] | None = None,
     connected: bool = True,
@@ -157,7 +170,7 @@ def faithfulness_curve(
 
     Args:
         model: the model.
-        clean: prompts whose behaviour is studied.
+        clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths.
         scores: of `edge_attribution`, on these prompts or others.
         metric: as for a sweep.
@@ -169,12 +182,13 @@ def faithfulness_curve(
         InputError: a size below 0 or above the number of edges, all of which are named; or other scores.
         SiteError, MetricError, SweepInterruptedError: as for `evaluate_circuits`.
     """
+    refuse_missing("faithfulness_curve", scores=scores, metric=metric)
     if not isinstance(scores, EdgeScores):
         raise InputError(
             f"faithfulness_curve: scores are a {type(scores).__name__}; expected those of edge_attribution"
         )
     n_edges = int(scores.exists.sum())
-    chosen = _log_sizes(n_edges) if sizes is None else sorted(set(sizes))
+    chosen = _log_sizes(n_edges) if sizes is None else _read_sizes(sizes)
     outside = [size for size in chosen if not 0 <= size <= n_edges]
     if outside or not chosen:
         raise InputError(
@@ -193,7 +207,13 @@ def faithfulness_curve(
         progress=progress,
         allow_training=allow_training,
     )
-    return FaithfulnessCurve(circuits=tuple(circuits.values()), result=result)
+    return FaithfulnessCurve(result=result)
+
+
+def _read_sizes(sizes: object) -> list[int]:
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise InputError(f"faithfulness_curve: sizes are {show(sizes)}; expected a list of numbers of edges")
+    return sorted({read_int(size, what="faithfulness_curve: a size") for size in sizes})
 
 
 def _log_sizes(n_edges: int) -> list[int]:

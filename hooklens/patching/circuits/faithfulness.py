@@ -1,16 +1,21 @@
 """Faithfulness: how much of a behaviour is left when everything outside a circuit is ablated.
 
-Each circuit is run on the clean prompts with all other edges ablated (`masked_run` has the formula), and the
-metric `m` of that run is put on a scale between the fully ablated run and the clean one (Wang et al. 2022; Hanna et
-al. 2024, "Have Faith in Faithfulness"):
+Each circuit is run on the clean prompts with all other edges ablated (`masked_run` has the formula), and the metric of
+that run is compared with the clean run's. `CircuitResult` names the two usual ways: Hanna et al. 2024 put it on a scale
+from the fully ablated run (0) to the clean one (1), Wang et al. 2022 take the absolute difference to the clean run.
 
-    faithfulness(C) = (m(C) - m(empty)) / (m(full) - m(empty))
+A number of faithfulness goes with how it was measured. Miller et al. 2024 ("Transformer Circuit Faithfulness Metrics
+Are Not Robust") show that the same circuit comes out very differently, and the best circuit is another one, depending
+on
 
-1 means that the circuit alone does what the network does, 0 that it does no more than nothing. It is no share of
-something conserved: a circuit without the parts that work against the behaviour lies above 1, one without the
-parts that balance them below 0. The metric is averaged over pairs before the fraction is taken.
+- what is ablated: *edges* (here), which leaves a node in the circuit its other outputs, or whole *nodes*;
+- what they are ablated to: see `ablation`. Zeros and means are far off what the network knows; resampled activations
+  are not, but keep what both prompts share, so a circuit needs no edges for that;
+- which positions: here an edge is ablated at *all* positions of a prompt, where others name single positions;
+- which token, metric and average: both definitions compare means over pairs, in which gains and losses cancel.
 
-What it says depends on what is ablated to, see `ablation`, and it holds for the prompts that it was measured on.
+So report the ablation beside the number, and compare only circuits that were measured alike. It holds for the prompts
+that it was measured on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,19 +24,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.arguments import read_int
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.circuits.ablation import Ablation
+from hooklens.patching.circuits.ground import Ground
+from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.prompts import Prompt, read_pairs
-from hooklens.patching.results.result import SweepResult, SweepStats
-from hooklens.patching.runs.checks import check_model
+from hooklens.patching.pairs.loader import Pairs, read_all_pairs
+from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.results.result import SweepStats
 from hooklens.patching.runs.memory import BatchSize
+from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.progress import keep_partial_result
 from hooklens.precision import wide_dtype
 
@@ -40,22 +49,22 @@ Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
 
 def evaluate_circuits(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
-    circuits: Circuits,
-    metric: Metric | MetricFunction,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    circuits: Circuits | None = None,
+    metric: Metric | MetricFunction | None = None,
     *,
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     progress: bool = True,
     allow_training: bool = False,
-) -> SweepResult:
+) -> CircuitResult:
     """Run circuits with everything outside them ablated.
 
     Args:
         model: the model; nothing may be attached to its hook points.
-        clean: prompts whose behaviour is studied.
+        clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths, which ablated edges take their outputs from.
         circuits: what is run: a list, or a mapping from label to circuit.
         metric: as for a sweep. What compares with a run compares with that of the prompts: `KL()` with the clean
@@ -69,9 +78,8 @@ def evaluate_circuits(
         allow_training: accept a model in training mode.
 
     Returns:
-        One value per circuit, along the axis `"circuit"`, whose labels are the mapping's keys or numbers.
-        `result.clean` is the metric of the clean run, `result.corrupted` that of the run with all edges ablated, so
-        `result.normalized` is the faithfulness.
+        One value per circuit and pair, labelled by the mapping's keys or numbers, with `faithfulness_hanna` and
+        `faithfulness_wang`.
 
     Raises:
         SiteError: circuits with edges that the network has not, or an ablation of another shape.
@@ -81,15 +89,19 @@ def evaluate_circuits(
 
     Example:
         >>> found = {"name movers": Circuit([("embed", "a0.h1.v"), ("a0.h1", "logits")])}
-        >>> evaluate_circuits(model, clean, corrupted, found, LogitDiff(" Mary", " John")).normalized
+        >>> evaluate_circuits(model, clean, corrupted, found, LogitDiff(" Mary", " John")).faithfulness_hanna
     """
-    check_model(model, allow_training=allow_training)
+    refuse_missing("evaluate_circuits", circuits=circuits, metric=metric)
+    assert circuits is not None
+    assert metric is not None
+    options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
     check_additive(model.cfg)
     masks = _stack_masks(model, circuits)
-    prompts = read_pairs(model, clean, corrupted, attention_mask)
+    prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     with torch.no_grad():
-        runner = CircuitRunner(model, prompts, as_metric(metric), ablation=ablation, batch_size=batch_size)
-        return _Evaluation(runner, circuits, masks).finish(progress=progress)
+        measured = as_metric(metric).encode(model)
+        runner = CircuitRunner(model, prompts, measured, ablation=ablation, batch_size=options.batch_size)
+        return _Evaluation(runner, circuits, masks).finish(progress=options.progress)
 
 
 class _Evaluation:
@@ -97,25 +109,27 @@ class _Evaluation:
 
     def __init__(self, runner: CircuitRunner, circuits: Circuits, masks: Tensor) -> None:
         self.runner, self.masks = runner, masks
-        given = circuits.values() if isinstance(circuits, Mapping) else circuits
-        self.labels: tuple[int | str, ...] = tuple(circuits if isinstance(circuits, Mapping) else range(len(circuits)))
-        self.sizes = [len(circuit) for circuit in given]
+        self.circuits = tuple(circuits.values() if isinstance(circuits, Mapping) else circuits)
+        self.labels: tuple[int | str, ...] = tuple(
+            label if isinstance(label, str) else read_int(label, what="evaluate_circuits: a label that is no text")
+            for label in (circuits if isinstance(circuits, Mapping) else range(len(circuits)))
+        )
         model, n_pairs = runner.model, len(runner.prompts)
         dtype = wide_dtype(model.dtype)
         self.values = torch.full((len(masks), n_pairs), torch.nan, dtype=dtype, device=model.device)
-        self.ends = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
+        self.full, self.empty = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
 
-    def finish(self, *, progress: bool) -> SweepResult:
+    def finish(self, *, progress: bool) -> CircuitResult:
         """Run all circuits on all pairs."""
         groups = list(self.runner.groups())
         # Before the first circuit is run, a failure is a mistake in the call and not an interruption.
-        ground = self.runner.prepare(groups[0])
+        ground: Ground | None = self.runner.prepare(groups[0])
         name, unit = "evaluating circuits", "circuits"
         with keep_partial_result(name, unit, self.values, self.result, progress=progress) as bar:
-            for number, group in enumerate(groups):
-                ground = ground if number == 0 else self.runner.prepare(group)
-                self.ends[0, group] = ground.baseline.clean.to(self.ends)
-                self.ends[1, group] = self.runner.measure_ablated(ground).to(self.ends)
+            for group in groups:
+                ground = self.runner.prepare(group) if ground is None else ground
+                self.full[group] = ground.clean.to(self.full)
+                self.empty[group] = self.runner.measure_ablated(ground).to(self.empty)
                 size = self.runner.rows_per_batch(ground)
                 for first in range(0, len(self.masks), size):
                     rows = slice(first, first + size)
@@ -123,6 +137,8 @@ class _Evaluation:
                     self._check(measured, first)
                     self.values[rows, group[0] : group[-1] + 1] = measured
                     bar.update(measured.numel())
+                # It goes before the next one comes.
+                ground = None
         return self.result()
 
     def _check(self, measured: Tensor, first: int) -> None:
@@ -131,25 +147,24 @@ class _Evaluation:
             labels = [self.labels[first + row] for row in broken]
             raise MetricError(f"metric {self.runner.metric.name} is NaN for the circuits {labels}")
 
-    def result(self) -> SweepResult:
+    def result(self) -> CircuitResult:
         """The values so far."""
         runner = self.runner
-        n_naive = self.values.numel() + 2 * len(runner.prompts)
-        return SweepResult(
+        return CircuitResult(
+            circuits=self.circuits,
+            labels=self.labels,
             per_pair=self.values.clone(),
-            axes={"circuit": self.labels},
-            clean_per_pair=self.ends[0].clone(),
-            corrupted_per_pair=self.ends[1].clone(),
-            cells=tuple({"circuit": label, "edges": size} for label, size in zip(self.labels, self.sizes, strict=True)),
+            full_per_pair=self.full.clone(),
+            empty_per_pair=self.empty.clone(),
             metric=runner.metric.name,
-            direction="denoise",
+            ablation=runner.ablation_name,
             stats=SweepStats(
                 cells=len(self.values),
                 pairs=len(runner.prompts),
                 unchanged=0,
                 forwards=runner.forwards,
                 tokens=runner.token_layers / runner.model.cfg.n_layers,
-                naive_forwards=n_naive,
+                naive_forwards=self.values.numel() + 2 * len(runner.prompts),
                 naive_tokens=(len(self.values) + 2) * sum(runner.prompts.lengths),
             ),
         )

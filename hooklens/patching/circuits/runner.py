@@ -7,22 +7,25 @@ the metric cannot be measured for some alone), and as many circuits run at once 
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.patching.circuits.ablation import Ablation, check_ablation, written_names
-from hooklens.patching.circuits.masked_run import Ground, MaskedRun, prepare_ground
-from hooklens.patching.graph.nodes import Graph
+from hooklens.patching.circuits.ground import Ground, prepare_ground
+from hooklens.patching.circuits.masked_run import MaskedRun
+from hooklens.patching.circuits.reach import Masks, Wiring
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
-from hooklens.patching.runs.baseline import refuse_nan, unembed
 from hooklens.patching.runs.memory import BatchSize, check_batch_size, free_bytes
 from hooklens.patching.runs.sources import mean_activations
+from hooklens.patching.runs.vocabulary import unembed
 
 _SHARE_OF_FREE_MEMORY = 0.25
 # Past some thousand tokens a run is no faster per token, and its tensors only leave the caches.
 _TOKENS_ON_CPU = 2048
+# So many tokens of a large network have a ground of several times this size, which brings nothing.
+_BYTES_ON_CPU = 2**30
 
 
 class CircuitRunner:
@@ -36,7 +39,9 @@ class CircuitRunner:
         batch_size: prompts run at once, circuits times pairs; `"auto"` by memory.
 
     Attributes:
-        graph: the network's nodes.
+        wiring: the network's nodes, and which feed which.
+        graph: the nodes.
+        ablation_name: what `ablation` was: its word, or `"given"`.
         forwards: runs of the network so far, the unpatched ones included.
         token_layers: how many tokens went through how many blocks.
 
@@ -56,9 +61,11 @@ class CircuitRunner:
         check_batch_size(batch_size)
         check_ablation(model, prompts, ablation)
         self.model, self.prompts, self.metric, self.batch_size = model, prompts, metric, batch_size
-        self.graph = Graph.of(model.cfg)
-        self.forwards, self.token_layers = 0, 0
+        self.wiring = Wiring.of(model.cfg)
+        self.graph = self.wiring.graph
+        self.forwards, self.token_layers = 0, 0.0
         self.ablation: Ablation = ablation
+        self.ablation_name = ablation if isinstance(ablation, str) else "given"
         if ablation == "mean":
             size = self._pairs_per_group()
             written, all_real = written_names(model), torch.ones_like(prompts.corrupted)
@@ -82,11 +89,9 @@ class CircuitRunner:
             MetricError: the metric is NaN for an unpatched run.
         """
         ground = prepare_ground(self.model, self.prompts, pairs, self.metric, self.ablation)
-        n_runs = 4 if self.ablation == "resample" else 3
         # Both unpatched prompts go through the model as one batch.
-        self.forwards += n_runs - 1
-        self.token_layers += n_runs * len(pairs) * max(ground.baseline.lengths) * self.model.cfg.n_layers
-        refuse_nan(ground.baseline)
+        self.forwards += 1
+        self.token_layers += 2 * len(pairs) * max(ground.lengths) * self.model.cfg.n_layers
         return ground
 
     def rows_per_batch(self, ground: Ground) -> int:
@@ -95,38 +100,46 @@ class CircuitRunner:
         if self.batch_size != "auto":
             return max(1, self.batch_size // n_pairs)
         n_tokens = n_pairs * ground.width
-        n_reads = ground.baseline.reads.numel()
-        limit = self._budget() // (n_tokens * self._bytes_per_token() + n_reads * self._bytes_per_read())
+        limit = self._budget() // (n_tokens * self._bytes_per_token() + ground.reads.numel() * self._bytes_per_read())
         if self.model.device.type == "cpu":
             limit = min(limit, _TOKENS_ON_CPU // n_tokens)
         return max(1, limit)
 
-    def measure(self, ground: Ground, masks: Bool[Tensor, "circuit reader writer"]) -> Float[Tensor, "circuit pair"]:
-        """The metric of the clean prompts with all edges outside each circuit ablated."""
-        run = MaskedRun(self.model, ground, masks)
+    def grounds_to_hold(self, ground: Ground, n_circuits: int) -> int:
+        """How many grounds like this may be held, each with its last batch of circuits."""
+        of_batch = n_circuits * len(ground.pairs) * ground.width * self._bytes_per_token()
+        return max(1, self._budget() // (ground.nbytes + of_batch))
+
+    def run(self, ground: Ground, masks: Masks) -> tuple[Float[Tensor, "circuit pair"], MaskedRun]:
+        """The metric of the clean prompts with all edges outside each circuit ablated, and the run."""
+        run = MaskedRun(self.model, self.wiring, ground, masks)
         logits = run.logits()
-        n_layers = self.model.cfg.n_layers - run.start
-        self.forwards += n_layers > 0
-        self.token_layers += len(masks) * len(ground.pairs) * ground.width * n_layers
-        return ground.baseline.metric.measure(logits)
+        self.forwards += run.token_layers > 0
+        self.token_layers += run.token_layers
+        return ground.metric.measure(logits), run
+
+    def measure(self, ground: Ground, masks: Masks) -> Float[Tensor, "circuit pair"]:
+        """The metric of the clean prompts with all edges outside each circuit ablated."""
+        return self.run(ground, masks)[0]
 
     def measure_ablated(self, ground: Ground) -> Float[Tensor, " pair"]:
         """The metric with all edges ablated."""
         base = ground.bases[self.graph.readers[-1].hook_name]
-        logits = unembed(self.model, base.take_along_dim((ground.baseline.reads - ground.first)[..., None], dim=1))
-        return ground.baseline.metric.measure(logits[None])[0]
+        logits = unembed(self.model, base.take_along_dim(ground.reads[..., None], dim=1))
+        return ground.metric.measure(logits[None])[0]
 
     def _pairs_per_group(self) -> int:
         if self.batch_size != "auto":
             return self.batch_size
         width = max(self.prompts.lengths)
         n_reads = width if self.metric.positions is None else len(self.metric.positions)
-        # A ground holds what a run holds: its own changes and ablated outputs, and the captured ones beside them.
-        per_pair = 2 * width * self._bytes_per_token() + n_reads * self._bytes_per_read()
-        return max(1, self._budget() // per_pair)
+        # Captured outputs of both runs stand beside the ablated ones and the changes.
+        per_token = 4 * len(self.graph.writers) * self.model.cfg.d_model * self.model.dtype.itemsize
+        return max(1, self._budget() // (width * per_token + n_reads * self._bytes_per_read()))
 
     def _budget(self) -> int:
-        return int(_SHARE_OF_FREE_MEMORY * free_bytes(self.model.device))
+        budget = int(_SHARE_OF_FREE_MEMORY * free_bytes(self.model.device))
+        return min(budget, _BYTES_ON_CPU) if self.model.device.type == "cpu" else budget
 
     def _bytes_per_token(self) -> int:
         """What one token of a masked run takes at its peak."""

@@ -28,11 +28,12 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.patching.estimates.gradients import GradientRuns, Move, fractions_of, group_pairs
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs, read_pairs
+from hooklens.patching.pairs.loader import Pairs, read_all_pairs
+from hooklens.patching.pairs.prompts import Prompt, PromptPairs
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
-from hooklens.patching.runs.checks import check_model
-from hooklens.patching.runs.memory import BatchSize, check_batch_size
+from hooklens.patching.runs.memory import BatchSize
+from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.progress import keep_partial_result
 from hooklens.patching.runs.sites import Cell, CellArray, Sites, lay_out
 from hooklens.precision import wide_dtype
@@ -43,10 +44,10 @@ Method = Literal["atp", "ig"]
 @torch.inference_mode(mode=False)
 def attribution(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
-    sites: Sites,
-    metric: Metric | MetricFunction,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    sites: Sites | None = None,
+    metric: Metric | MetricFunction | None = None,
     *,
     method: Method = "atp",
     steps: int = 8,
@@ -60,7 +61,7 @@ def attribution(
 
     Args:
         model: the model; its parameters' gradients are neither needed nor changed.
-        clean: prompts whose behaviour is studied.
+        clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths.
         sites: as for a sweep.
         metric: as for a sweep; it must be differentiable.
@@ -76,13 +77,17 @@ def attribution(
         InputError: prompts that do not go together, an unknown method, or a metric without a gradient.
         SweepInterruptedError: it was stopped on the way; it holds what was estimated.
     """
-    check_model(model, allow_training=allow_training)
-    check_batch_size(batch_size)
-    read_one_of(direction, what="attribution: direction", options=("denoise", "noise"))
+    refuse_missing("attribution", sites=sites, metric=metric)
+    assert sites is not None
+    assert metric is not None
+    options = RunOptions.read(
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+    )
     moves = _list_moves(method, steps)
-    prompts = read_pairs(model, clean, corrupted, attention_mask)
-    run = _AttributionRun(model, prompts, lay_out(sites, model, prompts.lengths), as_metric(metric), moves, direction)
-    return run.finish(batch_size=batch_size, progress=progress)
+    prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    array, measured = lay_out(sites, model, prompts.lengths), as_metric(metric).encode(model)
+    run = _AttributionRun(model, prompts, array, measured, moves, options.direction)
+    return run.finish(batch_size=options.batch_size, progress=options.progress)
 
 
 def _list_moves(method: Method, steps: int) -> list[Move]:
@@ -226,10 +231,10 @@ def _sum_cell(effect: Tensor, cell: Cell, lengths: Sequence[int]) -> Tensor:
     """The effect of one cell for each pair."""
     sums = []
     for row, length in zip(effect, lengths, strict=True):
-        part = row[:length]
-        if cell.source is not None:
-            part = part[..., cell.source % length]
-        if cell.head is not None:
-            part = part[:, cell.head]
-        sums.append((part if cell.pos is None else part[cell.pos % length]).sum())
+        at, part = cell.resolve(length), row[:length]
+        if at.source is not None:
+            part = part[..., at.source]
+        if at.head is not None:
+            part = part[:, at.head]
+        sums.append((part if at.pos is None else part[at.pos]).sum())
     return torch.stack(sums)

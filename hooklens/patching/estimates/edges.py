@@ -34,7 +34,7 @@ from torch import Tensor
 from hooklens.arguments import read_int, read_one_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.patching.circuits.masked_run import Ground
+from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.estimates.edge_gradients import EdgeGradients
 from hooklens.patching.estimates.gradients import Move, Rule, fractions_of
@@ -42,10 +42,11 @@ from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.graph.nodes import Graph, check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs, read_pairs
+from hooklens.patching.pairs.loader import Pairs, read_all_pairs
+from hooklens.patching.pairs.prompts import Prompt, PromptPairs
 from hooklens.patching.runs.baseline import Direction
-from hooklens.patching.runs.checks import check_model
-from hooklens.patching.runs.memory import BatchSize, check_batch_size
+from hooklens.patching.runs.memory import BatchSize
+from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.progress import keep_partial_result
 from hooklens.precision import wide_dtype
 
@@ -55,9 +56,9 @@ Method = Literal["eap", "eap-ig", "eap-ig-inputs", "eap-ig-activations", "clean-
 @torch.inference_mode(mode=False)
 def edge_attribution(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
-    metric: Metric | MetricFunction,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    metric: Metric | MetricFunction | None = None,
     *,
     method: Method = "eap",
     steps: int = 5,
@@ -72,7 +73,7 @@ def edge_attribution(
 
     Args:
         model: the model.
-        clean: prompts whose behaviour is studied.
+        clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths.
         metric: as for a sweep; it must be differentiable for all methods but `"exact"`.
         method: how edges are scored, see the module.
@@ -89,24 +90,26 @@ def edge_attribution(
         MetricError: the metric is NaN for an unpatched run.
         SweepInterruptedError: it was stopped on the way; `.result` holds the scores of the pairs that were done.
     """
-    check_model(model, allow_training=allow_training)
+    refuse_missing("edge_attribution", metric=metric)
+    assert metric is not None
+    options = RunOptions.read(
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+    )
     check_additive(model.cfg)
-    check_batch_size(batch_size)
     read_one_of(method, what="edge_attribution: method", options=get_args(Method))
     read_one_of(rule, what="edge_attribution: rule", options=get_args(Rule))
-    read_one_of(direction, what="edge_attribution: direction", options=get_args(Direction))
     read_int(steps, what="edge_attribution: steps", least=1)
-    prompts = read_pairs(model, clean, corrupted, attention_mask)
+    prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     if method == "exact" and direction != "noise":
         raise InputError(
             "edge_attribution: exact scores are those of the clean run with one corrupted edge; exchange the prompts "
             "to patch the other run"
         )
-    run = _EdgeRun(model, prompts, as_metric(metric), method, direction)
+    run = _EdgeRun(model, prompts, as_metric(metric).encode(model), method, options.direction)
     if method == "exact":
-        return run.finish(run.patch_edges(batch_size), progress=progress)
+        return run.finish(run.patch_edges(options.batch_size), progress=options.progress)
     moves = list_moves(model, method, steps, rule=rule, direction=direction)
-    return run.finish(run.estimate_edges(moves, batch_size), progress=progress)
+    return run.finish(run.estimate_edges(moves, options.batch_size), progress=options.progress)
 
 
 def list_moves(model: HookedCausalLM, method: Method, steps: int, *, rule: Rule, direction: Direction) -> list[Move]:
@@ -182,7 +185,7 @@ class _EdgeRun:
         for group in runner.groups():
             with torch.no_grad():
                 ground = runner.prepare(group)
-            self.ends[:, group] = torch.stack([ground.baseline.clean, ground.baseline.corrupted]).to(self.ends)
+            self.ends[:, group] = torch.stack([ground.clean, ground.corrupted]).to(self.ends)
             # Edges into late layers enter there, so neighbours in the order of reading run together.
             for some in torch.split(edges, runner.rows_per_batch(ground)):
                 reader, writer = some.T
@@ -198,4 +201,4 @@ class _EdgeRun:
         """What the metric changes by as one edge of each run is corrupted."""
         masks = self.graph.exists().repeat(len(reader), 1, 1)
         masks[torch.arange(len(reader)), reader, writer] = False
-        return runner.measure(ground, masks) - ground.baseline.clean
+        return runner.measure(ground, masks) - ground.clean

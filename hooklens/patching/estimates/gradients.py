@@ -13,8 +13,9 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
 from hooklens.patching.pairs.prompts import PromptPairs
-from hooklens.patching.runs.baseline import Baseline, Direction, unembed
+from hooklens.patching.runs.baseline import Baseline, Direction
 from hooklens.patching.runs.memory import BatchSize, free_bytes
+from hooklens.patching.runs.vocabulary import unembed
 
 Rule = Literal["right", "left", "midpoint"]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
+from hooklens.files import replace_file
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.nodes import (
@@ -224,8 +225,14 @@ class Circuit:
         return table
 
     def save(self, path: str | Path) -> None:
-        """Write the circuit to a JSON file."""
-        Path(path).write_text(json.dumps({"format": _FORMAT, "edges": self.edges}, indent=1) + "\n", encoding="utf-8")
+        """Write the circuit to a JSON file, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        text = json.dumps({"format": _FORMAT, "edges": self.edges}, indent=1) + "\n"
+        with replace_file(path) as draft:
+            draft.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":
@@ -236,14 +243,14 @@ class Circuit:
         """
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read a circuit from {path}: {error}") from error
         if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a saved circuit; write one with circuit.save(path)")
         try:
             return cls(tuple(edge) for edge in stored["edges"])
         except (KeyError, TypeError, SiteError) as error:
-            raise CheckpointError(f"the circuit in {path} is damaged: {error}") from error
+            raise CheckpointError(f"the circuit in {path} is damaged: 'edges' ({error})") from error
 
 
 def _is_edge(edge: object) -> bool:

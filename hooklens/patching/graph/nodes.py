@@ -14,21 +14,25 @@ to key-value heads.
 """
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooklens.arguments import show
 from hooklens.config import HookedConfig
-from hooklens.errors import InputError
+from hooklens.errors import InputError, join_names
 from hooklens.patching.errors import SiteError
 
 WriterKind = Literal["embed", "head", "mlp"]
 ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
 Edge = tuple[str, str]
 """A writer's name and a reader's."""
+
+Node = TypeVar("Node")
 
 _NUMBER = "(0|[1-9][0-9]*)"
 _WRITER_NAME = re.compile(rf"embed|a{_NUMBER}\.h{_NUMBER}|m{_NUMBER}")
@@ -91,20 +95,24 @@ class Reader:
 def list_writers(cfg: HookedConfig) -> list[Writer]:
     """All writers, in the order in which they write."""
     writers = [Writer("embed")]
-    for layer in range(cfg.n_layers):
-        writers += [Writer("head", layer, head) for head in range(cfg.n_heads)]
-        writers.append(Writer("mlp", layer))
+    for block in cfg.blocks:
+        if block.attn is not None:
+            writers += [Writer("head", block.layer, head) for head in range(cfg.n_heads)]
+        if block.mlp is not None:
+            writers.append(Writer("mlp", block.layer))
     return writers
 
 
 def list_readers(cfg: HookedConfig) -> list[Reader]:
     """All readers, in the order in which they read."""
     readers: list[Reader] = []
-    for layer in range(cfg.n_layers):
-        readers += [Reader("q", layer, head) for head in range(cfg.n_heads)]
-        readers += [Reader("k", layer, head) for head in range(cfg.n_kv_heads)]
-        readers += [Reader("v", layer, head) for head in range(cfg.n_kv_heads)]
-        readers.append(Reader("mlp", layer))
+    for block in cfg.blocks:
+        if block.attn is not None:
+            readers += [Reader("q", block.layer, head) for head in range(cfg.n_heads)]
+            readers += [Reader("k", block.layer, head) for head in range(cfg.n_kv_heads)]
+            readers += [Reader("v", block.layer, head) for head in range(cfg.n_kv_heads)]
+        if block.mlp is not None:
+            readers.append(Reader("mlp", block.layer))
     return [*readers, Reader("logits", cfg.n_layers)]
 
 
@@ -212,19 +220,48 @@ def reader_place(name: str) -> tuple[float, int, int]:
     return (float("inf"), 0, 0) if layer is None else (int(layer), _PLACE_OF_KIND[kind], int(head))
 
 
+def parse_writers(names: Sequence[str], cfg: HookedConfig) -> list[Writer]:
+    """The writers of some names, each once.
+
+    Raises:
+        InputError: no list of names.
+        SiteError: no such writers; all of them are named.
+    """
+    known = {str(writer): writer for writer in list_writers(cfg)}
+    return _parse(
+        names,
+        known,
+        "writes nothing to the stream",
+        f"writers are 'embed', heads 'a0.h0' to 'a{cfg.n_layers - 1}.h{cfg.n_heads - 1}' and MLPs 'm0' to "
+        f"'m{cfg.n_layers - 1}'{_describe_gaps(cfg)}",
+    )
+
+
+def parse_readers(names: Sequence[str], cfg: HookedConfig) -> list[Reader]:
+    """The readers of some names, each once.
+
+    Raises:
+        InputError: no list of names.
+        SiteError: no such readers; all of them are named.
+    """
+    known = {str(reader): reader for reader in list_readers(cfg)}
+    return _parse(
+        names,
+        known,
+        "does not read the stream",
+        f"readers are 'a{{layer}}.h{{head}}.q' (layers 0 to {cfg.n_layers - 1}, heads 0 to {cfg.n_heads - 1}), '.k' "
+        f"and '.v' (key-value heads 0 to {cfg.n_kv_heads - 1}), MLPs 'm0' to 'm{cfg.n_layers - 1}', 'logits'"
+        f"{_describe_gaps(cfg)}",
+    )
+
+
 def parse_writer(name: str, cfg: HookedConfig) -> Writer:
     """The writer of a name.
 
     Raises:
         SiteError: no such writer.
     """
-    found = {str(writer): writer for writer in list_writers(cfg)}.get(name)
-    if found is None:
-        raise SiteError(
-            f"{name!r} writes nothing to the stream; writers are 'embed', heads 'a0.h0' to "
-            f"'a{cfg.n_layers - 1}.h{cfg.n_heads - 1}' and MLPs 'm0' to 'm{cfg.n_layers - 1}'"
-        )
-    return found
+    return parse_writers([name], cfg)[0]
 
 
 def parse_reader(name: str, cfg: HookedConfig) -> Reader:
@@ -233,13 +270,27 @@ def parse_reader(name: str, cfg: HookedConfig) -> Reader:
     Raises:
         SiteError: no such reader.
     """
-    found = {str(reader): reader for reader in list_readers(cfg)}.get(name)
-    if found is None:
-        raise SiteError(
-            f"{name!r} does not read the stream; readers are 'a{{layer}}.h{{head}}.q' (heads 0 to {cfg.n_heads - 1}), "
-            f"'.k' and '.v' (key-value heads 0 to {cfg.n_kv_heads - 1}), MLPs 'm0' to 'm{cfg.n_layers - 1}', 'logits'"
-        )
-    return found
+    return parse_readers([name], cfg)[0]
+
+
+def _describe_gaps(cfg: HookedConfig) -> str:
+    """Which layers lack heads or an MLP, as the end of a sentence."""
+    lacking = {
+        "heads": [block.layer for block in cfg.blocks if block.attn is None],
+        "MLPs": [block.layer for block in cfg.blocks if block.mlp is None],
+    }
+    gaps = [f"no {what} in layers {layers}" for what, layers in lacking.items() if layers]
+    return f" ({', '.join(gaps)})" if gaps else ""
+
+
+def _parse(names: Sequence[str], known: Mapping[str, Node], fault: str, expected: str) -> list[Node]:
+    listed = [] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if not all(isinstance(name, str) for name in listed) or (not listed and names not in ([], ())):
+        raise InputError(f"expected a list of nodes' names, got {show(names)}; {expected}")
+    unknown = [name for name in dict.fromkeys(listed) if name not in known]
+    if unknown:
+        raise SiteError(f"{join_names(unknown)} {fault}; {expected}")
+    return [known[name] for name in dict.fromkeys(listed)]
 
 
 def check_additive(cfg: HookedConfig) -> None:
@@ -248,8 +299,10 @@ def check_additive(cfg: HookedConfig) -> None:
     Raises:
         InputError: a norm stands between the heads and the stream.
     """
-    if cfg.norm_after:
+    normed = [block.layer for block in cfg.blocks if block.norm_after]
+    if normed:
         raise InputError(
             "edges and paths between heads need outputs that are added to the stream as they are; in this network a "
-            "norm follows each branch, so a head has no output of its own. Sweep 'z' or 'attn_out' instead"
+            f"norm follows each branch of layers {normed}, so a head there has no output of its own. Sweep 'z' or "
+            "'attn_out' instead"
         )

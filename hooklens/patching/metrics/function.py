@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,8 +24,6 @@ class FunctionMetric(Metric):
         fn: the function.
     """
 
-    needs_all_pairs: ClassVar[bool] = True
-
     fn: MetricFunction
     _: KW_ONLY
     pos: Positions = None
@@ -35,6 +32,11 @@ class FunctionMetric(Metric):
     def name(self) -> str:
         """The function's name."""
         return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    @property
+    def needs_all_pairs(self) -> bool:
+        """Always: a row's place says which pair it is."""
+        return True
 
     def measure(self, logits: Cells) -> Values:
         """The function's values.

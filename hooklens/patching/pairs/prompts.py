@@ -7,6 +7,7 @@ Activation Patching"). Replace a word by another of the same length rather than 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Int
@@ -15,8 +16,11 @@ from torch import Tensor
 from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.patching.pairs.answers import Answers, encode_answers
+from hooklens.patching.pairs.template import Pair, stack_pairs
 
 Prompt = tokenization.Prompt
+Mask = Int[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +31,26 @@ class PromptPairs:
         clean: ids `[pairs pos]`.
         corrupted: ids `[pairs pos]`.
         lengths: real tokens of each pair.
+        answers, wrongs: one row for each pair, where pairs bring answers along.
+        first: the number in the experiment that the first of these pairs has.
+        is_part: these are some of the experiment's pairs, which come one after another.
     """
 
     clean: Int[Tensor, "pairs pos"]
     corrupted: Int[Tensor, "pairs pos"]
     lengths: tuple[int, ...]
+    answers: Answers | None = None
+    wrongs: Answers | None = None
+    first: int = 0
+    is_part: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def n_pairs(self) -> int | None:
+        """How many pairs the experiment has; None: not known before the last one has come."""
+        return None if self.is_part else len(self)
 
     @property
     def is_padded(self) -> bool:
@@ -43,22 +59,72 @@ class PromptPairs:
 
 
 def read_pairs(
-    model: HookedCausalLM, clean: Prompt, corrupted: Prompt, attention_mask: Int[Tensor, "batch pos"] | None = None
+    model: HookedCausalLM,
+    clean: Prompt | Pair | Sequence[Pair],
+    corrupted: Prompt | None = None,
+    attention_mask: Mask | None = None,
 ) -> PromptPairs:
     """Encode both prompts of one or several pairs, and check that they go together.
 
     Args:
         model: whose tokenizer and vocabulary count.
-        clean: text, a list of texts, or ids.
-        corrupted: the same, one for each clean prompt.
+        clean: text, a list of texts, or ids; or a `Pair`, or a list of them.
+        corrupted: the same, one for each clean prompt; None: the pairs have both.
         attention_mask: real tokens (1) and padding (0) of both, where ids are padded. None: as in a call of the
             model, see `hooklens.tokens.padding`.
 
     Raises:
-        InputError: another number of prompts, or pairs of prompts of different length; all of them are named.
+        InputError: another number of prompts, pairs of prompts of different length, all of which are named, or
+            answers that only some pairs have.
     """
-    clean_rows = read_prompts(model, clean, attention_mask)
-    corrupted_rows = read_prompts(model, corrupted, attention_mask)
+    if corrupted is None:
+        if not are_pairs(clean):
+            raise InputError(
+                "the corrupted prompts are missing: give clean and corrupted prompts, or a patching.Pair, a list of "
+                "them, or a loader of them in place of both"
+            )
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with token ids; a Pair has no padding")
+        return _read_stacked(model, [clean] if isinstance(clean, Pair) else list(clean))
+    if isinstance(clean, Pair) or are_pairs(clean) or are_pairs(corrupted):
+        raise InputError(
+            "a prompt is a Pair; expected text or token ids in two places, or the pairs alone, in place of both (a "
+            "pair's prompts are pair.clean and pair.corrupted)"
+        )
+    texts_or_ids: Prompt = clean  # type: ignore[assignment]  # a list that holds pairs and others is refused there
+    return _align(read_prompts(model, texts_or_ids, attention_mask), read_prompts(model, corrupted, attention_mask))
+
+
+def are_pairs(given: object) -> TypeGuard[Pair | Sequence[Pair]]:
+    """Whether something is a pair, or a list of nothing but pairs."""
+    if isinstance(given, Pair):
+        return True
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(one, Pair) for one in given)
+
+
+def _read_stacked(model: HookedCausalLM, pairs: Sequence[Pair]) -> PromptPairs:
+    clean, corrupted, mask = stack_pairs(pairs)
+    rows = [read_prompts(model, ids, mask) for ids in (clean, corrupted)]
+    aligned = _align(*rows)
+    answers, wrongs = (_answers_along(model, pairs, name) for name in ("answer", "wrong"))
+    return PromptPairs(
+        clean=aligned.clean, corrupted=aligned.corrupted, lengths=aligned.lengths, answers=answers, wrongs=wrongs
+    )
+
+
+def _answers_along(model: HookedCausalLM, pairs: Sequence[Pair], name: str) -> Answers | None:
+    """The answers that pairs bring along: all of them, or none."""
+    given = [getattr(pair, name) for pair in pairs]
+    lacking = [number for number, one in enumerate(given) if one is None]
+    if len(lacking) == len(pairs):
+        return None
+    if lacking:
+        raise InputError(f"Pair: {name} is missing in pairs {lacking[:10]}, and given in others; give it in all")
+    return encode_answers(model, given, what=f"Pair: {name}")
+
+
+def _align(clean_rows: Sequence[Tensor], corrupted_rows: Sequence[Tensor]) -> PromptPairs:
+    """Rows of both sides as pairs."""
     if len(clean_rows) != len(corrupted_rows):
         raise InputError(f"{len(clean_rows)} clean prompts and {len(corrupted_rows)} corrupted ones; expected as many")
     unequal = [
@@ -91,7 +157,6 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
         n_ctx=model.cfg.n_ctx,
         attention_mask=attention_mask,
         what="a prompt",
-        hint=" (of a Pair: pair.clean and pair.corrupted)",
     )
     ids = ids.to(model.device)
     if mask is None:

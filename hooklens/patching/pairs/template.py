@@ -6,7 +6,7 @@ twice it gives a clean and a corrupted prompt, and each field names the position
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, suggest_names
+from hooklens.patching.pairs.answers import Token, list_answers
 
 Fields = Mapping[str, str]
 
@@ -26,9 +27,11 @@ class Pair:
         clean, corrupted: token ids; `from_text` and `from_template` encode text.
         clean_tokens, corrupted_tokens: the same as strings; by default the ids as text.
         spans: for each field of the template, the positions of its words.
+        answer, wrong: the token that the clean prompt calls for and the one that it does not, or lists of several;
+            for metrics that are given none, such as `LogitDiff()`.
 
     Raises:
-        InputError: text in place of ids, or prompts of different length.
+        InputError: text in place of ids, prompts of different length, or answers that are no tokens.
     """
 
     clean: Int[Tensor, " pos"]
@@ -37,6 +40,8 @@ class Pair:
     clean_tokens: tuple[str, ...] = ()
     corrupted_tokens: tuple[str, ...] = ()
     spans: Mapping[str, range] = field(default_factory=dict)
+    answer: Token | Sequence[Token] | Int[Tensor, "..."] | None = None
+    wrong: Token | Sequence[Token] | Int[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
         wrong = [ids for ids in (self.clean, self.corrupted) if not isinstance(ids, Tensor) or ids.ndim != 1]
@@ -53,10 +58,21 @@ class Pair:
         for name, ids in (("clean_tokens", self.clean), ("corrupted_tokens", self.corrupted)):
             if not getattr(self, name):
                 object.__setattr__(self, name, tuple(map(str, ids.tolist())))
+        for name in ("answer", "wrong"):
+            if getattr(self, name) is not None:
+                list_answers([getattr(self, name)], what=f"Pair: {name}")
 
     @classmethod
-    def from_text(cls, model: HookedCausalLM, clean: str, corrupted: str) -> "Pair":
-        """A pair of two texts.
+    def from_text(
+        cls,
+        model: HookedCausalLM,
+        clean: str,
+        corrupted: str,
+        *,
+        answer: Token | Sequence[Token] | None = None,
+        wrong: Token | Sequence[Token] | None = None,
+    ) -> "Pair":
+        """A pair of two texts, and the answers to them.
 
         Raises:
             InputError: they have different numbers of tokens; the text shows both.
@@ -69,10 +85,26 @@ class Pair:
                 f"{list(words[1])}; positions can be compared only if they have as many: replace words by words of as "
                 "many tokens"
             )
-        return cls(clean=ids[0], corrupted=ids[1], clean_tokens=words[0], corrupted_tokens=words[1])
+        return cls(
+            clean=ids[0],
+            corrupted=ids[1],
+            clean_tokens=words[0],
+            corrupted_tokens=words[1],
+            answer=answer,
+            wrong=wrong,
+        )
 
     @classmethod
-    def from_template(cls, model: HookedCausalLM, template: str, clean: Fields, corrupted: Fields) -> "Pair":
+    def from_template(
+        cls,
+        model: HookedCausalLM,
+        template: str,
+        clean: Fields,
+        corrupted: Fields,
+        *,
+        answer: Token | Sequence[Token] | None = None,
+        wrong: Token | Sequence[Token] | None = None,
+    ) -> "Pair":
         """A pair of a template filled in twice.
 
         Args:
@@ -80,6 +112,7 @@ class Pair:
             template: text with `{fields}`.
             clean: the words of each field.
             corrupted: the same of the corrupted prompt.
+            answer, wrong: the pair's answers.
 
         Raises:
             InputError: fields missing or too many, prompts or fields of different length, or a field whose words
@@ -98,13 +131,7 @@ class Pair:
                 f"the fields {moved} take other positions in the corrupted prompt: {[others[name] for name in moved]} "
                 f"instead of {[spans[name] for name in moved]}; fill them with words of as many tokens"
             )
-        return cls(
-            clean=pair.clean,
-            corrupted=pair.corrupted,
-            clean_tokens=pair.clean_tokens,
-            corrupted_tokens=pair.corrupted_tokens,
-            spans=spans,
-        )
+        return replace(pair, spans=spans, answer=answer, wrong=wrong)
 
     @property
     def differing(self) -> list[int]:

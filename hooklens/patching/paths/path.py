@@ -1,229 +1,254 @@
-"""Path patching: what senders do through chosen receivers, and through nothing else.
+"""The experiment: what each sender does through the receivers, over any number of pairs."""
 
-Path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching") asks
-how much of a sender's effect goes directly to some receivers. In three passes:
-
-1. both prompts are run;
-2. the run that is patched is run again with the sender's output taken from the other run and every other head
-   held at its own value, so that the change travels only along the stream (and through MLPs, unless these are
-   held, too); what the receivers then read is recorded;
-3. the run is run once more, with nothing changed but the receivers, which are given what they read in pass 2.
-
-    value(sender) = metric of pass 3
-
-Receivers are queries, keys or values of heads, MLPs, or the logits, for which passes 2 and 3 are one.
-"""
-
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.hooks import HookPoint
-from hooklens.patching.graph.nodes import Reader, Writer, check_additive, list_writers, parse_reader, parse_writer
+from hooklens.patching.errors import MetricError
+from hooklens.patching.graph.nodes import Writer, check_additive, list_writers, parse_readers, parse_writers
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs, read_pairs
+from hooklens.patching.pairs.loader import Pairs, read_all_pairs
+from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.paths.ground import Ground, lay_ground
+from hooklens.patching.paths.passes import PathPass
+from hooklens.patching.paths.route import Route, outputs_of
 from hooklens.patching.results.result import SweepResult, SweepStats
-from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline, unembed
-from hooklens.patching.runs.checks import check_model
+from hooklens.patching.runs.baseline import Baseline, Direction, refuse_nan, run_baseline
+from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
+from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.precision import wide_dtype
 
 
 def path_patch(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
-    senders: Sequence[str] | None,
-    receivers: Sequence[str],
-    metric: Metric | MetricFunction,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    senders: Sequence[str] | None = None,
+    receivers: Sequence[str] | None = None,
+    metric: Metric | MetricFunction | None = None,
     *,
     through_mlps: bool = True,
+    batch_size: BatchSize = "auto",
     direction: Direction = "denoise",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     progress: bool = True,
     allow_training: bool = False,
 ) -> SweepResult:
-    """Measure what each sender does through the receivers.
+    """Measure what each sender does through the receivers: the page of `hooklens.patching.paths` has the definition.
 
     Args:
-        model: the model.
-        clean: prompts whose behaviour is studied.
+        model: the model; nothing may be attached to its hook points.
+        clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths.
         senders: names of writers (`"embed"`, `"a3.h5"`, `"m3"`), each patched by itself; None: all.
-        receivers: names of readers (`"a9.h6.q"`, `"m7"`, `"logits"`), all of them together.
+        receivers: names of readers (`"a9.h6.q"`, `"m7"`, `"logits"`), all of them together: the paths over any of them.
         metric: as for a sweep.
         through_mlps: let the change pass MLPs between sender and receivers; False: only the direct path.
+        batch_size: patched prompts per pass, senders times pairs; `"auto"` by memory.
         direction: which run is patched.
         attention_mask: real tokens (1) of padded ids, the same for both.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Returns:
-        One value per sender.
+        One value per sender. A sender from which no path leads to a receiver has that of the run that is patched, and
+        counts as unchanged in `result.stats`.
 
     Raises:
-        SiteError: an unknown sender or receiver.
-        InputError: no receiver, or a norm between heads and stream.
+        SiteError: unknown senders or receivers; all of them are named.
+        InputError: no sender or receiver, or a norm between heads and stream.
+        MetricError: the metric gives another shape than one value per row, or NaN.
         SweepInterruptedError: stopped, or failed on the way; it holds what was measured.
     """
-    check_model(model, allow_training=allow_training)
-    check_additive(model.cfg)
+    refuse_missing("path_patch", receivers=receivers, metric=metric)
+    assert receivers is not None
+    assert metric is not None
+    options = RunOptions.read(
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+    )
     cfg = model.cfg
-    sending = list_writers(cfg) if senders is None else [parse_writer(name, cfg) for name in senders]
-    receiving = [parse_reader(name, cfg) for name in receivers]
+    check_additive(cfg)
+    sending = list_writers(cfg) if senders is None else parse_writers(senders, cfg)
+    receiving = parse_readers(receivers, cfg)
     if not sending or not receiving:
         raise InputError("path_patch needs at least one sender and one receiver")
-    prompts = read_pairs(model, clean, corrupted, attention_mask)
+    prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    route = Route(cfg, tuple(receiving), through_mlps)
     with torch.no_grad():
-        baseline = run_baseline(
-            model, prompts, range(len(prompts)), [], as_metric(metric), direction=direction, source="other"
+        experiment = _PathPatching(
+            model,
+            prompts,
+            as_metric(metric).encode(model),
+            sending,
+            route,
+            batch_size=options.batch_size,
+            direction=options.direction,
         )
-        run = _PathRun(model, prompts, baseline, receiving, through_mlps=through_mlps, direction=direction)
-        values = baseline.clean.new_full((len(sending), len(prompts)), torch.nan)
-
-        def result() -> SweepResult:
-            return _result_of(run, sending, prompts, values, direction)
-
-        with keep_partial_result("path patching", "senders", values, result, progress=progress) as bar:
-            for row, sender in zip(values, sending, strict=True):
-                row.copy_(run.measure(sender))
-                bar.update(len(row))
-    return result()
+        return experiment.finish(progress=options.progress)
 
 
-def _result_of(
-    run: "_PathRun", sending: Sequence[Writer], prompts: PromptPairs, values: Tensor, direction: Direction
-) -> SweepResult:
-    """The values so far, labelled."""
-    baseline, receivers = run.baseline, ", ".join(map(str, run.receivers))
-    n_tokens, forwards = sum(prompts.lengths), 1 + run.forwards
-    return SweepResult(
-        per_pair=values.clone(),
-        axes={"sender": tuple(map(str, sending))},
-        clean_per_pair=baseline.clean,
-        corrupted_per_pair=baseline.corrupted,
-        cells=tuple({"sender": str(sender), "receivers": receivers} for sender in sending),
-        metric=baseline.metric.name,
-        direction=direction,
-        stats=SweepStats(
-            cells=len(sending),
-            pairs=len(prompts),
-            unchanged=0,
-            forwards=forwards,
-            tokens=(1 + forwards) * n_tokens,
-            naive_forwards=(2 + 2 * len(sending)) * len(prompts),
-            naive_tokens=(2 + 2 * len(sending)) * n_tokens,
-        ),
-    )
-
-
-class _PathRun:
-    """The runs of an experiment with fixed receivers."""
+class _PathPatching:
+    """Path patching in progress: the values so far."""
 
     def __init__(
         self,
         model: HookedCausalLM,
         prompts: PromptPairs,
-        baseline: Baseline,
-        receivers: Sequence[Reader],
+        metric: Metric,
+        senders: Sequence[Writer],
+        route: Route,
         *,
-        through_mlps: bool,
+        batch_size: BatchSize,
         direction: Direction,
     ) -> None:
-        self.model, self.baseline, self.receivers, self.through_mlps = model, baseline, receivers, through_mlps
-        into, other = (
-            (prompts.corrupted, prompts.clean) if direction == "denoise" else (prompts.clean, prompts.corrupted)
+        self.model, self.prompts, self.metric, self.route = model, prompts, metric, route
+        self.batch_size, self.direction, self.senders = batch_size, direction, list(senders)
+        reaching = [index for index, sender in enumerate(senders) if route.reaches(sender)]
+        self.order = sorted(reaching, key=lambda index: route.entry(senders[index]))
+        self.still = [index for index in range(len(senders)) if index not in set(reaching)]
+        first = route.entry(senders[self.order[0]]) if self.order else (model.cfg.n_layers, 0)
+        self.in_place = route.attends_from(first) == model.cfg.n_layers
+        self.names = self._names_to_keep(first[0])
+        dtype, n_pairs = wide_dtype(model.dtype), len(prompts)
+        self.values = torch.full((len(senders), n_pairs), torch.nan, dtype=dtype, device=model.device)
+        self.ends = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
+        self.forwards, self.token_layers = 0, 0.0
+
+    def finish(self, *, progress: bool) -> SweepResult:
+        """Run all senders on all pairs.
+
+        Raises:
+            SweepInterruptedError: stopped on the way.
+        """
+        groups = list(self._groups())
+        # Before the first sender is run, a failure is a mistake in the call and not an interruption.
+        baseline: Baseline | None = self._run_baseline(groups[0])
+        with keep_partial_result("path patching", "senders", self.values, self.result, progress=progress) as bar:
+            for group in groups:
+                baseline = self._run_baseline(group) if baseline is None else baseline
+                for done in self._run_group(group, baseline):
+                    bar.update(done)
+                # It goes before the next one comes.
+                baseline = None
+        return self.result()
+
+    def result(self) -> SweepResult:
+        """The values so far."""
+        n_pairs, n_senders, n_tokens = len(self.prompts), len(self.senders), sum(self.prompts.lengths)
+        receivers = ", ".join(map(str, self.route.receivers))
+        return SweepResult(
+            per_pair=self.values.clone(),
+            axes={"sender": tuple(map(str, self.senders))},
+            clean_per_pair=self.ends[0].clone(),
+            corrupted_per_pair=self.ends[1].clone(),
+            cells=tuple({"sender": str(sender), "receivers": receivers} for sender in self.senders),
+            metric=self.metric.name,
+            direction=self.direction,
+            stats=SweepStats(
+                cells=n_senders,
+                pairs=n_pairs,
+                unchanged=len(self.still) * n_pairs,
+                forwards=self.forwards,
+                tokens=self.token_layers / self.model.cfg.n_layers,
+                naive_forwards=(2 + 2 * n_senders) * n_pairs,
+                naive_tokens=(2 + 2 * n_senders) * n_tokens,
+            ),
         )
-        columns = torch.arange(into.shape[1], device=into.device)
-        self.tokens = into
-        self.mask = columns < torch.tensor(prompts.lengths, device=into.device)[:, None]
-        self.forwards = 0
-        layers = range(model.cfg.n_layers)
-        outputs = [_output_of(writer) for writer in list_writers(model.cfg)]
-        self.last = f"blocks.{layers[-1]}.hook_resid_post"
-        self.own, _ = self._run(into, [], [*outputs, self.last])
-        self.others, _ = self._run(other, [], outputs)
 
-    def measure(self, sender: Writer) -> Float[Tensor, " pairs"]:
-        """The metric of the run in which only the receivers know of the sender's change."""
-        inputs = list(dict.fromkeys(_input_of(receiver) for receiver in self.receivers))
-        read, stream = self._run(self.tokens, self._hold_all_but(sender), [*inputs, self.last])
-        if any(receiver.kind != "logits" for receiver in self.receivers):
-            _, stream = self._run(self.tokens, [(name, self._receive(name, read)) for name in inputs], [])
-        reads = self.baseline.reads
-        logits = unembed(self.model, stream.take_along_dim(reads[..., None], dim=1))
-        return self.baseline.metric.measure(logits[None])[0]
+    def _names_to_keep(self, first: int) -> list[str]:
+        """What the unpatched runs hand on: what senders write, and what MLPs on the way read and write."""
+        names = outputs_of([self.senders[index] for index in self.order])
+        for layer in range(first, self.model.cfg.n_layers):
+            if self.route.runs_mlp(layer):
+                names += [f"blocks.{layer}.hook_mlp_in", f"blocks.{layer}.hook_mlp_out"]
+        return list(dict.fromkeys(names))
 
-    def _run(self, tokens: Tensor, hooks: list[Any], names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """What passes some hook points, and the last stream."""
+    def _groups(self) -> Iterator[list[int]]:
+        """Pairs whose unpatched runs are held at the same time; a function of logits needs all pairs at once."""
+        n_pairs, size = len(self.prompts), len(self.prompts)
+        if not self.metric.needs_all_pairs:
+            width, n_reads = max(self.prompts.lengths), self._n_reads()
+            size = min(pairs_per_group(self.model, width, self.names, n_reads), self._pairs_per_pass(width))
+        for first in range(0, n_pairs, size):
+            yield list(range(first, min(first + size, n_pairs)))
+
+    def _n_reads(self) -> int:
+        return max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions)
+
+    def _pairs_per_pass(self, width: int) -> int:
+        """More pairs than this make a pass of one sender no cheaper."""
+        return self.batch_size if self.batch_size != "auto" else max(1, self._tokens_per_pass(width) // width)
+
+    def _tokens_per_pass(self, width: int) -> int:
+        return tokens_per_pass(self.model, width, self._n_reads(), watches_pattern=False)
+
+    def _run_baseline(self, group: list[int]) -> Baseline:
+        baseline = run_baseline(
+            self.model,
+            self.prompts,
+            group,
+            [],
+            self.metric,
+            direction=self.direction,
+            source="other",
+            keep=self.names,
+        )
         self.forwards += 1
-        watched = [*names, self.last]
-        with self.model.hooks(hooks), self.model.capture(list(dict.fromkeys(watched))) as captured:
-            stream = self.model.run(tokens, self.model.make_plan(tokens, self.mask), unembed=False)
-        return captured, stream
+        self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
+        self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
+        refuse_nan(baseline)
+        return baseline
 
-    def _hold_all_but(self, sender: Writer) -> list[Any]:
-        """Hooks that hold heads, and MLPs where asked, at their own values, and give the sender the other run's."""
-        hooks: list[Any] = []
-        for writer in list_writers(self.model.cfg):
-            name = _output_of(writer)
-            is_sender = name == _output_of(sender)
-            held = writer.kind == "head" or (writer.kind == "mlp" and not self.through_mlps)
-            if (is_sender or held) and not any(name == known for known, _ in hooks):
-                hooks.append((name, _Hold(self.own[name], self.others[name], sender if is_sender else None)))
-        return hooks
+    def _run_group(self, group: list[int], baseline: Baseline) -> Iterator[int]:
+        """Run all senders on a group of pairs; gives how many values each step has added."""
+        pairs = slice(group[0], group[-1] + 1)
+        base = baseline.corrupted if self.direction == "denoise" else baseline.clean
+        self.values[self.still, pairs] = base.to(self.values)
+        yield len(self.still) * len(group)
+        if not self.order:
+            return
+        grounds = self._lay_grounds(group, baseline)
+        n_senders = self._senders_per_pass(grounds[0])
+        for first in range(0, len(self.order), n_senders):
+            rows = self.order[first : first + n_senders]
+            logits = torch.cat([self._run_pass(ground, rows) for ground in grounds], dim=1)
+            measured = baseline.metric.measure(logits).to(self.values)
+            broken = [str(self.senders[row]) for row, nan in zip(rows, measured.isnan().any(1), strict=True) if nan]
+            if broken:
+                raise MetricError(f"metric {self.metric.name} is NaN for the senders {broken}")
+            self.values[rows, pairs] = measured
+            yield measured.numel()
 
-    def _receive(self, name: str, read: dict[str, Tensor]) -> "_Receive":
-        heads = [receiver.head for receiver in self.receivers if _input_of(receiver) == name]
-        # Logits read what the sender sends them on top of what the other receivers make of it.
-        extra = read[name] - self.own[name] if name == self.last else None
-        return _Receive(read[name], heads, extra)
+    def _lay_grounds(self, group: list[int], baseline: Baseline) -> list[Ground]:
+        """The group's pairs, as many together as a pass of one sender runs."""
+        width = max(baseline.lengths)
+        clean, corrupted = self.prompts.clean[group, :width], self.prompts.corrupted[group, :width]
+        size = self._pairs_per_pass(width)
+        return [
+            lay_ground(
+                self.model,
+                baseline,
+                clean != corrupted,
+                slice(first, min(first + size, len(group))),
+                in_place=self.in_place,
+            )
+            for first in range(0, len(group), size)
+        ]
 
+    def _senders_per_pass(self, ground: Ground) -> int:
+        if self.batch_size != "auto":
+            return max(1, self.batch_size // ground.n_pairs)
+        return max(1, self._tokens_per_pass(ground.width) // (ground.n_pairs * ground.width))
 
-class _Hold:
-    """A hook that puts a run's own activation in place, with the sender's part from the other run."""
-
-    def __init__(self, own: Tensor, other: Tensor, sender: Writer | None) -> None:
-        self.held = own
-        if sender is not None:
-            self.held = other if sender.kind != "head" else own.clone()
-            if sender.kind == "head":
-                self.held[:, :, sender.head] = other[:, :, sender.head]
-
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        return self.held
-
-
-class _Receive:
-    """A hook that gives receivers what they read in the pass before."""
-
-    def __init__(self, read: Tensor, heads: Sequence[int], extra: Tensor | None) -> None:
-        self.read, self.heads, self.extra = read, list(heads), extra
-
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        if self.extra is not None:
-            return tensor + self.extra
-        if tensor.ndim == 3:
-            return self.read
-        received = tensor.clone()
-        received[:, :, self.heads] = self.read[:, :, self.heads]
-        return received
-
-
-def _output_of(writer: Writer) -> str:
-    """Where a writer's output is replaced: a head's before `W_O`, which is the same and cheaper."""
-    if writer.kind == "head":
-        return f"blocks.{writer.layer}.attn.hook_z"
-    return writer.hook_name
-
-
-def _input_of(reader: Reader) -> str:
-    """Where what a reader reads is replaced: for heads after the projection, which is the same and cheaper."""
-    if reader.kind in ("q", "k", "v"):
-        return f"blocks.{reader.layer}.attn.hook_{reader.kind}"
-    return reader.hook_name
+    def _run_pass(self, ground: Ground, rows: list[int]) -> Tensor:
+        run = PathPass(ground, self.route, [self.senders[row] for row in rows])
+        logits = run.run()
+        self.forwards += run.token_layers > 0
+        self.token_layers += run.token_layers
+        return logits

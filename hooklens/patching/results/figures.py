@@ -13,12 +13,21 @@ from torch import Tensor
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 
+CROSS = "\N{MULTIPLICATION SIGN}"
+
 Backend = Literal["plotly", "matplotlib"]
 LabelledAxis = tuple[str, list[str]]
 
 
 def draw_heatmaps(
-    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], *, backend: Backend, title: str
+    values: Tensor,
+    rows: LabelledAxis,
+    columns: LabelledAxis,
+    panels: Sequence[str],
+    *,
+    backend: Backend,
+    title: str,
+    marks: Tensor | None = None,
 ) -> Any:
     """Heatmaps beside each other on one scale, white at 0.
 
@@ -29,6 +38,7 @@ def draw_heatmaps(
         panels: what is written above each panel.
         backend: the package that draws.
         title: what stands above all.
+        marks: `[panel row column]`, the cells to put a cross on.
 
     Raises:
         MissingDependencyError: the package is not installed.
@@ -36,8 +46,8 @@ def draw_heatmaps(
     """
     _check_backend(backend)
     if backend == "plotly":
-        return _heatmaps_by_plotly(values, rows, columns, panels, title)
-    return _heatmaps_by_matplotlib(values, rows, columns, panels, title)
+        return _heatmaps_by_plotly(values, rows, columns, panels, title, marks)
+    return _heatmaps_by_matplotlib(values, rows, columns, panels, title, marks)
 
 
 def draw_curve(
@@ -80,13 +90,17 @@ def _check_backend(backend: Backend) -> None:
 
 
 def _heatmaps_by_plotly(
-    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str
+    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str, marks: Tensor | None
 ) -> Any:
     figure = import_package("plotly.subplots").make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
     heatmap = import_package("plotly.graph_objects").Heatmap
     for column, panel in enumerate(values, start=1):
         # Places are numbers, since labels may repeat.
-        figure.add_trace(heatmap(z=panel.tolist(), coloraxis="coloraxis"), row=1, col=column)
+        written = {}
+        if marks is not None:
+            crosses = [[CROSS if marked else "" for marked in row] for row in marks[column - 1].tolist()]
+            written = {"text": crosses, "texttemplate": "%{text}"}
+        figure.add_trace(heatmap(z=panel.tolist(), coloraxis="coloraxis", **written), row=1, col=column)
         figure.update_xaxes(_plotly_axis(columns), row=1, col=column)
         figure.update_yaxes({**_plotly_axis(rows), "autorange": "reversed"}, row=1, col=column)
     figure.update_layout(title=title, coloraxis={"colorscale": "RdBu", "cmid": 0.0})
@@ -99,7 +113,7 @@ def _plotly_axis(axis: LabelledAxis) -> dict[str, Any]:
 
 
 def _heatmaps_by_matplotlib(
-    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str
+    values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str, marks: Tensor | None
 ) -> Any:
     figure = _make_figure(5 * len(panels) + 1, 4)
     limit = float(values.nan_to_num().abs().max()) or 1.0
@@ -107,6 +121,8 @@ def _heatmaps_by_matplotlib(
         axes = figure.add_subplot(1, len(panels), number)
         image = axes.imshow(panel.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=name, xlabel=columns[0], ylabel=rows[0])
+        for row, col in [] if marks is None else marks[number - 1].nonzero().tolist():
+            axes.text(col, row, CROSS, ha="center", va="center")
         upright = max(map(len, columns[1])) > 3
         axes.set_xticks(range(len(columns[1])), columns[1], rotation=90 if upright else 0)
         axes.set_yticks(range(len(rows[1])), rows[1])

@@ -5,25 +5,36 @@ run that the activations came from: with `direction="denoise"` 1 means that the 
 behaviour (the site is sufficient), with `"noise"` 1 means that it alone destroys it (the site is necessary).
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.errors import CheckpointError, HookLensError
+from hooklens.arguments import read_one_of
+from hooklens.errors import HookLensError
 from hooklens.optional import import_package
-from hooklens.patching.results.figures import Backend, LabelledAxis, draw_heatmaps
+from hooklens.patching.results.figures import CROSS, Backend, LabelledAxis, draw_heatmaps
+from hooklens.patching.results.file import read_result, write_result
+from hooklens.patching.results.scale import find_small_differences
+from hooklens.patching.results.statistics import (
+    Alternative,
+    Interval,
+    Method,
+    bootstrap_interval,
+    permutation_p_value,
+    standard_error,
+)
 
 if TYPE_CHECKING:
     import pandas
 
-_FORMAT = "hooklens.patching.result-1"
+Statistic = Literal["standard_error", "bootstrap", "permutation_test"]
+STATISTICS: tuple[Statistic, ...] = ("standard_error", "bootstrap", "permutation_test")
+
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,27 +99,122 @@ class SweepResult:
         return float(self.corrupted_per_pair.mean())
 
     @property
+    def base_per_pair(self) -> Float[Tensor, " pair"]:
+        """The metric of the run that was patched, without a patch."""
+        return self.corrupted_per_pair if self.direction == "denoise" else self.clean_per_pair
+
+    @property
+    def source_per_pair(self) -> Float[Tensor, " pair"]:
+        """The metric of the run that the activations came from."""
+        return self.clean_per_pair if self.direction == "denoise" else self.corrupted_per_pair
+
+    @property
     def normalized(self) -> Float[Tensor, "*axes"]:
         """The values with 0 at the run that was patched and 1 at the run that the activations came from.
+
+            normalized = (mean m - mean m_patched_run) / (mean m_source_run - mean m_patched_run)
+
+        A *ratio of means* over pairs, as the faithfulness of Wang et al. (2022, "Interpretability in the Wild"),
+        whose scores are averaged before they are compared. `normalized_per_pair` has the ratio of each pair; its mean
+        is another number. Under `direction="noise"` 1 is the corrupted run (Heimersheim and Nanda 2024, "How to Use
+        and Interpret Activation Patching", on what denoising and noising each tell).
 
         Raises:
             HookLensError: both runs have the same value.
         """
-        start, end = (self.corrupted, self.clean) if self.direction == "denoise" else (self.clean, self.corrupted)
+        start, end = float(self.base_per_pair.mean()), float(self.source_per_pair.mean())
         if start == end:
             raise HookLensError(
                 f"the clean and the corrupted run have the same {self.metric}, {start}: there is no scale between them"
             )
         return (self.values - start) / (end - start)
 
-    def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per cell: site, the axes, value, and normalized value where the two runs differ."""
+    @property
+    def normalized_per_pair(self) -> Float[Tensor, "*axes pair"]:
+        """The values of each pair with 0 at its run that was patched and 1 at the other one.
+
+            normalized_per_pair = (m - m_patched_run) / (m_source_run - m_patched_run)
+
+        The normalised metric of Zhang and Nanda (2023, "Towards Best Practices of Activation Patching"); its mean
+        over pairs is a *mean of ratios*, in which pairs whose two runs nearly agree can outweigh all others:
+        `small_differences` names them. `FractionRecovered` is this under `"denoise"`, and 1 minus this under
+        `"noise"`. NaN or infinite where both runs have the same value.
+        """
+        start = self.base_per_pair
+        return (self.per_pair - start) / (self.source_per_pair - start)
+
+    @property
+    def small_differences(self) -> dict[int, float]:
+        """The pairs whose two unpatched runs differ by less than a twentieth of the root mean square over pairs.
+
+        The values are the shares of it. A ratio of such a pair says little.
+        """
+        return find_small_differences(self.clean_per_pair - self.corrupted_per_pair)
+
+    @property
+    def standard_errors(self) -> Float[Tensor, "*axes"]:
+        """The standard error of each value: the standard deviation over pairs over the root of their number.
+
+        Raises:
+            HookLensError: fewer than two pairs.
+        """
+        return standard_error(self.per_pair)
+
+    def bootstrap(
+        self, *, confidence: float = 0.95, n_resamples: int = 9999, method: Method = "BCa", seed: int = 0
+    ) -> Interval:
+        """Bootstrap intervals of the values, `low` and `high` `[*axes]`; see `bootstrap_interval` for the arguments.
+
+        Raises:
+            HookLensError: fewer than two pairs.
+            MissingDependencyError: scipy, the extra `stats`, is not installed.
+        """
+        return bootstrap_interval(
+            self.per_pair, confidence=confidence, n_resamples=n_resamples, method=method, seed=seed
+        )
+
+    def permutation_test(
+        self, *, n_resamples: int = 9999, alternative: Alternative = "two-sided", seed: int = 0
+    ) -> Float[Tensor, "*axes"]:
+        """p-values of "the patch changes nothing", over pairs; see `permutation_p_value` for the arguments.
+
+        They are of each cell by itself: of 1,000 cells without an effect about 50 have one below 0.05.
+
+        Raises:
+            HookLensError: fewer than two pairs.
+            MissingDependencyError: scipy, the extra `stats`, is not installed.
+        """
+        return permutation_p_value(
+            self.per_pair, self.base_per_pair, n_resamples=n_resamples, alternative=alternative, seed=seed
+        )
+
+    def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
+        """One row per cell: site, the axes, value, and normalized value where the two runs differ.
+
+        Args:
+            statistics: what else to give of each value: `"standard_error"`; `"bootstrap"`, the ends `"low"` and
+                `"high"` of its interval; `"permutation_test"`, the `"p_value"`. `bootstrap` and `permutation_test`
+                take options of their own.
+
+        Raises:
+            HookLensError: an unknown statistic, or fewer than two pairs.
+            MissingDependencyError: a statistic of scipy, which is not installed.
+        """
+        for name in statistics:
+            read_one_of(name, what="statistics", options=STATISTICS, error=HookLensError)
         table: pandas.DataFrame = import_package("pandas").DataFrame(list(self.cells))
         empty = [column for column in table.columns if table[column].isna().all()]
         table = table.drop(columns=empty)
         table["value"] = self.values.flatten().tolist()
         if self.clean != self.corrupted:
             table["normalized"] = self.normalized.flatten().tolist()
+        if "standard_error" in statistics:
+            table["standard_error"] = self.standard_errors.flatten().tolist()
+        if "bootstrap" in statistics:
+            low, high = self.bootstrap()
+            table["low"], table["high"] = low.flatten().tolist(), high.flatten().tolist()
+        if "permutation_test" in statistics:
+            table["p_value"] = self.permutation_test().flatten().tolist()
         return table
 
     def top(self, k: int = 10) -> "pandas.DataFrame":
@@ -124,6 +230,7 @@ class SweepResult:
         backend: Backend = "plotly",
         title: str | None = None,
         labels: Mapping[str, Sequence[str]] | None = None,
+        mark: Literal["bootstrap", "permutation_test"] | None = None,
     ) -> Any:
         """A heatmap of the normalized values, one panel per entry of the axes before the last two.
 
@@ -132,17 +239,31 @@ class SweepResult:
             title: what stands above; None: the metric and its scale.
             labels: by axis, what to write in place of its numbers, one for each number; `{"pos": pair.labels}`
                 writes the tokens.
+            mark: put a cross on the cells whose patch cannot be told from none: the 95 % bootstrap interval of the
+                change that it makes holds 0, or the p-value of the permutation test is above 0.05.
 
         Returns:
             A plotly or matplotlib figure.
 
         Raises:
             MissingDependencyError: the package is not installed.
-            HookLensError: an unknown backend, or labels that do not go with the axes.
+            HookLensError: an unknown backend or mark, labels that do not go with the axes, or marks of one pair.
         """
         values, rows, columns, panels = self._as_panels(self._labels(labels or {}))
         heading = self._heading() if title is None else title
-        return draw_heatmaps(values, rows, columns, panels, backend=backend, title=heading)
+        marks = None
+        if mark is not None:
+            marks = self._find_unclear(mark).cpu().view(values.shape)
+            heading += "" if title is not None else f"; {CROSS}: not told from no patch ({mark.replace('_', ' ')})"
+        return draw_heatmaps(values, rows, columns, panels, backend=backend, title=heading, marks=marks)
+
+    def _find_unclear(self, mark: str) -> Bool[Tensor, "*axes"]:
+        """Where the patch cannot be told from none."""
+        read_one_of(mark, what="plot: mark", options=STATISTICS[1:], error=HookLensError)
+        if mark == "permutation_test":
+            return self.permutation_test() > _LEVEL
+        low, high = bootstrap_interval(self.per_pair - self.base_per_pair, confidence=1 - _LEVEL)
+        return (low <= 0) & (high >= 0)
 
     def _heading(self) -> str:
         if self.clean == self.corrupted:
@@ -182,7 +303,11 @@ class SweepResult:
         return values.reshape(shape), axes[-2], axes[-1], titles
 
     def save(self, path: str | Path) -> None:
-        """Write the result to a safetensors file."""
+        """Write the result to a safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
         described = {
             "axes": [[name, list(labels)] for name, labels in self.axes.items()],
             "cells": self.cells,
@@ -190,12 +315,8 @@ class SweepResult:
             "direction": self.direction,
             "stats": asdict(self.stats),
         }
-        tensors = {
-            "per_pair": self.per_pair.contiguous(),
-            "clean": self.clean_per_pair.contiguous(),
-            "corrupted": self.corrupted_per_pair.contiguous(),
-        }
-        save_file(tensors, path, metadata={"format": _FORMAT, "description": json.dumps(described)})
+        tensors = {"per_pair": self.per_pair, "clean": self.clean_per_pair, "corrupted": self.corrupted_per_pair}
+        write_result(path, tensors, described)
 
     @classmethod
     def load(cls, path: str | Path) -> "SweepResult":
@@ -204,21 +325,15 @@ class SweepResult:
         Raises:
             CheckpointError: the file is missing, damaged, or no sweep result.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise CheckpointError(f"{path} is not a saved sweep; write one with result.save(path)")
-                described = json.loads(metadata["description"])
-                return cls(
-                    per_pair=file.get_tensor("per_pair"),
-                    clean_per_pair=file.get_tensor("clean"),
-                    corrupted_per_pair=file.get_tensor("corrupted"),
-                    axes={name: tuple(labels) for name, labels in described["axes"]},
-                    cells=tuple(described["cells"]),
-                    metric=described["metric"],
-                    direction=described["direction"],
-                    stats=SweepStats(**described["stats"]),
-                )
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read a sweep from {path}: {error}") from error
+        kinds = {field.name: float if field.name == "tokens" else int for field in fields(SweepStats)}
+        tensors, described = read_result(path, kinds)
+        return cls(
+            per_pair=tensors["per_pair"],
+            clean_per_pair=tensors["clean"],
+            corrupted_per_pair=tensors["corrupted"],
+            axes={name: tuple(labels) for name, labels in described["axes"]},
+            cells=tuple(described["cells"]),
+            metric=described["metric"],
+            direction=described["direction"],
+            stats=SweepStats(**described["stats"]),
+        )

@@ -6,7 +6,7 @@ every block's keys and values, on which patched rows go on; from `source` come t
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,13 +16,12 @@ from torch import Tensor
 from hooklens.axes import find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig
-from hooklens.hooks.call import NOBODY, Listeners
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.positions import TokenPlan
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.sources import fit_given
+from hooklens.patching.runs.vocabulary import Vocabulary, find_vocabulary, unembed
 
 Direction = Literal["denoise", "noise"]
 Source = Literal["other", "zero"] | Mapping[str, Tensor]
@@ -58,7 +57,7 @@ def find_entry(name: str, cfg: HookedConfig) -> Entry:
         return Entry(layer, "stream")
     if word in ("hook_resid_post", "hook_mlp_out") or (word == "hook_attn_out" and cfg.wiring == "parallel"):
         return Entry(layer + 1, "stream")
-    if word == "hook_z" and cfg.wiring == "parallel" and not cfg.norm_after:
+    if word == "hook_z" and cfg.wiring == "parallel" and not cfg.block(layer).norm_after:
         return Entry(layer + 1, "written")
     return Entry(layer, "block")
 
@@ -82,6 +81,7 @@ class Baseline:
         into_logits: `[pairs read d_vocab]` of the unpatched run.
         kept: by hook name, activations of both runs that were asked for, `into` and then `source`.
         metric: the metric, prepared for these pairs.
+        vocabulary: the tokens whose logits the metric takes; None: all.
         clean: the metric's values of the clean run, `[pairs]`.
         corrupted: the metric's values of the corrupted run, `[pairs]`.
     """
@@ -98,6 +98,7 @@ class Baseline:
     into_logits: Float[Tensor, "pairs read d_vocab"]
     kept: dict[str, tuple[Tensor, Tensor]]
     metric: Metric
+    vocabulary: Vocabulary | None
     clean: Float[Tensor, " pairs"]
     corrupted: Float[Tensor, " pairs"]
 
@@ -112,6 +113,7 @@ def run_baseline(
     direction: Direction,
     source: Source,
     keep: Iterable[str] = (),
+    answers_only: bool = False,
 ) -> Baseline:
     """Run both prompts of some pairs.
 
@@ -124,6 +126,8 @@ def run_baseline(
         direction: `"denoise"` patches clean activations into the corrupted run, `"noise"` the other way.
         source: what is put in: the other run's activation, zeros, or tensors by hook name.
         keep: hook points whose activations in both runs are given back.
+        answers_only: unembed only the tokens that the metric reads, where these are few; `baseline.metric` is then
+            for logits of `baseline.vocabulary`.
 
     Raises:
         SiteError: a source lacks a hook point or has another shape.
@@ -140,39 +144,31 @@ def run_baseline(
     n_layers, n_pairs = model.cfg.n_layers, len(chosen)
     last = captured[f"blocks.{n_layers - 1}.hook_resid_post"]
     streams = [captured[f"blocks.{layer}.hook_resid_pre"][:n_pairs] for layer in range(n_layers)] + [last[:n_pairs]]
-    reads = _find_reads(metric, lengths, width, model.device)
-    into_logits, other_logits = unembed(model, last.take_along_dim(reads.repeat(2, 1)[..., None], dim=1)).chunk(2)
-    clean_logits, corrupted_logits = (
-        (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
-    )
-    prepared = prepare_metric(
-        metric,
-        Runs(
-            model=model,
-            pairs=tuple(chosen),
-            n_pairs=len(prompts),
-            tokens=into,
-            lengths=lengths,
-            clean_logits=clean_logits,
-            corrupted_logits=corrupted_logits,
-        ),
-    )
+    reads = torch.tensor(metric.find_reads(lengths, width), device=model.device)
+    read_streams = last.take_along_dim(reads.repeat(2, 1)[..., None], dim=1)
+    runs = _describe_runs(model, prompts, chosen, into, unread=read_streams.new_empty(*reads.shape, 0))
+    metric = metric.encode(model)
+    vocabulary = find_vocabulary(metric, runs, names) if answers_only else None
+    if vocabulary is not None:
+        metric, runs = vocabulary.narrow(metric, runs)
+    into_logits, other_logits = unembed(model, read_streams, vocabulary=vocabulary).chunk(2)
+    ends = (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
+    runs = replace(runs, clean_logits=ends[0], corrupted_logits=ends[1])
+    clean_values, corrupted_values = metric.measure_ends(runs)
     entries = {name: find_entry(name, model.cfg) for name in names}
     values, replaced, differs = {}, {}, {}
-    may_differ = (into != other).cumsum(1) > 0
-    for name in names:
+    for name, entry in entries.items():
         current, new = captured[name].chunk(2)
         if source == "other":
-            new = _keep_agreeing(name, current, new, may_differ)
+            new = _keep_agreeing(name, current, new, (into != other).cumsum(1) > 0)
         else:
             new = _value_of(source, name, current, chosen, prompts)
         differs[name] = _find_differences(name, current, new)
-        entry = entries[name]
         values[name] = streams[entry.layer] + (new - current) if _is_added(name, entry) else new
         if entry.stage == "written":
             replaced[name] = current
     return Baseline(
-        pairs=tuple(chosen),
+        pairs=runs.pairs,
         lengths=lengths,
         streams=streams,
         keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in cache.entries],
@@ -183,9 +179,10 @@ def run_baseline(
         reads=reads,
         into_logits=into_logits,
         kept={name: (captured[name][:n_pairs], captured[name][n_pairs:]) for name in keep},
-        metric=prepared,
-        clean=prepared.measure(clean_logits[None])[0],
-        corrupted=prepared.measure(corrupted_logits[None])[0],
+        metric=prepare_metric(metric, runs),
+        vocabulary=vocabulary,
+        clean=clean_values,
+        corrupted=corrupted_values,
     )
 
 
@@ -203,12 +200,30 @@ def refuse_nan(baseline: Baseline) -> None:
         )
 
 
-def unembed(
-    model: HookedCausalLM, stream: Float[Tensor, "rows pos d_model"], *, listeners: Listeners = NOBODY
-) -> Float[Tensor, "rows pos d_vocab"]:
-    """The logits of a stream that has left the last block."""
-    plan = TokenPlan(batch=len(stream), n_new=stream.shape[1], device=stream.device)
-    return model.run(stream, plan, listeners=listeners, start_at_layer=model.cfg.n_layers)
+def _describe_runs(
+    model: HookedCausalLM,
+    prompts: PromptPairs,
+    chosen: list[int],
+    into: Int[Tensor, "pairs pos"],
+    *,
+    unread: Float[Tensor, "pairs read none"],
+) -> Runs:
+    """What a metric gets to see of some pairs before their logits are there."""
+    width = into.shape[1]
+    return Runs(
+        model=model,
+        pairs=tuple(prompts.first + pair for pair in chosen),
+        n_pairs=prompts.n_pairs,
+        width=max(prompts.lengths),
+        tokens=into,
+        clean_tokens=prompts.clean[chosen, :width],
+        corrupted_tokens=prompts.corrupted[chosen, :width],
+        lengths=tuple(prompts.lengths[pair] for pair in chosen),
+        clean_logits=unread,
+        corrupted_logits=unread,
+        answers=None if prompts.answers is None else prompts.answers.take(chosen),
+        wrongs=None if prompts.wrongs is None else prompts.wrongs.take(chosen),
+    )
 
 
 def _run_unpatched(
@@ -229,22 +244,6 @@ def _run_unpatched(
     return captured, cache
 
 
-def _find_reads(
-    metric: Metric, lengths: tuple[int, ...], width: int, device: torch.device
-) -> Int[Tensor, "pairs read"]:
-    """The columns a metric reads in each pair; with `pos=None` every column, padding included."""
-    positions = metric.positions
-    if positions is None:
-        return torch.arange(width, device=device).expand(len(lengths), -1)
-    outside = sorted({pos for pos in positions for length in lengths if not -length <= pos < length})
-    if outside or not positions:
-        raise SiteError(
-            f"metric {metric.name} reads positions {outside or positions}, which do not lie in every prompt; the "
-            f"shortest has {min(lengths)} tokens"
-        )
-    return torch.tensor([[pos % length for pos in positions] for length in lengths], device=device)
-
-
 def _value_of(
     source: Source, name: str, like: Tensor, pairs: list[int], prompts: PromptPairs
 ) -> Float[Tensor, "pairs pos *rest"]:
@@ -252,7 +251,7 @@ def _value_of(
         return torch.zeros_like(like)
     if name not in source:
         raise SiteError(f"the source of activations has none for {name!r}; it has {sorted(source)[:5]} ...")
-    return fit_given(name, source[name], like, pairs, n_pairs=len(prompts), width=max(prompts.lengths))
+    return fit_given(name, source[name], like, pairs, n_pairs=prompts.n_pairs, width=max(prompts.lengths))
 
 
 def _is_added(name: str, entry: Entry) -> bool:

@@ -10,8 +10,13 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
     """Refuse models whose runs would not be the plain ones.
 
     Raises:
-        InputError: training mode that was not asked for, or hooks attached to the model.
+        InputError: a network that is not causal, training mode that was not asked for, or hooks attached to the model.
     """
+    if not model.cfg.causal:
+        raise InputError(
+            "this network is not causal (cfg.causal=False): a patch changes every position, and none can be gone on "
+            "from; run each patch whole, with model.run_with_hooks(input, edits=[...])"
+        )
     if model.training and not allow_training:
         raise InputError("the model is in training mode; call model.eval() first, or pass allow_training=True")
     attached = [name for name, point in model.hook_points().items() if point.own is not None]

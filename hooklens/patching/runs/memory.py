@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from hooklens.arguments import Error, read_int, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 
@@ -15,14 +16,27 @@ _TOKENS_ON_CPU = 4096
 _SHARE_OF_FREE_MEMORY = 0.25
 
 
+def read_batch_size(given: object, *, what: str = "batch_size", error: Error = InputError) -> BatchSize:
+    """`"auto"`, or a number of rows.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(given, str) and given == "auto":
+        return "auto"
+    try:
+        return read_int(given, what=what, least=1, error=error)
+    except error:
+        raise error(f"{what} is {show(given)}; expected 'auto' or a number of rows >= 1") from None
+
+
 def check_batch_size(batch_size: BatchSize) -> None:
     """Refuse what is neither `"auto"` nor a number of rows.
 
     Raises:
         InputError: it is something else.
     """
-    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size is {batch_size!r}; expected 'auto' or a number of rows >= 1")
+    read_batch_size(batch_size)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -13,17 +13,37 @@ and see what the metric does. A grid is the product of the axes it spans:
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from hooklens.arguments import show
 from hooklens.axes import HookSite, find_site
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.hooks.names import select_names
 from hooklens.patching.errors import SiteError
 
-Span = Literal["each", "all"] | int | Sequence[int]
-"""`"each"`: a cell for each; `"all"`: all at once in every cell; numbers: a cell for each of these."""
+Span = Literal["each", "all"] | Choice
+"""`"each"`: a cell for each; `"all"`: all at once in every cell; numbers (an int, a slice, or a list, range, array or
+tensor of ints): a cell for each of these.
+"""
 
 AxisName = Literal["layer", "pos", "head", "source"]
+
+_HINT = " (negative ones count from the end)"
+
+
+class Place(NamedTuple):
+    """Where a cell's patch stands in one prompt, counted from 0; None: all of an axis.
+
+    Attributes:
+        pos: the position, of a pattern the query's.
+        head: the head, a key-value head where the tensor has those.
+        source: the key position of a pattern.
+    """
+
+    pos: int | None
+    head: int | None
+    source: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +64,20 @@ class Cell:
     pos: int | None = None
     head: int | None = None
     source: int | None = None
+
+    def resolve(self, length: int) -> Place:
+        """Where the patch stands in a prompt of so many tokens; what runs or sums a cell reads this.
+
+        Raises:
+            SiteError: a position that the prompt does not have.
+        """
+        pos, source = (
+            None
+            if one is None
+            else resolve_choice(one, length, what=f"{self}: {noun}", noun="tokens", error=SiteError)[0]
+            for one, noun in ((self.pos, "pos"), (self.source, "source"))
+        )
+        return Place(pos, self.head, source)
 
     def describe(self) -> dict[str, Any]:
         """The cell as a row of a table."""
@@ -99,14 +133,41 @@ class CellArray:
     Attributes:
         cells: all cells; the last axis moves fastest.
         axes: the axes spanned, each with its labels. Several grids stand one after another on an axis `"cell"`.
+        length: how many tokens every prompt must have, since positions were counted out; None: any that has them.
     """
 
     cells: tuple[Cell, ...]
     axes: dict[str, tuple[int | str, ...]]
+    length: int | None = None
+
+    def check_lengths(self, lengths: Sequence[int], first: int) -> None:
+        """Refuse prompts that come later and have other positions than those counted out.
+
+        Args:
+            lengths: tokens of each prompt.
+            first: the number of the first one.
+
+        Raises:
+            SiteError: names them.
+        """
+        if self.length is None:
+            return
+        others = [f"{first + i} ({length})" for i, length in enumerate(lengths) if length != self.length]
+        if others:
+            raise SiteError(
+                f"pairs {', '.join(others[:10])} have other numbers of tokens than the first, {self.length}, whose "
+                "positions are patched one by one; give positions by number, negative ones count from each prompt's end"
+            )
 
 
-def lay_out(sites: Sites, model: HookedCausalLM, lengths: Sequence[int]) -> CellArray:
+def lay_out(sites: Sites, model: HookedCausalLM, lengths: Sequence[int], *, more_follow: bool = False) -> CellArray:
     """The cells that sites describe, checked against the model and the prompts.
+
+    Args:
+        sites: what to patch.
+        model: the model.
+        lengths: tokens of each prompt.
+        more_follow: other prompts come later, so positions given by number stay as they are.
 
     Raises:
         HookNameError: a site that the model does not have.
@@ -118,14 +179,15 @@ def lay_out(sites: Sites, model: HookedCausalLM, lengths: Sequence[int]) -> Cell
     wrong = [type(one).__name__ for one in grids if not isinstance(one, Grid)]
     if wrong or not grids:
         raise SiteError(f"sites are hook names, patching.grid(...), or a list of these; got {wrong or 'an empty list'}")
-    arrays = [_lay_out_grid(one, model, lengths) for one in grids]
+    arrays = [_lay_out_grid(one, model, lengths, more_follow=more_follow) for one in grids]
     if len(arrays) == 1:
         return arrays[0]
     cells = tuple(cell for array in arrays for cell in array.cells)
-    return CellArray(cells, {"cell": tuple(str(cell) for cell in cells)})
+    length = next((array.length for array in arrays if array.length is not None), None)
+    return CellArray(cells, {"cell": tuple(str(cell) for cell in cells)}, length)
 
 
-def _lay_out_grid(one: Grid, model: HookedCausalLM, lengths: Sequence[int]) -> CellArray:
+def _lay_out_grid(one: Grid, model: HookedCausalLM, lengths: Sequence[int], *, more_follow: bool) -> CellArray:
     names = _names_by_layer(one, model)
     kinds = {find_site(name) for name in names.values()}
     assert None not in kinds
@@ -133,7 +195,7 @@ def _lay_out_grid(one: Grid, model: HookedCausalLM, lengths: Sequence[int]) -> C
         raise SiteError(f"site {one.site!r} selects different kinds of hook points, {sorted(names.values())}; name one")
     [kind] = kinds
     assert kind is not None
-    spans = _Spans(one, kind, model, lengths)
+    spans = _Spans(one, kind, model, lengths, more_follow=more_follow)
     axes: dict[str, tuple[int | str, ...]] = {}
     choices: list[Sequence[int | None]] = []
     for axis, chosen in (("layer", list(names)), *spans.choices()):
@@ -144,7 +206,7 @@ def _lay_out_grid(one: Grid, model: HookedCausalLM, lengths: Sequence[int]) -> C
         Cell(name=names[layer], layer=layer, pos=pos, head=head, source=source)
         for layer, pos, head, source in product(*choices)
     )
-    return CellArray(cells, axes)
+    return CellArray(cells, axes, lengths[0] if spans.counted_out else None)
 
 
 def _names_by_layer(one: Grid, model: HookedCausalLM) -> dict[int | None, str]:
@@ -156,11 +218,13 @@ def _names_by_layer(one: Grid, model: HookedCausalLM) -> dict[int | None, str]:
         if layer in found:
             raise SiteError(f"site {one.site!r} selects {found[layer]!r} and {name!r}; name one kind of hook point")
         found[layer] = name
-    if one.layers == "each" or None in found:
-        return found
-    if one.layers == "all":
+    if isinstance(one.layers, str) and one.layers == "all" and None not in found:
         raise SiteError(f"site {one.site!r}: layers cannot be patched all at once; give 'each' or numbers")
-    layers = _resolve(one.layers, model.cfg.n_layers, f"site {one.site!r}: layers")
+    if isinstance(one.layers, str) and one.layers == "each":
+        return found
+    layers = _resolve(one.layers, model.cfg.n_layers, f"site {one.site!r}: layers", noun="layers")
+    if None in found:
+        raise SiteError(f"site {one.site!r} stands in no layer, so layers={show(one.layers)} cannot be chosen")
     missing = [layer for layer in layers if layer not in found]
     if missing:
         raise SiteError(f"site {one.site!r} selects no hook point in layers {missing}")
@@ -170,8 +234,11 @@ def _names_by_layer(one: Grid, model: HookedCausalLM) -> dict[int | None, str]:
 class _Spans:
     """What a grid spans inside one tensor."""
 
-    def __init__(self, one: Grid, kind: HookSite, model: HookedCausalLM, lengths: Sequence[int]) -> None:
-        self.grid, self.kind, self.lengths = one, kind, lengths
+    def __init__(
+        self, one: Grid, kind: HookSite, model: HookedCausalLM, lengths: Sequence[int], *, more_follow: bool
+    ) -> None:
+        self.grid, self.kind, self.lengths, self.more_follow = one, kind, lengths, more_follow
+        self.counted_out = False
         self.heads_axis = next((axis for axis in ("head", "kv_head") if axis in kind.axes), None)
         self.n_heads = None if self.heads_axis is None else model.cfg.size(self.heads_axis)
         self.subject = f"site {one.site!r}"
@@ -184,55 +251,66 @@ class _Spans:
         yield "pos", self._positions(positions, "positions")
         heads = self.grid.heads
         if self.n_heads is None:
-            if heads not in ("each", "all"):
-                raise SiteError(f"{self.subject}: heads={heads!r}, but its axes are {list(self.kind.axes)}")
+            if not _is_word(heads):
+                raise SiteError(f"{self.subject}: heads={show(heads)}, but its axes are {list(self.kind.axes)}")
             yield "head", [None]
         else:
-            yield "head", self._indices(heads, self.n_heads, f"{self.subject}: heads")
-        if "key" not in self.kind.axes and self.grid.sources != "all":
+            yield "head", self._indices(heads, self.n_heads, f"{self.subject}: heads", noun="heads")
+        sources = self.grid.sources
+        if "key" not in self.kind.axes and not (_is_word(sources) and sources == "all"):
             raise SiteError(
-                f"{self.subject}: sources={self.grid.sources!r}, but only attention scores and patterns have key "
-                "positions"
+                f"{self.subject}: sources={show(sources)}, but only attention scores and patterns have key positions"
             )
-        yield "source", self._positions(self.grid.sources, "sources")
+        yield "source", self._positions(sources, "sources")
 
-    def _indices(self, span: Span, size: int, subject: str) -> list[int | None]:
-        if span == "all":
-            return [None]
-        return [*range(size)] if span == "each" else [*_resolve(span, size, subject)]
+    def _indices(self, span: Span, size: int, subject: str, noun: str) -> list[int | None]:
+        if _is_word(span):
+            return [None] if span == "all" else [*range(size)]
+        return [*_resolve(span, size, subject, noun)]
 
     def _positions(self, span: Span, noun: str) -> list[int | None]:
         subject = f"{self.subject}: {noun}"
         shortest = min(self.lengths)
-        if len(set(self.lengths)) == 1 or span == "all":
-            return self._indices(span, shortest, subject)
-        if span == "each":
+        needs_length = isinstance(span, slice) or (_is_word(span) and span == "each")
+        is_uniform = len(set(self.lengths)) == 1
+        if (_is_word(span) and span == "all") or (is_uniform and (needs_length or not self.more_follow)):
+            self.counted_out = self.counted_out or needs_length
+            return self._indices(span, shortest, subject, "tokens")
+        if needs_length:
             raise SiteError(
-                f"{subject}='each' needs prompts of one length, found {sorted(set(self.lengths))}; give the "
+                f"{subject}={show(span)} needs prompts of one length, found {sorted(set(self.lengths))}; give the "
                 "positions, negative ones count from each prompt's end"
             )
         # Where prompts differ in length a negative position is another one in each, so it stays as it is, and may
         # be the same as a positive one in some.
-        chosen: list[int | str] = [span] if isinstance(span, int | str) else [int(index) for index in span]
-        for pos in dict.fromkeys(chosen):
-            _resolve(pos, shortest, subject)
-        return [int(pos) for pos in dict.fromkeys(chosen)]
+        numbers = _read_span(span, subject)
+        assert not isinstance(numbers, slice)
+        outside = tuple(number for number in numbers if not -shortest <= number < shortest)
+        resolve_choice(outside, shortest, what=subject, noun="tokens", hint=_HINT, error=SiteError)
+        return [*numbers]
 
 
-def _resolve(span: int | Sequence[int] | str, size: int, subject: str) -> list[int]:
+def _is_word(span: object) -> bool:
+    """Whether a span is `"each"` or `"all"`; arrays would compare entry by entry."""
+    return isinstance(span, str) and span in ("each", "all")
+
+
+def _resolve(span: Span, size: int, subject: str, noun: str) -> list[int]:
     """Indices counted from 0.
 
     Raises:
         SiteError: no numbers, twice the same, or outside.
     """
-    if isinstance(span, str):
-        raise SiteError(f"{subject} is {span!r}; expected 'each', 'all', a number or a list of them")
-    indices = [span] if isinstance(span, int) else [int(index) for index in span]
-    outside = [index for index in indices if not -size <= index < size]
-    if outside or not indices:
-        found = f"{outside} out of range" if outside else "an empty list"
-        raise SiteError(f"{subject}: {found}; there are {size}, 0 to {size - 1} (negative ones count from the end)")
-    resolved = [index % size for index in indices]
-    if len(set(resolved)) < len(resolved):
-        raise SiteError(f"{subject}: {indices} names some twice")
+    numbers = _read_span(span, subject)
+    resolved = resolve_choice(numbers, size, what=subject, noun=noun, hint=_HINT, error=SiteError)
+    if not resolved:
+        raise SiteError(f"{subject}: {show(span)} names none of the {size} {noun}")
     return resolved
+
+
+def _read_span(span: Span, subject: str) -> tuple[int, ...] | slice:
+    if span is None or isinstance(span, str):
+        raise SiteError(f"{subject} is {span!r}; expected 'each', 'all', a number or a list of them")
+    chosen = read_choice(span, what=subject, error=SiteError)
+    assert chosen is not None
+    return (chosen,) if isinstance(chosen, int) else chosen

@@ -109,7 +109,7 @@ def draw_activations(
 
 
 def fit_given(
-    name: str, given: Tensor, like: Tensor, pairs: Sequence[int], *, n_pairs: int, width: int
+    name: str, given: Tensor, like: Tensor, pairs: Sequence[int], *, n_pairs: int | None, width: int
 ) -> Float[Tensor, "pairs pos *rest"]:
     """A given activation in the shape that some pairs have.
 
@@ -118,14 +118,17 @@ def fit_given(
         given: what broadcasts to the activations of all pairs.
         like: the activation of the pairs wanted.
         pairs: which pairs of the experiment these are.
-        n_pairs: how many the experiment has.
+        n_pairs: how many the experiment has; None: they come one after another, so all share one row.
         width: tokens of its longest prompt; these pairs may all be shorter.
 
     Raises:
         SiteError: another shape.
     """
     value = given.to(like)
-    if value.ndim == like.ndim and len(value) == n_pairs:
+    if value.ndim == like.ndim and len(value) != 1:
+        if len(value) != n_pairs:
+            expected = "1, since pairs come one after another" if n_pairs is None else f"1 or {n_pairs}"
+            raise SiteError(f"the activation given for {name!r} has {len(value)} rows; expected {expected}")
         value = value[list(pairs)]
     site = find_site(name)
     assert site is not None

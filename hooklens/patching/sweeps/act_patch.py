@@ -11,7 +11,7 @@ number, or is a metric of this package, whose values are averaged over the batch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.metric import Cells, Metric, Positions, Values
 from hooklens.patching.runs.checks import check_source
-from hooklens.patching.runs.sites import Grid, grid
+from hooklens.patching.runs.sites import Grid, grid, lay_out
 from hooklens.patching.sweeps.sweep import sweep
+from hooklens.precision import wide_dtype
 
 if TYPE_CHECKING:
     import pandas
@@ -39,16 +40,20 @@ PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 Tokens = Int[Tensor, "batch pos"]
 Cache = Mapping[str, Tensor]
 
+_OF_HEADS = ("z", "q", "k", "v", "pattern")
+
 
 @dataclass(frozen=True, eq=False)
 class _OfBatch(Metric):
     """A function from the logits of a batch to one number, which every pair is given."""
 
-    needs_all_pairs: ClassVar[bool] = True
-
     fn: Callable[[Tensor], Tensor | float]
     _: KW_ONLY
     pos: Positions = None
+
+    @property
+    def needs_all_pairs(self) -> bool:
+        return True
 
     def measure(self, logits: Cells) -> Values:
         values = [torch.as_tensor(self.fn(cell)) for cell in logits]
@@ -58,7 +63,8 @@ class _OfBatch(Metric):
                 f"patching_metric returned shape {list(wrong.shape)} for logits {list(logits.shape[1:])} "
                 "[batch pos d_vocab]; expected a single number: average over the batch"
             )
-        stacked = torch.stack([value.reshape(()).to(logits) for value in values])
+        dtype = wide_dtype(logits.dtype)
+        stacked = torch.stack([value.reshape(()).to(logits.device, dtype) for value in values])
         return stacked[:, None].expand(-1, logits.shape[1])
 
 
@@ -158,8 +164,9 @@ def _size(axis: AxisName, model: HookedCausalLM, tokens: Tensor, activation_name
 
 
 def _patch(
-    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric, site: Grid
-) -> Float[Tensor, "..."]:
+    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric, sites: Sequence[Grid]
+) -> list[Float[Tensor, "..."]]:
+    """The values of several grids, all on the same unpatched runs."""
     mask = _mask_of(model, corrupted_tokens)
     if mask is not None and not bool(mask[:, 0].all()):
         raise InputError(
@@ -170,12 +177,15 @@ def _patch(
         model,
         corrupted_tokens,
         corrupted_tokens,
-        site,
+        list(sites),
         metric if isinstance(metric, Metric) else _OfBatch(metric),
         source=clean_cache,
         attention_mask=mask,
     )
-    return result.values
+    arrays = [lay_out(one, model, [corrupted_tokens.shape[-1]]) for one in sites]
+    parts = torch.split(result.values.flatten(), [len(array.cells) for array in arrays])
+    shapes = [[len(labels) for labels in array.axes.values()] for array in arrays]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _make(word: str, index: str, **spans: str) -> Callable[[HookedCausalLM, Tokens, Cache, PatchingMetric], Tensor]:
@@ -187,7 +197,7 @@ def _make(word: str, index: str, **spans: str) -> Callable[[HookedCausalLM, Toke
     def patch(
         model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, patching_metric: PatchingMetric
     ) -> Tensor:
-        values = _patch(model, corrupted_tokens, clean_cache, patching_metric, site)
+        [values] = _patch(model, corrupted_tokens, clean_cache, patching_metric, [site])
         return values.transpose(1, 2) if heads_first else values
 
     patch.__doc__ = f"""The metric with the clean `{word}` patched in, `[{index}]`.
@@ -227,14 +237,8 @@ def get_act_patch_attn_head_all_pos_every(
 
     With fewer key-value heads than heads the rest of the rows of keys and values is 0.
     """
-    functions = (
-        get_act_patch_attn_head_out_all_pos,
-        get_act_patch_attn_head_q_all_pos,
-        get_act_patch_attn_head_k_all_pos,
-        get_act_patch_attn_head_v_all_pos,
-        get_act_patch_attn_head_pattern_all_pos,
-    )
-    return _stack_heads([patch(model, corrupted_tokens, clean_cache, metric) for patch in functions])
+    sites = [grid(word) for word in _OF_HEADS]
+    return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites))
 
 
 def get_act_patch_attn_head_by_pos_every(
@@ -244,23 +248,16 @@ def get_act_patch_attn_head_by_pos_every(
 
     With fewer key-value heads than heads the rest of the rows of keys and values is 0.
     """
-    functions = (
-        get_act_patch_attn_head_out_by_pos,
-        get_act_patch_attn_head_q_by_pos,
-        get_act_patch_attn_head_k_by_pos,
-        get_act_patch_attn_head_v_by_pos,
-    )
-    results = [patch(model, corrupted_tokens, clean_cache, metric) for patch in functions]
-    pattern = get_act_patch_attn_head_pattern_by_pos(model, corrupted_tokens, clean_cache, metric)
-    return _stack_heads([*results, pattern.transpose(1, 2)])
+    sites = [grid(word, positions="each") for word in _OF_HEADS]
+    return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites))
 
 
 def get_act_patch_block_every(
     model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
 ) -> Float[Tensor, "patch_type layer pos"]:
     """Every block at each position: the stream entering it, attention's output and the MLP's, in this order."""
-    functions = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
-    return torch.stack([patch(model, corrupted_tokens, clean_cache, metric) for patch in functions])
+    sites = [grid(word) for word in ("resid_pre", "attn_out", "mlp_out")]
+    return torch.stack(_patch(model, corrupted_tokens, clean_cache, metric, sites))
 
 
 def _stack_heads(results: list[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hooklens.model.positions import TokenPlan
 from hooklens.model.visibility import Hidden, Rule, Sides, Visibility, Window
+from hooklens.patching.runs.sites import Place
 
 _FILLER = -1
 
@@ -37,6 +38,7 @@ class Segment:
         start: first column run.
         stop: one past the last column run.
         layer: first block run.
+        at: where in the pair's prompt the cell patches.
     """
 
     cell: int
@@ -44,6 +46,7 @@ class Segment:
     start: int
     stop: int
     layer: int
+    at: Place
 
 
 class Packing:

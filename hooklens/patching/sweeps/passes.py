@@ -20,8 +20,9 @@ from hooklens.hooks import Call, HookPoint
 from hooklens.hooks.call import Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.positions import TokenPlan
-from hooklens.patching.runs.baseline import Baseline, unembed
+from hooklens.patching.runs.baseline import Baseline
 from hooklens.patching.runs.sites import Cell
+from hooklens.patching.runs.vocabulary import unembed
 from hooklens.patching.sweeps.packing import Packing, Segment, count_up
 
 # Up to so many keys a copy for each row and one attention call take less time than two calls put together.
@@ -179,8 +180,8 @@ class Pass:
         """What to write where: by layer and hook name (`"stream"`: on entering), pairs of an index and values."""
         groups: dict[tuple[str, bool, bool], list[int]] = {}
         for index, segment in enumerate(self.segments):
-            cell = self.cells[segment.cell]
-            groups.setdefault((cell.name, cell.head is None, cell.pos is None), []).append(index)
+            at = segment.at
+            groups.setdefault((self.cells[segment.cell].name, at.head is None, at.pos is None), []).append(index)
         edits: dict[tuple[int, str], list[tuple[Index, Tensor]]] = {}
         for (name, *_), members in groups.items():
             entry = self.baseline.entries[name]
@@ -201,7 +202,7 @@ class Pass:
         pairs = np.array([segment.pair for segment in segments])[which]
         rows, slots = self._places(members, which, columns)
         into, of = [rows, slots], [pairs, columns]
-        heads = [self.cells[segment.cell].head for segment in segments]
+        heads = [segment.at.head for segment in segments]
         if heads[0] is not None:
             of.append(np.array(heads)[which])
         written = name in self.baseline.replaced
@@ -228,7 +229,7 @@ class Pass:
         device, n_past = self.model.device, self.packing.n_past
         queries_of, query = self._columns_of(members)
         segments = [self.segments[i] for i in members]
-        sources = [self.cells[segment.cell].source for segment in segments]
+        sources = [segment.at.source for segment in segments]
         lengths = np.array([self.baseline.lengths[segment.pair] for segment in segments])
         n_keys = np.where([source is None for source in sources], lengths, 1)[queries_of]
         which = np.repeat(queries_of, n_keys)
@@ -239,7 +240,7 @@ class Pass:
         offsets = np.array([self.packing.offset[i] for i in members])[which]
         key_slots = np.where(key < starts, key, n_past + offsets + key - starts)
         pairs = np.array([segment.pair for segment in segments])[which]
-        heads = [self.cells[segment.cell].head for segment in segments]
+        heads = [segment.at.head for segment in segments]
         tensors = [torch.from_numpy(one).to(device) for one in (rows, slots, key_slots, pairs, query, key)]
         row, slot, key_slot, pair, query_at, key_at = tensors
         head = slice(None) if heads[0] is None else torch.from_numpy(np.array(heads)[which]).to(device)
@@ -249,7 +250,7 @@ class Pass:
     def _columns_of(self, members: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """The columns that segments' cells patch: for each, which of `members` it belongs to, and its number."""
         segments = [self.segments[i] for i in members]
-        pos_of = [self._pos(segment) for segment in segments]
+        pos_of = [segment.at.pos for segment in segments]
         starts = np.array(
             [segment.start if pos is None else pos for segment, pos in zip(segments, pos_of, strict=True)]
         )
@@ -257,10 +258,6 @@ class Pass:
             [segment.stop - segment.start if pos is None else 1 for segment, pos in zip(segments, pos_of, strict=True)]
         )
         return np.repeat(np.arange(len(members)), counts), np.repeat(starts, counts) + count_up(counts)
-
-    def _pos(self, segment: Segment) -> int | None:
-        pos = self.cells[segment.cell].pos
-        return None if pos is None else pos % self.baseline.lengths[segment.pair]
 
     def _places(self, members: list[int], which: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row and place in the row of columns of segments."""
@@ -272,7 +269,12 @@ class Pass:
         self, reads: "Reads", stream: Float[Tensor, "token one d_model"]
     ) -> Float[Tensor, "segments read d_vocab"]:
         """Logits where the metric reads; before its start a segment's are those of the unpatched run."""
-        logits = unembed(self.model, stream, listeners=self._put_in(self._edits_of_head(reads)))[:, 0]
+        logits = unembed(
+            self.model,
+            stream,
+            listeners=self._put_in(self._edits_of_head(reads)),
+            vocabulary=self.baseline.vocabulary,
+        )[:, 0]
         shape = (len(self.segments), self.baseline.reads.shape[1])
         if len(logits) == shape[0] * shape[1]:
             return logits.view(*shape, -1)
@@ -287,7 +289,7 @@ class Pass:
             name = self.cells[segment.cell].name
             if self.baseline.entries[name].stage != "head":
                 continue
-            pos = self._pos(segment)
+            pos = segment.at.pos
             at = reads.segment == index if pos is None else (reads.segment == index) & (reads.column == pos)
             [read] = at.nonzero(as_tuple=True)
             values = self.baseline.values[name][segment.pair, reads.column[read]]

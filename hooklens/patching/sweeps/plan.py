@@ -7,7 +7,7 @@ import numpy as np
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.patching.runs.baseline import Baseline
-from hooklens.patching.runs.sites import Cell
+from hooklens.patching.runs.sites import Cell, Place
 from hooklens.patching.sweeps.packing import Segment
 
 
@@ -24,24 +24,25 @@ def plan_segments(model: HookedCausalLM, cells: Sequence[Cell], baseline: Baseli
     segments = []
     for index, cell in enumerate(cells):
         layer = baseline.entries[cell.name].layer
+        places = {length: cell.resolve(length) for length in set(baseline.lengths)}
         for pair, length in enumerate(baseline.lengths):
-            start = _first_change(differs[cell.name][pair, :length], cell, length)
+            at = places[length]
+            start = _first_change(differs[cell.name][pair, :length], at)
             stop = length if whole or has_keys[cell.name] else last_read[pair]
             if start is not None and start < last_read[pair]:
-                segments.append(Segment(index, pair, 0 if whole else start, stop, layer))
+                segments.append(Segment(index, pair, 0 if whole else start, stop, layer, at))
     return segments
 
 
-def _first_change(differs: np.ndarray, cell: Cell, length: int) -> int | None:
+def _first_change(differs: np.ndarray, at: Place) -> int | None:
     """The first position at which a patch changes something; None where it changes nothing."""
-    if cell.source is not None:
-        differs = differs[..., cell.source % length]
-    if cell.head is not None:
-        differs = differs[:, cell.head]
-    if cell.pos is not None:
-        pos = cell.pos % length
-        return pos if bool(differs[pos].any()) else None
-    changed = differs.reshape(length, -1).any(1)
+    if at.source is not None:
+        differs = differs[..., at.source]
+    if at.head is not None:
+        differs = differs[:, at.head]
+    if at.pos is not None:
+        return at.pos if bool(differs[at.pos].any()) else None
+    changed = differs.reshape(len(differs), -1).any(1)
     return int(changed.argmax()) if bool(changed.any()) else None
 
 

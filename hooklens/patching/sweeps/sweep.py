@@ -20,24 +20,28 @@ What is run is planned, and every shortcut gives what one full forward per cell 
 - a patch that puts in what was there already is not run at all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs, read_pairs
+from hooklens.patching.pairs.loader import GroupSize, Pairs, PairSource, read_source
+from hooklens.patching.pairs.prompts import Prompt, PromptPairs
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, Source, refuse_nan, run_baseline
-from hooklens.patching.runs.checks import check_model, check_source
-from hooklens.patching.runs.memory import BatchSize, check_batch_size, pairs_per_group, tokens_per_pass
-from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.patching.runs.checks import check_source
+from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
+from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.sites import CellArray, Sites, lay_out
+from hooklens.patching.runs.tally import Tally
 from hooklens.patching.sweeps.packing import Segment
 from hooklens.patching.sweeps.passes import Pass
 from hooklens.patching.sweeps.plan import axes_of, can_share, plan_segments
@@ -46,10 +50,10 @@ from hooklens.precision import wide_dtype
 
 def sweep(
     model: HookedCausalLM,
-    clean: Prompt,
-    corrupted: Prompt,
-    sites: Sites,
-    metric: Metric | MetricFunction,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    sites: Sites | None = None,
+    metric: Metric | MetricFunction | None = None,
     *,
     batch_size: BatchSize = "auto",
     direction: Direction = "denoise",
@@ -62,7 +66,9 @@ def sweep(
 
     Args:
         model: the model; nothing may be attached to its hook points.
-        clean: prompts whose behaviour is studied: text, a list of texts, or token ids.
+        clean: prompts whose behaviour is studied: text, a list of texts, or token ids. With `corrupted=None` a
+            `Pair`, a list of pairs, or a loader of them (see `hooklens.patching.pairs.loader`), which is read group
+            by group, so that thousands of pairs need no more memory than a few.
         corrupted: as many prompts of the same lengths.
         sites: a hook word (`"resid_pre"`), a `patching.grid(...)`, or a list of these.
         metric: a value such as `patching.LogitDiff(answer, wrong)`, or a function from logits
@@ -76,7 +82,7 @@ def sweep(
         allow_training: accept a model in training mode.
 
     Raises:
-        InputError: prompts that do not go together, or hooks attached to the model.
+        InputError: prompts that do not go together, options that are none, or hooks attached to the model.
         HookNameError, SiteError: a site, layer, position or head that is not there.
         TransformError: a source that is the cache of a model with other processing.
         MetricError: the metric gives another shape than one value per row, or NaN for an unpatched run.
@@ -85,17 +91,25 @@ def sweep(
     Example:
         >>> result = patching.sweep(model, clean, corrupted, "resid_pre", patching.LogitDiff(" Mary", " John"))
         >>> result.top(5)
+        >>> pairs = [patching.Pair.from_text(model, clean, corrupted, answer=" Mary", wrong=" John")]
+        >>> result = patching.sweep(model, pairs, sites="z", metric=patching.LogitDiff())
     """
-    check_model(model, allow_training=allow_training)
-    _check_options(batch_size, direction, source)
-    check_source(model, source)
-    prompts = read_pairs(model, clean, corrupted, attention_mask)
-    array = lay_out(sites, model, prompts.lengths)
-    with torch.no_grad():
-        run = SweepRun(
-            model, prompts, array, as_metric(metric), batch_size=batch_size, direction=direction, source=source
+    refuse_missing("sweep", sites=sites, metric=metric)
+    assert sites is not None
+    assert metric is not None
+    options = RunOptions.read(
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+    )
+    _check_activations(model, source)
+    measured = as_metric(metric).encode(model)
+    pairs = read_source(model, clean, corrupted, attention_mask)
+    if pairs.n_pairs is None and measured.needs_all_pairs:
+        raise InputError(
+            f"metric {measured.name} is a function that sees all pairs at once, so it cannot go through a loader; give "
+            "the pairs as a list, or a metric such as patching.LogitDiff"
         )
-        return run.finish(progress=progress)
+    array = lay_out(sites, model, pairs.at_hand.lengths, more_follow=pairs.n_pairs is None)
+    return SweepRun(model, pairs, array, measured, options, source).finish()
 
 
 class SweepRun:
@@ -103,127 +117,122 @@ class SweepRun:
 
     Args:
         model: the model.
-        prompts: the pairs.
+        pairs: the pairs.
         array: the cells.
         metric: what is measured.
-        batch_size: patched prompts per pass, or `"auto"`.
-        direction: which run is patched.
+        options: how it runs.
         source: what is put in.
     """
 
     def __init__(
         self,
         model: HookedCausalLM,
-        prompts: PromptPairs,
+        pairs: PairSource,
         array: CellArray,
         metric: Metric,
-        *,
-        batch_size: BatchSize,
-        direction: Direction,
+        options: RunOptions,
         source: Source,
     ) -> None:
-        self.model, self.prompts, self.array, self.metric = model, prompts, array, metric
-        self.batch_size, self.direction, self.source = batch_size, direction, source
-        n_cells, n_pairs = len(array.cells), len(prompts)
+        self.model, self.pairs, self.array, self.metric = model, pairs, array, metric
+        self.options, self.source = options, source
         self.names = list(dict.fromkeys(cell.name for cell in array.cells))
-        dtype = wide_dtype(model.dtype)
-        self.values = torch.full((n_cells, n_pairs), torch.nan, dtype=dtype, device=model.device)
-        self.ends = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
+        self.tally = Tally(len(array.cells), pairs.n_pairs, dtype=wide_dtype(model.dtype), device=model.device)
         self.forwards, self.token_layers, self.unchanged = 0, 0, 0
 
-    def finish(self, *, progress: bool) -> SweepResult:
+    def finish(self) -> SweepResult:
         """Run all cells of all pairs.
 
         Raises:
             SweepInterruptedError: stopped on the way.
         """
-        groups = list(self._groups())
-        first = self._run_baseline(groups[0])
-        with keep_partial_result("the sweep", "patching", self.values, self.result, progress=progress) as bar:
-            for number, group in enumerate(groups):
-                baseline = first if number == 0 else self._run_baseline(group)
-                for done in self._run_group(baseline):
+        return self.tally.finish("the sweep", self._run, self.result)
+
+    def _run(self) -> None:
+        tqdm = import_package("tqdm").tqdm
+        with (
+            torch.no_grad(),
+            tqdm(total=self.tally.n_values, desc="patching", disable=not self.options.progress) as bar,
+        ):
+            for prompts, chosen in self.pairs.groups(self._group_size()):
+                self.array.check_lengths(prompts.lengths, prompts.first)
+                for done in self._run_group(self._run_baseline(prompts, chosen)):
                     bar.update(done)
-        return self.result()
 
     def result(self) -> SweepResult:
         """The values so far."""
         shape = [len(labels) for labels in self.array.axes.values()]
-        n_tokens = sum(self.prompts.lengths)
+        n_cells, n_pairs = self.tally.n_cells, self.tally.n_pairs
+        n_tokens = self.tally.n_tokens if self.pairs.n_pairs is None else sum(self.pairs.at_hand.lengths)
         stats = SweepStats(
-            cells=len(self.values),
-            pairs=len(self.prompts),
+            cells=n_cells,
+            pairs=n_pairs,
             unchanged=self.unchanged,
             forwards=self.forwards,
             tokens=self.token_layers / self.model.cfg.n_layers,
-            naive_forwards=self.values.numel() + 2 * len(self.prompts),
-            naive_tokens=(len(self.values) + 2) * n_tokens,
+            naive_forwards=(n_cells + 2) * n_pairs,
+            naive_tokens=(n_cells + 2) * n_tokens,
         )
+        clean, corrupted = self.tally.ends()
         return SweepResult(
-            per_pair=self.values.view(*shape, -1).clone(),
+            per_pair=self.tally.per_pair().view(*shape, -1),
             axes=self.array.axes,
-            clean_per_pair=self.ends[0].clone(),
-            corrupted_per_pair=self.ends[1].clone(),
+            clean_per_pair=clean,
+            corrupted_per_pair=corrupted,
             cells=tuple(cell.describe() for cell in self.array.cells),
             metric=self.metric.name,
-            direction=self.direction,
+            direction=self.options.direction,
             stats=stats,
         )
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Pairs whose unpatched runs are held at the same time; a function of logits needs all pairs at once."""
-        n_pairs = len(self.prompts)
-        size = n_pairs
-        if not self.metric.needs_all_pairs:
-            size = pairs_per_group(self.model, max(self.prompts.lengths), self.names, self._n_reads())
-        for first in range(0, n_pairs, size):
-            yield list(range(first, min(first + size, n_pairs)))
-
-    def _n_reads(self) -> int:
+    def _group_size(self) -> GroupSize | None:
+        """How many pairs' unpatched runs are held at the same time; a function of logits needs all at once."""
+        if self.metric.needs_all_pairs:
+            return None
         positions = self.metric.positions
-        return max(self.prompts.lengths) if positions is None else len(positions)
 
-    def _run_baseline(self, group: list[int]) -> Baseline:
+        def size(width: int) -> int:
+            n_reads = width if positions is None else len(positions)
+            return pairs_per_group(self.model, width, self.names, n_reads)
+
+        return size
+
+    def _run_baseline(self, prompts: PromptPairs, chosen: list[int]) -> Baseline:
         baseline = run_baseline(
             self.model,
-            self.prompts,
-            group,
+            prompts,
+            chosen,
             self.names,
             self.metric,
-            direction=self.direction,
+            direction=self.options.direction,
             source=self.source,
+            answers_only=True,
         )
         self.forwards += 1
-        self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
-        self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
+        self.token_layers += 2 * len(chosen) * max(baseline.lengths) * self.model.cfg.n_layers
         refuse_nan(baseline)
+        self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
         return baseline
 
     def _run_group(self, baseline: Baseline) -> Iterator[int]:
         """Run all cells of a group of pairs; gives how many values each step has added."""
         segments = plan_segments(self.model, self.array.cells, baseline)
-        pairs = list(baseline.pairs)
-        ends = (baseline.clean, baseline.corrupted)
-        base = ends[1] if self.direction == "denoise" else ends[0]
+        n_cells, n_pairs = self.tally.n_cells, len(baseline.pairs)
+        base = baseline.corrupted if self.options.direction == "denoise" else baseline.clean
         touched = {segment.cell for segment in segments}
-        still = [cell for cell in range(len(self.values)) if cell not in touched]
-        self._store(still, pairs, base.to(self.values).expand(len(still), -1))
-        self.unchanged += len(self.values) * len(pairs) - len(segments)
-        yield len(still) * len(pairs)
+        still = [cell for cell in range(n_cells) if cell not in touched]
+        self.tally.store(still, base.expand(len(still), -1))
+        self.unchanged += n_cells * n_pairs - len(segments)
+        yield len(still) * n_pairs
 
         for chunk in self._chunks(segments, baseline):
             cells = list(dict.fromkeys(segment.cell for segment in chunk))
             logits = self._run_chunk(chunk, cells, baseline)
-            measured = baseline.metric.measure(logits).to(self.values)
+            measured = baseline.metric.measure(logits)
             if bool(measured.isnan().any()):
                 cell = cells[int(measured.isnan().any(1).nonzero()[0])]
                 raise MetricError(f"metric {self.metric.name} is NaN for the patch at {self.array.cells[cell]}")
-            self._store(cells, pairs, measured)
+            self.tally.store(cells, measured)
             yield measured.numel()
-
-    def _store(self, cells: list[int], pairs: list[int], values: Tensor) -> None:
-        rows = torch.tensor(cells, dtype=torch.long)[:, None]
-        self.values[rows, torch.tensor(pairs)] = values
 
     def _chunks(self, segments: list[Segment], baseline: Baseline) -> Iterator[list[Segment]]:
         """Whole cells, as many as run at once, in the order in which they enter."""
@@ -244,14 +253,14 @@ class SweepRun:
             yield chunk
 
     def _limit(self, baseline: Baseline) -> int:
-        if self.batch_size != "auto":
-            return self.batch_size
+        if self.options.batch_size != "auto":
+            return self.options.batch_size
         watches_pattern = any("key" in axes_of(name) for name in self.names)
         width = max(baseline.lengths)
         return tokens_per_pass(self.model, width, baseline.reads.shape[1], watches_pattern=watches_pattern)
 
     def _cost(self, segment: Segment) -> int:
-        return segment.stop - segment.start if self.batch_size == "auto" else 1
+        return segment.stop - segment.start if self.options.batch_size == "auto" else 1
 
     def _run_chunk(self, chunk: list[Segment], cells: list[int], baseline: Baseline) -> Tensor:
         """Logits `[cells pairs read d_vocab]`; pairs whose patch changes nothing have the unpatched run's."""
@@ -287,9 +296,8 @@ class SweepRun:
         return logits
 
 
-def _check_options(batch_size: BatchSize, direction: Direction, source: Source) -> None:
-    check_batch_size(batch_size)
-    if direction not in ("denoise", "noise"):
-        raise InputError(f"direction is {direction!r}; expected 'denoise' or 'noise'")
-    if isinstance(source, str) and source not in ("other", "zero"):
-        raise SiteError(f"source is {source!r}; expected 'other', 'zero', or tensors by hook name")
+def _check_activations(model: HookedCausalLM, source: Source) -> None:
+    """Refuse what is no source of activations."""
+    if not (isinstance(source, Mapping) or (isinstance(source, str) and source in ("other", "zero"))):
+        raise SiteError(f"source is {show(source)}; expected 'other', 'zero', or tensors by hook name")
+    check_source(model, source)

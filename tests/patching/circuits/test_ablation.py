@@ -31,14 +31,13 @@ def test_names():
 
 @torch.no_grad()
 def test_what_is_put_in():
-    pairs, mask = [1, 3], torch.ones(2, 6, dtype=torch.bool)
+    pairs = [1, 3]
     own, other = outputs(CLEAN[pairs]), outputs(CORRUPTED)
 
     def ablate(ablation, *, like=own):
-        return ablated_outputs(MODEL, CORRUPTED[pairs], mask, ablation, like=like, pairs=pairs, prompts=PROMPTS)
+        return ablated_outputs(ablation, like=like, pairs=pairs, prompts=PROMPTS)
 
     for name in own:
-        torch.testing.assert_close(ablate("resample")[name], other[name][pairs], rtol=0, atol=1e-12)
         assert not ablate("zero")[name].any()
         assert torch.equal(ablate(other)[name], other[name][pairs])
         means = {key: value.mean(0) for key, value in other.items()}
@@ -49,7 +48,7 @@ def test_what_is_put_in():
         short = {key: value[:, :4] for key, value in own.items()}
         assert torch.equal(ablate(means, like=short)[name], means[name][:4].expand_as(short[name]))
     other["blocks.1.hook_mlp_out"] = torch.zeros(3, 6, 12)
-    with pytest.raises(SiteError, match=r"'blocks\.1\.hook_mlp_out' has shape \[3, 6, 12\].*\[2, 6, 12\]"):
+    with pytest.raises(SiteError, match=r"'blocks\.1\.hook_mlp_out' has 3 rows; expected 1 or 5"):
         ablate(other)
 
 

@@ -1,14 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from hooklens import patching
+from hooklens import HookedCausalLM, patching
+from hooklens.config import RotaryPositions
 from hooklens.errors import InputError
 from hooklens.patching import KL, Circuit, FunctionMetric, LogitDiff, LogProb
 from hooklens.patching.circuits import acdc
 from hooklens.patching.graph.nodes import inputs_of, list_edges, list_readers, list_writers
-from tests.model.networks import make_model, pad_rows, random_tokens
+from tests.annotations import unchecked
+from tests.model.networks import make_config, make_model, pad_rows, random_tokens
 from tests.patching.masked_reference import MaskedReference
 
 CLEAN, CORRUPTED = random_tokens(3, 6, seed=1), random_tokens(3, 6, seed=2)
@@ -53,7 +56,7 @@ def damage_by_evaluation(model, metric, ablation):
         result = patching.evaluate_circuits(
             model, CLEAN, CORRUPTED, [circuit], metric, ablation=ablation, progress=False
         )
-        return float((result.per_pair[0] - result.clean_per_pair).abs().mean())
+        return float((result.per_pair[0] - result.full_per_pair).abs().mean())
 
     return damage_of
 
@@ -181,6 +184,54 @@ def test_stats_and_late_starts():
     assert stats.tokens < 0.9 * 4 / 6 * 18 * stats.circuits_run + 4 * 18
 
 
+@pytest.mark.parametrize("checkpoint", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_a_decision_takes_little(checkpoint):
+    """A decision took up to 0.3 forwards of the prompts on these tasks, and 0.6 on others."""
+    model = HookedCausalLM.from_pretrained(f"bundled:{checkpoint}")
+    couples = [("Mary", "John"), ("Tom", "Anna"), ("Paul", "Alice")]
+    clean, corrupted = (
+        [f"When {one} and {other} went to the store , {(one, other)[who]} gave a drink to" for one, other in couples]
+        for who in (1, 0)
+    )
+    metric = LogitDiff(*([couple[who] for couple in couples] for who in (0, 1)))
+    stats = patching.discover_circuit(model, clean, corrupted, metric, threshold=0.2, progress=False).stats
+    n_run = stats.decided - stats.unreachable
+    one_forward = stats.naive_tokens / (n_run + 2)
+    assert stats.tokens / one_forward < 0.2 * n_run
+    assert stats.circuits_run < 2 * n_run
+
+
+@pytest.mark.parametrize("wiring", ["sequential", "parallel"])
+def test_a_decision_takes_little_where_every_edge_counts(wiring):
+    """Prompts differ from the first token on, and at this threshold hardly an edge is cut off: it took 1.0 forwards."""
+    positions = RotaryPositions(dim=4)
+    model = make_model(make_config(n_layers=4, d_model=16, d_mlp=32, wiring=wiring, positions=positions))
+    clean, corrupted = random_tokens(3, 8, seed=1), random_tokens(3, 8, seed=2)
+    stats = patching.discover_circuit(model, clean, corrupted, threshold=3e-5, progress=False).stats
+    assert stats.unreachable < stats.decided / 3
+    assert stats.tokens / clean.numel() < 0.3 * (stats.decided - stats.unreachable)
+
+
+def test_the_run_of_the_circuit_so_far_is_kept(monkeypatch):
+    """Every row ran all layers from its edge on, whatever had been removed above it."""
+    model = make_model("grouped")
+    with_run = find(model, threshold=0.003)
+    monkeypatch.setattr(acdc.MaskedRun, "adopt", lambda self, row: None)
+    without = find(model, threshold=0.003)
+    assert [each.verdict for each in with_run.decisions] == [each.verdict for each in without.decisions]
+    assert with_run.stats.tokens < without.stats.tokens
+
+
+def test_grounds_that_do_not_fit_are_prepared_anew(monkeypatch):
+    """The unpatched runs of all pairs were held at once, so memory grew with the number of pairs."""
+    model = make_model("grouped")
+    held = find(model, threshold=0.001, batch_size=1)
+    monkeypatch.setattr(acdc.CircuitRunner, "grounds_to_hold", lambda self, ground, n_circuits: 1)
+    anew = find(model, threshold=0.001, batch_size=1)
+    assert [each.verdict for each in held.decisions] == [each.verdict for each in anew.decisions]
+    assert anew.stats.forwards > held.stats.forwards + 2 * (anew.stats.circuits_run // 2)
+
+
 def test_guesses_make_use_of_rows_behind_a_kept_edge(monkeypatch):
     model = make_model("grouped")
     with_guesses = find(model, threshold=0.001)
@@ -218,6 +269,11 @@ def test_refusals():
     for threshold in (-0.1, math.nan):
         with pytest.raises(InputError, match=rf"threshold={threshold}; expected a number >= 0 in the metric's units"):
             find(model, threshold=threshold)
+    for threshold in (True, "0.1", None, [0.1]):
+        with unchecked(), pytest.raises(InputError, match=r"threshold=.*; expected a number >= 0"):
+            find(model, threshold=threshold)
+    with unchecked():
+        assert find(model, threshold=np.float32(0.5)).threshold == 0.5
     with pytest.raises(InputError, match="a norm follows each branch"):
         find(make_model("capped"), threshold=0.1)
     with pytest.raises(InputError, match="training mode"):

@@ -1,11 +1,12 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from hooklens import HookedCausalLM, patching
 from hooklens.errors import HookLensError, InputError
-from hooklens.patching import Circuit, FaithfulnessCurve, LogitDiff, SweepResult, SweepStats
+from hooklens.patching import Circuit, CircuitResult, FaithfulnessCurve, LogitDiff, SweepStats
 from hooklens.patching.graph.nodes import list_edges
 from tests.annotations import unchecked
 from tests.model.networks import make_model, random_tokens
@@ -27,17 +28,17 @@ def made_up(points):
     stats = SweepStats(
         cells=len(points), pairs=1, unchanged=0, forwards=1, tokens=1.0, naive_forwards=1, naive_tokens=1
     )
-    result = SweepResult(
+    result = CircuitResult(
+        circuits=tuple(Circuit(EDGES[:size]) for size in points),
+        labels=tuple(points),
         per_pair=values,
-        axes={"circuit": tuple(points)},
-        clean_per_pair=torch.ones(1),
-        corrupted_per_pair=torch.zeros(1),
-        cells=tuple({"edges": size} for size in points),
+        full_per_pair=torch.ones(1),
+        empty_per_pair=torch.zeros(1),
         metric="LogitDiff",
-        direction="denoise",
+        ablation="resample",
         stats=stats,
     )
-    return FaithfulnessCurve(circuits=tuple(Circuit(EDGES[:size]) for size in points), result=result)
+    return FaithfulnessCurve(result=result)
 
 
 @pytest.mark.parametrize("connected", [True, False])
@@ -67,7 +68,7 @@ def test_ablation_is_handed_on():
         MODEL, CLEAN, CORRUPTED, zero.circuits, METRIC, ablation="zero", progress=False
     )
     torch.testing.assert_close(zero.values, expected.values, rtol=0, atol=1e-10)
-    assert abs(zero.result.corrupted - curve(sizes=[10]).result.corrupted) > 1e-6
+    assert abs(zero.result.empty - curve(sizes=[10]).result.empty) > 1e-6
 
 
 def test_smallest():
@@ -96,7 +97,7 @@ def test_table_and_plots():
     table = found.to_dataframe()
     assert table["edges"].tolist() == [0, 5, 82]
     assert table["heads"].tolist() == [len(circuit.heads()) for circuit in found.circuits]
-    assert table["faithfulness"].tolist() == pytest.approx([0.0, float(found.faithfulness[1]), 1.0], abs=1e-9)
+    assert table["faithfulness_hanna"].tolist() == pytest.approx([0.0, float(found.faithfulness[1]), 1.0], abs=1e-9)
     figure = found.plot(backend="matplotlib", title="kept")
     (axes,) = figure.axes
     assert axes.get_title() == "kept"
@@ -107,16 +108,30 @@ def test_table_and_plots():
     assert list(found.plot().data[0].x) == [5, 82]
 
 
+def test_a_curve_comes_back_from_its_file(tmp_path):
+    found = curve(sizes=[3, 10])
+    found.save(tmp_path / "curve.safetensors")
+    loaded = FaithfulnessCurve.load(tmp_path / "curve.safetensors")
+    assert loaded.circuits == found.circuits
+    assert torch.equal(loaded.faithfulness, found.faithfulness)
+
+
 def test_refusals():
     with pytest.raises(InputError, match=r"sizes \[-1, 83\]; expected numbers of edges from 0 to 82"):
         curve(sizes=[-1, 4, 83])
+    with unchecked(), pytest.raises(InputError, match=r"a size is 3\.5, expected a whole number"):
+        curve(sizes=[1, 3.5])
+    with unchecked(), pytest.raises(InputError, match="sizes are 5; expected a list"):
+        curve(sizes=5)
+    with unchecked():
+        assert [type(size) for size in curve(sizes=np.array([3, 5])).sizes] == [int, int]
     with pytest.raises(InputError, match=r"sizes \[\]"):
         curve(sizes=[])
     with unchecked(), pytest.raises(HookLensError, match="backend is 'ascii'"):
         curve(sizes=[3]).plot(backend="ascii")
     same = made_up({1: 0.0})
-    same = replace(same, result=replace(same.result, clean_per_pair=torch.zeros(1)))
-    assert "faithfulness" not in same.to_dataframe()
+    same = replace(same, result=replace(same.result, full_per_pair=torch.zeros(1)))
+    assert "faithfulness_hanna" not in same.to_dataframe()
     with pytest.raises(HookLensError, match="no scale between them"):
         _ = same.faithfulness
 
@@ -140,7 +155,7 @@ def test_few_edges_carry_the_indirect_object(checkpoint):
     found = patching.faithfulness_curve(
         model, clean, corrupted, scores, metric, sizes=range(1, few + 1), progress=False
     )
-    assert found.result.clean > 10 > -10 > found.result.corrupted
+    assert found.result.full > 10 > -10 > found.result.empty
     assert len(found.smallest(0.8).pruned(model.cfg).heads()) <= 8
     searched = patching.discover_circuit(model, clean, corrupted, metric, threshold=0.5, progress=False).circuit
     assert len(searched) <= few

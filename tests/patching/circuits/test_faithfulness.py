@@ -1,14 +1,18 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from hooklens import patching
 from hooklens.errors import InputError
 from hooklens.patching import KL, Circuit, FractionRecovered, FunctionMetric, LogitDiff, LogProb, Loss
+from hooklens.patching.circuits import runner
 from hooklens.patching.graph.nodes import list_edges
+from hooklens.patching.paths.passes import share_of_mlp
 from tests.annotations import unchecked
 from tests.model.networks import make_model, pad_rows, random_tokens
+from tests.patching.live_bytes import LiveBytes
 from tests.patching.masked_reference import MaskedReference
 
 MODEL = make_model("grouped")
@@ -35,15 +39,14 @@ def test_values_are_the_metric_of_the_masked_runs(ablation):
     for value, circuit in zip(result.per_pair, CIRCUITS.values(), strict=True):
         torch.testing.assert_close(value, METRIC(reference.logits(circuit)), rtol=0, atol=1e-9)
     assert result.axes == {"circuit": ("full", "half", "third", "none")}
-    assert result.direction == "denoise"
-    torch.testing.assert_close(result.clean_per_pair, METRIC(MODEL(CLEAN).detach()), rtol=0, atol=1e-10)
-    torch.testing.assert_close(result.corrupted_per_pair, METRIC(reference.logits(Circuit())), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.full_per_pair, METRIC(MODEL(CLEAN).detach()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.empty_per_pair, METRIC(reference.logits(Circuit())), rtol=0, atol=1e-10)
     torch.testing.assert_close(result.normalized[[0, 3]], torch.tensor([1.0, 0.0]).double(), rtol=0, atol=1e-9)
-    expected = (result.values[1] - result.corrupted) / (result.clean - result.corrupted)
+    expected = (result.values[1] - result.empty) / (result.full - result.empty)
     assert float(result.normalized[1]) == pytest.approx(float(expected))
     table = result.to_dataframe()
     assert table["edges"].tolist() == [len(circuit) for circuit in CIRCUITS.values()]
-    assert set(table.columns) == {"circuit", "edges", "value", "normalized"}
+    assert result.ablation == ablation
 
 
 def test_means_of_ones_own():
@@ -73,10 +76,10 @@ def test_batches_change_nothing(metric):
     for batch_size in (1, 4, 7):
         apart = evaluate(list(CIRCUITS.values()), metric, batch_size=batch_size)
         torch.testing.assert_close(apart.per_pair, together.per_pair, rtol=0, atol=1e-9)
-        torch.testing.assert_close(apart.corrupted_per_pair, together.corrupted_per_pair, rtol=0, atol=1e-9)
+        torch.testing.assert_close(apart.empty_per_pair, together.empty_per_pair, rtol=0, atol=1e-9)
     assert apart.axes == {"circuit": (0, 1, 2, 3)}
-    torch.testing.assert_close(together.per_pair[0], together.clean_per_pair, rtol=0, atol=1e-9)
-    torch.testing.assert_close(together.per_pair[3], together.corrupted_per_pair, rtol=0, atol=1e-9)
+    torch.testing.assert_close(together.per_pair[0], together.full_per_pair, rtol=0, atol=1e-9)
+    torch.testing.assert_close(together.per_pair[3], together.empty_per_pair, rtol=0, atol=1e-9)
 
 
 def test_loss_is_that_of_the_clean_tokens():
@@ -123,16 +126,42 @@ def test_stats_count_what_was_run():
     full = CIRCUITS["full"]
     late = [full.without_edges([edge]) for edge in [("m1", "logits"), ("embed", "logits")]]
     stats = evaluate(late, METRIC).stats
-    # Both prompts for the metric, both for what is written; none of the circuits runs a block.
-    assert stats.tokens == 4 * CLEAN.numel()
+    # Both prompts; none of the circuits runs a block.
+    assert stats.tokens == 2 * CLEAN.numel()
     stats = evaluate([CIRCUITS["half"]], METRIC).stats
-    assert stats.tokens == 4 * CLEAN.numel() + 3 * 4
+    # Behind the first two columns, which are the same; the last MLP at the position that is read. Half of the edges
+    # leave the first MLP without a way to the logits.
+    share = share_of_mlp(MODEL.blocks[0])
+    attention, mlp = 4 * (1 - share), 4 * share
+    nodes = [str(node) for node in CIRCUITS["half"].pruned(MODEL.cfg).nodes()]
+    assert stats.tokens == pytest.approx(
+        2 * CLEAN.numel() + 3 * (2 * attention + mlp * ("m0" in nodes) + share * ("m1" in nodes)) / 2
+    )
     assert (stats.cells, stats.pairs, stats.naive_forwards) == (1, 3, 3 + 6)
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
+    """One ground held as many pairs as fitted into a quarter of the memory, and the next was made beside it."""
+    monkeypatch.setattr(runner, "_BYTES_ON_CPU", 2**19)
+    peaks = []
+    for n in (32, 64, 192):
+        clean, corrupted = random_tokens(n, 12, seed=1), random_tokens(n, 12, seed=2)
+        with LiveBytes() as live:
+            patching.evaluate_circuits(MODEL, clean, corrupted, CIRCUITS, LogitDiff(3, 5), progress=False)
+        peaks.append(live.peak)
+    # Token ids and values themselves: some hundred bytes for each pair.
+    assert peaks[2] - peaks[0] < 160 * 1000
+    assert max(peaks) < 3 * 2**19
 
 
 def test_labels_may_be_numbers():
     result = evaluate({12: CIRCUITS["half"]}, METRIC)
     assert result.axes == {"circuit": (12,)}
+    with unchecked():
+        (label,) = evaluate({np.int64(12): CIRCUITS["half"]}, METRIC).labels
+    assert type(label) is int
+    with unchecked(), pytest.raises(InputError, match=r"a label that is no text is 1\.5, expected a whole number"):
+        evaluate({1.5: CIRCUITS["half"]}, METRIC)
 
 
 def test_results_do_not_depend_on_the_grad_mode():
@@ -177,7 +206,7 @@ def test_an_interruption_keeps_what_was_measured():
         evaluate(CIRCUITS, FunctionMetric(stop), batch_size=3)
     partial = caught.value.result
     assert partial.per_pair.isnan().any(1).tolist() == [False, False, True, True]
-    torch.testing.assert_close(partial.per_pair[0], partial.clean_per_pair, rtol=0, atol=1e-9)
+    torch.testing.assert_close(partial.per_pair[0], partial.full_per_pair, rtol=0, atol=1e-9)
 
 
 def test_nan_names_the_circuit():

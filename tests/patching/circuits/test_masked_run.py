@@ -5,13 +5,16 @@ from hypothesis import strategies as st
 
 from hooklens.config import RotaryPositions, RotaryScaling
 from hooklens.patching import Circuit, FunctionMetric, LogProb
-from hooklens.patching.circuits.masked_run import MaskedRun, first_incomplete_layer, prepare_ground
+from hooklens.patching.circuits.ground import prepare_ground
+from hooklens.patching.circuits.masked_run import MaskedRun
+from hooklens.patching.circuits.reach import Wiring
 from hooklens.patching.graph.nodes import Graph, list_edges
 from hooklens.patching.pairs.prompts import read_pairs
 from tests.model.networks import Allocations, make_config, make_model, pad_rows, random_tokens
 from tests.patching.masked_reference import MaskedReference
 
 NETWORKS = ["grouped", "rotary", "shared norm", "alibi, grouped", "learned, tied", "bare"]
+NETWORKS += ["attention only", "heads and MLPs apart"]
 MODELS = {network: make_model(network) for network in NETWORKS}
 # All logits: whatever differs shows.
 EVERYWHERE = LogProb(4, pos=[0, 2, 3, -1])
@@ -29,7 +32,7 @@ def run(model, clean, corrupted, circuits, *, ablation="resample", metric=EVERYW
     with torch.no_grad():
         ground = prepare_ground(model, prompts, list(range(len(prompts))), metric, ablation)
         masks = torch.stack([circuit.to_mask(model.cfg) for circuit in circuits])
-        return MaskedRun(model, ground, masks).logits()
+        return MaskedRun(model, Wiring.of(model.cfg), ground, masks).logits()
 
 
 def at_reads(logits):
@@ -138,13 +141,22 @@ def test_batches_equal_circuits_alone_and_enter_where_the_lowest_edge_is_missing
     together = run(model, clean, corrupted, [*late, *early])
     for circuit, logits in zip([*late, *early], together, strict=True):
         torch.testing.assert_close(run(model, clean, corrupted, [circuit])[0], logits, rtol=0, atol=1e-10)
-    graph = Graph.of(model.cfg)
+    wiring = Wiring.of(model.cfg)
 
-    def start(circuits):
-        return first_incomplete_layer(graph, torch.stack([circuit.to_mask(model.cfg) for circuit in circuits]))
+    def nodes(circuits):
+        masks = torch.stack([circuit.to_mask(model.cfg) for circuit in circuits])
+        found = wiring.find_nodes_to_run(masks, full.to_mask(model.cfg))
+        return [str(wiring.graph.writers[node]) for node in found]
 
-    assert [start([circuit]) for circuit in [*late, *early]] == [1, 2, 2, 0, 0]
-    assert start(late) == 1
+    above = ["a1.h0", "a1.h1", "a1.h2", "a1.h3", "m1"]
+    assert nodes([late[0]]) == ["m1"]
+    assert nodes([late[1]]) == nodes([full]) == []
+    # Two query heads share the keys.
+    assert nodes([early[1]]) == ["a0.h0", "a0.h1", "m0", *above]
+    assert nodes(late) == ["m1"]
+    # What leads nowhere is not run.
+    only = Circuit([("embed", "a0.h1.q"), ("a0.h1", "a1.h1.v"), ("a1.h2", "logits"), ("m0", "m1")])
+    assert nodes([only]) == ["a0.h1", "a1.h2"]
 
 
 def test_columns_that_are_run():

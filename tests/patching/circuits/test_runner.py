@@ -6,6 +6,7 @@ from hooklens.patching import Circuit, FunctionMetric, LogProb
 from hooklens.patching.circuits import runner as module
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.pairs.prompts import read_pairs
+from hooklens.patching.paths.passes import share_of_mlp
 from tests.model.networks import make_model, random_tokens
 
 MODEL = make_model("grouped")
@@ -44,21 +45,30 @@ def test_sizes_follow_the_memory(monkeypatch):
 
 @torch.no_grad()
 def test_counts():
+    """Both unpatched prompts ran twice: once for the metric, and once for what every node writes."""
     counted = runner()
     ground = counted.prepare([0, 1, 2, 3, 4])
-    assert (counted.forwards, counted.token_layers) == (3, 4 * 5 * 6 * 2)
+    unpatched = 2 * 5 * 6 * 2
+    assert (counted.forwards, counted.token_layers) == (1, unpatched)
     full = Circuit.full(MODEL.cfg)
     counted.measure(ground, full.without_edges([("m1", "logits")]).to_mask(MODEL.cfg)[None])
-    assert (counted.forwards, counted.token_layers) == (3, 4 * 5 * 6 * 2)
+    assert (counted.forwards, counted.token_layers) == (1, unpatched)
+    # The last MLP alone, at the position that is read.
     late = full.without_edges([("m0", "m1")]).to_mask(MODEL.cfg)
     counted.measure(ground, torch.stack([late, late, late]))
-    assert (counted.forwards, counted.token_layers) == (4, 4 * 5 * 6 * 2 + 3 * 5 * ground.width)
+    share = share_of_mlp(MODEL.blocks[0])
+    assert (counted.forwards, counted.token_layers) == (2, pytest.approx(unpatched + 3 * 5 * share))
+    # A head of the last block, and the MLP behind it.
+    head = full.without_edges([("m0", "a1.h0.q")]).to_mask(MODEL.cfg)
+    before = counted.token_layers
+    counted.measure(ground, head[None])
+    assert counted.token_layers - before == pytest.approx(5 * (ground.width * (1 - share) + share))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
 def test_counts_are_what_ran(ablation):
-    """Both unpatched prompts are one batch; what ablated activations come from depends on the ablation."""
+    """Both unpatched prompts are one batch; means over the corrupted prompts come before."""
     ran = []
     handle = MODEL.blocks[0].register_forward_pre_hook(lambda block, inputs: ran.append(inputs[0].shape[:2].numel()))
     try:

@@ -85,7 +85,8 @@ def eap_ig_activations(model, clean, corrupted, metric, weights):
     """The clean run with one output at a time between both runs' values."""
     embedded = ("hook_embed", lambda tensor, hook: tensor.detach().clone().requires_grad_())
     runs = []
-    for place in ["hook_embed", *(f"blocks.{i}.hook_{kind}_out" for i in range(2) for kind in ("attn", "mlp"))]:
+    places = [f"blocks.{i}.hook_{kind}_out" for i in range(model.cfg.n_layers) for kind in ("attn", "mlp")]
+    for place in ["hook_embed", *(place for place in places if place in model.hook_points())]:
         for weight in weights:
             hooks = [between(model, clean, corrupted, place, weight)]
             runs.append((clean, hooks if place == "hook_embed" else [embedded, *hooks]))

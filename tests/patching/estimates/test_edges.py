@@ -14,7 +14,8 @@ from tests.model.networks import Allocations, make_config, make_model, pad_rows,
 from tests.patching.estimates import published
 
 METRIC = LogProb(4)
-WIRINGS = ["grouped", "rotary", "shared norm", "alibi, grouped", "learned, tied", "bare"]
+WIRINGS = ["grouped", "rotary", "shared norm", "alibi, grouped", "learned, tied", "bare", "attention only"]
+WIRINGS += ["heads and MLPs apart"]
 
 
 def assert_scores(found, table, atol):

@@ -138,3 +138,19 @@ def test_edges_that_a_network_has_not():
         Circuit([("a0.h1", "m0")]).to_mask(PARALLEL)
     with pytest.raises(SiteError, match="the circuit of 1 edges does not hold embed -> m0, m0 -> logits"):
         Circuit([("embed", "logits")]).without_edges([("embed", "m0"), ("m0", "logits")])
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """A circuit was written over the old file, so a full disk or a kill left half of one."""
+    path = tmp_path / "circuit.json"
+    Circuit([("embed", "logits")]).save(path)
+    before = path.read_bytes()
+
+    def fail(self, *arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(path), "write_text", fail)
+    with pytest.raises(OSError, match="no space left"):
+        Circuit([("m0", "logits")]).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

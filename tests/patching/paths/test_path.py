@@ -1,17 +1,162 @@
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 
 from hooklens import patching
 from hooklens.errors import InputError
-from hooklens.patching import LogitDiff
-from tests.model.networks import make_model, pad_rows, random_tokens
+from hooklens.model.block import Block
+from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
+from hooklens.patching.graph.nodes import list_writers
+from hooklens.patching.paths import path as module
+from hooklens.patching.paths.passes import share_of_mlp
+from tests.annotations import unchecked
+from tests.model.networks import CONFIGS, PARTIAL_CONFIGS, make_model, pad_rows, random_tokens
+from tests.patching.live_bytes import LiveBytes
+from tests.patching.path_reference import PathTree
 
 METRIC = LogitDiff(3, 5)
+# Sequential with grouped queries, parallel, parallel with one norm and one key-value head, sequential with biases.
+WIRINGS = ("grouped", "rotary", "shared norm", "learned, tied")
+RECEIVERS = {
+    "logits": ["logits"],
+    "an MLP": ["m0"],
+    "the last MLP": ["m1"],
+    "an MLP and the logits": ["m0", "logits"],
+    "both MLPs": ["m0", "m1"],
+    "heads": ["a1.h0.q", "a1.h0.k", "a1.h1.q"],
+    "heads above heads": ["a0.h0.v", "a1.h0.q"],
+    "heads above heads, an MLP and the logits": ["a0.h0.q", "m0", "a1.h1.q", "a1.h0.v", "logits"],
+    "a head and the logits": ["a1.h1.q", "logits"],
+}
+
+
+@cache
+def small_model(network, n_layers=2):
+    cfg = CONFIGS[network]
+    n_kv_heads = 1 if network == "grouped" else min(cfg.n_kv_heads, 2)
+    return make_model(replace(cfg, n_heads=2, n_kv_heads=n_kv_heads, n_layers=n_layers))
+
+
+@cache
+def small_partial_model(network):
+    return make_model(PARTIAL_CONFIGS[network].replace(n_heads=2, n_kv_heads=1))
+
+
+def two_prompts(model, n=2, length=5, shared=1):
+    clean, corrupted = random_tokens(n, length, seed=1), random_tokens(n, length, seed=2)
+    corrupted[:, :shared] = clean[:, :shared]
+    return clean, corrupted
+
+
+@pytest.mark.parametrize("network", WIRINGS)
+def test_the_reference_computes_the_network(network):
+    model = small_model(network)
+    clean, corrupted = two_prompts(model)
+    tree = PathTree(model, corrupted, clean)
+    with torch.no_grad():
+        for tokens in (clean, corrupted):
+            written = tree.outputs_of(tree.embed(tokens))
+            torch.testing.assert_close(
+                tree.unembed(tree.sum_into(tree.last, written)), model(tokens), rtol=0, atol=1e-9
+            )
+
+
+@pytest.mark.parametrize("through_mlps", [True, False])
+@pytest.mark.parametrize(
+    ("network", "receivers"),
+    [
+        ("attention only", ["logits"]),
+        ("attention only", ["a1.h1.q", "a1.h0.v"]),
+        ("attention only", ["a0.h0.k", "a1.h0.q", "logits"]),
+        ("heads and MLPs apart", ["logits"]),
+        ("heads and MLPs apart", ["m2", "logits"]),
+        ("heads and MLPs apart", ["a3.h0.q", "m3"]),
+        ("heads and MLPs apart", ["a0.h0.v", "m2", "a3.h0.k", "logits"]),
+    ],
+)
+def test_layers_without_attention_or_mlp(network, receivers, through_mlps):
+    model = small_partial_model(network)
+    clean, corrupted = two_prompts(model)
+    senders = list(map(str, list_writers(model.cfg)))
+    result = patching.path_patch(
+        model, clean, corrupted, senders, receivers, METRIC, through_mlps=through_mlps, progress=False
+    )
+    tree = PathTree(model, corrupted, clean)
+    for sender, value in zip(senders, result.per_pair, strict=True):
+        expected = METRIC(tree.logits(sender, receivers, through_mlps=through_mlps))
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-9)
+    with pytest.raises(patching.SiteError, match=r"'m1' does not read the stream; .*no MLPs in layers \[0, 1\]\)"):
+        patching.path_patch(model, clean, corrupted, senders, ["m1"], METRIC, progress=False)
+
+
+@pytest.mark.parametrize("through_mlps", [True, False])
+@pytest.mark.parametrize("receivers", RECEIVERS.values(), ids=RECEIVERS)
+@pytest.mark.parametrize("network", WIRINGS)
+def test_equals_the_network_path_by_path(network, receivers, through_mlps):
+    """Each path counts once, in one run.
+
+    Receivers that could reach each other were given what they read while the others were held, and the logits got the
+    sender's own change on top of what the receivers had made of it: with `["m0", "logits"]` and `through_mlps`, paths
+    over `m0` to the logits were in both parts.
+    """
+    model = small_model(network)
+    clean, corrupted = two_prompts(model)
+    senders = ["embed", "a0.h0", "m0", "a1.h1", "m1"]
+    result = patching.path_patch(
+        model, clean, corrupted, senders, receivers, METRIC, through_mlps=through_mlps, progress=False
+    )
+    tree = PathTree(model, corrupted, clean)
+    for sender, value in zip(senders, result.per_pair, strict=True):
+        expected = METRIC(tree.logits(sender, receivers, through_mlps=through_mlps))
+        # Sums of some hundred terms in another order, in float64.
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("network", ["grouped", "rotary", "shared norm"])
+def test_three_layers_equal_the_network_path_by_path(network):
+    model = small_model(network, n_layers=3)
+    clean, corrupted = two_prompts(model, n=1, length=4, shared=0)
+    receivers = ["m0", "a1.h0.k", "m1", "a2.h1.q"]
+    result = patching.path_patch(model, clean, corrupted, ["embed", "a0.h1", "a1.h0"], receivers, KL(), progress=False)
+    tree = PathTree(model, corrupted, clean)
+    reference = model(clean).detach()[:, -1].log_softmax(-1)
+    for sender, value in zip(("embed", "a0.h1", "a1.h0"), result.per_pair, strict=True):
+        log_probs = tree.logits(sender, receivers)[:, -1].log_softmax(-1)
+        expected = (reference.exp() * (reference - log_probs)).sum(-1)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-9)
+
+
+def test_receivers_inside_each_other_add_nothing():
+    """Without heads above, every path over MLPs ends at the logits: naming one of the MLPs chooses no further path.
+
+    With `W_O` of layer 1 zero, `["logits"]` gave the full patch and `["m0", "logits"]` nearly nine times as much.
+    """
+    model = make_model("grouped")
+    model.blocks[1].attn.W_O = torch.zeros_like(model.blocks[1].attn.W_O)
+    clean, corrupted = two_prompts(model)
+    name = "blocks.0.attn.hook_z"
+    _, other = model.run_with_cache(clean, names_filter=name)
+    values = {}
+    for receivers in (["logits"], ["m0", "logits"], ["m0", "m1", "logits"]):
+        values[len(receivers)] = patching.path_patch(
+            model, clean, corrupted, ["a0.h2"], receivers, METRIC, progress=False
+        ).per_pair[0]
+
+    def patch(tensor, hook):
+        tensor = tensor.clone()
+        tensor[:, :, 2] = other[name][:, :, 2]
+        return tensor
+
+    full = METRIC(model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)])).detach()
+    for value in values.values():
+        torch.testing.assert_close(value, full, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
 def three_passes(model, clean, corrupted, sender, receivers, *, through_mlps):
-    """Path patching as the paper tells it, per head: `sender` (layer, head), `receivers` (kind, layer, head)."""
+    """Path patching as Wang et al. tell it, per head: `sender` (layer, head), `receivers` (kind, layer, head)."""
     _, a = model.run_with_cache(corrupted)
     _, b = model.run_with_cache(clean)
     hooks = []
@@ -38,10 +183,10 @@ def three_passes(model, clean, corrupted, sender, receivers, *, through_mlps):
 
 
 @pytest.mark.parametrize("through_mlps", [True, False])
-@pytest.mark.parametrize("network", ["grouped", "rotary", "alibi", "shared norm"])
-def test_equals_three_passes(network, through_mlps):
+@pytest.mark.parametrize("network", ["grouped", "rotary", "alibi", "alibi, grouped", "shared norm", "bare"])
+def test_equals_three_passes_where_receivers_do_not_reach_each_other(network, through_mlps):
     model = make_model(network)
-    clean, corrupted = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
+    clean, corrupted = two_prompts(model)
     kv = model.cfg.n_kv_heads - 1
     for names, receivers in (
         (["a1.h2.q", f"a1.h{kv}.v", f"a1.h{kv}.k"], [("q", 1, 2), ("v", 1, kv), ("k", 1, kv)]),
@@ -55,90 +200,169 @@ def test_equals_three_passes(network, through_mlps):
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-8)
 
 
-def test_an_mlp_that_receives_the_embedding():
-    """One layer: all that the embedding does is done through the queries, keys, values, the MLP and the stream."""
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("network", ["grouped", "rotary", "shared norm"])
+def test_ragged_pairs_equal_pairs_alone(network, direction):
+    model = make_model(network)
+    lengths, shared = (6, 4, 5), (2, 0, 4)
+    clean = [row[:n] for row, n in zip(random_tokens(3, 6, seed=1), lengths, strict=True)]
+    corrupted = [row[:n].clone() for row, n in zip(random_tokens(3, 6, seed=2), lengths, strict=True)]
+    for one, other, n in zip(clean, corrupted, shared, strict=True):
+        other[:n] = one[:n]
+    (ids, mask), (others, _) = pad_rows(clean, "left"), pad_rows(corrupted, "left")
+    # The other direction with the prompts exchanged is the same experiment.
+    turned = {"denoise": "noise", "noise": "denoise"}[direction]
+    metric = LogProb(4, pos=[1, -1])
+    for receivers in (["logits"], ["a0.h1.q", "a1.h0.q", "m1"]):
+        alone = [
+            patching.path_patch(
+                model, one[None], other[None], None, receivers, metric, direction=turned, progress=False
+            )
+            for one, other in zip(corrupted, clean, strict=True)
+        ]
+        for batch_size in ("auto", 2, 7):
+            together = patching.path_patch(
+                model, ids, others, None, receivers, metric, attention_mask=mask, batch_size=batch_size,
+                direction=direction, progress=False,
+            )  # fmt: skip
+            assert len(together.axes["sender"]) == 1 + 2 * (4 + 1)
+            for pair, one in enumerate(alone):
+                torch.testing.assert_close(together.per_pair[:, pair], one.per_pair[:, 0], rtol=0, atol=1e-10)
+                torch.testing.assert_close(together.clean_per_pair[pair], one.corrupted_per_pair[0], rtol=0, atol=1e-10)
+
+
+def test_functions_of_logits_see_all_pairs():
     model = make_model("grouped")
-    clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
-    own = patching.path_patch(model, clean, corrupted, ["embed"], ["m0"], METRIC)
-    _, read = model.run_with_cache(corrupted)
-    _, other = model.run_with_cache(clean)
-    # The heads are held, so the MLP reads the clean embedding plus the corrupted heads.
-    moved = read["resid_mid", 0] - read["resid_pre", 0] + other["resid_pre", 0]
-    logits = model.run_with_hooks(corrupted, fwd_hooks=[("blocks.0.hook_mlp_in", lambda tensor, hook: moved)])
-    torch.testing.assert_close(own.per_pair[0], METRIC(logits), rtol=0, atol=1e-8)
+    clean, corrupted = two_prompts(model, n=5)
+
+    def difference(logits):
+        assert len(logits) == 5
+        return logits[:, -1, 3] - logits[:, -1, 5]
+
+    for receivers in (["logits"], ["a1.h0.q", "m1"]):
+        whole = patching.path_patch(model, clean, corrupted, None, receivers, METRIC, progress=False)
+        for batch_size in ("auto", 2):
+            found = patching.path_patch(
+                model, clean, corrupted, None, receivers, FunctionMetric(difference), batch_size=batch_size,
+                progress=False,
+            )  # fmt: skip
+            torch.testing.assert_close(found.per_pair, whole.per_pair, rtol=0, atol=1e-10)
 
 
-def test_several_kinds_of_receivers_together():
-    """Logits beside an MLP read what the sender sends them, and what the MLP makes of what it was sent."""
+def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
+    """The runs of all pairs, and what every node writes in them, were held at once."""
     model = make_model("grouped")
-    clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
-    both = patching.path_patch(model, clean, corrupted, ["m0"], ["m1", "logits"], METRIC, through_mlps=False)
-    _, read = model.run_with_cache(corrupted)
-    _, other = model.run_with_cache(clean)
-    change = other["mlp_out", 0] - read["mlp_out", 0]
-    hooks = [
-        ("blocks.1.hook_mlp_in", lambda tensor, hook: tensor + change),
-        ("blocks.1.hook_resid_post", lambda tensor, hook: tensor + change),
-    ]
-    logits = model.run_with_hooks(corrupted, fwd_hooks=hooks)
-    torch.testing.assert_close(both.per_pair[0], METRIC(logits), rtol=0, atol=1e-8)
+    monkeypatch.setattr(module, "tokens_per_pass", lambda *sizes, **options: 64)
+    peaks, forwards = [], []
+    for n in (8, 16, 64):
+        clean, corrupted = two_prompts(model, n=n, length=16)
+        with LiveBytes() as live:
+            result = patching.path_patch(
+                model, clean, corrupted, ["a0.h1", "m0"], ["a1.h0.q", "logits"], METRIC, progress=False
+            )
+        peaks.append(live.peak)
+        forwards.append(result.stats.forwards)
+    assert forwards == [n // 4 * 3 for n in (8, 16, 64)]
+    # Token ids and values themselves: some hundred bytes for each pair.
+    assert peaks[2] - peaks[0] < 56 * 1000
+    assert peaks[2] < 1.5 * peaks[0]
 
 
-def test_padding_directions_and_all_senders():
+def test_senders_that_reach_no_receiver_run_nothing():
     model = make_model("grouped")
-    lengths = (6, 4)
-    rows = [
-        [row[0, :n] for row, n in zip(random_tokens(2, 6, seed=seed).split(1), lengths, strict=True)] for seed in (1, 2)
-    ]
-    (clean, mask), (corrupted, _) = pad_rows(rows[0], "left"), pad_rows(rows[1], "left")
-    together = patching.path_patch(model, clean, corrupted, None, ["a1.h0.q"], METRIC, attention_mask=mask)
-    assert len(together.axes["sender"]) == 1 + 2 * (4 + 1)
-    for i in range(2):
-        one, other = rows[0][i][None], rows[1][i][None]
-        alone = patching.path_patch(model, other, one, None, ["a1.h0.q"], METRIC, direction="noise")
-        torch.testing.assert_close(together.per_pair[:, i], alone.per_pair[:, 0], rtol=0, atol=1e-10)
+    clean, corrupted = two_prompts(model)
+    result = patching.path_patch(model, clean, corrupted, ["m1", "a1.h0"], ["a1.h0.q"], METRIC, progress=False)
+    assert torch.equal(result.per_pair, result.corrupted_per_pair.expand(2, -1))
+    assert (result.stats.unchanged, result.stats.forwards) == (4, 1)
 
 
 def test_refusals():
     clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
+    model = make_model("grouped")
+
+    def patch(senders=("embed",), receivers=("logits",), metric=METRIC, **options):
+        return patching.path_patch(model, clean, corrupted, list(senders), list(receivers), metric, **options)
+
     with pytest.raises(InputError, match="at least one sender and one receiver"):
-        patching.path_patch(make_model("grouped"), clean, corrupted, ["embed"], [], METRIC)
+        patch(receivers=[])
     with pytest.raises(InputError, match="a norm follows each branch"):
         patching.path_patch(make_model("capped"), clean, corrupted, ["embed"], ["logits"], METRIC)
-    with pytest.raises(patching.SiteError, match=r"'a9\.h0\.q' does not read the stream"):
-        patching.path_patch(make_model("grouped"), clean, corrupted, ["embed"], ["a9.h0.q"], METRIC)
+    with pytest.raises(patching.SiteError, match=r"'a9\.h0\.q', 'a0\.h1' does not read the stream"):
+        patch(receivers=["a9.h0.q", "m1", "a0.h1"])
+    with pytest.raises(patching.SiteError, match=r"'m7', 'logits' writes nothing to the stream"):
+        patch(senders=["m7", "logits"])
+    with unchecked(), pytest.raises(InputError, match=r"expected a list of nodes' names, got 'logits'"):
+        patching.path_patch(model, clean, corrupted, None, "logits", METRIC)
+    with pytest.raises(InputError, match="batch_size is 0"):
+        patch(batch_size=0)
+    with unchecked(), pytest.raises(InputError, match="direction is 'both'"):
+        patch(direction="both")
+    with pytest.raises(patching.MetricError, match=r"NaN for the unpatched runs of pairs \[0\]"):
+        patch(metric=FunctionMetric(lambda logits: logits[:, -1, 0] * torch.nan))
 
 
-def test_an_interruption_keeps_what_was_measured():
+def test_nan_names_the_senders():
     model = make_model("grouped")
-    clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
+    clean, corrupted = two_prompts(model)
     calls = []
 
-    def stop(logits):
+    def sometimes(logits):
         calls.append(logits)
-        # The clean and the corrupted run, then two senders.
-        if len(calls) > 4:
-            raise KeyboardInterrupt
-        return logits[:, -1, 3]
+        return logits[:, -1, 0] * (1.0 if len(calls) <= 3 else torch.nan)
 
-    with pytest.raises(patching.SweepInterruptedError, match=r"path patching stopped after 2 of 11 values") as caught:
-        patching.path_patch(model, clean, corrupted, None, ["logits"], stop, progress=False)
-    whole = patching.path_patch(model, clean, corrupted, None, ["logits"], lambda logits: logits[:, -1, 3])
-    partial = caught.value.result
-    assert torch.equal(partial.values[:2], whole.values[:2])
-    assert bool(partial.values[2:].isnan().all())
+    with pytest.raises(patching.SweepInterruptedError, match=r"sometimes is NaN for the senders \['a0.h1', 'm0'\]"):
+        patching.path_patch(model, clean, corrupted, ["embed", "a0.h1", "m0"], ["logits"], sometimes, progress=False)
 
 
-@pytest.mark.parametrize(("receivers", "passes"), [(["logits"], 1), (["logits", "a1.h0.q"], 2)])
-def test_stats_are_the_forwards_that_ran(receivers, passes):
-    """Each sender takes one pass, and a second where receivers other than the logits pass on what they read."""
-    model = make_model("rotary")
-    clean, corrupted = random_tokens(3, 5, seed=1), random_tokens(3, 5, seed=2)
-    ran = []
-    model.blocks[-1].register_forward_pre_hook(lambda block, inputs: ran.append(inputs[0].shape[:2].numel()))
-    stats = patching.path_patch(model, clean, corrupted, ["a0.h0", "a0.h1"], receivers, METRIC).stats
-    assert stats.forwards == len(ran) == 1 + 2 + 2 * passes
-    assert stats.tokens == sum(ran)
-    assert (stats.cells, stats.pairs, stats.unchanged) == (2, 3, 0)
+@pytest.mark.parametrize("receivers", [["logits"], ["a1.h0.q"], ["a2.h0.k", "m2", "logits"]])
+@pytest.mark.parametrize("network", ["grouped", "rotary"])
+def test_stats_are_what_ran(network, receivers, monkeypatch):
+    """Every sender took one or two whole forwards of all positions through all layers; 16 came to 20 to 36."""
+    model = make_model(replace(CONFIGS[network], n_layers=4))
+    clean, corrupted = two_prompts(model, n=3, length=8, shared=5)
+    ran = {"forward": [], "run_mlp": []}
+
+    def count(name, run):
+        def counted(self, stream, *arguments, **keywords):
+            ran[name].append(stream.shape[:2].numel())
+            return run(self, stream, *arguments, **keywords)
+
+        monkeypatch.setattr(Block, name, counted)
+
+    count("forward", Block.forward)
+    count("run_mlp", Block.run_mlp)
+    senders = [f"a{layer}.h{head}" for layer in range(4) for head in range(4)]
+    stats = patching.path_patch(model, clean, corrupted, senders, receivers, METRIC, progress=False).stats
+    share = share_of_mlp(model.blocks[0])
+    assert stats.tokens == pytest.approx((sum(ran["forward"]) + share * sum(ran["run_mlp"])) / 4)
+    assert stats.forwards == 2
+    # With the logits among other receivers both streams run, and here senders are in all layers.
+    assert stats.tokens < (5 if len(receivers) == 1 else 6) * clean.numel()
+    if receivers == ["logits"]:
+        # The unpatched runs, and MLPs at the position that is read.
+        assert len(ran["forward"]) == 4
+        assert set(ran["run_mlp"]) <= {3 * n for n in range(1, 17)}
+    assert (stats.cells, stats.pairs) == (16, 3)
     # One by one: two unpatched runs, and two passes for each sender.
-    assert (stats.naive_forwards, stats.naive_tokens) == ((2 + 2 * 2) * 3, (2 + 2 * 2) * 3 * 5)
+    assert (stats.naive_forwards, stats.naive_tokens) == ((2 + 2 * 16) * 3, (2 + 2 * 16) * 3 * 8)
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch):
+    model = make_model("grouped")
+    clean, corrupted = two_prompts(model)
+    whole = patching.path_patch(model, clean, corrupted, None, ["logits", "a1.h0.q"], METRIC, progress=False)
+    run, calls = module.PathPass.run, []
+
+    def stop(self):
+        calls.append(self.senders)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(self)
+
+    monkeypatch.setattr(module.PathPass, "run", stop)
+    with pytest.raises(patching.SweepInterruptedError, match=r"path patching stopped after 16 of 22 values") as caught:
+        patching.path_patch(model, clean, corrupted, None, ["logits", "a1.h0.q"], METRIC, progress=False, batch_size=8)
+    partial = caught.value.result.per_pair
+    measured = ~partial.isnan().any(1)
+    assert int(measured.sum()) == 8
+    torch.testing.assert_close(partial[measured], whole.per_pair[measured], rtol=0, atol=1e-10)

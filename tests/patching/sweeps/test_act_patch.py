@@ -68,16 +68,42 @@ def test_the_every_forms_stack(setting):
     model, corrupted, cache = setting
     block = patching.get_act_patch_block_every(model, corrupted, cache, metric)
     assert block.shape == (3, 2, 4)
-    assert torch.equal(block[1], patching.get_act_patch_attn_out(model, corrupted, cache, metric))
+    # 1e-12: float64 sums of batches of another shape.
+    attn_out = patching.get_act_patch_attn_out(model, corrupted, cache, metric)
+    torch.testing.assert_close(block[1], attn_out, rtol=0, atol=1e-12)
     heads = patching.get_act_patch_attn_head_all_pos_every(model, corrupted, cache, metric)
     assert heads.shape == (5, 2, 4)
     k = patching.get_act_patch_attn_head_k_all_pos(model, corrupted, cache, metric)
-    assert torch.equal(heads[2, :, : k.shape[1]], k)
+    torch.testing.assert_close(heads[2, :, : k.shape[1]], k, rtol=0, atol=1e-12)
     assert not heads[2, :, k.shape[1] :].any()
     by_pos = patching.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, metric)
     assert by_pos.shape == (5, 2, 4, 4)
     pattern = patching.get_act_patch_attn_head_pattern_by_pos(model, corrupted, cache, metric)
-    assert torch.equal(by_pos[4], pattern.transpose(1, 2))
+    torch.testing.assert_close(by_pos[4], pattern.transpose(1, 2), rtol=0, atol=1e-12)
+
+
+def test_the_every_forms_share_one_baseline():
+    """Each of the five sweeps ran both prompts anew: 32 forwards' worth of a model of 12 layers."""
+    model = make_model("grouped")
+    clean, corrupted = random_tokens(1, 6), random_tokens(1, 6, seed=9)
+    _, cache = model.run_with_cache(clean)
+    seen = []
+    run = patching.sweeps.sweep.run_baseline
+
+    def count(*given, **options):
+        seen.append(1)
+        return run(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patching.sweeps.sweep, "run_baseline", count)
+        for every in (
+            patching.get_act_patch_attn_head_all_pos_every,
+            patching.get_act_patch_attn_head_by_pos_every,
+            patching.get_act_patch_block_every,
+        ):
+            seen.clear()
+            every(model, corrupted, cache, metric)
+            assert len(seen) == 1
 
 
 def test_generic_takes_a_setter_of_ones_own(setting):

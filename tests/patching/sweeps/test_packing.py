@@ -2,9 +2,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hooklens.patching.runs.sites import Place
 from hooklens.patching.sweeps.packing import Packing, Segment
 
 LENGTH = 7
+WHOLE = Place(None, None, None)
 
 
 @st.composite
@@ -13,7 +15,7 @@ def some_segments(draw):
     for cell in range(draw(st.integers(1, 8))):
         start = draw(st.integers(0, LENGTH - 1))
         stop = draw(st.integers(start + 1, LENGTH))
-        segments.append(Segment(cell, draw(st.integers(0, 1)), start, stop, draw(st.integers(0, 2))))
+        segments.append(Segment(cell, draw(st.integers(0, 1)), start, stop, draw(st.integers(0, 2)), WHOLE))
     return segments
 
 
@@ -58,10 +60,10 @@ def test_a_token_sees_what_it_would_see_in_its_own_prompt(segments, window):
 
 
 def test_segments_of_complementary_length_share_rows():
-    segments = [Segment(pos, 0, pos, 16, 0) for pos in range(16)]
+    segments = [Segment(pos, 0, pos, 16, 0, WHOLE) for pos in range(16)]
     packing = Packing(segments, device=torch.device("cpu"))
     # 16 + 15 + ... + 1 = 136 tokens in nine rows of sixteen.
     assert len(packing.layers) == 9
     assert packing.n_holes == 8
     assert not packing.is_plain
-    assert Packing([Segment(0, 0, 2, 5, 1), Segment(1, 1, 2, 5, 0)], device=torch.device("cpu")).is_plain
+    assert Packing([Segment(0, 0, 2, 5, 1, WHOLE), Segment(1, 1, 2, 5, 0, WHOLE)], device=torch.device("cpu")).is_plain

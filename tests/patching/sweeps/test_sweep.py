@@ -1,4 +1,6 @@
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from hooklens import HookedCausalLM, patching
 from hooklens.errors import HookNameError, InputError, TransformError
 from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
+from hooklens.patching.runs.tally import Tally
 from tests.annotations import unchecked
 from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
 from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
@@ -116,6 +119,29 @@ def test_padded_batches_equal_single_rows(network, side):
             alone = patching.sweep(model, rows[0][i][None], rows[1][i][None], grid, METRIC, progress=False)
             torch.testing.assert_close(result.per_pair[..., i], alone.per_pair[..., 0], rtol=0, atol=1e-10)
             assert_exact(model, rows[0][i][None], rows[1][i][None], alone, 1e-10)
+
+
+@pytest.mark.parametrize("word", ["pattern", "attn_scores"])
+def test_a_key_counted_from_the_end_is_each_prompts_own(word):
+    """A source `-2` was counted from the end of the batch's longest prompt: the wrong key in all others, silently."""
+    model = make_model("grouped")
+    lengths = (6, 4, 5)
+    rows = [
+        [row[0, :n] for row, n in zip(random_tokens(3, 6, seed=seed).split(1), lengths, strict=True)] for seed in (1, 2)
+    ]
+    (clean, mask), (corrupted, _) = pad_rows(rows[0], "right"), pad_rows(rows[1], "right")
+    for sources in (-2, [-1, 1], [-3, 0]):
+        grid = patching.grid(word, positions=[-1, 2], sources=sources)
+        result = patching.sweep(model, clean, corrupted, grid, METRIC, attention_mask=mask, progress=False)
+        for cell, values in zip(result.cells, result.per_pair.flatten(0, -2), strict=True):
+            for i in range(3):
+                expected = patch_naively(model, rows[0][i][None], rows[1][i][None], cell, METRIC)
+                # 1e-10: float64 rounding through two layers, far below any real difference.
+                torch.testing.assert_close(values[[i]], expected, rtol=0, atol=1e-10)
+        estimate = patching.attribution(model, clean, corrupted, grid, METRIC, attention_mask=mask)
+        for i in range(3):
+            alone = patching.attribution(model, rows[0][i][None], rows[1][i][None], grid, METRIC)
+            torch.testing.assert_close(estimate.per_pair[..., i], alone.per_pair[..., 0], rtol=0, atol=1e-10)
 
 
 def test_padded_pairs_under_rotary_frequencies_that_depend_on_length():
@@ -282,6 +308,74 @@ def test_interrupted_sweeps_keep_what_they_have(error):
     assert len(partial.to_dataframe()) == 12
 
 
+class _Interrupt:
+    """Ctrl-C at the n-th line of the package that runs after the first unpatched runs; later lines run as ever."""
+
+    def __init__(self, at):
+        self.at, self.lines, self.begun = at, 0, False
+
+    def begin(self, tally, *given):
+        _BEGIN(tally, *given)
+        self.begun = True
+
+    def trace(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(_FOLDER):
+            return None
+        if event == "line" and self.begun:
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+_BEGIN = Tally.begin
+_FOLDER = str(Path(patching.__file__).parent)
+
+
+def _run_with_interrupt(run, at, monkeypatch):
+    """How many lines a call runs after its first unpatched runs, and what it raised."""
+    interrupt, caught = _Interrupt(at), None
+
+    def begin(tally, *given):
+        interrupt.begin(tally, *given)
+
+    monkeypatch.setattr(Tally, "begin", begin)
+    before = sys.gettrace()
+    sys.settrace(interrupt.trace)
+    try:
+        run()
+    except BaseException as error:
+        caught = error
+    finally:
+        sys.settrace(before)
+        monkeypatch.setattr(Tally, "begin", _BEGIN)
+    return interrupt.lines, caught
+
+
+def test_an_interrupt_at_any_line_keeps_what_was_measured(monkeypatch):
+    """Ctrl-C between the first unpatched runs and the progress bar, or on the way out of it, lost everything."""
+    model = make_model("bare")
+    clean, corrupted = pair(batch=2, n_shared=0)
+    monkeypatch.setattr("hooklens.patching.sweeps.sweep.pairs_per_group", lambda *given: 1)
+    site = patching.grid("resid_pre", layers=-1, positions=3)
+
+    def run():
+        return patching.sweep(model, clean, corrupted, site, METRIC, batch_size=1, progress=False)
+
+    whole = run()
+    n_lines, _ = _run_with_interrupt(run, 0, monkeypatch)
+    # A prime apart, so that each turn of a loop is met in other places; all lines take a minute.
+    for at in range(1, n_lines + 1, 41):
+        _, caught = _run_with_interrupt(run, at, monkeypatch)
+        assert isinstance(caught, patching.SweepInterruptedError), f"line {at} of {n_lines}: {caught!r}"
+        kept = caught.result.per_pair
+        known = ~kept.isnan()
+        assert kept.shape == whole.per_pair.shape
+        assert torch.equal(kept[known], whole.per_pair[known])
+    assert n_lines > 200
+    assert torch.equal(run().per_pair, whole.per_pair)
+
+
 def test_nan_names_the_cell():
     model = make_model("bare")
     clean, corrupted = pair(n_shared=0)
@@ -318,7 +412,7 @@ def test_bad_calls_are_refused_before_anything_is_patched():
     refuse(InputError, "a prompt is a Pair; expected text", model, whole, whole, "z", METRIC)
     refuse(InputError, "1 clean prompts and 2 corrupted", model, clean, corrupted.repeat(2, 1), "z", METRIC)
     refuse(HookNameError, "Did you mean 'resid_pre'", model, clean, corrupted, "resid_pr", METRIC)
-    refuse(patching.SiteError, r"positions: \[6\] out of range; there are 6", model, clean, corrupted,
+    refuse(patching.SiteError, r"positions: \[6\] out of range; there are 6 tokens", model, clean, corrupted,
            patching.grid("z", positions=[1, 6]), METRIC)  # fmt: skip
     refuse(
         patching.SiteError, r"heads: \[4\] out of range", model, clean, corrupted, patching.grid("z", heads=4), METRIC
@@ -330,7 +424,9 @@ def test_bad_calls_are_refused_before_anything_is_patched():
     refuse(patching.SiteError, r"reads positions \[9\]", model, clean, corrupted, "z", LogitDiff(3, 5, pos=9))
     refuse(InputError, r"answer: token ids \[99\] are outside", model, clean, corrupted, "z", LogitDiff(99, 5))
     refuse(InputError, "2 tokens for 1 pairs", model, clean, corrupted, "z", LogitDiff([1, 2], 5))
-    refuse(InputError, "direction is 'both'", model, clean, corrupted, "z", METRIC, direction="both")
+    refuse(
+        InputError, "direction is 'both', expected 'denoise'", model, clean, corrupted, "z", METRIC, direction="both"
+    )
     refuse(InputError, "batch_size is 0", model, clean, corrupted, "z", METRIC, batch_size=0)
     refuse(patching.SiteError, "has none for 'blocks.0.attn.hook_z'", model, clean, corrupted, "z", METRIC, source={})
     with model.add_hook("z", lambda tensor, hook: None):

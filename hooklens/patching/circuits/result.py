@@ -1,0 +1,251 @@
+"""What circuits keep of a behaviour: a metric for each circuit and pair, and faithfulness as two papers define it.
+
+With `m` averaged over pairs, `C` the circuit, `M` the whole network and `empty` the run with every edge ablated,
+
+- `faithfulness_hanna` is `(m(C) - m(empty)) / (m(M) - m(empty))`, and 1 where the circuit does what the network does
+  (Hanna et al. 2024, "Have Faith in Faithfulness");
+- `faithfulness_wang` is `abs(m(M) - m(C))`, and 0 there; in the metric's units (Wang et al. 2022, "Interpretability in
+  the Wild").
+
+Both average before they compare, so what some pairs lose and others gain cancels; `per_pair` shows where it does.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.errors import CheckpointError, HookLensError
+from hooklens.files import read_safetensors, write_safetensors
+from hooklens.optional import import_package
+from hooklens.patching.errors import SiteError
+from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.results.figures import Backend, draw_heatmaps
+from hooklens.patching.results.result import SweepStats
+
+if TYPE_CHECKING:
+    import pandas
+
+_FORMAT = "hooklens.patching.circuits-1"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CircuitResult:
+    """Values of a metric for circuits, everything outside them ablated.
+
+    Attributes:
+        circuits: what was run.
+        labels: what each is called.
+        per_pair: the metric of every circuit and pair; NaN where it was not run.
+        full_per_pair: the metric of the whole network, which is the clean run.
+        empty_per_pair: the metric with every edge ablated.
+        metric: the metric's name.
+        ablation: what edges outside a circuit carried: `"resample"`, `"mean"`, `"zero"`, or `"given"` tensors.
+        stats: what it took; circuits count as its cells.
+    """
+
+    circuits: tuple[Circuit, ...]
+    labels: tuple[int | str, ...]
+    per_pair: Float[Tensor, "circuit pair"]
+    full_per_pair: Float[Tensor, " pair"]
+    empty_per_pair: Float[Tensor, " pair"]
+    metric: str
+    ablation: str
+    stats: SweepStats
+
+    @property
+    def axes(self) -> dict[str, tuple[int | str, ...]]:
+        """The axis of the values, and its labels."""
+        return {"circuit": self.labels}
+
+    @property
+    def values(self) -> Float[Tensor, " circuit"]:
+        """The metric of each circuit, averaged over pairs."""
+        return self.per_pair.mean(-1)
+
+    @property
+    def full(self) -> float:
+        """The metric of the whole network, averaged over pairs."""
+        return float(self.full_per_pair.mean())
+
+    @property
+    def empty(self) -> float:
+        """The metric with every edge ablated, averaged over pairs."""
+        return float(self.empty_per_pair.mean())
+
+    @property
+    def standard_errors(self) -> Float[Tensor, " circuit"]:
+        """Standard errors of `values`, from the spread of pairs; NaN for a single pair."""
+        return _standard_errors(self.per_pair)
+
+    @property
+    def faithfulness_hanna(self) -> Float[Tensor, " circuit"]:
+        """`(m(C) - m(empty)) / (m(M) - m(empty))`: 1 does what the network does, 0 no more than nothing.
+
+        It is no share of something conserved: circuits without the parts that work against a behaviour lie above 1,
+        circuits without those that balance them below 0.
+
+        Raises:
+            HookLensError: the network and the empty circuit have the same value.
+        """
+        return (self.values - self.empty) / self._span()
+
+    @property
+    def faithfulness_hanna_errors(self) -> Float[Tensor, " circuit"]:
+        """Standard errors of `faithfulness_hanna`, a ratio of means, to first order; NaN for a single pair.
+
+        Raises:
+            HookLensError: as there.
+        """
+        kept, whole = self.per_pair - self.empty_per_pair, self.full_per_pair - self.empty_per_pair
+        return _standard_errors((kept - self.faithfulness_hanna[:, None] * whole) / self._span())
+
+    @property
+    def faithfulness_wang(self) -> Float[Tensor, " circuit"]:
+        """`abs(m(M) - m(C))`: 0 does what the network does; in the metric's units."""
+        return (self.full - self.values).abs()
+
+    @property
+    def normalized(self) -> Float[Tensor, " circuit"]:
+        """The values with 0 at the empty circuit and 1 at the whole network, which is `faithfulness_hanna`."""
+        return self.faithfulness_hanna
+
+    def _span(self) -> float:
+        if self.full == self.empty:
+            raise HookLensError(
+                f"the whole network and the empty circuit have the same {self.metric}, {self.full}: there is no scale "
+                "between them; faithfulness_wang needs none"
+            )
+        return self.full - self.empty
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per circuit: edges, heads, value, its standard error, and faithfulness by both definitions.
+
+        Columns of Hanna's are left out where the network and the empty circuit have the same value.
+        """
+        columns: dict[str, object] = {
+            "circuit": self.labels,
+            "edges": [len(circuit) for circuit in self.circuits],
+            "heads": [len(circuit.heads()) for circuit in self.circuits],
+            "value": self.values.tolist(),
+            "standard_error": self.standard_errors.tolist(),
+        }
+        if self.full != self.empty:
+            columns["faithfulness_hanna"] = self.faithfulness_hanna.tolist()
+            columns["faithfulness_hanna_error"] = self.faithfulness_hanna_errors.tolist()
+        columns["faithfulness_wang"] = self.faithfulness_wang.tolist()
+        table: pandas.DataFrame = import_package("pandas").DataFrame(columns)
+        return table
+
+    def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
+        """`faithfulness_hanna` of each circuit as a row of colours.
+
+        Returns:
+            A plotly or matplotlib figure.
+
+        Raises:
+            MissingDependencyError: the package is not installed.
+            HookLensError: an unknown backend, or no scale, see `faithfulness_hanna`.
+        """
+        values = self.faithfulness_hanna.detach().cpu().double()[None, None]
+        columns = ("circuit", [str(label) for label in self.labels])
+        heading = f"{self.metric}: faithfulness (Hanna et al. 2024)" if title is None else title
+        return draw_heatmaps(values, ("", [""]), columns, [""], backend=backend, title=heading)
+
+    def save(self, path: str | Path) -> None:
+        """Write the result to a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        described = {
+            "labels": self.labels,
+            "circuits": [circuit.edges for circuit in self.circuits],
+            "metric": self.metric,
+            "ablation": self.ablation,
+            "stats": asdict(self.stats),
+        }
+        tensors = {name: getattr(self, name) for name in ("per_pair", "full_per_pair", "empty_per_pair")}
+        write_safetensors(path, tensors, {"format": _FORMAT, "description": json.dumps(described)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CircuitResult":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or holds no circuits' values; what is wrong in it is named.
+        """
+        try:
+            tensors, metadata = read_safetensors(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read circuits' values from {path}: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} holds no circuits' values; write them with result.save(path)")
+        try:
+            described = json.loads(metadata.get("description", ""))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: 'description' is no JSON ({error})") from error
+        return cls(**_read_fields(described, tensors, path))
+
+
+def _standard_errors(per_pair: Float[Tensor, "circuit pair"]) -> Float[Tensor, " circuit"]:
+    n_pairs = per_pair.shape[-1]
+    if n_pairs < 2:
+        return torch.full_like(per_pair[..., 0], torch.nan)
+    return per_pair.std(-1) / math.sqrt(n_pairs)
+
+
+def _read_fields(described: object, tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """The fields of a result from what its file holds.
+
+    Raises:
+        CheckpointError: names the file and the key.
+    """
+
+    def refuse(key: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{path} is damaged: {key!r} is missing or no {expected}")
+
+    if not isinstance(described, dict):
+        raise refuse("description", "mapping")
+    labels, listed, stats = (described.get(key) for key in ("labels", "circuits", "stats"))
+    if not isinstance(labels, list) or not all(type(label) in (int, str) for label in labels):
+        raise refuse("labels", "list of numbers and texts")
+    if not isinstance(listed, list) or len(listed) != len(labels):
+        raise refuse("circuits", f"list of {len(labels)} circuits")
+    names = [field.name for field in fields(SweepStats)]
+    if (
+        not isinstance(stats, dict)
+        or set(stats) != set(names)
+        or not all(type(n) in (int, float) for n in stats.values())
+    ):
+        raise refuse("stats", f"mapping of {', '.join(names)} to numbers")
+    for key in ("metric", "ablation"):
+        if not isinstance(described.get(key), str):
+            raise refuse(key, "text")
+    try:
+        circuits = tuple(Circuit(tuple(edge) for edge in edges) for edges in listed)
+    except (TypeError, SiteError) as error:
+        raise CheckpointError(f"{path} is damaged: 'circuits' holds something else than edges ({error})") from error
+    per_pair = tensors.get("per_pair")
+    if per_pair is None or per_pair.ndim != 2 or len(per_pair) != len(labels) or not per_pair.is_floating_point():
+        raise refuse("per_pair", f"table of numbers with {len(labels)} rows")
+    for key in ("full_per_pair", "empty_per_pair"):
+        ends = tensors.get(key)
+        if ends is None or ends.shape != per_pair.shape[1:] or ends.dtype != per_pair.dtype:
+            raise refuse(key, f"list of {per_pair.shape[1]} numbers")
+    return {
+        "labels": tuple(labels),
+        "circuits": circuits,
+        "metric": described["metric"],
+        "ablation": described["ablation"],
+        "stats": SweepStats(**stats),
+        "per_pair": per_pair,
+        "full_per_pair": tensors["full_per_pair"],
+        "empty_per_pair": tensors["empty_per_pair"],
+    }
