@@ -45,7 +45,9 @@ def test_variant_passes_every_check(variant: str, tmp_path: Path) -> None:
         report = verify(save_variant(variant, tmp_path), progress=False)
 
     assert report.passed, str(report)
-    assert report.notes == ()
+    # Where frequencies depend on the length of a row, no cache can be cut.
+    by_length = ("key-value caches were not checked: frequencies by length",)
+    assert report.notes == (by_length if variant == "llama-dynamic" else ())
     _assert_every_point_checked(report, tmp_path)
     _assert_bounds_as_promised(report, variant)
 

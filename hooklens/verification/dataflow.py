@@ -11,11 +11,22 @@ from hooklens.config import HookedConfig
 
 Edge = tuple[str, str]
 
+# What this module has the wiring of; what a part of another kind does inside is known to itself.
+_KNOWN_KINDS = {"attn": "attention", "mlp": "mlp"}
+_EXITS = {"attn": "ln1_post.hook_scale", "mlp": "ln2_post.hook_scale"}
 
-def downstream_of(name: str, names: Collection[str], cfg: HookedConfig) -> set[str]:
-    """The hook points among `names` whose tensors are computed from the one at `name`, which is not among them."""
+
+def downstream_of(name: str, names: Collection[str], cfg: HookedConfig, *, possibly: bool = False) -> set[str]:
+    """The hook points among `names` whose tensors are computed from the one at `name`, which is not among them.
+
+    Args:
+        name: the point that is edited.
+        names: the points of the model.
+        cfg: its configuration.
+        possibly: also what may depend on it: inside a part of somebody's own any point may depend on any other.
+    """
     readers: dict[str, list[str]] = {}
-    for source, reader in _edges(cfg):
+    for source, reader in _edges(cfg, names, possibly=possibly):
         readers.setdefault(source, []).append(reader)
     reached: set[str] = set()
     waiting = [name]
@@ -24,10 +35,10 @@ def downstream_of(name: str, names: Collection[str], cfg: HookedConfig) -> set[s
             if reader not in reached:
                 reached.add(reader)
                 waiting.append(reader)
-    return reached & set(names)
+    return (reached & set(names)) - {name}
 
 
-def _edges(cfg: HookedConfig) -> Iterator[Edge]:
+def _edges(cfg: HookedConfig, names: Collection[str], *, possibly: bool) -> Iterator[Edge]:
     """From each tensor to those computed directly from it.
 
     Points that this architecture does not have are in the graph as well; what would flow through them flows on.
@@ -37,11 +48,41 @@ def _edges(cfg: HookedConfig) -> Iterator[Edge]:
     yield "hook_pos_embed", entrance
     for layer in range(cfg.n_layers):
         block = f"blocks.{layer}."
-        for source, reader in (*_attention_edges(), *_mlp_edges(), *_stream_edges(cfg)):
+        for source, reader in _block_edges(cfg, layer, names, possibly=possibly):
             yield block + source, block + reader
         is_last = layer == cfg.n_layers - 1
         yield block + "hook_resid_post", "ln_final.hook_scale" if is_last else f"blocks.{layer + 1}.hook_resid_pre"
     yield from _chain("ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_in", "unembed.hook_out")
+
+
+def _block_edges(cfg: HookedConfig, layer: int, names: Collection[str], *, possibly: bool) -> Iterator[Edge]:
+    edges = (*_attention_edges(), *_mlp_edges(), *_stream_edges(cfg))
+    described = cfg.block(layer)
+    for part, config in (("attn", described.attn), ("mlp", described.mlp)):
+        if config is None or config.kind == _KNOWN_KINDS[part]:
+            continue
+        before = f"blocks.{layer}."
+        inside = [one.removeprefix(before) for one in names if one.startswith(f"{before}{part}.")]
+        edges = tuple(_around(part, inside, edges, possibly=possibly))
+    yield from edges
+
+
+def _around(part: str, inside: Collection[str], edges: Collection[Edge], *, possibly: bool) -> Iterator[Edge]:
+    """The edges of a layer with a part of somebody's own: of what is in it, only what enters and what leaves it."""
+    entering = {
+        source for source, reader in edges if reader.startswith(f"{part}.") and not source.startswith(f"{part}.")
+    }
+    for edge in edges:
+        if not any(name.startswith(f"{part}.") for name in edge):
+            yield edge
+    for source in entering:
+        # The part may leave one of its inputs out; what its norm gives it reads.
+        if possibly or source.endswith("hook_normalized"):
+            yield source, _EXITS[part]
+        if possibly:
+            yield from ((source, one) for one in inside)
+    if possibly:
+        yield from ((one, other) for one in inside for other in (*inside, _EXITS[part]) if one != other)
 
 
 def _attention_edges() -> Iterator[Edge]:

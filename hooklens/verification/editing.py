@@ -86,6 +86,7 @@ def _run_edited(probe: Probe, name: str, edit: Callable[[Tensor, HookPoint], Ten
 def _compare_with_wiring(probe: Probe, name: str, edited: _EditedRun) -> list[CheckResult]:
     """Hold what changed against the network's wiring."""
     expected = downstream_of(name, probe.names, probe.model.cfg)
+    possible = downstream_of(name, probe.names, probe.model.cfg, possibly=True)
     clean = probe.clean_captures
     changed = {
         other
@@ -93,7 +94,7 @@ def _compare_with_wiring(probe: Probe, name: str, edited: _EditedRun) -> list[Ch
         if other != name and other in clean and not same_bits(tensor, clean[other])
     }
     unreached = [other for other in probe.names if other in expected - changed]
-    disturbed = [other for other in probe.names if other in changed - expected]
+    disturbed = [other for other in probe.names if other in changed - possible]
     return [
         _find_none(REACHES, name, unreached, "not reached"),
         _find_none(SPARES, name, disturbed, "changed, though not downstream"),
@@ -115,7 +116,7 @@ def _find_none(check: str, subject: str, offenders: list[str], words: str) -> Ch
 
 
 def _check_locality(probe: Probe, name: str) -> CheckResult:
-    """An edit of the first row from the middle on leaves the other rows, and what came before, alone."""
+    """An edit of the first row from the middle on leaves the other rows, and what no later token reaches, alone."""
     middle = probe.n_tokens // 2
     site = find_site(name)
     axis = 1 if site is None or "query" not in site.axes else site.axes.index("query")
@@ -129,8 +130,8 @@ def _check_locality(probe: Probe, name: str) -> CheckResult:
     with probe.model.hooks([(name, edit_region)]):
         logits = probe.run()
     clean = probe.clean_logits
-    elsewhere = max(
-        largest_difference(logits[1:], clean[1:]), largest_difference(logits[0, :middle], clean[0, :middle])
-    )
+    elsewhere = largest_difference(logits[1:], clean[1:])
+    if probe.model.cfg.causal:
+        elsewhere = max(elsewhere, largest_difference(logits[0, :middle], clean[0, :middle]))
     message = "" if elsewhere <= probe.rounding else f"edited row 0 from position {middle} on; logits elsewhere moved"
     return CheckResult(check=STAYS, subject=name, measured=elsewhere, bound=probe.rounding, message=message)

@@ -78,7 +78,8 @@ class Probe:
 
     def run(self) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits of the unpadded batch under whatever hooks are attached."""
-        return as_logits(self.model(self.tokens))
+        # Random ids may hold a pad id at a row's end: here they are all tokens.
+        return as_logits(self.model(self.tokens, attention_mask=torch.ones_like(self.tokens)))
 
     def rows(self) -> Iterator[Int[Tensor, "one pos"]]:
         """The rows of the padded batches as inputs of their own, without padding."""
@@ -113,11 +114,12 @@ class Probe:
 
         words = ("hook_embed", "hook_pos_embed", "hook_attn_out", "hook_mlp_out")
         writers = [name for name in self.model.hook_points() if name.rpartition(".")[2] in words]
-        moved = 0.0
+        # Before the hooks are in place, which the first run would hear.
+        moved, clean = 0.0, self.clean_logits
         for _ in range(2):
             with self.model.hooks([(writers, add_unit)]):
-                moved = max(moved, largest_difference(self.run(), self.clean_logits))
-        return _ROUNDING_FACTOR * max(moved, eps * float(self.clean_logits.abs().max()))
+                moved = max(moved, largest_difference(self.run(), clean))
+        return _ROUNDING_FACTOR * max(moved, eps * float(clean.abs().max()))
 
 
 def make_probe(

@@ -1,7 +1,8 @@
 """`verify`: all checks on one model, with a report."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,22 +12,32 @@ from hooklens.bundled import bundled_path
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, UnsupportedModelError, join_names
 from hooklens.optional import import_package
+from hooklens.verification.comparing.edit_values import check_edit_values
+from hooklens.verification.comparing.options import check_caches, check_chosen, check_loss
+from hooklens.verification.comparing.recomputing import check_explicit_logits, check_ways
+from hooklens.verification.comparing.single_edits import SingleEdits
+from hooklens.verification.comparing.ways import can_be_cut, runs_in_pieces
 from hooklens.verification.editing import check_editing
+from hooklens.verification.explicit import Batch, ExplicitNetwork
 from hooklens.verification.gradients import check_gradients
 from hooklens.verification.probe import Probe, make_probe
 from hooklens.verification.reference import LOGITS, cast_model, check_logits, reference_loader
 from hooklens.verification.report import CheckResult, VerificationReport
 from hooklens.verification.round_trip import check_round_trip
-from hooklens.verification.sums import check_padding, check_sums
 from hooklens.verification.watching import check_captures, check_firing, check_watching, check_writing_back
 
+RUNS = "checks run to their end"
+
 _BUNDLED = "bundled:"
-# Below this many parameters a copy in float64 costs little, and gradients can be held against differences.
+# Below this many parameters a copy in float64 costs little: gradients can be held against differences, and the logits
+# of each way of running against an explicit computation.
 _SMALL_MODEL = 50_000_000
+# Below this many the logits of each of some hundred edits can.
+_TINY_MODEL = 5_000_000
 # Seconds after which a run counts as long and shows its progress.
 _LONG = 3.0
 
-Stage = tuple[str, Callable[[], list[CheckResult]]]
+Stage = tuple[str, Callable[[], Iterable[CheckResult]]]
 
 
 def verify(
@@ -47,7 +58,13 @@ def verify(
     Logits against transformers, bit-equal round trip, and for every hook point: it fires once with the declared
     axes, watching it leaves the logits bit-identical, writing back its value changes nothing, an edit reaches
     all that is downstream and nothing else, edits in place and returned agree, its gradient is the derivative
-    of an edit. Then padding on both sides against single rows, and the sums of the residual stream.
+    of an edit.
+
+    The network is computed a second time, by plain arithmetic from its definitions. Each shown tensor is held against
+    what its sources make, and the logits against those of the whole computation: in one batch, with padding anywhere,
+    in a long row, at positions up to `n_ctx`, in prefill and steps, on a frozen prefix. Edits of each head, and of
+    the first, a middle and the last neuron, position and key, are held against the computation with the edit in it.
+    Then what arguments choose: positions, layers, rows of a cache, the entries of an edit.
 
     Args:
         model: a checkpoint (hub name, local folder, `"bundled:tiny-llama"`), or a model in memory.
@@ -84,11 +101,11 @@ def verify(
     with torch.no_grad():
         results = check_firing(probe)
         sound = _leave_out_broken(probe, results, notes)
+        notes += _describe_limits(sound)
         stages = [
             *([_logits_stage(probe, compared, dtypes)] if logits else ()),
             ("round trip", lambda: check_round_trip(loaded, folder)),
-            *_hook_point_stages(sound),
-            *([_gradient_stage(sound)] if gradients else ()),
+            *hook_point_stages(sound, gradients=gradients),
         ]
         for name, run in _show_progress(stages, progress=progress):
             try:
@@ -139,24 +156,92 @@ def _logits_stage(probe: Probe, reference: Path | None, dtypes: Sequence[torch.d
     return LOGITS, run
 
 
-def _hook_point_stages(probe: Probe) -> Iterator[Stage]:
+def hook_point_stages(probe: Probe, *, gradients: bool = True) -> list[Stage]:
+    """The checks that need nothing but the network, each made when it is asked for.
+
+    An error of the network is a failure like any other, so that nothing is lost that was found before.
+
+    Args:
+        probe: the model and its input.
+        gradients: those of gradients, too.
+    """
+    return [_report_errors(stage) for stage in _list_stages(probe, gradients=gradients)]
+
+
+def _list_stages(probe: Probe, *, gradients: bool) -> Iterator[Stage]:
+    size = probe.model.n_params_total
+
+    @cache
+    def wide() -> Probe:
+        """The model in float64, if it is small; else as it is."""
+        if probe.dtype == torch.float64 or size > _SMALL_MODEL:
+            return probe
+        return replace(probe, model=cast_model(probe.model, torch.float64))
+
+    @cache
+    def single_edits() -> SingleEdits:
+        explicit = size <= _TINY_MODEL and not _find_unknown(probe)
+        return SingleEdits(wide() if explicit else probe, explicit=explicit)
+
+    yield "shown tensors", lambda: check_ways(probe)
+    if size <= _SMALL_MODEL and not _find_unknown(probe):
+        yield "explicit logits", lambda: check_explicit_logits(wide())
+    for name in probe.names:
+        yield f"single edits, {name}", lambda name=name: single_edits().check(name)  # type: ignore[misc]
+    yield "pairs of edits", lambda: single_edits().check_pairs()
+    yield "positions and layers", lambda: check_chosen(probe) if can_be_cut(probe) else ()
+    yield "loss", lambda: check_loss(probe) if can_be_cut(probe) else ()
+    yield "caches", lambda: check_caches(probe) if runs_in_pieces(probe) else ()
+    yield "edits as values", lambda: check_edit_values(probe) if can_be_cut(probe) and probe.layers else ()
     yield "watching", lambda: [*check_watching(probe), *check_captures(probe)]
     for name in probe.names:
         yield name, lambda name=name: [*check_writing_back(probe, name), *check_editing(probe, name)]  # type: ignore[misc]
-    yield "padding", lambda: check_padding(probe)
-    yield "sums", lambda: check_sums(probe)
+    if gradients:
+        yield "gradients", lambda: check_gradients(wide())
 
 
-def _gradient_stage(probe: Probe) -> Stage:
-    """Gradients of a small model are checked on a copy in float64."""
+def _report_errors(stage: Stage) -> Stage:
+    """The stage, with an error that ends it as its last result."""
+    name, run = stage
 
-    def run() -> list[CheckResult]:
-        if probe.dtype == torch.float64 or probe.model.n_params_total > _SMALL_MODEL:
-            return check_gradients(probe)
-        wide = cast_model(probe.model, torch.float64)
-        return check_gradients(replace(probe, model=wide))
+    def run_to_the_end() -> Iterator[CheckResult]:
+        try:
+            yield from run()
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            yield CheckResult(check=RUNS, subject=name, measured=1.0, bound=0.0, message=message)
 
-    return "gradients", run
+    return name, run_to_the_end
+
+
+def _find_unknown(probe: Probe) -> dict[str, str]:
+    """The parts that have no definition here, and why."""
+    batch = Batch(tokens=probe.tokens, mask=torch.ones_like(probe.tokens, dtype=torch.bool))
+    return ExplicitNetwork(probe.model, batch).why_unknown()
+
+
+def _describe_limits(probe: Probe) -> list[str]:
+    """What the checks leave out, and why."""
+    unknown = _find_unknown(probe)
+    notes = [
+        f"not recomputed: {part} ({reason}); what its hook points show was not held against their sources, the rest of "
+        "the network was"
+        for part, reason in unknown.items()
+    ]
+    if unknown:
+        notes.append("the logits were not held against an explicit computation, which needs a definition of every part")
+    if not can_be_cut(probe):
+        notes.append(
+            f"rows of {probe.n_tokens} tokens: too short for checks of padding inside rows, caches and choices"
+        )
+    elif probe.layers and not runs_in_pieces(probe):
+        reason = (
+            "attention of one's own" if any(part.endswith(".attn") for part in unknown) else "frequencies by length"
+        )
+        notes.append(f"key-value caches were not checked: {reason}")
+    if probe.model.n_params_total > _SMALL_MODEL and not unknown:
+        notes.append("a large model: shown tensors were held against their sources, the logits not against the whole")
+    return notes
 
 
 def _show_progress(stages: Sequence[Stage], *, progress: bool) -> Iterator[Stage]:

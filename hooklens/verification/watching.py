@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hooklens.axes import find_site
 from hooklens.hooks import HookPoint
+from hooklens.model.part import Part
 from hooklens.verification.probe import PaddingSide, Probe, as_logits, largest_difference, same_bits
 from hooklens.verification.report import CheckResult
 
@@ -44,7 +45,9 @@ def _check_axes(probe: Probe, name: str, found: tuple[int, ...]) -> CheckResult:
             check=AXES, subject=name, measured=1.0, bound=0.0, message="the name is not in hooklens.axes.HOOK_SITES"
         )
     by_input = {"batch": probe.tokens.shape[0], **dict.fromkeys(("pos", "query", "key"), probe.n_tokens)}
-    expected = tuple(by_input[axis] if axis in by_input else probe.model.cfg.size(axis) for axis in site.axes)
+    part = probe.model.get_submodule(name.rpartition(".")[0])
+    size_of = part.size_of if isinstance(part, Part) else probe.model.cfg.size
+    expected = tuple(by_input[axis] if axis in by_input else size_of(axis) for axis in site.axes)
     wrong = sum(one != other for one, other in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
     sizes = ", ".join(f"{axis}={size}" for axis, size in zip(site.axes, expected, strict=True))
     message = f"axes of another size: found {list(found)}, declared [{sizes}]" if wrong else ""
