@@ -16,6 +16,7 @@ wrote scores zero here. Freezing the denominator leaves out that removing a comp
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,20 +32,27 @@ from hooklens.activation_cache.decomposition import (
     names_by_layer,
     names_by_neuron,
 )
-from hooklens.activation_cache.logits import LogitDirections, TokenIds, align_directions, find_directions
+from hooklens.activation_cache.logits import LogitDirections, align_directions, find_directions
 from hooklens.activation_cache.readout import Readout
-from hooklens.activation_cache.stream import StreamPoint, locate
-from hooklens.analysis.connection import connect_cache, find_real_positions
+from hooklens.activation_cache.stream import StreamPoint, locate, require, take_positions
+from hooklens.analysis.connection import connect_cache, read_model, read_run
+from hooklens.analysis.token_columns import choose_tokens, list_tokens, take_columns
+from hooklens.analysis.token_names import Tokens, read_tokens
+from hooklens.arguments import Reader, optional, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     import pandas
 
-Tokens = TokenIds | str | list[str] | list[int] | list[str | int]
+
+ASKING: dict[str, Reader] = {"model": read_model, "cache": read_run, "pos": read_int}
+"""Readers of what all attributions take."""
+
+_K = optional(partial(read_int, least=1))
 
 
+@reads(**ASKING)
 @torch.no_grad()
 def attribute_to_components(
     model: HookedCausalLM,
@@ -62,20 +70,22 @@ def attribute_to_components(
     Args:
         model: the model of the run.
         cache: a cache with `embed` (`pos_embed`), `attn_out`, `mlp_out` and the final `scale`.
-        tokens: a token, or one per row: ids or text.
+        tokens: a token, or one per row: ids or text, in a list, array or tensor.
         incorrect_tokens: what to compare with, one for each of `tokens`.
-        pos: the position whose logits are meant, counted over the captured ones.
+        pos: the position whose logits are meant, counted over each row's captured tokens; -1 is a row's last one,
+            whatever padding follows.
 
     Raises:
         MissingActivationError: lists what was not captured.
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
-        InputError: the position is padding, or text is not one token.
+        InputError: a row has no such position, or text is not one token.
     """
     names = names_by_layer(cache, locate(cache.cfg, None))
-    reading = _prepare(model, cache, tokens, incorrect_tokens, pos, names)
+    reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, names)
     return reading.tabulate(read_points(reading.cache, names, reading.readout))
 
 
+@reads(**ASKING)
 @torch.no_grad()
 def attribute_to_heads(
     model: HookedCausalLM,
@@ -93,13 +103,14 @@ def attribute_to_heads(
     Raises:
         MissingActivationError: lists what was not captured.
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
-        InputError: the position is padding, or text is not one token.
+        InputError: a row has no such position, or text is not one token.
     """
     names = names_by_head(cache, locate(cache.cfg, None), incl_remainder=True)
-    reading = _prepare(model, cache, tokens, incorrect_tokens, pos, names)
+    reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, names)
     return reading.tabulate(decompose_by_head(reading.cache, reading.point, reading.readout, incl_remainder=True))
 
 
+@reads(**ASKING, k=_K)
 @torch.no_grad()
 def attribute_to_neurons(
     model: HookedCausalLM,
@@ -118,21 +129,19 @@ def attribute_to_neurons(
     Args:
         model: the model of the run.
         cache: its activations.
-        tokens: a token, or one per row: ids or text.
+        tokens: a token, or one per row: ids or text, in a list, array or tensor.
         incorrect_tokens: what to compare with, one for each of `tokens`.
-        pos: the position whose logits are meant.
+        pos: the position whose logits are meant, as there.
         k: list the `k` neurons with the largest values, up or down, averaged over rows; the others count to
             the remainder. None: all.
 
     Raises:
         MissingActivationError: lists what was not captured.
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
-        InputError: the position is padding, text is not one token, or `k` is below 1.
+        InputError: a row has no such position, text is not one token, or `k` is below 1.
     """
-    if k is not None and k < 1:
-        raise InputError(f"attribute_to_neurons: k={k}; expected at least 1")
     names = names_by_neuron(cache, locate(cache.cfg, None), incl_remainder=True)
-    reading = _prepare(model, cache, tokens, incorrect_tokens, pos, names)
+    reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, names)
     stack = decompose_by_neuron(reading.cache, reading.point, reading.readout, neuron_slice=None, incl_remainder=False)
     if k is not None:
         size = stack.values.abs().flatten(1).mean(1)
@@ -142,13 +151,24 @@ def attribute_to_neurons(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Attribution:
-    """One question about the logits: what is asked, and how components answer it."""
+class Attribution:
+    """One question about the logits: what is asked, and how components answer it.
+
+    Attributes:
+        cache: the run, cut to the one column of each row that is asked about.
+        point: the end of the stream.
+        readout: reads a component's share.
+        asked: the tokens.
+        columns: of the run, those of each row that are tokens.
+        chosen: of these, the one that is asked about.
+    """
 
     cache: ActivationCache
     point: StreamPoint
     readout: Readout
     asked: LogitDirections
+    columns: list[list[int]]
+    chosen: list[int]
 
     def tabulate(self, stack: LabelledStack) -> "pandas.DataFrame":
         """One line for each component and row, the bias last."""
@@ -164,45 +184,39 @@ class _Attribution:
         return table
 
 
-def _prepare(
+def prepare_attribution(
     model: HookedCausalLM,
     cache: ActivationCache,
     tokens: Tokens,
     incorrect_tokens: Tokens | None,
     pos: int,
     names: list[str],
-) -> _Attribution:
-    """Check what is asked against what the cache holds; `names` are the activations that will be read."""
+) -> Attribution:
+    """Check what is asked against what the cache holds, and cut the cache to it.
+
+    Args:
+        model, cache, tokens, incorrect_tokens, pos: those of `attribute_to_components`.
+        names: the activations that will be read.
+    """
     cache = connect_cache(cache, model)
     point = locate(cache.cfg, None)
-    plain = make_readout(cache, point, purpose="attribution", names=names, apply_ln=True, pos_slice=pos)
-    assert plain.norm is not None
-    _refuse_padding(cache, pos)
-    lead = plain.norm.scale.shape[:-1]
+    # What tells rows and positions, whatever else is read: the final norm's denominator, or the stream itself.
+    whole = point.name_in(cache) if point.norm is None else f"{point.norm}.hook_scale"
+    require(cache, dict.fromkeys([*names, whole]), purpose="attribution")
+    asked_of = cache[whole]
+    n_rows, n_captured = len(asked_of) if cache.has_batch_dim else 1, asked_of.shape[-2]
+    columns = list_tokens(cache, n_captured, n_rows)
+    places = choose_tokens(columns, pos, what="pos")
+    chosen = [own[place] for own, [place] in zip(columns, places, strict=True)]
+    taken = take_columns(cache, torch.tensor(chosen)[:, None], n_captured)
+    plain = make_readout(taken, point, purpose="attribution", names=[], apply_ln=True, pos_slice=0)
+    stream = take_positions(taken[whole], -2, 0)
     asked = find_directions(
-        cache,
-        _to_ids(model, tokens),
-        None if incorrect_tokens is None else _to_ids(model, incorrect_tokens),
-        like_activation=plain.norm.scale,
+        taken,
+        read_tokens(model, tokens, what="tokens"),
+        None if incorrect_tokens is None else read_tokens(model, incorrect_tokens, what="incorrect_tokens"),
+        like_activation=stream,
     )
-    directions = align_directions(asked.directions, lead)[..., None, :]
-    readout = Readout(pos_slice=pos, norm=plain.norm, directions=directions)
-    return _Attribution(cache=cache, point=point, readout=readout, asked=asked)
-
-
-def _to_ids(model: HookedCausalLM, tokens: Tokens) -> TokenIds:
-    if isinstance(tokens, str):
-        return model.to_single_token(tokens)
-    if isinstance(tokens, list):
-        return torch.tensor([model.to_single_token(token) if isinstance(token, str) else token for token in tokens])
-    return tokens
-
-
-def _refuse_padding(cache: ActivationCache, pos: int) -> None:
-    real = find_real_positions(cache, cache["ln_final.hook_scale"].shape[-2])
-    padded = [] if real is None else (~real[:, pos]).nonzero()[:, 0].tolist()
-    if padded:
-        raise InputError(
-            f"position {pos} is padding in rows {padded}; give a position that is a token in every row, pad on the "
-            "left, or take rows one by one: cache.unpad(row)"
-        )
+    directions = align_directions(asked.directions, stream.shape[:-1])[..., None, :]
+    readout = Readout(pos_slice=0, norm=plain.norm, directions=directions)
+    return Attribution(cache=taken, point=point, readout=readout, asked=asked, columns=columns, chosen=chosen)

@@ -1,4 +1,4 @@
-"""Weights in words: the singular vectors of OV circuits and MLPs, read in token space.
+"""Weights in words: OV and QK circuits, MLPs and neurons, read in token space.
 
 **Method** (Millidge and Black 2022, "The singular value decompositions of transformer weight matrices are
 highly interpretable"). A matrix between two copies of the stream, a head's `W_V W_O` or an MLP's `W_out`, is
@@ -7,9 +7,12 @@ highly interpretable"). A matrix between two copies of the stream, a head's `W_V
 
 so along component `i` it reads `u_i` and writes `s_i v_i`. A direction that is written is read by the
 unembedding as `v_i W_U`, one number per token; a direction that a head reads matches tokens by `W_E u_i`. For
-whole circuits, `W_E W_V W_O W_U` says how much attending to one token raises the logit of another (Elhage et al.
-2021). `W_V`, an MLP's input weight and `W_U` stand for these maps with the norm before them folded in: its weight,
-and the mean that a LayerNorm takes out. So a model reads the same before and after `fold_ln`.
+whole circuits, `W_E W_V W_O W_U` says how much attending to one token raises the logit of another, and
+`W_E W_Q W_K^T W_E^T` how much one token asks for another (Elhage et al. 2021). `W_Q`, `W_K`, `W_V`, an MLP's input
+weight and `W_U` stand for these maps with the norm before them folded in: its weight, and the mean that a LayerNorm
+takes out; so a model reads the same before and after `fold_ln`. What leaves a branch through a norm (`cfg.norm_after`)
+is read behind it in the same way. Else the weights are read as they are: centring `W_U` or the writing weights, by
+`process_weights`, changes what is read.
 
 **How to read it.** `s_i` is the strength; its tokens are a theme if they belong together. Singular vectors have
 no sign of their own: the tokens at one end of what is read go with those at the same end of what is written.
@@ -17,20 +20,31 @@ The norms' denominators are left out, and so are layers in between, so early lay
 the vocabulary need not describe.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.analysis.circuit_weights import (
+    check_place,
+    mlp_reader,
+    mlp_writer,
+    ov_circuit,
+    qk_circuit,
+    unembedding,
+)
+from hooklens.analysis.connection import read_model
 from hooklens.analysis.token_names import name_tokens
+from hooklens.arguments import read_flag, read_int, read_one_of, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.model.norm import Norm
+from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
 from hooklens.precision import widen
 from hooklens.weights.factored import FactoredMatrix
-from hooklens.weights.top_tokens import top_tokens
+from hooklens.weights.top_tokens import TopEntries, top_tokens
 
 if TYPE_CHECKING:
     import pandas
@@ -38,6 +52,7 @@ if TYPE_CHECKING:
 End = Literal["+", "-"]
 
 
+@reads(model=read_model, layer=read_int, head=read_int, n_directions=read_int, k=read_int)
 @torch.no_grad()
 def read_ov_directions(
     model: HookedCausalLM, layer: int, head: int, *, n_directions: int = 5, k: int = 5
@@ -50,13 +65,17 @@ def read_ov_directions(
     Raises:
         InputError: no such layer or head, or a number out of range.
     """
-    _check_place(model, layer, head=head)
-    circuit = _ov_circuit(model, layer, head)
+    check_place(model, layer, "attn", head=head)
+    circuit = ov_circuit(model, layer, head)
     U, S, V = circuit.svd()
-    writes = _unembedding(model).T @ V
+    writes = unembedding(model).T @ V
     return _tabulate(model, S, reads=widen(model.W_E) @ U, writes=writes, n_directions=n_directions, k=k)
 
 
+@reads(
+    model=read_model, layer=read_int, weight=partial(read_one_of, options=("in", "out")), n_directions=read_int,
+    k=read_int,
+)  # fmt: skip
 @torch.no_grad()
 def read_mlp_directions(
     model: HookedCausalLM, layer: int, *, weight: Literal["in", "out"] = "out", n_directions: int = 5, k: int = 5
@@ -69,59 +88,131 @@ def read_mlp_directions(
     Raises:
         InputError: no such layer or weight, or a number out of range.
     """
-    _check_place(model, layer)
-    mlp = model.block_list()[layer].mlp
+    check_place(model, layer, "mlp")
     if weight == "out":
-        _, S, V_transposed = torch.linalg.svd(widen(mlp.W_out), full_matrices=False)
-        return _tabulate(model, S, writes=_unembedding(model).T @ V_transposed.mT, n_directions=n_directions, k=k)
-    if weight != "in":
-        raise InputError(f"read_mlp_directions: weight is {weight!r}; expected 'in' or 'out'")
-    reader = mlp.W_gate if model.cfg.gated_mlp else mlp.W_in
-    block = model.block_list()[layer]
-    norm = block.ln1 if block.ln2 is None else block.ln2
-    U, S, _ = torch.linalg.svd(_fold_norm(norm, reader), full_matrices=False)
+        _, S, V_transposed = torch.linalg.svd(mlp_writer(model, layer), full_matrices=False)
+        return _tabulate(model, S, writes=unembedding(model).T @ V_transposed.mT, n_directions=n_directions, k=k)
+    U, S, _ = torch.linalg.svd(mlp_reader(model, layer), full_matrices=False)
     return _tabulate(model, S, reads=widen(model.W_E) @ U, n_directions=n_directions, k=k)
 
 
+@reads(model=read_model, layer=read_int, head=read_int, k=read_int, center=read_flag)
 @torch.no_grad()
-def top_ov_pairs(model: HookedCausalLM, layer: int, head: int, *, k: int = 10) -> "pandas.DataFrame":
+def top_ov_pairs(
+    model: HookedCausalLM, layer: int, head: int, *, k: int = 10, center: bool = False
+) -> "pandas.DataFrame":
     """The pairs of tokens for which attending to the first raises the logit of the second most, through a head.
 
     Columns: `source`, `promoted`, `value`. The d_vocab x d_vocab circuit is streamed over, never made.
 
+    Args:
+        model: the model.
+        layer: the layer.
+        head: the query head.
+        k: how many pairs.
+        center: subtract from each source's values their mean over the vocabulary, which no softmax sees. Without it
+            `value` is the change of the logit alone, and a source that raises all logits alike can lead the list.
+
     Raises:
         InputError: no such layer or head, or `k` out of range.
     """
-    _check_place(model, layer, head=head)
-    circuit = _ov_circuit(model, layer, head)
-    found = top_tokens(FactoredMatrix(widen(model.W_E) @ circuit.A, circuit.B @ _unembedding(model)), k)
-    columns = {
-        "source": name_tokens(model, found.rows),
-        "promoted": name_tokens(model, found.columns),
-        "value": found.values.tolist(),
-    }
-    table: pandas.DataFrame = import_package("pandas").DataFrame(columns)
+    check_place(model, layer, "attn", head=head)
+    circuit = ov_circuit(model, layer, head)
+    found = top_tokens(
+        FactoredMatrix(widen(model.W_E) @ circuit.A, circuit.B @ _columns(unembedding(model), center)), k
+    )
+    return _tabulate_pairs(model, found, "source", "promoted")
+
+
+@reads(model=read_model, layer=read_int, head=read_int, k=read_int, center=read_flag)
+@torch.no_grad()
+def top_qk_pairs(
+    model: HookedCausalLM, layer: int, head: int, *, k: int = 10, center: bool = False
+) -> "pandas.DataFrame":
+    """The pairs of tokens for which a head's query at the first asks most for a key at the second.
+
+    The full QK circuit `W_E W_Q W_K^T W_E^T` of Elhage et al. 2021, times the scale of the scores, with the gains of
+    query and key norms. Columns: `query`, `key`, `value`. The d_vocab x d_vocab circuit is streamed over, never made.
+
+    Positions are left out: rotary ones stand at distance 0, learned ones and ALiBi at none. So are biases, soft caps
+    and the norms' denominators.
+
+    Args:
+        model: the model.
+        layer: the layer.
+        head: the query head.
+        k: how many pairs.
+        center: subtract from each query's values their mean over the vocabulary, which no softmax over keys sees.
+
+    Raises:
+        InputError: no such layer or head, or `k` out of range.
+    """
+    check_place(model, layer, "attn", head=head)
+    circuit, W_E = qk_circuit(model, layer, head), widen(model.W_E)
+    found = top_tokens(FactoredMatrix(W_E @ circuit.A, _columns(circuit.B @ W_E.mT, center)), k)
+    return _tabulate_pairs(model, found, "query", "key")
+
+
+def _columns(matrix: Float[Tensor, "inner d_vocab"], center: bool) -> Float[Tensor, "inner d_vocab"]:  # noqa: FBT001
+    """The right factor of a circuit, on request without what all tokens have in common."""
+    return matrix - matrix.mean(1, keepdim=True) if center else matrix
+
+
+def _tabulate_pairs(model: HookedCausalLM, found: TopEntries, rows: str, columns: str) -> "pandas.DataFrame":
+    table: pandas.DataFrame = import_package("pandas").DataFrame(
+        {
+            rows: name_tokens(model, found.rows),
+            columns: name_tokens(model, found.columns),
+            "value": found.values.tolist(),
+        }
+    )
     return table
 
 
-def _ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
-    block = model.block_list()[layer]
-    kv_head = head // (model.cfg.n_heads // model.cfg.n_kv_heads)
-    return FactoredMatrix(_fold_norm(block.ln1, block.attn.W_V[kv_head]), widen(block.attn.W_O[head]))
+@reads(model=read_model, layer=read_int, k=read_int)
+@torch.no_grad()
+def neuron_tokens(model: HookedCausalLM, layer: int, neurons: Choice = None, *, k: int = 5) -> "pandas.DataFrame":
+    """The input tokens that excite each neuron most and the output tokens that it promotes most, by its weights.
 
+    A neuron of input weight `w_in` and output weight `w_out` is read as the key `W_E w_in` and the value `w_out W_U`
+    of a memory (Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value Memories"; Geva et al. 2022 for
+    values in the vocabulary). Columns: `neuron`, `excited_by`, `excitations`, `promotes`, `promotions`: the `k` tokens
+    with the largest values, and the values. With a gate, `excited_by` is what opens it.
 
-def _unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:
-    return _fold_norm(model.ln_final, model.W_U)
+    Biases and the norms' denominators are left out; a token's embedding alone is read, as if nothing lay between.
 
+    Args:
+        model: the model.
+        layer: the layer.
+        neurons: an int, a slice, or a list, array or tensor of ints; None: all.
+        k: tokens to list at each end.
 
-def _fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
-    """A map that reads the stream, at least in float32, with the weight and the centring of the norm before it."""
-    reader = widen(reader)
-    if norm is None:
-        return reader
-    gain = 1 + widen(norm.w) if norm.norm.unit_offset else widen(norm.w)
-    folded = gain[:, None] * reader
-    return folded - folded.mean(0, keepdim=True) if norm.norm.kind == "layer" else folded
+    Raises:
+        InputError: no such layer or neuron, a layer without an MLP, or `k` out of range.
+    """
+    check_place(model, layer, "mlp")
+    d_vocab = model.cfg.d_vocab
+    if not 1 <= k <= d_vocab:
+        raise InputError(f"neuron_tokens: k={k}; expected 1 to {d_vocab}, the size of the vocabulary")
+    reads_stream, writes = mlp_reader(model, layer), mlp_writer(model, layer)
+    chosen = resolve_choice(
+        read_choice(neurons, what="neurons"), len(writes), what="neurons", noun="neurons of this MLP"
+    )
+    W_U = unembedding(model)
+    W_E, lines = widen(model.W_E), []
+    for neuron in chosen:
+        excites, promotes = (W_E @ reads_stream[:, neuron]).topk(k), (writes[neuron] @ W_U).topk(k)
+        lines.append(
+            {
+                "neuron": neuron,
+                "excited_by": name_tokens(model, excites.indices),
+                "excitations": tuple(excites.values.tolist()),
+                "promotes": name_tokens(model, promotes.indices),
+                "promotions": tuple(promotes.values.tolist()),
+            }
+        )
+    table: pandas.DataFrame = import_package("pandas").DataFrame(lines)
+    return table
 
 
 def _tabulate(
@@ -150,12 +241,3 @@ def _tabulate(
             lines.append(line)
     table: pandas.DataFrame = import_package("pandas").DataFrame(lines)
     return table
-
-
-def _check_place(model: HookedCausalLM, layer: int, *, head: int = 0) -> None:
-    cfg = model.cfg
-    if not 0 <= layer < cfg.n_layers or not 0 <= head < cfg.n_heads:
-        raise InputError(
-            f"layer {layer}, head {head} is not in the model; it has layers 0 to {cfg.n_layers - 1} with heads 0 to "
-            f"{cfg.n_heads - 1}"
-        )

@@ -6,11 +6,39 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
+from hooklens.arguments import reads, require
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import CacheError, InputError, TransformError
+from hooklens.errors import CacheError, HookLensError, InputError, TransformError
 from hooklens.weights.processing import check_transforms_match
 
 
+def read_model(given: object, *, what: str, error: type[HookLensError] = InputError) -> HookedCausalLM:
+    """A model.
+
+    Raises:
+        HookLensError: anything else.
+    """
+    model: HookedCausalLM = require(
+        given, kind=HookedCausalLM, what=what, expected="a HookedCausalLM: HookedCausalLM.from_pretrained(...)",
+        error=error,
+    )  # fmt: skip
+    return model
+
+
+def read_run(given: object, *, what: str, error: type[HookLensError] = InputError) -> ActivationCache:
+    """What a run captured.
+
+    Raises:
+        HookLensError: anything else, a text to run included.
+    """
+    cache: ActivationCache = require(
+        given, kind=ActivationCache, what=what, expected="an ActivationCache: _, cache = model.run_with_cache(...)",
+        error=error,
+    )  # fmt: skip
+    return cache
+
+
+@reads(cache=read_run, model=read_model)
 def connect_cache(cache: ActivationCache, model: HookedCausalLM) -> ActivationCache:
     """The cache with the model's weights to read it by; for one that was read from a file, say.
 
@@ -39,7 +67,7 @@ def connect_cache(cache: ActivationCache, model: HookedCausalLM) -> ActivationCa
 
 
 def find_real_positions(cache: ActivationCache, n_captured: int) -> Bool[Tensor, "batch pos"] | None:
-    """Which captured positions are tokens; None where nothing is padding.
+    """Which captured columns are tokens; None where nothing is padding.
 
     Raises:
         InputError: which of them are padding cannot be told.

@@ -1,9 +1,16 @@
 """Head detection: which heads attend where a named kind of head would.
 
 **Method.** A kind of head is described by a *target*: for each query position the key positions that such a
-head attends to. The score of a head is the attention that it pays to them,
+head attends to. A *measure* says how well a head's pattern fits it:
 
-    score = mean over queries with a target of  sum over target keys of pattern[query, key]
+- `"mean_attention"`, ours: `mean over queries with a target of  sum over target keys of pattern[query, key]`. Queries
+  without a target do not count.
+- `"mul"` of `detect_head` in TransformerLens 2.x: `sum(pattern * target) / sum(pattern)` over all queries and keys of
+  a row, so a row of `n` tokens whose head attends to nothing but targets has `(queries with a target) / n`.
+- `"abs"` of the same: `1 - sum(|pattern - target|) / n`, from -1 to 1; not rounded, as it is there.
+
+Those two are taken row by row and their mean is given. `exclude_bos` takes each row's first token out of the keys,
+`exclude_current_token` the query's own position, of the pattern for `"mul"` and of the difference for `"abs"`.
 
 **Kinds** (Elhage et al. 2021; Olsson et al. 2022, "In-context Learning and Induction Heads"; Wang et al. 2022):
 
@@ -11,24 +18,41 @@ head attends to. The score of a head is the attention that it pays to them,
 - *duplicate token*: earlier positions of the same token;
 - *induction*: positions after earlier ones of the same token, where what came next last time stands.
 
+Before, after and earlier are meant among a row's tokens: padding is none of them, even where its id is a token's.
+
 On a sequence of random tokens that is repeated, only attention to content tells these apart from attention to a
 distance, which is what `head_scores` uses unless it is given text.
 
-**How to read it.** 0 to 1: the share of attention. A head that attends evenly scores about
+**How to read it.** `"mean_attention"` is from 0 to 1: the share of attention. A head that attends evenly scores about
 (targets per query) / (keys per query). A score says where a head looks, not what it does with it; ablate the
 head to learn whether it matters.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from hooklens.analysis.connection import read_model
+from hooklens.arguments import (
+    Reader,
+    optional,
+    read_flag,
+    read_int,
+    read_number,
+    read_numbers,
+    read_one_of,
+    read_seed,
+    read_tensor,
+    reads,
+    refusal,
+)
 from hooklens.axes import layer_of
 from hooklens.causal_lm import HookedCausalLM, Input
-from hooklens.errors import InputError
+from hooklens.errors import HookLensError, InputError
 from hooklens.hooks import HookPoint
 from hooklens.optional import import_package
 from hooklens.precision import widen
@@ -36,33 +60,111 @@ from hooklens.precision import widen
 if TYPE_CHECKING:
     import pandas
 
+MOST_ROWS = 2**20
+"""More generated rows or prompts than that are a slip: their tokens alone would fill a machine."""
+
 Kind = Literal["previous_token", "duplicate_token", "induction"]
+Measure = Literal["mean_attention", "mul", "abs"]
 Target = Bool[Tensor, "query key"] | Bool[Tensor, "batch query key"]
+AnyTarget = Target | Float[Tensor, "query key"] | Float[Tensor, "batch query key"]
 
 
-def previous_token_target(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
-    """Each query's position before."""
-    batch, n = tokens.shape
-    return torch.eye(n, dtype=torch.bool, device=tokens.device).roll(-1, 1).tril(-1).expand(batch, n, n)
+def _read_rows(given: object, *, what: str, error: type[HookLensError] = InputError) -> Tensor:
+    """Rows of whole numbers, or of marks, one for each column."""
+    expected = "rows of whole numbers [batch, pos]"
+    rows = read_numbers(given, what=what, expected=expected, error=error)
+    if rows.ndim != 2 or rows.is_complex() or not bool((rows.double() == rows.long().double()).all()):
+        raise refusal(given, what, expected, error)
+    return rows.long()
 
 
-def duplicate_token_target(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
-    """Earlier positions of each query's token."""
-    return (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
+_ROWS: dict[str, Reader] = {"tokens": _read_rows, "attention_mask": optional(_read_rows)}
 
 
-def induction_target(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
-    """Positions after earlier ones of each query's token, the query's own left out."""
-    return duplicate_token_target(tokens).roll(1, -1).tril(-1)
+@reads(**_ROWS)
+def previous_token_target(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch query key"]:
+    """Each query's token before.
+
+    Args:
+        tokens: ids.
+        attention_mask: 1 for tokens, 0 for padding, which is no query's token before; None: all are tokens.
+
+    Raises:
+        InputError: these are no rows of whole numbers, or differ in shape.
+    """
+    previous, _ = _previous_tokens(tokens, attention_mask)
+    return previous[:, :, None] == torch.arange(tokens.shape[1], device=tokens.device)
 
 
-_TARGETS: dict[Kind, Callable[[Tensor], Tensor]] = {
+@reads(**_ROWS)
+def duplicate_token_target(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch query key"]:
+    """Earlier positions of each query's token; arguments as in `previous_token_target`."""
+    _, real = _previous_tokens(tokens, attention_mask)
+    return (tokens[:, :, None] == tokens[:, None, :]).tril(-1) & real[:, :, None] & real[:, None, :]
+
+
+@reads(**_ROWS)
+def induction_target(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Bool[Tensor, "batch query key"]:
+    """Positions after earlier ones of each query's token, the query's own left out.
+
+    Arguments as in `previous_token_target`.
+    """
+    previous, real = _previous_tokens(tokens, attention_mask)
+    before = tokens.gather(1, previous.clamp(min=0))
+    follows = (tokens[:, :, None] == before[:, None, :]) & (previous >= 0)[:, None, :]
+    return follows.tril(-1) & real[:, :, None]
+
+
+def _previous_tokens(
+    tokens: Int[Tensor, "batch pos"], attention_mask: Tensor | None
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """The position of the token before each token, -1 for the first one and for padding; and which are tokens."""
+    if attention_mask is not None and attention_mask.shape != tokens.shape:
+        raise InputError(
+            f"attention_mask has shape {list(attention_mask.shape)}; expected that of the tokens, {list(tokens.shape)}"
+        )
+    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    latest = torch.where(real, places, -1).cummax(1).values.roll(1, 1)
+    latest[:, :1] = -1
+    return torch.where(real, latest, -1), real
+
+
+_TARGETS: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
     "previous_token": previous_token_target,
     "duplicate_token": duplicate_token_target,
     "induction": induction_target,
 }
 
 
+def _read_target(given: object, *, what: str, error: type[HookLensError] = InputError) -> Any:
+    if isinstance(given, str):
+        return read_one_of(given, what=what, options=get_args(Kind), error=error)
+    kinds = ", ".join(map(repr, get_args(Kind)))
+    return read_tensor(given, what=what, expected=f"{kinds}, or a tensor [query, key]", error=error)
+
+
+_READERS: dict[str, Reader] = {
+    "model": read_model,
+    "target": _read_target,
+    "measure": partial(read_one_of, options=get_args(Measure)),
+    "exclude_bos": read_flag,
+    "exclude_current_token": read_flag,
+}
+
+
+@reads(
+    model=read_model,
+    n_rows=partial(read_int, least=1, most=MOST_ROWS),
+    period=partial(read_int, least=1),
+    seed=read_seed,
+)
 def repeated_random_tokens(
     model: HookedCausalLM, *, n_rows: int = 16, period: int = 32, seed: int = 0
 ) -> Int[Tensor, "batch pos"]:
@@ -73,8 +175,6 @@ def repeated_random_tokens(
     Raises:
         InputError: the sequence is longer than `n_ctx`, or a number is below 1.
     """
-    if n_rows < 1 or period < 1:
-        raise InputError(f"repeated_random_tokens: n_rows={n_rows}, period={period}; expected numbers from 1 on")
     bos = getattr(model.tokenizer, "bos_token_id", None)
     length = 2 * period + (bos is not None)
     if length > model.cfg.n_ctx:
@@ -94,34 +194,49 @@ def _n_ordinary(model: HookedCausalLM) -> int:
     return model.cfg.d_vocab if model.tokenizer is None else min(model.cfg.d_vocab, len(model.tokenizer))
 
 
+@reads(**_READERS)
 @torch.no_grad()
 def score_heads(
-    model: HookedCausalLM, input: Input, target: Target, *, attention_mask: Tensor | None = None
+    model: HookedCausalLM,
+    input: Input,
+    target: Kind | AnyTarget,
+    *,
+    measure: Measure = "mean_attention",
+    exclude_bos: bool = False,
+    exclude_current_token: bool = False,
+    attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "layer head"]:
-    """Each head's mean attention to target positions, over the queries that have any.
+    """How well each head's attention fits target positions; NaN in layers without attention.
 
     Patterns are scored as they pass and not kept.
 
     Args:
         model: the model.
         input: text or token ids.
-        target: for each query the keys that count, for all rows or one by one.
+        target: a kind by name, or for each query the keys that count, for all rows or one by one, `torch.bool`; for
+            `"mul"` and `"abs"` also attention that is expected, as numbers.
+        measure: see the module. With `"mul"`, NaN for a head that pays no attention to what is not excluded.
+        exclude_bos: leave out attention to each row's first token; `"mul"` and `"abs"` only.
+        exclude_current_token: leave out attention of queries to themselves; `"mul"` and `"abs"` only.
         attention_mask: `[batch pos]`; padding neither asks nor is asked. None: what the model infers.
 
     Raises:
-        InputError: the target is not boolean or not of the pattern's shape, holds keys that no head can see, or
-            nothing.
+        InputError: the target is of another kind or not of the pattern's shape, holds keys that no head can see, or
+            nothing; or something is excluded where the measure counts target keys alone.
     """
     tokens, mask = _tokenize(model, input, attention_mask)
-    wanted = _fit_target(target, mask.bool())
-    n_asking = wanted.any(-1).sum()
-    scores = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
+    if isinstance(target, str):
+        target = _TARGETS[target](tokens, mask)
+    wanted = _fit_target(target, mask.bool(), measure, causal=model.cfg.causal)
+    compare = _make_measure(
+        measure, wanted, mask.bool(), exclude_bos=exclude_bos, exclude_current_token=exclude_current_token
+    )
+    scores = torch.full((model.cfg.n_layers, model.cfg.n_heads), torch.nan)
 
     def score(pattern: Tensor, hook: HookPoint) -> None:
         layer = layer_of(hook.name or "")
         assert layer is not None
-        attention = (widen(pattern) * wanted[:, None]).sum(dim=(0, 2, 3))
-        scores[layer] = (attention / n_asking).cpu()
+        scores[layer] = compare(widen(pattern)).cpu()
 
     model.run_with_hooks(
         tokens, fwd_hooks=[("blocks.*.attn.hook_pattern", score)], attention_mask=mask, return_type=None
@@ -129,32 +244,76 @@ def score_heads(
     return scores
 
 
-def _fit_target(target: Tensor, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch query key"]:
+def _make_measure(
+    measure: Measure,
+    wanted: Shaped[Tensor, "batch query key"],
+    real: Bool[Tensor, "batch pos"],
+    *,
+    exclude_bos: bool,
+    exclude_current_token: bool,
+) -> Callable[[Float[Tensor, "batch head query key"]], Float[Tensor, " head"]]:
+    """The function from patterns to scores; see the module."""
+    if measure == "mean_attention":
+        if exclude_bos or exclude_current_token:
+            raise InputError(
+                "exclude_bos and exclude_current_token belong to the measures 'mul' and 'abs'; 'mean_attention' counts "
+                "attention to target keys alone, so take these keys out of the target"
+            )
+        n_asking = wanted.any(-1).sum()
+        return lambda pattern: (pattern * wanted[:, None]).sum(dim=(0, 2, 3)) / n_asking
+    counts = real[:, :, None] & real[:, None, :]
+    if exclude_bos:
+        counts = counts & (real.long().cumsum(1) != 1)[:, None, :]
+    if exclude_current_token:
+        counts = counts & ~torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    counted = counts[:, None]
+    if measure == "mul":
+
+        def multiply(pattern: Tensor) -> Tensor:
+            pattern = pattern * counted
+            return ((pattern * wanted[:, None]).sum(dim=(2, 3)) / pattern.sum(dim=(2, 3))).mean(0)
+
+        return multiply
+    lengths = real.sum(1)[:, None]
+    return lambda pattern: (
+        1 - ((pattern - wanted[:, None].to(pattern)).abs() * counted).sum(dim=(2, 3)) / lengths
+    ).mean(0)
+
+
+def _fit_target(
+    target: Tensor, real: Bool[Tensor, "batch pos"], measure: Measure, *, causal: bool
+) -> Shaped[Tensor, "batch query key"]:
     """The target of each row, between tokens that are no padding."""
     batch, n = real.shape
-    if list(target.shape) not in ([n, n], [batch, n, n]) or target.dtype != torch.bool:
+    takes_numbers = measure != "mean_attention"
+    is_kind = target.dtype == torch.bool or (takes_numbers and target.is_floating_point())
+    if list(target.shape) not in ([n, n], [batch, n, n]) or not is_kind:
+        kind = "torch.bool, or a floating one" if takes_numbers else "torch.bool"
         raise InputError(
             f"the target has shape {list(target.shape)} and dtype {target.dtype}; expected [query, key] {[n, n]} or "
-            f"[batch, query, key] {[batch, n, n]}, as the pattern, and torch.bool: which keys count for each query"
+            f"[batch, query, key] {[batch, n, n]}, as the pattern, and {kind}: which keys count for each query"
         )
-    later = target.triu(1).nonzero().tolist()
+    if not bool(target.isfinite().all()):
+        raise InputError("the target holds numbers that are not finite; expected the attention to each key, 0 to 1")
+    later = target.triu(1).nonzero().tolist() if causal else []
     if later:
         *_, query, key = later[0]
         raise InputError(
             f"the target has {len(later)} keys after their query, such as key {key} for query {query}, which no head "
             "can see; keep the others: target.tril()"
         )
-    wanted = target.to(real.device).expand(batch, n, n) & real[:, :, None] & real[:, None, :]
+    wanted = target.to(real.device).expand(batch, n, n) * (real[:, :, None] & real[:, None, :])
     if not bool(wanted.any()):
         raise InputError("no query has a target: nothing can be scored; give a longer or a repeating input")
     return wanted
 
 
+@reads(model=read_model, seed=read_seed)
 @torch.no_grad()
 def head_scores(
     model: HookedCausalLM, input: Input | None = None, *, attention_mask: Tensor | None = None, seed: int = 0
 ) -> "pandas.DataFrame":
-    """Previous-token, duplicate-token and induction score of every head.
+    """Previous-token, duplicate-token and induction score of every head, by the measure `"mean_attention"`.
 
     Columns: `layer`, `head`, `previous_token`, `duplicate_token`, `induction`; the index holds labels `"L0H0"`.
 
@@ -172,18 +331,22 @@ def head_scores(
         input = repeated_random_tokens(model, period=min(32, (model.cfg.n_ctx - 1) // 2), seed=seed)
     tokens, mask = _tokenize(model, input, attention_mask)
     scores = {
-        kind: score_heads(model, tokens, target(tokens), attention_mask=mask) for kind, target in _TARGETS.items()
+        kind: score_heads(model, tokens, target(tokens, mask), attention_mask=mask) for kind, target in _TARGETS.items()
     }
     return _tabulate(model, scores)
 
 
+@reads(**_READERS, min_score=optional(partial(read_number, expected="a finite number")))
 @torch.no_grad()
 def detect_heads(
     model: HookedCausalLM,
     input: Input,
-    target: Kind | Target,
+    target: Kind | AnyTarget,
     *,
-    min_score: float = 0.0,
+    measure: Measure = "mean_attention",
+    exclude_bos: bool = False,
+    exclude_current_token: bool = False,
+    min_score: float | None = None,
     attention_mask: Tensor | None = None,
 ) -> "pandas.DataFrame":
     """The heads that attend to any target pattern, best first.
@@ -194,21 +357,20 @@ def detect_heads(
         model: the model.
         input: text or token ids.
         target: a kind by name, or for each query the keys that count, `[query key]` or `[batch query key]`.
-        min_score: leave out heads below it.
+        measure, exclude_bos, exclude_current_token: see `score_heads`.
+        min_score: leave out heads below it, and those without a score. None: list all.
         attention_mask: `[batch pos]`, for ids with padding; None: what the model infers.
 
     Raises:
         InputError: an unknown kind, a target of another shape than the pattern, or no query with a target.
     """
-    tokens, mask = _tokenize(model, input, attention_mask)
-    if isinstance(target, str):
-        if target not in _TARGETS:
-            raise InputError(
-                f"detect_heads: target is {target!r}; expected {', '.join(map(repr, get_args(Kind)))}, or a tensor"
-            )
-        target = _TARGETS[target](tokens)
-    table = _tabulate(model, {"score": score_heads(model, tokens, target, attention_mask=mask)})
-    return table[table["score"] >= min_score].sort_values("score", ascending=False)
+    scores = score_heads(
+        model, input, target, measure=measure, exclude_bos=exclude_bos, exclude_current_token=exclude_current_token,
+        attention_mask=attention_mask,
+    )  # fmt: skip
+    table = _tabulate(model, {"score": scores})
+    kept = table if min_score is None else table[table["score"] >= min_score]
+    return kept.sort_values("score", ascending=False)
 
 
 def _tokenize(
@@ -223,11 +385,12 @@ def _tokenize(
 
 
 def _tabulate(model: HookedCausalLM, scores: dict[Kind, Tensor] | dict[str, Tensor]) -> "pandas.DataFrame":
-    pairs = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    layers = [block.layer for block in model.cfg.blocks if block.attn is not None]
+    pairs = [(layer, head) for layer in layers for head in range(model.cfg.n_heads)]
     columns = {
         "layer": [layer for layer, _ in pairs],
         "head": [head for _, head in pairs],
-        **{name: values.flatten().tolist() for name, values in scores.items()},
+        **{name: values[layers].flatten().tolist() for name, values in scores.items()},
     }
     table: pandas.DataFrame = import_package("pandas").DataFrame(columns, index=model.all_head_labels())
     return table

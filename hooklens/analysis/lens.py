@@ -18,19 +18,24 @@ so sub-layers exist in sequential blocks only.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
+from hooklens.activation_cache.decomposition import places_up_to
 from hooklens.activation_cache.stream import locate
-from hooklens.analysis.connection import connect_cache, find_real_positions
-from hooklens.analysis.token_names import name_tokens
+from hooklens.analysis.connection import connect_cache, read_model, read_run
+from hooklens.analysis.token_columns import choose_tokens, list_tokens, take_columns
+from hooklens.analysis.token_names import name_tokens, read_token
+from hooklens.arguments import read_flag, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.choice import Choice
 from hooklens.optional import import_package
 from hooklens.precision import widen
 
@@ -50,13 +55,14 @@ class LensReading(NamedTuple):
     logprobs: Float[Tensor, "batch pos d_vocab"]
 
 
+@reads(model=read_model, cache=read_run, sublayers=read_flag)
 @torch.no_grad()
 def read_streams(
     model: HookedCausalLM,
     cache: ActivationCache,
     *,
     sublayers: bool = False,
-    pos_slice: slice | list[int] | None = None,
+    pos_slice: Choice = None,
 ) -> Iterator[LensReading]:
     """The predictions of every stream, one after the other, so that only one holds memory.
 
@@ -64,80 +70,120 @@ def read_streams(
         model: the model of the run.
         cache: a cache with `resid_pre` of every layer (and `resid_mid`) and the last `resid_post`.
         sublayers: read the streams between attention and MLP, too.
-        pos_slice: positions, counted over the captured ones; None is all.
+        pos_slice: positions over each row's captured tokens, as many in every row (an int keeps the axis); None is
+            all captured columns, padding included.
 
     Raises:
         MissingActivationError: lists the streams that were not captured.
         CacheError, TransformError: the cache is not this model's.
+        InputError: a row lacks a position, or rows have different numbers of those that a slice selects.
     """
-    for label, stream in _label_streams(model, cache, sublayers=sublayers, pos_slice=pos_slice):
+    cache = connect_cache(cache, model)
+    if pos_slice is not None:
+        tokens, n_captured = _list_tokens(cache)
+        places = choose_tokens(tokens, pos_slice, what="pos_slice")
+        counts = sorted({len(row) for row in places})
+        if len(counts) > 1:
+            raise InputError(
+                f"read_streams: pos_slice={pos_slice!r} selects from {counts[0]} to {counts[-1]} tokens of a row; give "
+                "positions that every row has, or None for all columns, padding included"
+            )
+        cache = _take(cache, _to_columns(tokens, places), n_captured, sublayers=sublayers)
+    for label, stream in _label_streams(cache, sublayers=sublayers):
         yield LensReading(label, _predict(model, stream))
 
 
-def _label_streams(
-    model: HookedCausalLM, cache: ActivationCache, *, sublayers: bool, pos_slice: slice | list[int] | None
-) -> list[tuple[str, Float[Tensor, "batch pos d_model"]]]:
-    cache = connect_cache(cache, model)
-    streams, labels = cache.accumulated_resid(incl_mid=sublayers, pos_slice=pos_slice, return_labels=True)
+def _list_tokens(cache: ActivationCache) -> tuple[list[list[int]], int]:
+    """The captured columns of each row that are tokens, and how many columns were captured."""
+    end = locate(cache.cfg, None).read(cache)
+    n_captured = end.shape[-2]
+    return list_tokens(cache, n_captured, len(end) if cache.has_batch_dim else 1), n_captured
+
+
+def _to_columns(tokens: list[list[int]], places: list[list[int]]) -> Int[Tensor, "batch n"]:
+    """The columns of chosen tokens; rows with fewer of them than others are filled up with any token of theirs."""
+    width = max(map(len, places))
+    columns = [[own[place] for place in row] for own, row in zip(tokens, places, strict=True)]
+    return torch.tensor(
+        [row + own[:1] * (width - len(row)) for own, row in zip(tokens, columns, strict=True)], dtype=torch.long
+    )
+
+
+def _take(
+    cache: ActivationCache, columns: Int[Tensor, "batch n"], n_captured: int, *, sublayers: bool
+) -> ActivationCache:
+    """The streams at some columns of each row."""
+    places = places_up_to(locate(cache.cfg, None), incl_mid=sublayers)
+    return take_columns(cache, columns, n_captured, names=[place.name_in(cache) for place in places])
+
+
+def _label_streams(cache: ActivationCache, *, sublayers: bool) -> list[tuple[str, Float[Tensor, "batch pos d_model"]]]:
+    streams, labels = cache.accumulated_resid(incl_mid=sublayers, return_labels=True)
     return list(zip(labels, streams if cache.has_batch_dim else streams[:, None], strict=True))
 
 
 def _predict(model: HookedCausalLM, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
     """The model's end on a stream; hook points do not fire."""
-    normed = model.ln_final.apply_weights(stream.to(model.device, model.dtype))
+    last = stream.to(model.device, model.dtype)
+    normed = last if model.ln_final is None else model.ln_final.apply_weights(last)
     logits = F.linear(normed, model.W_U.T, model.unembed.b_U)
     if (cap := model.cfg.logits_softcap) is not None:
         logits = cap * torch.tanh(logits / cap)
     return widen(logits).log_softmax(-1)
 
 
+@reads(
+    model=read_model,
+    cache=read_run,
+    sublayers=read_flag,
+    k=partial(read_int, least=1),
+)
 @torch.no_grad()
 def logit_lens(
     model: HookedCausalLM,
     cache: ActivationCache,
     *,
     sublayers: bool = False,
-    pos_slice: int | slice | list[int] | None = -1,
+    pos_slice: Choice = -1,
     k: int = 5,
     target: str | int | None = None,
 ) -> "pandas.DataFrame":
     """What each layer would predict: one line for each stream, row and position.
 
-    Columns: `stream`; `row` and `pos` (counted over the captured positions); `kl`, KL(final || this) in nats;
+    Columns: `stream`; `row` and `pos` (counted over the row's captured tokens); `kl`, KL(final || this) in nats;
     `entropy` in nats; `top_tokens` and `top_probs`, the `k` most likely tokens (text, or ids without a
-    tokenizer); with a target `target_logprob` and `target_rank` (0 is the most likely). Padding is left out.
+    tokenizer); with a target `target_logprob` and `target_rank` (0 is the most likely). Padding has no lines.
 
     Args:
         model: the model of the run.
         cache: a cache with `resid_pre` of every layer (and `resid_mid`) and the last `resid_post`.
         sublayers: read the streams between attention and MLP, too.
-        pos_slice: positions; the last one only, unless given.
+        pos_slice: positions over each row's captured tokens (an int, a slice, or a list, array or tensor of ints);
+            -1 is a row's last token, whatever padding follows. None: all tokens.
         k: how many tokens to list.
-        target: a token to follow.
+        target: a token to follow, its text or id.
 
     Raises:
         MissingActivationError: lists the streams that were not captured.
         CacheError, TransformError: the cache is not this model's.
-        InputError: `k` is not from 1 to d_vocab, the target is no token, or which positions are padding is not known.
+        InputError: `k` is not from 1 to d_vocab, the target is no token, a row lacks a position, or which columns are
+            padding is not known.
     """
     d_vocab = model.cfg.d_vocab
-    if not 1 <= k <= d_vocab:
+    if k > d_vocab:
         raise InputError(f"logit_lens: k={k}; expected 1 to {d_vocab}, the size of the vocabulary")
-    target_id = model.to_single_token(target) if isinstance(target, str) else target
-    if target_id is not None and not 0 <= target_id < d_vocab:
-        raise InputError(f"logit_lens: target={target_id}; expected a token id from 0 to {d_vocab - 1}")
-    positions = [pos_slice] if isinstance(pos_slice, int) else pos_slice
-    streams = _label_streams(model, cache, sublayers=sublayers, pos_slice=positions)
+    target_id = None if target is None else read_token(model, target, what="target")
+    cache = connect_cache(cache, model)
+    tokens, n_captured = _list_tokens(cache)
+    places = choose_tokens(tokens, pos_slice, what="pos_slice")
+    taken = _take(cache, _to_columns(tokens, places), n_captured, sublayers=sublayers)
+    streams = _label_streams(taken, sublayers=sublayers)
     final = _predict(model, streams[-1][1])
-    n_captured = locate(cache.cfg, None).read(cache).shape[-2]
-    numbers = _number_positions(n_captured, positions)
-    real = find_real_positions(cache, n_captured)
-    keep = torch.ones(final.shape[:2], dtype=torch.bool) if real is None else real[:, numbers].cpu()
     records = [
         record
         for label, stream in streams
         for record in _describe(
-            model, LensReading(label, _predict(model, stream)), final, numbers=numbers, keep=keep, k=k, target=target_id
+            model, LensReading(label, _predict(model, stream)), final, places=places, k=k, target=target_id
         )
     ]
     table: pandas.DataFrame = import_package("pandas").DataFrame(records)
@@ -149,8 +195,7 @@ def _describe(
     reading: LensReading,
     final: Float[Tensor, "batch pos d_vocab"],
     *,
-    numbers: list[int],
-    keep: Bool[Tensor, "batch pos"],
+    places: list[list[int]],
     k: int,
     target: int | None,
 ) -> Iterator[dict[str, object]]:
@@ -158,14 +203,12 @@ def _describe(
     divergence = F.kl_div(logprobs, final, reduction="none", log_target=True).sum(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     top = logprobs.topk(k)
-    for row in range(len(logprobs)):
-        for column, number in enumerate(numbers):
-            if not keep[row, column]:
-                continue
+    for row, positions in enumerate(places):
+        for column, position in enumerate(positions):
             line: dict[str, object] = {
                 "stream": reading.stream,
                 "row": row,
-                "pos": number,
+                "pos": position,
                 "kl": float(divergence[row, column]),
                 "entropy": float(entropy[row, column]),
                 "top_tokens": name_tokens(model, top.indices[row, column]),
@@ -176,10 +219,3 @@ def _describe(
                 line["target_logprob"] = float(own)
                 line["target_rank"] = int((logprobs[row, column] > own).sum())
             yield line
-
-
-def _number_positions(n_captured: int, positions: slice | list[int] | None) -> list[int]:
-    everything = list(range(n_captured))
-    if positions is None:
-        return everything
-    return everything[positions] if isinstance(positions, slice) else [everything[index] for index in positions]

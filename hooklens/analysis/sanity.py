@@ -14,6 +14,7 @@ that are attached to it: run them inside `with model.hooks(edits=...)`.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -21,10 +22,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.analysis.heads import repeated_random_tokens
+from hooklens.analysis.connection import read_model
+from hooklens.analysis.heads import MOST_ROWS, repeated_random_tokens
+from hooklens.arguments import optional, read_flag, read_int, read_seed, reads, refusal
 from hooklens.bundled.corpus import held_out_indirect_objects
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError
+from hooklens.errors import HookLensError, InputError
+
+_SHOWN = 10
 
 
 class CorpusLoss(NamedTuple):
@@ -84,6 +89,36 @@ class Prompt(Protocol):
         """The word to compare it with."""
 
 
+_BATCH = partial(read_int, least=1)
+
+
+def _read_corpus(given: object, *, what: str, error: type[HookLensError] = InputError) -> list[str]:
+    """A list of texts; one text would be a list of letters."""
+    if isinstance(given, str):
+        raise error(f"{what} is the text {given[:40]!r}; expected a list of texts: [text]")
+    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+        raise refusal(given, what, "a list of texts", error)
+    return list(given)
+
+
+def _read_prompts(given: object, *, what: str, error: type[HookLensError] = InputError) -> list[Prompt]:
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise refusal(given, what, "a list of prompts with the fields prompt, answer and wrong", error)
+    wrong = [place for place, one in enumerate(given) if not _is_prompt(one)]
+    if wrong:
+        raise error(
+            f"{what}: entries {wrong[:_SHOWN]}{' and more' if len(wrong) > _SHOWN else ''} are no prompts; expected "
+            "objects with the texts prompt, answer and wrong"
+        )
+    return list(given)
+
+
+def _is_prompt(one: object) -> bool:
+    texts = (getattr(one, field, None) for field in ("prompt", "answer", "wrong"))
+    return all(isinstance(text, str) and text for text in texts)
+
+
+@reads(model=read_model, texts=_read_corpus, batch_size=_BATCH, prepend_bos=optional(read_flag))
 @torch.no_grad()
 def corpus_loss(
     model: HookedCausalLM, texts: Sequence[str], *, batch_size: int = 8, prepend_bos: bool | None = None
@@ -101,8 +136,6 @@ def corpus_loss(
     Raises:
         InputError: no tokenizer, one text in the place of a list, nothing to predict, or a batch size below 1.
     """
-    if isinstance(texts, str):
-        raise InputError(f"corpus_loss: texts is the text {texts[:40]!r}; expected a list of texts: [text]")
     rows = [model.to_tokens(text, prepend_bos=prepend_bos)[0] for text in texts]
     long_enough = sorted((row for row in rows if len(row) > 1), key=len)
     if not long_enough:
@@ -117,14 +150,19 @@ def corpus_loss(
 
 def _pad_batches(rows: Sequence[Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of rows of token ids, padded on the right, with their masks."""
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}; expected at least 1")
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in batch], batch_first=True)
         yield torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True), mask
 
 
+@reads(
+    model=read_model,
+    n_rows=partial(read_int, least=1, most=MOST_ROWS),
+    # A period of one token leaves nothing to predict.
+    period=partial(read_int, least=2),
+    seed=read_seed,
+)
 @torch.no_grad()
 def induction_loss(model: HookedCausalLM, *, n_rows: int = 16, period: int = 32, seed: int = 0) -> InductionLoss:
     """The losses on random tokens and on their repetition.
@@ -138,8 +176,6 @@ def induction_loss(model: HookedCausalLM, *, n_rows: int = 16, period: int = 32,
     Raises:
         InputError: the sequences do not fit into `n_ctx`, or a period below 2.
     """
-    if period < 2:
-        raise InputError(f"induction_loss: period={period}; expected at least 2, to have something to predict")
     tokens = repeated_random_tokens(model, n_rows=n_rows, period=period, seed=seed)
     losses = model(tokens, return_type="loss", loss_per_token=True)
     # Entry i is the loss of token i + 1; the last `period - 1` are tokens that have followed their predecessor.
@@ -148,6 +184,13 @@ def induction_loss(model: HookedCausalLM, *, n_rows: int = 16, period: int = 32,
     return InductionLoss(float(first.mean()), float(second.mean()))
 
 
+@reads(
+    model=read_model,
+    items=optional(_read_prompts),
+    n_prompts=partial(read_int, least=0, most=MOST_ROWS),
+    seed=read_seed,
+    batch_size=_BATCH,
+)
 @torch.no_grad()
 def indirect_object_task(
     model: HookedCausalLM,

@@ -1,6 +1,7 @@
 """Attributions against the model's logits and against vectors built one by one."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hooklens.activation_cache import MissingActivationError
 from hooklens.analysis.attribution import attribute_to_components, attribute_to_heads, attribute_to_neurons
 from hooklens.analysis.lens import logit_lens
 from hooklens.errors import CacheError, InputError
-from tests.model.networks import CONFIGS, Allocations, make_config, make_model, random_tokens
+from tests.model.networks import CONFIGS, Allocations, make_config, make_model, pad_rows, random_tokens
 
 
 @pytest.mark.parametrize("network", CONFIGS)
@@ -63,21 +64,64 @@ def test_neurons_are_never_built():
     assert allocations.with_numel(20 * 3 * 12, 40 * 3 * 12) == []
 
 
-@pytest.mark.parametrize("read", [attribute_to_heads, lambda model, cache, token: logit_lens(model, cache)])
-def test_positions_cut_out_of_padding(read):
-    """With `pos_slice=-1` the last column was read in every row, padding or not."""
+ATTRIBUTIONS = [attribute_to_components, attribute_to_heads, attribute_to_neurons]
+READS = {
+    **{attribute.__name__: partial(attribute, tokens=3, incorrect_tokens=5) for attribute in ATTRIBUTIONS},
+    "logit_lens": logit_lens,
+}
+
+
+def alone(read, model, cache, row, **given):
+    """What a row says by itself, without its padding."""
+    table = read(model, cache=cache.unpad(row), **given)
+    return table.assign(row=row)
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pos", [-1, -2, 0, 1])
+def test_a_position_is_that_of_each_rows_own_tokens(name, side, pos):
+    """-1 was the last column: the lens left out rows that end with padding, attributions refused them."""
+    model = make_model("capped")
+    tokens, mask = pad_rows([random_tokens(1, n, seed=n)[0] for n in (5, 2, 3)], side)
+    _, cache = model.run_with_cache(tokens, attention_mask=mask)
+    where = {"pos_slice" if name == "logit_lens" else "pos": pos}
+    table = READS[name](model, cache=cache, **where)
+    for row in range(3):
+        expected = alone(READS[name], model, cache, row, **where)
+        found = table[table.row == row].reset_index(drop=True)
+        for column in {"component", "stream", "top_tokens"} & set(expected):
+            assert found[column].tolist() == expected[column].tolist()
+        for column in expected.select_dtypes("number"):
+            # Float64; sums of a batch may be taken in another order.
+            assert found[column].tolist() == pytest.approx(expected[column].tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_positions_cut_out_of_padding(name):
+    """Rows of which nothing but padding was captured were left out by the lens; they have no position to read."""
     model = make_model("rotary")
     right, left = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     _, cache = model.run_with_cache(random_tokens(2, 4), attention_mask=right, pos_slice=-1)
-    if read is attribute_to_heads:
-        with pytest.raises(InputError, match=r"position -1 is padding in rows \[1\]; give a position that is a token"):
-            read(model, cache, 3)
-    else:
-        assert set(read(model, cache, 3)["row"]) == {0}
+    with pytest.raises(InputError, match=r"no token of rows \[1\] was captured: the 1 captured columns are padding"):
+        READS[name](model, cache=cache)
     _, whole = model.run_with_cache(random_tokens(2, 4), attention_mask=left)
     _, cache = model.run_with_cache(random_tokens(2, 4), attention_mask=left, pos_slice=-1)
-    values = read(model, cache, 3).select_dtypes("number").drop(columns="pos", errors="ignore")
-    assert values.equals(read(model, whole, 3).select_dtypes("number").drop(columns="pos", errors="ignore"))
+    values, expected = (
+        READS[name](model, cache=one).select_dtypes("number").drop(columns="pos", errors="ignore")
+        for one in (cache, whole)
+    )
+    assert values.equals(expected)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_rows_that_lack_a_position_are_named(name):
+    model = make_model("rotary")
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]])
+    _, cache = model.run_with_cache(random_tokens(3, 4), attention_mask=mask)
+    where = "pos_slice" if name == "logit_lens" else "pos"
+    with pytest.raises(InputError, match=rf"{where}: row 1: 2 out of range; there are 2 captured .*; {where}: row 2"):
+        READS[name](model, cache=cache, **{where: 2})
 
 
 def test_a_model_without_layers():
@@ -105,7 +149,7 @@ def test_one_row_without_a_batch_axis():
     assert attribute_to_heads(model, cache.remove_batch_dim(), 3, 7).equals(attribute_to_heads(model, cache, 3, 7))
 
 
-@pytest.mark.parametrize("attribute", [attribute_to_components, attribute_to_heads, attribute_to_neurons])
+@pytest.mark.parametrize("attribute", ATTRIBUTIONS)
 def test_all_that_is_missing_is_told_at_once(attribute):
     """Capturing the names of the message is enough; the norm's scale alone was named first."""
     model = make_model("capped")
@@ -127,9 +171,7 @@ def test_bad_input():
     model = make_model("rotary")
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     _, cache = model.run_with_cache(random_tokens(2, 4), attention_mask=mask)
-    with pytest.raises(InputError, match=r"position -1 is padding in rows \[1\]; .*cache.unpad\(row\)"):
-        attribute_to_components(model, cache, 3)
     with pytest.raises(CacheError, match=r"tokens have shape \[3\], the activations' batch and pos axes \[2\]"):
         attribute_to_components(model, cache, torch.tensor([1, 2, 3]), pos=0)
-    with pytest.raises(InputError, match="k=0; expected at least 1"):
+    with pytest.raises(InputError, match="k is 0, expected a whole number >= 1"):
         attribute_to_neurons(model, cache, 3, pos=0, k=0)

@@ -18,21 +18,114 @@ from hooklens.analysis.heads import (
 from hooklens.config import AlibiPositions
 from hooklens.errors import InputError
 from tests.annotations import unchecked
-from tests.model.networks import make_config, make_model, random_tokens
+from tests.model.networks import make_config, make_model, pad_rows, random_tokens
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
-def test_targets_are_what_their_sentences_say(ids):
-    tokens = torch.tensor([ids])
-    n = len(ids)
-    pairs = [(query, key) for query in range(n) for key in range(n)]
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=9))
+def test_targets_are_what_their_sentences_say(columns):
+    """With pad = EOS a token after padding was what had followed an earlier EOS: padding counted as a token."""
+    ids, mask = (list(part) for part in zip(*columns, strict=True))
+    real = [place for place, is_token in enumerate(mask) if is_token]
+    pairs = [(query, key) for query in range(len(ids)) for key in range(len(ids))]
+
+    def before(place):
+        return max((one for one in real if one < place), default=None)
+
     for target, holds in (
-        (previous_token_target, lambda query, key: key == query - 1),
+        (previous_token_target, lambda query, key: key == before(query)),
         (duplicate_token_target, lambda query, key: key < query and ids[key] == ids[query]),
-        (induction_target, lambda query, key: 0 < key < query and ids[key - 1] == ids[query]),
+        (
+            induction_target,
+            lambda query, key: key < query and before(key) is not None and ids[before(key)] == ids[query],
+        ),
     ):
-        found = target(tokens)[0]
-        assert [bool(found[pair]) for pair in pairs] == [holds(*pair) for pair in pairs]
+        found = target(torch.tensor([ids]), torch.tensor([mask]))[0]
+        expected = [query in real and key in real and holds(query, key) for query, key in pairs]
+        assert [bool(found[pair]) for pair in pairs] == expected
+        if all(mask):
+            assert torch.equal(target(torch.tensor([ids]))[0], found)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("measure", ["mean_attention", "mul", "abs"])
+def test_padding_with_a_token_of_the_rows_is_no_token(side, measure):
+    """The pad id is a token of the rows, as where pad = EOS."""
+    model = make_model("rotary")
+    rows = [torch.tensor([0, 3, 0, 3, 3, 0, 3]), torch.tensor([3, 0, 3, 0])]
+    tokens, mask = pad_rows(rows, side)
+    found = score_heads(model, tokens, induction_target(tokens, mask), measure=measure, attention_mask=mask)
+    alone = [score_heads(model, row[None], induction_target(row[None]), measure=measure) for row in rows]
+    if measure == "mean_attention":
+        asking = torch.tensor([float(induction_target(row[None]).any(-1).sum()) for row in rows])
+        expected = (alone[0] * asking[0] + alone[1] * asking[1]) / asking.sum()
+    else:
+        expected = (alone[0] + alone[1]) / 2
+    assert found.flatten().tolist() == pytest.approx(expected.flatten().tolist())
+    table = detect_heads(model, tokens, "induction", measure=measure, attention_mask=mask)
+    assert table.sort_index().score.tolist() == pytest.approx(found.flatten().tolist())
+
+
+def transformer_lens_score(pattern, target, *, measure, exclude_bos, exclude_current_token):
+    """`detect_head` of TransformerLens 2.x for one head and row, from its documentation; its rounding left out."""
+    n = len(pattern)
+    total, matched, apart = 0.0, 0.0, 0.0
+    for query in range(n):
+        for key in range(query + 1):
+            if (exclude_bos and key == 0) or (exclude_current_token and key == query):
+                continue
+            total += float(pattern[query, key])
+            matched += float(pattern[query, key] * target[query, key])
+            apart += abs(float(pattern[query, key]) - float(target[query, key]))
+    # The mean over n * n entries, times n.
+    return matched / total if measure == "mul" else 1 - apart / n**2 * n
+
+
+@pytest.mark.parametrize("measure", ["mul", "abs"])
+@pytest.mark.parametrize("exclude_bos", [False, True])
+@pytest.mark.parametrize("exclude_current_token", [False, True])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_measures_of_transformer_lens(measure, exclude_bos, exclude_current_token, numbers):
+    model = make_model("grouped")
+    tokens = random_tokens(2, 8, d_vocab=3)
+    target = induction_target(tokens)
+    if numbers:
+        target = target * torch.rand(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"measure": measure, "exclude_bos": exclude_bos, "exclude_current_token": exclude_current_token}
+    _, cache = model.run_with_cache(tokens, names_filter="pattern")
+    scores = score_heads(model, tokens, target, **options)
+    for layer in range(2):
+        for head in range(4):
+            patterns = cache["pattern", layer][:, head]
+            rows = [transformer_lens_score(patterns[row], target[row], **options) for row in range(2)]
+            assert float(scores[layer, head]) == pytest.approx(sum(rows) / 2)
+
+
+@pytest.mark.parametrize("measure", ["mean_attention", "mul", "abs"])
+def test_later_keys_of_a_network_that_is_not_causal(measure):
+    model = make_model(make_config(causal=False))
+    tokens = random_tokens(1, 5)
+    _, cache = model.run_with_cache(tokens, names_filter="pattern")
+    following = torch.eye(5, dtype=torch.bool).roll(1, 1).triu(1)
+    scores = score_heads(model, tokens, following, measure=measure)
+    for layer in range(2):
+        for head in range(4):
+            pattern = cache["pattern", layer][0, head]
+            attention = float(pattern.diagonal(1).sum())
+            expected = {
+                "mean_attention": attention / 4,
+                "mul": attention / float(pattern.sum()),
+                "abs": 1 - float((pattern - following.double()).abs().sum()) / 5,
+            }
+            assert float(scores[layer, head]) == pytest.approx(expected[measure])
+
+
+def test_scores_below_zero_are_listed():
+    model = make_model("rotary")
+    tokens = random_tokens(1, 8, d_vocab=3)
+    table = detect_heads(model, tokens, -torch.ones(8, 8, dtype=torch.float64).tril(), measure="abs")
+    assert len(table) == 8
+    assert (table.score < 0).all()
+    assert detect_heads(model, tokens, "induction", measure="abs", min_score=1.0).empty
 
 
 @pytest.mark.parametrize("network", ["rotary", "capped", "alibi, grouped"])
@@ -151,7 +244,7 @@ def test_bad_input():
     tokens = random_tokens(1, 5)
     with pytest.raises(InputError, match=r"period=16 makes 32 tokens|period=17 makes 34 tokens; .* n_ctx=32"):
         repeated_random_tokens(model, period=17)
-    with pytest.raises(InputError, match="n_rows=0, period=3; expected numbers from 1 on"):
+    with pytest.raises(InputError, match="n_rows is 0, expected a whole number, 1 to 1048576"):
         repeated_random_tokens(model, n_rows=0, period=3)
     with pytest.raises(InputError, match=r"the target has shape \[4, 4\] and .*; expected \[query, key\] \[5, 5\]"):
         detect_heads(model, tokens, torch.ones(4, 4, dtype=torch.bool))
@@ -159,7 +252,9 @@ def test_bad_input():
         detect_heads(model, tokens, torch.full((5, 5), 0.5).tril())
     with pytest.raises(InputError, match=r"the target has 10 keys after their query, such as key 1 for query 0, which"):
         detect_heads(model, tokens, torch.ones(5, 5, dtype=torch.bool))
+    with pytest.raises(InputError, match="exclude_bos and exclude_current_token belong to the measures 'mul' and"):
+        detect_heads(model, tokens, "previous_token", exclude_bos=True)
     with pytest.raises(InputError, match="no query has a target"):
         detect_heads(model, torch.arange(5)[None], "induction")
-    with unchecked(), pytest.raises(InputError, match="target is 'induktion'; expected 'previous_token', "):
+    with unchecked(), pytest.raises(InputError, match="target is 'induktion', expected 'previous_token', "):
         detect_heads(model, tokens, "induktion")

@@ -51,13 +51,28 @@ def test_the_table_holds_kl_entropy_and_ranks():
     assert (table.kl > -1e-12).all()
 
 
-def test_padding_is_left_out():
+def test_padding_has_no_lines_and_no_number():
     model = make_model("rotary")
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     _, cache = model.run_with_cache(random_tokens(2, 4), attention_mask=mask)
-    table = logit_lens(model, cache, pos_slice=None)
-    lines = table[table.stream == "0_pre"]
-    assert list(zip(lines.row, lines.pos, strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    for pos_slice, expected in (
+        (None, [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]),
+        (slice(-3, None), [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]),
+        ([-1, 0], [(0, 3), (0, 0), (1, 1), (1, 0)]),
+    ):
+        table = logit_lens(model, cache, pos_slice=pos_slice)
+        lines = table[table.stream == "0_pre"]
+        assert list(zip(lines.row, lines.pos, strict=True)) == expected
+
+
+def test_streams_at_positions_of_each_row():
+    model = make_model("rotary")
+    tokens, mask = random_tokens(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    logits, cache = model.run_with_cache(tokens, attention_mask=mask)
+    last = dict(read_streams(model, cache, pos_slice=-1))["final_post"]
+    assert_close(last, logits.log_softmax(-1)[[0, 1], [3, 1]][:, None])
+    with pytest.raises(InputError, match=r"pos_slice=slice\(-3, None, None\) selects from 2 to 3 tokens of a row"):
+        next(read_streams(model, cache, pos_slice=slice(-3, None)))
 
 
 def test_positions_in_any_order():

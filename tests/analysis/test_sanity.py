@@ -94,11 +94,11 @@ def test_bad_input(model):
     with pytest.raises(InputError, match="texts hold no token to predict"):
         corpus_loss(model, [])
     for batch_size in (0, -1):
-        with pytest.raises(InputError, match=f"batch_size={batch_size}; expected at least 1"):
+        with pytest.raises(InputError, match=f"batch_size is {batch_size}, expected a whole number >= 1"):
             corpus_loss(model, TEXTS, batch_size=batch_size)
-        with pytest.raises(InputError, match=f"batch_size={batch_size}; expected at least 1"):
+        with pytest.raises(InputError, match=f"batch_size is {batch_size}, expected a whole number >= 1"):
             indirect_object_task(model, n_prompts=2, batch_size=batch_size)
-    with pytest.raises(InputError, match="period=1; expected at least 2"):
+    with pytest.raises(InputError, match="period is 1, expected a whole number >= 2"):
         induction_loss(model, period=1)
     with pytest.raises(InputError, match="there are no prompts"):
         indirect_object_task(model, [])
