@@ -27,15 +27,19 @@ import argparse
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 import hooklens as hl
 from hooklens import patching
+from hooklens.errors import HookLensError
+from hooklens.optional import import_package
 from hooklens.patching import LogitDiff, Pair, SweepResult, grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATE = "When {first} and {second} went to the store, {subject} gave a drink to"
 _NAMES = """
@@ -83,7 +87,7 @@ class Task:
         """A sweep over the task's pairs."""
         return patching.sweep(self.model, self.clean, self.corrupted, sites, self.metric, progress=False, **options)
 
-    def save(self, figure: Figure, name: str) -> None:
+    def save(self, figure: "Figure", name: str) -> None:
         """Write a figure."""
         figure.savefig(self.out / f"{name}.png", dpi=110)
 
@@ -157,7 +161,7 @@ def show_patterns(task: Task, heads: list[tuple[int, int]]) -> None:
         _, cache = task.model.run_with_cache(task.clean, names_filter=f"blocks.{layer}.attn.hook_pattern")
         rows.append(cache["pattern", layer][:, head, pos].mean(0))
         names.append(f"{layer}.{head}, from {task.labels[pos]}")
-    figure = Figure(figsize=(8, 0.5 * len(heads) + 2.2), layout="constrained")
+    figure = import_package("matplotlib.figure").Figure(figsize=(8, 0.5 * len(heads) + 2.2), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(torch.stack(rows), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set(title="attention from the position where the head's patch counts", ylabel="head")
@@ -263,8 +267,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
     if options.pairs < 2:
         parser.error(f"--pairs is {options.pairs}; means need at least 2")
-    options.out.mkdir(parents=True, exist_ok=True)
-    model = hl.HookedCausalLM.from_pretrained(options.model)
+    try:
+        # Before the work, which takes minutes on a larger model.
+        import_package("matplotlib.figure")
+        options.out.mkdir(parents=True, exist_ok=True)
+        model = hl.HookedCausalLM.from_pretrained(options.model)
+    except (HookLensError, OSError) as error:
+        parser.error(str(error))
     with torch.no_grad():
         numbers = investigate(make_task(model, options.out, n_pairs=options.pairs, seed=options.seed))
     print(f"Figures and tables are in {options.out}.")

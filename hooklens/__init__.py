@@ -9,6 +9,7 @@ cache["pattern", 2]
 
 from typing import TYPE_CHECKING, Any
 
+from hooklens import documents
 from hooklens.activation_cache import ActivationCache
 from hooklens.axes import get_act_name
 from hooklens.causal_lm import HookedCausalLM
@@ -53,6 +54,7 @@ __all__ = [
     "RotaryScaling",
     "VerificationReport",
     "analysis",
+    "documents",
     "edits",
     "evaluation",
     "get_act_name",

@@ -10,6 +10,7 @@ _EXTRA_OF = {
     "matplotlib": "plot",
     "plotly": "plot",
     "peft": "peft",
+    "scipy": "stats",
     "transformer_lens": "bench",
 }
 

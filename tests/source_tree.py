@@ -15,7 +15,7 @@ from pathlib import Path
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "axes", "arguments", "optional", "precision", "files"),
     ("config", "hooks"),
-    ("weights", "kv_cache", "activation_cache", "tokens", "bundled"),
+    ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
     ("patching", "analysis", "evaluation", "verification"),
@@ -30,7 +30,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "patching": (
         ("errors",),
         ("pairs", "graph"),
-        ("metrics", "results"),
+        ("results",),
+        ("metrics",),
         ("runs",),
         ("sweeps", "paths"),
         ("circuits",),

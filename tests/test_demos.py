@@ -1,6 +1,7 @@
 """The demos run from beginning to end and find what their text says."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -39,3 +40,22 @@ def test_too_few_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         load("indirect_object").main(["--pairs", "1", "--out", str(tmp_path)])
     assert "means need at least 2" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_way_out_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo broke off in its imports, with a traceback."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ended:
+        load("indirect_object").main(["--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "the package 'matplotlib' is needed here and is not installed" in told
+    assert "pip install 'hooklens[plot]'" in told
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        load("indirect_object").main(["--model", "bundled:tiny-lama", "--out", str(tmp_path / "out")])
+    assert "Did you mean 'tiny-llama'" in capsys.readouterr().err

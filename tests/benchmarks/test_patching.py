@@ -74,6 +74,22 @@ def test_grids_against_the_peer(size: str, record: Any, tmp_path: Path, monkeypa
         record(f"sweep of {site}, {size}: seconds of the peer", seconds["peer"])
 
 
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_work_of_five_sweeps_over_heads(name: str, record: Any) -> None:
+    """What `get_act_patch_attn_head_all_pos_every` runs, in forwards of the prompt: tokens times blocks, counted."""
+    model = HookedCausalLM.from_pretrained(f"bundled:{name}")
+    text = "When Mary and John went to the store , {} gave a drink to"
+    pair = patching.Pair.from_text(model, text.format("John"), text.format("Mary"), answer=" Mary", wrong=" John")
+    words, n_tokens = ("z", "q", "k", "v", "pattern"), len(pair.clean)
+
+    def run(sites: Any) -> float:
+        result = patching.sweep(model, pair, sites=sites, metric=patching.LogitDiff(), progress=False)
+        return result.stats.tokens / n_tokens
+
+    record(f"five sweeps over heads of {name}: forwards' worth", run(list(words)), at_most=20)
+    record(f"the same one after another, {name}: forwards' worth", sum(map(run, words)))
+
+
 @torch.no_grad()
 def test_cost_per_cell_falls_as_the_grid_grows(record: Any) -> None:
     """`resid_pre` and `z` over 1, 2, 4, ... cells of one layer: seconds per cell over those of one cell."""
