@@ -191,11 +191,25 @@ class EdgeScores:
                 forwards=int(described["forwards"]),
                 tokens=float(described["tokens"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"the edge scores in {path} are damaged: {error!r}") from error
+        n_pairs = found.per_pair.shape[-1:]
         shape = (len(found.writers), len(found.readers))
-        if tuple(found.per_pair.shape[:2]) != shape or tuple(found.exists.shape) != shape:
+        wanted = {
+            "per_pair": (*shape, *n_pairs),
+            "exists": shape,
+            "clean_per_pair": tuple(n_pairs),
+            "corrupted_per_pair": tuple(n_pairs),
+        }
+        wrong = [name for name, size in wanted.items() if tuple(getattr(found, name).shape) != size]
+        if wrong:
             raise CheckpointError(
-                f"the edge scores in {path} are damaged: {list(found.per_pair.shape)} for {shape} nodes"
+                f"the edge scores in {path} are damaged: {join_names(wrong)} have other shapes than "
+                f"{len(found.writers)} writers, {len(found.readers)} readers and {list(n_pairs)} pairs give"
+            )
+        if found.direction not in ("denoise", "noise"):
+            raise CheckpointError(
+                f"the edge scores in {path} are damaged: direction is {found.direction!r}; expected 'denoise' or "
+                "'noise'"
             )
         return found

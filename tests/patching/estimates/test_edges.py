@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -229,10 +230,29 @@ def test_damaged_files_are_refused(tmp_path):
         ({"format": "other"}, "holds no edge scores"),
         ({"format": "hooklens.patching.edge-scores-1"}, "damaged: KeyError"),
         ({"format": "hooklens.patching.edge-scores-1", "description": "[]"}, "damaged: TypeError"),
+        ({"format": "hooklens.patching.edge-scores-1", "description": "[" * 10**5}, "damaged: (RecursionError|JSON)"),
     ):
         write_safetensors(path, tensors, metadata)
         with pytest.raises(CheckpointError, match=message):
             patching.EdgeScores.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": "both"}, "direction is 'both'; expected 'denoise' or 'noise'"),
+        ({"clean_per_pair": torch.zeros(3)}, "'clean_per_pair' have other shapes"),
+        ({"writers": ("embed",)}, "'per_pair', 'exists' have other shapes"),
+    ],
+)
+def test_scores_that_do_not_go_together_are_refused(tmp_path, change, message):
+    """They loaded, and were wrong later or not at all."""
+    model = make_model("rotary")
+    scores = patching.edge_attribution(model, random_tokens(1, 4), random_tokens(1, 4, seed=3), METRIC, progress=False)
+    with unchecked():
+        replace(scores, **change).save(tmp_path / "scores.safetensors")
+    with unchecked(), pytest.raises(CheckpointError, match=message):
+        patching.EdgeScores.load(tmp_path / "scores.safetensors")
 
 
 def test_no_graph_holds_the_stream_once_for_each_head():
