@@ -1,7 +1,7 @@
 """What the checks run the model on, and how far rounding alone can move its logits."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -85,6 +85,13 @@ class Probe:
         """The rows of the padded batches as inputs of their own, without padding."""
         for row, length in zip(self.tokens, self.lengths, strict=True):
             yield row[None, :length]
+
+    def repeat(self, times: int) -> "Probe":
+        """A probe of so many times the rows, of the same lengths, each of other random tokens."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        shape = (times * len(self.lengths), self.n_tokens)
+        tokens = torch.randint(0, self.model.cfg.d_vocab, shape, generator=generator).to(self.tokens.device)
+        return replace(self, tokens=tokens, lengths=self.lengths * times)
 
     def pad(self, side: PaddingSide) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
         """The rows as one batch, and its attention mask. Padding is filled with a real token id."""
