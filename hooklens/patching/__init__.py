@@ -9,7 +9,6 @@ from hooklens.patching.errors import MetricError, SiteError, SmallDifferenceWarn
 from hooklens.patching.estimates.attribution import attribution
 from hooklens.patching.estimates.edges import edge_attribution
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
@@ -17,6 +16,7 @@ from hooklens.patching.metrics.of_runs import KL, Loss
 from hooklens.patching.metrics.scaled import FractionRecovered
 from hooklens.patching.pairs.template import Pair, stack_pairs
 from hooklens.patching.paths.path import path_patch
+from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.sites import Cell, Grid, grid
 from hooklens.patching.runs.sources import draw_activations, mean_activations

@@ -10,6 +10,7 @@ import transformers
 
 from hooklens import HookedCausalLM, patching
 from hooklens.bundled import bundled_path
+from hooklens.patching.circuits.runner import CircuitRunner
 from tests.benchmarks.alternate import time_alternating
 from tests.benchmarks.models import build_pair
 
@@ -113,3 +114,97 @@ def _time_cells(model: HookedCausalLM, clean: torch.Tensor, corrupted: torch.Ten
         patching.sweep(model, clean, corrupted, grid, metric, progress=False)
         fastest = min(fastest, time.perf_counter() - start)
     return fastest
+
+
+_SENTENCES = {
+    "they differ late": "When Mary and John went to the store , {} gave a drink to",
+    "they differ at once": "{} and John went to the store , and John gave a drink to",
+}
+_RECEIVERS = {"the logits": ["logits"], "queries": ["a3.h0.q"], "keys and values": ["a3.h0.k", "a3.h0.v"]}
+# In sequential blocks each of 16 senders has an MLP of its own input at every position in each layer that it passes:
+# 24 passes of an MLP, or 4.1 forwards' worth beside the two unpatched runs, are the least that is exact.
+_PATH_BARS = {("tiny-llama", "they differ at once", "keys and values"): 7.5}
+
+
+def _pair_of(model: HookedCausalLM, sentence: str) -> patching.Pair:
+    prompts = sentence.format("John"), sentence.format("Mary")
+    return patching.Pair.from_text(model, *prompts, answer=" Mary", wrong=" John")
+
+
+@pytest.mark.parametrize("sentence", _SENTENCES)
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_work_of_path_patching(name: str, sentence: str, record: Any) -> None:
+    """16 senders, all heads of four layers, through MLPs and past them, in forwards of the prompt."""
+    model = HookedCausalLM.from_pretrained(f"bundled:{name}")
+    pair = _pair_of(model, _SENTENCES[sentence])
+    senders = [f"a{layer}.h{head}" for layer in range(4) for head in range(4)]
+    for receivers, listed in _RECEIVERS.items():
+        for through_mlps in (True, False):
+            stats = patching.path_patch(
+                model, pair, senders=senders, receivers=listed, metric=patching.LogitDiff(), through_mlps=through_mlps,
+                progress=False,
+            ).stats  # fmt: skip
+            record(
+                f"16 senders to {receivers}, {'through' if through_mlps else 'past'} MLPs, prompts: {sentence}, {name}",
+                stats.tokens / len(pair.clean),
+                at_most=_PATH_BARS.get((name, sentence, receivers), 5) if through_mlps else 5,
+            )
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_work_of_circuit_discovery(name: str, record: Any) -> None:
+    """Forwards of the prompts for each edge that is decided by a run; with all pairs at once, and in groups of two."""
+    model = HookedCausalLM.from_pretrained(f"bundled:{name}")
+    one = _pair_of(model, _SENTENCES["they differ late"])
+    for pairs, batch_size in ((1, "auto"), (8, "auto"), (8, 32)):
+        found = patching.discover_circuit(
+            model, [one] * pairs, metric=patching.LogitDiff(), threshold=0.5, batch_size=batch_size, progress=False
+        ).stats
+        record(
+            f"circuit discovery, {pairs} pairs, batch_size={batch_size}, {name}: forwards' worth a decision",
+            found.tokens / (pairs * len(one.clean)) / (found.decided - found.unreachable),
+            at_most=0.3,
+        )
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_work_of_circuit_discovery_in_little_memory(name: str, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where eight pairs go in four groups, of which one is held and the others are run anew for each batch."""
+    monkeypatch.setattr(CircuitRunner, "_pairs_per_group", lambda self: 2)
+    monkeypatch.setattr(CircuitRunner, "rows_per_batch", lambda self, ground: 64)
+    monkeypatch.setattr(CircuitRunner, "grounds_to_hold", lambda self, ground, n_circuits: 1)
+    model = HookedCausalLM.from_pretrained(f"bundled:{name}")
+    couples = [("Mary", "John"), ("Anna", "Paul"), ("Alice", "Tom"), ("Sarah", "James")]
+    pairs = [
+        patching.Pair.from_text(
+            model,
+            *(f"When {one} and {other} went to the store , {who} gave a drink to" for who in (other, one)),
+            answer=f" {one}",
+            wrong=f" {other}",
+        )
+        for one, other in [*couples, *(couple[::-1] for couple in couples)]
+    ]
+    for threshold in (0.05, 0.5):
+        found = patching.discover_circuit(
+            model, pairs, metric=patching.LogitDiff(), threshold=threshold, progress=False
+        ).stats
+        record(
+            f"circuit discovery in groups, threshold {threshold}, {name}: forwards' worth a decision",
+            found.tokens / sum(len(pair.clean) for pair in pairs) / (found.decided - found.unreachable),
+            at_most=0.3,
+        )
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+def test_work_of_estimates(name: str, record: Any) -> None:
+    """Forwards of the prompt, those with a backward pass among them, whatever the number of cells or edges."""
+    model = HookedCausalLM.from_pretrained(f"bundled:{name}")
+    pair = _pair_of(model, _SENTENCES["they differ late"])
+    metric, n_tokens = patching.LogitDiff(), len(pair.clean)
+    found = patching.attribution(model, pair, sites=["resid_pre", "z", "mlp_out"], metric=metric, progress=False)
+    record(f"attribution of three grids, {name}: forwards' worth", found.stats.tokens / n_tokens, at_most=3)
+    for method, bar in (("eap", 3), ("eap-ig-inputs", 7), ("clean-corrupted", 4)):
+        scores = patching.edge_attribution(model, pair, metric=metric, method=method, progress=False)
+        record(f"edge attribution, {method}, {name}: forwards' worth", scores.tokens / n_tokens, at_most=bar)
+    exact = patching.edge_attribution(model, pair, metric=metric, method="exact", progress=False)
+    record(f"exact edge scores, {name}: forwards' worth an edge", exact.tokens / n_tokens / int(exact.exists.sum()))

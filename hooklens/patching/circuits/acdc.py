@@ -23,11 +23,15 @@ rounding of the threshold. Rows behind a wrong guess are run in vain, so a batch
 how often guesses of its kind were wrong of late; and where the search goes down to another layer, since all rows run
 the nodes of any.
 
+Where memory cannot hold what all pairs go on from, they are run without a patch anew for each batch, which costs as
+much as many rows; so where few pairs are held, the guesses of a batch are first made by these.
+
 The run of the circuit so far is kept. A candidate differs from it in one reader, so only that node is run, and those
 that its change reaches over edges still in the circuit (`masked_run`): few, once most edges are gone.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +51,7 @@ from hooklens.patching.circuits.reach import Masks
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.nodes import check_additive
+from hooklens.patching.graph.nodes import check_additive, check_heads_apart
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_runs import KL
@@ -55,6 +59,7 @@ from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions
+from hooklens.patching.runs.tally import finish_or_keep
 
 # Fewer tokens take as long: what a pass costs beside them.
 _TOKENS_OF_A_PASS = 32
@@ -105,6 +110,7 @@ def discover_circuit(
     """
     options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
     check_additive(model.cfg)
+    check_heads_apart(model.cfg)
     is_number = isinstance(threshold, int | float | np.integer | np.floating) and not isinstance(threshold, bool)
     if not is_number or math.isnan(threshold) or threshold < 0:
         raise InputError(f"discover_circuit: threshold={show(threshold)}; expected a number >= 0 in the metric's units")
@@ -149,11 +155,39 @@ class _Search:
         self.wrong = {False: 0.05, True: 0.05}
         self.decisions: list[Decision] = []
         self.guesses: dict[tuple[int, int], bool] = {}
-        self.damage, self.circuits_run = 0.0, 0
+        self.circuits_run = 0
+        self.has_begun = False
 
     def finish(self, *, progress: bool) -> Discovery:
-        """Decide all edges."""
-        # Before the first edge is tried, a failure is a mistake in the call and not an interruption.
+        """Decide all edges.
+
+        Raises:
+            DiscoveryInterruptedError: stopped on the way.
+        """
+
+        def work() -> None:
+            most = self._prepare()
+            # Before the first edge is tried, a failure is a mistake in the call and not an interruption.
+            self.has_begun = True
+            self._search(most, progress=progress)
+
+        def stopped(why: str, partial: Discovery) -> Exception:
+            return DiscoveryInterruptedError(
+                f"the search stopped after {partial.stats.decided} of {len(self.candidates)} edges ({why}); this "
+                "error's .result holds the decisions and, as its circuit, the edges kept and those not tried yet",
+                partial,
+            )
+
+        return finish_or_keep(work, self.result, has_begun=lambda: self.has_begun, stopped=stopped)
+
+    @property
+    def damage(self) -> float:
+        """The damage of the circuit so far."""
+        removed = (each.damage for each in reversed(self.decisions) if each.verdict == "removed")
+        return next((damage for damage in removed if damage is not None), 0.0)
+
+    def _prepare(self) -> int:
+        """Run the pairs without a patch, and hold as many of them as memory has room for; gives the rows of a batch."""
         first = self.held[0] = self.runner.prepare(self.groups[0])
         most = self.runner.rows_per_batch(first)
         n_held = self.runner.grounds_to_hold(first, most)
@@ -162,24 +196,22 @@ class _Search:
             if number < n_held:
                 self.held[number] = ground
             most = min(most, self.runner.rows_per_batch(ground))
-        bar = import_package("tqdm").tqdm(total=len(self.candidates), desc="edges", disable=not progress)
-        try:
+        return most
+
+    def _search(self, most: int, *, progress: bool) -> None:
+        with import_package("tqdm").tqdm(total=len(self.candidates), desc="edges", disable=not progress) as bar:
             while len(self.decisions) < len(self.candidates):
                 before = len(self.decisions)
                 plan, masks = self._plan(most)
-                self._decide(plan, self._measure(masks) if len(masks) else [])
+                unshown = any(each.row is not None and not each.shown for each in plan)
+                # A single row is decided, whatever the guess; and guesses by most pairs cost as much as decisions.
+                if unshown and len(masks) > 1 and 2 * len(self.held) <= len(self.groups):
+                    self._scout(plan, masks)
+                    plan, masks = self._plan(most)
+                self._decide(plan, self._measure(masks, range(len(self.groups))) if len(masks) else [])
+                self.circuits_run += len(masks)
                 bar.update(len(self.decisions) - before)
                 bar.set_postfix(kept=sum(each.verdict == "kept" for each in self.decisions), refresh=False)
-        except (Exception, KeyboardInterrupt) as error:
-            raise DiscoveryInterruptedError(
-                f"the search stopped after {len(self.decisions)} of {len(self.candidates)} edges "
-                f"({type(error).__name__}: {error}); this error's .result holds the decisions and, as its circuit, the "
-                "edges kept and those not tried yet",
-                self.result(),
-            ) from error
-        finally:
-            bar.close()
-        return self.result()
 
     def _plan(self, most: int) -> tuple[list[_Try], Masks]:
         """The next edges with their guesses, and the circuits to run."""
@@ -215,17 +247,26 @@ class _Search:
         first, second = self.runner.graph.readers[one], self.runner.graph.readers[other]
         return first.layer == second.layer and (first.kind == "mlp") == (second.kind == "mlp")
 
-    def _measure(self, masks: Masks) -> list[float]:
-        """The damage of each circuit."""
+    def _scout(self, plan: list[_Try], masks: Masks) -> None:
+        """Guess by the pairs that are held, which cost no run without a patch."""
+        damage, *damages = self._measure(torch.cat([self.kept[None], masks]), sorted(self.held))
+        self.runs.clear()
+        for each in plan:
+            if each.row is not None:
+                self.guesses[each.reader, each.writer] = damages[each.row] - damage < self.threshold
+                damage = damages[each.row] if each.removed else damage
+
+    def _measure(self, masks: Masks, numbers: Sequence[int]) -> list[float]:
+        """The damage of each circuit, on some of the groups."""
         total = torch.zeros(len(masks), dtype=torch.float64, device=self.runner.model.device)
-        for number, group in enumerate(self.groups):
-            ground = self.held.get(number)
+        for number in numbers:
+            ground, group = self.held.get(number), self.groups[number]
             values, run = self.runner.run(self.runner.prepare(group) if ground is None else ground, masks)
             if ground is not None:
                 self.runs[number] = run
             total += (values - run.ground.clean).abs().double().sum(1)
-        self.circuits_run += len(masks)
-        return (total / len(self.runner.prompts)).tolist()
+        n_pairs = sum(len(self.groups[number]) for number in numbers)
+        return (total / n_pairs).tolist()
 
     def _decide(self, plan: list[_Try], damages: list[float]) -> None:
         """Read a batch up to the first wrong guess, and keep the run of the circuit that is left."""
@@ -259,11 +300,10 @@ class _Search:
         """Write a decision down."""
         graph = self.runner.graph
         writer, reader = str(graph.writers[each.writer]), str(graph.readers[each.reader])
+        # The result is made of the decisions alone, so that an interrupt on the next line changes nothing in it.
         self.decisions.append(Decision(writer=writer, reader=reader, verdict=verdict, damage=damage, increase=increase))
         if verdict != "kept":
             self.kept[each.reader, each.writer] = False
-        if verdict == "removed" and damage is not None:
-            self.damage = damage
 
     def result(self) -> Discovery:
         """What is decided so far."""
@@ -271,11 +311,10 @@ class _Search:
         n_pairs, n_tokens = len(runner.prompts), sum(runner.prompts.lengths)
         n_unreachable = sum(each.verdict == "unreachable" for each in self.decisions)
         n_naive = len(self.decisions) - n_unreachable + 2
-        edges = [
-            (str(graph.writers[writer]), str(graph.readers[reader])) for reader, writer in self.kept.nonzero().tolist()
-        ]
+        gone = {(each.writer, each.reader) for each in self.decisions if each.verdict != "kept"}
+        edges = [(str(graph.writers[writer]), str(graph.readers[reader])) for reader, writer in self.candidates]
         return Discovery(
-            circuit=Circuit(edges),
+            circuit=Circuit(edge for edge in edges if edge not in gone),
             decisions=tuple(self.decisions),
             damage=self.damage,
             threshold=self.threshold,

@@ -17,19 +17,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, show
+from hooklens.arguments import read_int, read_one_of, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs
 from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.figures import Backend, draw_curve
+from hooklens.patching.results.over_pairs import Statistic
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 
@@ -113,9 +114,16 @@ class FaithfulnessCurve:
         pieces: list[float] = [(x - w) * (f + g) / 2 for (w, g), (x, f) in pairwise(points)]
         return sum(pieces) / (points[-1][0] - points[0][0])
 
-    def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per circuit, as `CircuitResult.to_dataframe` gives, without labels, which are the sizes."""
-        return self.result.to_dataframe().drop(columns="circuit")
+    def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
+        """One row per circuit, as `CircuitResult.to_dataframe` gives, without labels, which are the sizes.
+
+        Args:
+            statistics: what else to give, as there.
+
+        Raises:
+            HookLensError, MissingDependencyError: as there.
+        """
+        return self.result.to_dataframe(statistics=statistics).drop(columns="circuit")
 
     def save(self, path: str | Path) -> None:
         """Write the result, circuits and all, to a safetensors file, whole or not at all."""
@@ -130,25 +138,51 @@ class FaithfulnessCurve:
         """
         return cls(result=CircuitResult.load(path))
 
-    def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
+    def plot(
+        self,
+        *,
+        backend: Backend = "plotly",
+        title: str | None = None,
+        interval: Literal["standard_error", "bootstrap"] | None = None,
+    ) -> Any:
         """Faithfulness over the number of edges, on a logarithmic axis.
+
+        Args:
+            backend: the package that draws.
+            title: what stands above; None: the metric.
+            interval: draw bars of one standard error to either side, or of the 95 % bootstrap interval.
 
         Returns:
             A plotly or matplotlib figure.
 
         Raises:
             MissingDependencyError: the package is not installed.
-            HookLensError: an unknown backend, or runs that do not differ.
+            HookLensError: an unknown backend or interval, runs that do not differ, or an interval of one pair.
         """
-        drawn = [(size, found) for size, found in zip(self.sizes, self.faithfulness.tolist(), strict=True) if size]
+        drawn = [index for index, size in enumerate(self.sizes) if size]
+        found, ends = self.faithfulness, None
+        if interval is not None:
+            low, high = self._ends_of(interval)
+            ends = low[drawn].tolist(), high[drawn].tolist()
         return draw_curve(
-            [size for size, _ in drawn],
-            [found for _, found in drawn],
+            [self.sizes[index] for index in drawn],
+            found[drawn].tolist(),
+            ends=ends,
             labels=("edges", "faithfulness (Hanna et al. 2024)"),
             level=1.0,
             backend=backend,
             title=f"{self.result.metric}, fraction kept by the strongest edges" if title is None else title,
         )
+
+    def _ends_of(self, interval: str) -> tuple[Tensor, Tensor]:
+        """The ends of bars around each faithfulness."""
+        options = ("standard_error", "bootstrap")
+        if read_one_of(interval, what="plot: interval", options=options, error=HookLensError) == "bootstrap":
+            return self.result.bootstrap_faithfulness("hanna")
+        if self.result.per_pair.shape[-1] < 2:
+            raise HookLensError("plot: a standard error needs at least two pairs; the result has 1")
+        errors = self.result.faithfulness_hanna_errors
+        return self.faithfulness - errors, self.faithfulness + errors
 
 
 def faithfulness_curve(

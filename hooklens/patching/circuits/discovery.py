@@ -40,7 +40,7 @@ class DiscoveryStats:
         edges: edges of the network.
         decided: edges decided.
         unreachable: those among them that were removed without a run.
-        circuits_run: circuits run, those that turned out not to be needed included.
+        circuits_run: circuits run on all pairs, those that turned out not to be needed included.
         forwards: passes through the model, those of the unpatched runs included.
         tokens: tokens run through all layers, or as many through some as comes to the same.
         naive_forwards: one per pair and edge that is not unreachable, and the two unpatched runs.

@@ -18,7 +18,7 @@ So report the ablation beside the number, and compare only circuits that were me
 that it was measured on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -27,13 +27,14 @@ from torch import Tensor
 from hooklens.arguments import read_int
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.nodes import check_additive
+from hooklens.patching.graph.nodes import check_additive, check_heads_apart
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
@@ -41,7 +42,7 @@ from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.results.result import SweepStats
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
-from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
 
 Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
@@ -96,6 +97,7 @@ def evaluate_circuits(
     assert metric is not None
     options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
     check_additive(model.cfg)
+    check_heads_apart(model.cfg)
     masks = _stack_masks(model, circuits)
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     with torch.no_grad():
@@ -114,32 +116,31 @@ class _Evaluation:
             label if isinstance(label, str) else read_int(label, what="evaluate_circuits: a label that is no text")
             for label in (circuits if isinstance(circuits, Mapping) else range(len(circuits)))
         )
-        model, n_pairs = runner.model, len(runner.prompts)
-        dtype = wide_dtype(model.dtype)
-        self.values = torch.full((len(masks), n_pairs), torch.nan, dtype=dtype, device=model.device)
-        self.full, self.empty = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
+        model = runner.model
+        self.tally = Tally(len(masks), len(runner.prompts), dtype=wide_dtype(model.dtype), device=model.device)
 
     def finish(self, *, progress: bool) -> CircuitResult:
         """Run all circuits on all pairs."""
-        groups = list(self.runner.groups())
-        # Before the first circuit is run, a failure is a mistake in the call and not an interruption.
-        ground: Ground | None = self.runner.prepare(groups[0])
-        name, unit = "evaluating circuits", "circuits"
-        with keep_partial_result(name, unit, self.values, self.result, progress=progress) as bar:
-            for group in groups:
-                ground = self.runner.prepare(group) if ground is None else ground
-                self.full[group] = ground.clean.to(self.full)
-                self.empty[group] = self.runner.measure_ablated(ground).to(self.empty)
-                size = self.runner.rows_per_batch(ground)
-                for first in range(0, len(self.masks), size):
-                    rows = slice(first, first + size)
-                    measured = self.runner.measure(ground, self.masks[rows]).to(self.values)
-                    self._check(measured, first)
-                    self.values[rows, group[0] : group[-1] + 1] = measured
-                    bar.update(measured.numel())
-                # It goes before the next one comes.
-                ground = None
-        return self.result()
+
+        def work() -> None:
+            tqdm = import_package("tqdm").tqdm
+            with tqdm(total=self.tally.n_values, desc="circuits", disable=not progress) as bar:
+                for group in self.runner.groups():
+                    for done in self._run_group(self.runner.prepare(group)):
+                        bar.update(done)
+
+        return self.tally.finish("evaluating circuits", work, self.result)
+
+    def _run_group(self, ground: Ground) -> Iterator[int]:
+        """Run all circuits on some pairs; gives how many values each step has added."""
+        self.tally.begin(ground.clean, self.runner.measure_ablated(ground), ground.lengths)
+        size = self.runner.rows_per_batch(ground)
+        for first in range(0, len(self.masks), size):
+            rows = slice(first, first + size)
+            measured = self.runner.measure(ground, self.masks[rows])
+            self._check(measured, first)
+            self.tally.store(rows, measured)
+            yield measured.numel()
 
     def _check(self, measured: Tensor, first: int) -> None:
         broken = measured.isnan().any(1).nonzero()[:, 0].tolist()
@@ -149,23 +150,24 @@ class _Evaluation:
 
     def result(self) -> CircuitResult:
         """The values so far."""
-        runner = self.runner
+        runner, tally = self.runner, self.tally
+        full, empty = tally.ends()
         return CircuitResult(
             circuits=self.circuits,
             labels=self.labels,
-            per_pair=self.values.clone(),
-            full_per_pair=self.full.clone(),
-            empty_per_pair=self.empty.clone(),
+            per_pair=tally.per_pair(),
+            full_per_pair=full,
+            empty_per_pair=empty,
             metric=runner.metric.name,
             ablation=runner.ablation_name,
             stats=SweepStats(
-                cells=len(self.values),
-                pairs=len(runner.prompts),
+                cells=tally.n_cells,
+                pairs=tally.n_pairs,
                 unchanged=0,
                 forwards=runner.forwards,
                 tokens=runner.token_layers / runner.model.cfg.n_layers,
-                naive_forwards=self.values.numel() + 2 * len(runner.prompts),
-                naive_tokens=(len(self.values) + 2) * sum(runner.prompts.lengths),
+                naive_forwards=(tally.n_cells + 2) * tally.n_pairs,
+                naive_tokens=(tally.n_cells + 2) * sum(runner.prompts.lengths),
             ),
         )
 

@@ -96,8 +96,9 @@ def prepare_ground(
         whole = {name: kept[name][0] for name in written}
         others = ablated_outputs(ablation, like=whole, pairs=pairs, prompts=prompts)
         others = {name: output[:, columns] for name, output in others.items()}
-    ablated = _stack_writers(others, graph.writers)
-    changes = _stack_writers(own, graph.writers).sub_(ablated)
+    scale = model.cfg.residual_scale
+    ablated = _stack_writers(others, graph.writers, scale)
+    changes = _stack_writers(own, graph.writers, scale).sub_(ablated)
     return Ground(
         graph=graph,
         pairs=tuple(pairs),
@@ -127,12 +128,12 @@ def stream_name(reader: Reader) -> str:
 
 
 def _stack_writers(
-    outputs: Mapping[str, Tensor], writers: Sequence[Writer]
+    outputs: Mapping[str, Tensor], writers: Sequence[Writer], scale: float
 ) -> Float[Tensor, "writer pair pos d_model"]:
-    """Outputs by hook name as one tensor."""
+    """What writers add to the stream, from outputs by hook name; those of heads are read before their factor."""
     return torch.stack(
         [
-            outputs[writer.hook_name][:, :, writer.head] if writer.kind == "head" else outputs[writer.hook_name]
+            outputs[writer.hook_name][:, :, writer.head] * scale if writer.kind == "head" else outputs[writer.hook_name]
             for writer in writers
         ]
     )

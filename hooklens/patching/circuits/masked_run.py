@@ -108,7 +108,7 @@ class MaskedRun:
         block.attn(inputs["q"], inputs["k"], inputs["v"], plan, call, self._past(layer))
         self._count(self.ground.width * (1 - share_of_mlp(block)))
         for node in nodes:
-            written = noted["result"][:, :, self.graph.writers[node].head]
+            written = noted["result"][:, :, self.graph.writers[node].head] * cfg.residual_scale
             self._note(node, written.view(len(self._masks), -1, *written.shape[1:]) - self.ground.ablated[node])
 
     def _copies(

@@ -12,22 +12,25 @@ Both average before they compare, so what some pairs lose and others gain cancel
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import read_one_of
 from hooklens.errors import CheckpointError, HookLensError
 from hooklens.files import read_safetensors, write_safetensors
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.results.figures import Backend, draw_heatmaps
+from hooklens.patching.results.figures import CROSS, Backend, draw_heatmaps
+from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.result import SweepStats
+from hooklens.patching.results.statistics import Interval, Method, bootstrap_interval, bootstrap_ratio_interval
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +39,7 @@ _FORMAT = "hooklens.patching.circuits-1"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class CircuitResult:
+class CircuitResult(OverPairs):
     """Values of a metric for circuits, everything outside them ablated.
 
     Attributes:
@@ -84,6 +87,9 @@ class CircuitResult:
         """Standard errors of `values`, from the spread of pairs; NaN for a single pair."""
         return _standard_errors(self.per_pair)
 
+    def _over_pairs(self, compute: Compute) -> tuple[Tensor, ...]:
+        return compute(self.per_pair, self.full_per_pair)
+
     @property
     def faithfulness_hanna(self) -> Float[Tensor, " circuit"]:
         """`(m(C) - m(empty)) / (m(M) - m(empty))`: 1 does what the network does, 0 no more than nothing.
@@ -111,6 +117,46 @@ class CircuitResult:
         """`abs(m(M) - m(C))`: 0 does what the network does; in the metric's units."""
         return (self.full - self.values).abs()
 
+    def bootstrap_faithfulness(
+        self,
+        definition: Literal["hanna", "wang"] = "hanna",
+        *,
+        confidence: float = 0.95,
+        n_resamples: int = 9999,
+        method: Method = "BCa",
+        seed: int = 0,
+    ) -> Interval:
+        """Bootstrap intervals of the faithfulness of each circuit, all values of a pair drawn together.
+
+        That of Hanna's is of a ratio of means. Wang's is an absolute value: its interval is what that makes of the
+        interval of the difference, so it begins at 0 where that holds 0.
+
+        Args:
+            definition: whose faithfulness.
+            confidence, n_resamples, method, seed: as for `bootstrap`.
+
+        Raises:
+            HookLensError: fewer than two pairs, an unknown definition, or no scale, see `faithfulness_hanna`.
+            MissingDependencyError: scipy, the extra `stats`, is not installed.
+        """
+        read_one_of(
+            definition, what="bootstrap_faithfulness: definition", options=("hanna", "wang"), error=HookLensError
+        )
+        options: dict[str, Any] = {
+            "confidence": confidence,
+            "n_resamples": n_resamples,
+            "method": method,
+            "seed": seed,
+        }
+        if definition == "hanna":
+            self._span()
+            kept, whole = self.per_pair - self.empty_per_pair, self.full_per_pair - self.empty_per_pair
+            return bootstrap_ratio_interval(kept, whole, **options)
+        low, high = bootstrap_interval(self.full_per_pair - self.per_pair, **options)
+        far = torch.maximum(low.abs(), high.abs())
+        near = torch.minimum(low.abs(), high.abs()).masked_fill((low < 0) & (high > 0), 0.0)
+        return Interval(near, far)
+
     @property
     def normalized(self) -> Float[Tensor, " circuit"]:
         """The values with 0 at the empty circuit and 1 at the whole network, which is `faithfulness_hanna`."""
@@ -124,11 +170,22 @@ class CircuitResult:
             )
         return self.full - self.empty
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
         """One row per circuit: edges, heads, value, its standard error, and faithfulness by both definitions.
 
         Columns of Hanna's are left out where the network and the empty circuit have the same value.
+
+        Args:
+            statistics: what else to give: `"bootstrap"`, the ends `"low"` and `"high"` of the intervals of the value
+                and of both faithfulnesses (`"faithfulness_hanna_low"`, ...); `"permutation_test"`, the `"p_value"` of
+                "the circuit does what the network does". `bootstrap`, `bootstrap_faithfulness` and
+                `permutation_test` take options of their own.
+
+        Raises:
+            HookLensError: an unknown statistic, or fewer than two pairs.
+            MissingDependencyError: a statistic of scipy, which is not installed.
         """
+        more = self._columns_of([one for one in self._read_statistics(statistics) if one != "standard_error"])
         columns: dict[str, object] = {
             "circuit": self.labels,
             "edges": [len(circuit) for circuit in self.circuits],
@@ -140,23 +197,38 @@ class CircuitResult:
             columns["faithfulness_hanna"] = self.faithfulness_hanna.tolist()
             columns["faithfulness_hanna_error"] = self.faithfulness_hanna_errors.tolist()
         columns["faithfulness_wang"] = self.faithfulness_wang.tolist()
+        for definition in ("hanna", "wang") if "low" in more else ():
+            if f"faithfulness_{definition}" in columns:
+                ends = self.bootstrap_faithfulness(definition)
+                columns |= {f"faithfulness_{definition}_{end}": found.tolist() for end, found in ends._asdict().items()}
+        columns |= {name: found.tolist() for name, found in more.items()}
         table: pandas.DataFrame = import_package("pandas").DataFrame(columns)
         return table
 
-    def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
+    def plot(self, *, backend: Backend = "plotly", title: str | None = None, mark: Mark | None = None) -> Any:
         """`faithfulness_hanna` of each circuit as a row of colours.
+
+        Args:
+            backend: the package that draws.
+            title: what stands above; None: the metric and whose faithfulness.
+            mark: put a cross on the circuits that cannot be told from the whole network: the 95 % bootstrap interval
+                of the difference holds 0, or the p-value of the permutation test is above 0.05.
 
         Returns:
             A plotly or matplotlib figure.
 
         Raises:
             MissingDependencyError: the package is not installed.
-            HookLensError: an unknown backend, or no scale, see `faithfulness_hanna`.
+            HookLensError: an unknown backend or mark, no scale, see `faithfulness_hanna`, or marks of one pair.
         """
         values = self.faithfulness_hanna.detach().cpu().double()[None, None]
         columns = ("circuit", [str(label) for label in self.labels])
         heading = f"{self.metric}: faithfulness (Hanna et al. 2024)" if title is None else title
-        return draw_heatmaps(values, ("", [""]), columns, [""], backend=backend, title=heading)
+        marks = None
+        if mark is not None:
+            marks = self._find_unclear(mark).cpu()[None, None]
+            heading += "" if title is not None else f"; {CROSS}: not told from the network ({mark.replace('_', ' ')})"
+        return draw_heatmaps(values, ("", [""]), columns, [""], backend=backend, title=heading, marks=marks)
 
     def save(self, path: str | Path) -> None:
         """Write the result to a safetensors file, whole or not at all.

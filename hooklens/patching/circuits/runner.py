@@ -77,10 +77,7 @@ class CircuitRunner:
 
     def groups(self) -> Iterator[list[int]]:
         """The pairs that stand on one ground."""
-        n_pairs = len(self.prompts)
-        size = n_pairs if self.metric.needs_all_pairs else self._pairs_per_group()
-        for first in range(0, n_pairs, size):
-            yield list(range(first, min(first + size, n_pairs)))
+        return self.prompts.split(None if self.metric.needs_all_pairs else self._pairs_per_group())
 
     def prepare(self, pairs: list[int]) -> Ground:
         """The ground for some pairs.
@@ -146,7 +143,7 @@ class CircuitRunner:
         cfg = self.model.cfg
         # The inputs of queries, keys and values stand beside each other, each with a copy, a norm and a product.
         per_reader = 4 * (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_model
-        of_block = 6 * cfg.d_model + 6 * cfg.n_heads * cfg.d_head + 3 * cfg.d_mlp
+        of_block = 6 * cfg.d_model + 6 * cfg.n_heads * cfg.d_head + 3 * cfg.mlp_width
         return (len(self.graph.writers) * cfg.d_model + per_reader + of_block) * self.model.dtype.itemsize
 
     def _bytes_per_read(self) -> int:

@@ -25,7 +25,10 @@ from torch import Tensor
 from hooklens.arguments import read_int, read_one_of
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.patching.estimates.gradients import GradientRuns, Move, fractions_of, group_pairs
+from hooklens.errors import join_names
+from hooklens.optional import import_package
+from hooklens.patching.errors import SiteError
+from hooklens.patching.estimates.gradients import GradientRuns, Move, fractions_of, pairs_per_graph
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
@@ -34,8 +37,8 @@ from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
-from hooklens.patching.runs.progress import keep_partial_result
 from hooklens.patching.runs.sites import Cell, CellArray, Sites, lay_out
+from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
 
 Method = Literal["atp", "ig"]
@@ -86,8 +89,24 @@ def attribution(
     moves = _list_moves(method, steps)
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     array, measured = lay_out(sites, model, prompts.lengths), as_metric(metric).encode(model)
+    _refuse_discrete(array)
     run = _AttributionRun(model, prompts, array, measured, moves, options.direction)
     return run.finish(batch_size=options.batch_size, progress=options.progress)
+
+
+def _refuse_discrete(array: CellArray) -> None:
+    """Refuse sites whose numbers name something.
+
+    Raises:
+        SiteError: names them.
+    """
+    names = dict.fromkeys(cell.name for cell in array.cells)
+    discrete = [name for name in names if (site := find_site(name)) is not None and site.discrete]
+    if discrete:
+        raise SiteError(
+            f"attribution: there is nothing between two values of {join_names(discrete)}, so no gradient tells what a "
+            "patch does; use patching.sweep"
+        )
 
 
 def _list_moves(method: Method, steps: int) -> list[Move]:
@@ -119,35 +138,31 @@ class _AttributionRun:
         self.model, self.prompts, self.array, self.metric = model, prompts, array, metric
         self.moves, self.direction = moves, direction
         self.names = list(dict.fromkeys(cell.name for cell in array.cells))
-        dtype = wide_dtype(model.dtype)
-        self.values = torch.full((len(array.cells), len(prompts)), torch.nan, dtype=dtype, device=model.device)
-        self.ends = torch.full((2, len(prompts)), torch.nan, dtype=dtype, device=model.device)
+        self.tally = Tally(len(array.cells), len(prompts), dtype=wide_dtype(model.dtype), device=model.device)
         self.forwards, self.n_tokens = 0, 0
 
     def finish(self, *, batch_size: BatchSize, progress: bool) -> SweepResult:
         """Estimate all cells of all pairs."""
-        groups = group_pairs(
-            self.model,
-            self.prompts,
-            batch_size=batch_size,
-            held=self._numbers_held(),
-            n_reads=max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions),
-            together=self.metric.needs_all_pairs,
-        )
-        with keep_partial_result("attribution", "estimating", self.values, self.result, progress=progress) as bar:
-            for group in groups:
-                self._run_group(group)
-                bar.update(len(self.values) * len(group))
-        return self.result()
+
+        def work() -> None:
+            held, tqdm = self._numbers_held(), import_package("tqdm").tqdm
+            size = pairs_per_graph(self.model, self.prompts, self.metric, batch_size=batch_size, held=held)
+            with tqdm(total=self.tally.n_values, desc="estimating", disable=not progress) as bar:
+                for group in self.prompts.split(size):
+                    self._run_group(group)
+                    bar.update(self.tally.n_cells * len(group))
+
+        return self.tally.finish("attribution", work, self.result)
 
     def result(self) -> SweepResult:
         """The values so far."""
-        n_cells, n_pairs = self.values.shape
+        n_cells, n_pairs = self.tally.n_cells, self.tally.n_pairs
+        clean, corrupted = self.tally.ends()
         return SweepResult(
-            per_pair=self.values.view(*(len(labels) for labels in self.array.axes.values()), -1).clone(),
+            per_pair=self.tally.per_pair().view(*(len(labels) for labels in self.array.axes.values()), -1),
             axes=self.array.axes,
-            clean_per_pair=self.ends[0].clone(),
-            corrupted_per_pair=self.ends[1].clone(),
+            clean_per_pair=clean,
+            corrupted_per_pair=corrupted,
             cells=tuple(cell.describe() for cell in self.array.cells),
             metric=self.metric.name,
             direction=self.direction,
@@ -189,8 +204,8 @@ class _AttributionRun:
         }
         base = baseline.corrupted if self.direction == "denoise" else baseline.clean
         values = torch.stack([_sum_cell(effects[cell.name], cell, baseline.lengths) for cell in self.array.cells])
-        self.values[:, group] = (values + base).to(self.values)
-        self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
+        self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
+        self.tally.store(slice(None), values + base)
         # Both unpatched prompts are one batch.
         self.forwards += 1 + runs.forwards
         self.n_tokens += (2 + runs.forwards) * sum(baseline.lengths)
@@ -198,7 +213,7 @@ class _AttributionRun:
     def _numbers_held(self) -> int:
         """For each token: both runs' values and gradients of what is patched, and the baseline's streams and keys."""
         cfg, width = self.model.cfg, max(self.prompts.lengths)
-        widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.d_mlp, cfg.n_heads * width)
+        widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.mlp_width, cfg.n_heads * width)
         per_head = cfg.n_heads * cfg.d_model
         of_names = sum(per_head if _is_per_head(name) else widest for name in self.names)
         return 6 * of_names + cfg.n_layers * (2 * cfg.d_model + 4 * cfg.n_kv_heads * cfg.d_head)

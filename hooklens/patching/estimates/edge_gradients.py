@@ -16,7 +16,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.model.attention import Attention
 from hooklens.model.block import Block
 from hooklens.model.norm import Norm
-from hooklens.patching.estimates.gradients import GradientRuns, Move, group_pairs
+from hooklens.patching.estimates.gradients import GradientRuns, Move, pairs_per_graph
 from hooklens.patching.graph.nodes import Graph
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
@@ -77,15 +77,10 @@ class EdgeGradients:
         cfg = self.model.cfg
         of_readers, of_writers = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_model, cfg.n_heads * cfg.d_model
         of_streams = 2 * cfg.n_layers * (2 * cfg.d_model + cfg.n_heads * cfg.d_head)
-        return group_pairs(
-            self.model,
-            self.prompts,
-            batch_size=batch_size,
-            # One layer's inputs with their copies, norms and gradients, and one layer's outputs; the baseline.
-            held=6 * of_readers + 4 * of_writers + 2 * of_streams,
-            n_reads=max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions),
-            together=self.metric.needs_all_pairs,
-        )
+        # One layer's inputs with their copies, norms and gradients, and one layer's outputs; the baseline.
+        held = 6 * of_readers + 4 * of_writers + 2 * of_streams
+        size = pairs_per_graph(self.model, self.prompts, self.metric, batch_size=batch_size, held=held)
+        return self.prompts.split(size)
 
     def run(self, group: list[int]) -> tuple[Baseline, Float[Tensor, "writer reader pair"]]:
         """The unpatched runs of some pairs, and the scores.
@@ -110,6 +105,9 @@ class EdgeGradients:
         graded = [name for reader in self.readers for name in _gradient_names(reader)]
         streams = [_stream_name(reader) for reader in self.readers if reader.kind == "attn"]
         differs = runs.may_differ[..., None]
+        if self.model.cfg.clip_qkv is not None:
+            # Where they are clipped, values pass no gradient on to what they read.
+            streams += [_gradient_names(reader)[-1] for reader in self.readers if reader.kind == "attn"]
         changes = {}
         for name, (old, new) in baseline.kept.items():
             changes[name] = (new - old) * (differs if old.ndim == 3 else differs[..., None])
@@ -131,7 +129,7 @@ class EdgeGradients:
         change = changes[_output_name(writer)]
         if writer.kind != "head":
             return change[:, None]
-        W_O = self._attention(writer.layer)[0].W_O.detach()
+        W_O = self._attention(writer.layer)[0].W_O.detach() * self.model.cfg.residual_scale
         return torch.einsum("nphe,hed->nhpd", change, W_O).contiguous()
 
     def _felt(self, reader: _Nodes, now: dict[str, Tensor], gradients: dict[str, Tensor]) -> NodeVectors | None:
@@ -144,7 +142,10 @@ class EdgeGradients:
         behind_norm = []
         for name, weight in zip(names, (attn.W_Q, attn.W_K, attn.W_V), strict=True):
             if name in gradients:
-                behind_norm.append(torch.einsum("nphe,hde->nhpd", gradients[name], weight.detach()))
+                gradient = gradients[name]
+                if attn.clip is not None and name in now:
+                    gradient = gradient * (now[name].abs() < attn.clip)
+                behind_norm.append(torch.einsum("nphe,hde->nhpd", gradient, weight.detach()))
             else:
                 behind_norm.append(stream.new_zeros(len(stream), len(weight), *stream.shape[1:]))
         felt = torch.cat(behind_norm, dim=1)

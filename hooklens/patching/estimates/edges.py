@@ -21,7 +21,8 @@ gradients are averaged:
 `rule` chooses the points: `"right"` is the published one; `"left"`, `k = 0 .. steps - 1`, is that of the authors'
 later code; `"midpoint"`, `k - 1/2`, is ours: its error falls with the square of the steps.
 
-Scores are filled in group by group of pairs, so memory does not grow with their number.
+Scores are filled in group by group of pairs. They take memory once, see `EdgeScores`; with `keep_pairs=False` only
+sums over pairs are kept, and memory does not grow with their number.
 """
 
 from collections.abc import Iterator
@@ -31,23 +32,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_one_of
+from hooklens.arguments import read_flag, read_int, read_one_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.optional import import_package
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.estimates.edge_gradients import EdgeGradients
 from hooklens.patching.estimates.gradients import Move, Rule, fractions_of
-from hooklens.patching.graph.edge_scores import EdgeScores
 from hooklens.patching.graph.nodes import Graph, check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.results.edge_scores import EdgeScores
+from hooklens.patching.results.moments import Moments
 from hooklens.patching.runs.baseline import Direction
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
-from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.patching.runs.tally import SumTally, Tally
 from hooklens.precision import wide_dtype
 
 Method = Literal["eap", "eap-ig", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "exact"]
@@ -64,6 +67,7 @@ def edge_attribution(
     steps: int = 5,
     rule: Rule = "right",
     direction: Direction = "noise",
+    keep_pairs: bool = True,
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     progress: bool = True,
@@ -80,6 +84,8 @@ def edge_attribution(
         steps: points between the two runs, for `"eap-ig-inputs"` and `"eap-ig-activations"`.
         rule: which points.
         direction: `"noise"` takes corrupted outputs into the clean run, as published; `"denoise"` the other way.
+        keep_pairs: keep the scores of each pair, from which `EdgeScores` tells intervals and p-values. False: only
+            their sums, which are enough for means and standard errors.
         batch_size: pairs run at once (for `"exact"` pairs times edges); `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
         progress: show a progress bar.
@@ -99,13 +105,14 @@ def edge_attribution(
     read_one_of(method, what="edge_attribution: method", options=get_args(Method))
     read_one_of(rule, what="edge_attribution: rule", options=get_args(Rule))
     read_int(steps, what="edge_attribution: steps", least=1)
+    keeps = read_flag(keep_pairs, what="edge_attribution: keep_pairs")
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     if method == "exact" and direction != "noise":
         raise InputError(
             "edge_attribution: exact scores are those of the clean run with one corrupted edge; exchange the prompts "
             "to patch the other run"
         )
-    run = _EdgeRun(model, prompts, as_metric(metric).encode(model), method, options.direction)
+    run = _EdgeRun(model, prompts, as_metric(metric).encode(model), method, options.direction, keep_pairs=keeps)
     if method == "exact":
         return run.finish(run.patch_edges(options.batch_size), progress=options.progress)
     moves = list_moves(model, method, steps, rule=rule, direction=direction)
@@ -132,34 +139,50 @@ class _EdgeRun:
     """The scores of all edges, filled in group by group of pairs."""
 
     def __init__(
-        self, model: HookedCausalLM, prompts: PromptPairs, metric: Metric, method: Method, direction: Direction
+        self,
+        model: HookedCausalLM,
+        prompts: PromptPairs,
+        metric: Metric,
+        method: Method,
+        direction: Direction,
+        *,
+        keep_pairs: bool,
     ) -> None:
         self.model, self.prompts, self.metric, self.method, self.direction = model, prompts, metric, method, direction
         self.graph = Graph.of(model.cfg)
         self.exists = self.graph.exists().T.to(model.device)
-        dtype = wide_dtype(model.dtype)
-        self.scores = torch.zeros(*self.exists.shape, len(prompts), dtype=dtype, device=model.device)
-        self.scores[self.exists] = torch.nan
-        self.ends = torch.full((2, len(prompts)), torch.nan, dtype=dtype, device=model.device)
+        self.tally = (Tally if keep_pairs else SumTally)(
+            self.exists.numel(),
+            len(prompts),
+            dtype=wide_dtype(model.dtype),
+            device=model.device,
+            absent=~self.exists.flatten(),
+        )
         self.forwards, self.tokens = 0, 0.0
 
     def finish(self, steps: Iterator[int], *, progress: bool) -> EdgeScores:
         """Take all steps; each says how many scores it has added."""
-        with keep_partial_result("edge attribution", "scoring", self.scores, self.result, progress=progress) as bar:
-            bar.total = int(self.exists.sum()) * len(self.prompts)
-            for done in steps:
-                bar.update(done)
-        return self.result()
+
+        def work() -> None:
+            tqdm = import_package("tqdm").tqdm
+            with tqdm(total=self.tally.n_values, desc="scoring", disable=not progress) as bar:
+                for done in steps:
+                    bar.update(done)
+
+        return self.tally.finish("edge attribution", work, self.result)
 
     def result(self) -> EdgeScores:
         """The scores so far."""
+        clean, corrupted = self.tally.ends()
+        sums = self.tally.moments if isinstance(self.tally, SumTally) else None
         return EdgeScores(
-            per_pair=self.scores.clone(),
+            per_pair=self.tally.per_pair().view(*self.exists.shape, -1) if sums is None else None,
+            moments=None if sums is None else Moments(sums.table.view(3, *self.exists.shape)),
             writers=tuple(map(str, self.graph.writers)),
             readers=tuple(map(str, self.graph.readers)),
-            exists=self.exists.clone(),
-            clean_per_pair=self.ends[0].clone(),
-            corrupted_per_pair=self.ends[1].clone(),
+            exists=self.exists,
+            clean_per_pair=clean,
+            corrupted_per_pair=corrupted,
             metric=self.metric.name,
             method=self.method,
             direction=self.direction,
@@ -172,8 +195,8 @@ class _EdgeRun:
         estimate = EdgeGradients(self.model, self.prompts, self.metric, moves, direction=self.direction)
         for group in estimate.groups(batch_size):
             baseline, scores = estimate.run(group)
-            self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
-            self.scores[:, :, group] = scores.to(self.scores).masked_fill(~self.exists[..., None], 0.0)
+            self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
+            self.tally.store(slice(None), scores.masked_fill_(~self.exists[..., None], 0.0).flatten(0, 1))
             self.forwards, self.tokens = estimate.forwards, estimate.tokens
             yield int(self.exists.sum()) * len(group)
 
@@ -185,12 +208,12 @@ class _EdgeRun:
         for group in runner.groups():
             with torch.no_grad():
                 ground = runner.prepare(group)
-            self.ends[:, group] = torch.stack([ground.clean, ground.corrupted]).to(self.ends)
+            self.tally.begin(ground.clean, ground.corrupted, ground.lengths)
             # Edges into late layers enter there, so neighbours in the order of reading run together.
             for some in torch.split(edges, runner.rows_per_batch(ground)):
                 reader, writer = some.T
                 effects = self._patch(runner, ground, reader, writer)
-                self.scores[writer[:, None], reader[:, None], torch.tensor(group)] = effects.to(self.scores)
+                self.tally.store((writer * self.exists.shape[1] + reader).tolist(), effects)
                 self.forwards, self.tokens = runner.forwards, runner.token_layers / self.model.cfg.n_layers
                 yield effects.numel()
 

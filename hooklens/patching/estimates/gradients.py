@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooklens.axes import layer_of
+from hooklens.axes import EMBEDDINGS, is_below_blocks, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
+from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.baseline import Baseline, Direction
 from hooklens.patching.runs.memory import BatchSize, free_bytes
@@ -110,8 +111,8 @@ class GradientRuns:
         """
         targets = self._targets(moves)
         watched = list(dict.fromkeys(kept))
-        in_head = any(layer_of(name) is None and name not in ("hook_embed", "hook_pos_embed") for name in graded)
-        leaves = {name for name in ("hook_embed", "hook_pos_embed") if name in self.model.hook_points()}
+        in_head = any(layer_of(name) is None and not is_below_blocks(name) for name in graded)
+        leaves = {name for name in EMBEDDINGS if name in self.model.hook_points()}
         for move in moves:
             one = _GradientRun(move, targets.get(move.name))
             hooks = [(name, one.leave_graph) for name in leaves | {move.name}]
@@ -178,31 +179,28 @@ class _GradientRun:
         self.gradients[hook.name] = gradient.detach()
 
 
-def group_pairs(
-    model: HookedCausalLM, prompts: PromptPairs, *, batch_size: BatchSize, held: int, n_reads: int, together: bool
-) -> Iterator[list[int]]:
-    """The pairs that are run at once.
+def pairs_per_graph(
+    model: HookedCausalLM, prompts: PromptPairs, metric: Metric, *, batch_size: BatchSize, held: int
+) -> int | None:
+    """How many pairs are run at once; None: all, since the metric cannot be measured for some alone.
 
     Args:
         model: the model.
         prompts: all pairs.
+        metric: what is measured.
         batch_size: pairs at once; `"auto"` by memory.
         held: numbers held for each token, beside the graph.
-        n_reads: positions of each pair whose logits are made.
-        together: the metric cannot be measured for some pairs alone.
     """
-    n_pairs, width = len(prompts), max(prompts.lengths)
-    size = n_pairs
-    if not together and batch_size != "auto":
-        size = batch_size
-    elif not together:
-        # Logits, their softmax and its gradient.
-        per_pair = width * (graph_size(model, width) + held) + 4 * n_reads * model.cfg.d_vocab
-        size = int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // (per_pair * model.dtype.itemsize)
-        if model.device.type == "cpu":
-            size = min(size, _TOKENS_ON_CPU // width)
-    for first in range(0, n_pairs, max(1, size)):
-        yield list(range(first, min(first + max(1, size), n_pairs)))
+    if metric.needs_all_pairs:
+        return None
+    if batch_size != "auto":
+        return batch_size
+    width = max(prompts.lengths)
+    n_reads = width if metric.positions is None else len(metric.positions)
+    # Logits, their softmax and its gradient.
+    per_pair = width * (graph_size(model, width) + held) + 4 * n_reads * model.cfg.d_vocab
+    size = int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // (per_pair * model.dtype.itemsize)
+    return max(1, min(size, _TOKENS_ON_CPU // width) if model.device.type == "cpu" else size)
 
 
 def graph_size(model: HookedCausalLM, width: int) -> int:
@@ -215,7 +213,7 @@ def graph_size(model: HookedCausalLM, width: int) -> int:
     cfg = model.cfg
     of_heads = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
     # The stream and its norms, all that attention reads and writes before and after rotary, and the MLP.
-    of_block = 10 * cfg.d_model + 4 * of_heads + (6 if cfg.gated_mlp else 4) * cfg.d_mlp
+    of_block = 10 * cfg.d_model + 4 * of_heads + (6 if cfg.gated_mlp else 4) * cfg.mlp_width
     # Scores, their cap, the mask and the pattern, where no kernel keeps them to itself.
     of_pattern = 4 * cfg.n_heads * width
     return cfg.n_layers * (of_block + of_pattern)

@@ -297,12 +297,32 @@ def check_additive(cfg: HookedConfig) -> None:
     """Refuse networks whose heads do not add to the stream one by one.
 
     Raises:
-        InputError: a norm stands between the heads and the stream.
+        InputError: a norm stands between the heads and the stream, or in the stream.
     """
+    if cfg.norm_stream:
+        raise InputError(
+            "edges and paths need a stream that is the sum of what is written to it; in this network it goes through "
+            "norms behind each branch (cfg.norm_stream). Sweep 'z', 'attn_out' or 'mlp_out' instead"
+        )
     normed = [block.layer for block in cfg.blocks if block.norm_after]
     if normed:
         raise InputError(
             "edges and paths between heads need outputs that are added to the stream as they are; in this network a "
             f"norm follows each branch of layers {normed}, so a head there has no output of its own. Sweep 'z' or "
             "'attn_out' instead"
+        )
+
+
+def check_heads_apart(cfg: HookedConfig) -> None:
+    """Refuse networks in which what one head reads changes what others do, past the inputs that they have as nodes.
+
+    Raises:
+        InputError: a norm goes over the queries or keys of all heads.
+    """
+    normed = [block.layer for block in cfg.blocks if block.attn is not None and block.qk_norm is not None]
+    if normed and cfg.qk_norm_over == "all_heads":
+        raise InputError(
+            "circuits need heads of which each reads inputs of its own; in this network a norm goes over the queries "
+            f"and keys of all heads of layers {normed} (cfg.qk_norm_over='all_heads'), so what one reads changes the "
+            "others. Sweep 'z' or 'attn_out', or patch paths (path_patch), instead"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hooklens import tokens as tokenization
 from hooklens.arguments import read_one_of, read_tensor, refusal
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.metric import Cells, Metric, Positions, Runs, Values, check_rows, check_shape
@@ -102,6 +103,7 @@ class Loss(Metric):
 
     def prepare(self, runs: Runs) -> Metric:
         """The metric with the tokens of the run; padding does not count."""
+        refuse_other_outputs(runs.model.cfg, "Loss", InputError)
         if isinstance(self.tokens, Tensor):
             check_shape(self.tokens, (None, runs.width), "pairs pos", what="Loss: tokens")
             given = runs.rows_of(self.tokens, what="Loss: tokens").to(runs.tokens.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import HookLensError, InputError
 from hooklens.patching.errors import MetricError
 
@@ -146,9 +147,11 @@ def encode_answers(model: HookedCausalLM, given: object, *, what: str) -> Answer
         return given
     rows = list_answers(given, what=what)
     texts = dict.fromkeys(one for row in rows for one in row if isinstance(one, str))
+    if texts:
+        refuse_other_outputs(model.cfg, f"{what}: texts are tokens; give the numbers of outputs", InputError)
     id_of: dict[Token, int] = {text: model.to_single_token(text) for text in texts}
     ids = [[id_of[one] if isinstance(one, str) else one for one in row] for row in rows]
-    _check_vocabulary([one for row in ids for one in row], model.cfg.d_vocab, what, InputError)
+    _check_vocabulary([one for row in ids for one in row], model.cfg.d_vocab_out, what, InputError)
     _refuse_doubles(ids, what)
     return Answers.of_ids(ids, device=model.device)
 

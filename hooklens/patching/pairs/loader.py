@@ -76,10 +76,8 @@ class PairSource:
             InputError: a batch that is none; its number is named.
         """
         if self._batches is None:
-            n_pairs = len(self.at_hand)
-            step = n_pairs if size is None else size(max(self.at_hand.lengths))
-            for first in range(0, n_pairs, step):
-                yield self.at_hand, list(range(first, min(first + step, n_pairs)))
+            for chosen in self.at_hand.split(None if size is None else size(max(self.at_hand.lengths))):
+                yield self.at_hand, chosen
             return
         assert size is not None
         waiting: PromptPairs | None = self.at_hand

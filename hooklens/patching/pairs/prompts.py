@@ -5,7 +5,7 @@ many tokens, and positions must mean the same in both (Zhang and Nanda 2023, "To
 Activation Patching"). Replace a word by another of the same length rather than dropping it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -56,6 +56,12 @@ class PromptPairs:
     def is_padded(self) -> bool:
         """Whether pairs differ in length."""
         return len(set(self.lengths)) > 1
+
+    def split(self, size: int | None) -> Iterator[list[int]]:
+        """The places of the pairs, in groups of so many; None: all together."""
+        step = len(self) if size is None else max(1, size)
+        for first in range(0, len(self), step):
+            yield list(range(first, min(first + step, len(self))))
 
 
 def read_pairs(

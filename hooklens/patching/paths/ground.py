@@ -24,7 +24,7 @@ class Ground:
         columns: the column of the prompt at each place.
         reads: the places that the metric reads.
         n_past: columns before the first one run.
-        in_place: attention carries nothing on, so `columns` are those that the metric reads, and differ by pair.
+        in_place: attention does not run, so `columns` are those that the metric reads, and differ by pair.
     """
 
     model: HookedCausalLM
@@ -57,6 +57,10 @@ class Ground:
         """What an MLP writes unpatched."""
         return self._cut(self.baseline.kept[f"blocks.{layer}.hook_mlp_out"][0])
 
+    def written_by_attention(self, layer: int) -> Float[Tensor, "pair pos d_model"]:
+        """What attention writes unpatched."""
+        return self._cut(self.baseline.kept[f"blocks.{layer}.hook_attn_out"][0])
+
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the columns before the first one run, `[pair past kv_head d_head]`."""
         keys, values = self.baseline.keys_values[layer]
@@ -71,7 +75,8 @@ class Ground:
         of_head = torch.zeros_like(own)
         of_head[:, :, sender.head] = (other - own)[:, :, sender.head]
         o_proj = self.model.block_list()[sender.layer].attn.o_proj
-        return apply_linear(o_proj, of_head.flatten(2)) - apply_linear(o_proj, torch.zeros_like(own[:1, :1]).flatten(2))
+        bias = apply_linear(o_proj, torch.zeros_like(own[:1, :1]).flatten(2))
+        return (apply_linear(o_proj, of_head.flatten(2)) - bias) * self.model.cfg.residual_scale
 
     def _cut(self, tensor: Tensor) -> Tensor:
         chosen = tensor[self.rows]
@@ -87,19 +92,21 @@ def lay_ground(
     rows: slice,
     *,
     in_place: bool,
+    carried: bool,
 ) -> Ground:
     """The ground for some pairs of a baseline.
 
-    A patch that no attention carries on stays in its positions, so the positions that the metric reads are enough.
-    Else all from the first one in which the prompts differ to the last one read are run, on the unpatched keys and
-    values of those before.
+    A patch that no attention carries on stays in its positions, so the positions that the metric reads are enough: one
+    by one where attention does not run, else from the first to the last of them. What it carries on is run from the
+    first position in which the prompts differ. Both go on from the unpatched keys and values of the positions before.
 
     Args:
         model: the model.
         baseline: the unpatched runs.
         differs: where the two prompts of a pair differ, for all pairs of the baseline.
         rows: which pairs of the baseline.
-        in_place: attention carries nothing on.
+        in_place: attention does not run.
+        carried: attention carries the patch to other positions.
     """
     reads, n_past = baseline.reads[rows], 0
     columns = reads
@@ -110,7 +117,7 @@ def lay_ground(
             stop = int(reads.max()) + 1
             changed = differs[rows].any(0)
             first = int(changed.int().argmax()) if bool(changed.any()) else stop - 1
-            n_past = min(first, int(reads.min()))
+            n_past = min(first, int(reads.min())) if carried else int(reads.min())
         columns = torch.arange(n_past, stop, device=reads.device).expand(len(reads), -1)
         places = reads - n_past
     return Ground(

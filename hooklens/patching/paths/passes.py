@@ -16,7 +16,6 @@ from torch import Tensor
 from hooklens.hooks import Call, HookPoint
 from hooklens.hooks.call import Hook, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
-from hooklens.model.attention import project_heads
 from hooklens.model.block import Block
 from hooklens.model.positions import TokenPlan
 from hooklens.patching.graph.nodes import Writer
@@ -36,8 +35,8 @@ class PathPass:
         senders: in the order in which they enter; a path leads from each to a receiver.
 
     Attributes:
-        token_layers: how many tokens went through how many blocks, in all; an MLP without its attention counts by its
-            share of the block's weights.
+        token_layers: how many tokens went through how many blocks, in all; an MLP and attention by themselves count
+            by their share of the block's weights.
     """
 
     def __init__(self, ground: Ground, route: Route, senders: Sequence[Writer]) -> None:
@@ -59,6 +58,10 @@ class PathPass:
             if layer < attends_from:
                 self._enter((layer, BEFORE_MLP))
                 self._run_mlp(layer)
+                continue
+            if self._later is None and self._change is not None and self.route.attends_alone(layer):
+                self._run_attention(layer)
+                self._drop_change(layer)
                 continue
             # Where attention runs anyway, heads of this layer enter below it, and are added behind it.
             behind = self._enter_later((layer, BEFORE_MLP))
@@ -111,7 +114,7 @@ class PathPass:
         return self.ground.stream(layer).repeat(n_senders, 1, 1)
 
     def _run_mlp(self, layer: int) -> None:
-        """Below all attention that changes: only the MLP runs, and only on the direct stream."""
+        """Where the later stream's MLP has nothing new to read, it runs on the direct stream only."""
         if self._change is None or not self.route.runs_mlp(layer):
             return
         read = self._over_pairs(self.ground.read_by_mlp(layer), self._change)
@@ -121,6 +124,19 @@ class PathPass:
             self._later = self._over_pairs(self.ground.stream(layer + 1), made)
         else:
             self._change = self._change + made
+
+    def _run_attention(self, layer: int) -> None:
+        """The later stream is the unpatched run's up to here, so what the MLP beside this attention makes of it is."""
+        block, later, plan = self._block(layer), self._unpatched(layer, self._n_entered), self._plan()
+        assert self._change is not None
+        listeners = self._give_to_heads(layer, later + self._change)
+        call = Call(join_listeners([self._outside, listeners]), plan)
+        normed = later if block.ln1 is None else block.ln1(later, call)
+        written = block.hook_attn_out(block.attn(normed, normed, normed, plan, call, self._past(layer)), call)
+        self.token_layers += self.n_rows * self.ground.width * (1 - share_of_mlp(block))
+        beside = self.ground.stream(layer + 1) - self.ground.written_by_attention(layer)
+        self._later = self._over_pairs(beside, written)
+        self._run_mlp(layer)
 
     def _make_of(self, layer: int, stream: Stream) -> Stream:
         """What an MLP makes of a stream."""
@@ -152,7 +168,9 @@ class PathPass:
         wanted = self._wanted() if self._may_narrow(layer) else None
         plan = self._plan()
         call = Call(join_listeners([self._outside, listeners]), plan)
-        self.token_layers += self.n_rows * self.ground.width
+        n_after = self.ground.reads.shape[1] if wanted is not None else self.ground.width
+        share = share_of_mlp(block)
+        self.token_layers += self.n_rows * (self.ground.width * (1 - share) + n_after * share)
         out: Tensor = block(later, plan, call, self._past(layer), wanted=wanted)
         if wanted is not None:
             return out.view(self.n_rows, -1, out.shape[-1])
@@ -171,16 +189,17 @@ class PathPass:
     def _give_to_heads(self, layer: int, direct: Stream) -> dict[HookPoint, Listening]:
         """Listeners that give the heads that receive what they make of the direct stream."""
         block = self._block(layer)
-        attn, call = block.attn, Call(self._outside, self._plan())
+        plan = self._plan()
+        attn, call = block.attn, Call(self._outside, plan)
         normed = direct if block.ln1 is None else block.ln1(direct, call)
         listeners: dict[HookPoint, Listening] = {}
-        for heads, linear, point in (
-            (self.route.heads(layer, "q"), attn.q_proj, attn.hook_q),
-            (self.route.heads(layer, "k"), attn.k_proj, attn.hook_k),
-            (self.route.heads(layer, "v"), attn.v_proj, attn.hook_v),
+        for heads, letter, point in (
+            (self.route.heads(layer, "q"), "q", attn.hook_q),
+            (self.route.heads(layer, "k"), "k", attn.hook_k),
+            (self.route.heads(layer, "v"), "v", attn.hook_v),
         ):
             if heads:
-                received = point(project_heads(normed, linear, self.model.cfg.d_head), call)[:, :, heads]
+                received = point(attn.project(letter, normed, plan), call)[:, :, heads]
                 listeners |= _listen(point, partial(_put_in, heads, received))
         return listeners
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.nodes import Writer, check_additive, list_writers, parse_readers, parse_writers
 from hooklens.patching.metrics.function import MetricFunction, as_metric
@@ -21,7 +22,7 @@ from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, refuse_nan, run_baseline
 from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
 from hooklens.patching.runs.options import RunOptions, refuse_missing
-from hooklens.patching.runs.progress import keep_partial_result
+from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
 
 
@@ -87,10 +88,9 @@ def path_patch(
             as_metric(metric).encode(model),
             sending,
             route,
-            batch_size=options.batch_size,
-            direction=options.direction,
+            options,
         )
-        return experiment.finish(progress=options.progress)
+        return experiment.finish()
 
 
 class _PathPatching:
@@ -103,53 +103,48 @@ class _PathPatching:
         metric: Metric,
         senders: Sequence[Writer],
         route: Route,
-        *,
-        batch_size: BatchSize,
-        direction: Direction,
+        options: RunOptions,
     ) -> None:
         self.model, self.prompts, self.metric, self.route = model, prompts, metric, route
-        self.batch_size, self.direction, self.senders = batch_size, direction, list(senders)
+        self.options, self.senders = options, list(senders)
         reaching = [index for index, sender in enumerate(senders) if route.reaches(sender)]
         self.order = sorted(reaching, key=lambda index: route.entry(senders[index]))
         self.still = [index for index in range(len(senders)) if index not in set(reaching)]
         first = route.entry(senders[self.order[0]]) if self.order else (model.cfg.n_layers, 0)
         self.in_place = route.attends_from(first) == model.cfg.n_layers
+        self.carried = route.carries_from(first) < model.cfg.n_layers
         self.names = self._names_to_keep(first[0])
-        dtype, n_pairs = wide_dtype(model.dtype), len(prompts)
-        self.values = torch.full((len(senders), n_pairs), torch.nan, dtype=dtype, device=model.device)
-        self.ends = torch.full((2, n_pairs), torch.nan, dtype=dtype, device=model.device)
+        self.tally = Tally(len(senders), len(prompts), dtype=wide_dtype(model.dtype), device=model.device)
         self.forwards, self.token_layers = 0, 0.0
 
-    def finish(self, *, progress: bool) -> SweepResult:
+    def finish(self) -> SweepResult:
         """Run all senders on all pairs.
 
         Raises:
             SweepInterruptedError: stopped on the way.
         """
-        groups = list(self._groups())
-        # Before the first sender is run, a failure is a mistake in the call and not an interruption.
-        baseline: Baseline | None = self._run_baseline(groups[0])
-        with keep_partial_result("path patching", "senders", self.values, self.result, progress=progress) as bar:
-            for group in groups:
-                baseline = self._run_baseline(group) if baseline is None else baseline
-                for done in self._run_group(group, baseline):
+        return self.tally.finish("path patching", self._run, self.result)
+
+    def _run(self) -> None:
+        tqdm = import_package("tqdm").tqdm
+        with tqdm(total=self.tally.n_values, desc="senders", disable=not self.options.progress) as bar:
+            for group in self.prompts.split(self._pairs_per_group()):
+                for done in self._run_group(group, self._run_baseline(group)):
                     bar.update(done)
-                # It goes before the next one comes.
-                baseline = None
-        return self.result()
 
     def result(self) -> SweepResult:
         """The values so far."""
         n_pairs, n_senders, n_tokens = len(self.prompts), len(self.senders), sum(self.prompts.lengths)
         receivers = ", ".join(map(str, self.route.receivers))
+        clean, corrupted = self.tally.ends()
         return SweepResult(
-            per_pair=self.values.clone(),
+            per_pair=self.tally.per_pair(),
             axes={"sender": tuple(map(str, self.senders))},
-            clean_per_pair=self.ends[0].clone(),
-            corrupted_per_pair=self.ends[1].clone(),
+            clean_per_pair=clean,
+            corrupted_per_pair=corrupted,
             cells=tuple({"sender": str(sender), "receivers": receivers} for sender in self.senders),
             metric=self.metric.name,
-            direction=self.direction,
+            direction=self.options.direction,
             stats=SweepStats(
                 cells=n_senders,
                 pairs=n_pairs,
@@ -162,28 +157,29 @@ class _PathPatching:
         )
 
     def _names_to_keep(self, first: int) -> list[str]:
-        """What the unpatched runs hand on: what senders write, and what MLPs on the way read and write."""
+        """What the unpatched runs hand on: what senders write, what MLPs on the way read and write, and attention."""
         names = outputs_of([self.senders[index] for index in self.order])
         for layer in range(first, self.model.cfg.n_layers):
             if self.route.runs_mlp(layer):
                 names += [f"blocks.{layer}.hook_mlp_in", f"blocks.{layer}.hook_mlp_out"]
+            if self.route.attends_alone(layer):
+                names.append(f"blocks.{layer}.hook_attn_out")
         return list(dict.fromkeys(names))
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Pairs whose unpatched runs are held at the same time; a function of logits needs all pairs at once."""
-        n_pairs, size = len(self.prompts), len(self.prompts)
-        if not self.metric.needs_all_pairs:
-            width, n_reads = max(self.prompts.lengths), self._n_reads()
-            size = min(pairs_per_group(self.model, width, self.names, n_reads), self._pairs_per_pass(width))
-        for first in range(0, n_pairs, size):
-            yield list(range(first, min(first + size, n_pairs)))
+    def _pairs_per_group(self) -> int | None:
+        """How many pairs' unpatched runs are held at the same time; a function of logits needs all at once."""
+        if self.metric.needs_all_pairs:
+            return None
+        width = max(self.prompts.lengths)
+        return min(pairs_per_group(self.model, width, self.names, self._n_reads()), self._pairs_per_pass(width))
 
     def _n_reads(self) -> int:
         return max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions)
 
     def _pairs_per_pass(self, width: int) -> int:
         """More pairs than this make a pass of one sender no cheaper."""
-        return self.batch_size if self.batch_size != "auto" else max(1, self._tokens_per_pass(width) // width)
+        size = self.options.batch_size
+        return size if size != "auto" else max(1, self._tokens_per_pass(width) // width)
 
     def _tokens_per_pass(self, width: int) -> int:
         return tokens_per_pass(self.model, width, self._n_reads(), watches_pattern=False)
@@ -195,21 +191,20 @@ class _PathPatching:
             group,
             [],
             self.metric,
-            direction=self.direction,
+            direction=self.options.direction,
             source="other",
             keep=self.names,
         )
         self.forwards += 1
         self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
-        self.ends[:, group] = torch.stack([baseline.clean, baseline.corrupted]).to(self.ends)
         refuse_nan(baseline)
+        self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
         return baseline
 
     def _run_group(self, group: list[int], baseline: Baseline) -> Iterator[int]:
         """Run all senders on a group of pairs; gives how many values each step has added."""
-        pairs = slice(group[0], group[-1] + 1)
-        base = baseline.corrupted if self.direction == "denoise" else baseline.clean
-        self.values[self.still, pairs] = base.to(self.values)
+        base = baseline.corrupted if self.options.direction == "denoise" else baseline.clean
+        self.tally.store(self.still, base.expand(len(self.still), -1))
         yield len(self.still) * len(group)
         if not self.order:
             return
@@ -218,11 +213,11 @@ class _PathPatching:
         for first in range(0, len(self.order), n_senders):
             rows = self.order[first : first + n_senders]
             logits = torch.cat([self._run_pass(ground, rows) for ground in grounds], dim=1)
-            measured = baseline.metric.measure(logits).to(self.values)
+            measured = baseline.metric.measure(logits)
             broken = [str(self.senders[row]) for row, nan in zip(rows, measured.isnan().any(1), strict=True) if nan]
             if broken:
                 raise MetricError(f"metric {self.metric.name} is NaN for the senders {broken}")
-            self.values[rows, pairs] = measured
+            self.tally.store(rows, measured)
             yield measured.numel()
 
     def _lay_grounds(self, group: list[int], baseline: Baseline) -> list[Ground]:
@@ -237,13 +232,14 @@ class _PathPatching:
                 clean != corrupted,
                 slice(first, min(first + size, len(group))),
                 in_place=self.in_place,
+                carried=self.carried,
             )
             for first in range(0, len(group), size)
         ]
 
     def _senders_per_pass(self, ground: Ground) -> int:
-        if self.batch_size != "auto":
-            return max(1, self.batch_size // ground.n_pairs)
+        if self.options.batch_size != "auto":
+            return max(1, self.options.batch_size // ground.n_pairs)
         return max(1, self._tokens_per_pass(ground.width) // (ground.n_pairs * ground.width))
 
     def _run_pass(self, ground: Ground, rows: list[int]) -> Tensor:

@@ -51,6 +51,20 @@ class Route:
         behind_mlps = [one.layer + 1 for one in reached if one.kind == "mlp"]
         return min([*of_heads, *behind_mlps, self.cfg.n_layers])
 
+    def carries_from(self, entry: Place) -> int:
+        """The first layer whose attention can carry a patch to another position; `n_layers` where none does.
+
+        What changes the queries of a position changes what attention gives there, and nowhere else.
+        """
+        reached = [one for one in self.receivers if entry <= self._read_at(one)]
+        of_keys = [one.layer for one in reached if one.kind in ("k", "v")]
+        behind = [one.layer + 1 for one in reached if one.kind in ("q", "mlp")]
+        return min([*of_keys, *behind, self.cfg.n_layers])
+
+    def attends_alone(self, layer: int) -> bool:
+        """Whether the first attention that a patch changes, if it is this layer's, leaves the layer's MLP as it was."""
+        return self.cfg.wiring == "parallel" and self.has_heads(layer) and not self.mlp_receives(layer)
+
     @property
     def last(self) -> Place:
         """The last place at which the direct stream is read."""

@@ -51,13 +51,21 @@ def draw_heatmaps(
 
 
 def draw_curve(
-    x: Sequence[float], y: Sequence[float], *, labels: tuple[str, str], level: float, backend: Backend, title: str
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    ends: tuple[Sequence[float], Sequence[float]] | None = None,
+    labels: tuple[str, str],
+    level: float,
+    backend: Backend,
+    title: str,
 ) -> Any:
     """A curve over a logarithmic axis, and a dotted line to compare it with.
 
     Args:
         x: places, all above 0.
         y: values.
+        ends: the lower and the upper ends of bars through the values.
         labels: the names of both axes.
         level: where the dotted line is.
         backend: the package that draws.
@@ -68,9 +76,11 @@ def draw_curve(
         HookLensError: an unknown backend.
     """
     _check_backend(backend)
+    below, above = _bars(y, ends)
     if backend == "plotly":
         graph = import_package("plotly.graph_objects")
-        figure = graph.Figure(graph.Scatter(x=list(x), y=list(y), mode="lines+markers"))
+        bars = None if ends is None else {"array": above, "arrayminus": below, "symmetric": False}
+        figure = graph.Figure(graph.Scatter(x=list(x), y=list(y), error_y=bars, mode="lines+markers"))
         figure.add_hline(y=level, line_dash="dot")
         figure.update_xaxes(title_text=labels[0], type="log")
         figure.update_yaxes(title_text=labels[1])
@@ -78,10 +88,18 @@ def draw_curve(
         return figure
     figure = _make_figure(6, 4)
     axes = figure.add_subplot()
-    axes.plot(x, y, marker="o")
+    axes.errorbar(x, y, yerr=None if ends is None else [below, above], marker="o")
     axes.axhline(level, linestyle=":", color="gray")
     axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
     return figure
+
+
+def _bars(y: Sequence[float], ends: tuple[Sequence[float], Sequence[float]] | None) -> tuple[list[float], list[float]]:
+    """How far bars go down and up from the values, which may lie outside of a skewed interval."""
+    low, high = ends or (y, y)
+    below = [max(0.0, value - end) for value, end in zip(y, low, strict=True)]
+    above = [max(0.0, end - value) for value, end in zip(y, high, strict=True)]
+    return below, above
 
 
 def _check_backend(backend: Backend) -> None:

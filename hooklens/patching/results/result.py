@@ -10,31 +10,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.arguments import read_one_of
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.results.figures import CROSS, Backend, LabelledAxis, draw_heatmaps
 from hooklens.patching.results.file import read_result, write_result
+from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.scale import find_small_differences
-from hooklens.patching.results.statistics import (
-    Alternative,
-    Interval,
-    Method,
-    bootstrap_interval,
-    permutation_p_value,
-    standard_error,
-)
 
 if TYPE_CHECKING:
     import pandas
-
-Statistic = Literal["standard_error", "bootstrap", "permutation_test"]
-STATISTICS: tuple[Statistic, ...] = ("standard_error", "bootstrap", "permutation_test")
-
-_LEVEL = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +48,7 @@ class SweepStats:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SweepResult:
+class SweepResult(OverPairs):
     """Values of a metric on a grid of patches.
 
     Attributes:
@@ -151,42 +138,8 @@ class SweepResult:
         """
         return find_small_differences(self.clean_per_pair - self.corrupted_per_pair)
 
-    @property
-    def standard_errors(self) -> Float[Tensor, "*axes"]:
-        """The standard error of each value: the standard deviation over pairs over the root of their number.
-
-        Raises:
-            HookLensError: fewer than two pairs.
-        """
-        return standard_error(self.per_pair)
-
-    def bootstrap(
-        self, *, confidence: float = 0.95, n_resamples: int = 9999, method: Method = "BCa", seed: int = 0
-    ) -> Interval:
-        """Bootstrap intervals of the values, `low` and `high` `[*axes]`; see `bootstrap_interval` for the arguments.
-
-        Raises:
-            HookLensError: fewer than two pairs.
-            MissingDependencyError: scipy, the extra `stats`, is not installed.
-        """
-        return bootstrap_interval(
-            self.per_pair, confidence=confidence, n_resamples=n_resamples, method=method, seed=seed
-        )
-
-    def permutation_test(
-        self, *, n_resamples: int = 9999, alternative: Alternative = "two-sided", seed: int = 0
-    ) -> Float[Tensor, "*axes"]:
-        """p-values of "the patch changes nothing", over pairs; see `permutation_p_value` for the arguments.
-
-        They are of each cell by itself: of 1,000 cells without an effect about 50 have one below 0.05.
-
-        Raises:
-            HookLensError: fewer than two pairs.
-            MissingDependencyError: scipy, the extra `stats`, is not installed.
-        """
-        return permutation_p_value(
-            self.per_pair, self.base_per_pair, n_resamples=n_resamples, alternative=alternative, seed=seed
-        )
+    def _over_pairs(self, compute: Compute) -> tuple[Tensor, ...]:
+        return compute(self.per_pair, self.base_per_pair)
 
     def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
         """One row per cell: site, the axes, value, and normalized value where the two runs differ.
@@ -200,21 +153,15 @@ class SweepResult:
             HookLensError: an unknown statistic, or fewer than two pairs.
             MissingDependencyError: a statistic of scipy, which is not installed.
         """
-        for name in statistics:
-            read_one_of(name, what="statistics", options=STATISTICS, error=HookLensError)
+        more = self._columns_of(statistics)
         table: pandas.DataFrame = import_package("pandas").DataFrame(list(self.cells))
         empty = [column for column in table.columns if table[column].isna().all()]
         table = table.drop(columns=empty)
         table["value"] = self.values.flatten().tolist()
         if self.clean != self.corrupted:
             table["normalized"] = self.normalized.flatten().tolist()
-        if "standard_error" in statistics:
-            table["standard_error"] = self.standard_errors.flatten().tolist()
-        if "bootstrap" in statistics:
-            low, high = self.bootstrap()
-            table["low"], table["high"] = low.flatten().tolist(), high.flatten().tolist()
-        if "permutation_test" in statistics:
-            table["p_value"] = self.permutation_test().flatten().tolist()
+        for name, column in more.items():
+            table[name] = column.flatten().tolist()
         return table
 
     def top(self, k: int = 10) -> "pandas.DataFrame":
@@ -230,7 +177,7 @@ class SweepResult:
         backend: Backend = "plotly",
         title: str | None = None,
         labels: Mapping[str, Sequence[str]] | None = None,
-        mark: Literal["bootstrap", "permutation_test"] | None = None,
+        mark: Mark | None = None,
     ) -> Any:
         """A heatmap of the normalized values, one panel per entry of the axes before the last two.
 
@@ -256,14 +203,6 @@ class SweepResult:
             marks = self._find_unclear(mark).cpu().view(values.shape)
             heading += "" if title is not None else f"; {CROSS}: not told from no patch ({mark.replace('_', ' ')})"
         return draw_heatmaps(values, rows, columns, panels, backend=backend, title=heading, marks=marks)
-
-    def _find_unclear(self, mark: str) -> Bool[Tensor, "*axes"]:
-        """Where the patch cannot be told from none."""
-        read_one_of(mark, what="plot: mark", options=STATISTICS[1:], error=HookLensError)
-        if mark == "permutation_test":
-            return self.permutation_test() > _LEVEL
-        low, high = bootstrap_interval(self.per_pair - self.base_per_pair, confidence=1 - _LEVEL)
-        return (low <= 0) & (high >= 0)
 
     def _heading(self) -> str:
         if self.clean == self.corrupted:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hooklens.arguments import read_int, read_number, read_one_of
@@ -20,6 +21,8 @@ from hooklens.optional import import_package
 
 Method = Literal["BCa", "percentile", "basic"]
 Alternative = Literal["two-sided", "less", "greater"]
+
+Array = NDArray[Any]
 
 # Resamples of so many numbers are held at once.
 _ENTRIES_AT_ONCE = 2**24
@@ -65,35 +68,42 @@ def bootstrap_interval(
         HookLensError: fewer than two pairs, or arguments that are none.
         MissingDependencyError: scipy is not installed.
     """
-    n_pairs = _count(per_pair, "a bootstrap interval")
-    level = read_number(
-        confidence,
-        what="confidence",
-        expected="a number between 0 and 1",
-        allows=lambda x: 0 < x < 1,
-        error=HookLensError,
-    )
-    count = read_int(n_resamples, what="n_resamples", least=1, error=HookLensError)
-    read_one_of(method, what="method", options=("BCa", "percentile", "basic"), error=HookLensError)
-    stats = import_package("scipy.stats")
+    options = _read_bootstrap(per_pair, confidence, n_resamples, method, seed)
     flat = _as_array(per_pair)
-    ends = np.repeat(flat.mean(1, keepdims=True), 2, axis=1)
-    ends[np.isnan(flat).any(1)] = np.nan
-    varies = np.flatnonzero(np.ptp(flat, axis=1) > 0)
-    for rows in _chunks(varies, n_pairs * count):
-        found = stats.bootstrap(
-            (flat[rows],),
-            np.mean,
-            axis=-1,
-            vectorized=True,
-            confidence_level=level,
-            n_resamples=count,
-            method=method,
-            random_state=_generator(seed),
-        ).confidence_interval
-        ends[rows, 0], ends[rows, 1] = found.low, found.high
-    low, high = (torch.from_numpy(end.copy()).to(per_pair).view(per_pair.shape[:-1]) for end in ends.T)
-    return Interval(low, high)
+    varies = np.ptp(flat, axis=1) > 0
+    return _bootstrap([flat], np.mean, flat.mean(1), varies, options, like=per_pair)
+
+
+def bootstrap_ratio_interval(
+    per_pair: Float[Tensor, "*axes pair"],
+    whole: Float[Tensor, " pair"],
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 9999,
+    method: Method = "BCa",
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap intervals of a ratio of means over pairs, `mean(per_pair) / mean(whole)`.
+
+    Both values of a pair are drawn together. Where means of `whole` on both sides of 0 are drawn, such an interval
+    says nothing. Cells whose pairs have all the same share, up to rounding, have an interval of no width.
+
+    Args:
+        per_pair: values.
+        whole: what they are a share of.
+        confidence, n_resamples, method, seed: as for `bootstrap_interval`.
+
+    Raises:
+        HookLensError: fewer than two pairs, or arguments that are none.
+        MissingDependencyError: scipy is not installed.
+    """
+    options = _read_bootstrap(per_pair, confidence, n_resamples, method, seed)
+    flat, shared = _as_array(per_pair), _as_array(whole)
+    shares = flat.mean(1) / shared.mean()
+    # Shares of whole numbers such as the network's own values by themselves differ by rounding alone.
+    rounding = 64 * torch.finfo(per_pair.dtype).eps * np.abs(shared).max()
+    varies = np.ptp(flat - shares[:, None] * shared, axis=1) > rounding
+    return _bootstrap([flat, np.broadcast_to(shared, flat.shape)], _ratio, shares, varies, options, like=per_pair)
 
 
 def permutation_p_value(
@@ -143,6 +153,62 @@ def _mean(values: Any, axis: int = -1) -> Any:
     return np.mean(values, axis=axis)
 
 
+def _ratio(values: Any, whole: Any, axis: int = -1) -> Any:
+    return np.mean(values, axis=axis) / np.mean(whole, axis=axis)
+
+
+def _read_bootstrap(
+    per_pair: Tensor, confidence: object, n_resamples: object, method: str, seed: int
+) -> dict[str, Any]:
+    """The options of scipy's bootstrap.
+
+    Raises:
+        HookLensError: fewer than two pairs, or arguments that are none.
+    """
+    _count(per_pair, "a bootstrap interval")
+    level = read_number(
+        confidence,
+        what="confidence",
+        expected="a number between 0 and 1",
+        allows=lambda x: 0 < x < 1,
+        error=HookLensError,
+    )
+    count = read_int(n_resamples, what="n_resamples", least=1, error=HookLensError)
+    read_one_of(method, what="method", options=("BCa", "percentile", "basic"), error=HookLensError)
+    _generator(seed)
+    return {"confidence_level": level, "n_resamples": count, "method": method, "random_state": seed}
+
+
+def _bootstrap(
+    samples: list[Array], statistic: Any, values: Array, varies: Array, options: dict[str, Any], *, like: Tensor
+) -> Interval:
+    """Intervals of the rows that vary, around the values of the others; NaN where a value is.
+
+    Args:
+        samples: `[row pair]` each; their pairs are drawn together.
+        statistic: of samples, along an axis.
+        values: that of each row.
+        varies: which rows do.
+        options: of scipy's bootstrap; `random_state` is a seed, so that all rows see the same draws.
+        like: what has the axes, dtype and device of the intervals, before a last axis.
+    """
+    stats = import_package("scipy.stats")
+    ends = np.repeat(values[:, None], 2, axis=1)
+    entries = samples[0].shape[1] * options["n_resamples"] * len(samples)
+    for rows in _chunks(np.flatnonzero(varies & ~np.isnan(values)), entries):
+        found = stats.bootstrap(
+            tuple(sample[rows] for sample in samples),
+            statistic,
+            axis=-1,
+            vectorized=True,
+            paired=len(samples) > 1,
+            **{**options, "random_state": _generator(options["random_state"])},
+        ).confidence_interval
+        ends[rows, 0], ends[rows, 1] = found.low, found.high
+    low, high = (torch.from_numpy(end.copy()).to(like).view(like.shape[:-1]) for end in ends.T)
+    return Interval(low, high)
+
+
 def _count(per_pair: Tensor, what: str) -> int:
     n_pairs = per_pair.shape[-1]
     if n_pairs < 2:
@@ -150,13 +216,13 @@ def _count(per_pair: Tensor, what: str) -> int:
     return n_pairs
 
 
-def _as_array(values: Tensor) -> "np.ndarray[Any, np.dtype[Any]]":
+def _as_array(values: Tensor) -> Array:
     """Rows of pairs in float64, in which sums of a resample round far below any difference."""
-    array: np.ndarray[Any, np.dtype[Any]] = values.detach().double().cpu().reshape(-1, values.shape[-1]).numpy()
+    array: Array = values.detach().double().cpu().reshape(-1, values.shape[-1]).numpy()
     return array
 
 
-def _chunks(rows: "np.ndarray[Any, np.dtype[Any]]", entries_per_row: int) -> "list[np.ndarray[Any, np.dtype[Any]]]":
+def _chunks(rows: Array, entries_per_row: int) -> list[Array]:
     """Rows in parts whose resamples fit into memory."""
     size = max(1, _ENTRIES_AT_ONCE // entries_per_row)
     return [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -5,6 +5,5 @@
 - `baseline` runs both prompts of each pair without a patch, and holds what patches take from them; `vocabulary`
   unembeds what the metric reads.
 - `sources` makes activations of a data set.
-- `memory` says how much runs at once; `tally` keeps what was measured, and gives it when the work stops; `progress`
-  shows how far an experiment is.
+- `memory` says how much runs at once; `tally` keeps what was measured, and gives it when the work stops.
 """

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.axes import find_site, layer_of
+from hooklens.axes import EMBEDDINGS, find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.config import HookedConfig
+from hooklens.config import HookedConfig, ShortformerPositions
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
@@ -48,14 +48,23 @@ def find_entry(name: str, cfg: HookedConfig) -> Entry:
     What is only added to the stream (an MLP's output, in parallel blocks also attention's, the embeddings)
     changes nothing else, so its difference is added to the stream, and the block that wrote it does not run. The
     same goes in parallel blocks for the heads' `z`, whose difference goes through `W_O` first.
+
+    Raises:
+        SiteError: positions that enter in every layer.
     """
     layer = layer_of(name)
     word = name.rpartition(".")[2]
+    if name == "hook_pos_embed" and isinstance(cfg.positions, ShortformerPositions):
+        raise SiteError(
+            "hook_pos_embed: shortformer positions enter the queries and keys of every layer, and no patched row can "
+            "leave the unpatched run there; patch hook_q or hook_k, or run with an edit (run_with_hooks)"
+        )
     if layer is None:
-        return Entry(0, "stream") if word in ("hook_embed", "hook_pos_embed") else Entry(cfg.n_layers, "head")
+        return Entry(0, "stream") if word in EMBEDDINGS else Entry(cfg.n_layers, "head")
     if word == "hook_resid_pre":
         return Entry(layer, "stream")
-    if word in ("hook_resid_post", "hook_mlp_out") or (word == "hook_attn_out" and cfg.wiring == "parallel"):
+    is_last = word == "hook_mlp_out" and not cfg.norm_stream
+    if word == "hook_resid_post" or is_last or (word == "hook_attn_out" and cfg.wiring == "parallel"):
         return Entry(layer + 1, "stream")
     if word == "hook_z" and cfg.wiring == "parallel" and not cfg.block(layer).norm_after:
         return Entry(layer + 1, "written")

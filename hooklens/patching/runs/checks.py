@@ -2,7 +2,9 @@
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import ShortformerPositions
 from hooklens.errors import InputError
+from hooklens.hooks.call import thread_listeners
 from hooklens.weights.processing import check_transforms_match
 
 
@@ -10,7 +12,8 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
     """Refuse models whose runs would not be the plain ones.
 
     Raises:
-        InputError: a network that is not causal, training mode that was not asked for, or hooks attached to the model.
+        InputError: a network that is not causal, training mode that was not asked for or drops entries, hooks attached
+            to the model, or one at positions that every layer reads.
     """
     if not model.cfg.causal:
         raise InputError(
@@ -19,11 +22,20 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
         )
     if model.training and not allow_training:
         raise InputError("the model is in training mode; call model.eval() first, or pass allow_training=True")
+    if model.drops:
+        raise InputError(
+            "the model is in training mode with dropout, so no two runs are alike; call model.eval() first"
+        )
     attached = [name for name, point in model.hook_points().items() if point.own is not None]
     if attached:
         raise InputError(
             f"hooks are attached to {len(attached)} hook points, such as {attached[0]!r}, which a sweep would show "
             "parts of sequences and rows of other cells; remove them: model.reset_hooks(including_permanent=True)"
+        )
+    if isinstance(model.cfg.positions, ShortformerPositions) and model.hook_pos_embed in thread_listeners():
+        raise InputError(
+            "somebody listens at hook_pos_embed (with model.hooks(...)), whose positions every layer reads; "
+            "an experiment runs layers without it: leave the hook out, or use it in model.run_with_hooks"
         )
 
 

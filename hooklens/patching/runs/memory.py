@@ -59,7 +59,7 @@ def tokens_per_pass(model: HookedCausalLM, width: int, n_reads: int, *, watches_
         watches_pattern: whether scores or patterns are made explicit.
     """
     cfg = model.cfg
-    of_stream = 6 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head + (3 if cfg.gated_mlp else 2) * cfg.d_mlp
+    of_stream = 6 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head + (3 if cfg.gated_mlp else 2) * cfg.mlp_width
     # Keys are at most a past and a row; the mask is made twice, the scores three times.
     of_attention = 2 * width * (3 * cfg.n_heads if watches_pattern else 2)
     of_logits = 3 * n_reads * cfg.d_vocab // width
@@ -80,7 +80,7 @@ def pairs_per_group(model: HookedCausalLM, width: int, names: list[str], n_reads
     cfg = model.cfg
     streams = 2 * (cfg.n_layers + 1) * width * cfg.d_model
     keys_values = 4 * cfg.n_layers * width * cfg.n_kv_heads * cfg.d_head
-    widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.d_mlp, cfg.n_heads * width)
+    widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.mlp_width, cfg.n_heads * width)
     held = 3 * len(names) * width * widest + 6 * n_reads * cfg.d_vocab
     bytes_per_pair = (streams + keys_values + held) * model.dtype.itemsize
     return max(1, int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // bytes_per_pair)

@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from hooklens.arguments import show
-from hooklens.axes import HookSite, find_site
+from hooklens.axes import EMBEDDINGS, HookSite, find_site, is_below_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.hooks.names import select_names
@@ -195,6 +195,12 @@ def _lay_out_grid(one: Grid, model: HookedCausalLM, lengths: Sequence[int], *, m
         raise SiteError(f"site {one.site!r} selects different kinds of hook points, {sorted(names.values())}; name one")
     [kind] = kinds
     assert kind is not None
+    if "choice" in kind.axes and not kind.discrete:
+        raise SiteError(
+            f"site {one.site!r}: what stands at one place of the axis 'choice' belongs to other experts in another "
+            "run, so a value put there from the other prompt would be another expert's; patch router.hook_weights or "
+            "mlp_out"
+        )
     spans = _Spans(one, kind, model, lengths, more_follow=more_follow)
     axes: dict[str, tuple[int | str, ...]] = {}
     choices: list[Sequence[int | None]] = []
@@ -215,6 +221,10 @@ def _names_by_layer(one: Grid, model: HookedCausalLM) -> dict[int | None, str]:
     found: dict[int | None, str] = {}
     for name in select_names(one.site, points, n_layers=model.cfg.n_layers):
         layer = points[name].layer() if name.startswith("blocks.") else None
+        if is_below_blocks(name) and name not in EMBEDDINGS:
+            raise SiteError(
+                f"site {name!r} stands before the stream begins, where no row can go on from; patch {EMBEDDINGS[0]!r}"
+            )
         if layer in found:
             raise SiteError(f"site {one.site!r} selects {found[layer]!r} and {name!r}; name one kind of hook point")
         found[layer] = name

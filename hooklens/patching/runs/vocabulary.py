@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.axes import layer_of
+from hooklens.axes import is_below_blocks, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call
 from hooklens.hooks.call import NOBODY, Listeners, thread_listeners
@@ -53,7 +52,7 @@ def find_vocabulary(metric: Metric, runs: Runs, names: Sequence[str]) -> Vocabul
     """
     model = runs.model
     unembedding = model.unembed
-    changes_logits = any(layer_of(name) is None and name not in ("hook_embed", "hook_pos_embed") for name in names)
+    changes_logits = any(layer_of(name) is None and not is_below_blocks(name) for name in names)
     is_own = isinstance(unembedding, TiedUnembed) or is_plain(unembedding.get_submodule("proj"))
     call = Call(thread_listeners(), TokenPlan(batch=1, n_new=1, device=model.device))
     if changes_logits or not is_own or model.listens_past_blocks(call):
@@ -82,8 +81,5 @@ def unembed(
     plan = TokenPlan(batch=len(stream), n_new=stream.shape[1], device=stream.device)
     if vocabulary is None:
         return model.run(stream, plan, listeners=listeners, start_at_layer=model.cfg.n_layers)
-    unembedding, cap = model.unembed, model.cfg.logits_softcap
-    bias = unembedding.b_U[vocabulary.tokens] if model.cfg.unembed_bias and unembedding.b_U is not None else None
     normed = stream if model.ln_final is None else model.ln_final(stream, Call(thread_listeners(), plan))
-    logits = F.linear(normed, unembedding.W_U.T[vocabulary.tokens], bias)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return model.unembed.final_logits(normed, vocabulary.tokens)

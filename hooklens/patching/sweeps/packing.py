@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooklens.model.positions import TokenPlan
-from hooklens.model.visibility import Hidden, Rule, Sides, Visibility, Window
+from hooklens.model.visibility import Hidden, Reach, Rule, Sides, Visibility, reach_rules
 from hooklens.patching.runs.sites import Place
 
 _FILLER = -1
@@ -184,16 +184,15 @@ class PackedPlan(TokenPlan):
         past = torch.arange(self.n_past, device=self.device).expand(self.batch, -1)
         return torch.cat([past, self._column], dim=1)
 
-    def rules(self, window: int | None) -> tuple[Rule, ...]:
+    def rules(self, reach: Reach) -> tuple[Rule, ...]:
         """Segments do not see each other."""
-        beside = BesideSegments(self._start, self._segment, self._column)
-        return (beside,) if window is None else (beside, Window(window))
+        return (BesideSegments(self._start, self._segment, self._column), *reach_rules(reach))
 
-    def visibility(self, window: int | None) -> Visibility:
+    def visibility(self, reach: Reach) -> Visibility:
         """What queries see; the masks of the whole batch serve its first rows."""
         if self._whole is None:
-            return super().visibility(window)
-        return self._whole.visibility(window).first_rows(self.batch)
+            return super().visibility(reach)
+        return self._whole.visibility(reach).first_rows(self.batch)
 
 
 def count_up(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

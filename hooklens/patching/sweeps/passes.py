@@ -27,7 +27,9 @@ from hooklens.patching.sweeps.packing import Packing, Segment, count_up
 
 # Up to so many keys a copy for each row and one attention call take less time than two calls put together.
 _SHORT_PAST = 64
-_BEHIND_ATTENTION = frozenset({"hook_resid_mid", "hook_mlp_in", "ln2", "mlp", "ln2_post"})
+_BEHIND_ATTENTION = frozenset(
+    {"hook_resid_mid", "hook_mlp_in", "hook_mlp_out", "ln1_stream", "ln2", "mlp", "ln2_post", "ln2_stream"}
+)
 
 
 class Index(NamedTuple):
@@ -222,7 +224,7 @@ class Pass:
             of_head, change = change, change.new_zeros(len(change), *W_O.shape[:2])
             change[torch.arange(len(change)), at[2]] = of_head
         written = F.linear(change.flatten(1), self.model.block_list()[layer].attn.o_proj.weight)
-        return self.baseline.streams[layer + 1][at[:2]] + written
+        return self.baseline.streams[layer + 1][at[:2]] + written * self.model.cfg.residual_scale
 
     def _edit_pattern(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
         """The index and values for scores and patterns: a key stands in the past or in the segment's own row."""

@@ -232,6 +232,21 @@ def test_grounds_that_do_not_fit_are_prepared_anew(monkeypatch):
     assert anew.stats.forwards > held.stats.forwards + 2 * (anew.stats.circuits_run // 2)
 
 
+def test_pairs_that_are_held_guess_for_all(monkeypatch):
+    """Where pairs had to be run anew for each batch, most of a batch was run in vain behind a wrong guess."""
+    model = make_model("grouped")
+    held = find(model, threshold=0.02)
+    monkeypatch.setattr(acdc.CircuitRunner, "grounds_to_hold", lambda self, ground, n_circuits: 1)
+    monkeypatch.setattr(acdc.CircuitRunner, "_pairs_per_group", lambda self: 1)
+    monkeypatch.setattr(acdc.CircuitRunner, "rows_per_batch", lambda self, ground: 64)
+    with_guesses = find(model, threshold=0.02)
+    monkeypatch.setattr(acdc._Search, "_scout", lambda self, plan, masks: None)
+    without = find(model, threshold=0.02)
+    for found in (with_guesses, without):
+        assert [each.verdict for each in found.decisions] == [each.verdict for each in held.decisions]
+    assert with_guesses.stats.circuits_run < without.stats.circuits_run
+
+
 def test_guesses_make_use_of_rows_behind_a_kept_edge(monkeypatch):
     model = make_model("grouped")
     with_guesses = find(model, threshold=0.001)
@@ -246,11 +261,11 @@ def test_an_interruption_keeps_what_was_decided(monkeypatch):
     whole = find(model, threshold=0.001)
     measure, calls = acdc._Search._measure, []
 
-    def stop(self, masks):
+    def stop(self, masks, numbers):
         calls.append(len(masks))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(self, masks)
+        return measure(self, masks, numbers)
 
     monkeypatch.setattr(acdc._Search, "_measure", stop)
     with pytest.raises(patching.DiscoveryInterruptedError, match=r"stopped after \d+ of 82 edges \(Keyb") as caught:

@@ -167,3 +167,25 @@ def test_few_edges_carry_the_indirect_object(checkpoint):
 def test_other_scores_are_refused():
     with unchecked(), pytest.raises(InputError, match="scores are a list; expected those of edge_attribution"):
         patching.faithfulness_curve(MODEL, CLEAN, CORRUPTED, [("embed", "logits")], METRIC)
+
+
+@pytest.mark.parametrize("interval", ["standard_error", "bootstrap"])
+def test_bars_stand_for_what_pairs_leave_open(interval):
+    pytest.importorskip("scipy")
+    found = curve(sizes=[0, 5, 40])
+    if interval == "bootstrap":
+        low, high = found.result.bootstrap_faithfulness()
+    else:
+        errors = found.result.faithfulness_hanna_errors
+        low, high = found.faithfulness - errors, found.faithfulness + errors
+    bars = found.plot(interval=interval).data[0]
+    assert [y + up for y, up in zip(bars.y, bars.error_y.array, strict=True)] == pytest.approx(high[1:].tolist())
+    assert [y - up for y, up in zip(bars.y, bars.error_y.arrayminus, strict=True)] == pytest.approx(low[1:].tolist())
+    (axes,) = found.plot(interval=interval, backend="matplotlib").axes
+    ends = axes.containers[0][2][0].get_segments()
+    assert [segment[0][1] for segment in ends] == pytest.approx(low[1:].tolist())
+    assert "faithfulness_hanna_low" in found.to_dataframe(statistics=["bootstrap"])
+    with unchecked(), pytest.raises(HookLensError, match="plot: interval is 'all'"):
+        found.plot(interval="all")
+    with pytest.raises(HookLensError, match="needs at least two pairs"):
+        made_up({1: 0.0, 4: 1.0}).plot(interval=interval)

@@ -2,12 +2,15 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hooklens.errors import CheckpointError, HookLensError
 from hooklens.patching import Circuit, CircuitResult, SweepStats
+from hooklens.patching.results.statistics import bootstrap_interval, permutation_p_value
+from tests.annotations import unchecked
 
 STATS = SweepStats(cells=2, pairs=3, unchanged=0, forwards=4, tokens=5.5, naive_forwards=6, naive_tokens=7)
 RESULT = CircuitResult(
@@ -147,3 +150,82 @@ def _rewrite(path, *, tensors=(), **metadata):
     kept = {name: tensor for name, tensor in {**load_file(path), **dict(tensors)}.items() if tensor is not None}
     kept_metadata = {key: value for key, value in {**_metadata(path), **metadata}.items() if key != "digest"}
     save_file(kept, path, metadata=kept_metadata)
+
+
+def many_pairs():
+    """Twelve pairs; circuits that do what the network does up to noise, half of it, and all of it."""
+    generator = torch.Generator().manual_seed(3)
+    full, empty, noise = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    full, empty = 5.0 + full, 0.2 * empty
+    values = torch.stack([full + 0.3 * (noise - noise.mean()), full / 2 + 0.1 * noise, full])
+    return CircuitResult(
+        circuits=(RESULT.circuits[0], RESULT.circuits[1], Circuit()),
+        labels=("like", "half", "whole"),
+        per_pair=values,
+        full_per_pair=full,
+        empty_per_pair=empty,
+        metric="LogitDiff",
+        ablation="resample",
+        stats=STATS,
+    )
+
+
+def test_intervals_and_p_values_are_scipys():
+    """Only sweeps had them."""
+    stats = pytest.importorskip("scipy.stats")
+    result = many_pairs()
+    kept, whole = (result.per_pair - result.empty_per_pair).numpy(), result.full_per_pair - result.empty_per_pair
+    found = result.bootstrap_faithfulness(n_resamples=499)
+    for row in (0, 1):
+        expected = stats.bootstrap(
+            (kept[row], whole.numpy()),
+            lambda a, b, axis=-1: a.mean(axis) / b.mean(axis),
+            paired=True,
+            n_resamples=499,
+            random_state=np.random.default_rng(0),
+        ).confidence_interval
+        assert (float(found.low[row]), float(found.high[row])) == pytest.approx(tuple(expected), abs=1e-12)
+    assert (float(found.low[2]), float(found.high[2])) == pytest.approx((1.0, 1.0))
+    assert torch.equal(result.bootstrap(n_resamples=99).low, bootstrap_interval(result.per_pair, n_resamples=99).low)
+    p_values = result.permutation_test()
+    assert torch.equal(p_values, permutation_p_value(result.per_pair, result.full_per_pair))
+    assert float(p_values[0]) > 0.9
+    assert float(p_values[1]) < 0.01
+    assert float(p_values[2]) == 1.0
+
+
+def test_intervals_of_wangs_faithfulness_hold_what_the_difference_may_be():
+    pytest.importorskip("scipy")
+    result = many_pairs()
+    found = result.bootstrap_faithfulness("wang", n_resamples=499)
+    low, high = bootstrap_interval(result.full_per_pair - result.per_pair, n_resamples=499)
+    assert float(low[0]) < 0 < float(high[0])
+    assert (float(found.low[0]), float(found.high[0])) == (0.0, max(-float(low[0]), float(high[0])))
+    assert (float(found.low[1]), float(found.high[1])) == (float(low[1]), float(high[1]))
+    assert float(found.low[1]) <= float(result.faithfulness_wang[1]) <= float(found.high[1])
+    with unchecked(), pytest.raises(HookLensError, match="definition is 'chan', expected 'hanna' or 'wang'"):
+        result.bootstrap_faithfulness("chan")
+
+
+@pytest.mark.parametrize("mark", ["bootstrap", "permutation_test"])
+def test_tables_and_plots_have_them_on_request(mark):
+    pytest.importorskip("scipy")
+    result = many_pairs()
+    table = result.to_dataframe(statistics=["bootstrap", "permutation_test"])
+    assert {"low", "high", "p_value", "faithfulness_hanna_low", "faithfulness_wang_high"} <= set(table.columns)
+    assert table["faithfulness_hanna_low"].tolist() == result.bootstrap_faithfulness().low.tolist()
+    assert table["high"].tolist() == result.bootstrap().high.tolist()
+    assert "low" not in result.to_dataframe()
+    assert len(set(table.columns)) == len(table.columns)
+    with unchecked(), pytest.raises(HookLensError, match="statistics is 'variance'"):
+        result.to_dataframe(statistics=["variance"])
+    figure = result.plot(mark=mark)
+    assert list(figure.data[0].text[0]) == ["\N{MULTIPLICATION SIGN}", "", "\N{MULTIPLICATION SIGN}"]
+    assert "not told from the network" in figure.layout.title.text
+    with pytest.raises(HookLensError, match="needs at least two pairs"):
+        replace(
+            result,
+            per_pair=result.per_pair[:, :1],
+            full_per_pair=result.full_per_pair[:1],
+            empty_per_pair=result.empty_per_pair[:1],
+        ).to_dataframe(statistics=[mark])

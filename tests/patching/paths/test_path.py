@@ -6,11 +6,13 @@ import torch
 
 from hooklens import patching
 from hooklens.errors import InputError
-from hooklens.model.block import Block
+from hooklens.model.attention import Attention
+from hooklens.model.mlp import MLP
 from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
 from hooklens.patching.graph.nodes import list_writers
 from hooklens.patching.paths import path as module
 from hooklens.patching.paths.passes import share_of_mlp
+from hooklens.patching.paths.route import Route
 from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, PARTIAL_CONFIGS, make_model, pad_rows, random_tokens
 from tests.patching.live_bytes import LiveBytes
@@ -26,6 +28,8 @@ RECEIVERS = {
     "an MLP and the logits": ["m0", "logits"],
     "both MLPs": ["m0", "m1"],
     "heads": ["a1.h0.q", "a1.h0.k", "a1.h1.q"],
+    "queries of the last block": ["a1.h0.q", "a1.h1.q"],
+    "values of the last block": ["a1.h0.v"],
     "heads above heads": ["a0.h0.v", "a1.h0.q"],
     "heads above heads, an MLP and the logits": ["a0.h0.q", "m0", "a1.h1.q", "a1.h0.v", "logits"],
     "a head and the logits": ["a1.h1.q", "logits"],
@@ -213,7 +217,7 @@ def test_ragged_pairs_equal_pairs_alone(network, direction):
     # The other direction with the prompts exchanged is the same experiment.
     turned = {"denoise": "noise", "noise": "denoise"}[direction]
     metric = LogProb(4, pos=[1, -1])
-    for receivers in (["logits"], ["a0.h1.q", "a1.h0.q", "m1"]):
+    for receivers in (["logits"], ["a1.h2.q"], ["a0.h1.q", "a1.h0.q", "m1"]):
         alone = [
             patching.path_patch(
                 model, one[None], other[None], None, receivers, metric, direction=turned, progress=False
@@ -258,7 +262,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
         clean, corrupted = two_prompts(model, n=n, length=16)
         with LiveBytes() as live:
             result = patching.path_patch(
-                model, clean, corrupted, ["a0.h1", "m0"], ["a1.h0.q", "logits"], METRIC, progress=False
+                model, clean, corrupted, ["a0.h1", "m0"], ["a1.h0.k", "logits"], METRIC, progress=False
             )
         peaks.append(live.peak)
         forwards.append(result.stats.forwards)
@@ -314,37 +318,56 @@ def test_nan_names_the_senders():
         patching.path_patch(model, clean, corrupted, ["embed", "a0.h1", "m0"], ["logits"], sometimes, progress=False)
 
 
-@pytest.mark.parametrize("receivers", [["logits"], ["a1.h0.q"], ["a2.h0.k", "m2", "logits"]])
+@pytest.mark.parametrize(
+    "receivers", [["logits"], ["a1.h0.q"], ["a3.h0.q"], ["a3.h0.v"], ["a2.h0.k", "m2", "logits"]], ids="+".join
+)
 @pytest.mark.parametrize("network", ["grouped", "rotary"])
 def test_stats_are_what_ran(network, receivers, monkeypatch):
     """Every sender took one or two whole forwards of all positions through all layers; 16 came to 20 to 36."""
     model = make_model(replace(CONFIGS[network], n_layers=4))
     clean, corrupted = two_prompts(model, n=3, length=8, shared=5)
-    ran = {"forward": [], "run_mlp": []}
+    ran = {Attention: [], MLP: []}
 
-    def count(name, run):
+    def count(part, run):
         def counted(self, stream, *arguments, **keywords):
-            ran[name].append(stream.shape[:2].numel())
+            ran[part].append(stream.shape[:2].numel())
             return run(self, stream, *arguments, **keywords)
 
-        monkeypatch.setattr(Block, name, counted)
+        monkeypatch.setattr(part, "forward", counted)
 
-    count("forward", Block.forward)
-    count("run_mlp", Block.run_mlp)
+    count(Attention, Attention.forward)
+    count(MLP, MLP.forward)
     senders = [f"a{layer}.h{head}" for layer in range(4) for head in range(4)]
     stats = patching.path_patch(model, clean, corrupted, senders, receivers, METRIC, progress=False).stats
     share = share_of_mlp(model.blocks[0])
-    assert stats.tokens == pytest.approx((sum(ran["forward"]) + share * sum(ran["run_mlp"])) / 4)
+    assert stats.tokens == pytest.approx(((1 - share) * sum(ran[Attention]) + share * sum(ran[MLP])) / 4)
     assert stats.forwards == 2
     # With the logits among other receivers both streams run, and here senders are in all layers.
     assert stats.tokens < (5 if len(receivers) == 1 else 6) * clean.numel()
     if receivers == ["logits"]:
         # The unpatched runs, and MLPs at the position that is read.
-        assert len(ran["forward"]) == 4
-        assert set(ran["run_mlp"]) <= {3 * n for n in range(1, 17)}
+        assert len(ran[Attention]) == 4
+        assert set(ran[MLP][4:]) <= {3 * n for n in range(1, 17)}
     assert (stats.cells, stats.pairs) == (16, 3)
     # One by one: two unpatched runs, and two passes for each sender.
     assert (stats.naive_forwards, stats.naive_tokens) == ((2 + 2 * 16) * 3, (2 + 2 * 16) * 3 * 8)
+
+
+@pytest.mark.parametrize("network", ["grouped", "rotary"])
+def test_queries_of_the_last_block_are_patched_where_the_metric_reads(network, monkeypatch):
+    """All positions behind the first difference were run, though queries carry nothing to another position."""
+    model = make_model(replace(CONFIGS[network], n_layers=3))
+    clean, corrupted = two_prompts(model, n=2, length=8, shared=0)
+    senders = ["embed", "a0.h0", "m0", "a1.h2", "m1"]
+    found = patching.path_patch(model, clean, corrupted, senders, ["a2.h1.q", "a2.h3.q"], METRIC, progress=False)
+    # The unpatched runs, and at one of eight positions less than all blocks of five senders.
+    assert found.stats.tokens < (2 + 5 / 8) * clean.numel()
+    monkeypatch.setattr(Route, "carries_from", lambda route, entry: 0)
+    monkeypatch.setattr(Route, "attends_alone", lambda route, layer: False)
+    wide = patching.path_patch(model, clean, corrupted, senders, ["a2.h1.q", "a2.h3.q"], METRIC, progress=False)
+    assert wide.stats.tokens > 3 * clean.numel()
+    torch.testing.assert_close(found.per_pair, wide.per_pair, rtol=0, atol=1e-10)
+    assert float((found.per_pair - found.corrupted_per_pair).abs().min()) > 1e-7
 
 
 def test_an_interruption_keeps_what_was_measured(monkeypatch):

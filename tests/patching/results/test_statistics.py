@@ -137,3 +137,21 @@ def test_plots_mark_cells_that_cannot_be_told_from_none(result, mark):
     assert places == {tuple(place) for place in expected.nonzero().tolist()}
     with unchecked(), pytest.raises(HookLensError, match="plot: mark is 'stars'"):
         result.plot(mark="stars")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda *given: patching.attribution(*given, "mlp_out", LogitDiff(3, 5), progress=False),
+        lambda *given: patching.path_patch(*given, ["m0", "a0.h1"], ["logits"], LogitDiff(3, 5), progress=False),
+    ],
+    ids=["attribution", "paths"],
+)
+def test_other_experiments_have_the_same(run):
+    pytest.importorskip("scipy")
+    found = run(make_model("rotary"), random_tokens(6, 4), random_tokens(6, 4, seed=9))
+    table = found.to_dataframe(statistics=["standard_error", "permutation_test"])
+    assert table["standard_error"].tolist() == standard_error(found.per_pair).flatten().tolist()
+    expected = permutation_p_value(found.per_pair, found.corrupted_per_pair)
+    assert table["p_value"].tolist() == expected.flatten().tolist()
+    assert found.plot(mark="permutation_test") is not None

@@ -11,7 +11,7 @@ from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
 from hooklens.patching.runs.tally import Tally
 from tests.annotations import unchecked
 from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
-from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
+from tests.model.networks import CONFIGS, activations_of, make_model, pad_rows, random_tokens
 from tests.patching.naive import patch_naively
 
 METRIC = LogitDiff(3, 5)
@@ -31,7 +31,7 @@ def pair(*, batch=1, n=N_TOKENS, d_vocab=23, n_shared=2):
 def every_grid(model):
     """Grids that name every hook point of a model, by position and at all positions."""
     kinds = {}
-    for name in model.hook_points():
+    for name in activations_of(model):
         kinds.setdefault(name if not name.startswith("blocks.") else "blocks.*." + name.split(".", 2)[2], name)
     for site, name in kinds.items():
         yield patching.grid(site, positions="each", heads="each")
