@@ -22,22 +22,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.activation_cache.components import LabelledStack, read_points
-from hooklens.activation_cache.decomposition import (
-    add_remainder,
-    decompose_by_head,
-    decompose_by_neuron,
-    make_readout,
-    names_by_head,
-    names_by_layer,
-    names_by_neuron,
+from hooklens.activation_cache.components import (
+    Components,
+    LabelledStack,
+    check_any,
+    join_stacks,
+    of_embeddings,
+    of_heads,
+    of_neurons,
+    of_outputs,
+    read_components,
+    read_remainder,
 )
 from hooklens.activation_cache.logits import LogitDirections, align_directions, find_directions
-from hooklens.activation_cache.readout import Readout
-from hooklens.activation_cache.stream import StreamPoint, locate, require, take_positions
+from hooklens.activation_cache.readout import Readout, make_readout
+from hooklens.activation_cache.stream import locate, require, take_positions
 from hooklens.analysis.connection import connect_cache, read_model, read_run
 from hooklens.analysis.token_columns import choose_tokens, list_tokens, take_columns
-from hooklens.analysis.token_names import Tokens, read_tokens
+from hooklens.analysis.token_names import Tokens, read_outputs
 from hooklens.arguments import Reader, optional, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.optional import import_package
@@ -80,9 +82,9 @@ def attribute_to_components(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, or text is not one token.
     """
-    names = names_by_layer(cache, locate(cache.cfg, None))
-    reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, names)
-    return reading.tabulate(read_points(reading.cache, names, reading.readout))
+    components = [of_embeddings(cache), of_outputs(locate(cache.cfg, None))]
+    reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, _names(components))
+    return reading.tabulate(read_components(reading.cache, components, reading.readout))
 
 
 @reads(**ASKING)
@@ -105,9 +107,11 @@ def attribute_to_heads(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, or text is not one token.
     """
-    names = names_by_head(cache, locate(cache.cfg, None), incl_remainder=True)
+    point = locate(cache.cfg, None)
+    heads = [of_heads(cache, point.attention_layers)]
+    names = [*_names(heads), point.name_in(cache)]
     reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, names)
-    return reading.tabulate(decompose_by_head(reading.cache, reading.point, reading.readout, incl_remainder=True))
+    return reading.tabulate(read_components(reading.cache, heads, reading.readout, remainder_at=point))
 
 
 @reads(**ASKING, k=_K)
@@ -140,14 +144,22 @@ def attribute_to_neurons(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, text is not one token, or `k` is below 1.
     """
-    names = names_by_neuron(cache, locate(cache.cfg, None), incl_remainder=True)
+    point = locate(cache.cfg, None)
+    neurons = [of_neurons(cache, point.mlp_layers)]
+    names = [*_names(neurons), point.name_in(cache)]
     reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, names)
-    stack = decompose_by_neuron(reading.cache, reading.point, reading.readout, neuron_slice=None, incl_remainder=False)
+    check_any(neurons, point)
+    stack = read_components(reading.cache, neurons, reading.readout)
     if k is not None:
         size = stack.values.abs().flatten(1).mean(1)
         largest = size.topk(min(k, len(size))).indices
         stack = LabelledStack(stack.values[largest], [stack.labels[index] for index in largest.tolist()])
-    return reading.tabulate(add_remainder(stack, reading.cache, reading.point, reading.readout))
+    remainder = read_remainder(reading.cache, point, reading.readout, [stack])
+    return reading.tabulate(join_stacks([stack, remainder]))
+
+
+def _names(components: list[Components]) -> list[str]:
+    return [name for one in components for name in one.names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +168,6 @@ class Attribution:
 
     Attributes:
         cache: the run, cut to the one column of each row that is asked about.
-        point: the end of the stream.
         readout: reads a component's share.
         asked: the tokens.
         columns: of the run, those of each row that are tokens.
@@ -164,7 +175,6 @@ class Attribution:
     """
 
     cache: ActivationCache
-    point: StreamPoint
     readout: Readout
     asked: LogitDirections
     columns: list[list[int]]
@@ -213,10 +223,10 @@ def prepare_attribution(
     stream = take_positions(taken[whole], -2, 0)
     asked = find_directions(
         taken,
-        read_tokens(model, tokens, what="tokens"),
-        None if incorrect_tokens is None else read_tokens(model, incorrect_tokens, what="incorrect_tokens"),
+        read_outputs(model, tokens, what="tokens"),
+        None if incorrect_tokens is None else read_outputs(model, incorrect_tokens, what="incorrect_tokens"),
         like_activation=stream,
     )
     directions = align_directions(asked.directions, stream.shape[:-1])[..., None, :]
     readout = Readout(pos_slice=0, norm=plain.norm, directions=directions)
-    return Attribution(cache=taken, point=point, readout=readout, asked=asked, columns=columns, chosen=chosen)
+    return Attribution(cache=taken, readout=readout, asked=asked, columns=columns, chosen=chosen)

@@ -6,33 +6,45 @@ depends on the run and is left out, and so are biases. Everything is at least in
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
+from hooklens.model.head_norm import HeadNorm
 from hooklens.model.norm import Norm
 from hooklens.precision import widen
 from hooklens.weights.factored import FactoredMatrix
+
+
+def embedding(model: HookedCausalLM) -> Float[Tensor, "d_vocab d_model"]:
+    """What each token is in the stream: its row of `W_E`, times `cfg.embed_scale` where the model has one."""
+    W_E = widen(model.W_E)
+    # The network rounds the factor to its weights' dtype.
+    return W_E if model.cfg.embed_scale is None else W_E * torch.tensor(model.cfg.embed_scale, dtype=model.dtype).item()
 
 
 def ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
     """What a head writes to the stream of what it reads there, `W_V W_O`, `[d_model d_model]`."""
     block = model.block_list()[layer]
     reads = fold_norm(block.ln1, block.attn.W_V[_kv_head(model, head)])
-    return FactoredMatrix(reads, _behind_norm(block.ln1_post, widen(block.attn.W_O[head])))
+    writes = _behind_norm(block.ln1_post, widen(block.attn.W_O[head]))
+    return FactoredMatrix(reads, writes * model.cfg.residual_scale)
 
 
 def qk_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
     """What a query in the stream scores with a key there at distance 0, `W_Q W_K^T` scaled, `[d_model d_model]`.
 
-    Rotations cancel at distance 0. Query and key norms count with their weights.
+    Rotations cancel at distance 0. Query and key norms count with their weights, as if they stood before the rotation;
+    clipping and temperatures do not count, nor do positions that are added to what queries and keys read.
     """
     block = model.block_list()[layer]
     attn = block.attn
-    W_Q = _behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]))
-    W_K = _behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]))
-    return FactoredMatrix(W_Q * model.cfg.score_scale, W_K.mT)
+    W_Q = _behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]), head)
+    W_K = _behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]), _kv_head(model, head))
+    return FactoredMatrix(W_Q * model.cfg.block(layer).score_scale, W_K.mT)
 
 
 def mlp_reader(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_model d_mlp"]:
@@ -45,11 +57,16 @@ def mlp_reader(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_model d_ml
 def mlp_writer(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """What an MLP's neurons write to the stream."""
     block = model.block_list()[layer]
-    return _behind_norm(block.ln2_post, widen(block.mlp.W_out))
+    return _behind_norm(block.ln2_post, widen(block.mlp.W_out)) * model.cfg.residual_scale
 
 
 def unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:
-    """What the logits read of the stream."""
+    """What the logits of tokens read of the stream.
+
+    Raises:
+        InputError: the logits are of something else than tokens.
+    """
+    refuse_other_outputs(model.cfg, "tokens that the stream promotes", InputError)
     return fold_norm(model.ln_final, model.W_U)
 
 
@@ -63,16 +80,22 @@ def fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float[
     return folded - folded.mean(0, keepdim=True) if norm.norm.kind == "layer" else folded
 
 
-def _behind_norm(norm: Norm | None, writer: Float[Tensor, "out size"]) -> Float[Tensor, "out size"]:
-    """A map with the centring and the weight of the norm behind it."""
+def _behind_norm(norm: Norm | None, writer: Float[Tensor, "out size"], head: int = 0) -> Float[Tensor, "out size"]:
+    """A map with the centring and the weight of the norm behind it, which may have a weight for each head.
+
+    The mean that a LayerNorm over all heads takes out is of them all, and no part of one head's map.
+    """
     if norm is None:
         return writer
-    centred = writer - writer.mean(-1, keepdim=True) if norm.norm.kind == "layer" else writer
+    over_all = norm.cfg.qk_norm_over == "all_heads" and isinstance(norm, HeadNorm)
+    centred = writer - writer.mean(-1, keepdim=True) if norm.norm.kind == "layer" and not over_all else writer
     gain = _gain(norm)
-    return centred if gain is None else centred * gain
+    if gain is None:
+        return centred
+    return centred * (gain if gain.ndim == 1 else gain[head])
 
 
-def _gain(norm: Norm) -> Float[Tensor, " size"] | None:
+def _gain(norm: Norm) -> Float[Tensor, " size"] | Float[Tensor, "heads size"] | None:
     if norm.w is None:
         return None
     weight: Tensor = widen(norm.w)
@@ -97,3 +120,5 @@ def check_place(model: HookedCausalLM, layer: int, part: Literal["attn", "mlp"],
         )
     if (reason := cfg.description.why_absent(f"blocks.{layer}.{part}")) is not None:
         raise InputError(f"layer {layer} has no circuit to read: {reason}")
+    if part == "mlp" and (reason := cfg.description.why_absent(f"blocks.{layer}.mlp.hook_post")) is not None:
+        raise InputError(f"layer {layer} has no neurons to read: {reason}")

@@ -8,11 +8,13 @@ highly interpretable"). A matrix between two copies of the stream, a head's `W_V
 so along component `i` it reads `u_i` and writes `s_i v_i`. A direction that is written is read by the
 unembedding as `v_i W_U`, one number per token; a direction that a head reads matches tokens by `W_E u_i`. For
 whole circuits, `W_E W_V W_O W_U` says how much attending to one token raises the logit of another, and
-`W_E W_Q W_K^T W_E^T` how much one token asks for another (Elhage et al. 2021). `W_Q`, `W_K`, `W_V`, an MLP's input
-weight and `W_U` stand for these maps with the norm before them folded in: its weight, and the mean that a LayerNorm
-takes out; so a model reads the same before and after `fold_ln`. What leaves a branch through a norm (`cfg.norm_after`)
-is read behind it in the same way. Else the weights are read as they are: centring `W_U` or the writing weights, by
-`process_weights`, changes what is read.
+`W_E W_Q W_K^T W_E^T` how much one token asks for another (Elhage et al. 2021). `W_E` stands for a token's vector in
+the stream, so with `cfg.embed_scale` for the scaled one: which tokens lead does not depend on a factor above 0, values
+do, those of queries and keys on its square. `W_Q`, `W_K`, `W_V`, an MLP's input weight and `W_U` stand for these maps
+with the norm before them folded in: its weight, and the mean that a LayerNorm takes out; so a model reads the same
+before and after `fold_ln`. What leaves a branch through a norm (`cfg.norm_after`) is read behind it in the same way.
+Else the weights are read as they are: centring `W_U` or the writing weights, by `process_weights`, changes what is
+read.
 
 **How to read it.** `s_i` is the strength; its tokens are a theme if they belong together. Singular vectors have
 no sign of their own: the tokens at one end of what is read go with those at the same end of what is written.
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from hooklens.analysis.circuit_weights import (
     check_place,
+    embedding,
     mlp_reader,
     mlp_writer,
     ov_circuit,
@@ -42,7 +45,6 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
-from hooklens.precision import widen
 from hooklens.weights.factored import FactoredMatrix
 from hooklens.weights.top_tokens import TopEntries, top_tokens
 
@@ -69,7 +71,7 @@ def read_ov_directions(
     circuit = ov_circuit(model, layer, head)
     U, S, V = circuit.svd()
     writes = unembedding(model).T @ V
-    return _tabulate(model, S, reads=widen(model.W_E) @ U, writes=writes, n_directions=n_directions, k=k)
+    return _tabulate(model, S, reads=embedding(model) @ U, writes=writes, n_directions=n_directions, k=k)
 
 
 @reads(
@@ -93,7 +95,7 @@ def read_mlp_directions(
         _, S, V_transposed = torch.linalg.svd(mlp_writer(model, layer), full_matrices=False)
         return _tabulate(model, S, writes=unembedding(model).T @ V_transposed.mT, n_directions=n_directions, k=k)
     U, S, _ = torch.linalg.svd(mlp_reader(model, layer), full_matrices=False)
-    return _tabulate(model, S, reads=widen(model.W_E) @ U, n_directions=n_directions, k=k)
+    return _tabulate(model, S, reads=embedding(model) @ U, n_directions=n_directions, k=k)
 
 
 @reads(model=read_model, layer=read_int, head=read_int, k=read_int, center=read_flag)
@@ -119,7 +121,7 @@ def top_ov_pairs(
     check_place(model, layer, "attn", head=head)
     circuit = ov_circuit(model, layer, head)
     found = top_tokens(
-        FactoredMatrix(widen(model.W_E) @ circuit.A, circuit.B @ _columns(unembedding(model), center)), k
+        FactoredMatrix(embedding(model) @ circuit.A, circuit.B @ _columns(unembedding(model), center)), k
     )
     return _tabulate_pairs(model, found, "source", "promoted")
 
@@ -148,7 +150,7 @@ def top_qk_pairs(
         InputError: no such layer or head, or `k` out of range.
     """
     check_place(model, layer, "attn", head=head)
-    circuit, W_E = qk_circuit(model, layer, head), widen(model.W_E)
+    circuit, W_E = qk_circuit(model, layer, head), embedding(model)
     found = top_tokens(FactoredMatrix(W_E @ circuit.A, _columns(circuit.B @ W_E.mT, center)), k)
     return _tabulate_pairs(model, found, "query", "key")
 
@@ -199,7 +201,7 @@ def neuron_tokens(model: HookedCausalLM, layer: int, neurons: Choice = None, *, 
         read_choice(neurons, what="neurons"), len(writes), what="neurons", noun="neurons of this MLP"
     )
     W_U = unembedding(model)
-    W_E, lines = widen(model.W_E), []
+    W_E, lines = embedding(model), []
     for neuron in chosen:
         excites, promotes = (W_E @ reads_stream[:, neuron]).topk(k), (writes[neuron] @ W_U).topk(k)
         lines.append(

@@ -13,7 +13,8 @@ attending to token `t` adds to each logit:
 **How to read it.** An induction head needs a copying OV circuit, and a head that suppresses what it attends to has
 negative eigenvalues. Chance is about 0 for the eigenvalue score and `k / d_vocab` for the top-k score. Norms are folded
 in as `analysis.circuits` does; layers in between are left out. Centring `W_U` over the vocabulary leaves the ranks of
-the top-k score as they are, not the eigenvalues: weights are read as the model has them.
+the top-k score as they are, not the eigenvalues: weights are read as the model has them. A factor on the embeddings
+(`cfg.embed_scale`) changes neither score.
 """
 
 from functools import partial
@@ -23,14 +24,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.analysis.circuit_weights import ov_circuit, unembedding
+from hooklens.analysis.circuit_weights import embedding, ov_circuit, unembedding
 from hooklens.analysis.connection import read_model
 from hooklens.analysis.token_names import read_tokens
 from hooklens.arguments import read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
-from hooklens.precision import widen
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def copying_scores(model: HookedCausalLM, *, k: int = 5, tokens: Any = None) -> 
     everything = torch.arange(d_vocab)
     attended = everything if tokens is None else read_tokens(model, tokens, what="tokens").flatten()
     attended = attended.to(model.device)
-    W_E, W_U = widen(model.W_E), unembedding(model)
+    W_E, W_U = embedding(model), unembedding(model)
     around = W_U @ W_E
     layers = [block.layer for block in model.cfg.blocks if block.attn is not None]
     lines = []

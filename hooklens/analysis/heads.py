@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from hooklens.analysis.chosen_heads import Heads, resolve_heads
 from hooklens.analysis.connection import read_model
 from hooklens.arguments import (
     Reader,
@@ -204,11 +205,12 @@ def score_heads(
     measure: Measure = "mean_attention",
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
+    heads: Heads | None = None,
     attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "layer head"]:
     """How well each head's attention fits target positions; NaN in layers without attention.
 
-    Patterns are scored as they pass and not kept.
+    Patterns are scored as they pass and not kept; of layers without a head to score none are made.
 
     Args:
         model: the model.
@@ -218,12 +220,15 @@ def score_heads(
         measure: see the module. With `"mul"`, NaN for a head that pays no attention to what is not excluded.
         exclude_bos: leave out attention to each row's first token; `"mul"` and `"abs"` only.
         exclude_current_token: leave out attention of queries to themselves; `"mul"` and `"abs"` only.
+        heads: the heads to score, `{layer: heads}` or pairs `(layer, head)`; the others are NaN. None: all.
         attention_mask: `[batch pos]`; padding neither asks nor is asked. None: what the model infers.
 
     Raises:
-        InputError: the target is of another kind or not of the pattern's shape, holds keys that no head can see, or
-            nothing; or something is excluded where the measure counts target keys alone.
+        InputError: the model lacks some of the heads; the target is of another kind or not of the pattern's shape,
+            holds keys that no head can see, or nothing; or something is excluded where the measure counts target keys
+            alone.
     """
+    chosen = resolve_heads(model, heads)
     tokens, mask = _tokenize(model, input, attention_mask)
     if isinstance(target, str):
         target = _TARGETS[target](tokens, mask)
@@ -236,11 +241,13 @@ def score_heads(
     def score(pattern: Tensor, hook: HookPoint) -> None:
         layer = layer_of(hook.name or "")
         assert layer is not None
-        scores[layer] = compare(widen(pattern)).cpu()
+        scores[layer, chosen[layer]] = compare(widen(pattern[:, chosen[layer]])).to(scores)
 
+    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in chosen]
     model.run_with_hooks(
-        tokens, fwd_hooks=[("blocks.*.attn.hook_pattern", score)], attention_mask=mask, return_type=None
-    )
+        tokens, fwd_hooks=[(name, score) for name in patterns], attention_mask=mask, return_type=None,
+        stop_at_layer=max(chosen, default=-1) + 1,
+    )  # fmt: skip
     return scores
 
 
@@ -346,6 +353,7 @@ def detect_heads(
     measure: Measure = "mean_attention",
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
+    heads: Heads | None = None,
     min_score: float | None = None,
     attention_mask: Tensor | None = None,
 ) -> "pandas.DataFrame":
@@ -358,17 +366,20 @@ def detect_heads(
         input: text or token ids.
         target: a kind by name, or for each query the keys that count, `[query key]` or `[batch query key]`.
         measure, exclude_bos, exclude_current_token: see `score_heads`.
+        heads: the heads to list, as for `score_heads`. None: all.
         min_score: leave out heads below it, and those without a score. None: list all.
         attention_mask: `[batch pos]`, for ids with padding; None: what the model infers.
 
     Raises:
         InputError: an unknown kind, a target of another shape than the pattern, or no query with a target.
     """
+    chosen = resolve_heads(model, heads)
     scores = score_heads(
         model, input, target, measure=measure, exclude_bos=exclude_bos, exclude_current_token=exclude_current_token,
-        attention_mask=attention_mask,
+        heads=chosen, attention_mask=attention_mask,
     )  # fmt: skip
     table = _tabulate(model, {"score": scores})
+    table = table[[head in chosen.get(layer, ()) for layer, head in zip(table.layer, table["head"], strict=True)]]
     kept = table if min_score is None else table[table["score"] >= min_score]
     return kept.sort_values("score", ascending=False)
 

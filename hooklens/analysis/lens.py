@@ -27,13 +27,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.activation_cache.decomposition import places_up_to
-from hooklens.activation_cache.stream import locate
+from hooklens.activation_cache.stream import locate, places_up_to
 from hooklens.analysis.connection import connect_cache, read_model, read_run
 from hooklens.analysis.token_columns import choose_tokens, list_tokens, take_columns
 from hooklens.analysis.token_names import name_tokens, read_token
 from hooklens.arguments import read_flag, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.hooks.choice import Choice
 from hooklens.optional import import_package
@@ -126,10 +126,7 @@ def _predict(model: HookedCausalLM, stream: Float[Tensor, "batch pos d_model"]) 
     """The model's end on a stream; hook points do not fire."""
     last = stream.to(model.device, model.dtype)
     normed = last if model.ln_final is None else model.ln_final.apply_weights(last)
-    logits = F.linear(normed, model.W_U.T, model.unembed.b_U)
-    if (cap := model.cfg.logits_softcap) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return widen(logits).log_softmax(-1)
+    return widen(model.unembed.final_logits(normed)).log_softmax(-1)
 
 
 @reads(
@@ -169,6 +166,7 @@ def logit_lens(
         InputError: `k` is not from 1 to d_vocab, the target is no token, a row lacks a position, or which columns are
             padding is not known.
     """
+    refuse_other_outputs(model.cfg, "logit_lens lists tokens (read_streams gives the distributions)", InputError)
     d_vocab = model.cfg.d_vocab
     if k > d_vocab:
         raise InputError(f"logit_lens: k={k}; expected 1 to {d_vocab}, the size of the vocabulary")

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.activation_cache.components import head_names
+from hooklens.activation_cache.components import of_heads
 from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm
 from hooklens.activation_cache.stream import require_weight
 from hooklens.analysis.attribution import ASKING, Attribution, prepare_attribution
@@ -68,7 +68,7 @@ def attribute_to_sources(
     """
     layers = [block.layer for block in model.cfg.blocks if block.attn is not None]
     names = [f"blocks.{layer}.attn.hook_{name}" for layer in layers for name in ("pattern", "v")]
-    scales = [name for name in head_names(cache, layers) if name.endswith("hook_scale")]
+    scales = [name for name in of_heads(cache, layers).names if name.endswith("hook_scale")]
     asked = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, [*names, *scales])
     lines: list[dict[str, Any]] = []
     labels = _name_sources(model, cache, asked.columns)
@@ -135,7 +135,9 @@ def _read_values(
         exit_norm = freeze_norm(asked.cache, f"blocks.{layer}.ln1_post", pos_slice=0, purpose="attribution by source")
     # One position asks for all keys, so its directions and denominators get an axis of keys.
     keyed = Readout(norm=_per_key(readout.norm), directions=_directions(readout))
-    return keyed.read_products(v, W_O, _per_key(exit_norm))[..., 0].permute(1, 0, 2)
+    shares = keyed.read_products(v, W_O, _per_key(exit_norm))[..., 0].permute(1, 0, 2)
+    scale = asked.cache.cfg.residual_scale
+    return shares if scale == 1 else shares * scale
 
 
 def _per_key(norm: FrozenNorm | None) -> FrozenNorm | None:

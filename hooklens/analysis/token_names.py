@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_numbers
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 
 Tokens = object
@@ -35,6 +36,21 @@ def read_token(model: HookedCausalLM, given: object, *, what: str) -> int:
     return token
 
 
+def read_outputs(model: HookedCausalLM, given: object, *, what: str) -> Int[Tensor, "..."]:
+    """Which logits are meant: tokens as `read_tokens` reads them, or in a classifier the numbers of outputs.
+
+    Raises:
+        InputError: no tokens, or no outputs of the model.
+    """
+    if model.cfg.d_vocab_out == model.cfg.d_vocab:
+        return read_tokens(model, given, what=what)
+    if isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(one, str) for one in given)):
+        refuse_other_outputs(model.cfg, f"{what}: texts are tokens; give the numbers of outputs", InputError)
+    if isinstance(given, int | np.integer) and not isinstance(given, bool):
+        given = torch.tensor(int(given))
+    return _read_ids(given, model.cfg.d_vocab_out, f"outputs from 0 to {model.cfg.d_vocab_out - 1}", what=what)
+
+
 def read_tokens(model: HookedCausalLM, given: object, *, what: str) -> Int[Tensor, "..."]:
     """Token ids of any shape, given as text, ids, or lists of both.
 
@@ -48,10 +64,14 @@ def read_tokens(model: HookedCausalLM, given: object, *, what: str) -> Int[Tenso
     if isinstance(given, int | np.integer) and not isinstance(given, bool):
         return torch.tensor(read_token(model, given, what=what))
     expected = f"token ids from 0 to {model.cfg.d_vocab - 1}, or texts of one token each"
+    return _read_ids(given, model.cfg.d_vocab, expected, what=what)
+
+
+def _read_ids(given: object, n: int, expected: str, *, what: str) -> Int[Tensor, "..."]:
     ids = read_numbers(given, what=what, expected=expected)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
         raise InputError(f"{what} holds {ids.tolist()!r:.80}; expected {expected}")
     ids = ids.long()
-    if not bool(((ids >= 0) & (ids < model.cfg.d_vocab)).all()):
+    if not bool(((ids >= 0) & (ids < n)).all()):
         raise InputError(f"{what} holds {ids.tolist()!r:.80}; expected {expected}")
     return ids

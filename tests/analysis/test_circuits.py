@@ -32,6 +32,12 @@ def through(norm, W):
     return (centred * (1 + norm.w if norm.norm.unit_offset else norm.w)).detach()
 
 
+def embedding(model):
+    """Tokens as they enter the stream, by a run."""
+    tokens = torch.arange(model.cfg.d_vocab)[:, None]
+    return model.run_with_cache(tokens, names_filter="hook_embed", stop_at_layer=0)[1]["hook_embed"][:, 0].detach()
+
+
 def dense_ov(model, layer, head):
     block = model.blocks[layer]
     kv_head = head * model.cfg.n_kv_heads // model.cfg.n_heads
@@ -84,8 +90,9 @@ def test_mlp_directions(network):
 @pytest.mark.parametrize("network", CONFIGS)
 @pytest.mark.parametrize("center", [False, True])
 def test_top_pairs(network, center):
+    """A factor on the embeddings was left out, which made values of models with one too small."""
     model = make_model(network)
-    W_E = model.W_E.detach()
+    W_E = embedding(model)
     for read, dense, rows, columns in (
         (top_ov_pairs, W_E @ dense_ov(model, 0, 3) @ behind(model.ln_final, model.W_U), "source", "promoted"),
         (top_qk_pairs, W_E @ dense_qk(model, 0, 3) @ W_E.T, "query", "key"),
@@ -118,7 +125,7 @@ def test_tokens_of_neurons(network):
     model = make_model(network)
     block = model.blocks[1]
     reader = block.mlp.W_gate if model.cfg.gated_mlp else block.mlp.W_in
-    excites = (model.W_E @ behind(block.ln1 if block.ln2 is None else block.ln2, reader)).detach()
+    excites = (embedding(model) @ behind(block.ln1 if block.ln2 is None else block.ln2, reader)).detach()
     promotes = through(block.ln2_post, block.mlp.W_out) @ behind(model.ln_final, model.W_U)
     table = neuron_tokens(model, 1, [7, -1], k=3).set_index("neuron")
     assert table.index.tolist() == [7, 19]

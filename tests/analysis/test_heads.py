@@ -15,7 +15,7 @@ from hooklens.analysis.heads import (
     repeated_random_tokens,
     score_heads,
 )
-from hooklens.config import AlibiPositions
+from hooklens.config import AlibiPositions, PartConfig
 from hooklens.errors import InputError
 from tests.annotations import unchecked
 from tests.model.networks import make_config, make_model, pad_rows, random_tokens
@@ -258,3 +258,56 @@ def test_bad_input():
         detect_heads(model, torch.arange(5)[None], "induction")
     with unchecked(), pytest.raises(InputError, match="target is 'induktion', expected 'previous_token', "):
         detect_heads(model, tokens, "induktion")
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [
+        ([(1, 3), (0, 0)], {(1, 3), (0, 0)}),
+        ({-1: [2, 0]}, {(1, 2), (1, 0)}),
+        ({0: None}, {(0, 0), (0, 1), (0, 2), (0, 3)}),
+        ({0: slice(-1, None), 1: 1}, {(0, 3), (1, 1)}),
+        ([(0, -1)], {(0, 3)}),
+    ],
+)
+@pytest.mark.parametrize("measure", ["mean_attention", "mul", "abs"])
+def test_some_heads_score_as_among_all(heads, expected, measure):
+    model = make_model("rotary")
+    tokens = random_tokens(2, 9, d_vocab=4)
+    whole = score_heads(model, tokens, "induction", measure=measure)
+    some = score_heads(model, tokens, "induction", measure=measure, heads=heads)
+    assert {tuple(place) for place in (~some.isnan()).nonzero().tolist()} == expected
+    assert torch.equal(some[~some.isnan()], whole[~some.isnan()])
+    table = detect_heads(model, tokens, "induction", measure=measure, heads=heads)
+    assert set(zip(table.layer, table["head"], strict=True)) == expected
+    assert table.index.tolist() == [f"L{layer}H{head}" for layer, head in zip(table.layer, table["head"], strict=True)]
+    assert table.score.tolist() == sorted((float(whole[place]) for place in expected), reverse=True)
+
+
+def test_only_patterns_of_layers_with_a_head_to_score_are_made():
+    model = make_model("rotary")
+    seen = []
+    with model.hooks([("pattern", lambda pattern, hook: seen.append(hook.name))]):
+        score_heads(model, random_tokens(1, 6, d_vocab=3), "induction", heads=[(0, 1)])
+    # One's own hook listens in the layers that run.
+    assert seen == ["blocks.0.attn.hook_pattern"]
+
+
+def test_heads_that_are_not_there():
+    model = make_model("rotary")
+    tokens = random_tokens(1, 9, d_vocab=4)
+    for heads, match in (
+        ([(2, 0)], r"heads: layer: 2 out of range; there are 2 layers"),
+        ([(0, 4)], r"heads: layer 0: 4 out of range; there are 4 heads"),
+        ({0: [1], -2: [1]}, r"layer 0 names \[1\] more than once"),
+        ([], r"heads is \[\], expected a mapping from layer to heads"),
+        ({0: slice(0, 0)}, "no head is named"),
+        ("L0H1", "expected a mapping from layer to heads, or a list of pairs"),
+        ([0, 1], "expected a mapping from layer to heads, or a list of pairs"),
+        ([(0, True)], "a head is True, expected a whole number"),
+    ):
+        with unchecked(), pytest.raises(InputError, match=match):
+            detect_heads(model, tokens, "induction", heads=heads)
+    mixed = make_model(make_config(attn=(None, PartConfig(kind="attention"))))
+    with pytest.raises(InputError, match="heads: layer 0 has none"):
+        score_heads(mixed, tokens, "induction", heads=[(0, 1)])
