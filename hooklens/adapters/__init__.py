@@ -8,6 +8,7 @@ from hooklens.adapters.checkpoint import Checkpoint, open_checkpoint
 from hooklens.adapters.conversion import to_hub
 from hooklens.adapters.export import write_checkpoint
 from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
+from hooklens.adapters.xlstm import read_xlstm, write_xlstm
 
 __all__ = [
     "Checkpoint",
@@ -15,6 +16,8 @@ __all__ = [
     "open_checkpoint",
     "read_hf_generation_config",
     "read_hf_model",
+    "read_xlstm",
     "to_hub",
     "write_checkpoint",
+    "write_xlstm",
 ]

@@ -18,8 +18,8 @@ from hooklens.errors import UnsupportedModelError, join_names
 # Stands for "there is no default": transformers' own defaults for sizes belong to one particular checkpoint.
 REQUIRED: Any = object()
 
-# Keys that any config may have and that change nothing in the network: bookkeeping, dropout (HookLens has
-# none), tokens, training, and settings of other heads.
+# Keys that any config may have and that change nothing in the network: bookkeeping, dropout (which is said where a
+# model is trained), tokens, training, and settings of other heads.
 INERT_KEYS = frozenset(
     {
         "architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "auto_map",
@@ -221,7 +221,8 @@ class ActivationKey:
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The name of the activation in transformers."""
-        return {self.hub: _ACTIVATION_KEYS[fields["act_fn"]]}
+        # What has no name there differs from what is read back, and is refused there.
+        return {self.hub: _ACTIVATION_KEYS.get(fields["act_fn"], self.default)}
 
 
 def norm_key(hub: str, kind: NormKind, *, default_eps: float) -> Key:
