@@ -7,12 +7,13 @@ what lies downstream of the edited point must change, and nothing else may.
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
-from hooklens.config import HookedConfig
+from hooklens.axes import find_site
+from hooklens.config import BlockConfig, HookedConfig, MoEConfig, ShortformerPositions
 
 Edge = tuple[str, str]
 
 # What this module has the wiring of; what a part of another kind does inside is known to itself.
-_KNOWN_KINDS = {"attn": "attention", "mlp": "mlp"}
+_KNOWN_KINDS = {"attn": ("attention",), "mlp": ("mlp", "moe")}
 _EXITS = {"attn": "ln1_post.hook_scale", "mlp": "ln2_post.hook_scale"}
 
 
@@ -23,7 +24,8 @@ def downstream_of(name: str, names: Collection[str], cfg: HookedConfig, *, possi
         name: the point that is edited.
         names: the points of the model.
         cfg: its configuration.
-        possibly: also what may depend on it: inside a part of somebody's own any point may depend on any other.
+        possibly: also what may depend on it: inside a part of somebody's own any point may depend on any other, and a
+            choice may turn out differently, or as before.
     """
     readers: dict[str, list[str]] = {}
     for source, reader in _edges(cfg, names, possibly=possibly):
@@ -32,10 +34,15 @@ def downstream_of(name: str, names: Collection[str], cfg: HookedConfig, *, possi
     waiting = [name]
     while waiting:
         for reader in readers.get(waiting.pop(), ()):
-            if reader not in reached:
+            if reader not in reached and (possibly or not _is_discrete(reader)):
                 reached.add(reader)
                 waiting.append(reader)
     return (reached & set(names)) - {name}
+
+
+def _is_discrete(name: str) -> bool:
+    site = find_site(name)
+    return site is not None and site.discrete
 
 
 def _edges(cfg: HookedConfig, names: Collection[str], *, possibly: bool) -> Iterator[Edge]:
@@ -44,8 +51,12 @@ def _edges(cfg: HookedConfig, names: Collection[str], *, possibly: bool) -> Iter
     Points that this architecture does not have are in the graph as well; what would flow through them flows on.
     """
     entrance = "blocks.0.hook_resid_pre" if cfg.n_layers else "ln_final.hook_scale"
-    yield "hook_embed", entrance
-    yield "hook_pos_embed", entrance
+    yield from _chain("embed.ln.hook_scale", "embed.ln.hook_normalized", "hook_embed", entrance)
+    if isinstance(cfg.positions, ShortformerPositions):
+        for layer in range(cfg.n_layers):
+            yield from (("hook_pos_embed", f"blocks.{layer}.attn.hook_{letter}") for letter in "qk")
+    else:
+        yield "hook_pos_embed", entrance
     for layer in range(cfg.n_layers):
         block = f"blocks.{layer}."
         for source, reader in _block_edges(cfg, layer, names, possibly=possibly):
@@ -56,10 +67,11 @@ def _edges(cfg: HookedConfig, names: Collection[str], *, possibly: bool) -> Iter
 
 
 def _block_edges(cfg: HookedConfig, layer: int, names: Collection[str], *, possibly: bool) -> Iterator[Edge]:
-    edges = (*_attention_edges(), *_mlp_edges(), *_stream_edges(cfg))
     described = cfg.block(layer)
+    attention = _attention_edges(described, possibly=possibly)
+    edges = (*attention, *_mlp_edges(described), *_stream_edges(cfg))
     for part, config in (("attn", described.attn), ("mlp", described.mlp)):
-        if config is None or config.kind == _KNOWN_KINDS[part]:
+        if config is None or config.kind in _KNOWN_KINDS[part]:
             continue
         before = f"blocks.{layer}."
         inside = [one.removeprefix(before) for one in names if one.startswith(f"{before}{part}.")]
@@ -85,45 +97,84 @@ def _around(part: str, inside: Collection[str], edges: Collection[Edge], *, poss
         yield from ((one, other) for one in inside for other in (*inside, _EXITS[part]) if one != other)
 
 
-def _attention_edges() -> Iterator[Edge]:
+def _attention_edges(block: BlockConfig, *, possibly: bool) -> Iterator[Edge]:
+    cfg = block.cfg
+    # What is far outside of the bounds is the same number behind the clipping, whatever it was.
+    passes = possibly or cfg.clip_qkv is None
     yield from _chain("hook_resid_pre", "hook_attn_in")
     yield from _chain("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized")
     for letter in "qkv":
-        yield from _chain("hook_attn_in", f"hook_{letter}_input", f"attn.hook_{letter}")
-        yield "ln1.hook_normalized", f"attn.hook_{letter}"
+        yield from _chain("hook_attn_in", f"hook_{letter}_input")
+        if letter != "v" or passes:
+            yield f"hook_{letter}_input", f"attn.hook_{letter}"
+            yield "ln1.hook_normalized", f"attn.hook_{letter}"
     for letter in "qk":
         norm = f"attn.{letter}_norm"
-        yield from _chain(f"attn.hook_{letter}", f"{norm}.hook_scale", f"{norm}.hook_normalized")
-        yield from _chain(f"{norm}.hook_normalized", f"attn.hook_rot_{letter}", "attn.hook_attn_scores")
-    yield from _chain("attn.hook_k", "attn.hook_k_per_head", "attn.hook_attn_scores")
-    yield from _chain("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z")
+        normed, turned = (f"{norm}.hook_scale", f"{norm}.hook_normalized"), (f"attn.hook_rot_{letter}",)
+        before, behind = ((), (*turned, *normed)) if cfg.qk_norm_after_rotary else (normed, turned)
+        unclipped = (f"attn.hook_{letter}", *before)
+        yield from _chain(*unclipped)
+        if passes:
+            yield unclipped[-1], behind[0]
+        yield from _chain(*behind, "attn.hook_attn_scores")
+    yield "attn.hook_k", "attn.hook_k_per_head"
+    if passes:
+        yield "attn.hook_k_per_head", "attn.hook_attn_scores"
+    if 1 not in (block.window, block.chunk) or cfg.attn_sinks:
+        # The only weight of a query that sees one key is 1 whatever the score.
+        yield "attn.hook_attn_scores", "attn.hook_pattern"
+    yield "attn.hook_pattern", "attn.hook_z"
     yield from _chain("attn.hook_v", "attn.hook_v_per_head", "attn.hook_z")
     yield "attn.hook_v", "attn.hook_z"
     yield from _chain("attn.hook_z", "attn.hook_result", "ln1_post.hook_scale", "ln1_post.hook_normalized")
     yield "ln1_post.hook_normalized", "hook_attn_out"
 
 
-def _mlp_edges() -> Iterator[Edge]:
+def _mlp_edges(block: BlockConfig) -> Iterator[Edge]:
     yield from _chain("hook_mlp_in", "ln2.hook_scale", "ln2.hook_normalized")
+    for norm in ("ln1", "ln2") if block.cfg.shared_norm else ("ln2",):
+        source = f"{norm}.hook_normalized"
+        yield from _mixture_edges(source, block.mlp) if isinstance(block.mlp, MoEConfig) else _neuron_edges(source)
+    yield from _chain("ln2_post.hook_scale", "ln2_post.hook_normalized", "hook_mlp_out")
+
+
+def _neuron_edges(source: str) -> Iterator[Edge]:
     for half in ("mlp.hook_pre", "mlp.hook_pre_linear"):
-        yield from _chain("ln2.hook_normalized", half, "mlp.hook_post")
-    yield from _chain("mlp.hook_post", "ln2_post.hook_scale", "ln2_post.hook_normalized", "hook_mlp_out")
+        yield from _chain(source, half, "mlp.hook_mid", "mlp.ln.hook_scale", "mlp.ln.hook_normalized")
+    yield from _chain("mlp.ln.hook_normalized", "mlp.hook_post", "ln2_post.hook_scale")
+
+
+def _mixture_edges(source: str, mixture: MoEConfig) -> Iterator[Edge]:
+    router, experts, shared = "mlp.router.", "mlp.experts.", "mlp.shared."
+    halves = ("hook_pre", "hook_pre_linear")
+    yield from _chain(source, f"{router}hook_logits", f"{router}hook_choice", f"{router}hook_weights")
+    if mixture.experts_per_token > 1 or mixture.gate_norm is None:
+        # The only gate of a token, divided by itself, is 1 whatever the logits.
+        yield f"{router}hook_logits", f"{router}hook_weights"
+    for half in halves:
+        yield from _chain(source, experts + half, f"{experts}hook_post", f"{experts}hook_result")
+        yield f"{router}hook_choice", experts + half
+        if mixture.router == "sigmoid_input":
+            yield f"{router}hook_weights", experts + half
+        yield from _chain(source, shared + half, f"{shared}hook_post", f"{shared}hook_out")
+    yield f"{router}hook_weights", f"{experts}hook_result"
+    yield from _chain(f"{experts}hook_result", f"{experts}hook_out", "ln2_post.hook_scale")
+    yield from _chain(source, f"{shared}hook_gate", f"{shared}hook_out", "ln2_post.hook_scale")
 
 
 def _stream_edges(cfg: HookedConfig) -> Iterator[Edge]:
-    yield "hook_mlp_out", "hook_resid_post"
     if cfg.wiring == "sequential":
+        # Where the stream has no norms, what would flow through theirs flows on.
         for source in ("hook_resid_pre", "hook_attn_out"):
-            yield source, "hook_resid_mid"
-        for reader in ("hook_mlp_in", "hook_resid_post"):
-            yield "hook_resid_mid", reader
+            yield from _chain(source, "ln1_stream.hook_scale", "ln1_stream.hook_normalized", "hook_resid_mid")
+        yield "hook_resid_mid", "hook_mlp_in"
+        for source in ("hook_resid_mid", "hook_mlp_out"):
+            yield from _chain(source, "ln2_stream.hook_scale", "ln2_stream.hook_normalized", "hook_resid_post")
         return
+    yield "hook_mlp_out", "hook_resid_post"
     yield from _chain("hook_resid_pre", "hook_mlp_in")
     yield "hook_resid_pre", "hook_resid_post"
     yield "hook_attn_out", "hook_resid_post"
-    if cfg.shared_norm:
-        yield "ln1.hook_normalized", "mlp.hook_pre"
-        yield "ln1.hook_normalized", "mlp.hook_pre_linear"
 
 
 def _chain(*names: str) -> Iterator[Edge]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from hooklens.axes import find_site
 from hooklens.errors import join_names
 from hooklens.hooks import HookPoint
+from hooklens.model.part import Part
 from hooklens.verification.dataflow import downstream_of
 from hooklens.verification.probe import Probe, largest_difference, same_bits
 from hooklens.verification.report import CheckResult
@@ -20,6 +21,8 @@ SPARES = "an edit reaches nothing else"
 STAYS = "an edit stays in its row and after its position"
 IN_PLACE = "in-place and returned edits agree"
 
+_LOGITS = "unembed.hook_out"
+
 
 @dataclass(frozen=True)
 class _EditedRun:
@@ -29,8 +32,12 @@ class _EditedRun:
 
 def check_editing(probe: Probe, name: str) -> list[CheckResult]:
     """Change the whole tensor at a point, by returning another one and in place, and look at everything else."""
-    returned = _run_edited(probe, name, lambda tensor, hook: strong_edit(name, tensor))
-    in_place = _run_edited(probe, name, lambda tensor, hook: _edit_in_place(name, tensor))
+    n_ids = count_ids(probe, name)
+    if n_ids is not None and probe.clean_captures[name].shape[-1] == n_ids:
+        # Where everything is chosen, nothing else can be.
+        return []
+    returned = _run_edited(probe, name, lambda tensor, hook: strong_edit(name, tensor, n_ids))
+    in_place = _run_edited(probe, name, lambda tensor, hook: _edit_in_place(name, tensor, n_ids))
     return [
         *_compare_with_copy(probe, name, returned.logits),
         *_compare_with_wiring(probe, name, returned),
@@ -40,7 +47,7 @@ def check_editing(probe: Probe, name: str) -> list[CheckResult]:
 
 
 def _compare_with_copy(probe: Probe, name: str, edited: Tensor) -> list[CheckResult]:
-    """An equal copy changes the logits by rounding at most, the edit by more than that copy did.
+    """An equal copy changes the logits by rounding at most, the edit by more than that copy did, if they read it.
 
     The copy takes the way of an edit, so an edit that is lost would leave exactly the logits of the copy.
     """
@@ -48,19 +55,36 @@ def _compare_with_copy(probe: Probe, name: str, edited: Tensor) -> list[CheckRes
         copied = probe.run()
     rounding, moved = largest_difference(copied, probe.clean_logits), largest_difference(edited, copied)
     copy_problem = "" if rounding <= probe.rounding else "an equal value must give equal logits, up to rounding"
+    copy = CheckResult(check=EQUAL_COPY, subject=name, measured=rounding, bound=probe.rounding, message=copy_problem)
+    if name != _LOGITS and _LOGITS not in downstream_of(name, [*probe.names, _LOGITS], probe.model.cfg, possibly=True):
+        # Nothing reads what the edit changes: the scores of queries that see one key each, say.
+        return [copy]
     lost = "" if moved > rounding else f"{_describe_edit(name)} moves no logit by more than rounding: the edit is lost"
     return [
-        CheckResult(check=EQUAL_COPY, subject=name, measured=rounding, bound=probe.rounding, message=copy_problem),
+        copy,
         CheckResult(check=CHANGES_LOGITS, subject=name, measured=moved, bound=rounding, relation=">", message=lost),
     ]
 
 
-def strong_edit(name: str, tensor: Tensor) -> Tensor:
+def count_ids(probe: Probe, name: str) -> int | None:
+    """How many things the numbers at a point are chosen from; None where they are no names."""
+    site = find_site(name)
+    if site is None or not site.discrete:
+        return None
+    part = probe.model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(part, Part)
+    return part.size_of("expert")
+
+
+def strong_edit(name: str, tensor: Tensor, n_ids: int | None = None) -> Tensor:
     """A new value that differs everywhere: zero, except where that would not be a number or not an edit.
 
     A norm's denominator is doubled, since nothing can be divided by 0. Of the scores the finite ones become 0,
-    which makes the pattern uniform; what the mask hides stays hidden.
+    which makes the pattern uniform; what the mask hides stays hidden. Numbers that name one of `n_ids` things name the
+    next one.
     """
+    if n_ids is not None:
+        return (tensor + 1) % n_ids
     if name.endswith("hook_scale"):
         return tensor * 2
     if name.endswith("hook_attn_scores"):
@@ -68,13 +92,15 @@ def strong_edit(name: str, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor)
 
 
-def _edit_in_place(name: str, tensor: Tensor) -> None:
-    tensor.copy_(strong_edit(name, tensor))
+def _edit_in_place(name: str, tensor: Tensor, n_ids: int | None) -> None:
+    tensor.copy_(strong_edit(name, tensor, n_ids))
 
 
 def _describe_edit(name: str) -> str:
     if name.endswith("hook_scale"):
         return "doubling it"
+    if (site := find_site(name)) is not None and site.discrete:
+        return "naming the next ones"
     return "setting the finite scores to 0" if name.endswith("hook_attn_scores") else "setting it to 0"
 
 
@@ -124,7 +150,7 @@ def _check_locality(probe: Probe, name: str) -> CheckResult:
     def edit_region(tensor: Tensor, hook: HookPoint) -> Tensor:
         edited = tensor.clone()
         region = edited[:1].narrow(axis, middle, tensor.shape[axis] - middle)
-        region.copy_(strong_edit(name, region))
+        region.copy_(strong_edit(name, region, count_ids(probe, name)))
         return edited
 
     with probe.model.hooks([(name, edit_region)]):

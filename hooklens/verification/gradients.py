@@ -30,7 +30,8 @@ def check_gradients(probe: Probe) -> list[CheckResult]:
     rounding, against the gradient of a leaf that a hook adds to the tensor. A backward pass of its own for one
     point takes another way through the graph; that is held against the first in one layer.
     """
-    gradients = _gradients_at(probe, probe.names)
+    names = [name for name in probe.names if probe.clean_captures[name].is_floating_point()]
+    gradients = _gradients_at(probe, names)
     check = _check_by_differences if probe.dtype == torch.float64 else _check_by_leaf
     results = [check(probe, name, gradient) for name, gradient in gradients.items()]
     for name, gradient in gradients.items():
@@ -41,21 +42,33 @@ def check_gradients(probe: Probe) -> list[CheckResult]:
 
 
 def _loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Tensor) -> Tensor:
-    """Next-token loss in float64, so that differences of it mean something."""
-    return F.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten())
+    """Next-token loss in float64, so that differences of it mean something; of fewer outputs some number of each."""
+    return F.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten() % logits.shape[-1])
 
 
 def _gradients_at(probe: Probe, names: Sequence[str]) -> dict[str, Tensor]:
     """What `incl_bwd` keeps, without leaving gradients on the parameters."""
     embeddings = [probe.model.embed.table.weight]
+    leaves: list[Tensor] = []
+
+    def make_leaf(tensor: Tensor, hook: HookPoint) -> Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    hooks = []
     if "hook_pos_embed" in probe.model.hook_points():
-        embeddings.append(probe.model.pos_embed.table.weight)
+        parameters = list(probe.model.pos_embed.parameters())
+        embeddings += parameters
+        # Positions that are computed have no parameter that gradients go on to.
+        hooks = [] if parameters else [("hook_pos_embed", make_leaf)]
     with (
         torch.enable_grad(),
         _requiring_gradients(embeddings),
+        probe.model.hooks(hooks),
         probe.model.capture(list(names), incl_bwd=True) as captured,
     ):
-        torch.autograd.grad(_loss(probe.run(), probe.tokens), embeddings)
+        loss = _loss(probe.run(), probe.tokens)
+        torch.autograd.grad(loss, [*embeddings, *leaves])
     return {name: captured.get(f"{name}_grad", torch.full((), torch.nan)) for name in names}
 
 

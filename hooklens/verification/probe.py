@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.axes import layer_of
+from hooklens.axes import EMBEDDINGS, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
+from hooklens.hooks.names import is_by_name_only
 
 PaddingSide = Literal["left", "right"]
 
@@ -54,8 +55,8 @@ class Probe:
 
     @cached_property
     def names(self) -> list[str]:
-        """The hook points to check, in the order of the module tree."""
-        names = [name for name in self.model.hook_points() if name not in self.left_out]
+        """The hook points to check, in the order of the module tree; those of activations."""
+        names = [name for name in self.model.hook_points() if name not in self.left_out and not is_by_name_only(name)]
         return [name for name in names if (layer := layer_of(name)) is None or layer in self.layers]
 
     @property
@@ -119,7 +120,7 @@ class Probe:
             sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
             return tensor * (1 + eps * sign)
 
-        words = ("hook_embed", "hook_pos_embed", "hook_attn_out", "hook_mlp_out")
+        words = (*EMBEDDINGS, "hook_attn_out", "hook_mlp_out")
         writers = [name for name in self.model.hook_points() if name.rpartition(".")[2] in words]
         # Before the hooks are in place, which the first run would hear.
         moved, clean = 0.0, self.clean_logits
@@ -142,11 +143,16 @@ def make_probe(
         seed: of all random numbers.
 
     Raises:
-        InputError: layers that the model does not have, too few tokens, or hooks attached to the model.
+        InputError: layers that the model does not have, too few tokens, dropout in training mode, or hooks attached
+            to the model.
     """
     cfg = model.cfg
     if n_tokens < 4:
         raise InputError(f"verify: n_tokens is {n_tokens}; expected at least 4, so that rows of several lengths exist")
+    if model.drops:
+        raise InputError(
+            "verify: the model is in training mode with dropout, so no two runs are alike; call model.eval() first"
+        )
     attached = [name for name, point in model.hook_points().items() if point.own is not None]
     if attached:
         raise InputError(

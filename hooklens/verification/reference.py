@@ -130,7 +130,7 @@ def _run_reference(model: "PreTrainedModel", probe: Probe, batches: Sequence[_Ba
     if probe.model.depends_on_length(probe.n_tokens):
         alone: dict[int, Tensor] = {}
         for (length, rows), batch in zip(sorted(_rows_by_length(probe).items()), batches, strict=False):
-            alone |= dict(zip(rows, logits[batch.label].split(length), strict=True))
+            alone |= dict(zip(rows, torch.split(logits[batch.label], length), strict=True))
         in_order = torch.cat([alone[row] for row in range(len(probe.lengths))])
         logits |= {batch.label: in_order for batch in batches if batch.label.endswith("padded")}
     return logits, narrowing.seen

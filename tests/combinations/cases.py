@@ -12,11 +12,15 @@ from hooklens.config import (
     AlibiPositions,
     HookedConfig,
     LearnedPositions,
+    MoEConfig,
     NoPositions,
     NormConfig,
     PartConfig,
+    QueryTemperature,
     RotaryPositions,
     RotaryScaling,
+    ShortformerPositions,
+    SinusoidalPositions,
 )
 from tests.annotations import unchecked
 from tests.combinations.edits import EditCase, HookCase, draw_edits, draw_hooks
@@ -29,12 +33,22 @@ NORMS = st.sampled_from(
         NormConfig(kind="layer", eps=1e-5, bias=False),
         NormConfig(kind="rms", eps=1e-5, bias=False),
         NormConfig(kind="rms", eps=1e-5, bias=False, unit_offset=True),
+        NormConfig(kind="layer", eps=1e-5, unit_offset=True, wide_weight=True),
         NormConfig(kind="layer", eps=1e-5, weight=False, bias=False),
         NormConfig(kind="layer", eps=1e-5, weight=False),
         NormConfig(kind="rms", eps=1e-5, weight=False, bias=False),
     ]
 )
+# Every row of the tests is short.
+LONGROPE = RotaryScaling(
+    kind="longrope", factor=2.0, original_n_ctx=64, attention_factor=1.25, short_factors=(1.5,), long_factors=(4.0,)
+)
 ATTENTION, MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
+# Biases of the router, so that a stream of zeros chooses experts by them and not by how it is rounded.
+MIXTURE = MoEConfig(
+    n_experts=4, experts_per_token=2, d_expert=3, gate_norm=1.0, router_bias=True, expert_bias=True, d_shared=2,
+    act_fn="silu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,16 +178,27 @@ def draw_config(draw) -> HookedConfig:
             layout=st.sampled_from(["half", "interleaved"]),
             scaling=st.sampled_from([None, RotaryScaling(kind="linear", factor=3.0)]),
         ),
+        st.just(RotaryPositions(dim=2, scaling=LONGROPE)),
     )
     positions = draw(
         st.one_of(
             of_layer,
             st.builds(LearnedPositions, offset=st.sampled_from([0, 2])),
+            st.builds(ShortformerPositions, offset=st.sampled_from([0, 2])),
+            st.builds(
+                SinusoidalPositions,
+                layout=st.sampled_from(["interleaved", "half"]),
+                includes_base=st.booleans(),
+                offset=st.sampled_from([0, 2]),
+            ),
             st.tuples(*[of_layer] * n_layers),
         )
     )
+    attns = around["attn"] if isinstance(around["attn"], tuple) else (around["attn"],)
+    if isinstance(positions, ShortformerPositions) and not any(attns):
+        positions = NoPositions()
     tied = draw(st.booleans())
-    window = st.sampled_from([None, 1, 2, 3])
+    reach = draw(draw_reach(n_layers))
     return HookedConfig(
         d_model=6,
         d_mlp=5,
@@ -183,23 +208,68 @@ def draw_config(draw) -> HookedConfig:
         n_heads=n_heads,
         n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
         d_head=d_head,
-        act_fn=draw(st.sampled_from(["relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "silu"])),
-        gated_mlp=draw(st.booleans()),
+        **draw(draw_activation()),
         wiring=wiring,
         **around,
         positions=positions,
-        qkv_bias=draw(st.booleans()),
-        out_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+        **draw(draw_biases()),
         unembed_bias=not tied and draw(st.booleans()),
-        attn_scale=draw(st.sampled_from([None, 0.7])),
+        attn_scale=draw_by_layer(draw, st.sampled_from([None, 0.7]), n_layers),
         attn_softcap=draw(st.sampled_from([None, 2.0])),
         logits_softcap=draw(st.sampled_from([None, 3.0])),
-        windows=draw(st.one_of(st.none(), st.tuples(*[window] * n_layers))),
+        **reach,
+        attn_sinks=draw(st.booleans()),
+        clip_qkv=draw(st.sampled_from([None, 0.8])),
+        query_temperature=draw_by_layer(draw, st.sampled_from([None, QueryTemperature(scale=0.4, length=2)]), n_layers),
         embed_scale=draw(st.sampled_from([None, 1.5])),
+        embed_norm=draw(st.none() | NORMS),
+        d_embed=draw(st.sampled_from([None, None, 4, 6])),
+        d_vocab_out=D_VOCAB if tied else draw(st.sampled_from([None, None, 3])),
+        residual_scale=draw(st.sampled_from([1.0, 1.0, 0.6])),
+        logits_scale=draw(st.sampled_from([1.0, 1.0, 1.4])),
         tied_unembed=tied,
         causal=causal,
+        document_mask=draw(st.integers(0, 3)) > 0,
     )
+
+
+@st.composite
+def draw_reach(draw, n_layers: int) -> dict[str, Any]:
+    """Windows and chunks, at most one of them in a layer."""
+    size = st.sampled_from([None, 1, 2, 3])
+    windows = draw(st.one_of(st.none(), st.tuples(*[size] * n_layers)))
+    chunks = draw(st.one_of(st.none(), st.tuples(*[st.sampled_from([None, 2, 3])] * n_layers)))
+    if windows is not None and chunks is not None:
+        chunks = tuple(None if window is not None else chunk for window, chunk in zip(windows, chunks, strict=True))
+    return {"windows": windows, "chunks": chunks}
+
+
+@st.composite
+def draw_activation(draw) -> dict[str, Any]:
+    """An activation, a gate where it goes with it, and what else it needs."""
+    often = ["relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "silu"]
+    act_fn = draw(
+        st.sampled_from([*often, "solu", "solu_ln", "xielu", "clamped_swiglu", "identity", "tanh", "sigmoid"])
+    )
+    if act_fn == "solu_ln":
+        return {"act_fn": act_fn, "act_norm": draw(st.none() | NORMS)}
+    if act_fn == "clamped_swiglu":
+        limit = draw(st.sampled_from([None, 0.5]))
+        return {
+            "act_fn": act_fn,
+            "gated_mlp": True,
+            "swiglu_limit": limit,
+            "swiglu_alpha": draw(st.sampled_from([None, 1.0])),
+        }
+    return {"act_fn": act_fn, "gated_mlp": draw(st.booleans())}
+
+
+@st.composite
+def draw_biases(draw) -> dict[str, bool | None]:
+    """Biases of all maps of a kind, or of some of them."""
+    several = {name: draw(st.booleans()) for name in ("qkv_bias", "out_bias", "mlp_bias")}
+    one = ("q_bias", "k_bias", "v_bias", "mlp_in_bias", "mlp_gate_bias", "mlp_out_bias")
+    return {**several, **({name: draw(st.none() | st.booleans()) for name in one} if draw(st.booleans()) else {})}
 
 
 def draw_by_layer(draw, one: st.SearchStrategy, n_layers: int) -> Any:
@@ -225,9 +295,25 @@ def draw_parts(draw, n_layers: int, wiring: str) -> dict[str, Any]:
     return {
         **fields,
         "shared_norm": can_share and draw(st.booleans()),
-        "qk_norm": draw_by_layer(draw, st.none() | NORMS, n_layers),
+        "norm_stream": wiring == "sequential" and None not in norms and draw(st.integers(0, 3)) == 0,
+        **draw(draw_qk_norm(n_layers)),
         "attn": draw_by_layer(draw, st.sampled_from([ATTENTION, None]), n_layers) if lacks else ATTENTION,
-        "mlp": draw_by_layer(draw, st.sampled_from([MLP, None]), n_layers) if lacks else MLP,
+        "mlp": draw_by_layer(draw, st.sampled_from([MLP, MIXTURE, None] if lacks else [MLP, MLP, MIXTURE]), n_layers),
+    }
+
+
+@st.composite
+def draw_qk_norm(draw, n_layers: int) -> dict[str, Any]:
+    """Norms of queries and keys: over what, with which weights, and where."""
+    norm = draw_by_layer(draw, st.none() | NORMS, n_layers)
+    if norm is None or (isinstance(norm, tuple) and not any(norm)):
+        return {"qk_norm": norm}
+    over = draw(st.sampled_from(["head", "all_heads"]))
+    return {
+        "qk_norm": norm,
+        "qk_norm_over": over,
+        "qk_norm_per_head": over == "head" and draw(st.booleans()),
+        "qk_norm_after_rotary": draw(st.booleans()),
     }
 
 
@@ -257,28 +343,36 @@ def attending(cfg: HookedConfig) -> list[int]:
 
 def kinds_of_positions(cfg: HookedConfig) -> list[object]:
     """The kinds that something reads."""
-    learned = [cfg.positions] if isinstance(cfg.positions, LearnedPositions) else []
-    return [*learned, *(of_layer(cfg.positions, layer) for layer in attending(cfg))]
+    is_embedded = isinstance(cfg.positions, LearnedPositions | SinusoidalPositions | ShortformerPositions)
+    embedded = [cfg.positions] if is_embedded else []
+    return [*embedded, *(of_layer(cfg.positions, layer) for layer in attending(cfg))]
 
 
 def reads_positions(cfg: HookedConfig) -> bool:
-    return has_window(cfg) or not all(isinstance(kind, NoPositions) for kind in kinds_of_positions(cfg))
+    tempered = any(of_layer(cfg.query_temperature, layer) is not None for layer in attending(cfg))
+    return has_reach(cfg) or tempered or not all(isinstance(kind, NoPositions) for kind in kinds_of_positions(cfg))
 
 
-def has_window(cfg: HookedConfig) -> bool:
-    return cfg.windows is not None and any(cfg.windows[layer] is not None for layer in attending(cfg))
+def has_reach(cfg: HookedConfig) -> bool:
+    """Whether a window or a chunk hides keys by their positions."""
+    return any(
+        sizes is not None and any(sizes[layer] is not None for layer in attending(cfg))
+        for sizes in (cfg.windows, cfg.chunks)
+    )
 
 
 def _may_spread(cfg: HookedConfig, scheme: str) -> bool:
     kinds = kinds_of_positions(cfg)
-    counted = has_window(cfg) or any(isinstance(kind, AlibiPositions) for kind in kinds)
+    counted = has_reach(cfg) or any(isinstance(kind, AlibiPositions) for kind in kinds)
     return reads_positions(cfg) and (scheme == "once" or not counted)
 
 
 @st.composite
 def draw_neighbours(draw, cfg: HookedConfig) -> list[str]:
     """The points that a case is about: all, those of a block, or those around its keys, which meet more often so."""
-    points = list(cfg.description.points)
+    inside_mixtures = (".router.", ".experts.", ".shared.")
+    sites = cfg.description.points.items()
+    points = [name for name, site in sites if not (site.discrete or any(word in name for word in inside_mixtures))]
     block = f"blocks.{draw(st.integers(0, cfg.n_layers - 1))}."
     near = [name for name in points if name.startswith(block)]
     words = ("attn_in", "k_input", "hook_k", "k_per_head", "rot_k", "ln1.hook", "k_norm.hook")
@@ -315,13 +409,16 @@ def _draw_case(draw) -> Case:
     n_more = 0 if scheme == "once" else draw(st.integers(1, 2)) if scheme == "grow" else 1
     parts = (first, *(draw(draw_part(n_rows, at_least=draw(st.sampled_from([0, 1])))) for _ in range(n_more)))
     last = parts[-1]
-    is_low = draw(st.integers(0, 5)) == 0
+    # In low precision two experts may change their places.
+    is_low = draw(st.integers(0, 5)) == 0 and MIXTURE not in (block.mlp for block in cfg.blocks)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16])) if is_low else torch.float64
     gradient = None if scheme == "grow" or is_low else draw(st.sampled_from([None, "loss", "capture", "hooks"]))
-    half = draw(st.one_of(st.none(), st.integers(0, cfg.n_layers))) if scheme != "grow" else None
+    # Positions in queries and keys are made, watched and edited in each half, which has tests of its own.
+    may_halve = scheme != "grow" and not isinstance(cfg.positions, ShortformerPositions)
+    half = draw(st.one_of(st.none(), st.integers(0, cfg.n_layers))) if may_halve else None
     starts = draw(_draw_starts(parts)) if draw(st.booleans()) else None
     predicts = _n_predicted(parts, scheme, starts) > 0 and last.width > (0 if scheme != "once" else 1)
-    if gradient == "loss" and (half is not None or not predicts):
+    if gradient == "loss" and (half is not None or not predicts or cfg.d_vocab_out != cfg.d_vocab):
         gradient = "capture"
     takes_some = gradient != "loss" and min(last.lengths) > 0
     logits_at = draw_logits_at(draw, min(last.lengths)) if takes_some and draw(st.booleans()) else None

@@ -94,7 +94,7 @@ class Runner:
         if none_starts and (number if case.says_ids else case.seed % 2):
             return {}
         said: dict[str, Any] = {}
-        if case.spread is None and (case.seed % 2 or not case.restarts):
+        if case.spread is None and (case.seed % 2 or case.restarts != case.cfg.document_mask):
             said["restart_positions"] = case.restarts
         if case.says_ids:
             given = [documents[row][before[row] : lengths[row]] for row in range(len(part.mask))]
@@ -177,7 +177,7 @@ def _split(given: dict, half: int) -> tuple[dict, dict]:
 
     def is_below(name: str) -> bool:
         layer = layer_of(name)
-        return name in ("hook_embed", "hook_pos_embed") if layer is None else layer < half
+        return name.startswith(("hook_embed", "hook_pos_embed", "embed.")) if layer is None else layer < half
 
     edits = given.get("edits", ())
     return tuple(
@@ -221,7 +221,7 @@ def weighted_logits(case: Case, runner: Runner, number: int) -> Iterator[tuple[i
         else:
             places = enumerate(call.chosen[row])  # type: ignore[assignment]
         for column, position in places:
-            yield row, column, position, torch.randn(case.cfg.d_vocab, generator=generator, dtype=torch.float64)
+            yield row, column, position, torch.randn(case.cfg.d_vocab_out, generator=generator, dtype=torch.float64)
 
 
 @contextmanager

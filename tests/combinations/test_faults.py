@@ -13,7 +13,7 @@ from hooklens.errors import CacheError, ConfigError, EditError, HookNameError, I
 from hooklens.hooks.edits import Add, Replace, Scale, Zero
 from tests.annotations import unchecked
 from tests.combinations.reference import Reference
-from tests.model.networks import CONFIGS, RMS_NORM, make_config, make_model, pad_rows, random_tokens
+from tests.model.networks import CONFIGS, RMS_NORM, activations_of, make_config, make_model, pad_rows, random_tokens
 
 # The same sums in another order, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -154,7 +154,7 @@ def test_a_hook_in_place_after_an_edit_keeps_the_edits_value(inference):
     model, ids = make_model("rotary"), random_tokens(2, 4)
     with torch.inference_mode(inference), torch.no_grad():
         _, cache = model.run_with_cache(random_tokens(2, 4, seed=9), names_filter="*")
-        for name in model.hook_points():
+        for name in activations_of(model):
             value, before = cache[name], cache[name].clone()
             edit = Replace(name, value)
             plain = model.run_with_hooks(ids, edits=[edit])

@@ -9,7 +9,7 @@ from hooklens.config import AlibiPositions, RotaryPositions
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Replace, Scale, Zero
 from tests.combinations.reference import PlainEdit, Reference
-from tests.model.networks import ALL_CONFIGS, make_config, make_model, pad_rows, random_tokens
+from tests.model.networks import ALL_CONFIGS, activations_of, make_config, make_model, pad_rows, random_tokens
 
 # The same sums in another order, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -38,7 +38,7 @@ def test_gradients_at_every_point_are_finite_with_padding_on_the_left(network):
     model = make_model(network)
     ids, mask = pad_rows(LEFT, "left")
     single = [model(row[None], return_type="loss", loss_per_token=True).detach()[0] for row in LEFT]
-    for name in model.hook_points():
+    for name in activations_of(model):
         model.zero_grad()
         loss, cache = model.run_with_cache(
             ids, attention_mask=mask, names_filter=name, return_type="loss", incl_bwd=True
@@ -137,7 +137,7 @@ def test_gradients_of_activations_do_not_need_trainable_weights(frozen):
     """With a frozen embedding the gradients at `hook_embed` and the first block's points were missing."""
     model, ids = make_model("rotary"), random_tokens(2, 4)
     with torch.no_grad():
-        names = list(model.hook_points())
+        names = activations_of(model)
     _, expected = model.run_with_cache(ids, names_filter=names, return_type="loss", incl_bwd=True)
     for parameter in [model.embed.table.weight] if frozen == "embedding" else model.parameters():
         parameter.requires_grad_(False)

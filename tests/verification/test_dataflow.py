@@ -34,3 +34,28 @@ def test_no_sublayer_of_a_parallel_block_is_downstream_of_the_other() -> None:
 
     assert "blocks.0.hook_mlp_out" not in downstream_of("blocks.0.hook_attn_out", names, model.cfg)
     assert "blocks.0.mlp.hook_pre_linear" in downstream_of("blocks.0.ln1.hook_scale", names, model.cfg)
+
+
+def test_clipping_may_hide_an_edit() -> None:
+    """An edit of values that all stand at the bounds of `clip_qkv`, and still do, was reported as lost."""
+    model = build("qk-norm-over-all-heads")
+    names = model.hook_points()
+    for source, reader in (
+        ("attn.q_norm.hook_normalized", "attn.hook_rot_q"),
+        ("attn.hook_k_per_head", "attn.hook_attn_scores"),
+        ("ln1.hook_normalized", "attn.hook_v"),
+    ):
+        certain, possible = (
+            downstream_of(f"blocks.0.{source}", names, model.cfg, possibly=possibly) for possibly in (False, True)
+        )
+        assert f"blocks.0.{reader}" in possible - certain
+
+
+@pytest.mark.parametrize("reach", ["windows", "chunks"])
+def test_the_weight_of_the_only_key_depends_on_nothing(reach: str) -> None:
+    """An edit of the scores of queries that see one key each was expected to change the pattern."""
+    names = ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"]
+    for sinks in (False, True):
+        cfg = build("sinks").cfg.replace(**{"windows": None, reach: (1, None)}, attn_sinks=sinks)
+        found = downstream_of("blocks.0.attn.hook_attn_scores", names, cfg, possibly=True)
+        assert found == set(names[0 if sinks else len(names) :])

@@ -47,7 +47,7 @@ def test_the_report_of_verify_has_what_the_list_is_checked_by() -> None:
 
 
 def test_a_mutant_that_no_longer_applies_fails_loudly() -> None:
-    stale = Mutant("nothing", "model.mlp:_gelu_quick", (("no such text", "x"),))
+    stale = Mutant("nothing", "model.activations:_gelu_quick", (("no such text", "x"),))
     with pytest.raises(AssertionError, match="the mutant 'nothing' no longer applies"), put_in(stale):
         pass
     missing = Mutant("nothing", "model.mlp:no_such_function", (("a", "b"),))

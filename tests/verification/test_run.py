@@ -1,5 +1,6 @@
 """`verify` passes sound models of every configuration, refuses what it cannot verify, and leaves models alone."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,17 @@ from hooklens import (
 )
 from hooklens.errors import CheckpointError, InputError
 from hooklens.verification import verify
+from tests.annotations import unchecked
 from tests.verification.networks import CONFIGS, build, verify_points
+
+# Checking annotations on every call takes five times the rest; these hold every kind of tensor.
+CHECKED = ("all-at-once", "mixture", "sinks", "shortformer")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_passes(name: str) -> None:
-    report = verify_points(build(name), gradients=True)
+    with nullcontext() if name in CHECKED else unchecked():
+        report = verify_points(build(name), gradients=True)
 
     assert report.passed, str(report)
 

@@ -76,7 +76,9 @@ def _check_slices(probe: Probe) -> Iterator[CheckResult]:
 
 
 def check_loss(probe: Probe) -> Iterator[CheckResult]:
-    """The mean loss and the losses per token, of padded and unpadded rows."""
+    """The mean loss and the losses per token, of padded and unpadded rows; none where no token is predicted."""
+    if probe.model.cfg.d_vocab_out != probe.model.cfg.d_vocab:
+        return
     tokens, whole = probe.tokens, torch.ones_like(probe.tokens, dtype=torch.bool)
     for words, mask in (("unpadded", whole), ("padded", ragged_mask(tokens, probe.n_tokens // 2))):
         logits = as_logits(probe.model(tokens, attention_mask=mask)).double()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hooklens.axes import find_site
-from hooklens.config import RotaryPositions
+from hooklens.axes import EMBEDDINGS, find_site
+from hooklens.config import HookedConfig, RotaryPositions, SinusoidalPositions
 from hooklens.verification.comparing.ways import Way, ways_to_run
 from hooklens.verification.explicit import ExplicitNetwork, ExplicitRun, Unknown
 from hooklens.verification.explicit.network import LOGITS
@@ -21,6 +21,14 @@ WATCHING = "watching leaves logits bit-identical"
 # As in `Probe.rounding`: other orders of operations, in units of one rounding of every source.
 _ROUNDING_FACTOR = 16.0
 _FLOAT32 = torch.finfo(torch.float32).eps
+# The points at which angles count; behind a rotation also what a norm there makes of it.
+_BY_ANGLES = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pos_embed")
+
+
+# How often rounding is drawn.
+_N_DRAWS = 3
+# What enters the stream.
+_WRITTEN = (*EMBEDDINGS, "hook_attn_out", "hook_mlp_out")
 
 
 class _NotShown(Exception):  # noqa: N818
@@ -68,12 +76,17 @@ def recompute(network: ExplicitNetwork, name: str, shown: Mapping[str, Tensor], 
         return None
     size = largest(value)
     bound = _ROUNDING_FACTOR * (largest_difference(value, moved) + eps * size)
-    positions = [network.cfg.block(layer).positions for layer in range(network.cfg.n_layers)]
-    if any(isinstance(one, RotaryPositions) for one in positions):
+    if _makes_angles(network.cfg):
         # What turns at all is turned by float32 angles, here or inside what a changed copy makes.
-        turns = name.endswith(("hook_rot_q", "hook_rot_k", "hook_attn_scores"))
+        turns = name.endswith(_BY_ANGLES)
         bound += turns * 4 * _FLOAT32 * size * (1 + float(network.batch.positions().max()))
     return Recomputed(value, bound)
+
+
+def _makes_angles(cfg: HookedConfig) -> bool:
+    """Whether positions are angles, which are made in float32."""
+    by_layer = (cfg.block(layer).positions for layer in range(cfg.n_layers))
+    return any(isinstance(one, RotaryPositions | SinusoidalPositions) for one in (cfg.positions, *by_layer))
 
 
 def largest(value: Tensor) -> float:
@@ -141,19 +154,37 @@ def check_explicit_logits(probe: Probe) -> Iterator[CheckResult]:
     for way in ways_to_run(probe):
         explicit = ExplicitRun(probe.model, way.batch)
         found = way.run(probe.model).logits
-        bound = probe.rounding + table_rounding(probe, way, explicit)
+        # Those of another row may be harder to compute than the probe's.
+        rounding = max(probe.rounding, _ROUNDING_FACTOR * unit_rounding(probe, explicit)[LOGITS])
+        bound = rounding + table_rounding(probe, way, explicit)[LOGITS]
         measured = largest_difference(found, explicit.logits)
         message = "" if measured <= bound else _describe_worst("unembed.hook_out", found, explicit.logits)
         yield CheckResult(check=EXPLICIT, subject=way.label, measured=measured, bound=bound, message=message)
 
 
-def table_rounding(probe: Probe, way: Way, explicit: ExplicitRun) -> float:
-    """How far the logits may be off because rotary angles are made in float32: as angles in float64 move them."""
-    positions = [probe.model.cfg.block(layer).positions for layer in range(probe.model.cfg.n_layers)]
-    if not any(isinstance(one, RotaryPositions) for one in positions):
-        return 0.0
-    finer = ExplicitRun(probe.model, way.batch, table_dtype=torch.float64)
-    return _ROUNDING_FACTOR * largest_difference(finer.logits, explicit.logits)
+def unit_rounding(probe: Probe, explicit: ExplicitRun) -> dict[str, float]:
+    """How far each tensor moves when all that enters the stream is changed by a random unit in the last place."""
+    generator = torch.Generator().manual_seed(probe.seed)
+    eps = torch.finfo(probe.dtype).eps
+
+    def add_unit(tensor: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+        return tensor * (1 + eps * sign)
+
+    largest_move = dict.fromkeys(explicit.values, 0.0)
+    for _ in range(_N_DRAWS):
+        moved = explicit.edited({name: add_unit for name in explicit.values if name.endswith(_WRITTEN)})
+        for name, value in explicit.values.items():
+            largest_move[name] = max(largest_move[name], largest_difference(moved[name], value))
+    return largest_move
+
+
+def table_rounding(probe: Probe, way: Way, explicit: ExplicitRun) -> dict[str, float]:
+    """How far each tensor may be off because rotary angles are made in float32: as angles in float64 move it."""
+    if not _makes_angles(probe.model.cfg):
+        return dict.fromkeys(explicit.values, 0.0)
+    finer = ExplicitRun(probe.model, way.batch, table_dtype=torch.float64).values
+    return {name: _ROUNDING_FACTOR * largest_difference(finer[name], value) for name, value in explicit.values.items()}
 
 
 def _compare_bits(subject: str, found: Tensor, expected: Tensor) -> CheckResult:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.axes import find_site, layer_of
 from hooklens.hooks import HookPoint
-from hooklens.verification.comparing.recomputing import compare_shown, largest, table_rounding
+from hooklens.verification.comparing.recomputing import compare_shown, largest, table_rounding, unit_rounding
 from hooklens.verification.comparing.ways import Way, WayRun, ragged_mask, runs_in_pieces, share_prefix
 from hooklens.verification.explicit import Batch, ExplicitNetwork, ExplicitRun
 from hooklens.verification.explicit.network import LOGITS
@@ -47,13 +47,19 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class _Bench:
-    """A way of running, with what it gives without edits."""
+    """A way of running, with what it gives without edits.
+
+    Attributes:
+        way, clean, explicit: the way, what it gives, and what the definitions give.
+        sizes: the largest entry of each tensor.
+        bounds: how far each may be off after an edit, in relation to that.
+    """
 
     way: Way
     clean: WayRun
     explicit: ExplicitRun | None
-    table_rounding: float
     sizes: dict[str, float]
+    bounds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -103,16 +109,22 @@ class SingleEdits:
         probe = self._probe
         clean = way.run(probe.model, capture=probe.names)
         if not self._explicit:
-            return _Bench(way, clean, None, 0.0, {})
+            return _Bench(way, clean, None, {}, {})
         explicit = ExplicitRun(probe.model, way.batch)
         tiny = torch.finfo(torch.float32).tiny
         sizes = {name: max(largest(value), tiny) for name, value in explicit.values.items()}
-        return _Bench(way, clean, explicit, table_rounding(probe, way, explicit), sizes)
+        units, tables = unit_rounding(probe, explicit), table_rounding(probe, way, explicit)
+        in_logits = (probe.rounding + tables[LOGITS]) / sizes[LOGITS]
+        # The logits may feel nothing of a tensor that moves much: scores of queries that see one key each, say.
+        own = {name: (units[name] + tables[name]) / size for name, size in sizes.items()}
+        eps = torch.finfo(probe.dtype).eps
+        bounds = {name: _ROUNDING_FACTOR * (max(in_logits, moves) + eps) for name, moves in own.items()}
+        return _Bench(way, clean, explicit, sizes, bounds)
 
     def check(self, name: str) -> Iterator[CheckResult]:
         """Edit every head, and the first, a middle and the last entry of every other axis at a hook point."""
         site = find_site(name)
-        if site is None or site.position_axis is None:
+        if site is None or site.position_axis is None or site.discrete:
             return
         for bench in self._benches:
             if bench.way.is_cached and not _reads_cache(name):
@@ -173,18 +185,16 @@ class SingleEdits:
     ) -> CheckResult:
         """The worst of the tensors that depend on the edit, each in relation to its size without edits."""
         assert bench.explicit is not None
-        clean, eps = bench.explicit.values, torch.finfo(self._probe.dtype).eps
-        rounding = self._probe.rounding / float(clean[LOGITS].abs().max())
-        tables = bench.table_rounding / float(clean[LOGITS].abs().max())
-        bound = _ROUNDING_FACTOR * (rounding + tables + eps)
-        worst, offender = 0.0, ""
+        clean = bench.explicit.values
+        severest, worst, offender = 0.0, 0.0, LOGITS
         for name, tensor in found.items():
             word = name.partition(",")[0]
             if word != LOGITS and expected[word] is clean[word]:
                 continue
             off = largest_difference(tensor, expected[word]) / bench.sizes[word]
-            if not off <= worst:
-                worst, offender = off, name
+            if not off / bench.bounds[word] <= severest:
+                severest, worst, offender = off / bench.bounds[word], off, name
+        bound = bench.bounds[offender.partition(",")[0]]
         message = "" if worst <= bound else f"furthest off, in relation to its largest entry: {offender}"
         return CheckResult(check=SINGLE, subject=subject, measured=worst, bound=bound, message=message)
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hooklens.axes import HookSite
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.config import NoPositions, RotaryPositions
+from hooklens.config import RotaryPositions
 from hooklens.hooks.edits import Edit
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.attention import Attention
+from hooklens.model.planning import reads_positions
 from hooklens.verification.explicit import Batch
 from hooklens.verification.probe import Probe, as_logits
 
@@ -217,12 +218,9 @@ def _batch(tokens: Int[Tensor, "batch pos"]) -> Batch:
 
 def _takes_positions(model: HookedCausalLM) -> bool:
     """Whether positions can be given, and tables are not each row's own."""
-    kinds = [model.cfg.block(layer).positions for layer in range(model.cfg.n_layers)]
-    reads = any(not isinstance(kind, NoPositions) for kind in kinds) or any(
-        model.cfg.window(layer) is not None for layer in range(model.cfg.n_layers)
-    )
+    kinds = [block.positions for block in model.cfg.blocks if block.attn is not None]
     by_length = any(
-        isinstance(kind, RotaryPositions) and kind.scaling is not None and kind.scaling.kind == "dynamic"
+        isinstance(kind, RotaryPositions) and kind.scaling is not None and kind.scaling.kind in ("dynamic", "longrope")
         for kind in kinds
     )
-    return reads and not by_length
+    return reads_positions(model.cfg) and not by_length

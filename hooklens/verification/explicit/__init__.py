@@ -5,7 +5,8 @@ it, and the logits of an edited call against a computation in which the edit sta
 """
 
 from hooklens.verification.explicit.batch import Batch
-from hooklens.verification.explicit.network import ExplicitNetwork, Unknown
+from hooklens.verification.explicit.block import Unknown
+from hooklens.verification.explicit.network import ExplicitNetwork
 from hooklens.verification.explicit.run import ExplicitRun
 
 __all__ = ["Batch", "ExplicitNetwork", "ExplicitRun", "Unknown"]

@@ -38,8 +38,13 @@ class Batch:
         """Tokens of each row."""
         return [sum(row) for row in self.mask.tolist()]
 
-    def visible(self, window: int | None, *, causal: bool = True) -> Bool[Tensor, "batch query key"]:
-        """Which keys each query sees: tokens, less than `window` positions away; no later column if causal."""
+    def visible(
+        self, window: int | None, chunk: int | None = None, *, causal: bool = True
+    ) -> Bool[Tensor, "batch query key"]:
+        """Which keys each query sees: tokens, less than `window` positions away; no later column if causal.
+
+        With chunks of positions, those of its own only.
+        """
         batch, n = self.mask.shape
         visible = torch.zeros(batch, n, n, dtype=torch.bool, device=self.mask.device)
         positions = self.positions()
@@ -49,5 +54,7 @@ class Batch:
             if window is not None:
                 back = positions[:, query, None] - positions[:, :stop]
                 seen = seen & ((back if causal else back.abs()) < window)
+            if chunk is not None:
+                seen = seen & (positions[:, query, None] // chunk == positions[:, :stop] // chunk)
             visible[:, query, :stop] = seen
         return visible

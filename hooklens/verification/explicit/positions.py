@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.config import AlibiPositions, RotaryPositions, RotaryScaling
+from hooklens.config import AlibiPositions, QueryTemperature, RotaryPositions, RotaryScaling, SinusoidalPositions
 from hooklens.verification.explicit.batch import Batch
 
 Table = Float[Tensor, "batch pos pair"]
@@ -30,6 +30,31 @@ def rotary_table(
     device = batch.tokens.device
     cos, sin = (torch.stack(rows).to(dtype).to(device, torch.float64) for rows in (cosines, sines))
     return cos, sin
+
+
+def sinusoidal_table(
+    positions: SinusoidalPositions, batch: Batch, d_model: int, table_dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "batch pos d_model"]:
+    """Sine and cosine of each position's angle in each pair of entries; angles are made in `table_dtype`."""
+    n_pairs = d_model // 2
+    steps = n_pairs - 1 if positions.includes_base else n_pairs
+    frequencies = torch.tensor([positions.base ** (-pair / steps) for pair in range(n_pairs)], dtype=torch.float64)
+    angles = (batch.positions().cpu() + positions.offset).to(table_dtype)[..., None] * frequencies.to(table_dtype)
+    table = torch.empty(*angles.shape[:2], d_model, dtype=torch.float64)
+    if positions.layout == "half":
+        table[..., :n_pairs], table[..., n_pairs:] = angles.sin(), angles.cos()
+    else:
+        table[..., 0::2], table[..., 1::2] = angles.sin(), angles.cos()
+    return table.to(batch.tokens.device)
+
+
+def query_temperature(kind: QueryTemperature, batch: Batch, dtype: torch.dtype) -> Float[Tensor, "batch pos"]:
+    """The factor on the query at each position, rounded to the activations' dtype."""
+    rows = [
+        [1 + kind.scale * math.log(1 + (position + kind.offset) // kind.length) for position in row]
+        for row in batch.positions().tolist()
+    ]
+    return torch.tensor(rows, dtype=torch.float64, device=batch.tokens.device).to(dtype).double()
 
 
 def rotate(
@@ -90,6 +115,10 @@ def _frequency(positions: RotaryPositions, pair: int, length: int) -> float:
         longest = max(length, scaling.original_n_ctx)
         stretch = scaling.factor * longest / scaling.original_n_ctx - (scaling.factor - 1)
         return float((base * stretch ** (dim / (dim - 2))) ** (-2.0 * pair / dim))
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if length > scaling.original_n_ctx else scaling.short_factors
+        assert factors is not None
+        return plain / factors[pair]
     if scaling.kind == "llama3":
         return _llama3_frequency(plain, scaling)
     return _yarn_frequency(positions, scaling, pair, plain)
@@ -126,11 +155,15 @@ def _yarn_frequency(positions: RotaryPositions, scaling: RotaryScaling, pair: in
 
 
 def _amplitude(scaling: RotaryScaling | None) -> float:
-    """YaRN's factor on cosines and sines."""
-    if scaling is None or scaling.kind != "yarn":
+    """The factor on cosines and sines of YaRN and LongRoPE."""
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
+    if scaling.kind == "longrope":
+        assert scaling.original_n_ctx is not None
+        grown_by = max(scaling.factor, 1.0)
+        return math.sqrt(1 + math.log(grown_by) / math.log(scaling.original_n_ctx))
     scales = [scaling.mscale, scaling.mscale_all_dim] if scaling.mscale and scaling.mscale_all_dim else [1.0]
     grown = [1.0 if scaling.factor <= 1 else 0.1 * scale * math.log(scaling.factor) + 1.0 for scale in scales if scale]
     return grown[0] if len(grown) == 1 else grown[0] / grown[1]

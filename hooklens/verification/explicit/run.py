@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.hooks.names import is_by_name_only
 from hooklens.verification.explicit.batch import Batch
 from hooklens.verification.explicit.network import LOGITS, ExplicitNetwork
 
@@ -31,7 +32,7 @@ class ExplicitRun:
     def __init__(self, model: HookedCausalLM, batch: Batch, *, table_dtype: torch.dtype = torch.float32) -> None:
         self.network = ExplicitNetwork(model, batch, table_dtype=table_dtype)
         self._readers: dict[str, set[str]] = {}
-        self._points = list(model.hook_points())
+        self._points = [name for name in model.hook_points() if not is_by_name_only(name)]
         self.values: dict[str, Tensor] = {}
         self._complete(self.values, {})
 

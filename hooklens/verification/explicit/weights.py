@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.model.attention import Attention
-from hooklens.model.mlp import MLP
 from hooklens.model.part import Part
 
 # What a part of a known kind may be made of, and nothing put around it.
@@ -49,17 +47,22 @@ class ExplicitWeights:
         return self[f"{linear}.weight"][:, head * d_head : (head + 1) * d_head]
 
 
-def why_unknown(part: Part | nn.Module, kind: type[Attention] | type[MLP]) -> str | None:
+def why_unknown(part: Part | nn.Module, kinds: tuple[type[Part], ...]) -> str | None:
     """Why what a part computes has no definition here; None where it has."""
-    if type(part) is not kind:
+    if type(part) not in kinds:
         return f"a part of one's own stands there ({type(part).__name__})"
     for name, module in part.named_modules():
         if isinstance(module, _PLAIN) and type(module) not in _PLAIN:
             return f"a {type(module).__name__} stands at {name}"
         if isinstance(module, nn.Linear) and (module._forward_hooks or module._forward_pre_hooks):
             return f"hooks of torch's own are attached to {name}"
-    expected = {weight.module for weight, _ in part.weight_table() if weight.module is not None}
-    replaced = sorted(name for name in expected if type(part._modules.get(name)) not in _PLAIN)
+    replaced = [
+        weight.module
+        for inside in part.modules()
+        if isinstance(inside, Part)
+        for weight, _ in inside.weight_table()
+        if weight.module is not None and type(inside._modules.get(weight.module)) not in _PLAIN
+    ]
     if replaced:
-        return f"something stands in the place of {', '.join(replaced)}"
+        return f"something stands in the place of {', '.join(sorted(set(replaced)))}"
     return None

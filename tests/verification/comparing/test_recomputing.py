@@ -44,8 +44,10 @@ def test_wrong_positions_of_padded_rows_are_named(dtype: torch.dtype, monkeypatc
 def test_a_pattern_that_z_was_not_computed_with_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     watch_pattern = Attention._watch_pattern
 
-    def watch_scaled(attention: Attention, q: Tensor, k: Tensor, plan: TokenPlan, call: Call) -> tuple[Tensor, bool]:
-        return watch_pattern(attention, 2 * q, k, plan, call)
+    def watch_scaled(
+        attention: Attention, q: Tensor, k: Tensor, plan: TokenPlan, call: Call, *, drops: bool
+    ) -> tuple[Tensor, bool]:
+        return watch_pattern(attention, 2 * q, k, plan, call, drops=drops)
 
     monkeypatch.setattr(Attention, "_watch_pattern", watch_scaled)
 

@@ -26,7 +26,7 @@ def test_logits_are_those_of_transformers(variant: str) -> None:
 
 
 def test_a_part_of_ones_own_is_said_not_to_be_recomputed() -> None:
-    model = make_model(make_config(mlp=PartConfig(kind="two_experts", options={"expert": 2})))
+    model = make_model(make_config(mlp=PartConfig(kind="two_experts", options={"toy_expert": 2})))
     tokens = torch.zeros(1, 3, dtype=torch.long)
     network = ExplicitNetwork(model, Batch(tokens=tokens, mask=tokens == 0))
 
@@ -40,8 +40,8 @@ def test_a_part_of_ones_own_is_said_not_to_be_recomputed() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mlp": PartConfig(kind="two_experts", options={"expert": 2})},
-        {"mlp": PartConfig(kind="two_experts", options={"expert": 2}), "wiring": "parallel", "shared_norm": True},
+        {"mlp": PartConfig(kind="two_experts", options={"toy_expert": 2})},
+        {"mlp": PartConfig(kind="two_experts", options={"toy_expert": 2}), "wiring": "parallel", "shared_norm": True},
         {"attn": PartConfig(kind="gated_attention"), "norm_after": True},
     ],
 )

@@ -4,10 +4,12 @@ from tests.verification.mutants.attention import ATTENTION
 from tests.verification.mutants.blocks import BLOCKS
 from tests.verification.mutants.caches import CACHES
 from tests.verification.mutants.listening import LISTENING
+from tests.verification.mutants.mixtures import MIXTURES
+from tests.verification.mutants.options import OPTIONS
 from tests.verification.mutants.positions import POSITIONS
 from tests.verification.mutation import Mutant
 
-MUTANTS = (*ATTENTION, *BLOCKS, *POSITIONS, *LISTENING, *CACHES)
+MUTANTS = (*ATTENTION, *BLOCKS, *POSITIONS, *OPTIONS, *LISTENING, *CACHES, *MIXTURES)
 
 EQUIVALENT = (
     (

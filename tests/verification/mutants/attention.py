@@ -112,7 +112,7 @@ ATTENTION = (
     ),
     Mutant(
         "heads are taken in reverse",
-        "model.attention:project_heads",
+        "model.heads:project_heads",
         (
             (
                 "return flat.view(flat.shape[0], flat.shape[1], -1, d_head)",
@@ -122,7 +122,7 @@ ATTENTION = (
     ),
     Mutant(
         "edited copies per head lose the bias",
-        "model.attention:project_heads",
+        "model.heads:project_heads",
         (("return heads if bias is None else heads + bias.view(-1, d_head)", "return heads"),),
         stage=EDITS,
     ),
@@ -131,8 +131,8 @@ ATTENTION = (
         "model.attention:Attention.forward",
         (
             (
-                'self.hook_q(project_heads(q_input, maps["q_proj"], d_head), call)',
-                'self.hook_q(project_heads(q_input, maps["q_proj"], d_head).flip(2), call).flip(2)',
+                'self.hook_q(self.project("q", q_input, plan), call)',
+                'self.hook_q(self.project("q", q_input, plan).flip(2), call).flip(2)',
             ),
         ),
     ),
@@ -141,8 +141,8 @@ ATTENTION = (
         "model.attention:Attention.forward",
         (
             (
-                'self.hook_k(project_heads(k_input, maps["k_proj"], d_head), call)',
-                'self.hook_k(2 * project_heads(k_input, maps["k_proj"], d_head), call) / 2',
+                'self.hook_k(self.project("k", k_input, plan), call)',
+                'self.hook_k(2 * self.project("k", k_input, plan), call) / 2',
             ),
         ),
     ),
@@ -162,8 +162,8 @@ ATTENTION = (
         "model.attention:Attention.forward",
         (
             (
-                'v = self.hook_v(project_heads(v_input, maps["v_proj"], d_head), call)',
-                'v = project_heads(v_input, maps["v_proj"], d_head)\n'
+                'v = self.hook_v(self.project("v", v_input, plan), call)',
+                'v = self.project("v", v_input, plan)\n'
                 "    v = torch.cat([self.hook_v(v.clone(), call)[:, :, :-1], v[:, :, -1:]], 2)",
             ),
         ),
@@ -186,8 +186,8 @@ ATTENTION = (
         "model.attention:Attention.forward",
         (
             (
-                'k = self.hook_k(project_heads(k_input, maps["k_proj"], d_head), call)',
-                'k = project_heads(k_input, maps["k_proj"], d_head)\n'
+                'k = self.hook_k(self.project("k", k_input, plan), call)',
+                'k = self.project("k", k_input, plan)\n'
                 "    k = torch.cat([k[:, :1], self.hook_k(k.clone(), call)[:, 1:]], 1)",
             ),
         ),
@@ -238,7 +238,7 @@ ATTENTION = (
     ),
     Mutant(
         "a changed pattern weighs a frozen prefix's values in reverse",
-        "model.attention:_join_past",
+        "model.heads:join_past",
         (("return past.append(k, v)", "keys, values = past.append(k, v)\n        return keys, values.flip(1)"),),
         stage=EDITS,
     ),
@@ -251,7 +251,7 @@ ATTENTION = (
     ),
     Mutant(
         "what listeners made of a turned key is lost where a copy was changed",
-        "model.attention:EditedHeads.take_over",
+        "model.heads:EditedHeads.take_over",
         (("self.keys + repeat_heads(k - self.plain, self.keys.shape[2])", "self.keys"),),
         "qk-rms-norm",
         "pairs of edits",

@@ -11,17 +11,17 @@ BLOCKS = (
         "model.block:Block.forward",
         (
             (
-                "resid_mid = self.hook_resid_mid(resid_pre + attn_out, call)",
+                "resid_mid = self.hook_resid_mid(_add(resid_pre, attn_out, self.ln1_stream, call), call)",
                 "skip = resid_pre + attn_out\n        resid_mid = self.hook_resid_mid(skip.clone(), call)",
             ),
-            ("self.hook_resid_post(resid_mid + self._run_mlp", "self.hook_resid_post(skip + self._run_mlp"),
+            ("_add(resid_mid, mlp_out", "_add(skip, mlp_out"),
         ),
         stage=EDITS,
     ),
     Mutant(
         "the skip connection of a parallel block is that of attention",
         "model.block:Block.forward",
-        (("else resid_pre + out", "else (attn_out if out is attn_out else resid_pre) + out"),),
+        (("else _add(resid_pre, out,", "else _add(attn_out if out is attn_out else resid_pre, out,"),),
         "gated-parallel",
     ),
     Mutant(
@@ -29,9 +29,8 @@ BLOCKS = (
         "model.block:Block.forward",
         (
             (
-                "return self.hook_resid_post(resid_mid + self._run_mlp(resid_mid, None, call), call)",
-                "post = resid_mid + self._run_mlp(resid_mid, None, call)\n"
-                "        return self.hook_resid_post(post.roll(1, 1), call).roll(-1, 1)",
+                "return self.hook_resid_post(_add(resid_mid, mlp_out, self.ln2_stream, call), call)",
+                "post = resid_mid + mlp_out\n        return self.hook_resid_post(post.roll(1, 1), call).roll(-1, 1)",
             ),
         ),
     ),
@@ -91,12 +90,12 @@ BLOCKS = (
     Mutant(
         "an edited norm loses its bias",
         "model.norm:Norm._forward_watched",
-        (("return scaled if self.b is None else scaled + self.b", "return scaled"),),
+        (("scaled if bias is None else scaled + bias", "scaled"),),
         stage=EDITS,
     ),
     Mutant(
         "the epsilon is too large",
-        "model.norm:Norm.apply_weights",
+        "model.norm:Norm._normalize",
         (
             (
                 "return F.rms_norm(x, self.size, self._gain(), self.norm.eps)",
@@ -131,9 +130,9 @@ BLOCKS = (
         "model.mlp:MLP._activate",
         (
             (
-                'return gate * self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)',
-                'linear = apply_linear(maps["in_proj"], x)\n    edited = self.hook_pre_linear(linear.clone(), call)\n'
-                "    return gate * torch.cat([edited[..., :-1], linear[..., -1:]], -1)",
+                'linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)',
+                'raw = apply_linear(maps["in_proj"], x)\n    edited = self.hook_pre_linear(raw.clone(), call)\n'
+                "    linear = edited.clone()\n    linear[..., -1:] = raw[..., -1:]",
             ),
         ),
         "gated-sequential",
@@ -144,16 +143,18 @@ BLOCKS = (
         "model.mlp:MLP._activate",
         (
             (
-                'gate = self.act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))',
-                'gate = self.act(self.hook_pre(apply_linear(maps["in_proj"], x), call))',
+                'gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))',
+                'gate = act(self.hook_pre(apply_linear(maps["in_proj"], x), call))',
             ),
         ),
         "gated-sequential",
     ),
-    Mutant("the quick GELU has another constant", "model.mlp:_gelu_quick", (("1.702", "1.7"),), "gated-parallel"),
+    Mutant(
+        "the quick GELU has another constant", "model.activations:_gelu_quick", (("1.702", "1.7"),), "gated-parallel"
+    ),
     Mutant(
         "the squared ReLU squares first",
-        "model.mlp:_relu_squared",
+        "model.activations:_relu_squared",
         (("F.relu(x).square()", "F.relu(x.square())"),),
         "relu2",
     ),
@@ -162,6 +163,48 @@ BLOCKS = (
         "model.embed:Embed.forward",
         (("torch.tensor(self.cfg.embed_scale, dtype", "torch.tensor(self.cfg.embed_scale + 0.01, dtype"),),
         "embed-scale",
+    ),
+    Mutant(
+        "the factor on branches is left out where a norm follows them",
+        "model.block:Block._leave_branch",
+        (("out = norm(out, call)", "return norm(out, call)"),),
+        "scales",
+    ),
+    Mutant(
+        "the stream's norm is left out of the skip connection",
+        "model.block:_add",
+        (("norm(added, call)", "norm(out, call) + stream"),),
+        "norms-on-stream",
+    ),
+    Mutant(
+        "the factor on the logits leaves out the bias",
+        "model.embed:Unembed._scale",
+        (("logits * self.cfg.logits_scale", "(logits - self.b_U) * self.cfg.logits_scale + self.b_U"),),
+        "scales",
+    ),
+    Mutant(
+        "the embedding is scaled behind its norm",
+        "model.embed:Embed.forward",
+        (("self.ln(embedded, call)", "self.ln(embedded / self.cfg.embed_scale, call) * self.cfg.embed_scale"),),
+        "scales",
+    ),
+    Mutant(
+        "the neurons' norm shows what it was given",
+        "model.mlp:MLP._activate",
+        (("self.ln(self.hook_mid(neurons, call), call)", "neurons + 0 * self.ln(self.hook_mid(neurons, call), call)"),),
+        "solu-ln",
+    ),
+    Mutant(
+        "the exponential side of xIELU lacks its half",
+        "model.activations:xielu",
+        (("(0.5 + F.softplus(alpha_n))", "F.softplus(alpha_n)"),),
+        "xielu",
+    ),
+    Mutant(
+        "the linear half of a clamped SwiGLU is clamped on one side",
+        "model.activations:clamp_linear_half",
+        (("linear.clamp(-limit, limit)", "linear.clamp(max=limit)"),),
+        "clamped-swiglu",
     ),
     Mutant(
         "the offset of learned positions is left out",
@@ -177,20 +220,18 @@ BLOCKS = (
     ),
     Mutant(
         "capped logits are not scaled back",
-        "model.decoder:Decoder._unembed_stream",
+        "model.embed:Unembed.cap",
         (("cap * torch.tanh(logits / cap)", "torch.tanh(logits / cap)"),),
         "logits-softcap",
     ),
     Mutant(
         "an edit at hook_pos_embed is lost for the last position",
-        "model.decoder:Decoder._embed_tokens",
+        "model.decoder:Decoder._embed_positions",
         (
             (
-                "stream = stream + self.hook_pos_embed("
-                "self.pos_embed(plan.positions).expand_as(stream).contiguous(), call)",
-                "placed = self.pos_embed(plan.positions).expand_as(stream).contiguous()\n"
-                "        edited = self.hook_pos_embed(placed.clone(), call)\n"
-                "        stream = stream + torch.cat([edited[:, :-1], placed[:, -1:]], 1)",
+                "return self.hook_pos_embed(embedded if kept is None else embedded * kept, call)",
+                "edited = self.hook_pos_embed(embedded.clone(), call)\n"
+                "    return torch.cat([edited[:, :-1], embedded[:, -1:]], 1)",
             ),
         ),
         stage=EDITS,

@@ -53,7 +53,7 @@ CACHES = (
     ),
     Mutant(
         "padding of new tokens is not noted",
-        "kv_cache.cache:HookedKeyValueCache.append_attention_mask",
+        "kv_cache.columns:ColumnRecord._append_columns",
         (
             (
                 "self._mask = self._mask.join(new, all_tokens=all_tokens)",
@@ -63,8 +63,8 @@ CACHES = (
     ),
     Mutant(
         "a saved cache holds its keys twice",
-        "kv_cache.cache:HookedKeyValueCache.save",
-        (("values=[entry.past_values for", "values=[entry.past_keys for"),),
+        "kv_cache.storage:write_cache",
+        (("entry.past_keys, entry.past_values", "entry.past_keys, entry.past_keys"),),
         stage="caches",
     ),
 )
