@@ -17,11 +17,15 @@ from hooklens.config import (
     AlibiPositions,
     HookedConfig,
     LearnedPositions,
+    MoEConfig,
     NoPositions,
     NormConfig,
     PartConfig,
+    QueryTemperature,
     RotaryPositions,
     RotaryScaling,
+    ShortformerPositions,
+    SinusoidalPositions,
 )
 from hooklens.errors import HookLensError
 from hooklens.hooks import HookedModule, HookPoint, edits
@@ -31,7 +35,7 @@ from hooklens.verification import VerificationReport, verify
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
-    from hooklens import analysis, evaluation, patching
+    from hooklens import analysis, evaluation, patching, training
 
 __version__ = "0.1.0"
 
@@ -47,11 +51,15 @@ __all__ = [
     "HookedKeyValueCacheEntry",
     "HookedModule",
     "LearnedPositions",
+    "MoEConfig",
     "NoPositions",
     "NormConfig",
     "PartConfig",
+    "QueryTemperature",
     "RotaryPositions",
     "RotaryScaling",
+    "ShortformerPositions",
+    "SinusoidalPositions",
     "VerificationReport",
     "analysis",
     "documents",
@@ -59,11 +67,12 @@ __all__ = [
     "evaluation",
     "get_act_name",
     "patching",
+    "training",
     "verify",
 ]
 
 # Packages of experiments, imported when first used: `hl.patching.sweep(...)`.
-_LATE = frozenset({"analysis", "evaluation", "patching"})
+_LATE = frozenset({"analysis", "evaluation", "patching", "training"})
 
 
 def __getattr__(name: str) -> Any:

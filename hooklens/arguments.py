@@ -52,21 +52,24 @@ _PLAIN = (
 )
 
 
-def reads(**readers: Reader) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
+def reads(
+    error: Error = InputError, /, **readers: Reader
+) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
     """Put readers before a method: it is handed what they return, and all refusals are raised as one.
 
     Defaults are not read, so a plain call of a method costs nothing. Keywords that the function hands on
     (`**keywords`) can have readers, too. An argument that the method does not take is a `TypeError`.
 
     Args:
+        error: what the method raises.
         **readers: by the name of the argument.
 
     Raises:
-        InputError: by the method, what its readers refuse.
+        HookLensError: by the method, what its readers refuse.
     """
 
     def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-        signature = _Signature(function, readers)
+        signature = _Signature(function, readers, error)
 
         @functools.wraps(function)
         def checked(*arguments: Any, **keywords: Any) -> Returned:
@@ -82,13 +85,14 @@ def reads(**readers: Reader) -> Callable[[Callable[Parameters, Returned]], Calla
 class _Signature:
     """The arguments of a method and their readers."""
 
-    def __init__(self, function: Callable[..., Any], readers: Mapping[str, Reader]) -> None:
+    def __init__(self, function: Callable[..., Any], readers: Mapping[str, Reader], error: Error) -> None:
         parameters = inspect.signature(function).parameters
         hands_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
         assert hands_on or readers.keys() <= parameters.keys(), f"{function} takes no {readers.keys() - parameters}"
         self._subject = function.__qualname__
         self._known = None if hands_on else frozenset(parameters)
         self._readers = readers
+        self._error = error
         # A method's first argument is the object itself; a function's may have a reader.
         self.n_unread = 0 if next(iter(parameters), None) in readers else 1
         self._places = [
@@ -101,7 +105,7 @@ class _Signature:
         """The arguments as plain values.
 
         Raises:
-            InputError: what readers refuse.
+            HookLensError: what readers refuse.
             TypeError: a keyword that the method does not take.
         """
         problems: list[str] = []
@@ -109,26 +113,25 @@ class _Signature:
             given = list(arguments)
             for place, name in self._places:
                 if place < len(given):
-                    given[place] = _try(self._readers[name], given[place], name, problems)
+                    given[place] = self._try(self._readers[name], given[place], name, problems)
             arguments = tuple(given)
         read = {}
         for name, value in keywords.items():
             reader = self._readers.get(name)
-            read[name] = value if reader is None else _try(reader, value, name, problems)
+            read[name] = value if reader is None else self._try(reader, value, name, problems)
             if reader is None and self._known is not None and name not in self._known:
                 nearest = suggest_names(name, self._known)
                 raise TypeError(f"{self._subject}() got an unexpected keyword argument {name!r}.{nearest}")
         if problems:
-            raise InputError("; ".join(problems))
+            raise self._error("; ".join(problems))
         return arguments, read
 
-
-def _try(reader: Reader, given: Any, name: str, problems: list[str]) -> Any:
-    try:
-        return reader(given, what=name, error=InputError)
-    except InputError as found:
-        problems.append(str(found))
-        return None
+    def _try(self, reader: Reader, given: Any, name: str, problems: list[str]) -> Any:
+        try:
+            return reader(given, what=name, error=self._error)
+        except self._error as found:
+            problems.append(str(found))
+            return None
 
 
 def optional(reader: Reader) -> Reader:

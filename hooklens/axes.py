@@ -22,7 +22,13 @@ AXES: dict[str, str] = {
     "d_model": "width of the residual stream",
     "d_head": "width of one attention head",
     "d_mlp": "neurons of one MLP",
+    "expert": "experts of a mixture",
+    "choice": "the experts chosen for a token, in the order of their scores",
+    "d_expert": "neurons of one expert",
+    "d_shared": "neurons of the expert that sees every token",
     "d_vocab": "entries of the vocabulary",
+    "d_vocab_out": "outputs of the unembedding: d_vocab, or the classes of a classifier",
+    "d_embed": "width of the token embedding, where that is projected to d_model",
     "position": "rows of a table of learned positions: n_ctx, and the rows before position 0",
     "one": "a single number per position",
 }
@@ -39,6 +45,9 @@ class HookSite:
         on_request: expensive, so left out of "cache everything"; naming the point asks for it.
         repeats: the template of the point whose key-value heads this one repeats for each query head that reads
             them. An edit of such a copy is in no key-value cache, which holds one key and value per key-value head.
+        discrete: whole numbers that name something, such as experts or tokens: they have no gradient, and no arithmetic
+            is done with them. A discrete point on request is selected by its name alone, not by a glob or a predicate,
+            which are about activations.
     """
 
     template: str
@@ -46,6 +55,7 @@ class HookSite:
     description: str
     on_request: bool = False
     repeats: str | None = None
+    discrete: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -61,8 +71,9 @@ class HookSite:
 HOOK_SITES: dict[str, HookSite] = {}
 """Every kind of hook point there is, by template: what the parts of a network have declared."""
 
-# Templates by short word and by the module they sit in; None: in the block or the model itself.
-_TEMPLATES: dict[str, dict[str | None, str]] = {}
+# Templates by short word, and by the module they sit in (None: in the block or the model itself) and whether it is in
+# a block.
+_TEMPLATES: dict[str, dict[tuple[str | None, bool], str]] = {}
 
 
 def declare_axis(name: str, description: str) -> None:
@@ -92,7 +103,7 @@ def declare_site(site: HookSite) -> HookSite:
         )
     *path, point = site.template.split(".")
     module = path[-1] if path and path[-1] != "{i}" else None
-    _TEMPLATES.setdefault(point.removeprefix("hook_"), {})[module] = site.template
+    _TEMPLATES.setdefault(point.removeprefix("hook_"), {})[module, site.per_layer] = site.template
     return known
 
 
@@ -119,6 +130,15 @@ def layer_of(name: str) -> int | None:
     """The layer in a hook name: `"blocks.3.hook_resid_pre"` gives 3, `"hook_embed"` gives None."""
     match = _LAYER.match(name)
     return int(match.group(1)) if match else None
+
+
+EMBEDDINGS = ("hook_embed", "hook_pos_embed")
+"""The hook points of what the stream begins with, as a sum."""
+
+
+def is_below_blocks(name: str) -> bool:
+    """Whether a hook point stands between the tokens and the first block."""
+    return name in ("hook_tokens", *EMBEDDINGS) or name.startswith("embed.")
 
 
 # Words of the field that stand for a hook point's own word.
@@ -189,7 +209,9 @@ def _find_template(name: str, word: str, layer: int | None, part: str | None) ->
             f"no hook point is called {name!r}.{suggest_names(word, [*index, *ALIASES])} "
             "model.hook_table() lists the points a model has"
         )
-    places = index[word]
+    # A module that there is in blocks and outside of them is the one that the layer says.
+    order = (layer is None, layer is not None)
+    places = {module: found for is_in in order for (module, own), found in index[word].items() if own is is_in}
     if part is None and len(places) == 1:
         return next(iter(places.values()))
     if part in places:
@@ -197,6 +219,12 @@ def _find_template(name: str, word: str, layer: int | None, part: str | None) ->
     in_blocks = {module: template for module, template in places.items() if "{i}" in template}
     if layer is not None and in_blocks:
         places = in_blocks
+    if part is None:
+        # The word alone means the outermost of several: the MLP's neurons, not those of an expert inside it.
+        depth = min(template.count(".") for template in places.values())
+        outermost = [template for template in places.values() if template.count(".") == depth]
+        if len(outermost) == 1:
+            return outermost[0]
     modules = ", ".join(repr(module) for module in sorted(filter(None, places)))
     needs = f"needs the module it sits in, one of {modules}" if modules else "sits in no module, so leave that out"
     names = ", ".join(repr(template.replace("{i}", str(layer or 0))) for template in places.values())

@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
-    ("patching", "analysis", "evaluation", "verification"),
+    ("patching", "analysis", "evaluation", "verification", "training"),
     ("cli",),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
@@ -55,8 +55,10 @@ ALLOWED_PHRASES = re.compile(
     r"bundled:tiny-[a-z-]+"
     # The field's own word for one way to stretch rotary frequencies, and the release that brought it.
     r"|(?<![a-zA-Z])llama3(?![0-9])|\bLlama 3\.1\b"
-    # The source of the depth-scaled initialisation.
-    r"|\bas in GPT-2\b"
+    # Public names that say which library's parameters and configurations they read and write.
+    r"|\b(from|to|read|write)_xlstm\b|\bxlstm-jax\b"
+    # The field's own word for a way to draw fresh weights.
+    r"|\"gpt2\""
 )
 
 

@@ -20,8 +20,10 @@ def test_sites_speak_the_glossary(site):
     assert site.per_layer == site.template.startswith("blocks.{i}.")
 
 
-def test_only_points_with_a_copy_per_head_are_on_request():
-    on_request = {site.template.rpartition(".")[2] for site in HOOK_SITES.values() if site.on_request}
+def test_only_points_with_a_copy_per_head_and_ids_are_on_request():
+    on_request = {
+        site.template.rpartition(".")[2] for site in HOOK_SITES.values() if site.on_request and not site.discrete
+    }
     streams = {"hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_result"}
     assert on_request == streams | {"hook_k_per_head", "hook_v_per_head"}
 
@@ -110,7 +112,7 @@ def test_aliases_lead_to_words_that_exist():
     ("arguments", "n_layers", "text"),
     [
         (("patern", 0), None, r"no hook point is called 'patern'\. Did you mean 'pattern'.*hook_table\(\) lists"),
-        (("scale", 0), None, r"'scale' needs the module it sits in, one of 'k_norm', 'ln1'.*got None"),
+        (("scale", 0), None, r"'scale' needs the module it sits in, one of 'k_norm', 'ln', 'ln1'.*got None"),
         (("scale", 0, "ln9"), None, r"needs the module it sits in, one of .*; got 'ln9'"),
         (("pattern",), None, r"'pattern' exists once per block: give the layer, as in \('pattern', 0\)"),
         (("embed", 2), None, r"'hook_embed' exists once per model: leave the layer 2 out"),
@@ -125,7 +127,7 @@ def test_aliases_lead_to_words_that_exist():
         (
             ("scale", "-1", "b"),
             4,
-            r"'ln1', .*; got 'b'\. Full names: 'blocks\.3\.attn\.q_norm\.hook_scale', .*'blocks\.3\.ln1\.hook_scale', ",
+            r"'ln1', .*; got 'b'\. Full names: .*'blocks\.3\.attn\.q_norm\.hook_scale', .*'blocks\.3\.ln1\.hook_scale'",
         ),
         (("resid_pre", 1, "{i}"), None, r"'resid_pre' sits in no module"),
         (("scale3ln1", None, "ln2"), None, r"'scale3ln1' already names a module; leave the part 'ln2' out"),

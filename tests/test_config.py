@@ -312,8 +312,8 @@ def test_unknown_fields_in_a_file_are_listed():
     values = {**HookedConfig(**SIZES).to_dict(), "hidden_size": 3, "rope_theta": 1}
     with pytest.raises(ConfigError, match=r"unknown fields \['hidden_size', 'rope_theta'\]; known ones are"):
         HookedConfig.from_dict(values)
-    with pytest.raises(ConfigError, match=r"positions kind is 'sinusoidal'; expected one of 'rotary', 'alibi'"):
-        HookedConfig.from_dict({**SIZES, "positions": {"kind": "sinusoidal"}})
+    with pytest.raises(ConfigError, match=r"positions kind is 'relative'; expected one of 'rotary', 'alibi'"):
+        HookedConfig.from_dict({**SIZES, "positions": {"kind": "relative"}})
 
 
 @pytest.mark.parametrize(
@@ -373,3 +373,22 @@ def test_options_of_a_part_do_not_change():
     for same in (copy.deepcopy(part), pickle.loads(pickle.dumps(part)), dataclasses.replace(part)):
         assert same == part
         assert hash(same) == hash(part)
+
+
+def test_biases_of_single_maps():
+    """A flag of one map says what its group's does not; what says the same is equal."""
+    some = HookedConfig(**SIZES, qkv_bias=False, q_bias=True, v_bias=True, mlp_out_bias=False)
+    assert [some.block(0).has_bias(name) for name in ("q", "k", "v")] == [True, False, True]
+    assert [some.block(1).has_bias(name) for name in ("mlp_in", "mlp_gate", "mlp_out")] == [True, True, False]
+    weights = some.description.weights
+    assert "blocks.0.attn.b_Q" in weights
+    assert "blocks.0.attn.b_K" not in weights
+    assert "blocks.0.mlp.b_in" in weights
+    assert "blocks.0.mlp.b_out" not in weights
+    assert some.description.why_absent("blocks.0.attn.b_K") == "its keys have no bias"
+    plain = HookedConfig(**SIZES)
+    assert HookedConfig(**SIZES, qkv_bias=False, q_bias=True, k_bias=True, v_bias=True) == plain
+    assert HookedConfig(**SIZES, k_bias=True) == plain
+    assert HookedConfig(**SIZES, k_bias=False) == HookedConfig(**SIZES, qkv_bias=False, q_bias=True, v_bias=True)
+    assert HookedConfig.from_json(some.to_json()) == some
+    assert some.replace(k_bias=True, mlp_bias=True, mlp_out_bias=None) == plain

@@ -115,13 +115,15 @@ METHODS = {
     "accumulated_bias": (None, {"layer": 1}, ["layer", "mlp_input", "include_mlp_biases"]),
     "all_composition_scores": (None, {}, ["mode"]),
     "initialize": (lambda model, **given: make_word_model(d_model=8, n_ctx=4, init_std=0.1).initialize(**given), {},
-                   ["seed"]),
+                   ["seed", "scheme"]),
     "from_pretrained": (None, {"source": "bundled:tiny-llama", "local_files_only": True},
                         ["source", "revision", "dtype", "device", "layers", "tokenizer", "cache_dir",
                          "local_files_only"]),
     "from_hf": (None, {}, ["hf_model"]),
     "from_state_dict": (lambda model, **given: model.from_state_dict(**{"state": model.state_dict(), "cfg": model.cfg,
                                                                         **given}), {}, ["state", "cfg", "tokenizer"]),
+    "from_xlstm": (None, {"params": {}, "config": {"vocab_size": 9, "embedding_dim": 4, "num_blocks": 1}},
+                   ["params", "config", "n_ctx", "dtype", "device", "tokenizer"]),
     "model": (lambda model, **given: type(model)(**{"cfg": model.cfg, **given}), {}, ["cfg", "tokenizer"]),
 }  # fmt: skip
 
@@ -320,7 +322,7 @@ def test_filters_that_choose_nothing_by_mistake(model):
     for given, text in [
         (3, r"hook points are chosen by 3; expected a name, a glob"),
         ((1,), r"\(1,\) is no hook point; expected \(name, layer\)"),
-        (lambda name: torch.zeros(2), r"the predicate answered a tensor \[2\] of torch.float32 for 'hook_embed'"),
+        (lambda name: torch.zeros(2), r"the predicate answered a tensor \[2\] of torch.float32 for 'hook_tokens'"),
     ]:
         with unchecked(), pytest.raises(HookNameError, match=text):
             model.run_with_cache(TOKENS, names_filter=given)

@@ -1,8 +1,12 @@
-"""Reading the arguments of a cache's methods: entries of an axis, single numbers, flags."""
+"""Reading the arguments of a cache's methods: how components are stacked, entries of an axis."""
 
-from hooklens import arguments
+from hooklens.arguments import Reader, optional, read_flag, read_int
 from hooklens.errors import CacheError
 from hooklens.hooks.choice import read_choice, resolve_choice
+
+LAYER: dict[str, Reader] = {"layer": optional(read_int)}
+STACKING: dict[str, Reader] = {**LAYER, "apply_ln": read_flag, "return_labels": read_flag}
+"""Readers of how components are stacked; which positions and directions is read where these are taken."""
 
 
 def choose(given: object, size: int, *, what: str, noun: str) -> tuple[list[int], bool]:
@@ -22,28 +26,3 @@ def choose(given: object, size: int, *, what: str, noun: str) -> tuple[list[int]
     if not chosen:
         raise CacheError(f"{what}={given!r} chooses none of the {size} {noun}; expected at least one")
     return chosen, isinstance(index, int)
-
-
-def read_number(given: object, *, what: str, optional: bool = True) -> int | None:
-    """A single whole number in plain Python, or None where that is allowed.
-
-    Raises:
-        CacheError: anything else, a mask or a fraction, too.
-    """
-    return None if given is None and optional else arguments.read_int(given, what=what, error=CacheError)
-
-
-def check_flags(**flags: object) -> None:
-    """Refuse what is neither True nor False, a text such as "no" above all, which would count as True.
-
-    Raises:
-        CacheError: lists the arguments.
-    """
-    problems = []
-    for name, flag in flags.items():
-        try:
-            arguments.read_flag(flag, what=name, error=CacheError)
-        except CacheError as refusal:
-            problems.append(str(refusal))
-    if problems:
-        raise CacheError("; ".join(problems))

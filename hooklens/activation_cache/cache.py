@@ -1,32 +1,31 @@
 """`ActivationCache`: what a run captured, and what can be read off it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.activation_cache.arguments import check_flags
+from hooklens.activation_cache.arguments import LAYER, STACKING
 from hooklens.activation_cache.captured import CapturedActivations
-from hooklens.activation_cache.components import LabelledStack, read_points
-from hooklens.activation_cache.decomposition import (
+from hooklens.activation_cache.components import (
+    Components,
     Mode,
-    accumulate_stream,
-    decompose_by_head,
-    decompose_by_neuron,
-    decompose_fully,
-    make_readout,
-    names_by_head,
-    names_by_layer,
-    names_by_neuron,
-    names_of_all,
-    places_up_to,
+    check_any,
+    of_all,
+    of_embeddings,
+    of_heads,
+    of_neurons,
+    of_outputs,
+    of_streams,
+    read_components,
 )
 from hooklens.activation_cache.logits import TokenIds, align_directions, find_directions
-from hooklens.activation_cache.readout import Readout
+from hooklens.activation_cache.readout import Readout, make_readout
 from hooklens.activation_cache.stacks import fit_norm
-from hooklens.activation_cache.stream import StreamPoint, locate, require, require_weight
+from hooklens.activation_cache.stream import StreamPoint, locate, places_up_to, require, require_weight
+from hooklens.arguments import read_flag, reads
 from hooklens.errors import CacheError
 from hooklens.hooks.choice import Choice
 from hooklens.precision import widen
@@ -43,7 +42,8 @@ class ActivationCache(CapturedActivations):
 
     Reading: full names and shorthands both work: `cache["blocks.3.attn.hook_pattern"]`,
     `cache["pattern", 3]`, `cache["scale", 3, "ln1"]`, `cache["k3"]`, `cache["resid_pre", -1]`. The gradient
-    of an activation is under its name with `_grad` after it. See `CapturedActivations` for the attributes.
+    of an activation is under its name with `_grad` after it: `cache["pattern_grad", 3]`. See `CapturedActivations`
+    for the attributes.
 
     Taking apart: the methods below stack components along a first axis, with the arguments and labels of
     TransformerLens 2.x. These arguments are the same for all of them:
@@ -69,6 +69,7 @@ class ActivationCache(CapturedActivations):
     record of the model, the very tensors: a cache read from a file has none, see `with_weights`.
     """
 
+    @reads(CacheError, **STACKING, mlp_input=read_flag, incl_mid=read_flag)
     def accumulated_resid(
         self,
         layer: SupportsIndex | None = None,
@@ -90,13 +91,12 @@ class ActivationCache(CapturedActivations):
             incl_mid: also between attention and MLP, `"0_mid"`; sequential blocks only.
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
-        places = places_up_to(point, incl_mid=incl_mid)
-        return self._decompose(
-            "accumulated_resid", point, [place.name_in(self) for place in places],
-            lambda readout: accumulate_stream(self, places, readout),
+        return self._stack(
+            "accumulated_resid", point, [of_streams(self, places_up_to(point, incl_mid=incl_mid))],
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
         )  # fmt: skip
 
+    @reads(CacheError, **STACKING, mlp_input=read_flag, incl_embeds=read_flag)
     def decompose_resid(
         self,
         layer: SupportsIndex | None = None,
@@ -118,12 +118,13 @@ class ActivationCache(CapturedActivations):
             incl_embeds: with the embeddings.
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
-        names = names_by_layer(self, point, mode=mode, incl_embeds=incl_embeds)
-        return self._decompose(
-            "decompose_resid", point, names, lambda readout: read_points(self, names, readout),
+        components = [*([of_embeddings(self)] if incl_embeds else []), of_outputs(point, mode)]
+        return self._stack(
+            "decompose_resid", point, components,
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
         )  # fmt: skip
 
+    @reads(CacheError, **LAYER)
     def stack_activation(
         self, activation_name: str, layer: SupportsIndex | None = -1, sublayer_type: str | None = None
     ) -> Float[Tensor, "layer ..."]:
@@ -162,6 +163,7 @@ class ActivationCache(CapturedActivations):
             results[f"{attn}.hook_result"] = parts.movedim(0, -2).to(z.dtype)
         return self._derive({**self, **results})
 
+    @reads(CacheError, **STACKING, incl_remainder=read_flag)
     def stack_head_results(
         self,
         layer: SupportsIndex | None = -1,
@@ -174,13 +176,13 @@ class ActivationCache(CapturedActivations):
     ) -> StackAndLabels:
         """What each head below `layer` adds to the stream, `"L0H0"`, `"L0H1"`, ...; arguments as in the class."""
         point = locate(self.cfg, layer)
-        return self._decompose(
-            "stack_head_results", point, names_by_head(self, point, incl_remainder=incl_remainder),
-            lambda readout: decompose_by_head(self, point, readout, incl_remainder=incl_remainder),
+        return self._stack(
+            "stack_head_results", point, [of_heads(self, point.attention_layers)], incl_remainder=incl_remainder,
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
             project_output_onto=project_output_onto,
         )  # fmt: skip
 
+    @reads(CacheError, **STACKING, incl_remainder=read_flag)
     def stack_neuron_results(
         self,
         layer: SupportsIndex | None = -1,
@@ -201,15 +203,14 @@ class ActivationCache(CapturedActivations):
             neuron_slice: the neurons (int, slice or list), the same in every layer.
         """
         point = locate(self.cfg, layer)
-        return self._decompose(
-            "stack_neuron_results", point, names_by_neuron(self, point, incl_remainder=incl_remainder),
-            lambda readout: decompose_by_neuron(
-                self, point, readout, neuron_slice=neuron_slice, incl_remainder=incl_remainder
-            ),
+        neurons = of_neurons(self, point.mlp_layers, neuron_slice)
+        return self._stack(
+            "stack_neuron_results", point, [neurons], incl_remainder=incl_remainder,
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
             project_output_onto=project_output_onto,
         )  # fmt: skip
 
+    @reads(CacheError, **STACKING, mlp_input=read_flag, expand_neurons=read_flag)
     def get_full_resid_decomposition(
         self,
         layer: SupportsIndex | None = None,
@@ -228,36 +229,38 @@ class ActivationCache(CapturedActivations):
             expand_neurons: neurons one by one; otherwise the MLPs' outputs, biases included.
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
-        return self._decompose(
-            "get_full_resid_decomposition", point, names_of_all(self, point, expand_neurons=expand_neurons),
-            lambda readout: decompose_fully(self, point, readout, expand_neurons=expand_neurons),
+        return self._stack(
+            "get_full_resid_decomposition", point, of_all(self, point, expand_neurons=expand_neurons),
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
             project_output_onto=project_output_onto,
         )  # fmt: skip
 
-    def _decompose(
+    def _stack(
         self,
         purpose: str,
         point: StreamPoint,
-        names: Sequence[str],
-        read: Callable[[Readout], LabelledStack],
+        components: Sequence[Components],
         *,
         apply_ln: bool,
         pos_slice: Choice,
         return_labels: bool,
+        incl_remainder: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> StackAndLabels:
-        """What `read` gives of the activations `names`, with what the methods have in common around it."""
-        check_flags(return_labels=return_labels)
+        """What there is of some components, with what the methods have in common around it."""
+        remainder = [point.name_in(self)] if incl_remainder else []
+        if not remainder:
+            check_any(components, point)
         readout = make_readout(
-            self, point, purpose=purpose, names=names,
+            self, point, purpose=purpose, names=[*(name for one in components for name in one.names), *remainder],
             apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto,
         )  # fmt: skip
-        values, labels = read(readout)
+        values, labels = read_components(self, components, readout, remainder_at=point if incl_remainder else None)
         if project_output_onto is not None and project_output_onto.ndim == 1:
             values = values[..., 0]
         return (values, labels) if return_labels else values
 
+    @reads(CacheError, **LAYER, mlp_input=read_flag, has_batch_dim=read_flag, whole_streams=read_flag)
     def apply_ln_to_stack(
         self,
         residual_stack: Vectors,
@@ -286,7 +289,6 @@ class ActivationCache(CapturedActivations):
             MissingActivationError: the norm's `hook_scale` was not captured.
             CacheError: the shapes do not fit.
         """
-        check_flags(has_batch_dim=has_batch_dim, whole_streams=whole_streams)
         point = locate(self.cfg, layer, mlp_input=mlp_input)
         stack, norm, _ = fit_norm(
             self, residual_stack, point, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim
@@ -295,6 +297,7 @@ class ActivationCache(CapturedActivations):
             return stack
         return norm.apply_to_whole(stack) if whole_streams else norm.apply(stack)
 
+    @reads(CacheError, has_batch_dim=read_flag)
     def logit_attrs(
         self,
         residual_stack: Vectors,
@@ -319,7 +322,6 @@ class ActivationCache(CapturedActivations):
         Raises:
             CacheError: the tokens do not fit the stack, or are text: a cache has no tokenizer.
         """
-        check_flags(has_batch_dim=has_batch_dim)
         stack, norm, lead = fit_norm(
             self, residual_stack, locate(self.cfg, None),
             pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim,

@@ -12,14 +12,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooklens.activation_cache.arguments import choose, read_number
+from hooklens.activation_cache.arguments import choose
 from hooklens.activation_cache.memory import count_bytes, format_bytes, identify, take
-from hooklens.activation_cache.missing import GRAD, MissingActivationError, explain_missing
+from hooklens.activation_cache.missing import MissingActivationError, explain_missing
 from hooklens.activation_cache.rows import check_positions, kept_positions, strip_padding
-from hooklens.activation_cache.storage import StoredCache, read_cache, write_cache
+from hooklens.activation_cache.storage import read_cache, write_cache
+from hooklens.arguments import read_int
 from hooklens.axes import HOOK_SITES, find_site, get_act_name, layer_of
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError, HookNameError, join_names, suggest_names
+from hooklens.hooks.capture import GRAD
 from hooklens.hooks.choice import Choice
 from hooklens.optional import import_package
 
@@ -36,10 +38,8 @@ AnyCache = TypeVar("AnyCache", bound="CapturedActivations")
 class CapturedActivations(Mapping[str, Tensor]):
     """Activations by hook name, with what is needed to read them; the base of `ActivationCache`.
 
-    Full names and shorthands both work: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`,
-    `cache["scale", 3, "ln1"]`, `cache["k3"]`, `cache["resid_pre", -1]`. The gradient of an activation is
-    under its name with `_grad` after it: `cache["pattern_grad", 3]`. Iteration gives the full names in the
-    order of capture. Two caches are equal only if they are the same object; compare their tensors instead.
+    Full names and shorthands both work, see there. Iteration gives the full names in the order of capture. Two caches
+    are equal only if they are the same object; compare their tensors instead.
 
     Attributes:
         cfg: the model's configuration.
@@ -203,7 +203,7 @@ class CapturedActivations(Mapping[str, Tensor]):
                 `hooklens.axes`.
         """
         batch = self._require_batch("unpad")
-        number = read_number(row, what="unpad: row", optional=False)
+        number = read_int(row, what="unpad: row", error=CacheError)
         [index], _ = choose(number, batch, what="unpad: row", noun="rows in this cache")
         single = self.apply_slice_to_batch_dim(slice(index, index + 1))
         if single.attention_mask is None:
@@ -218,16 +218,7 @@ class CapturedActivations(Mapping[str, Tensor]):
         Raises:
             CacheError: the file cannot be written.
         """
-        contents = StoredCache(
-            tensors=self,
-            cfg=self.cfg,
-            transforms=self.transforms,
-            tokens=self.tokens,
-            attention_mask=self.attention_mask,
-            positions=self.positions,
-            has_batch_dim=self.has_batch_dim,
-        )
-        write_cache(path, contents)
+        write_cache(path, self._tensors, self._record())
 
     @classmethod
     def load(cls: type[AnyCache], path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> AnyCache:
@@ -236,16 +227,7 @@ class CapturedActivations(Mapping[str, Tensor]):
         Raises:
             CacheError: the file is missing, damaged, or not an activation cache of this format version.
         """
-        stored = read_cache(path, device=device)
-        return cls(
-            stored.tensors,
-            cfg=stored.cfg,
-            transforms=stored.transforms,
-            tokens=stored.tokens,
-            attention_mask=stored.attention_mask,
-            positions=stored.positions,
-            has_batch_dim=stored.has_batch_dim,
-        )
+        return read_cache(path, cls, device=device)
 
     def with_weights(self: AnyCache, weights: Mapping[str, Tensor]) -> AnyCache:
         """The cache with weights to read it by, those of the model of the run (`model.named_weights()`).
@@ -261,8 +243,12 @@ class CapturedActivations(Mapping[str, Tensor]):
 
     def _derive(self: AnyCache, tensors: Mapping[str, Tensor], **changes: Any) -> AnyCache:
         """A cache of the same run with other tensors; `changes` are arguments of the constructor that change, too."""
-        kept = ("cfg", "transforms", "tokens", "attention_mask", "positions", "weights", "has_batch_dim")
-        return type(self)(tensors, **{**{name: getattr(self, name) for name in kept}, **changes})
+        return type(self)(tensors, **{**self._record(), "weights": self.weights, **changes})
+
+    def _record(self) -> dict[str, Any]:
+        """All that a cache is made of but tensors and weights, by keyword of the constructor."""
+        kept = ("cfg", "transforms", "tokens", "attention_mask", "positions", "has_batch_dim")
+        return {name: getattr(self, name) for name in kept}
 
     def _map_inputs(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
         """Apply `change` to tokens and mask, where there are any."""

@@ -2,6 +2,8 @@
 
     logit[t] = sum over components c of <norm(c), W_U[:, t]>  +  <b_norm, W_U[:, t]> + b_U[t]
 
+times `cfg.logits_scale`,
+
 with the final norm's denominator held at the value it had in the run (Elhage et al. 2021; nostalgebraist
 2020 for reading streams through the unembedding). The terms after the sum belong to no component. Where the
 logits have a soft cap the sum is the logit before it.
@@ -27,7 +29,8 @@ class LogitDirections:
 
     Attributes:
         ids: the tokens, one number, `[batch]`, `[pos]` or `[batch pos]`.
-        directions: the columns of `W_U`, or differences of columns.
+        directions: the columns of `W_U` (behind a projection: through it), or differences of columns; times
+            `cfg.logits_scale`.
         bias: of the same tokens: what the final norm's bias and `b_U` add to the logit.
     """
 
@@ -68,7 +71,7 @@ def _check_ids(cache: CapturedActivations, tokens: TokenIds | str, what: str) ->
             f"{what} is the text {tokens!r}, and a cache has no tokenizer; give token ids: "
             f"model.to_single_token({tokens!r})"
         )
-    d_vocab = cache.cfg.d_vocab
+    d_vocab = cache.cfg.d_vocab_out
     try:
         ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -83,12 +86,15 @@ def _check_ids(cache: CapturedActivations, tokens: TokenIds | str, what: str) ->
 def _directions_of(cache: CapturedActivations, ids: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     W_U = require_weight(cache, "unembed.W_U")
     directions = like(W_U.T[ids.to(W_U.device)], activation)
+    if cache.cfg.d_embed is not None:
+        directions = directions @ like(require_weight(cache, "unembed.W_proj_out"), activation).T
     bias = torch.zeros_like(directions[..., 0])
     if cache.cfg.unembed_bias:
         bias = bias + like(require_weight(cache, "unembed.b_U")[ids.to(W_U.device)], activation)
     if cache.cfg.final_norm is not None and cache.cfg.final_norm.bias:
         bias = bias + directions @ like(require_weight(cache, "ln_final.b"), activation)
-    return directions, bias
+    scale = cache.cfg.logits_scale
+    return (directions, bias) if scale == 1 else (directions * scale, bias * scale)
 
 
 def align_directions(directions: Float[Tensor, "*ids d_model"], lead: torch.Size) -> Float[Tensor, "*aligned d_model"]:

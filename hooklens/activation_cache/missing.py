@@ -5,9 +5,7 @@ from collections.abc import Collection
 from hooklens.axes import layer_of
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError, join_names, suggest_names
-
-GRAD = "_grad"
-"""What stands after an activation's name in the name of its gradient."""
+from hooklens.hooks.capture import GRAD
 
 
 class MissingActivationError(CacheError, KeyError):

@@ -12,6 +12,7 @@ weights first: nothing of size components x positions x d_model is made.
 Arithmetic is in the precision of the activations, but at least in float32.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.activation_cache.captured import CapturedActivations
-from hooklens.activation_cache.stream import require, require_weight, take_positions
+from hooklens.activation_cache.stream import StreamPoint, require, require_weight, take_positions
 from hooklens.errors import CacheError
 from hooklens.hooks.choice import Choice
 from hooklens.precision import wide_dtype, widen
@@ -141,7 +142,38 @@ class Readout:
         return like(self.directions, activation)
 
 
-def check_projection(directions: Tensor | None, d_model: int) -> Tensor | None:
+def make_readout(
+    cache: CapturedActivations,
+    point: StreamPoint,
+    *,
+    purpose: str,
+    names: Iterable[str],
+    apply_ln: bool = False,
+    pos_slice: Choice = None,
+    project_output_onto: Tensor | None = None,
+) -> Readout:
+    """How to read components that end at a place; with `apply_ln` through the norm that reads the stream there.
+
+    Args:
+        cache: what they are read from.
+        point: the place.
+        purpose: who reads them, for messages.
+        names: the activations that will be read; all that are missing are told here, with the norm's scale.
+        apply_ln, pos_slice, project_output_onto: see `ActivationCache`.
+
+    Raises:
+        MissingActivationError: lists what was not captured.
+        CacheError: the directions have a wrong shape, or the cache has no weights.
+    """
+    read_through = point.norm if apply_ln else None
+    scale = [] if read_through is None else [f"{read_through}.hook_scale"]
+    require(cache, dict.fromkeys([*names, *scale]), purpose=purpose)
+    norm = None if read_through is None else freeze_norm(cache, read_through, pos_slice=pos_slice, purpose=purpose)
+    directions = _check_projection(project_output_onto, cache.cfg.d_model)
+    return Readout(pos_slice=pos_slice, norm=norm, directions=directions)
+
+
+def _check_projection(directions: Tensor | None, d_model: int) -> Tensor | None:
     """Directions `[d_model]` or `[d_model, n]` as `[n, d_model]`.
 
     Raises:

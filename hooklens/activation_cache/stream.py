@@ -8,6 +8,7 @@ The stream that enters attention or MLP of block `layer` is the sum of all that 
 that the final norm and the unembedding read.
 """
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import SupportsIndex
@@ -15,7 +16,6 @@ from typing import SupportsIndex
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.activation_cache.arguments import check_flags, read_number
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.memory import take
 from hooklens.activation_cache.missing import MissingActivationError, explain_missing, why_absent
@@ -39,19 +39,43 @@ class StreamPoint:
     mlp_input: bool
 
     @property
+    def label(self) -> str:
+        """`"3_pre"`, `"3_mid"` between attention and MLP, `"final_post"` at the end."""
+        if self.layer == self.cfg.n_layers:
+            return "final_post"
+        return f"{self.layer}_{'mid' if self.has_mid else 'pre'}"
+
+    @property
     def has_mid(self) -> bool:
         """Whether this is the place between attention and MLP of a sequential block."""
         return self.mlp_input and self.cfg.block(self.layer).has_mid
 
     @property
     def attention_layers(self) -> list[int]:
-        """Layers whose attention has written to the stream here; the MLP of a parallel block reads beside it."""
+        """Layers whose attention has written to the stream here; the MLP of a parallel block reads beside it.
+
+        Raises:
+            CacheError: what is written does not stay in the stream as it is.
+        """
+        self._require_sum()
         return [block.layer for block in self.cfg.blocks[: self.layer + self.has_mid] if block.attn is not None]
 
     @property
     def mlp_layers(self) -> list[int]:
-        """Layers whose MLP has written to the stream here."""
+        """Layers whose MLP has written to the stream here.
+
+        Raises:
+            CacheError: as for attention.
+        """
+        self._require_sum()
         return [block.layer for block in self.cfg.blocks[: self.layer] if block.mlp is not None]
+
+    def _require_sum(self) -> None:
+        if self.cfg.norm_stream:
+            raise CacheError(
+                "in this network the stream goes through norms (cfg.norm_stream), so it is no sum of what was written "
+                "to it; read the streams themselves (accumulated_resid, resid_pre, resid_mid, resid_post)"
+            )
 
     @property
     def norm(self) -> str | None:
@@ -101,11 +125,10 @@ def locate(cfg: HookedConfig, layer: SupportsIndex | None, *, mlp_input: bool = 
     """The place that `layer` names: 0 to `n_layers`; None and -1 are the end of the stream.
 
     Raises:
-        CacheError: the layer is out of range or no whole number, or there is no MLP.
+        CacheError: the layer is out of range, or there is no MLP.
     """
-    check_flags(mlp_input=mlp_input)
-    number = read_number(layer, what="layer")
-    resolved = cfg.n_layers if number is None or number == -1 else number
+    number = -1 if layer is None else operator.index(layer)
+    resolved = cfg.n_layers if number == -1 else number
     if not 0 <= resolved <= cfg.n_layers:
         raise CacheError(
             f"layer {layer} is out of range: the stream enters layers 0 to {cfg.n_layers - 1}, and {cfg.n_layers} "
@@ -119,6 +142,23 @@ def locate(cfg: HookedConfig, layer: SupportsIndex | None, *, mlp_input: bool = 
     if mlp_input and cfg.block(resolved).mlp is None:
         raise CacheError(f"mlp_input: layer {resolved} has no MLP; leave mlp_input out")
     return StreamPoint(cfg=cfg, layer=resolved, mlp_input=mlp_input)
+
+
+def places_up_to(point: StreamPoint, *, incl_mid: bool) -> list[StreamPoint]:
+    """Every layer's entrance up to a place; `incl_mid`: the places between attention and MLP, too.
+
+    Raises:
+        CacheError: `incl_mid` where no block has such a place.
+    """
+    if incl_mid and not any(block.has_mid for block in point.cfg.blocks):
+        why = "the blocks are parallel" if point.cfg.wiring == "parallel" else "no block has attention and an MLP"
+        raise CacheError(f"accumulated_resid: incl_mid: {why}, so the stream has no such places")
+    places = []
+    for layer in range(point.layer + 1):
+        places.append(locate(point.cfg, layer))
+        if incl_mid and layer < point.layer and point.cfg.block(layer).has_mid:
+            places.append(locate(point.cfg, layer, mlp_input=True))
+    return [*places, point] if point.has_mid else places
 
 
 def require(cache: CapturedActivations, names: Iterable[str], *, purpose: str) -> None:

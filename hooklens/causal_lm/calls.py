@@ -33,7 +33,7 @@ ReturnType = Literal["logits", "loss", "both"] | None
 class LogitsAndLoss(NamedTuple):
     """What `return_type="both"` gives."""
 
-    logits: Float[Tensor, "batch pos d_vocab"]
+    logits: Float[Tensor, "batch pos d_vocab_out"]
     loss: Tensor
 
 

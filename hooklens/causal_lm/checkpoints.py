@@ -14,7 +14,9 @@ from hooklens.adapters import (
     open_checkpoint,
     read_hf_generation_config,
     read_hf_model,
+    read_xlstm,
     write_checkpoint,
+    write_xlstm,
 )
 from hooklens.arguments import (
     MOST_ENTRIES,
@@ -239,6 +241,60 @@ class CheckpointMethods:
             check_tied(state, tied_unembed=cfg.tied_unembed)
         device = state["embed.W_E"].device if "embed.W_E" in state else "cpu"
         return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=device)
+
+    @classmethod
+    @reads(
+        params=partial(require, kind=Mapping, expected="arrays by name, or a tree of dicts with arrays"),
+        config=partial(require, kind=(Mapping, str), expected="the fields of a configuration by name, or JSON of them"),
+        n_ctx=partial(read_int, least=1, most=MOST_ENTRIES),
+        dtype=optional(read_dtype),
+        device=read_device,
+        tokenizer=_TOKENIZER,
+    )
+    def from_xlstm(
+        cls: type[Model],
+        params: Mapping[Any, Any],
+        config: Mapping[str, Any] | str,
+        *,
+        n_ctx: int = 8192,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        tokenizer: Tokenizer | None = None,
+    ) -> Model:
+        """Build a model from the parameters of xlstm-jax's transformer.
+
+        Where its configuration masks across document boundaries, a call's `document_borders` do so; where it does not,
+        they hide nothing. What xlstm-jax takes as `pos_idx` are a call's `positions`.
+
+        Args:
+            params: the tree, with or without the collection `"params"` around it, or the arrays by flat name
+                (`"block_stack/block_0/..."`, with slashes or dots); blocks one by one or stacked. Arrays are numpy's,
+                or become such; bfloat16 also as `ml_dtypes` or as the unsigned numbers of its bits. They are copied.
+            config: its configuration, see `HookedConfig.from_xlstm`.
+            n_ctx: longest sequence the model accepts.
+            dtype: of the weights; None: that of the arrays. The configuration's own `dtype` says in which one xlstm-jax
+                computes from parameters in float32.
+            device: where to put the weights.
+            tokenizer: a transformers tokenizer, needed only for text.
+
+        Raises:
+            ConfigError: the config has fields that are missing, unknown, or hold what they cannot.
+            CheckpointError: parameters are missing, unknown, of another shape than the config says, of several dtypes,
+                or hold no floating-point numbers; all are listed.
+        """
+        cfg, state = read_xlstm(params, config, n_ctx=n_ctx)
+        return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=device, dtype=dtype)
+
+    def to_xlstm(self) -> dict[str, Any]:
+        """The parameter tree of xlstm-jax's transformer, numpy arrays under the collection `"params"`.
+
+        Blocks are stacked where its configuration, `model.cfg.to_xlstm()`, says `scan_blocks`. Arrays are copies, in
+        float32, which holds every number of a narrower dtype, or in float64 where the weights are.
+
+        Raises:
+            UnsupportedModelError: xlstm-jax has no such network; the fields that stand against it are listed.
+        """
+        return write_xlstm(self.cfg, ModelWeights(self.as_decoder()))
 
     @classmethod
     def _from_tensors(

@@ -22,7 +22,7 @@ from hooklens.causal_lm.calls import (
 )
 from hooklens.causal_lm.checkpoints import CheckpointMethods
 from hooklens.causal_lm.text import TextMethods
-from hooklens.config import HookedConfig
+from hooklens.config import HookedConfig, refuse_other_outputs
 from hooklens.documents import NO_DOCUMENT
 from hooklens.errors import InputError
 from hooklens.generation import TextGeneration
@@ -107,7 +107,7 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
         Args:
             input: text, a list of texts, token ids `[batch pos]` or `[pos]`; with `start_at_layer` the residual
                 stream `[batch pos d_model]` entering that block.
-            return_type: `"logits"` `[batch pos d_vocab]`; `"loss"`, the mean cross-entropy of the next token in
+            return_type: `"logits"` `[batch pos d_vocab_out]`; `"loss"`, the mean cross-entropy of the next token in
                 nats; `"both"`, a named tuple of the two; None, nothing, and no logits are computed unless
                 somebody listens there.
             loss_per_token: the losses themselves, `[batch pos-1]`; `[batch pos]` on a cached prefix whose
@@ -124,8 +124,9 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
                 loss. On a cache with documents the ids go on, too; without ids the last document goes on.
             document_borders: the same said by where documents start: booleans, `[batch pos]` or `[pos]`, or columns of
                 this call, alike in all rows.
-            restart_positions: count positions within each document (None: as the cache does, else True). False: along
-                the row.
+            restart_positions: count positions within each document. False: along the row. None: as the cache does,
+                else within each document, or along the row in a network whose documents see each other
+                (`cfg.document_mask=False`).
             past_kv_cache: what came before; a frozen one is read, another one is appended to.
             start_at_layer: `input` is the stream entering this block; blocks below do not run.
             stop_at_layer: return the stream entering this block (`n_layers`: the last `resid_post`); blocks
@@ -170,6 +171,8 @@ class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews
     ) -> Tensor | LogitsAndLoss | None:
         wants_loss = return_type in ("loss", "both")
         check_return_type(return_type, loss_per_token, call.start_at_layer, stop_at_layer, logits_at)
+        if wants_loss:
+            refuse_other_outputs(self.cfg, f"return_type={return_type!r}: the loss of the next token", InputError)
         cache = call.past_kv_cache
         # Before the call, which may append to the cache.
         before = None if cache is None or not wants_loss else cache.last_logits

@@ -125,7 +125,8 @@ class TextMethods:
             raise refusal(tokens, "tokens", expected)
         ids = ids.long()
         tokenization.check_range(ids, self.cfg.d_vocab)
-        return self.W_U.T[ids.to(self.device)]
+        directions = self.W_U.T[ids.to(self.device)]
+        return directions if self.cfg.logits_scale == 1 else directions * self.cfg.logits_scale
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

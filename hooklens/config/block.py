@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
-from hooklens.config.checks import check_counts
+from hooklens.config.attention import QueryTemperature
+from hooklens.config.checks import check_counts, read_fields
 from hooklens.config.norms import NormConfig
 from hooklens.config.positions import Positions
+from hooklens.config.stream import has_bias
 from hooklens.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,13 +34,28 @@ class _Options(dict[str, Option]):
 class PartConfig:
     """Which part stands in a place: attention, an MLP, or one of somebody's own (see `hooklens.model.part.Part`).
 
+    A kind may have a subclass of this one, with a typed and checked field for each option (`MoEConfig`). A config
+    then holds that class, also where the kind was given with options.
+
     Attributes:
         kind: the name under which the class of the part is known.
         options: what this kind wants to know besides the network's config; sizes of axes among them.
     """
 
+    typed: ClassVar[dict[str, type["PartConfig"]]] = {}
+
     kind: str
     options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __init_subclass__(cls, *, kind: str | None = None) -> None:
+        """Make the typed form of a kind known.
+
+        Args:
+            kind: whose options the fields of this class are.
+        """
+        super().__init_subclass__()
+        if kind is not None:
+            cls.typed[kind] = cls
 
     def __post_init__(self) -> None:
         wrong = not isinstance(self.options, Mapping) or any(
@@ -53,6 +70,32 @@ class PartConfig:
 
     def __hash__(self) -> int:
         return hash((self.kind, tuple(sorted(self.options))))
+
+    @property
+    def sizes(self) -> Mapping[str, Option]:
+        """The sizes of axes that the part brings, by axis, among other options."""
+        return self.options
+
+    def with_biases(self) -> "PartConfig":
+        """The same part with a bias for each map that reads its input, as far as it has a say in that."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        return {"kind": self.kind, "options": dict(self.options)}
+
+
+def read_part(given: object, what: str = "part") -> Any:
+    """A part in the form that its kind has, also one given as plain JSON values; what is no part comes back.
+
+    Raises:
+        ConfigError: fields that a part does not have, or options that its kind does not.
+    """
+    if isinstance(given, Mapping):
+        given = read_fields(PartConfig, what, given)
+    if type(given) is PartConfig and given.kind in PartConfig.typed:
+        return read_fields(PartConfig.typed[given.kind], f"part of the kind {given.kind!r}", given.options)
+    return given
 
 
 @dataclass(frozen=True)
@@ -125,16 +168,36 @@ class BlockConfig:
         return given[self.layer] if isinstance(given, tuple) else given
 
     @property
+    def score_scale(self) -> float:
+        """The factor on the attention scores: `attn_scale`, or `d_head ** -0.5` where that is None."""
+        scale = self._own(self.cfg.attn_scale)
+        return self.cfg.d_head**-0.5 if scale is None else scale
+
+    @property
+    def query_temperature(self) -> QueryTemperature | None:
+        """The factor on queries that grows with their position; None: none."""
+        return self._own(self.cfg.query_temperature)
+
+    @property
+    def chunk(self) -> int | None:
+        """The size of the chunks of positions of which a query sees its own only; None: none."""
+        return None if self.cfg.chunks is None else self.cfg.chunks[self.layer]
+
+    @property
     def window(self) -> int | None:
         """How many of the latest keys a query may see; None: all."""
         return None if self.cfg.windows is None else self.cfg.windows[self.layer]
+
+    def has_bias(self, name: str) -> bool:
+        """Whether a map has a bias: `"q"`, `"k"`, `"v"`, `"mlp_in"`, `"mlp_gate"` or `"mlp_out"`."""
+        return has_bias(self.cfg, f"{name}_bias")
 
     def _own(self, value: Value | tuple[Value, ...]) -> Value:
         return value[self.layer] if isinstance(value, tuple) else value
 
     def of(self, part: PartConfig) -> "BlockConfig":
         """The description for one part, with its options."""
-        return BlockConfig(self.cfg, self.layer, part.options)
+        return BlockConfig(self.cfg, self.layer, part.sizes)
 
     def size(self, axis: str) -> int:
         """The size of an axis: an option of the part, or what the network says.

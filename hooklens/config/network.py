@@ -10,53 +10,32 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
-from hooklens.config.block import BlockConfig, PartConfig
+from hooklens.config.activations import Activation
+from hooklens.config.attention import AttentionBackend, NormOver, QueryTemperature
+from hooklens.config.block import BlockConfig, PartConfig, read_part
 from hooklens.config.checks import (
-    check_choice,
-    check_counts,
-    check_flags,
-    check_kind,
-    check_numbers,
-    check_present,
     read_fields,
-    refuse,
 )
+from hooklens.config.combinations import BY_LAYER
 from hooklens.config.description import Description, describe
+from hooklens.config.foreign import translate
+from hooklens.config.moe import mlp_width
 from hooklens.config.norms import NormConfig
 from hooklens.config.positions import (
-    AlibiPositions,
     LearnedPositions,
     Positions,
-    RotaryPositions,
+    ShortformerPositions,
     positions_from_dict,
     positions_to_dict,
 )
+from hooklens.config.settling import ATTENTION, LEFT_OUT, PARTS, InitScheme, Wiring, by_layer, settle
 from hooklens.errors import ConfigError
 
-Wiring = Literal["sequential", "parallel"]
-Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "silu"]
-# Typed as the value that __post_init__ puts in its place, or misses.
+# Typed as the value that `settle` puts in its place, or misses.
 _DERIVED: Any = None
-# The same where None says that there is none.
-_LEFT_OUT: Any = object()
 _LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
-_SIZES = ("d_model", "n_heads", "d_vocab", "n_ctx")
-_DERIVED_SIZES = ("n_kv_heads", "d_head", "d_mlp")
-_FLAGS = (
-    "gated_mlp",
-    "shared_norm",
-    "qkv_bias",
-    "out_bias",
-    "mlp_bias",
-    "unembed_bias",
-    "tied_unembed",
-    "causal",
-)
-_FLAGS_BY_LAYER = ("norm_before", "norm_after")
-_BY_LAYER = (*_FLAGS_BY_LAYER, "norm", "qk_norm", "positions", "attn", "mlp", "windows")
-_ATTENTION, _MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,36 +63,70 @@ class HookedConfig:
         d_head: width of a head; need not be `d_model / n_heads`. None: `d_model // n_heads`.
         d_mlp: neurons of an MLP. None: `4 * d_model`.
         d_vocab: vocabulary entries.
+        d_vocab_out: outputs of the unembedding, the classes of a classifier say. None: `d_vocab`.
+        d_embed: width of the token embedding, where it is projected to `d_model` (`embed.W_proj_in`), and the stream
+            back before the unembedding (`unembed.W_proj_out`). None: `d_model`, and no projections.
         n_ctx: longest sequence the model accepts.
-        act_fn: activation of the MLP. `gelu_tanh` is the tanh approximation.
+        act_fn: activation of the MLP; see `hooklens.model.activations` for their definitions. `gelu_tanh` is the tanh
+            approximation, also called `gelu_new` and `gelu_fast`.
+        act_norm: the norm over the neurons of `act_fn="solu_ln"`. None: `norm`, where that is one LayerNorm for all
+            layers, else a LayerNorm with eps 1e-5.
+        swiglu_limit, swiglu_alpha: of `act_fn="clamped_swiglu"`. None: 7 and 1.702.
         gated_mlp: `act(x W_gate) * (x W_in)` in place of `act(x W_in)`.
         wiring: `"sequential"` (attention, then MLP on the sum) or `"parallel"` (both read `resid_pre`).
         shared_norm: parallel wiring only: `ln1` feeds attention and MLP, there is no `ln2`.
         norm: the kind of the norms around the branches. None: no norms there.
         norm_before: a norm at the entrance of each branch (`ln1`, `ln2`).
         norm_after: a norm at the exit of each branch (`ln1_post`, `ln2_post`).
+        norm_stream: norms of the stream itself, behind each branch's sum (`ln1_stream`, `ln2_stream`; Vaswani et al.
+            2017): the stream is then no sum of what was written to it.
         final_norm: the kind of `ln_final`; None: the unembedding reads the stream as it is. Left out: `norm`, where
             that is the same in all layers.
-        qk_norm: norm over each head's query and key, before rotary. None: none.
+        qk_norm: norm of queries and keys. None: none.
+        qk_norm_over: `"head"`: each head's query and key by itself; `"all_heads"`: those of all heads together, with a
+            weight for each entry.
+        qk_norm_per_head: a norm of each head by itself has a weight for each head, in place of one for all.
+        qk_norm_after_rotary: queries and keys are normed after the rotation, in place of before it.
         positions: how positions enter. There is no default: none at all is asked for with `NoPositions()`.
         qkv_bias, out_bias, mlp_bias, unembed_bias: which linear maps have biases.
+        q_bias, k_bias, v_bias: of one map, where it is not as `qkv_bias` says, which is written for most of them.
+            None: it is.
+        mlp_in_bias, mlp_gate_bias, mlp_out_bias: the same for `mlp_bias`.
         attn_scale: factor on the scores. None: `d_head ** -0.5` (see `score_scale`).
         attn_softcap: `cap * tanh(scores / cap)` on the scaled scores.
+        attn_sinks: each query head has a learned logit, `attn.sinks`, that takes part in the softmax and has no value:
+            rows of the pattern sum to less than 1.
+        clip_qkv: queries, keys and values are held between `-clip_qkv` and it; queries and keys right before rotary,
+            behind a norm that stands there, too.
+        query_temperature: a factor on queries that grows with their position; after rotary and norm. None: none.
         logits_softcap: the same on the logits.
         attn: the part that attends in each block. None: none.
-        mlp: the part at the MLP's place. None: none.
+        mlp: the part at the MLP's place, a `MoEConfig` for a mixture of experts. None: none.
         attn_only: no block has an MLP; short for `mlp=None`.
         windows: per layer, how many of the latest keys a query may see, its own included; None in a layer: all.
             Without causality, of those on either side: keys less than so many positions away.
+        chunks: per layer, the size of chunks of positions, of which a query sees its own only; None in a layer: none.
         causal: no query sees a later key. False: every query sees every token of its row.
+        document_mask: where a call says which documents its rows hold, a token sees its own document only. False: it
+            sees its row, and positions start anew in each document only where a call asks for that.
         embed_scale: factor on the token embedding.
+        embed_norm: the norm of the token embedding (`embed.ln`), after the factor and before positions. None: none.
+        residual_scale: factor on what each branch adds to the stream; in `hook_attn_out` and `hook_mlp_out`.
+        logits_scale: factor on the logits, before a soft cap; in `unembed.hook_out`.
+        embed_dropout, attn_dropout, resid_dropout: shares of entries dropped in training mode (Srivastava et al.
+            2014) of the embeddings, of the pattern, and of what each branch adds to the stream. Hook points show what
+            is left. No part of equality, and in no checkpoint's config.
         tied_unembed: `W_U` is `W_E` transposed, one tensor.
-        init_std: standard deviation of fresh weights.
+        init_std: standard deviation of fresh weights, where their scheme asks for one (`"gpt2"`).
+        init_scheme: how fresh weights are drawn, see `hooklens.model.initialization`; no part of equality.
+        attention_backend: what computes attention, to the same numbers; no part of equality. `"sdpa"`: PyTorch's
+            `scaled_dot_product_attention` and nothing else; `"explicit"`: scores, pattern and values one by one;
+            `"flex"`: PyTorch's `flex_attention`; `"auto"`: for each call what is fastest and needs least memory.
         origin: where the configuration was read from; no part of equality.
 
-    `attn`, `mlp`, `norm`, `norm_before`, `norm_after`, `qk_norm` and `positions` may differ by layer: then they are
-    tuples with an entry for each. `block(layer)` is the description of one layer. A branch that a layer lacks has no
-    norms there, and other settings of it have no effect.
+    `attn`, `mlp`, `norm`, `norm_before`, `norm_after`, `qk_norm`, `positions`, `attn_scale` and `query_temperature`
+    may differ by layer: then they are tuples with an entry for each. `block(layer)` is the description of one layer. A
+    branch that a layer lacks has no norms there, and other settings of it have no effect.
 
     Raises:
         ConfigError: values of a wrong kind, or a combination that is no network, with all reasons.
@@ -127,153 +140,63 @@ class HookedConfig:
     n_kv_heads: int = _DERIVED
     d_head: int = _DERIVED
     d_mlp: int = _DERIVED
+    d_vocab_out: int = _DERIVED
+    d_embed: int | None = None
     act_fn: Activation = "gelu"
+    act_norm: NormConfig | None = None
+    swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
     gated_mlp: bool = False
     wiring: Wiring = "sequential"
     shared_norm: bool = False
     norm: NormConfig | tuple[NormConfig | None, ...] | None = _LAYER_NORM
     norm_before: bool | tuple[bool, ...] = True
     norm_after: bool | tuple[bool, ...] = False
-    final_norm: NormConfig | None = _LEFT_OUT
+    norm_stream: bool = False
+    final_norm: NormConfig | None = LEFT_OUT
     qk_norm: NormConfig | tuple[NormConfig | None, ...] | None = None
+    qk_norm_over: NormOver = "head"
+    qk_norm_per_head: bool = False
+    qk_norm_after_rotary: bool = False
     positions: Positions | tuple[Positions, ...] = _DERIVED
-    attn: PartConfig | tuple[PartConfig | None, ...] | None = _ATTENTION
-    mlp: PartConfig | tuple[PartConfig | None, ...] | None = _LEFT_OUT
+    attn: PartConfig | tuple[PartConfig | None, ...] | None = ATTENTION
+    mlp: PartConfig | tuple[PartConfig | None, ...] | None = LEFT_OUT
     attn_only: bool = _DERIVED
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     unembed_bias: bool = False
-    attn_scale: float | None = None
+    q_bias: bool | None = None
+    k_bias: bool | None = None
+    v_bias: bool | None = None
+    mlp_in_bias: bool | None = None
+    mlp_gate_bias: bool | None = None
+    mlp_out_bias: bool | None = None
+    attn_scale: float | tuple[float | None, ...] | None = None
     attn_softcap: float | None = None
+    attn_sinks: bool = False
+    clip_qkv: float | None = None
+    query_temperature: QueryTemperature | tuple[QueryTemperature | None, ...] | None = None
     logits_softcap: float | None = None
     windows: tuple[int | None, ...] | None = None
+    chunks: tuple[int | None, ...] | None = None
     causal: bool = True
+    document_mask: bool = True
     embed_scale: float | None = None
+    embed_norm: NormConfig | None = None
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    embed_dropout: float = field(default=0.0, compare=False)
+    attn_dropout: float = field(default=0.0, compare=False)
+    resid_dropout: float = field(default=0.0, compare=False)
     tied_unembed: bool = False
     init_std: float = 0.02
+    init_scheme: InitScheme = field(default="gpt2", compare=False)
+    attention_backend: AttentionBackend = field(default="auto", compare=False)
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        given = vars(self)
-        check_present("config", {name: given[name] for name in (*_SIZES, "n_layers", "init_std")})
-        check_counts("config", {name: given[name] for name in (*_SIZES, *_DERIVED_SIZES)})
-        check_counts("config", {"n_layers": self.n_layers}, at_least=0)
-        check_flags("config", {name: given[name] for name in _FLAGS})
-        for name in _FLAGS_BY_LAYER:
-            each = given[name] if isinstance(given[name], tuple) else (given[name],)
-            check_flags(f"config: {name}", {f"layer {i}" if len(each) > 1 else name: one for i, one in enumerate(each)})
-        if given["attn_only"] is not None:
-            check_flags("config", {"attn_only": self.attn_only})
-        check_numbers(
-            "config",
-            {
-                "attn_scale": self.attn_scale,
-                "attn_softcap": self.attn_softcap,
-                "logits_softcap": self.logits_softcap,
-                "embed_scale": self.embed_scale,
-            },
-        )
-        check_numbers("config", {"init_std": self.init_std}, at_least=0.0)
-        self._fill_in_sizes()
-        check_choice("config: act_fn", self.act_fn, get_args(Activation))
-        check_choice("config: wiring", self.wiring, get_args(Wiring))
-        for name, kind in (("norm", NormConfig), ("qk_norm", NormConfig), ("attn", PartConfig), ("mlp", PartConfig)):
-            if given[name] is not _LEFT_OUT:
-                check_kind(f"config: {name}", given[name], kind)
-        if given["final_norm"] is not _LEFT_OUT:
-            check_kind("config: final_norm", self.final_norm, NormConfig, by_layer=False)
-        refuse([*self._fill_in_parts(), *self._combination_problems()], "config")
-
-    def _fill_in_sizes(self) -> None:
-        given = vars(self)
-        if given["n_kv_heads"] is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if given["d_head"] is None:
-            if self.d_model % self.n_heads:
-                raise ConfigError(
-                    f"config: d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head"
-                )
-            object.__setattr__(self, "d_head", self.d_model // self.n_heads)
-        if given["d_mlp"] is None:
-            object.__setattr__(self, "d_mlp", 4 * self.d_model)
-
-    def _fill_in_parts(self) -> list[str]:
-        """Settle what says the same twice, or follows from what was given; what contradicts itself comes back."""
-        problems = []
-        mlp: Any = self.mlp
-        final_norm: Any = self.final_norm
-        attn_only: bool | None = self.attn_only
-        if mlp is _LEFT_OUT:
-            mlp = None if attn_only else _MLP
-        without_mlps = mlp is None or (isinstance(mlp, tuple) and bool(mlp) and all(one is None for one in mlp))
-        if attn_only is not None and attn_only != without_mlps:
-            problems.append(f"attn_only={attn_only} and mlp={mlp!r} contradict each other; leave one of the two out")
-        if final_norm is _LEFT_OUT:
-            final_norm = self.norm
-            if isinstance(self.norm, tuple):
-                problems.append("norm differs by layer: give final_norm, a NormConfig(...) or None, too")
-        object.__setattr__(self, "mlp", mlp)
-        object.__setattr__(self, "attn_only", without_mlps)
-        object.__setattr__(self, "final_norm", final_norm)
-        return problems
-
-    def _combination_problems(self) -> list[str]:
-        problems = []
-        if self.n_heads % self.n_kv_heads:
-            problems.append(
-                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; "
-                "each key-value head serves the same number of query heads"
-            )
-        windows: Any = self.windows
-        if not isinstance(windows, tuple | None):
-            problems.append(f"windows={windows!r}; expected a tuple with one for each layer, or None")
-        elif windows is not None:
-            check_counts("config: windows", {f"layer {i}": size for i, size in enumerate(windows)})
-        misfits = [
-            f"{name} has {len(value)} entries for {self.n_layers} layers"
-            for name in _BY_LAYER
-            if isinstance(value := getattr(self, name), tuple) and len(value) != self.n_layers
-        ]
-        if self.tied_unembed and self.unembed_bias:
-            problems.append("a tied unembedding has no bias")
-        # What follows asks layer by layer.
-        return [*problems, *misfits, *self._position_problems(), *([] if misfits else self._norm_problems())]
-
-    def _norm_problems(self) -> list[str]:
-        problems = []
-        # Where all layers are alike, one stands for all: their number may be any that somebody wrote into a file.
-        differ = any(isinstance(getattr(self, name), tuple) for name in _BY_LAYER)
-        blocks = [self.block(layer) for layer in range(self.n_layers if differ else min(1, self.n_layers))]
-        asked = self.norm_after if isinstance(self.norm_after, tuple) else (self.norm_after,) * len(blocks)
-        unsaid = [block.layer for block in blocks if asked[block.layer] and block.norm is None]
-        if unsaid:
-            where = f"layers {unsaid}" if differ else "every layer"
-            problems.append(f"norm_after asks for norms in {where}, where norm is None")
-        if self.shared_norm and (self.wiring != "parallel" or not all(block.norm_before for block in blocks)):
-            problems.append("shared_norm needs wiring='parallel', and norm_before=True with a norm in every layer")
-        return problems
-
-    def _position_problems(self) -> list[str]:
-        given: Any = self.positions
-        several = isinstance(given, tuple)
-        problems = []
-        for one in given if several else (given,):
-            if not isinstance(one, Positions):
-                problems.append(
-                    f"positions={one!r}; expected RotaryPositions(...), AlibiPositions(), LearnedPositions(), "
-                    "or NoPositions() for none at all"
-                )
-            if several and isinstance(one, LearnedPositions):
-                problems.append("learned positions enter below the blocks, so they cannot differ by layer")
-            if isinstance(one, AlibiPositions) and not self.causal:
-                problems.append(
-                    "linear biases with causal=False: they are defined for keys that stand before the query "
-                    "(Press et al. 2022); give other positions"
-                )
-            if isinstance(one, RotaryPositions) and one.dim > self.d_head:
-                problems.append(f"rotary dim {one.dim} is larger than d_head={self.d_head}")
-        return list(dict.fromkeys(problems))
+        settle(self)
 
     def block(self, layer: int) -> BlockConfig:
         """The description of one layer, counted from 0."""
@@ -302,9 +225,12 @@ class HookedConfig:
             "d_model": self.d_model,
             "d_mlp": self.d_mlp,
             "d_vocab": self.d_vocab,
+            "d_vocab_out": self.d_vocab_out,
             "one": 1,
         }
-        if isinstance(self.positions, LearnedPositions):
+        if self.d_embed is not None:
+            sizes["d_embed"] = self.d_embed
+        if isinstance(self.positions, LearnedPositions | ShortformerPositions):
             sizes["position"] = self.n_ctx + self.positions.offset
         size = sizes.get(axis)
         if size is None:
@@ -313,12 +239,23 @@ class HookedConfig:
 
     @property
     def score_scale(self) -> float:
-        """The factor on the attention scores: `attn_scale`, or `d_head ** -0.5` where that is None."""
+        """The factor on the attention scores: `attn_scale`, or `d_head ** -0.5` where that is None.
+
+        Raises:
+            ConfigError: it differs by layer; `block(layer).score_scale` is that of one.
+        """
+        if isinstance(self.attn_scale, tuple):
+            raise ConfigError("attn_scale differs by layer: cfg.block(layer).score_scale is the factor of one layer")
         return self.d_head**-0.5 if self.attn_scale is None else self.attn_scale
 
     def window(self, layer: int) -> int | None:
         """How many of the latest keys a query of this layer may see; None: all."""
         return self.block(layer).window
+
+    @cached_property
+    def mlp_width(self) -> int:
+        """How many numbers the widest part at the MLP's place makes of a token at once."""
+        return mlp_width(self)
 
     @cached_property
     def kv_heads(self) -> tuple[int, ...]:
@@ -328,18 +265,26 @@ class HookedConfig:
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of everything that decides the network; what a cache is compared by."""
-        values = {name: value for name, value in self.to_dict().items() if name != "origin"}
+        compared = {spec.name for spec in dataclasses.fields(self) if spec.compare}
+        values = {name: value for name, value in self.to_dict().items() if name in compared}
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "HookedConfig":
         """A copy with some fields changed, checked anew; an unknown field is a `TypeError`.
 
-        A final norm equal to `norm` follows a new `norm`, and `mlp` and `attn_only` each other, where only one of the
-        two is given.
+        What is equal to what it follows when left out goes on following: a final norm equal to `norm`, say. `mlp` and
+        `attn_only` follow each other, where only one of the two is given.
         """
-        left_out = set()
-        if "norm" in changes and self.final_norm == self.norm:
-            left_out.add("final_norm")
+        follows = {
+            "final_norm": ("norm", self.norm),
+            "act_norm": ("norm", self.norm),
+            "d_vocab_out": ("d_vocab", self.d_vocab),
+        }
+        left_out = {
+            name for name, (other, value) in follows.items() if other in changes and getattr(self, name) == value
+        }
+        if changes.get("act_fn", self.act_fn) != self.act_fn:
+            left_out |= {"act_norm", "swiglu_limit", "swiglu_alpha"}
         if "mlp" in changes:
             left_out.add("attn_only")
         elif changes.get("attn_only", self.attn_only) != self.attn_only:
@@ -349,7 +294,7 @@ class HookedConfig:
 
     def take_layers(self, layers: Sequence[int]) -> "HookedConfig":
         """The configuration of a network of some of the blocks, in the order given."""
-        by_layer = {name: value for name in _BY_LAYER if isinstance(value := getattr(self, name), tuple)}
+        by_layer = {name: value for name in BY_LAYER if isinstance(value := getattr(self, name), tuple)}
         taken = {name: tuple(value[layer] for layer in layers) for name, value in by_layer.items()}
         # What is in the blocks decides anew whether any has an MLP; the final norm stays.
         return self.replace(
@@ -360,7 +305,8 @@ class HookedConfig:
         """Plain JSON-able values; `HookedConfig.from_dict` reads them back to an equal config."""
         given = self.positions
         by_kind = [positions_to_dict(one) for one in given] if isinstance(given, tuple) else positions_to_dict(given)
-        return {**dataclasses.asdict(self), "positions": by_kind}
+        parts = {name: by_layer(lambda part: part and part.to_dict(), getattr(self, name)) for name in ("attn", "mlp")}
+        return {**dataclasses.asdict(self), "positions": by_kind, **parts}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HookedConfig":
@@ -375,7 +321,7 @@ class HookedConfig:
             raise ConfigError(f"config: unknown fields {unknown}; known ones are {sorted(known)}")
         fields = dict(values)
         for name, value in values.items():
-            if name in _BY_LAYER and isinstance(value, list | tuple):
+            if name in BY_LAYER and isinstance(value, list | tuple):
                 fields[name] = tuple(_read_field(name, one) for one in value)
             else:
                 fields[name] = _read_field(name, value)
@@ -390,19 +336,42 @@ class HookedConfig:
         """Read what `to_json` wrote."""
         return cls.from_dict(json.loads(text))
 
+    @classmethod
+    def from_xlstm(cls, config: Mapping[str, Any] | str, *, n_ctx: int = 8192) -> "HookedConfig":
+        """The network that a configuration of xlstm-jax's transformer describes.
+
+        Args:
+            config: its fields by name, as its `to_dict` gives them (with the text "None" for None) or as Hydra configs
+                name them (`add_qk_norm`, `reset_at_document_boundaries`), or that as JSON. What is left out has the
+                default that it has there.
+            n_ctx: longest sequence the model accepts, of which the configuration says nothing: rotary goes on.
+
+        Raises:
+            ConfigError: fields are missing, unknown, or hold what they cannot; all are listed.
+        """
+        found: HookedConfig = translate("from_xlstm", config, n_ctx=n_ctx)
+        return found
+
+    def to_xlstm(self) -> dict[str, Any]:
+        """The configuration of xlstm-jax's transformer that describes the network, as its own `to_dict` gives it.
+
+        Fields that change no number (`parallel`, `dtype`, ...) are as they were read, or the defaults.
+
+        Raises:
+            UnsupportedModelError: none describes it; the fields that stand against it are listed.
+        """
+        fields: dict[str, Any] = translate("to_xlstm", self)
+        return fields
+
 
 def _read_field(name: str, value: Any) -> Any:
     """The value of a field, or of one layer of it, from plain JSON values."""
-    kinds = {
-        "norm": NormConfig,
-        "final_norm": NormConfig,
-        "qk_norm": NormConfig,
-        "attn": PartConfig,
-        "mlp": PartConfig,
-        "origin": Origin,
-    }
+    kinds = {name: kind for name, kind in PARTS.items() if kind is not PartConfig}
+    kinds["origin"] = Origin
     if value is None:
         return None
     if name == "positions":
         return positions_from_dict(value)
+    if name in ("attn", "mlp"):
+        return read_part(value, name)
     return read_fields(kinds[name], name, value) if name in kinds else value

@@ -34,8 +34,8 @@ def estimate_bytes_per_token(model: HookedCausalLM, n_prefix: int, width: int) -
     Every token has `n_prefix + width` keys, and with w bytes in a number, 4 at least where sums are taken:
 
     - logits, widened, and what their log-sum exponentiates: `4 * d_vocab` numbers;
-    - the stream, norms and what one block adds: `12 * d_model + 6 * d_mlp + 10 * n_heads * d_head` numbers (blocks run
-      one after another, so depth does not count);
+    - the stream, norms and what one block adds: `12 * d_model + 6 * mlp_width + 10 * n_heads * d_head` numbers (blocks
+      run one after another, so depth does not count);
     - which keys each token sees, where rows differ in length or a window hides some: two masks of booleans and two of
       numbers for every width of window, `(2 + 2 * w)` bytes a key;
     - for ALiBi a bias, and where attention is computed explicitly (accelerators, soft caps) scores, in `3` and `5`
@@ -51,12 +51,12 @@ def estimate_bytes_per_token(model: HookedCausalLM, n_prefix: int, width: int) -
     wide = max(itemsize, 4)
     n_key = n_prefix + width
     logits = 4 * cfg.d_vocab * wide
-    block = (12 * cfg.d_model + 6 * cfg.d_mlp + 10 * cfg.n_heads * cfg.d_head) * wide
-    n_masks = len({None, *(cfg.windows or ())})
+    block = (12 * cfg.d_model + 6 * cfg.mlp_width + 10 * cfg.n_heads * cfg.d_head) * wide
+    n_masks = len({None, *(cfg.windows or ())}) + len({*(cfg.chunks or ())} - {None})
     masks = n_masks * n_key * (2 + 2 * itemsize)
     positions = cfg.positions if isinstance(cfg.positions, tuple) else (cfg.positions,)
     biases = 3 * cfg.n_heads * n_key * wide if any(isinstance(one, AlibiPositions) for one in positions) else 0
-    explicit = model.device.type != "cpu" or cfg.attn_softcap is not None
+    explicit = model.device.type != "cpu" or cfg.attn_softcap is not None or cfg.attention_backend != "auto"
     scores = 5 * cfg.n_heads * n_key * wide if explicit else 0
     return logits + block + masks + biases + scores
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.evaluation.batching import BatchSize, check_batch_size
 from hooklens.evaluation.prefix import (
@@ -61,6 +62,7 @@ def score_continuations(
             (all are named).
     """
     check_batch_size(batch_size)
+    refuse_other_outputs(model.cfg, "score_continuations", InputError)
     check_continuations(continuations)
     begun = encode_prefix(model, prefix, edits=edits, prepend_bos=prepend_bos)
     start, rows = encode_continuations(model, begun, continuations)

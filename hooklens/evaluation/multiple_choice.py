@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from hooklens.arguments import require
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.evaluation.batching import BatchSize, check_batch_size
 from hooklens.evaluation.continuations import describe_score
@@ -87,6 +88,7 @@ def multiple_choice(
         InputError: no item, items that are none (all are named), or that do not fit the context.
     """
     check_batch_size(batch_size)
+    refuse_other_outputs(model.cfg, "multiple_choice", InputError)
     check_target_delimiter(target_delimiter)
     given = _collect_items(items)
     shared = None if prefix is None else make_prefix(model, prefix, edits=edits, prepend_bos=prepend_bos)

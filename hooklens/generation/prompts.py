@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooklens import tokens as tokenization
+from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions, read_end_tokens
@@ -59,6 +60,7 @@ def read_prompts(model: GeneratingModel, input: Input, options: GenerationOption
         CacheError: the key-value cache is another model's, or serves other rows.
     """
     _require_causal(model)
+    refuse_other_outputs(model.cfg, "generate", InputError)
     cache = options.past_kv_cache
     ids, mask = _encode(model, input, options)
     if cache is not None:

@@ -15,7 +15,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, copy_context
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -35,45 +34,35 @@ Value = TypeVar("Value")
 
 @runtime_checkable
 class TokenIndex(Protocol):
-    """Which tokens a tensor's columns are: what an edit needs to find its positions.
-
-    Attributes:
-        token_index: `[batch pos]`, the position of each column's token in its row's whole sequence; -1 for padding.
-        n_tokens: `[batch]`, real tokens of each row so far, those in a cache included.
-        phase: `"prefill"`, or `"decode"` while generating.
-        positions_by_column: `token_index` of every row in plain numbers, where all rows have the same; else None.
-        length: `n_tokens` of every row, where `positions_by_column` is known.
-        columns: which columns of the call a tensor's position axis holds; None: all of them.
-        n_run: columns of the call.
-    """
+    """Which tokens a tensor's columns are: what an edit needs to find its positions."""
 
     @property
     def token_index(self) -> Tensor:
-        """`[batch pos]`."""
+        """`[batch pos]`, the position of each column's token in its row's whole sequence; -1 for padding."""
 
     @property
     def n_tokens(self) -> Tensor:
-        """`[batch]`."""
+        """`[batch]`, real tokens of each row so far, those in a cache included."""
 
     @property
     def phase(self) -> Phase:
-        """What the call is part of."""
+        """`"prefill"`, or `"decode"` while generating."""
 
     @property
     def positions_by_column(self) -> Sequence[int] | None:
-        """Plain numbers."""
+        """`token_index` of every row in plain numbers, where all rows have the same; else None."""
 
     @property
     def length(self) -> int:
-        """A plain number."""
+        """`n_tokens` of every row, where `positions_by_column` is known."""
 
     @property
     def columns(self) -> Sequence[int] | Tensor | None:
-        """Of the call."""
+        """Which columns of the call a tensor's position axis holds; None: all of them."""
 
     @property
     def n_run(self) -> int:
-        """How many."""
+        """Columns of the call."""
 
 
 class Hook:
@@ -274,9 +263,7 @@ class ListeningBlock(Generic[Value]):
             _leave(entry)
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         entry = None
         try:
             entry = self._last_entry()
@@ -341,7 +328,5 @@ class HookHandle:
     def __enter__(self) -> "HookHandle":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()

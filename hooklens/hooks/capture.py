@@ -23,10 +23,8 @@ class Capture:
 
     Args:
         points: where to listen, by the names to keep the tensors under.
-        device: where to keep the tensors; None: where they are.
-        dtype: floating dtype to keep them in; None: their own.
+        device, dtype, incl_bwd: as in `HookedModule.run_with_cache`; whoever listens runs the backward pass.
         pos_slice: positions (columns) to keep, of every axis `pos` or `query`. The axis stays, also for an int.
-        incl_bwd: keep gradients, too, under `"<name>_grad"`.
 
     Attributes:
         tensors: what was captured, by hook name, in the order of firing.
@@ -102,7 +100,8 @@ class Capture:
         tensor = tensor.detach()
         if self._pos_slice is not None:
             tensor = self._slice_positions(name, tensor, point, call)
-        return tensor.to(device=self._device, dtype=self._dtype)
+        # Numbers that name something stay whole.
+        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
 
     def _slice_positions(self, name: str, tensor: Tensor, point: HookPoint, call: Call | None) -> Tensor:
         if point.site is None:

@@ -22,7 +22,12 @@ Index = int | slice | tuple[int, ...] | None
 
 
 def read_choice(
-    given: object, *, what: str, refuse_tuple: bool = False, error: type[HookLensError] = InputError
+    given: object,
+    *,
+    what: str,
+    refuse_tuple: bool = False,
+    allow_doubles: bool = False,
+    error: type[HookLensError] = InputError,
 ) -> Index:
     """Bring a choice to plain Python numbers; how many entries there are need not be known yet.
 
@@ -30,6 +35,7 @@ def read_choice(
         given: an int, a slice, a list, tuple, range, array or tensor of ints, or None.
         what: the argument, for messages (`"pos_slice"`, `"edit Zero('blocks.0.hook_mlp_out'): head"`).
         refuse_tuple: a tuple can mean a range at this argument (TransformerLens), so it is refused.
+        allow_doubles: an entry may be named several times: nothing is written to the entries, they are copied.
         error: what to raise.
 
     Raises:
@@ -43,7 +49,7 @@ def read_choice(
         raise _refusal(what, given, " can mean a slice (as in TransformerLens) or a list", error)
     numbers = _plain_numbers(given)
     if isinstance(numbers, bool) or (isinstance(numbers, list) and any(isinstance(one, bool) for one in numbers)):
-        hint = " is a mask; give the numbers of its entries, mask.nonzero()[:, 0]" if _has_axis(numbers) else ""
+        hint = " is a mask; give the numbers of its entries, mask.nonzero()[:, 0]" if isinstance(numbers, list) else ""
         raise _refusal(what, given, hint, error)
     if isinstance(numbers, int):
         return numbers
@@ -51,7 +57,8 @@ def read_choice(
         raise _refusal(what, given, "", error)
     if not numbers:
         raise _refusal(what, given, " is empty", error)
-    _refuse_doubles(numbers, given, what, error)
+    if not allow_doubles:
+        _refuse_doubles(numbers, given, what, error)
     return tuple(numbers)
 
 
@@ -62,6 +69,7 @@ def resolve_choice(
     what: str,
     noun: str,
     hint: str = "",
+    allow_doubles: bool = False,
     error: type[HookLensError] = InputError,
 ) -> list[int]:
     """The entries counted from 0, in the order given.
@@ -72,6 +80,7 @@ def resolve_choice(
         what: the argument, for messages.
         noun: what the entries are (`"heads"`, `"positions run in this call"`).
         hint: ends the message about entries out of range.
+        allow_doubles: see `read_choice`.
         error: what to raise.
 
     Raises:
@@ -88,7 +97,8 @@ def resolve_choice(
         shown = outside[0] if isinstance(index, int) else outside
         raise error(f"{what}: {shown} out of range; there are {size} {noun}, 0 to {size - 1}{hint}")
     resolved = [number % size for number in numbers]
-    _refuse_doubles(resolved, index, what, error)
+    if not allow_doubles:
+        _refuse_doubles(resolved, index, what, error)
     return resolved
 
 
@@ -114,10 +124,6 @@ def _plain_numbers(given: Any) -> Any:
 def _has_entries(given: object) -> bool:
     """Whether what is held can be listed: not on the device "meta", nor in a sparse layout."""
     return not (isinstance(given, Tensor) and (given.is_meta or given.layout != torch.strided))
-
-
-def _has_axis(numbers: object) -> bool:
-    return isinstance(numbers, list)
 
 
 def _refuse_doubles(numbers: Sequence[int], given: object, what: str, error: type[HookLensError]) -> None:

@@ -51,6 +51,8 @@ class Edit(TensorValue, ABC):
 
     # Whether padding counts where no positions are chosen.
     counts_padding: ClassVar[bool] = True
+    # Whether it computes with the activation, which nobody can do with numbers that name something.
+    computes: ClassVar[bool] = True
 
     name: NamesFilter
     _: KW_ONLY
@@ -93,6 +95,11 @@ class Edit(TensorValue, ABC):
         """
         if tokens is not None and self.when not in ("all", tokens.phase):
             return None
+        if self.computes and point.site is not None and point.site.discrete:
+            raise EditError(
+                f"{self._subject(point.name)}: the numbers there name something ({point.site.description}), so none is "
+                "more than another; use Replace or Custom"
+            )
         chooses = not (self.pos is None and self._heads is None and self.rows is None)
         is_unpadded = tokens is None or tokens.positions_by_column is not None
         if not chooses and (self.counts_padding or is_unpadded or point.site is None):
@@ -178,6 +185,8 @@ class Replace(Edit):
     Example:
         `Replace("blocks.3.hook_resid_pre", clean_cache["resid_pre", 3][:, -1], pos=-1)`
     """
+
+    computes: ClassVar[bool] = False
 
     value: Tensor | float
 
@@ -299,6 +308,8 @@ class Custom(Edit):
         fn: from the tokens and heads selected (`[token ...]`; the whole tensor when nothing is selected) to new
             values of the same shape.
     """
+
+    computes: ClassVar[bool] = False
 
     fn: Callable[[Tensor], Tensor]
 

@@ -1,19 +1,13 @@
-"""The base class of every module with hook points: finding, attaching, capturing."""
+"""The base class of every module with hook points: attaching, capturing, calling."""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hooklens.arguments import (
-    read_flag,
-    read_function,
-    read_one_of,
-    reads,
-    refusal,
-)
+from hooklens.arguments import read_flag, read_function, read_one_of, reads, refusal
 from hooklens.errors import HookLensError, HookNameError, InputError
 from hooklens.hooks.arguments import CAPTURING, LISTENING, HookList, read_edits, read_pairs
 from hooklens.hooks.call import (
@@ -31,104 +25,18 @@ from hooklens.hooks.call import (
 from hooklens.hooks.capture import Capture
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit
-from hooklens.hooks.names import NamesFilter, select_names
+from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
 from hooklens.hooks.region import place_query_heads
-
-# Counts changes to any module tree, so that a model's table of hook points is made once and stays true.
-_tree_version = 0
+from hooklens.hooks.tree import HookPointTree
 
 
-class HookedModule(nn.Module):
+class HookedModule(HookPointTree):
     """A module whose hook points can be listed, hooked, edited and captured.
-
-    Hook points and hooked modules are also kept in the instance's own dictionary: `nn.Module` finds them through
-    `__getattr__`, at up to a microsecond a look-up, which a forward with hundreds of hook points would feel. Other
-    modules are not: tools that replace a linear map do so behind the back of `setattr`.
 
     Any module can derive from this class. Its hook points need no set-up: they take the name of the
     attribute path that leads to them.
     """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        was_submodule = name in self.__dict__.get("_modules", ())
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self._note_submodule(name, value)
-        elif was_submodule:
-            self._forget(name)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self._modules:
-            self._forget(name)
-        super().__delattr__(name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a submodule, as `nn.Module.add_module` does."""
-        super().add_module(name, module)
-        if module is not None:
-            self._note_submodule(name, module)
-
-    def _note_submodule(self, name: str, module: nn.Module) -> None:
-        self._forget(name)
-        if isinstance(module, HookedModule | HookPoint):
-            self.__dict__[name] = module
-
-    def _forget(self, name: str) -> None:
-        self.__dict__.pop(name, None)
-        self._note_change()
-
-    @staticmethod
-    def _note_change() -> None:
-        global _tree_version  # noqa: PLW0603
-        _tree_version += 1
-
-    @property
-    def n_hooked_layers(self) -> int | None:
-        """Number of blocks, for negative layers in shorthands; None where the module has no layers."""
-        return None
-
-    def hook_points(self) -> dict[str, HookPoint]:
-        """All hook points by name, in the order of the module tree."""
-        return dict(self._hook_point_table().points)
-
-    def name_hook_points(self) -> None:
-        """Give each hook point the name that it has here, to be called by the model that points belong to."""
-        for name, point in self._hook_point_table().points.items():
-            point.__dict__["name"] = name
-
-    def _hook_point_table(self) -> "_HookPointTable":
-        cached: _HookPointTable | None = self.__dict__.get("_hook_point_cache")
-        if cached is None or not cached.is_current():
-            cached = _HookPointTable(self)
-            self.__dict__["_hook_point_cache"] = cached
-        return cached
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state to copy or pickle: the table of hook points is made anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_hook_point_cache"}
-
-    def select_hook_points(
-        self, names_filter: NamesFilter, *, idle: Collection[str] = frozenset()
-    ) -> dict[str, HookPoint]:
-        """The hook points a filter selects, by name; see `hooklens.hooks.select_names`.
-
-        Args:
-            names_filter: which.
-            idle: names of points that do not fire in the call to come; a filter of several names passes over them.
-
-        Raises:
-            HookNameError: some part of the filter selects nothing, or nothing that fires.
-        """
-        table = self._hook_point_table()
-        is_text = names_filter is None or isinstance(names_filter, str)
-        if is_text and not idle and names_filter in table.selections:
-            return table.selections[names_filter]
-        names = select_names(names_filter, table.points, n_layers=self.n_hooked_layers, idle=idle)
-        selected = {name: table.points[name] for name in names}
-        if is_text and not idle:
-            table.selections[names_filter] = selected  # type: ignore[index]
-        return selected
 
     def find_edit_points(self, edit: Edit, *, idle: Collection[str] = frozenset()) -> dict[str, HookPoint]:
         """The hook points at which an edit acts, by name.
@@ -175,7 +83,8 @@ class HookedModule(nn.Module):
 
         Args:
             name: a hook name, or anything that selects names.
-            fn: returns None to keep the tensor (or its in-place edit), or a tensor to replace it.
+            fn: `fn(tensor, hook)` returns None to keep the tensor (or its in-place edit), or one of the same shape,
+                dtype and device to replace it.
             dir: `"fwd"`, or `"bwd"` for gradients.
             prepend: run before the hooks already there.
             is_permanent: survive `reset_hooks`.
@@ -245,9 +154,7 @@ class HookedModule(nn.Module):
         """Hooks and edits as listeners, which a call or a `with` block takes.
 
         Args:
-            fwd_hooks: pairs (name or filter, function).
-            bwd_hooks: the same for gradients.
-            edits: values from `hooklens.edits`; they act after `fwd_hooks`.
+            fwd_hooks, bwd_hooks, edits: as in `hooks`.
             idle: names of points that do not fire in the call to come.
 
         Raises:
@@ -362,9 +269,7 @@ class HookedModule(nn.Module):
             incl_bwd: also run backward from the output, which must be a scalar, and keep gradients under
                 `"<name>_grad"`.
             pos_slice: positions to keep, at points whose axes are known.
-            fwd_hooks: pairs (name or filter, function) that last for this call.
-            bwd_hooks: the same for gradients.
-            edits: values from `hooklens.edits`.
+            fwd_hooks, bwd_hooks, edits: as in `hooks`, for this call.
             **forward_keywords: keywords of `forward`.
 
         Returns:
@@ -383,36 +288,6 @@ class HookedModule(nn.Module):
         if incl_bwd:
             run_backward(output, capture)
         return output, capture.tensors
-
-
-class _HookPointTable:
-    """The hook points of a module tree by name, and what tells that the tree has changed since.
-
-    A `HookedModule` counts its changes. Plain modules in the tree do not, so their children are compared.
-
-    Attributes:
-        points: by name.
-        selections: what filters that are text select, as they were asked for.
-    """
-
-    def __init__(self, root: HookedModule) -> None:
-        modules = dict(root.named_modules())
-        self.points = {name: module for name, module in modules.items() if isinstance(module, HookPoint)}
-        self.selections: dict[str | None, dict[str, HookPoint]] = {}
-        self._version = _tree_version
-        self._plain = [
-            (module._modules, tuple(module._modules.items()))
-            for module in modules.values()
-            if not isinstance(module, HookedModule | HookPoint) and module._modules
-        ]
-
-    def is_current(self) -> bool:
-        """Whether the tree is as it was when the table was made."""
-        return self._version == _tree_version and all(tuple(now.items()) == then for now, then in self._plain)
-
-    def name_of(self, point: HookPoint) -> str:
-        """The name of a point here; of one from elsewhere its own."""
-        return next((name for name, known in self.points.items() if known is point), point.name or "")
 
 
 class _EditHook(Hook):

@@ -11,6 +11,8 @@ from hooklens.errors import HookNameError, join_names, suggest_names
 _Shorthand = str | tuple[str, int] | tuple[str, int, str]
 NamesFilter = None | _Shorthand | Sequence[_Shorthand] | Callable[[str], bool]
 
+_Part = str | tuple[object, ...] | Callable[[str], bool]
+
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -26,7 +28,8 @@ def select_names(
     Args:
         names_filter: None for all but the on-request points; a full name; a word such as `"resid_pre"` (that
             point in every layer); a shorthand (`"k3"`, `("pattern", 3)`); a glob (`"blocks.*.hook_z"`, `"*"` is
-            everything); a list of these; or a function from a name to a bool.
+            every activation); a list of these; or a function from a name to a bool. `hook_tokens`, which carries ids,
+            is selected by its name, or by a function that is true for nothing else.
         names: the names there are.
         n_layers: number of blocks, for negative layers in shorthands.
         idle: those of the names whose points do not fire in the call to come. What selects several names passes over
@@ -37,23 +40,15 @@ def select_names(
             the nearest names.
     """
     if names_filter is None:
-        return [name for name in names if not is_on_request(name) and name not in idle]
-    if is_function(names_filter):
-        chosen = [name for name in names if _is_chosen(names_filter, name)]
-        if chosen and all(name in idle for name in chosen):
-            raise HookNameError(_explain_idle(names_filter, chosen))
-        chosen = [name for name in chosen if name not in idle]
-        if not chosen:
-            raise HookNameError(
-                f"the predicate {getattr(names_filter, '__name__', names_filter)!r} is true for none of the "
-                f"{len(names)} hook points; model.hook_table() lists them"
-            )
-        return chosen
-
+        return [name for name in names if not (is_on_request(name) or name in idle)]
     selected: set[str] = set()
     problems: list[str] = []
     for part in _split(names_filter):
-        matches = _match(part, names, n_layers)
+        if callable(part):
+            true = [name for name in names if _is_chosen(part, name)]
+            matches = [name for name in true if not is_by_name_only(name)] or true
+        else:
+            matches = _match(part, names, n_layers)
         running = [name for name in matches if name not in idle]
         selected.update(running)
         if not matches:
@@ -73,13 +68,19 @@ def is_on_request(name: str) -> bool:
     return site is not None and site.on_request
 
 
-def _split(names_filter: Any) -> list[str | tuple[object, ...]]:
-    """The single names, globs and shorthands of a filter.
+def is_by_name_only(name: str) -> bool:
+    """Whether nothing but its name selects the point: it carries ids, and is there on request."""
+    site = find_site(name)
+    return site is not None and site.discrete and site.on_request
+
+
+def _split(names_filter: Any) -> Sequence[_Part]:
+    """The single names, globs, shorthands and predicates of a filter.
 
     Raises:
         HookNameError: it is none, or holds something else.
     """
-    if isinstance(names_filter, str):
+    if isinstance(names_filter, str) or is_function(names_filter):
         return [names_filter]
     if isinstance(names_filter, tuple) and any(isinstance(part, int) for part in names_filter):
         return [_read_shorthand(names_filter)]
@@ -124,7 +125,7 @@ def _match(part: str | tuple[object, ...], names: Collection[str], n_layers: int
     if part in names:
         return [part]
     if _GLOB_CHARACTERS & set(part):
-        return [name for name in names if fnmatchcase(name, part)]
+        return [name for name in names if fnmatchcase(name, part) and not is_by_name_only(name)]
     word = "hook_" + ALIASES.get(part, part)
     every_layer = [name for name in names if name.rpartition(".")[2] == word]
     if every_layer:
@@ -136,7 +137,10 @@ def _match(part: str | tuple[object, ...], names: Collection[str], n_layers: int
     return [name] if name in names else []
 
 
-def _explain(part: str | tuple[object, ...], names: Collection[str]) -> str:
+def _explain(part: _Part, names: Collection[str]) -> str:
+    if callable(part):
+        name = getattr(part, "__name__", part)
+        return f"the predicate {name!r} is true for none of the {len(names)} hook points"
     if isinstance(part, str) and _GLOB_CHARACTERS & set(part):
         return f"the glob {part!r} matches no hook point"
     if isinstance(part, tuple):

@@ -126,15 +126,7 @@ class HookPoint(nn.Module):
     def add_hook(
         self, fn: HookFunction, *, dir: Direction = "fwd", prepend: bool = False, is_permanent: bool = False
     ) -> HookHandle:
-        """Attach a hook that acts in every call.
-
-        Args:
-            fn: `fn(tensor, hook)` returns None to keep the tensor (or its in-place edit) or a tensor of
-                the same shape, dtype and device to replace it.
-            dir: `"fwd"`, or `"bwd"` for gradients.
-            prepend: run before the hooks already there.
-            is_permanent: survive `reset_hooks`.
-        """
+        """Attach a hook that acts in every call; the arguments are those of `HookedModule.add_hook`."""
         return self.attach(Hook(fn, self, permanent=is_permanent), dir=dir, prepend=prepend)
 
     def attach(self, hook: Hook, *, dir: Direction = "fwd", prepend: bool = False) -> HookHandle:

@@ -51,6 +51,10 @@ class Selection:
             EditError: the value has another shape, dtype or device.
         """
         if not isinstance(value, Tensor):
+            if not region.is_floating_point() and value != int(value):
+                raise EditError(
+                    f"{self.subject}: {value} among whole numbers ({region.dtype}); expected a whole number"
+                )
             return torch.full_like(region, value)
         if value.dtype != region.dtype or value.device != region.device:
             raise EditError(

@@ -1,6 +1,6 @@
 """What callers hand to a cache, brought to plain values or refused with `CacheError`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,23 +37,16 @@ def read_count(given: object, *, what: str, least: int, most: int | None = None)
 def read_rows(rows: Rows, n_rows: int) -> slice | list[int]:
     """Rows of a cache, counted from 0; a slice stays one, so that tensors can be shared.
 
-    A row may be named several times: `hooklens.hooks.choice` refuses that for axes whose entries are written to, a
-    cache of several copies of a row is what several continuations of it need.
+    A row may be named several times: a cache of several copies of a row is what several continuations of it need.
 
     Raises:
         CacheError: no rows, a mask, or rows out of range.
     """
-    given = _plain_numbers(rows)
-    if given is not None:
-        # One name per row, which leaves the other refusals to the one reader.
-        rows = list(dict.fromkeys(row % n_rows if -n_rows <= row < n_rows else row for row in given))
-    index = read_choice(rows, what="rows", error=CacheError)
-    numbers = resolve_choice(index, n_rows, what="rows", noun="rows in the cache", error=CacheError)
+    index = read_choice(rows, what="rows", allow_doubles=True, error=CacheError)
+    numbers = resolve_choice(index, n_rows, what="rows", noun="rows in the cache", allow_doubles=True, error=CacheError)
     if not numbers:
         raise CacheError(f"rows={rows} names none of the {n_rows} rows in the cache; expected at least one")
-    if isinstance(index, slice) and (index.step is None or index.step > 0):
-        return index
-    return numbers if given is None else [row % n_rows for row in given]
+    return index if isinstance(index, slice) and (index.step is None or index.step > 0) else numbers
 
 
 def read_device(device: object, *, what: str = "device") -> torch.device | None:
@@ -99,17 +92,3 @@ def read_mask(given: object, *, what: str) -> Tensor:
     if not given.is_meta and not bool(((given == 0) | (given == 1)).all()):
         raise CacheError(f"{what} ({given.dtype}) holds values other than 0 (padding) and 1 (token)")
     return given.bool()
-
-
-def _plain_numbers(rows: object) -> list[int] | None:
-    """The ints in a list, array or tensor of them; None for everything else."""
-    given: Any = rows
-    if isinstance(given, Tensor | np.ndarray):
-        given = given.tolist() if given.ndim == 1 else None
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-        return None
-    return [int(row) for row in given] if given and _are_ints(given) else None
-
-
-def _are_ints(given: Iterable[object]) -> bool:
-    return all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in given)

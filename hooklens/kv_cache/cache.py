@@ -22,6 +22,7 @@ from hooklens.kv_cache.arguments import (
     read_transforms,
     require,
 )
+from hooklens.kv_cache.columns import ColumnRecord
 from hooklens.kv_cache.documents import ColumnDocuments, read_documents
 from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
 from hooklens.kv_cache.fit import (
@@ -33,13 +34,13 @@ from hooklens.kv_cache.fit import (
     check_same_tokens,
     require_causal,
 )
-from hooklens.kv_cache.ids import ColumnIds, read_token_ids, rows_of_ids
+from hooklens.kv_cache.ids import read_token_ids
 from hooklens.kv_cache.inference import lasting_tensors
 from hooklens.kv_cache.mask import ColumnMask
-from hooklens.kv_cache.storage import StoredCache, read_cache, write_cache
+from hooklens.kv_cache.storage import read_cache, write_cache
 
 
-class HookedKeyValueCache:
+class HookedKeyValueCache(ColumnRecord):
     """The entries of all layers, with the attention mask of the tokens they hold.
 
     A frozen cache never changes. Caches made from others (`crop`, `select`, `expand`, `to`) share memory with them
@@ -83,7 +84,8 @@ class HookedKeyValueCache:
         require(fingerprint, (str, type(None)), what="fingerprint", expected="cfg.fingerprint or None")
         mask = ColumnMask(read_mask(previous_attention_mask, what="previous_attention_mask"))
         documents = read_documents(document_ids, restarts_positions, columns=mask.columns.shape)
-        self._hold(entries, mask, fingerprint, read_transforms(transforms), documents)
+        super().__init__(mask, documents)
+        self._hold(entries, fingerprint, read_transforms(transforms))
         self.token_ids = token_ids
         before = [entry.frozen for entry in self.entries]
         if frozen:
@@ -96,18 +98,10 @@ class HookedKeyValueCache:
             raise
 
     def _hold(
-        self,
-        entries: Sequence[HookedKeyValueCacheEntry],
-        mask: ColumnMask,
-        fingerprint: str | None,
-        transforms: tuple[str, ...],
-        documents: ColumnDocuments | None,
+        self, entries: Sequence[HookedKeyValueCacheEntry], fingerprint: str | None, transforms: tuple[str, ...]
     ) -> None:
         check_entries(entries)
         self.entries = list(entries)
-        self._mask = mask
-        self._documents = documents
-        self._ids = ColumnIds.none(*_place(mask))
         self.fingerprint = fingerprint
         self.transforms = transforms
         self._logits: Float[Tensor, "batch d_vocab"] | None = None
@@ -139,10 +133,6 @@ class HookedKeyValueCache:
             mask = torch.empty(entries[0].batch_size, 0, dtype=torch.bool, device=entries[0].device)
         return cls(entries, mask, fingerprint=cfg.fingerprint)
 
-    def __len__(self) -> int:
-        """Columns so far, padding included."""
-        return self._mask.columns.shape[1]
-
     def __copy__(self) -> "HookedKeyValueCache":
         """A cache of the same tensors, which is appended to by itself."""
         return self.crop(len(self))
@@ -170,61 +160,6 @@ class HookedKeyValueCache:
         self._logits = None
 
     @property
-    def has_padding(self) -> bool:
-        """Whether any cached column is padding, known without a look at the device."""
-        return self._mask.has_padding
-
-    @property
-    def document_ids(self) -> Int[Tensor, "batch pos"] | None:
-        """The document of each cached column, as numbers; None where rows are one document each.
-
-        Padding has the number of a token beside it.
-        """
-        return None if self._documents is None or not len(self) else self._documents.ids
-
-    @property
-    def restarts_positions(self) -> bool:
-        """Whether positions are counted within each document of the cache; True without documents."""
-        return self._documents is None or self._documents.restarts_positions
-
-    @property
-    def continued_lengths(self) -> Int[Tensor, " batch"]:
-        """The position at which each row goes on: its tokens, or those of its last document where positions restart."""
-        mask, documents = self._mask.columns, self._documents
-        if documents is not None and documents.restarts_positions:
-            mask = mask & (documents.ids == documents.ids[:, -1:])
-        return mask.sum(1)
-
-    @property
-    def token_ids(self) -> Int[Tensor, "batch pos"] | None:
-        """The token in each column, by which text is encoded that goes on from them; None: not known.
-
-        A model that fills the cache with tokens writes them here. Columns of a residual stream (`start_at_layer`) have
-        none, and neither has a file that was saved without them; who knows them may set them, on a frozen cache, too.
-        What stands in columns of padding says nothing.
-
-        Raises:
-            CacheError: on setting: not one integer for each column.
-        """
-        return self._ids.all_of(len(self))
-
-    @token_ids.setter
-    def token_ids(self, ids: Int[Tensor, "batch pos"] | None) -> None:
-        if ids is None:
-            self._ids = ColumnIds.none(*_place(self._mask))
-            return
-        read = read_token_ids(ids, batch=self.batch_size, n_columns=len(self))
-        self._ids = ColumnIds(read.to(self._mask.columns.device))
-
-    def token_rows(self) -> list[list[int]]:
-        """The token ids of each row without padding, in plain numbers; waits for the device.
-
-        Raises:
-            CacheError: they are not known.
-        """
-        return rows_of_ids(self.token_ids, self.previous_attention_mask)
-
-    @property
     def last_logits(self) -> Float[Tensor, "batch d_vocab"] | None:
         """Logits at the last position, where `model.prefill` made the cache and its columns are the same since.
 
@@ -250,11 +185,6 @@ class HookedKeyValueCache:
         self._logits_length = len(self)
         for entry in self.entries:
             entry.mark_unchanged()
-
-    @property
-    def batch_size(self) -> int:
-        """Rows."""
-        return self._mask.columns.shape[0]
 
     @property
     def frozen(self) -> bool:
@@ -320,11 +250,7 @@ class HookedKeyValueCache:
             CacheError: they do not; the layers are named.
         """
         check_same_tokens(self.entries, self._mask.columns)
-        if self._documents is not None and self._documents.ids.shape != self._mask.columns.shape:
-            raise CacheError(
-                f"the document ids cover {list(self._documents.ids.shape)} rows and columns, the attention mask "
-                f"{list(self._mask.columns.shape)}"
-            )
+        self.check_columns()
 
     def append_attention_mask(
         self,
@@ -362,14 +288,7 @@ class HookedKeyValueCache:
         if self.frozen:
             # What is not stored need not be looked at.
             return self._mask.join(new, all_tokens=False).columns
-        if documents is not None:
-            columns = torch.Size((self.batch_size, len(self) + new.shape[1]))
-            documents = documents.lasting(columns)
-        elif self._documents is not None and len(self):
-            documents = self._documents.gone_on(new.shape[1])
-        self._documents = documents
-        self._ids = self._ids.join(ids, n_columns=len(self))
-        self._mask = self._mask.join(new, all_tokens=all_tokens)
+        self._append_columns(new, all_tokens, documents, ids)
         return self._mask.columns
 
     def roll_back(self, n_columns: int) -> None:
@@ -385,11 +304,7 @@ class HookedKeyValueCache:
             raise CacheError(f"cannot roll back to {n} columns: layers {short} hold fewer")
         for entry in self.entries:
             entry.roll_back(n)
-        if n < len(self):
-            self._mask = self._mask.part(self._mask.columns[:, :n])
-        if self._documents is not None:
-            self._documents = self._documents.changed(lambda ids: ids[:, :n])
-        self._ids = self._ids.change(lambda ids: ids[:, :n])
+        self._cut_columns(n)
 
     def _derive(
         self,
@@ -406,9 +321,8 @@ class HookedKeyValueCache:
                 HookedKeyValueCacheEntry(change(entry.past_keys), change(entry.past_values), self.frozen)
                 for entry in self.entries
             ]
-            documents = None if self._documents is None else self._documents.changed(ids or change)
-            derived._hold(entries, mask(self._mask), self.fingerprint, self.transforms, documents)
-            derived._ids = self._ids.change(ids or change)
+            self._derive_columns(derived, mask, ids or change)
+            derived._hold(entries, self.fingerprint, self.transforms)
             last = self.last_logits
             if last is not None and logits is not None:
                 derived.last_logits = logits(last)
@@ -489,21 +403,8 @@ class HookedKeyValueCache:
         Raises:
             CacheError: the file cannot be written.
         """
-        require(path, (str, os.PathLike), what="path", expected="a path")
         self.check_consistent()
-        stored = StoredCache(
-            keys=[entry.past_keys for entry in self.entries],
-            values=[entry.past_values for entry in self.entries],
-            attention_mask=self._mask.columns,
-            last_logits=self.last_logits,
-            token_ids=self.token_ids,
-            frozen=self.frozen,
-            fingerprint=self.fingerprint,
-            transforms=self.transforms,
-            document_ids=self.document_ids,
-            restarts_positions=self.restarts_positions,
-        )
-        write_cache(path, stored)
+        write_cache(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
@@ -513,27 +414,7 @@ class HookedKeyValueCache:
         Raises:
             CacheError: the file is missing, damaged, or not a key-value cache.
         """
-        require(path, (str, os.PathLike), what="path", expected="a path")
-        place = read_device(device) or torch.device("cpu")
-        if place.type == "meta":
-            raise CacheError(f"device={device!r} holds no data; expected one that a file can be read to")
-        stored = read_cache(path, device=place)
-        try:
-            pairs = zip(stored.keys, stored.values, strict=True)
-            cache = cls(
-                [HookedKeyValueCacheEntry(keys, values) for keys, values in pairs],
-                stored.attention_mask,
-                stored.frozen,
-                fingerprint=stored.fingerprint,
-                transforms=stored.transforms,
-                document_ids=stored.document_ids,
-                restarts_positions=stored.restarts_positions,
-                token_ids=stored.token_ids,
-            )
-            cache.last_logits = stored.last_logits
-        except CacheError as error:
-            raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error
-        return cache
+        return read_cache(path, cls, device=device)
 
     def check_fits(
         self,
@@ -572,7 +453,3 @@ class HookedKeyValueCache:
         )
         check_place(entries, device=device, dtype=dtype)
         check_batch(self.batch_size, batch, frozen=self.frozen)
-
-
-def _place(mask: ColumnMask) -> tuple[int, torch.device]:
-    return mask.columns.shape[0], mask.columns.device

@@ -2,70 +2,44 @@
 
 import json
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.errors import CacheError, join_names
 from hooklens.files import read_safetensors, write_safetensors
+from hooklens.kv_cache.arguments import read_device, require
+from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
+
+if TYPE_CHECKING:
+    from hooklens.kv_cache.cache import HookedKeyValueCache
 
 _FORMAT = "hooklens-kv-cache-1"
-_OPTIONAL = frozenset({"last_logits", "token_ids", "document_ids"})
+_OPTIONAL = ("last_logits", "token_ids", "document_ids")
 _KEYS = frozenset({"format", "n_layers", "frozen", "fingerprint", "transforms", "restarts_positions"})
 
 
-class StoredCache(NamedTuple):
-    """What a file holds of a cache.
-
-    Attributes:
-        keys: one tensor per layer.
-        values: one tensor per layer.
-        attention_mask: of the cached columns.
-        last_logits: logits at each row's last token, where the cache had them.
-        token_ids: the token in each column, where the cache knew them.
-        frozen: whether the cache was frozen.
-        fingerprint: of the model's configuration, or None.
-        transforms: the weight-processing steps of the model.
-        document_ids: of the cached columns, or None.
-        restarts_positions: positions are counted within each document.
-    """
-
-    keys: list[Float[Tensor, "batch pos kv_head d_head"]]
-    values: list[Float[Tensor, "batch pos kv_head d_head"]]
-    attention_mask: Bool[Tensor, "batch pos"]
-    last_logits: Float[Tensor, "batch d_vocab"] | None
-    token_ids: Int[Tensor, "batch pos"] | None
-    frozen: bool
-    fingerprint: str | None
-    transforms: tuple[str, ...]
-    document_ids: Int[Tensor, "batch pos"] | None = None
-    restarts_positions: bool = True
-
-
-def write_cache(path: str | os.PathLike[str], stored: StoredCache) -> None:
+def write_cache(path: str | os.PathLike[str], cache: "HookedKeyValueCache") -> None:
     """Write a cache to a safetensors file; a file that is there is replaced in one step.
 
     Raises:
         CacheError: the file cannot be written.
     """
-    tensors = {"attention_mask": stored.attention_mask.to(torch.uint8)}
-    for layer, (keys, values) in enumerate(zip(stored.keys, stored.values, strict=True)):
-        tensors[f"{layer}.keys"], tensors[f"{layer}.values"] = keys, values
-    if stored.last_logits is not None:
-        tensors["last_logits"] = stored.last_logits
-    if stored.document_ids is not None:
-        tensors["document_ids"] = stored.document_ids
-    if stored.token_ids is not None:
-        tensors["token_ids"] = stored.token_ids
+    _check_path(path)
+    tensors = {"attention_mask": cache.previous_attention_mask.to(torch.uint8)}
+    for layer, entry in enumerate(cache.entries):
+        tensors[f"{layer}.keys"], tensors[f"{layer}.values"] = entry.past_keys, entry.past_values
+    optional = {name: getattr(cache, name) for name in _OPTIONAL}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     metadata = {
         "format": _FORMAT,
-        "n_layers": str(len(stored.keys)),
-        "frozen": str(int(stored.frozen)),
-        "fingerprint": stored.fingerprint or "",
-        "transforms": json.dumps(stored.transforms),
-        "restarts_positions": str(int(stored.restarts_positions)),
+        "n_layers": str(len(cache.entries)),
+        "frozen": str(int(cache.frozen)),
+        "fingerprint": cache.fingerprint or "",
+        "transforms": json.dumps(cache.transforms),
+        "restarts_positions": str(int(cache.restarts_positions)),
     }
     try:
         write_safetensors(path, tensors, metadata)
@@ -73,25 +47,42 @@ def write_cache(path: str | os.PathLike[str], stored: StoredCache) -> None:
         raise CacheError(f"cannot write the key-value cache to {path}: {error}") from error
 
 
-def read_cache(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> StoredCache:
+def read_cache(
+    path: str | os.PathLike[str], make: Callable[..., "HookedKeyValueCache"], *, device: torch.device | str = "cpu"
+) -> "HookedKeyValueCache":
     """Read what `write_cache` wrote.
+
+    Args:
+        path: the file.
+        make: makes a cache of entries, a mask, and the rest by keyword.
+        device: where the tensors are to lie.
 
     Raises:
         CacheError: the file is missing, damaged, or not a key-value cache.
     """
+    _check_path(path)
+    place = read_device(device) or torch.device("cpu")
+    if place.type == "meta":
+        raise CacheError(f"device={device!r} holds no data; expected one that a file can be read to")
     try:
-        tensors, metadata = read_safetensors(path, device=device)
-        if metadata.get("format") != _FORMAT:
-            raise CacheError(f"{path} is not a saved key-value cache; write one with cache.save(path)")
-        return _interpret(tensors, metadata)
-    except CacheError:
-        raise
+        tensors, metadata = read_safetensors(path, device=place)
+        if metadata.get("format") == _FORMAT:
+            n_layers, rest = _interpret(tensors, metadata)
+            pairs = [(tensors[f"{layer}.keys"], tensors[f"{layer}.values"]) for layer in range(n_layers)]
+            cache = make([HookedKeyValueCacheEntry(*pair) for pair in pairs], tensors["attention_mask"].bool(), **rest)
+            cache.last_logits = tensors.get("last_logits")
+            return cache
     except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"cannot read a key-value cache from {path}: {error}") from error
+    raise CacheError(f"{path} is not a saved key-value cache; write one with cache.save(path)")
 
 
-def _interpret(tensors: dict[str, Tensor], metadata: dict[str, str]) -> StoredCache:
-    """The contents of a file, checked; `ValueError` says what is wrong."""
+def _check_path(path: object) -> None:
+    require(path, (str, os.PathLike), what="path", expected="a path")
+
+
+def _interpret(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    """The number of layers and keywords of a cache, all contents checked; `ValueError` says what is wrong."""
     # The record of weight processing and the documents are the younger parts of the format.
     metadata = {"transforms": "[]", "restarts_positions": "1", **metadata}
     if metadata.keys() != _KEYS:
@@ -114,15 +105,11 @@ def _interpret(tensors: dict[str, Tensor], metadata: dict[str, str]) -> StoredCa
     ids = tensors.get("token_ids")
     if ids is not None and (ids.dtype != torch.long or ids.shape != mask.shape or bool((ids < 0).any())):
         raise ValueError(f"token_ids are {ids.dtype} {list(ids.shape)}; expected torch.int64 {list(mask.shape)} from 0")
-    return StoredCache(
-        keys=[tensors[f"{layer}.keys"] for layer in layers],
-        values=[tensors[f"{layer}.values"] for layer in layers],
-        attention_mask=mask.bool(),
-        last_logits=tensors.get("last_logits"),
-        token_ids=ids,
-        frozen=metadata["frozen"] == "1",
-        fingerprint=metadata["fingerprint"] or None,
-        transforms=tuple(transforms),
-        document_ids=tensors.get("document_ids"),
-        restarts_positions=metadata["restarts_positions"] == "1",
-    )
+    return len(layers), {
+        "frozen": metadata["frozen"] == "1",
+        "fingerprint": metadata["fingerprint"] or None,
+        "transforms": tuple(transforms),
+        "restarts_positions": metadata["restarts_positions"] == "1",
+        "document_ids": tensors.get("document_ids"),
+        "token_ids": ids,
+    }

@@ -7,6 +7,7 @@ from hooklens.model.attention import Attention
 from hooklens.model.declared import When, inner, point, weight
 from hooklens.model.decoder import Decoder
 from hooklens.model.mlp import MLP
+from hooklens.model.moe import MoE
 from hooklens.model.part import Part
 
-__all__ = ["MLP", "Attention", "Decoder", "Part", "When", "inner", "point", "weight"]
+__all__ = ["MLP", "Attention", "Decoder", "MoE", "Part", "When", "inner", "point", "weight"]

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.config import AlibiPositions
+from hooklens.config import AlibiPositions, HookedConfig
 from hooklens.model.attend import repeat_heads
+from hooklens.model.positions import TokenPlan
 from hooklens.precision import wide_dtype
 
 # Kernels on accelerators want head widths in multiples of eight.
@@ -47,6 +48,45 @@ class AlibiEntries(NamedTuple):
 
     query: Tensor
     key: Tensor
+
+
+class AlibiTables:
+    """The biases of a network's calls, made once in each for all layers.
+
+    Args:
+        alibi: how the term is rounded and scaled.
+        cfg: the network's heads.
+        score_scale: what the scores are multiplied by.
+    """
+
+    def __init__(self, alibi: AlibiPositions, cfg: HookedConfig, score_scale: float) -> None:
+        self._alibi, self._cfg, self._score_scale = alibi, cfg, score_scale
+
+    def term(self, plan: TokenPlan, dtype: torch.dtype) -> Float[Tensor, "rows key head"]:
+        """What each head adds to its scores at each key of a call."""
+        return plan.remember(
+            ("alibi term", self._alibi, self._score_scale, dtype),
+            lambda: alibi_term(self._alibi, self._slopes(plan), plan.key_positions, self._score_scale, dtype),
+        )
+
+    def entries(self, plan: TokenPlan, keys: range, dtype: torch.dtype, *, n_rows: int | None = None) -> AlibiEntries:
+        """What the queries of a call and some of its keys (of the first rows only) get appended."""
+        return plan.remember(
+            ("alibi entries", self._alibi, self._score_scale, keys, dtype),
+            lambda: make_alibi_entries(
+                self._alibi,
+                self._slopes(plan),
+                plan.key_positions[:n_rows, keys.start : keys.stop],
+                n_positions=plan.n_positions,
+                n_kv_heads=self._cfg.n_kv_heads,
+                score_scale=self._score_scale,
+                dtype=dtype,
+            ),
+        )
+
+    def _slopes(self, plan: TokenPlan) -> Float[Tensor, " head"]:
+        n_heads = self._cfg.n_heads
+        return plan.remember(("alibi slopes", n_heads), lambda: alibi_slopes(n_heads, plan.device))
 
 
 def alibi_slopes(n_heads: int, device: torch.device | str = "cpu") -> Float[Tensor, " head"]:

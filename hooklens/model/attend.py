@@ -55,17 +55,18 @@ def attend(
     mask: Float[Tensor, "rows one some_query key"] | None,
     is_causal: bool,
     softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "batch query head d"]:
     """Values weighted by the softmax of the scores; no query x key tensor is made.
 
-    A soft cap takes the chunked way of `attend_in_parts`. float64 on CUDA has no fused kernel in PyTorch, nor have
-    `vmap`, `jvp` and second derivatives of `torch.func`: these make the scores.
+    A soft cap takes the chunked way of `attend_in_parts`, and sinks its log-sums. float64 on CUDA has no fused kernel
+    in PyTorch, nor have `vmap`, `jvp` and second derivatives of `torch.func`: these make the scores.
     """
     part = Part(k, v, mask, is_causal)
-    if softcap is not None:
-        return attend_in_parts(q, [part], score_scale=score_scale, softcap=softcap)
+    if softcap is not None or sinks is not None:
+        return attend_in_parts(q, [part], score_scale=score_scale, softcap=softcap, sinks=sinks)
     if _in_transform_without_kernel():
-        return _attend_explicitly(q, [part], score_scale=score_scale, softcap=None)
+        return attend_explicitly(q, [part], score_scale=score_scale, softcap=None)
     k, v = _match_heads(k, v)
     grouped = q.shape[2] != k.shape[2]
     if grouped and not _kernel_takes_groups(q, mask):
@@ -108,6 +109,7 @@ def attend_in_parts(
     *,
     score_scale: float,
     softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "batch query head d"]:
     """Attention over keys that stand in several places; neither they nor any query x key tensor are put together.
 
@@ -124,6 +126,7 @@ def attend_in_parts(
             of queries one after another, `[1 one batch*query key]`; make that one once per call.
         score_scale: what products are multiplied by.
         softcap: bound of the scores, `softcap * tanh(score / softcap)`; None: none.
+        sinks: a logit of each head that takes part in the softmax and has no value; None: none.
 
     Raises:
         InputError: queries, keys and values of different dtypes outside autocast, or of shapes that do not fit.
@@ -131,32 +134,40 @@ def attend_in_parts(
     q, parts = _agree_on_dtype(q, parts)
     fitted = [_fit_part(q, part) for part in parts]
     if torch._C._are_functorch_transforms_active():
-        return _attend_explicitly(q, fitted, score_scale=score_scale, softcap=softcap)
+        return attend_explicitly(q, fitted, score_scale=score_scale, softcap=softcap, sinks=sinks)
     tensors = [tensor for part in fitted for tensor in (part.k, part.v)]
     rule = Rule(score_scale, softcap)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, *tensors)):
+    leaves = (q, *tensors) if sinks is None else (q, sinks, *tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves):
         if torch.compiler.is_compiling() and not _COMPILER_TRACES_FUNCTIONS:
-            return _attend_explicitly(q, fitted, score_scale=score_scale, softcap=softcap)
+            return attend_explicitly(q, fitted, score_scale=score_scale, softcap=softcap, sinks=sinks)
         apply: Callable[..., Tensor] = _AttendInParts.apply
-        return apply(q, rule, [(part.mask, part.is_causal) for part in fitted], *tensors)
-    return _merge_all(q, fitted, rule, needs_total=False)[0]
+        return apply(q, rule, [(part.mask, part.is_causal) for part in fitted], sinks, *tensors)
+    return _merge_all(q, fitted, rule, sinks, needs_total=False)[0]
 
 
 class _AttendInParts(torch.autograd.Function):
     """Attention over parts, whose backward pass hands each part's kernel the result and log-sum over all parts."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, rule: Rule, masks: list[tuple[Tensor | None, bool]], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        rule: Rule,
+        masks: list[tuple[Tensor | None, bool]],
+        sinks: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
         parts = _build_parts(tensors, masks)
-        z, log_sum = _merge_all(q, parts, rule, needs_total=True)
-        ctx.save_for_backward(q, z, log_sum, *tensors)
+        z, log_sum = _merge_all(q, parts, rule, sinks, needs_total=True)
+        ctx.save_for_backward(q, z, log_sum, sinks, *tensors)
         ctx.rule, ctx.masks = rule, masks
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        q, z, log_sum, *tensors = ctx.saved_tensors
+        q, z, log_sum, sinks, *tensors = ctx.saved_tensors
         batch, n_query, n_heads, _ = q.shape
         of_q = None
         of_tensors: list[Tensor] = []
@@ -171,15 +182,25 @@ class _AttendInParts(torch.autograd.Function):
             of_part = of_part.reshape(q.shape)
             of_q = of_part if of_q is None else of_q + of_part
             of_tensors += [of_k, of_v]
-        return of_q, None, None, *of_tensors
+        of_sinks = None if sinks is None else _differentiate_sinks(grad_z, z, log_sum, sinks)
+        return of_q, None, None, of_sinks, *of_tensors
 
 
 def _build_parts(tensors: Sequence[Tensor], masks: list[tuple[Tensor | None, bool]]) -> list[Part]:
     return [Part(tensors[2 * i], tensors[2 * i + 1], mask, is_causal) for i, (mask, is_causal) in enumerate(masks)]
 
 
-def _merge_all(q: Tensor, parts: Sequence[Part], rule: Rule, *, needs_total: bool) -> tuple[Tensor, Tensor]:
-    """Attention over all parts, and the log-sum over them where that is needed."""
+def _differentiate_sinks(grad_z: Tensor, z: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
+    """The gradient of sinks: what they take of the softmax, times what the result would gain without."""
+    share = (sinks.to(log_sum.dtype)[:, None] - log_sum).exp()
+    gained = (widen(grad_z) * widen(z)).sum(-1).transpose(1, 2)
+    return -(share * gained).sum((0, 2)).to(sinks.dtype)
+
+
+def _merge_all(
+    q: Tensor, parts: Sequence[Part], rule: Rule, sinks: Tensor | None, *, needs_total: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention over all parts and the sinks, and the log-sum over them where that is needed."""
     batch, n_query, n_heads, _ = q.shape
     results = []
     for part in parts:
@@ -191,8 +212,13 @@ def _merge_all(q: Tensor, parts: Sequence[Part], rule: Rule, *, needs_total: boo
     z, total = results[0]
     for i, (other, log_sum) in enumerate(results[1:], 2):
         z = _weigh(z, other, total - log_sum)
-        if needs_total or i < len(results):
+        if needs_total or i < len(results) or sinks is not None:
             total = torch.logaddexp(total, log_sum)
+    if sinks is not None:
+        # A part with values of 0.
+        logits = sinks.to(total.dtype)[:, None]
+        z = z * torch.sigmoid(total - logits).transpose(1, 2)[..., None].to(z.dtype)
+        total = torch.logaddexp(total, logits)
     return z, total
 
 
@@ -235,7 +261,14 @@ def _agree_on_dtype(q: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Sequence[
     return q, parts
 
 
-def _attend_explicitly(q: Tensor, parts: Sequence[Part], *, score_scale: float, softcap: float | None) -> Tensor:
+def attend_explicitly(
+    q: Tensor,
+    parts: Sequence[Part],
+    *,
+    score_scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention over parts through the pattern over all keys."""
     scores, values = [], []
     for part in parts:
@@ -245,7 +278,7 @@ def _attend_explicitly(q: Tensor, parts: Sequence[Part], *, score_scale: float, 
         k = part.k.expand(q.shape[0], -1, -1, -1)
         scores.append(compute_scores(q, k, score_scale=score_scale, term=None, softcap=softcap, mask=mask))
         values.append(part.v.expand(q.shape[0], -1, -1, -1))
-    pattern = compute_pattern(torch.cat(scores, -1), can_hide_all=True)
+    pattern = compute_pattern(torch.cat(scores, -1), can_hide_all=True, sinks=sinks)
     pieces = torch.split(pattern, [v.shape[1] for v in values], -1)
     return torch.stack([weigh_values(piece, v) for piece, v in zip(pieces, values, strict=True)]).sum(0)
 
@@ -327,14 +360,22 @@ def compute_scores(
 
 
 def compute_pattern(
-    scores: Float[Tensor, "batch head query key"], *, can_hide_all: bool
+    scores: Float[Tensor, "batch head query key"],
+    *,
+    can_hide_all: bool,
+    sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "batch head query key"]:
     """The softmax of the scores over keys, in float32 for half precision.
 
     Args:
         scores: as `compute_scores` gives them.
         can_hide_all: some rows may be -inf throughout; they become 0.
+        sinks: a logit of each head that takes part in the softmax, and is left out of the pattern.
     """
+    if sinks is not None:
+        wide = widen(scores)
+        column = sinks.to(wide.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([wide, column], -1), -1)[..., :-1].to(scores.dtype).contiguous()
     if not can_hide_all:
         return torch.softmax(scores, -1, dtype=wide_dtype(scores.dtype)).to(scores.dtype)
     empty = (scores == -torch.inf).all(-1, keepdim=True)

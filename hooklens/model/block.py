@@ -1,14 +1,16 @@
 """One transformer block, for every wiring."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
-from hooklens.model.attention import Attention, HeadInput
+from hooklens.model.attention import Attention
 from hooklens.model.declared import When, inner, point
+from hooklens.model.heads import HeadInput
 from hooklens.model.mlp import MLP
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.part import Part, find_part
@@ -23,6 +25,9 @@ _LN1_READ = When(lambda block: "ln1" in (block.attn_norm, block.mlp_norm), "this
 _LN1_POST = When(lambda block: True, "", _ATTENDS, _NORMS_AFTER)
 _LN2_READ = When(lambda block: block.mlp_norm == "ln2", "its MLPs have no norm of their own", _HAS_MLP, _NORMS_BEFORE)
 _LN2_POST = When(lambda block: True, "", _HAS_MLP, _NORMS_AFTER)
+_STREAM_NORMED = When(lambda block: block.cfg.norm_stream, "its norms stand in its branches, not on the stream")
+_LN1_STREAM = When(lambda block: True, "", _ATTENDS, _STREAM_NORMED)
+_LN2_STREAM = When(lambda block: True, "", _HAS_MLP, _STREAM_NORMED)
 _HAS_MID = When(lambda block: block.cfg.wiring == "sequential", "its blocks are parallel", _ATTENDS, _HAS_MLP)
 _PER_HEAD, _PER_KV_HEAD = "batch pos head d_model", "batch pos kv_head d_model"
 
@@ -42,7 +47,9 @@ class Block(Part, place="blocks.{i}"):
             |             | mlp_out
         resid_post = (+) -+
 
-    In every wiring `resid_post = resid_pre + attn_out + mlp_out`. A layer without attention or without an MLP
+    In every wiring `resid_post = resid_pre + attn_out + mlp_out`; the factor `residual_scale` and dropout are in
+    `attn_out` and `mlp_out`. With `norm_stream` (sequential) each sum goes through a norm first, `ln1_stream` or
+    `ln2_stream`, so that `resid_mid = ln1_stream(resid_pre + attn_out)`. A layer without attention or without an MLP
     (`cfg.block(layer)`) lacks that branch with its norms and hook points, and `hook_resid_mid`; the attribute is None.
     """
 
@@ -78,6 +85,7 @@ class Block(Part, place="blocks.{i}"):
         when=_ATTENDS,
     )
     ln1_post: Norm | None = norm("norm after attention", when=_LN1_POST)
+    ln1_stream: Norm | None = norm("norm of the stream behind attention", when=_LN1_STREAM)
     hook_attn_out: HookPoint = point(STREAM, "what attention adds to the stream", when=_ATTENDS)
     hook_resid_mid: HookPoint = point(STREAM, "the stream between attention and MLP", when=_HAS_MID)
     # The skip connection reads the same tensor.
@@ -92,6 +100,7 @@ class Block(Part, place="blocks.{i}"):
         when=_HAS_MLP,
     )
     ln2_post: Norm | None = norm("norm after the MLP", when=_LN2_POST)
+    ln2_stream: Norm | None = norm("norm of the stream behind the MLP", when=_LN2_STREAM)
     hook_mlp_out: HookPoint = point(STREAM, "what the MLP adds to the stream", when=_HAS_MLP)
     hook_resid_post: HookPoint = point(STREAM, "the stream leaving the block")
 
@@ -99,6 +108,7 @@ class Block(Part, place="blocks.{i}"):
         super().__init__(block)
         self.has_attn, self.has_mlp, self.has_mid = block.attn is not None, block.mlp is not None, block.has_mid
         self.shares_norm = block.mlp_norm == "ln1"
+        self.residual_scale, self.dropout = self.cfg.residual_scale, self.cfg.resid_dropout
         # Without either branch the very tensor that entered leaves.
         self.hook_resid_post.shared = not (self.has_attn or self.has_mlp)
 
@@ -135,13 +145,14 @@ class Block(Part, place="blocks.{i}"):
             shared, attn_out = (None if x is None else x[wanted][:, None] for x in (shared, attn_out))
             call = call.on(plan.choose_tokens(*wanted))
         if self.has_mid and attn_out is not None:
-            resid_mid = self.hook_resid_mid(resid_pre + attn_out, call)
+            resid_mid = self.hook_resid_mid(_add(resid_pre, attn_out, self.ln1_stream, call), call)
             # The MLP is where a block needs most memory.
             del attn_out, resid_pre, resid
-            return self.hook_resid_post(resid_mid + self._run_mlp(resid_mid, None, call), call)
-        mlp_out = self._run_mlp(resid_pre, shared, call) if self.has_mlp else None
-        for out in (attn_out, mlp_out):
-            resid_pre = resid_pre if out is None else resid_pre + out
+            mlp_out = self._run_mlp(resid_mid, None, call)
+            return self.hook_resid_post(_add(resid_mid, mlp_out, self.ln2_stream, call), call)
+        beside = self._run_mlp(resid_pre, shared, call) if self.has_mlp else None
+        for out, ln in ((attn_out, self.ln1_stream), (beside, self.ln2_stream)):
+            resid_pre = resid_pre if out is None else _add(resid_pre, out, ln, call)
         return self.hook_resid_post(resid_pre, call)
 
     def run_mlp(self, stream: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_model"]:
@@ -160,9 +171,7 @@ class Block(Part, place="blocks.{i}"):
         """What attention adds to the stream."""
         q_input, k_input, v_input = self._head_inputs(resid_pre, normed, call)
         attn_out = self.attn(q_input, k_input, v_input, plan, call, entry)
-        if self.ln1_post is not None:
-            attn_out = self.ln1_post(attn_out, call)
-        return self.hook_attn_out(attn_out, call)
+        return self.hook_attn_out(self._leave_branch(attn_out, self.ln1_post, call), call)
 
     def _run_mlp(self, resid: Tensor, normed: Tensor | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the stream; with a shared norm, `normed` is the output of `ln1`."""
@@ -173,10 +182,15 @@ class Block(Part, place="blocks.{i}"):
             mlp_in = self.ln2(mlp_in, call)
         elif normed is not None:
             mlp_in = self._renorm(mlp_in, resid, normed, call) if edited else normed
-        mlp_out = self.mlp(mlp_in, call)
-        if self.ln2_post is not None:
-            mlp_out = self.ln2_post(mlp_out, call)
-        return self.hook_mlp_out(mlp_out, call)
+        return self.hook_mlp_out(self._leave_branch(self.mlp(mlp_in, call), self.ln2_post, call), call)
+
+    def _leave_branch(self, out: Tensor, norm: Norm | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
+        """What a branch adds to the stream, given what it made."""
+        if norm is not None:
+            out = norm(out, call)
+        if self.residual_scale != 1:
+            out = out * self.residual_scale
+        return F.dropout(out, self.dropout) if self.dropout and self.training else out
 
     def _head_inputs(self, resid: Tensor, normed: Tensor, call: Call) -> tuple[HeadInput, HeadInput, HeadInput]:
         """What queries, keys and values read: the normed stream, or where a listener changed it, copies per head."""
@@ -217,6 +231,12 @@ class Block(Part, place="blocks.{i}"):
             return renormed
         made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_weights(resid), changed)
         return renormed + made_by_listeners
+
+
+def _add(stream: Tensor, out: Tensor, norm: Norm | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
+    """The stream behind a branch."""
+    added = stream + out
+    return added if norm is None else norm(added, call)
 
 
 def _copy_per_head(resid: Tensor, n_heads: int) -> Float[Tensor, "batch pos heads d_model"]:

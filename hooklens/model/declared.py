@@ -1,8 +1,8 @@
 """What a part says of itself as class attributes: its weights, its hook points, the parts inside it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from hooklens.weights.layout import logical_view, parse_stored, stored_view
 if TYPE_CHECKING:
     from hooklens.model.part import Part
 
+Arguments = ParamSpec("Arguments")
 Spec = Any
 """What a part is built from: a `BlockConfig` inside blocks, a `HookedConfig` outside, a `NormSpec` for norms."""
 
@@ -60,16 +61,33 @@ class Declared:
         raise AttributeError(self.name)
 
 
+def _declare(kind: Callable[Arguments, Declared]) -> Callable[Arguments, Any]:
+    """A class as type checkers see it: the attribute that it declares has the type of its annotation."""
+    return kind
+
+
 @dataclass
 class Point(Declared):
-    """A hook point; see `point`."""
+    """A hook point.
+
+    Args:
+        axes: words of `hooklens.axes.AXES`; "..." stands for the axes of a norm's input.
+        description: what the tensor is, in one line.
+        on_request: expensive, so left out of "cache everything".
+        repeats: the point whose key-value heads this one repeats for each query head.
+        shared: the tensor is used at another place, too, which an edit must not reach.
+        when: whether a network has it.
+        discrete: its numbers name something, experts for example; there is nothing between two of them.
+    """
 
     axes: str
     description: str
-    on_request: bool
-    repeats: str | None
-    shared: bool
-    when: When
+    _: KW_ONLY
+    on_request: bool = False
+    repeats: str | None = None
+    shared: bool = False
+    when: When = ALWAYS
+    discrete: bool = False
 
     def site(self, path: str, norm_axes: str = "", where: str = "") -> HookSite:
         """What the point carries, under the name that it has in a part at a path."""
@@ -83,45 +101,39 @@ class Point(Declared):
             description=f"{where}: {self.description}" if where else self.description,
             on_request=self.on_request,
             repeats=None if self.repeats is None else prefix + self.repeats,
+            discrete=self.discrete,
         )
 
 
-def point(
-    axes: str,
-    description: str,
-    *,
-    on_request: bool = False,
-    repeats: str | None = None,
-    shared: bool = False,
-    when: When = ALWAYS,
-) -> Any:
-    """Declare a hook point.
-
-    Args:
-        axes: words of `hooklens.axes.AXES`; "..." stands for the axes of a norm's input.
-        description: what the tensor is, in one line.
-        on_request: expensive, so left out of "cache everything".
-        repeats: the point whose key-value heads this one repeats for each query head.
-        shared: the tensor is used at another place, too, which an edit must not reach.
-        when: whether a network has it.
-    """
-    return Point(axes, description, on_request, repeats, shared, when)
+point = _declare(Point)
 
 
 @dataclass
 class Weight(Declared):
-    """A weight under the field's name; see `weight`.
+    """A weight under the field's name.
 
     On a part it is a view in the logical shape, or the parameter itself where that lies in memory so.
+
+    Args:
+        axes: of its logical shape, `"head d_model d_head"`.
+        stored: the axes as they lie in memory, merged ones in brackets: `"(head d_head) d_model"`. None: as `axes`.
+        module: the attribute of the `nn.Linear` (or `nn.Embedding`) that holds it; None: a parameter of the part.
+        reads: its `d_model` axis is multiplied with the part's input.
+        writes: what it gives is the part's output.
+        bias: the name of the bias of this map.
+        when: whether a network has it.
+        fresh: what its entries are in a new network; None: biases are 0, and other weights are drawn.
     """
 
     axes: str
-    stored: str | None
-    module: str | None
-    reads: bool
-    writes: bool
-    bias: str | None
-    when: When
+    stored: str | None = None
+    _: KW_ONLY
+    module: str | None = None
+    reads: bool = False
+    writes: bool = False
+    bias: str | None = None
+    when: When = ALWAYS
+    fresh: float | None = None
 
     @property
     def is_bias(self) -> bool:
@@ -181,44 +193,40 @@ class Weight(Declared):
         setattr(holder, self.held_as, nn.Parameter(stored, requires_grad=trains))
 
 
-def weight(
-    axes: str,
-    stored: str | None = None,
-    *,
-    module: str | None = None,
-    reads: bool = False,
-    writes: bool = False,
-    bias: str | None = None,
-    when: When = ALWAYS,
-) -> Any:
-    """Declare a weight.
-
-    Args:
-        axes: of its logical shape, `"head d_model d_head"`.
-        stored: the axes as they lie in memory, merged ones in brackets: `"(head d_head) d_model"`. None: as `axes`.
-        module: the attribute of the `nn.Linear` (or `nn.Embedding`) that holds it; None: a parameter of the part.
-        reads: its `d_model` axis is multiplied with the part's input.
-        writes: what it gives is the part's output.
-        bias: the name of the bias of this map.
-        when: whether a network has it.
-    """
-    return Weight(axes, stored, module, reads, writes, bias, when)
+weight = _declare(Weight)
 
 
 @dataclass
 class Slot(Declared):
-    """A part inside a part; see `inner`."""
+    """A part inside a part; the attribute is None where a network does not have it.
+
+    Args:
+        part: its class, or how the spec of the outer part says so.
+        spec: what it is built from, given the spec of the outer part.
+        reads: the sibling whose output its reading weights are multiplied with.
+        reads_outer: these are multiplied with what the outer part reads.
+        when: whether a network has it.
+        per_layer: there is one in each layer, and `spec` gives one for each.
+        axes: for norms, the axes of what they norm.
+        where: for norms, where they stand, in words.
+        stand_in: a class with the same hook points in its place, given the spec of the outer part; None: no other.
+    """
 
     part: "type[Part] | Callable[[Spec], type[Part]]"
-    spec: Callable[[Spec], Spec]
-    reads: Callable[[Spec], str | None]
-    when: When
-    per_layer: bool
-    axes: str
-    where: str
+    spec: Callable[[Spec], Spec] = lambda spec: spec
+    _: KW_ONLY
+    reads: Callable[[Spec], str | None] = lambda spec: None
+    reads_outer: bool = False
+    when: When = ALWAYS
+    per_layer: bool = False
+    axes: str = ""
+    where: str = ""
+    stand_in: "Callable[[Spec], type[Part] | None]" = lambda spec: None
 
     def part_class(self, spec: Spec) -> "type[Part]":
         """The class of the part in a network."""
+        if (other := self.stand_in(spec)) is not None:
+            return other
         return self.part if isinstance(self.part, type) else self.part(spec)
 
     def build(self, spec: Spec, place: str) -> nn.Module:
@@ -231,25 +239,4 @@ class Slot(Declared):
         return made(inside, place=f"{place}.{self.name}" if place else self.name)
 
 
-def inner(
-    part: "type[Part] | Callable[[Spec], type[Part]]",
-    spec: Callable[[Spec], Spec] = lambda spec: spec,
-    *,
-    reads: Callable[[Spec], str | None] = lambda spec: None,
-    when: When = ALWAYS,
-    per_layer: bool = False,
-    axes: str = "",
-    where: str = "",
-) -> Any:
-    """Declare a part inside this one; the attribute is None where a network does not have it.
-
-    Args:
-        part: its class, or how the spec of the outer part says so.
-        spec: what it is built from, given the spec of the outer part.
-        reads: the sibling whose output its reading weights are multiplied with.
-        when: whether a network has it.
-        per_layer: there is one in each layer, and `spec` gives one for each.
-        axes: for norms, the axes of what they norm.
-        where: for norms, where they stand, in words.
-    """
-    return Slot(part, spec, reads, when, per_layer, axes, where)
+inner = _declare(Slot)

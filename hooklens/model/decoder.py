@@ -1,39 +1,62 @@
 """The network: embedding, blocks, final norm, unembedding, with every activation in a hook point."""
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooklens.arguments import optional, read_seed, reads
-from hooklens.axes import layer_of
-from hooklens.config import AlibiPositions, HookedConfig, LearnedPositions, NoPositions, describe_with
+from hooklens.arguments import optional, read_one_of, read_seed, reads
+from hooklens.axes import is_below_blocks, layer_of
+from hooklens.config import (
+    DROPOUTS,
+    AttentionBackend,
+    HookedConfig,
+    InitScheme,
+    describe_with,
+)
 from hooklens.errors import CacheError, InputError
 from hooklens.hooks import HookPoint
-from hooklens.hooks.call import NOBODY, Call, Listeners, Phase, join_listeners, thread_listeners
+from hooklens.hooks.call import NOBODY, Call, Listeners, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.kv_cache.documents import ColumnDocuments
+from hooklens.model.attention import Attention
 from hooklens.model.block import Block
 from hooklens.model.declared import When, inner, point
-from hooklens.model.documents import Borders, DocumentMarks, hide_padding, place_documents, read_marks
-from hooklens.model.embed import Embed, PosEmbed, TiedUnembed, Unembed
+from hooklens.model.documents import Borders
+from hooklens.model.embed import (
+    Embed,
+    HeadPosEmbed,
+    PosEmbed,
+    SinusoidalPosEmbed,
+    TiedUnembed,
+    Unembed,
+    embed_class,
+    embeds_positions,
+    find_position_part,
+    unembed_class,
+    watch_tokens,
+)
+from hooklens.model.initialization import initialize
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parameters import read_state
 from hooklens.model.part import Part, describe_parts
-from hooklens.model.positions import ChosenColumns, LogitsAt, TokenPlan, check_attention_mask, check_positions
+from hooklens.model.planning import Planning, documents_to_keep, new_mask
+from hooklens.model.positions import ChosenColumns, LogitsAt, TokenPlan
+from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
-Logits = Float[Tensor, "batch chosen d_vocab"]
+Logits = Float[Tensor, "batch chosen d_vocab_out"]
 
 
-_LEARNED = When(lambda cfg: isinstance(cfg.positions, LearnedPositions), "its positions are not learned vectors")
+_EMBEDDED = When(embeds_positions, "its positions are no vectors, learned, sinusoidal or shortformer")
 _NORMED_LAST = When(lambda cfg: cfg.final_norm is not None, "it has no final norm")
 
 
-class Decoder(Part, place=""):
+class Decoder(Planning, GradientCheckpointing, Part, place=""):
     """A decoder-only transformer, from token ids to logits.
 
     Parameters are uninitialised; load a state dict or call `initialize`.
@@ -43,43 +66,53 @@ class Decoder(Part, place=""):
         transforms: the weight-processing steps that were done, in order; a key-value cache records them.
     """
 
-    embed: Embed = inner(Embed)
+    # The caller's own tensor enters.
+    hook_tokens: HookPoint = point(
+        "batch pos",
+        "token ids as they run, selected by this name alone; an edit reaches the embedding",
+        on_request=True,
+        shared=True,
+        discrete=True,
+    )
+    embed: Embed = inner(embed_class)
     hook_embed: HookPoint = point(STREAM, "token embedding, as it enters the stream")
-    pos_embed: PosEmbed = inner(PosEmbed, when=_LEARNED)
-    hook_pos_embed: HookPoint = point(STREAM, "learned position embedding", when=_LEARNED)
+    pos_embed: PosEmbed | SinusoidalPosEmbed = inner(find_position_part, when=_EMBEDDED)
+    hook_pos_embed: HookPoint = point(
+        STREAM, "position embedding, as it enters the stream, or with shortformer queries and keys", when=_EMBEDDED
+    )
     blocks: nn.ModuleList = inner(Block, lambda cfg: cfg.blocks, per_layer=True)
     ln_final: Norm | None = norm("final norm", kind=lambda cfg: cfg.final_norm, when=_NORMED_LAST)
     unembed: Unembed = inner(
-        lambda cfg: TiedUnembed if cfg.tied_unembed else Unembed,
+        unembed_class,
         reads=lambda cfg: "ln_final" if _NORMED_LAST.holds(cfg) else None,
     )
 
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__(cfg)
         self.transforms: tuple[str, ...] = ()
-        self._embeds_positions = _LEARNED.holds(cfg)
+        self._embeds_positions = _EMBEDDED.holds(cfg)
+        self._positions_in_heads = isinstance(self.pos_embed, HeadPosEmbed)
         if isinstance(self.unembed, TiedUnembed):
             self.unembed.tie(self.embed)
+        if isinstance(self.pos_embed, HeadPosEmbed):
+            for block in self.block_list():
+                if isinstance(block.attn, Attention):
+                    block.attn.read_positions_from(self.pos_embed)
         self.name_hook_points()
 
-    @reads(seed=optional(read_seed))
+    @reads(seed=optional(read_seed), scheme=optional(partial(read_one_of, options=get_args(InitScheme))))
     @torch.no_grad()
-    def initialize(self, *, seed: int | None = None) -> None:
-        """Fresh weights: normal with `cfg.init_std`, writing weights scaled down by depth as in GPT-2, biases 0."""
+    def initialize(self, *, seed: int | None = None, scheme: InitScheme | None = None) -> None:
+        """Fresh weights, biases of 0 and norms that act as 1; see `hooklens.model.initialization`.
+
+        Args:
+            seed: the same seed draws the same weights, on any device and with any number of threads, and leaves torch's
+                own generator alone. None: drawn from that one.
+            scheme: how they are drawn: `"gpt2"`, `"xavier_uniform"`, `"xavier_normal"`, `"kaiming_uniform"`,
+                `"kaiming_normal"`, `"muP"`, `"small"`, `"wang"`. None: `cfg.init_scheme`.
+        """
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        writing_std = self.cfg.init_std / max(1, 2 * self.cfg.n_layers) ** 0.5
-        for part in self.modules():
-            if isinstance(part, Norm):
-                part.initialize()
-            elif isinstance(part, Part):
-                in_block = part.place not in ("embed", "pos_embed")
-                for weight, shape in part.weight_table():
-                    if weight.is_bias:
-                        fresh = torch.zeros(shape)
-                    else:
-                        std = writing_std if weight.writes and in_block else self.cfg.init_std
-                        fresh = torch.empty(shape).normal_(0.0, std, generator=generator)
-                    getattr(part, weight.name).copy_(fresh)
+        initialize(self, self.cfg.init_scheme if scheme is None else scheme, generator)
 
     @property
     def n_hooked_layers(self) -> int | None:
@@ -95,6 +128,11 @@ class Decoder(Part, place=""):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.embed.table.weight.dtype
+
+    @property
+    def drops(self) -> bool:
+        """Whether a call is random: in training mode, with a dropout."""
+        return self.training and any(getattr(self.cfg, name) for name in DROPOUTS)
 
     def forward(
         self,
@@ -122,6 +160,21 @@ class Decoder(Part, place=""):
             logits_at=logits_at,
         )
 
+    @reads(backend=partial(read_one_of, options=get_args(AttentionBackend)))
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Say what computes attention from here on, see `HookedConfig.attention_backend`.
+
+        Attention of one's own computes as it does.
+
+        Raises:
+            InputError: no such backend.
+            ConfigError: one that cannot compute this network.
+        """
+        self.cfg = self.cfg.replace(attention_backend=backend)
+        for block in self.block_list():
+            if isinstance(block.attn, Attention):
+                block.attn.backend = backend
+
     def run(
         self,
         input: Tokens | Stream,
@@ -148,22 +201,29 @@ class Decoder(Part, place=""):
 
         Raises:
             InputError: the layers do not fit the model.
-            CacheError: blocks left out would leave a gap in the cache.
+            CacheError: blocks left out would leave a gap in the cache, or what is dropped would go into it.
         """
         start, stop = self.check_layers(start_at_layer, stop_at_layer)
         if past_kv_cache is not None:
+            if self.drops:
+                raise CacheError(
+                    "the model is in training mode with dropout, and a key-value cache would keep what one draw has "
+                    "left of keys and values; call model.eval() first, or leave the cache out"
+                )
             self._check_partial_run(past_kv_cache, start, stop)
         chosen = None if logits_at is None else plan.choose_columns(logits_at)
         call = Call(join_listeners([thread_listeners(), listeners]), plan)
         columns_before = 0 if past_kv_cache is None else len(past_kv_cache)
         try:
             stream = self._embed_tokens(input, plan, call) if start_at_layer is None else input
+            if self._positions_in_heads:
+                plan.embedded_positions = self._embed_positions(stream, plan, call)
             stream = self._run_blocks(stream, plan, call, past_kv_cache, start, stop)
             if past_kv_cache is not None and not past_kv_cache.frozen:
                 past_kv_cache.append_attention_mask(
-                    self._new_mask(plan),
+                    new_mask(plan),
                     all_tokens=plan.attention_mask is None,
-                    documents=self._documents_to_keep(plan),
+                    documents=documents_to_keep(plan),
                     token_ids=input if start_at_layer is None else None,
                 )
                 past_kv_cache.transforms = self.transforms
@@ -191,7 +251,9 @@ class Decoder(Part, place=""):
             layer = layer_of(name)
             if layer is not None:
                 is_idle = not start <= layer < stop
-            elif name in ("hook_embed", "hook_pos_embed"):
+            elif name == "hook_pos_embed" and self._positions_in_heads:
+                is_idle = False
+            elif is_below_blocks(name):
                 is_idle = start_at_layer is not None
             else:
                 is_idle = stop_at_layer is not None
@@ -215,17 +277,33 @@ class Decoder(Part, place=""):
         return super().load_state_dict(read_state(self, state_dict), strict=strict, assign=assign)
 
     def _embed_tokens(self, tokens: Tokens, plan: TokenPlan, call: Call) -> Stream:
-        stream = self.hook_embed(self.embed(tokens), call)
-        if self._embeds_positions:
-            stream = stream + self.hook_pos_embed(self.pos_embed(plan.positions).expand_as(stream).contiguous(), call)
+        if self.hook_tokens.listens(call):
+            tokens = watch_tokens(self.hook_tokens, tokens, call, self.cfg.d_vocab)
+        embedded, kept = self.embed(tokens, call), None
+        if self.cfg.embed_dropout and self.training:
+            # Drawn once for the sum, and taken from each of its parts: so the stream is the sum of what is shown.
+            kept = F.dropout(torch.ones_like(embedded), self.cfg.embed_dropout)
+            embedded = embedded * kept
+        stream = self.hook_embed(embedded, call)
+        if self._embeds_positions and not self._positions_in_heads:
+            stream = stream + self._embed_positions(stream, plan, call, kept)
         return stream
+
+    def _embed_positions(self, stream: Stream, plan: TokenPlan, call: Call, kept: Tensor | None = None) -> Stream:
+        """What positions add to the stream, without the entries that are dropped from it."""
+        embedded = self.pos_embed(plan.positions).to(stream.dtype).expand_as(stream).contiguous()
+        return self.hook_pos_embed(embedded if kept is None else embedded * kept, call)
 
     def _run_blocks(
         self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
     ) -> Stream:
         blocks = self.block_list()
+        recomputes = self.is_gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in range(start, stop):
-            stream = blocks[layer](stream, plan, call, None if cache is None else cache.entries[layer])
+            if recomputes and can_recompute(blocks[layer], call):
+                stream = run_checkpointed(blocks[layer], stream, plan, call)
+            else:
+                stream = blocks[layer](stream, plan, call, None if cache is None else cache.entries[layer])
         return stream
 
     def depends_on_length(self, n_tokens: int) -> bool:
@@ -244,9 +322,7 @@ class Decoder(Part, place=""):
         normed = stream if self.ln_final is None else self.ln_final(stream, call)
         if chosen is not None:
             normed, call = chosen.take(normed), call.on(chosen)
-        logits = self.unembed(normed, call)
-        cap = self.cfg.logits_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return self.unembed.cap(self.unembed(normed, call))
 
     def check_layers(self, start: int | None, stop: int | None) -> tuple[int, int]:
         """The first block that runs, and one past the last.
@@ -275,116 +351,6 @@ class Decoder(Part, place=""):
                 f"running blocks {start} to {stop} of {self.cfg.n_layers} would append to the cache in those layers "
                 "only; freeze the cache (it is then read, not written) or run all blocks"
             )
-
-    @staticmethod
-    def read_documents(
-        input: Tokens | Stream,
-        document_ids: object = None,
-        document_borders: object = None,
-        restart_positions: bool | None = None,  # noqa: FBT001
-    ) -> DocumentMarks | None:
-        """What a caller says about the documents of an input; see `hooklens.model.documents.read_marks`."""
-        batch, n_new = input.shape[:2]
-        return read_marks(document_ids, document_borders, restart_positions, batch=batch, n_new=n_new)
-
-    def make_plan(
-        self,
-        input: Tokens | Stream,
-        attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        past_kv_cache: HookedKeyValueCache | None = None,
-        *,
-        phase: Phase = "prefill",
-        marks: DocumentMarks | None = None,
-    ) -> TokenPlan:
-        """Work out which tokens a call runs, and check them against the model and the cache.
-
-        Args:
-            input: token ids or a residual stream; only its first two sizes count.
-            attention_mask: `[batch pos]`, real (1) and padding (0) columns.
-            positions: `[pos]` or `[batch pos]`, in place of what the mask says.
-            past_kv_cache: what came before these tokens.
-            phase: `"decode"` for generated tokens, of which edits are told.
-            marks: the documents of these tokens, from `read_documents`. None: of the row, or of a cache with
-                documents the last one.
-
-        Raises:
-            InputError: a mask or positions of the wrong shape, positions that change nothing, or too many, or
-                documents that do not go with them.
-            CacheError: the cache does not fit the model, the batch or the documents.
-        """
-        cache = past_kv_cache
-        batch, n_new = input.shape[:2]
-        n_past, past_mask = 0, None
-        if cache is not None:
-            cache.check_fits(self.cfg, transforms=self.transforms, device=self.device, dtype=self.dtype, batch=batch)
-            n_past = len(cache)
-            past_mask = cache.previous_attention_mask if cache.has_padding else None
-        # Looked at where it was given: a mask on the host keeps no device waiting.
-        checked = check_attention_mask(attention_mask, batch, n_new, n_past)
-        given = self._check_positions(positions, batch, n_new, cache)
-        if marks is not None:
-            checked = hide_padding(checked, marks, batch=batch, n_past=n_past)
-        plan = TokenPlan(
-            batch=batch,
-            n_new=n_new,
-            device=input.device,
-            attention_mask=None if checked is None else checked.to(input.device),
-            past_mask=past_mask,
-            n_past=n_past,
-            positions=None if given is None else given.to(input.device),
-            phase=phase,
-            causal=self.cfg.causal,
-        )
-        if marks is not None or (cache is not None and cache.document_ids is not None):
-            plan.documents = place_documents(marks, cache, plan, checked)
-        self._check_context(plan)
-        return plan
-
-    def _check_positions(
-        self, positions: Tensor | None, batch: int, n_new: int, cache: HookedKeyValueCache | None
-    ) -> Int[Tensor, "rows pos"] | None:
-        """Positions as `[rows pos]`, where giving them has a meaning in this network."""
-        given = check_positions(positions, batch, n_new, self.cfg.n_ctx)
-        if given is None:
-            return None
-        attending = [block for block in self.cfg.blocks if block.attn is not None]
-        kinds = [block.positions for block in attending]
-        windowed = any(block.window is not None for block in attending)
-        if not (windowed or self._embeds_positions) and all(isinstance(kind, NoPositions) for kind in kinds):
-            raise InputError("positions were given, and nothing in this network reads them (cfg.positions is none)")
-        if cache is not None and (windowed or any(isinstance(kind, AlibiPositions) for kind in kinds)):
-            raise InputError(
-                "positions with a key-value cache: linear biases and sliding windows need the positions of the cached "
-                "keys, which a cache counts from its mask; leave positions or past_kv_cache out"
-            )
-        return given
-
-    def _check_context(self, plan: TokenPlan) -> None:
-        n_ctx = self.cfg.n_ctx
-        if plan.n_keys <= n_ctx:
-            return
-        if plan.counts_within_documents:
-            longest = int(plan.document_positions.max()) + 1
-        else:
-            longest = plan.n_keys if plan.key_mask is None else int(plan.n_tokens.max())
-        if longest > n_ctx:
-            past = f" ({plan.n_past} of them in the cache)" if plan.n_past else ""
-            raise InputError(
-                f"the input needs {longest} positions{past}, the model has n_ctx={n_ctx}; shorten the input, or for "
-                "positions that extrapolate load with a larger one (from_pretrained(..., n_ctx=...))"
-            )
-
-    @staticmethod
-    def _documents_to_keep(plan: TokenPlan) -> ColumnDocuments | None:
-        documents = plan.documents
-        return None if documents is None else ColumnDocuments(documents.ids, documents.restarts)
-
-    @staticmethod
-    def _new_mask(plan: TokenPlan) -> Tensor:
-        if plan.attention_mask is not None:
-            return plan.attention_mask
-        return torch.ones(plan.batch, plan.n_new, dtype=torch.bool, device=plan.device)
 
 
 describe_with(lambda cfg: describe_parts(Decoder, cfg))

@@ -35,7 +35,8 @@ class DocumentMarks(NamedTuple):
     Attributes:
         ids: the document of each column; `NO_DOCUMENT` is padding.
         borders: True where a document starts.
-        restart_positions: count positions within each document. None: as the cache does, else True.
+        restart_positions: count positions within each document. None: as the cache does, else where documents hide each
+            other (`cfg.document_mask`).
     """
 
     ids: Int[Tensor, "rows pos"] | None = None
@@ -216,7 +217,7 @@ def place_documents(
     n_past, device = plan.n_past, plan.device
     if plan.given_positions is not None and marks is not None and marks.restart_positions is not None:
         raise InputError("positions and restart_positions both say where tokens stand; leave one of them out")
-    restarts = _choose_counting(marks, cache)
+    restarts = _choose_counting(marks, cache, by_default=plan.document_mask)
     if marks is None or (marks.ids is None and marks.borders is None):
         if past is None:
             return None
@@ -243,8 +244,13 @@ def place_documents(
     return DocumentColumns(new, plan.key_mask, goes_on=False, restarts=restarts)
 
 
-def _choose_counting(marks: DocumentMarks | None, cache: HookedKeyValueCache | None) -> bool:
-    """Whether positions are counted within documents."""
+def _choose_counting(
+    marks: DocumentMarks | None,
+    cache: HookedKeyValueCache | None,
+    *,
+    by_default: bool,
+) -> bool:
+    """Whether positions are counted within documents, where nothing is asked by default."""
     asked = None if marks is None else marks.restart_positions
     kept = None if cache is None or cache.document_ids is None else cache.restarts_positions
     if asked is not None and kept is None and marks is not None and marks.ids is None and marks.borders is None:
@@ -256,7 +262,9 @@ def _choose_counting(marks: DocumentMarks | None, cache: HookedKeyValueCache | N
             f"restart_positions={asked}, but the cached keys stand where restart_positions={kept} put them; leave it "
             "out, or make the cache anew"
         )
-    return kept if kept is not None else asked is not False
+    if kept is not None:
+        return kept
+    return by_default if asked is None else asked
 
 
 def _fill_padding(

@@ -1,14 +1,39 @@
-"""Embedding, learned positions, unembedding."""
+"""Embedding, positions that are vectors, unembedding."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooklens.config import HookedConfig, LearnedPositions
+from hooklens.config import HookedConfig, LearnedPositions, ShortformerPositions, SinusoidalPositions
+from hooklens.errors import InputError
 from hooklens.hooks import Call, HookPoint, open_call
 from hooklens.model.declared import Weight, When, point, weight
+from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.part import Part, apply_linear
+
+_NORMED = When(lambda cfg: cfg.embed_norm is not None, "its embedding has no norm")
+
+
+def watch_tokens(
+    point: HookPoint, tokens: Int[Tensor, "batch pos"], call: Call, d_vocab: int
+) -> Int[Tensor, "batch pos"]:
+    """The ids as listeners leave them.
+
+    Raises:
+        InputError: some are no tokens.
+    """
+    watched, changed = point.watch(tokens, call)
+    if changed and not torch.compiler.is_compiling():
+        outside = sorted(set(watched[(watched < 0) | (watched >= d_vocab)].tolist()))
+        if outside:
+            raise InputError(
+                f"hook_tokens: a hook or edit put in the ids {outside[:10]}; this model has d_vocab={d_vocab}, "
+                f"ids 0 to {d_vocab - 1}"
+            )
+    return watched
 
 
 class _Table(Part):
@@ -16,26 +41,57 @@ class _Table(Part):
 
     table: nn.Embedding
 
-    def _make_holder(self, sizes: list[int], *, bias: bool) -> nn.Module:
-        return nn.Embedding(sizes[0], sizes[1], _weight=torch.empty(sizes))
+    def _make_weights(self, spec: HookedConfig, present: list[Weight]) -> None:
+        for one in present:
+            if one.module == "table":
+                sizes = self.shapes[one.name]
+                self.table = nn.Embedding(sizes[0], sizes[1], _weight=torch.empty(sizes))
+        super()._make_weights(spec, [one for one in present if one.module != "table"])
 
-    def _look_up(self, rows: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
+    def _look_up(self, rows: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos width"]:
         found: Tensor = self.table(rows)
         return found
 
 
 class Embed(_Table, place="embed"):
-    """Token embedding `W_E [d_vocab, d_model]`, times `embed_scale` where the model has one."""
+    """Token embedding `W_E [d_vocab, d_model]`, times `embed_scale` and through a norm where the model has these."""
 
     W_E: Float[Tensor, "d_vocab d_model"] = weight("d_vocab d_model", module="table", writes=True)
+    ln: Norm | None = norm("norm of the embedding", kind=lambda cfg: cfg.embed_norm, when=_NORMED)
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """The row of `W_E` of each token."""
+    def forward(self, tokens: Int[Tensor, "batch pos"], call: Call | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """What each token brings to the stream."""
         embedded = self._look_up(tokens)
-        if self.cfg.embed_scale is None:
-            return embedded
-        # The factor is rounded to the weights' dtype, as models with one are trained.
-        return embedded * torch.tensor(self.cfg.embed_scale, dtype=embedded.dtype)
+        if self.cfg.embed_scale is not None:
+            # The factor is rounded to the weights' dtype, as models with one are trained.
+            embedded = embedded * torch.tensor(self.cfg.embed_scale, dtype=embedded.dtype)
+        embedded = self._widen(embedded)
+        return embedded if self.ln is None else self.ln(embedded, call)
+
+    def _widen(self, embedded: Tensor) -> Tensor:
+        """The embedding in the width of the stream."""
+        return embedded
+
+    def vectors(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The vector of each token in the width of the stream, without a scale or norm; `W_E` itself where it is so."""
+        return self.W_E
+
+
+class ProjectedEmbed(Embed):
+    """Token embedding of a width of its own, `W_E [d_vocab, d_embed]`, projected to the stream's by `W_proj_in`."""
+
+    proj_in: nn.Linear
+    W_E: Float[Tensor, "d_vocab d_embed"] = weight("d_vocab d_embed", module="table")
+    W_proj_in: Float[Tensor, "d_embed d_model"] = weight(
+        "d_embed d_model", "d_model d_embed", module="proj_in", writes=True
+    )
+
+    def _widen(self, embedded: Tensor) -> Tensor:
+        return apply_linear(self._modules["proj_in"], embedded)
+
+    def vectors(self) -> Float[Tensor, "d_vocab d_model"]:
+        """`W_E W_proj_in`, computed."""
+        return self._widen(self.W_E)
 
 
 class PosEmbed(_Table, place="pos_embed"):
@@ -45,7 +101,7 @@ class PosEmbed(_Table, place="pos_embed"):
 
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__(cfg)
-        assert isinstance(cfg.positions, LearnedPositions)
+        assert isinstance(cfg.positions, LearnedPositions | ShortformerPositions)
         self.offset = cfg.positions.offset
 
     def forward(self, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
@@ -53,29 +109,101 @@ class PosEmbed(_Table, place="pos_embed"):
         return self._look_up(positions + self.offset if self.offset else positions)
 
 
+class HeadPosEmbed(PosEmbed):
+    """The same for positions that are added to what queries and keys read, not to the stream."""
+
+    W_pos: Float[Tensor, "position d_model"] = weight("position d_model", module="table")
+
+
+class SinusoidalPosEmbed(Part, place="pos_embed"):
+    """Sines and cosines of positions; see `SinusoidalPositions`. Made in float32, as models are trained with."""
+
+    def __init__(self, cfg: HookedConfig) -> None:
+        super().__init__(cfg)
+        assert isinstance(cfg.positions, SinusoidalPositions)
+        self.positions = cfg.positions
+
+    def forward(self, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
+        """The vector of each position, in float32."""
+        kind, n_pairs = self.positions, self.cfg.d_model // 2
+        step = math.log(kind.base) / (n_pairs - 1 if kind.includes_base else n_pairs)
+        frequencies = torch.exp(torch.arange(n_pairs, device=positions.device).float() * -step)
+        angles = (positions + kind.offset).float()[..., None] * frequencies
+        if kind.layout == "half":
+            return torch.cat([angles.sin(), angles.cos()], -1)
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+_POSITION_PARTS: dict[type, type[Part]] = {
+    LearnedPositions: PosEmbed,
+    ShortformerPositions: HeadPosEmbed,
+    SinusoidalPositions: SinusoidalPosEmbed,
+}
+
+
+def embeds_positions(cfg: HookedConfig) -> bool:
+    """Whether the positions of a network are vectors, of a part of their own."""
+    return type(cfg.positions) in _POSITION_PARTS
+
+
+def find_position_part(cfg: HookedConfig) -> type[Part]:
+    """The class of the part that makes them."""
+    return _POSITION_PARTS[type(cfg.positions)]
+
+
 class Unembed(Part, place="unembed"):
-    """Logits `x W_U + b_U`, before an output soft cap."""
+    """Logits `(x W_U + b_U) * logits_scale`, before an output soft cap."""
 
     proj: nn.Linear
-    W_U: Float[Tensor, "d_model d_vocab"] = weight(
-        "d_model d_vocab", "d_vocab d_model", module="proj", reads=True, bias="b_U"
+    W_U: Float[Tensor, "d_model d_vocab_out"] = weight(
+        "d_model d_vocab_out", "d_vocab_out d_model", module="proj", reads=True, bias="b_U"
     )
-    b_U: Float[Tensor, " d_vocab"] | None = weight(
-        "d_vocab", module="proj", when=When(lambda cfg: cfg.unembed_bias, "its unembedding has no bias")
+    b_U: Float[Tensor, " d_vocab_out"] | None = weight(
+        "d_vocab_out", module="proj", when=When(lambda cfg: cfg.unembed_bias, "its unembedding has no bias")
     )
     # Without a final norm this tensor is the stream itself.
-    hook_in: HookPoint = point("batch pos d_model", "input of the unembedding", shared=True)
-    hook_out: HookPoint = point("batch pos d_vocab", "logits, before an output soft cap")
+    hook_in: HookPoint = point(STREAM, "input of the unembedding", shared=True)
+    hook_out: HookPoint = point("batch pos d_vocab_out", "logits, before an output soft cap")
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], call: Call | None = None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "batch pos d_vocab_out"]:
         """The logits at the given positions."""
         call = open_call() if call is None else call
-        return self.hook_out(self._multiply(self.hook_in(x, call)), call)
+        return self.hook_out(self._scale(self._multiply(self.hook_in(x, call))), call)
+
+    def final_logits(
+        self, x: Float[Tensor, "*axes d_model"], outputs: Int[Tensor, " output"] | None = None
+    ) -> Float[Tensor, "*axes outputs"]:
+        """What a call gives for the final norm's output, soft cap included; hook points do not fire.
+
+        Args:
+            x: the output of the final norm.
+            outputs: some of the outputs; None: all.
+        """
+        if outputs is None:
+            return self.cap(self._scale(self._multiply(x)))
+        bias = None if self.b_U is None else self.b_U[outputs]
+        return self.cap(self._scale(F.linear(self._narrow(x), self.W_U.T[outputs], bias)))
+
+    def cap(self, logits: Float[Tensor, "*axes outputs"]) -> Float[Tensor, "*axes outputs"]:
+        """Logits under the network's soft cap."""
+        cap = self.cfg.logits_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def directions(self) -> Float[Tensor, "d_model d_vocab_out"]:
+        """The map from the width of the stream, without a scale; `W_U` itself where it is that."""
+        return self.W_U
+
+    def _scale(self, logits: Tensor) -> Tensor:
+        return logits if self.cfg.logits_scale == 1 else logits * self.cfg.logits_scale
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return apply_linear(self._modules["proj"], x)
+        return apply_linear(self._modules["proj"], self._narrow(x))
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """The stream in the width that `W_U` reads."""
+        return x
 
 
 class TiedUnembed(Unembed):
@@ -86,8 +214,10 @@ class TiedUnembed(Unembed):
         self.__dict__["_embed"] = None
 
     def _make_weights(self, spec: HookedConfig, present: list[Weight]) -> None:
-        """Nothing to make: `W_U` is read from the embedding."""
-        self.shapes = {}
+        # `W_U` is read from the embedding.
+        own = [one for one in present if one.name != "W_U"]
+        self.shapes = {one.name: self.shapes[one.name] for one in own}
+        super()._make_weights(spec, own)
 
     def tie(self, embed: Embed) -> None:
         """Say which embedding it is tied to."""
@@ -95,10 +225,47 @@ class TiedUnembed(Unembed):
         self.__dict__["_embed"] = embed
 
     @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # type: ignore[override]  # noqa: N802
+    def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:  # type: ignore[override]  # noqa: N802
         """The transposed embedding."""
         embed: Embed = self.__dict__["_embed"]
         return embed.W_E.T
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.W_U.T)
+        return F.linear(self._narrow(x), self.W_U.T)
+
+
+class ProjectedUnembed(Unembed):
+    """An unembedding that reads the stream in the width of the token embedding, `(x W_proj_out) W_U`."""
+
+    proj_out: nn.Linear
+    W_U: Float[Tensor, "d_embed d_vocab_out"] = weight(
+        "d_embed d_vocab_out", "d_vocab_out d_embed", module="proj", bias="b_U"
+    )
+    W_proj_out: Float[Tensor, "d_model d_embed"] = weight(
+        "d_model d_embed", "d_embed d_model", module="proj_out", reads=True
+    )
+
+    def directions(self) -> Float[Tensor, "d_model d_vocab_out"]:
+        """`W_proj_out W_U`, computed."""
+        return self.W_proj_out @ self.W_U
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        return apply_linear(self._modules["proj_out"], x)
+
+
+class TiedProjectedUnembed(TiedUnembed, ProjectedUnembed):  # type: ignore[override]
+    """The same with the token embedding itself as `W_U`."""
+
+    declared = ProjectedUnembed.declared
+
+
+def embed_class(cfg: HookedConfig) -> type[Embed]:
+    """The embedding of a network."""
+    return Embed if cfg.d_embed is None else ProjectedEmbed
+
+
+def unembed_class(cfg: HookedConfig) -> type[Unembed]:
+    """The unembedding of a network."""
+    if cfg.d_embed is None:
+        return TiedUnembed if cfg.tied_unembed else Unembed
+    return TiedProjectedUnembed if cfg.tied_unembed else ProjectedUnembed

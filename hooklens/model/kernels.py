@@ -16,7 +16,8 @@ A query that sees no key has a result of 0 and a log-sum of `NOTHING`, a finite 
 them is no NaN.
 """
 
-from typing import NamedTuple, TypedDict
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -80,17 +81,13 @@ def attend_to_part(
     kernel = _choose_kernel(q, part, rule)
     if kernel is None:
         return _attend_in_chunks(q, part, rule)
-    options: _Options = {"mask": part.mask, "is_causal": part.is_causal, "scale": rule.scale}
     if n_heads == part.k.shape[2]:
-        z, log_sum = kernel.forward(q.transpose(1, 2), part.k.transpose(1, 2), part.v.transpose(1, 2), **options)
+        q, k, v = q.transpose(1, 2), part.k.transpose(1, 2), part.v.transpose(1, 2)
+        z, log_sum = kernel.forward(_lay_out(kernel, q, k, v, part.mask, part, rule))
         z = z.transpose(1, 2)
     else:
         calls = HeadCalls(q, part.k, part.mask, is_causal=part.is_causal)
-        options["mask"] = calls.mask
-        results = [
-            kernel.forward(q_i, k_i, v_i, **options)
-            for q_i, (k_i, v_i) in zip(calls.split(q), calls.split_keys(part.k, part.v), strict=True)
-        ]
+        results = [kernel.forward(operands) for operands in _operands(kernel, calls, q, part, rule)]
         z = calls.join([z for z, _ in results])
         log_sum = calls.join_sums([log_sum for _, log_sum in results])
     if part.mask is not None:
@@ -123,22 +120,15 @@ def differentiate_part(
     if kernel is None:
         return _differentiate_in_chunks(grad_z, q, part, z, log_sum, rule)
     calls = HeadCalls(q, part.k, part.mask, is_causal=part.is_causal)
-    options: _Options = {"mask": calls.mask, "is_causal": part.is_causal, "scale": rule.scale}
-    of_queries, of_keys, of_values = [], [], []
     pieces = zip(
         calls.split(grad_z),
-        calls.split(q),
-        calls.split_keys(part.k, part.v),
+        _operands(kernel, calls, q, part, rule),
         calls.split(z),
         calls.split_sums(log_sum),
         strict=True,
     )
-    for grad_i, q_i, (k_i, v_i), z_i, log_sum_i in pieces:
-        grads = kernel.backward(grad_i, q_i, k_i, v_i, z_i, log_sum_i, **options)
-        of_queries.append(grads[0])
-        of_keys.append(grads[1])
-        of_values.append(grads[2])
-    return calls.join(of_queries), calls.join_keys(of_keys), calls.join_keys(of_values)
+    of_queries, of_keys, of_values = zip(*(kernel.backward(*piece) for piece in pieces), strict=True)
+    return calls.join(list(of_queries)), calls.join_keys(list(of_keys)), calls.join_keys(list(of_values))
 
 
 def _check_shapes(q: Tensor, part: Part) -> None:
@@ -153,54 +143,57 @@ def _check_shapes(q: Tensor, part: Part) -> None:
         )
 
 
-class _Options(TypedDict):
+class _Operands(NamedTuple):
+    """What one call of a kernel works on.
+
+    Attributes:
+        q, k, v: `[rows head pos d]`, laid out as the kernel reads them.
+        mask: at the shape of the scores.
+        is_causal, scale: as in `Part` and `Rule`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
     mask: Tensor | None
     is_causal: bool
     scale: float
 
 
 class _FlashOnCpu:
-    """The CPU's flash kernel; tensors `[rows head pos d]`."""
+    """The CPU's flash kernel."""
 
     @staticmethod
     def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return q.device.type == "cpu" and q.dtype.is_floating_point and q.shape[-1] == k.shape[-1] == v.shape[-1]
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = _dense(q), _dense(k), _dense(v)
+    def lay_out(x: Tensor) -> Tensor:
+        """The tensor with a dense last axis: a hook may return one that repeats a single number."""
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    @staticmethod
+    def forward(operands: _Operands) -> tuple[Tensor, Tensor]:
+        q, k, v, mask, is_causal, scale = operands
         z, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=_expand_mask(mask, q, k), scale=scale
+            q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
         )
         return z, log_sum
 
     @staticmethod
-    def backward(
-        grad_z: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        log_sum: Tensor,
-        *,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _dense(q), _dense(k), _dense(v)
+    def backward(grad_z: Tensor, operands: _Operands, z: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mask, is_causal, scale = operands
         # The kernel reads the log-sum as its forward pass writes it: heads next to each other.
         log_sum = log_sum.transpose(1, 2).contiguous().transpose(1, 2)
+        grad_z, z = _FlashOnCpu.lay_out(grad_z), _FlashOnCpu.lay_out(z)
         of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _dense(grad_z), q, k, v, _dense(z), log_sum, 0.0, is_causal,
-            attn_mask=_expand_mask(mask, q, k), scale=scale,
-        )  # fmt: skip
+            grad_z, q, k, v, z, log_sum, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
         return of_q, of_k, of_v
 
 
 class _EfficientOnCuda:
-    """CUDA's memory-efficient kernel, the one there that takes a mask; tensors `[rows head pos d]`."""
+    """CUDA's memory-efficient kernel, the one there that takes a mask."""
 
     @staticmethod
     def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -217,34 +210,30 @@ class _EfficientOnCuda:
         )
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    def lay_out(x: Tensor) -> Tensor:
+        """The tensor with a dense last axis and every other stride a multiple of 16 bytes."""
+        strides = x.stride()
+        fits = strides[-1] == 1 and all(stride * x.itemsize % _ALIGNED_BYTES == 0 for stride in strides[:-1])
+        return x if fits else x.contiguous()
+
+    @staticmethod
+    def forward(operands: _Operands) -> tuple[Tensor, Tensor]:
+        q, k, v, mask, is_causal, scale = operands
         z, log_sum, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, attn_bias=_expand_mask(mask, q, k), compute_log_sumexp=True, is_causal=is_causal, scale=scale
+            q, k, v, attn_bias=mask, compute_log_sumexp=True, is_causal=is_causal, scale=scale
         )
         return z, log_sum[..., : q.shape[2]]
 
     @staticmethod
-    def backward(
-        grad_z: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        log_sum: Tensor,
-        *,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    def backward(grad_z: Tensor, operands: _Operands, z: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mask, is_causal, scale = operands
         # Queries past the last are read, and are nothing: exp(score - inf) is 0.
         log_sum = torch.nn.functional.pad(log_sum, (0, -log_sum.shape[-1] % _ALIGNED_QUERIES), value=torch.inf)
+        # The backward pass takes the result with no other strides than the forward pass gives: rows x queries x heads.
+        z = z.transpose(1, 2).contiguous().transpose(1, 2)
         no_dropout = torch.empty((), dtype=torch.long, device=q.device)
         of_q, of_k, of_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            _aligned(grad_z), q, k, v, _expand_mask(mask, q, k), _as_written(z), log_sum.contiguous(),
+            _EfficientOnCuda.lay_out(grad_z), q, k, v, mask, z, log_sum.contiguous(),
             no_dropout, no_dropout, 0.0, [True, True, True, False], is_causal, scale=scale,
         )  # fmt: skip
         return of_q, of_k, of_v
@@ -263,21 +252,17 @@ def _choose_kernel(q: Tensor, part: Part, rule: Rule) -> "_Kernel | None":
     return _EFFICIENT if _EFFICIENT.serves(q, part.k, part.v) else None
 
 
-def _dense(x: Tensor) -> Tensor:
-    """The tensor with a dense last axis: a hook may return one that repeats a single number."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _operands(kernel: _Kernel, calls: HeadCalls, q: Tensor, part: Part, rule: Rule) -> Iterator[_Operands]:
+    """What each call works on."""
+    for q_i, (k_i, v_i) in zip(calls.split(q), calls.split_keys(part.k, part.v), strict=True):
+        yield _lay_out(kernel, q_i, k_i, v_i, calls.mask, part, rule)
 
 
-def _as_written(z: Tensor) -> Tensor:
-    """The result as CUDA's kernel lays it out, rows x queries x heads: its backward pass takes no other strides."""
-    return z.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor with a dense last axis and every other stride a multiple of 16 bytes."""
-    strides = x.stride()
-    fits = strides[-1] == 1 and all(stride * x.itemsize % _ALIGNED_BYTES == 0 for stride in strides[:-1])
-    return x if fits else x.contiguous()
+def _lay_out(
+    kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, part: Part, rule: Rule
+) -> _Operands:
+    q, k, v = kernel.lay_out(q), kernel.lay_out(k), kernel.lay_out(v)
+    return _Operands(q, k, v, _expand_mask(mask, q, k), part.is_causal, rule.scale)
 
 
 def _expand_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

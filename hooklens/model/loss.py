@@ -8,6 +8,8 @@ from torch import Tensor
 from hooklens.errors import InputError
 from hooklens.precision import widen
 
+_PREDICTS_NOTHING = -100
+
 
 def next_token_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
@@ -33,10 +35,10 @@ def next_token_loss(
         InputError: there is no token to predict.
     """
     if attention_mask is None:
-        predictions, targets, counted = logits[:, :-1], tokens[:, 1:], None
+        predictions, targets, counted = logits, tokens[:, 1:], None
         if last_logits is not None:
             first = last_logits.to(logits)[:, None].expand(len(tokens), 1, -1)
-            predictions, targets = torch.cat([first, predictions], 1), tokens
+            predictions, targets = torch.cat([first, logits[:, :-1]], 1), tokens
     else:
         predictions, counted = _predict_from_real(logits, attention_mask.bool(), last_logits)
         targets = tokens if last_logits is not None else tokens[:, 1:]
@@ -49,12 +51,26 @@ def next_token_loss(
             f"loss: {subject} of one token have no next token to predict; give at least two, or continue a cached "
             "prefix (model.prefill)"
         )
-    losses = F.cross_entropy(widen(predictions).flatten(0, 1), targets.flatten(), reduction="none")
-    losses = losses.view(targets.shape)
+    losses = _cross_entropy(widen(predictions), targets)
     if counted is None:
         return losses if per_token else losses.mean()
     losses = losses.masked_fill(~counted, 0.0)
     return losses if per_token else losses.sum() / counted.sum()
+
+
+def _cross_entropy(
+    predictions: Float[Tensor, "batch columns d_vocab"], targets: Int[Tensor, "batch predicted"]
+) -> Float[Tensor, "batch predicted"]:
+    """The loss of each target; predictions at further columns predict nothing.
+
+    Cutting those off would copy all others, here and in backward.
+    """
+    n_targets = targets.shape[1]
+    padded = F.pad(targets, (0, predictions.shape[1] - n_targets), value=_PREDICTS_NOTHING)
+    losses = F.cross_entropy(
+        predictions.flatten(0, 1), padded.flatten(), reduction="none", ignore_index=_PREDICTS_NOTHING
+    )
+    return losses.view(padded.shape)[:, :n_targets].contiguous()
 
 
 def _predict_from_real(

@@ -1,46 +1,32 @@
 """The MLP, plain or gated."""
 
-from collections.abc import Callable
+import math
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.config import Activation, BlockConfig
+from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint, open_call
+from hooklens.model.activations import clamp_linear_half, find_activation, xielu
 from hooklens.model.declared import When, point, weight
+from hooklens.model.norm import Norm, norm
 from hooklens.model.part import Part, apply_linear
 
-
-def _gelu_quick(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu2": _relu_squared,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_quick": _gelu_quick,
-    "silu": F.silu,
-}
-
-
 _GATED = When(lambda block: block.cfg.gated_mlp, "its MLPs are not gated")
-_BIASED = When(lambda block: block.cfg.mlp_bias, "its MLPs have no biases")
-_GATE_BIASED = When(lambda block: block.cfg.gated_mlp and block.cfg.mlp_bias, "its MLPs have no such bias")
+_IN_BIASED = When(lambda block: block.has_bias("mlp_in"), "its MLPs have no such bias")
+_GATE_BIASED = When(lambda block: block.has_bias("mlp_gate"), "its MLPs have no such bias", _GATED)
+_OUT_BIASED = When(lambda block: block.has_bias("mlp_out"), "its MLPs have no such bias")
+_NORMED = When(lambda block: block.cfg.act_norm is not None, "its neurons have no norm")
+_XIELU = When(lambda block: block.cfg.act_fn == "xielu", "its activation has no weights")
+_NEURONS = "batch pos d_mlp"
 
 
 class MLP(Part, place="blocks.{i}.mlp", kind="mlp"):
     """`act(x W_in + b_in) W_out + b_out`, or gated `(act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out`.
 
-    `hook_pre` is what the activation function sees: the gate where there is one.
+    `hook_pre` is what the activation function sees: the gate where there is one. With `act_fn="solu_ln"` the neurons
+    are normed (`hook_mid`, `ln`) before they are read.
     """
 
     in_proj: nn.Linear
@@ -55,17 +41,22 @@ class MLP(Part, place="blocks.{i}.mlp", kind="mlp"):
     W_out: Float[Tensor, "d_mlp d_model"] = weight(
         "d_mlp d_model", "d_model d_mlp", module="out_proj", writes=True, bias="b_out"
     )
-    b_in: Float[Tensor, " d_mlp"] | None = weight("d_mlp", module="in_proj", when=_BIASED)
+    b_in: Float[Tensor, " d_mlp"] | None = weight("d_mlp", module="in_proj", when=_IN_BIASED)
     b_gate: Float[Tensor, " d_mlp"] | None = weight("d_mlp", module="gate_proj", when=_GATE_BIASED)
-    b_out: Float[Tensor, " d_model"] | None = weight("d_model", module="out_proj", writes=True, when=_BIASED)
-    hook_pre: HookPoint = point("batch pos d_mlp", "before the activation; gated: the gate")
-    hook_pre_linear: HookPoint = point("batch pos d_mlp", "gated MLP: the linear half", when=_GATED)
-    hook_post: HookPoint = point("batch pos d_mlp", "neurons: the input of W_out")
+    b_out: Float[Tensor, " d_model"] | None = weight("d_model", module="out_proj", writes=True, when=_OUT_BIASED)
+    # In a new network the curvature of both sides is 0.8, the published start.
+    alpha_p: Float[Tensor, " one"] = weight("one", when=_XIELU, fresh=math.log(math.expm1(0.8)))
+    alpha_n: Float[Tensor, " one"] = weight("one", when=_XIELU, fresh=math.log(math.expm1(0.8 - 0.5)))
+    hook_pre: HookPoint = point(_NEURONS, "before the activation; gated: the gate")
+    hook_pre_linear: HookPoint = point(_NEURONS, "gated MLP: the linear half", when=_GATED)
+    hook_mid: HookPoint = point(_NEURONS, "after the activation, before the norm of the neurons", when=_NORMED)
+    ln: Norm | None = norm("norm of the neurons", axes=_NEURONS, kind=lambda block: block.cfg.act_norm, when=_NORMED)
+    hook_post: HookPoint = point(_NEURONS, "neurons: the input of W_out")
 
     def __init__(self, block: BlockConfig) -> None:
         super().__init__(block)
         self.gated = self.cfg.gated_mlp
-        self.act = ACTIVATIONS[self.cfg.act_fn]
+        self.act = find_activation(self.cfg)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], call: Call | None = None
@@ -77,7 +68,11 @@ class MLP(Part, place="blocks.{i}.mlp", kind="mlp"):
     def _activate(self, x: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_mlp"]:
         """The neurons; a function of its own, so that what they are made of is freed before they are read."""
         maps = self._modules
+        act = self.act or partial(xielu, alpha_p=self.alpha_p, alpha_n=self.alpha_n)
         if not self.gated:
-            return self.act(self.hook_pre(apply_linear(maps["in_proj"], x), call))
-        gate = self.act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))
-        return gate * self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)
+            neurons = act(self.hook_pre(apply_linear(maps["in_proj"], x), call))
+            return neurons if self.ln is None else self.ln(self.hook_mid(neurons, call), call)
+        gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))
+        linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)
+        limit = self.cfg.swiglu_limit
+        return gate * (linear if limit is None else clamp_linear_half(linear, limit))

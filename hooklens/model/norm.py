@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.hooks import Call, HookPoint, open_call
-from hooklens.model.declared import ALWAYS, When, inner, point, weight
+from hooklens.model.declared import ALWAYS, Weight, When, inner, point, weight
 from hooklens.model.part import Part
 from hooklens.precision import widen
 
@@ -27,16 +27,27 @@ class NormSpec:
         norm: the kind of norm.
         axes: of what it norms, over the last of them.
         where: where it stands, in words.
+        n_weighted: how many of the last axes it has weights for.
+        size_in: the size of an axis in the part around it; None: in the network.
     """
 
     cfg: HookedConfig
     norm: NormConfig
     axes: str
     where: str
+    n_weighted: int = 1
+
+    @property
+    def weighted_axes(self) -> tuple[str, ...]:
+        """The axes that it has weights for."""
+        return tuple(self.axes.split()[-self.n_weighted :])
+
+    size_in: Callable[[str], int] | None = None
 
     def size(self, axis: str) -> int:
         """The size of an axis; "..." is the normed one."""
-        return self.cfg.size(self.axes.split()[-1] if axis == "..." else axis)
+        size = self.size_in or self.cfg.size
+        return size(self.axes.split()[-1] if axis == "..." else axis)
 
 
 class Norm(Part):
@@ -68,6 +79,10 @@ class Norm(Part):
         if self.b is not None:
             nn.init.zeros_(self.b)
 
+    def draw_weights(self, draw: Callable[[Weight, tuple[int, ...]], Tensor]) -> None:
+        """Nothing is drawn; see `initialize`."""
+        self.initialize()
+
     def listens(self, call: Call) -> bool:
         """Whether somebody listens inside the norm."""
         return self.hook_scale.listens(call) or self.hook_normalized.listens(call)
@@ -79,14 +94,24 @@ class Norm(Part):
 
     def apply_weights(self, x: Float[Tensor, "*axes size"]) -> Float[Tensor, "*axes size"]:
         """The norm as a plain function; hook points do not fire."""
-        weights = self._parameters
+        if self.norm.wide_weight:
+            return self._normalize(widen(x)).to(x.dtype)
+        return self._normalize(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
         if self.norm.kind == "layer":
-            return F.layer_norm(x, self.size, self._gain(), weights["b"], self.norm.eps)
+            return F.layer_norm(x, self.size, self._gain(), self._bias(), self.norm.eps)
         return F.rms_norm(x, self.size, self._gain(), self.norm.eps)
 
     def _gain(self) -> Tensor | None:
-        gain = self._parameters["w"]
+        gain: Tensor | None = self._parameters["w"]
+        if gain is not None and self.norm.wide_weight:
+            gain = widen(gain)
         return 1.0 + gain if gain is not None and self.norm.unit_offset else gain
+
+    def _bias(self) -> Tensor | None:
+        bias: Tensor | None = self._parameters["b"]
+        return widen(bias) if bias is not None and self.norm.wide_weight else bias
 
     def _forward_watched(self, x: Tensor, call: Call) -> Tensor:
         out, mean, scale = self._run_with_statistics(x)
@@ -105,9 +130,9 @@ class Norm(Part):
             changed = changed or normalized_changed
         if not changed:
             return self.apply_weights(x) if out is None else out
-        gain = self._gain()
+        gain, bias = self._gain(), self._bias()
         scaled = normalized if gain is None else normalized * gain
-        return scaled if self.b is None else scaled + self.b
+        return (scaled if bias is None else scaled + bias).to(x.dtype)
 
     def _run_with_statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The output, the mean that is subtracted, and the denominator.
@@ -131,6 +156,8 @@ def norm(
     axes: str = STREAM,
     kind: Callable[[Any], NormConfig | None] = lambda block: block.norm,
     when: When = ALWAYS,
+    n_weighted: Callable[[Any], int] = lambda outer: 1,
+    stand_in: Callable[[Any], type[Part] | None] = lambda outer: None,
 ) -> Any:
     """Declare a norm inside a part.
 
@@ -139,12 +166,21 @@ def norm(
         axes: of what it norms.
         kind: the kind of norm, given the spec of the outer part.
         when: whether a network has it.
+        n_weighted: how many of the last axes it has weights for, given the spec of the outer part.
+        stand_in: a class with the same hook points that stands there in some networks, likewise.
     """
 
     def spec_of(outer: Any) -> NormSpec:
         chosen = kind(outer)
         assert chosen is not None
         cfg = outer if isinstance(outer, HookedConfig) else outer.cfg
-        return NormSpec(cfg=cfg, norm=chosen, axes=axes, where=where)
+        return NormSpec(
+            cfg=cfg,
+            norm=chosen,
+            axes=axes,
+            where=where,
+            n_weighted=n_weighted(outer),
+            size_in=outer.size,
+        )
 
-    return inner(Norm, spec_of, axes=axes, where=where, when=when)
+    return inner(Norm, spec_of, axes=axes, where=where, when=when, stand_in=stand_in)

@@ -78,7 +78,7 @@ class Part(HookedModule):
         reasons = {name: one.when.why_not(spec) for name, one in self.declared.items()}
         self.absent = {name: reason for name, reason in reasons.items() if reason is not None}
         present = [one for one in self.declared.values() if isinstance(one, Weight) and one.name not in self.absent]
-        self.shapes = {one.name: tuple(map(spec.size, one.axes.split())) for one in present}
+        self.shapes = {one.name: tuple(map(spec.size, _axes_of(one, spec))) for one in present}
         self._make_weights(spec, present)
         place = (self.place or "") if place is None else place
         for name, one in self.declared.items():
@@ -93,10 +93,10 @@ class Part(HookedModule):
     def _make_weights(self, spec: Spec, present: list[Weight]) -> None:
         biased = {one.module for one in present if one.is_bias}
         for one in present:
-            sizes = [math.prod(map(spec.size, group)) for group in one.layout]
             if one.module is None:
-                self.register_parameter(one.name, nn.Parameter(torch.empty(sizes)))
+                self.register_parameter(one.name, nn.Parameter(torch.empty(self.shapes[one.name])))
             elif not one.is_bias:
+                sizes = [math.prod(map(spec.size, group)) for group in one.layout]
                 setattr(self, one.module, self._make_holder(sizes, bias=one.module in biased))
 
     def _make_holder(self, sizes: list[int], *, bias: bool) -> nn.Module:
@@ -127,6 +127,15 @@ class Part(HookedModule):
         for one in self.declared.values():
             if isinstance(one, Weight) and one.name in self.shapes:
                 yield one, self.shapes[one.name]
+
+    def draw_weights(self, draw: Callable[[Weight, tuple[int, ...]], Tensor]) -> None:
+        """Make the weights anew: biases 0, the others as drawn, but for what starts from a value of its own.
+
+        A part may have its own way.
+        """
+        for one, shape in self.weight_table():
+            value = 0.0 if one.is_bias and one.fresh is None else one.fresh
+            getattr(self, one.name).copy_(draw(one, shape) if value is None else torch.full(shape, value, device="cpu"))
 
 
 class _BlankLinear(nn.Linear):
@@ -193,16 +202,21 @@ def _describe(description: Description, part: type[Part], spec: Spec, prefix: st
                 _describe(description, one.part_class(inside), inside, f"{name}.{layer}.", None)
         elif isinstance(one, Slot):
             sibling = one.reads(spec)
-            reads_from = None if sibling is None else prefix + sibling
+            reads_from = reads if one.reads_outer else None if sibling is None else prefix + sibling
             inside = one.spec(spec)
             if one.axes:
                 description.norms[name] = inside.norm
             _describe(description, one.part_class(spec), inside, f"{name}.", reads_from)
 
 
+def _axes_of(one: Weight, spec: Spec) -> tuple[str, ...]:
+    """The axes of a weight; "..." stands for those that a norm has weights for."""
+    weighted: tuple[str, ...] = getattr(spec, "weighted_axes", ())
+    return tuple(axis for word in one.axes.split() for axis in (weighted if word == "..." else (word,)))
+
+
 def _describe_weight(one: Weight, spec: Spec, prefix: str, reads: str | None) -> DeclaredWeight:
-    normed = _norm_words(spec)[0].split()[-1:]
-    axes = tuple(axis for word in one.axes.split() for axis in (normed if word == "..." else [word]))
+    axes = _axes_of(one, spec)
     return DeclaredWeight(
         name=prefix + one.name,
         axes=axes,

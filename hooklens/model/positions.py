@@ -9,14 +9,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.errors import InputError
 from hooklens.hooks.call import Phase
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.model.documents import DocumentColumns
-from hooklens.model.visibility import Causal, Padding, Rule, SameDocument, Sight, Visibility, Window
+from hooklens.model.visibility import Causal, Padding, Reach, Rule, SameDocument, Sight, Visibility, reach_rules
 
 LogitsAt = Choice
 Made = TypeVar("Made")
@@ -36,15 +36,19 @@ class TokenPlan:
         phase: `"decode"` while generating, else `"prefill"`.
         device: where the call runs.
         causal: no query sees a later key.
+        document_mask: no query sees a key of another document.
 
     Attributes:
         n_keys: past + new columns.
         key_mask: which of past + new columns are tokens, `[batch key]`; None: all.
         documents: of past + new columns, set before anything runs; None: rows are one document each.
         columns: all columns of the call, which None stands for; see `ChosenColumns`.
+        embedded_positions: what shortformer positions add to what queries and keys read, as listeners leave it; None
+            where the call does not begin with the network: then it is the table's.
     """
 
     columns = None
+    embedded_positions: Float[Tensor, "batch pos d_model"] | None = None
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class TokenPlan:
         positions: Int[Tensor, "rows pos"] | None = None,
         phase: Phase = "prefill",
         causal: bool = True,
+        document_mask: bool = True,
     ) -> None:
         self.batch, self.n_new, self.n_past, self.n_keys = batch, n_new, n_past, n_past + n_new
         self.device = device
@@ -65,10 +70,10 @@ class TokenPlan:
         self.attention_mask, self.past_mask = attention_mask, past_mask
         self.key_mask = self._join_masks(attention_mask, past_mask)
         self.given_positions = positions
-        self.causal = causal
+        self.causal, self.document_mask = causal, document_mask
         self.documents: DocumentColumns | None = None
-        self._seen: dict[int | None, Visibility] = {}
-        self._sights: dict[tuple[int | None, torch.dtype], Sight] = {}
+        self._seen: dict[Reach, Visibility] = {}
+        self._sights: dict[tuple[Reach, torch.dtype], Sight] = {}
         self._made: dict[Hashable, object] = {}
 
     def _join_masks(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
@@ -196,25 +201,25 @@ class TokenPlan:
         """All keys."""
         return range(self.n_keys)
 
-    def rules(self, window: int | None) -> tuple[Rule, ...]:
-        """What hides keys from queries in a layer with such a window."""
+    def rules(self, reach: Reach) -> tuple[Rule, ...]:
+        """What hides keys from queries in a layer with such a reach."""
         rules = _CAUSAL if self.causal else _CAUSAL[1:]
-        if self.documents is not None:
+        if self.documents is not None and self.document_mask:
             rules = (*rules, SameDocument())
-        return rules if window is None else (*rules, Window(window, both_ways=not self.causal))
+        return rules if reach is None else (*rules, *reach_rules(reach, both_ways=not self.causal))
 
-    def visibility(self, window: int | None) -> Visibility:
-        """What queries see in a layer with such a window (None: none); made once per call."""
-        if window not in self._seen:
-            self._seen[window] = Visibility(self, self.rules(window))
-        return self._seen[window]
+    def visibility(self, reach: Reach) -> Visibility:
+        """What queries see in a layer with such a reach; made once per call."""
+        if reach not in self._seen:
+            self._seen[reach] = Visibility(self, self.rules(reach))
+        return self._seen[reach]
 
-    def sight(self, window: int | None, dtype: torch.dtype) -> Sight:
-        """How attention is told what queries see of all keys, in a layer with such a window."""
-        asked = (window, dtype)
+    def sight(self, reach: Reach, dtype: torch.dtype) -> Sight:
+        """How attention is told what queries see of all keys, in a layer with such a reach."""
+        asked = (reach, dtype)
         sight = self._sights.get(asked)
         if sight is None:
-            sight = self._sights[asked] = self.visibility(window).sight(self.keys, dtype)
+            sight = self._sights[asked] = self.visibility(reach).sight(self.keys, dtype)
         return sight
 
     def remember(self, key: Hashable, make: Callable[..., Made], *arguments: Any) -> Made:

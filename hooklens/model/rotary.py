@@ -36,7 +36,7 @@ class RotaryTables:
     def __init__(self, positions: RotaryPositions, d_head: int) -> None:
         self.positions = positions
         self.d_head = d_head
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
     def look_up(self, plan: TokenPlan, dtype: torch.dtype) -> CosSin:
         """Cosines and sines for the columns of a call, in the activations' dtype; looked up once per call.
@@ -62,7 +62,7 @@ class RotaryTables:
         """Tables for each row's own length, so that padding changes nothing."""
         scaling = self.positions.scaling
         assert scaling is not None
-        if plan.n_past:
+        if plan.n_past and not self._has_long_past(plan):
             raise CacheError(
                 f"rotary scaling {scaling.kind!r}: past {scaling.original_n_ctx} tokens the frequencies depend on the "
                 f"sequence's length, so the {plan.n_past} cached keys do not fit a sequence of {n_positions}; "
@@ -73,11 +73,27 @@ class RotaryTables:
         lengths = plan.n_tokens.tolist() if plan.key_mask is not None else [n_positions]
         positions = plan.positions.expand(len(lengths), -1)
         rows = [
-            [table[position] for table in self._make_table(n_positions, length, plan.device, dtype)]
+            [table[position] for table in self._table_of_length(n_positions, length, plan.device, dtype)]
             for position, length in zip(positions, lengths, strict=True)
         ]
         cos, sin = (torch.stack(tables) for tables in zip(*rows, strict=True))
         return cos[:, :, None], sin[:, :, None]
+
+    def _has_long_past(self, plan: TokenPlan) -> bool:
+        """Whether cached keys turned at the frequencies of this length already (longrope: those of all long ones)."""
+        scaling = self.positions.scaling
+        assert scaling is not None
+        if scaling.kind != "longrope" or plan.given_positions is not None or plan.counts_within_documents:
+            return False
+        n_past = [plan.n_past] if plan.past_mask is None else plan.past_mask.sum(1).tolist()
+        n_all = plan.n_tokens.tolist() if plan.key_mask is not None else [plan.n_keys]
+        if len(n_past) < len(n_all):
+            n_past = n_past * len(n_all)
+        # A row whose past is empty has nothing cached that could fit or not.
+        return all(
+            not past or self.depends_on_length(past) == self.depends_on_length(whole)
+            for past, whole in zip(n_past, n_all, strict=False)
+        )
 
     def _look_up_by_document(self, plan: TokenPlan, n_positions: int, dtype: torch.dtype) -> CosSin:
         """The same for each document's own length."""
@@ -86,29 +102,41 @@ class RotaryTables:
         for length in sorted(set(lengths.flatten().tolist())):
             if self.depends_on_length(length):
                 own = (lengths == length)[:, :, None]
-                tables = self._make_table(n_positions, length, plan.device, dtype)
+                tables = self._table_of_length(n_positions, length, plan.device, dtype)
                 cos, sin = (
                     torch.where(own, own_table[positions], kept)
                     for own_table, kept in zip(tables, (cos, sin), strict=True)
                 )
         return cos[:, :, None], sin[:, :, None]
 
-    def _table(self, n_positions: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _table_of_length(
+        self, n_positions: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The table of sequences of a length; kept where it is that of all such long ones."""
+        scaling = self.positions.scaling
+        if scaling is not None and scaling.kind == "longrope":
+            return self._table(n_positions, device, dtype, is_long=self.depends_on_length(length))
+        return self._make_table(n_positions, length, device, dtype)
+
+    def _table(
+        self, n_positions: int, device: torch.device, dtype: torch.dtype, *, is_long: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        n_tokens = _original_n_ctx(self.positions) + 1 if is_long else None
         if torch.compiler.is_compiling():
-            return self._compute_table(n_positions, None, device, dtype)
-        table = self._tables.get((device, dtype))
+            return self._compute_table(n_positions, n_tokens, device, dtype)
+        table = self._tables.get((device, dtype, is_long))
         if table is None or len(table[0]) < n_positions:
             grown = max(n_positions, 64 if table is None else 2 * len(table[0]))
-            table = self._make_table(grown, None, device, dtype)
-            self._tables[device, dtype] = table
+            table = self._make_table(grown, n_tokens, device, dtype)
+            self._tables[device, dtype, is_long] = table
         return table
 
     def depends_on_length(self, n_positions: int) -> bool:
-        """Whether a sequence of this length turns at frequencies of its own (dynamic scaling)."""
+        """Whether a sequence of this length turns at other frequencies than short ones (dynamic scaling, longrope)."""
         scaling = self.positions.scaling
         return (
             scaling is not None
-            and scaling.kind == "dynamic"
+            and scaling.kind in ("dynamic", "longrope")
             and scaling.original_n_ctx is not None
             and n_positions > scaling.original_n_ctx
         )
@@ -154,6 +182,13 @@ class RotaryTables:
         return turned if turned.dtype is heads.dtype else turned.to(heads.dtype)
 
 
+def _original_n_ctx(positions: RotaryPositions) -> int:
+    """The length up to which frequencies are those of short sequences."""
+    assert positions.scaling is not None
+    assert positions.scaling.original_n_ctx is not None
+    return positions.scaling.original_n_ctx
+
+
 def rotary_frequencies(
     positions: RotaryPositions, n_tokens: int | None = None, *, device: torch.device | None = None
 ) -> tuple[Float[Tensor, " half"], float]:
@@ -161,7 +196,7 @@ def rotary_frequencies(
 
     Args:
         positions: the rotary parameters.
-        n_tokens: length of the sequence, which only dynamic scaling looks at.
+        n_tokens: length of the sequence, which only dynamic scaling and longrope look at.
         device: where to make them.
     """
     exponents = torch.arange(0, positions.dim, 2, dtype=torch.int64, device=device).float() / positions.dim
@@ -175,6 +210,8 @@ def rotary_frequencies(
         return _llama3_frequencies(plain, scaling), 1.0
     if scaling.kind == "yarn":
         return _yarn_frequencies(positions, scaling, exponents), _yarn_amplitude(scaling)
+    if scaling.kind == "longrope":
+        return _longrope_frequencies(positions, scaling, exponents, n_tokens), _longrope_amplitude(scaling)
     return _dynamic_frequencies(positions, scaling, exponents, n_tokens), 1.0
 
 
@@ -188,6 +225,25 @@ def _dynamic_frequencies(
     base = positions.base * stretch ** (positions.dim / (positions.dim - 2))
     frequencies: Tensor = 1.0 / (base**exponents)
     return frequencies
+
+
+def _longrope_frequencies(
+    positions: RotaryPositions, scaling: RotaryScaling, exponents: Tensor, n_tokens: int | None
+) -> Tensor:
+    """LongRoPE (Ding et al. 2024): a factor searched for each frequency, one set for lengths past the original."""
+    assert scaling.original_n_ctx is not None
+    is_long = n_tokens is not None and n_tokens > scaling.original_n_ctx
+    factors = scaling.long_factors if is_long else scaling.short_factors
+    stretch = torch.tensor(factors, dtype=torch.float32, device=exponents.device)
+    frequencies: Tensor = 1.0 / (stretch * positions.base**exponents)
+    return frequencies
+
+
+def _longrope_amplitude(scaling: RotaryScaling) -> float:
+    assert scaling.original_n_ctx is not None
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 1.0 if scaling.factor <= 1 else math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_n_ctx))
 
 
 def _llama3_frequencies(plain: Tensor, scaling: RotaryScaling) -> Tensor:

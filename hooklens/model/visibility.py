@@ -99,6 +99,37 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Positions come in chunks of `size`, and a token sees its own only.
+
+    Attributes:
+        size: of a chunk.
+    """
+
+    size: int
+
+    def acts(self, sides: Sides, keys: range) -> bool:
+        """Where the call has more keys than a chunk, or positions do not count columns."""
+        return sides.n_past + sides.n_new > self.size or sides.given_positions is not None
+
+    def hide(self, sides: Sides, keys: range) -> Hidden:
+        """The keys of other chunks; padding is not counted."""
+        chunk = sides.key_positions[:, None, None, :] // self.size
+        return chunk[..., keys.start : keys.stop] != chunk[..., sides.n_past :].mT
+
+
+Reach = int | Chunk | None
+"""How far a query of a layer sees: the size of a window, a chunk, or (None) all of its row."""
+
+
+def reach_rules(reach: Reach, *, both_ways: bool = False) -> tuple[Rule, ...]:
+    """What hides the keys that are out of reach."""
+    if reach is None:
+        return ()
+    return (reach,) if isinstance(reach, Chunk) else (Window(reach, both_ways=both_ways),)
+
+
+@dataclass(frozen=True)
 class SameDocument:
     """No token sees another document of its row."""
 

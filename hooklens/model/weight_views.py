@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.arguments import read_flag, read_int, read_one_of, reads
-from hooklens.config import HookedConfig, LearnedPositions
+from hooklens.config import HookedConfig, LearnedPositions, MoEConfig, ShortformerPositions
 from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
 from hooklens.weights.composition import all_composition_scores
@@ -35,16 +35,24 @@ class _Stacked:
         decoder, name = views.as_decoder(), self._name
         parts = [getattr(block, self._module) for block in decoder.block_list()]
         found = [getattr(part, name, None) for part in parts]
+        shape = [decoder.cfg.size(axis) for axis in self._axes]
+        declared = [decoder.cfg.description.weights.get(f"blocks.{i}.{self._module}.{name}") for i in range(len(parts))]
         without = parts if name.startswith("b_") else found
-        lacking = [layer for layer, one in enumerate(without) if one is None]
+        lacking = [
+            layer
+            for layer, (one, weight) in enumerate(zip(without, declared, strict=True))
+            if one is None or (weight is not None and list(weight.axes) != self._axes)
+        ]
         if lacking:
+            first = declared[lacking[0]]
             reason = decoder.cfg.description.why_absent(f"blocks.{lacking[0]}.{self._module}.{name}")
+            if first is not None:
+                reason = f"it is {list(first.axes)} there, not {self._axes}"
             others = f". Other layers' are at model.blocks[i].{self._module}.{name}"
             raise ConfigError(
                 f"{name}: layers {lacking} have none: {reason or 'another part stands there'}"
                 f"{others if len(lacking) < len(parts) else ''}"
             )
-        shape = [decoder.cfg.size(axis) for axis in self._axes]
         empty = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
         return torch.stack([empty if weight is None else weight for weight in found]) if found else empty[None][:0]
 
@@ -93,8 +101,8 @@ class WeightViews:
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
-        """Token embedding."""
-        return self.as_decoder().embed.W_E
+        """Token embedding; of one with a width of its own the product with its projection, `embed.W_E` is the table."""
+        return self.as_decoder().embed.vectors()
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:  # noqa: N802
@@ -103,22 +111,22 @@ class WeightViews:
         Raises:
             ConfigError: the model has none.
         """
-        if not isinstance(self.cfg.positions, LearnedPositions):
+        if not isinstance(self.cfg.positions, LearnedPositions | ShortformerPositions):
             raise ConfigError(f"W_pos: positions are {self.cfg.positions!r}; only learned positions have a table")
-        table = self.as_decoder().pos_embed.W_pos
+        table: Tensor = self.as_decoder().pos_embed.W_pos
         return table[self.cfg.positions.offset :]
 
     @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802
-        """Unembedding."""
-        return self.as_decoder().unembed.W_U
+    def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:  # noqa: N802
+        """Unembedding; with a projection before it, the product of the two. A `logits_scale` is not part of it."""
+        return self.as_decoder().unembed.directions()
 
     @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:  # noqa: N802
+    def b_U(self) -> Float[Tensor, " d_vocab_out"]:  # noqa: N802
         """Unembedding bias."""
         decoder = self.as_decoder()
         bias: Tensor | None = decoder.unembed.b_U
-        return torch.zeros(self.cfg.d_vocab, device=decoder.device, dtype=decoder.dtype) if bias is None else bias
+        return torch.zeros(self.cfg.d_vocab_out, device=decoder.device, dtype=decoder.dtype) if bias is None else bias
 
     @property
     def QK(self) -> FactoredMatrix:  # noqa: N802
@@ -161,7 +169,7 @@ class WeightViews:
     def accumulated_bias(
         self, layer: int, *, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The sum of the biases written to the stream below a layer.
+        """The sum of the biases written to the stream below a layer, times `residual_scale` where the model has one.
 
         Args:
             layer: blocks below it count; `n_layers` takes all.
@@ -169,15 +177,27 @@ class WeightViews:
             include_mlp_biases: count `b_out`, not only `b_O`.
 
         Raises:
-            ConfigError: the layer is out of range, or norms stand between the biases and the stream.
+            ConfigError: the layer is out of range, or norms or the gates of experts stand between the biases and the
+                stream.
         """
         if any(block.norm_after for block in self.cfg.blocks):
             raise ConfigError(
                 "accumulated_bias: norms follow the branches (cfg.norm_after), so what a bias adds differs from "
                 "position to position; the last component of cache.get_full_resid_decomposition() is that sum"
             )
+        if self.cfg.norm_stream:
+            raise ConfigError(
+                "accumulated_bias: the stream goes through norms (cfg.norm_stream), so no bias stays in it as it is"
+            )
         if not 0 <= layer <= self.cfg.n_layers - mlp_input:
             raise ConfigError(f"accumulated_bias: layer {layer!r} is out of range for {self.cfg.n_layers} layers")
+        mixtures = [block.layer for block in self.cfg.blocks[:layer] if isinstance(block.mlp, MoEConfig)]
+        written = [one for one in mixtures if f"blocks.{one}.mlp.b_out" in self.cfg.description.weights]
+        if include_mlp_biases and written:
+            raise ConfigError(
+                f"accumulated_bias: layers {written} are mixtures of experts with biases, and what a bias adds depends "
+                "on the experts of each token; leave them out with include_mlp_biases=False"
+            )
         in_between = mlp_input and self.cfg.wiring == "sequential"
         decoder = self.as_decoder()
         names = [f"blocks.{below}.attn.b_O" for below in range(layer + in_between)]
@@ -187,7 +207,7 @@ class WeightViews:
             if name in self.cfg.description.weights:
                 path, _, bias = name.rpartition(".")
                 total = total + getattr(decoder.get_submodule(path), bias)
-        return total
+        return total if self.cfg.residual_scale == 1 else total * self.cfg.residual_scale
 
     @property
     def n_params_total(self) -> int:

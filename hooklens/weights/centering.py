@@ -24,7 +24,7 @@ def _center_writers(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
 
 
 def _center_vocabulary(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
-    _center(draft, draft.present(("unembed.W_U", "unembed.b_U")), "d_vocab")
+    _center(draft, [name for name in ("unembed.W_U", "unembed.b_U") if name in draft.declared], "d_vocab_out")
 
 
 def _writing_obstacles(cfg: HookedConfig) -> list[str]:
@@ -38,6 +38,8 @@ def _writing_obstacles(cfg: HookedConfig) -> list[str]:
         obstacles.append(f"cfg.norm_after is True{some}: norms, not weights, write to the stream")
     if layers := [block.layer for block in blocks if not block.norm_before]:
         obstacles.append(f"layers {layers} have no norm before their branches: they read the stream with its mean")
+    if cfg.embed_norm is not None:
+        obstacles.append("cfg.embed_norm: a norm, not weights, writes the embedding to the stream")
     if cfg.final_norm is None:
         obstacles.append("cfg.final_norm is None: the unembedding reads the stream with its mean")
     return obstacles
@@ -53,17 +55,19 @@ def _untied(cfg: HookedConfig) -> HookedConfig:
     return cfg.replace(tied_unembed=False)
 
 
-CENTER_WRITING_WEIGHTS = ProcessingStep(
+center_writing_weights = ProcessingStep(
     name="center_writing_weights",
     find_obstacles=_writing_obstacles,
     # W_E changes and W_U, which reads the final norm, keeps its value.
     change_config=_untied,
     change=_center_writers,
 )
+"""Takes the mean over d_model out of `W_E`, `W_pos`, `W_O`, `b_O`, `W_out`, `b_out`; unties a tied `W_U`."""
 
-CENTER_UNEMBED = ProcessingStep(
+center_unembed = ProcessingStep(
     name="center_unembed",
     find_obstacles=_unembed_obstacles,
     change_config=_untied,
     change=_center_vocabulary,
 )
+"""Takes the mean over the vocabulary out of `W_U` and `b_U`; unties a tied `W_U`."""

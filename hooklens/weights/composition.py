@@ -17,6 +17,7 @@ What the weights say is all that is read, as the model has them:
 - Positions are left out. With rotary positions a query at distance `t` from its key is turned against it, and
   `W_Q W_K^T` is what it reads at distance 0 only: scores for `"Q"` and `"K"` hold there, those for `"V"` everywhere.
 - So are query-key norms, with their weights.
+- Scores do not depend on how long a matrix is, nor on embeddings: `cfg.embed_scale` and `cfg.attn_scale` play no part.
 
 With `L = A_1 B_1`, `A_1 = Q R_1` and `R = A_2 B_2`, `B_2^T = Q' R_2`, the three norms are those of
 `(R_1 B_1) (A_2 R_2^T)`, which is inner x inner, of `R_1 B_1` and of `A_2 R_2^T`.
@@ -29,10 +30,11 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import matrix_norm
 
 from hooklens.errors import InputError
 from hooklens.precision import widen
-from hooklens.weights.decompositions import frobenius_norm, right_factor
+from hooklens.weights.decompositions import right_factor
 from hooklens.weights.factored import FactoredMatrix, broadcast_leading
 
 CompositionMode = Literal["Q", "K", "V"]
@@ -53,8 +55,8 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
         )
     broadcast_leading(left.shape[:-2], right.shape[:-2], subject="composition_scores")
     writes, reads = _write_side(left), _read_side(right)
-    norms = frobenius_norm(writes) * frobenius_norm(reads)
-    return _divide_by_norms(frobenius_norm(writes @ reads), norms).to(left.A.dtype)
+    norms = matrix_norm(writes) * matrix_norm(reads)
+    return _divide_by_norms(matrix_norm(writes @ reads), norms).to(left.A.dtype)
 
 
 def all_composition_scores(
@@ -81,7 +83,7 @@ def all_composition_scores(
     reader = {"Q": QK, "K": QK.T, "V": OV}[mode]
 
     writes, reads = _write_side(OV), _read_side(reader)
-    norms = frobenius_norm(writes)[:, :, None, None] * frobenius_norm(reads)
+    norms = matrix_norm(writes)[:, :, None, None] * matrix_norm(reads)
     writes = writes.flatten(1, 2)  # [layer, head * d_head, d_model]
     reads = reads.transpose(1, 2).flatten(2, 3)  # [layer, d_model, head * d_head]
     width = reads.shape[-1] // n_heads
@@ -89,7 +91,7 @@ def all_composition_scores(
     for earlier in range(n_layers):
         for later in range(earlier + 1, n_layers):
             product = (writes[earlier] @ reads[later]).view(n_heads, -1, n_heads, width)
-            scores[earlier, :, later] = frobenius_norm(product, (1, 3))
+            scores[earlier, :, later] = matrix_norm(product, dim=(1, 3))
     return _divide_by_norms(scores, norms).to(W_Q.dtype)
 
 

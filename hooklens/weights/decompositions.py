@@ -47,14 +47,6 @@ class _RightFactor(torch.autograd.Function):
         return Q @ grad_R
 
 
-def frobenius_norm(
-    matrix: Float[Tensor, "*leading rows columns"], axes: tuple[int, int] = (-2, -1)
-) -> Float[Tensor, "*kept"]:
-    """The root of the sum of squares over two axes; its gradient at a zero matrix is zero."""
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=axes)
-    return norm
-
-
 def product_svd(
     A: Float[Tensor, "*leading left inner"], B: Float[Tensor, "*leading inner right"]
 ) -> tuple[Float[Tensor, "*leading left rank"], Float[Tensor, "*leading rank"], Float[Tensor, "*leading right rank"]]:

@@ -1,6 +1,6 @@
 """A working copy of part of a state dict, on which weight processing does its arithmetic."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -34,10 +34,6 @@ class WeightDraft:
         self._dtype = dtype
         self._tied = tied
         self._written: dict[str, Tensor] = {}
-
-    def present(self, names: Iterable[str]) -> list[str]:
-        """Those of the names that the network has after processing."""
-        return [name for name in names if name in self.declared]
 
     def read(self, name: str) -> Float[Tensor, "..."]:
         """A parameter's current value in the working precision; not to be edited in place."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooklens.errors import InputError
 from hooklens.precision import widen
-from hooklens.weights.decompositions import frobenius_norm, product_svd, right_factor
+from hooklens.weights.decompositions import product_svd, right_factor
 
 LeadingIndex: TypeAlias = SupportsIndex | slice | EllipsisType | Tensor | Sequence[int] | None
 
@@ -44,10 +44,6 @@ class FactoredMatrix:
 
     def __init__(self, A: Float[Tensor, "..."], B: Float[Tensor, "..."]) -> None:
         """Wrap two factors; no arithmetic is done.
-
-        Args:
-            A: left factor `[... left inner]`.
-            B: right factor `[... inner right]`; its leading axes broadcast with those of `A`.
 
         Raises:
             InputError: the factors are not matrices, their inner sizes differ, or leading axes do not broadcast.
@@ -168,7 +164,8 @@ class FactoredMatrix:
         Its gradient at a zero matrix is zero; its gradient has no gradient.
         """
         core = right_factor(self.A) @ right_factor(self.B.mT).mT
-        return frobenius_norm(core).to(self.A.dtype)
+        norm: Tensor = torch.linalg.matrix_norm(core).to(self.A.dtype)
+        return norm
 
     def make_even(self) -> "FactoredMatrix":
         """The same matrix as `(U sqrt(S)) (sqrt(S) Vh^T)`: both factors orthogonal and equally large."""

@@ -16,7 +16,7 @@ nowhere (padding that sees no key) are the exception: there it was absent and is
 
 import torch
 
-from hooklens.config import DeclaredWeight, HookedConfig, NormConfig
+from hooklens.config import DeclaredWeight, HookedConfig, NormConfig, PartConfig, ShortformerPositions
 from hooklens.errors import join_names
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.steps import ProcessingStep
@@ -60,20 +60,47 @@ def _folding_obstacles(cfg: HookedConfig) -> list[str]:
         for weight in folded.weights.values()
         if weight.reads is not None and folded.norms[weight.reads].bias and weight.bias not in folded.weights
     ]
+    obstacles = []
+    if isinstance(cfg.positions, ShortformerPositions) and any(block.attn_norm is not None for block in cfg.blocks):
+        obstacles.append(
+            "shortformer positions (cfg.positions) are added behind the norm, so W_Q and W_K read more than its output"
+        )
     if not without:
-        return []
-    return [f"{join_names(without, limit=5)} have no bias, which the bias of the norms would have to move into"]
+        return obstacles
+    return [
+        *obstacles,
+        f"{join_names(without, limit=5)} have no bias, which the bias of the norms would have to move into",
+    ]
 
 
 def _config_with_folded_norms(cfg: HookedConfig) -> HookedConfig:
     """Untied, because `W_U` takes the final norm and `W_E` does not; with biases where a norm had one."""
     biased = [block for block in cfg.blocks if block.norm is not None and block.norm.bias]
     return cfg.replace(
-        tied_unembed=cfg.tied_unembed and cfg.final_norm is None,
-        qkv_bias=cfg.qkv_bias or any(block.attn_norm is not None for block in biased),
-        mlp_bias=cfg.mlp_bias or any(block.mlp_norm is not None for block in biased),
+        # A projection before it reads the norm in its place.
+        tied_unembed=cfg.tied_unembed and (cfg.final_norm is None or cfg.d_embed is not None),
+        **_with_biases(
+            ("qkv_bias", "q_bias", "k_bias", "v_bias"), any(block.attn_norm is not None for block in biased)
+        ),
+        **_with_biases(
+            ("mlp_bias", "mlp_in_bias", "mlp_gate_bias"), any(block.mlp_norm is not None for block in biased)
+        ),
+        mlp=_mlps_with_biases(cfg, [block.layer for block in biased if block.mlp_norm is not None]),
         unembed_bias=cfg.unembed_bias or (cfg.final_norm is not None and cfg.final_norm.bias),
     )
+
+
+def _with_biases(flags: tuple[str, ...], needed: bool) -> dict[str, bool | None]:  # noqa: FBT001
+    """Changes of a config that give all maps of a flag their biases, where these are needed."""
+    several, *single = flags
+    return {several: True, **dict.fromkeys(single)} if needed else {}
+
+
+def _mlps_with_biases(cfg: HookedConfig, layers: list[int]) -> PartConfig | tuple[PartConfig | None, ...] | None:
+    """The parts at the MLP's place, in some layers with biases."""
+    if not isinstance(cfg.mlp, tuple):
+        return cfg.mlp.with_biases() if cfg.mlp is not None and layers else cfg.mlp
+    return tuple(part.with_biases() if part and layer in layers else part for layer, part in enumerate(cfg.mlp))
 
 
 def _fold_value_bias(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
@@ -92,16 +119,37 @@ def other_attention(cfg: HookedConfig) -> list[str]:
     return [f"attention of the kind {kind!r} may do something else with values" for kind in kinds]
 
 
-FOLD_LN = ProcessingStep(
+def _value_obstacles(cfg: HookedConfig) -> list[str]:
+    """Why a bias of the values does not reach every position alike."""
+    obstacles = other_attention(cfg)
+    biased = cfg.block(0).has_bias("v")
+    if biased and cfg.attn_sinks:
+        obstacles.append("attention sinks take a part of every row of the pattern, which sums to less than 1")
+    if biased and cfg.clip_qkv is not None:
+        obstacles.append(f"values are clipped with their bias (cfg.clip_qkv={cfg.clip_qkv})")
+    return obstacles
+
+
+fold_ln = ProcessingStep(
     name="fold_ln",
     find_obstacles=_folding_obstacles,
     change_config=_config_with_folded_norms,
     change=_fold_norms,
 )
+"""Moves weight and bias of `ln1`, `ln2` and `ln_final` into the maps that read them.
 
-FOLD_VALUE_BIASES = ProcessingStep(
+The norms are left with weight 1 (0 with `unit_offset`) and bias 0, where they have these. Biases come into being where
+a norm had one: `qkv_bias`, `mlp_bias` and `unembed_bias` are switched on, with zeros for the maps of a flag that read
+no such norm. A tied unembedding is untied, where there is a final norm. Norms after a branch and query-key norms stay.
+"""
+
+fold_value_biases = ProcessingStep(
     name="fold_value_biases",
-    find_obstacles=other_attention,
-    change_config=lambda cfg: cfg.replace(out_bias=cfg.out_bias or cfg.qkv_bias),
+    find_obstacles=_value_obstacles,
+    change_config=lambda cfg: cfg.replace(out_bias=cfg.out_bias or cfg.block(0).has_bias("v")),
     change=_fold_value_bias,
 )
+"""Moves `b_V` through `W_O` into `b_O` (switched on if need be) and leaves zeros; nothing to do without biases.
+
+Exact wherever a position attends to anything: rows of the pattern sum to one. Refused with sinks or clipped values.
+"""

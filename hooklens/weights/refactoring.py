@@ -22,7 +22,7 @@ from torch import Tensor
 from hooklens.config import HookedConfig, RotaryPositions
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.factored import FactoredMatrix
-from hooklens.weights.folding import other_attention
+from hooklens.weights.folding import fold_value_biases, other_attention
 from hooklens.weights.steps import ProcessingStep
 
 
@@ -33,14 +33,15 @@ def _widen_inner(matrix: Float[Tensor, "head rows rank"], d_head: int) -> Float[
 
 def _refactor_qk(draft: WeightDraft, cfg: HookedConfig, attn: str) -> None:
     queries, keys = draft.read(f"{attn}W_Q"), draft.read(f"{attn}W_K")
-    if cfg.qkv_bias:
+    biased = f"{attn}b_Q" in draft.declared
+    if biased:
         queries = torch.cat([queries, draft.read(f"{attn}b_Q")[:, None, :]], dim=1)
         keys = torch.cat([keys, draft.read(f"{attn}b_K")[:, None, :]], dim=1)
     even = FactoredMatrix(queries, keys.mT).make_even()
     for part, factor in (("Q", even.A), ("K", even.B.mT)):
         rows = _widen_inner(factor, cfg.d_head)
         draft.write(f"{attn}W_{part}", rows[:, : cfg.d_model])
-        if cfg.qkv_bias:
+        if biased:
             draft.write(f"{attn}b_{part}", rows[:, cfg.d_model])
 
 
@@ -64,6 +65,8 @@ def _obstacles(cfg: HookedConfig) -> list[str]:
         obstacles.append("rotary positions rotate queries and keys before their product (cfg.positions)")
     if any(block.qk_norm is not None for block in attending):
         obstacles.append("query-key norm normalises queries and keys before their product (cfg.qk_norm)")
+    if attending and cfg.clip_qkv is not None:
+        obstacles.append(f"queries, keys and values are clipped entry by entry (cfg.clip_qkv={cfg.clip_qkv})")
     if cfg.n_kv_heads != cfg.n_heads:
         obstacles.append(
             f"{cfg.n_heads} query heads share the W_K and W_V of {cfg.n_kv_heads} key-value heads, "
@@ -72,8 +75,17 @@ def _obstacles(cfg: HookedConfig) -> list[str]:
     return obstacles
 
 
-REFACTOR_FACTORED_ATTN_MATRICES = ProcessingStep(
+def _with_both_biases(cfg: HookedConfig) -> HookedConfig:
+    """The rows of biases are decomposed together, so queries and keys both have one, or none has."""
+    has_bias = cfg.block(0).has_bias
+    return cfg.replace(q_bias=True, k_bias=True, v_bias=has_bias("v")) if has_bias("q") or has_bias("k") else cfg
+
+
+refactor_factored_attn_matrices = ProcessingStep(
     name="refactor_factored_attn_matrices",
     find_obstacles=_obstacles,
+    change_config=_with_both_biases,
     change=_refactor_block,
+    needs=(fold_value_biases,),
 )
+"""Splits each head's QK and OV circuit along its singular vectors."""

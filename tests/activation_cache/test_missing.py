@@ -23,7 +23,7 @@ class TestMissing:
             (("resid_pre", 3), "layer 3 is out of range; the model has 3 layers"),
             (("scale", 1), "needs the module it sits in"),
             ("pattern", "exists once per block: give the layer"),
-            ("hook_pos_embed", "the model has no activation 'hook_pos_embed': its positions are not learned vectors"),
+            ("hook_pos_embed", "its positions are no vectors, learned, sinusoidal or shortformer"),
             (("pre_linear", 0), "its MLPs are not gated"),
             (("scale", 0, "q_norm"), "it has no query-key norm"),
             (("normalized", 0, "ln2_post"), "it has no norms after its branches"),

@@ -5,7 +5,7 @@ import torch
 
 from hooklens import edits
 from tests.cached_calls.networks import assert_close, build
-from tests.model.networks import ALL_CONFIGS, random_tokens
+from tests.model.networks import ALL_CONFIGS, activations_of, random_tokens
 
 
 @pytest.mark.parametrize("network", ALL_CONFIGS)
@@ -25,10 +25,10 @@ def test_watching_a_call_on_a_frozen_prefix_changes_nothing(network, rows_of_pre
         fwd_hooks=[("*", lambda tensor, hook: fired.append(hook.name))],
     )
     assert torch.equal(logits, plain)
-    assert sorted(fired) == sorted(model.hook_points())
+    assert sorted(fired) == sorted(activations_of(model))
     whole = torch.cat([prefix.expand(3, -1), suffixes], 1)
     _, expected = model.run_with_cache(whole, names_filter="*")
-    for name in model.hook_points():
+    for name in activations_of(model):
         found, full = captured[name], expected[name]
         if name.endswith(("pattern", "attn_scores")):
             assert found.shape[-2:] == (2, 8)

@@ -10,7 +10,7 @@ from hooklens.axes import find_site
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks import Call, Capture, HookPoint
 from tests.annotations import unchecked
-from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, activations_of, make_model, random_tokens
 
 
 def kept_storages(tensors):
@@ -22,7 +22,7 @@ def test_nothing_is_copied(network):
     """Each captured tensor is the very memory that the hook point passed on."""
     model, tokens = make_model(network), random_tokens(2, 5)
     passed = {}
-    hooks = [(name, lambda t, hook: passed.update({hook.name: t})) for name in model.hook_points()]
+    hooks = [(name, lambda t, hook: passed.update({hook.name: t})) for name in activations_of(model)]
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter="*", fwd_hooks=hooks)
     assert list(cache) == list(passed)

@@ -157,3 +157,10 @@ def test_long_choices_are_shown_shortened():
 def test_numbers_too_large_for_an_axis_are_out_of_range():
     with pytest.raises(InputError, match=r"out of range; there are 3 tokens"):
         resolve_choice(read_choice([2**80], what="pos"), 3, what="pos", noun="tokens")
+
+
+def test_entries_may_be_named_twice_where_they_are_copied():
+    index = read_choice([1, -1, 1], what="rows", allow_doubles=True)
+    assert resolve_choice(index, 2, what="rows", noun="rows", allow_doubles=True) == [1, 1, 1]
+    with pytest.raises(InputError, match=r"rows: \(1, -1, 1\) names \[1\] more than once"):
+        resolve_choice(index, 2, what="rows", noun="rows")

@@ -8,37 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from hooklens import HookedModule, HookPoint, edits
+from hooklens import edits
 from hooklens.errors import HookLensError, HookNameError, InputError
-from hooklens.hooks.call import open_call, thread_listeners
+from hooklens.hooks.call import open_call
 from tests.annotations import unchecked
-from tests.model.networks import CONFIGS, make_model, pad_rows, random_tokens
-
-
-class Layer(nn.Module):
-    """A plain module between two hooked ones."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.hook_out = HookPoint()
-
-    def forward(self, x):
-        return self.hook_out(torch.relu(self.linear(x)))
-
-
-class Toy(HookedModule):
-    def __init__(self, width=4, depth=2):
-        super().__init__()
-        self.hook_in = HookPoint()
-        self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
-        self.head = nn.Sequential(nn.Linear(width, 3), HookPoint())
-
-    def forward(self, x, *, scale=1.0):
-        x = self.hook_in(x)
-        for layer in self.layers:
-            x = layer(x)
-        return scale * self.head(x)
+from tests.hooks.toys import Toy, told_names
+from tests.model.networks import make_model, pad_rows, random_tokens
 
 
 def snapshot(module):
@@ -47,13 +22,6 @@ def snapshot(module):
         name: point.own and [list(point.own.hooks), list(point.own.gradient_hooks), list(point.own.watchers)]
         for name, point in module.hook_points().items()
     }
-
-
-def told_names(toy, x=None):
-    """The names that hook functions are told, in the order in which the points fire."""
-    seen = []
-    toy.run_with_hooks(torch.randn(2, 4) if x is None else x, fwd_hooks=[("*", lambda t, hook: seen.append(hook.name))])
-    return seen
 
 
 class TestToyModules:
@@ -102,55 +70,6 @@ class TestToyModules:
             toy.run_with_hooks(x, edits=[edits.Zero("layers.0.hook_out", pos=0)])
         doubled = toy.run_with_hooks(x, edits=[edits.Custom("head.1", lambda t: t * 2)])
         assert torch.equal(doubled, 2 * toy(x))
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda toy: setattr(toy, "head", Toy(width=4)),
-            lambda toy: toy.layers.append(Layer(4)),
-            lambda toy: toy.layers.__setitem__(0, nn.Identity()),
-            lambda toy: toy.layers.__delitem__(0),
-            lambda toy: setattr(toy.layers[1], "hook_out", HookPoint()),
-            lambda toy: setattr(toy.layers[1], "hook_more", HookPoint()),
-            lambda toy: delattr(toy.layers[0], "hook_out"),
-            lambda toy: delattr(toy, "hook_in"),
-            lambda toy: setattr(toy, "hook_in", None),
-            lambda toy: toy.add_module("extra", HookPoint()),
-            lambda toy: toy.register_module("extra", Layer(4)),
-            lambda toy: toy.head.append(HookPoint()),
-        ],
-    )
-    def test_changes_of_the_tree_are_noticed(self, change):
-        toy = Toy()
-        toy.hook_points()
-        change(toy)
-        expected = {name: module for name, module in toy.named_modules() if isinstance(module, HookPoint)}
-        assert toy.hook_points() == expected
-        assert toy.select_hook_points("*") == expected
-        with toy.hooks([("*", lambda t, hook: None)]):
-            told = {hook.point.name for listening in thread_listeners().values() for hook in listening.hooks}
-        assert told == set(expected)
-
-    def test_swapped_layers_swap_names(self):
-        """An nn.ModuleList is no HookedModule, and takes its items without telling one."""
-        toy, x = Toy(), torch.randn(2, 4)
-        first, second = toy.layers
-        toy.hook_points()
-        toy.layers[0], toy.layers[1] = second, first
-        assert toy.hook_points()["layers.0.hook_out"] is second.hook_out
-        with toy.capture("layers.0.hook_out") as captured:
-            assert told_names(toy, x) == ["hook_in", "layers.0.hook_out", "layers.1.hook_out", "head.1"]
-        assert torch.equal(captured["layers.0.hook_out"], second(x))
-
-    def test_a_submodule_set_to_none_is_gone(self):
-        """Submodules also stand in the instance's own dictionary, which kept the old one."""
-        toy = Toy()
-        toy.head = None
-        assert toy.head is None
-        toy.head = nn.Identity()
-        assert isinstance(toy.head, nn.Identity)
-        del toy.head
-        assert not hasattr(toy, "head")
 
     def test_a_copy_has_hooks_of_its_own(self):
         toy, x = Toy(), torch.randn(2, 4)
@@ -339,9 +258,3 @@ def test_an_edit_moves_to_the_copy_of_its_model():
     model.add_edit(edits.Zero("resid_post", pos=0), is_permanent=True)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(ids, attention_mask=mask), model(ids, attention_mask=mask))
-
-
-def test_the_table_of_hook_points_is_made_once():
-    model = make_model(CONFIGS["rotary"])
-    assert model._hook_point_table() is model._hook_point_table()
-    assert model.hook_points() is not model.hook_points()

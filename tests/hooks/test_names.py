@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hooklens.errors import HookNameError
 from hooklens.hooks.names import is_on_request, select_names
 from tests.annotations import unchecked
-from tests.model.networks import CONFIGS, make_model
+from tests.model.networks import CONFIGS, activations_of, make_model
 
-NAMES = list(make_model(CONFIGS["rotary"].replace(n_layers=12)).hook_points())
+NAMES = activations_of(make_model(CONFIGS["rotary"].replace(n_layers=12)))
 
 
 def select(names_filter):

@@ -15,6 +15,7 @@ from hooklens.config import (
     PartConfig,
     RotaryPositions,
 )
+from hooklens.hooks.names import is_by_name_only
 
 RMS_NORM = NormConfig(kind="rms", eps=1e-6, bias=False)
 ATTENTION, MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")
@@ -75,6 +76,11 @@ def make_model(network: str | HookedConfig, *, dtype: torch.dtype = torch.float6
     for parameter in model.parameters():
         parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
+
+
+def activations_of(model: HookedCausalLM) -> list[str]:
+    """The hook points of a model, but for those of ids."""
+    return [name for name in model.hook_points() if not is_by_name_only(name)]
 
 
 def random_tokens(batch: int, n: int, *, d_vocab: int = D_VOCAB, seed: int = 1) -> Tensor:

@@ -10,6 +10,7 @@ from hooklens.errors import InputError
 from hooklens.model.attend import (
     additive_mask,
     attend,
+    attend_explicitly,
     attend_in_parts,
     attend_with_log_sum,
     compute_pattern,
@@ -88,6 +89,34 @@ def test_whole(device, dtype, tolerance, softcap, case):
     mask = additive_mask(built.hidden[0][:, None], dtype)
     scores = compute_scores(built.q, k, score_scale=SCALE, term=None, softcap=softcap, mask=mask)
     check(built, weigh_values(compute_pattern(scores, can_hide_all=True), v), expected, tolerance)
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), DEVICES)
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@settings(deadline=None, max_examples=30)
+@given(case=cases())
+def test_sinks(device, dtype, tolerance, softcap, case):
+    """Sinks are one more key for every query, whose value is 0; by hand they are just that."""
+    built = build(case, device, dtype)
+    n_heads = built.q.shape[2]
+    sinks = torch.linspace(-1.0, 2.0, n_heads, dtype=torch.float64).to(device, dtype).requires_grad_()
+    z, log_sum = built.by_hand(softcap)
+    total = torch.logaddexp(log_sum, sinks[:, None])
+    # A query that sees nothing has a log-sum of -inf, through which no gradient goes.
+    blind = log_sum == -torch.inf
+    share = torch.where(blind, 0.0, (log_sum.masked_fill(blind, 0.0) - total.masked_fill(blind, 0.0)).exp())
+    expected = z * share.transpose(1, 2)[..., None]
+    found = attend_in_parts(built.q, built.parts, score_scale=SCALE, softcap=softcap, sinks=sinks)
+    weights, kept = torch.randn(found.shape, dtype=torch.float64).to(found), {"retain_graph": True}
+    [grad] = torch.autograd.grad((found * weights).sum(), [sinks], **kept)
+    expected_grad = torch.zeros_like(sinks)
+    if expected.requires_grad:
+        [expected_grad] = torch.autograd.grad((expected * weights).sum(), [sinks], materialize_grads=True, **kept)
+    torch.testing.assert_close(grad, expected_grad, rtol=10 * tolerance, atol=10 * tolerance)
+    check(built, found, expected, tolerance)
+
+    explicit = attend_explicitly(built.q, built.parts, score_scale=SCALE, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(explicit, expected.to(explicit), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.8])

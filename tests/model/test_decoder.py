@@ -172,7 +172,7 @@ def test_positions_that_nothing_reads_are_refused():
 )
 def test_positions_that_need_those_of_cached_keys_are_refused(cfg):
     model = make_model(cfg)
-    with pytest.raises(InputError, match=r"positions with a key-value cache: linear biases and sliding windows need"):
+    with pytest.raises(InputError, match=r"with a key-value cache: linear biases, sliding windows and chunks need"):
         model(random_tokens(1, 2), positions=torch.tensor([3, 4]), past_kv_cache=model.prefill(random_tokens(1, 3)))
 
 

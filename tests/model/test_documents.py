@@ -174,6 +174,23 @@ def test_positions_that_do_not_restart_are_those_along_the_row(network):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("network", [network for network in CONFIGS if network != "bare"])
+def test_without_the_mask_documents_only_say_where_positions_may_start_anew(network):
+    """`document_mask=False`: a token sees its whole row, also across the end of a cache."""
+    model = make_model(CONFIGS[network].replace(document_mask=False))
+    ids = random_tokens(1, 9)
+    said = {"document_borders": [0, 4]}
+    expected = model(ids, positions=torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]))
+    found = model(ids, restart_positions=True, **said)
+    torch.testing.assert_close(found, expected, **CLOSE[torch.float64])
+    masked = make_model(CONFIGS[network])(ids, **said)
+    assert (found - masked)[:, 4:].abs().max() > 1e-3
+    torch.testing.assert_close(model(ids, **said), model(ids), **CLOSE[torch.float64])
+    kv = model.prefill(ids[:, :6], restart_positions=True, **said)
+    torch.testing.assert_close(model(ids[:, 6:], past_kv_cache=kv), found[:, 6:], **CLOSE[torch.float64])
+
+
+@torch.no_grad()
 def test_padding_anywhere_between_documents():
     model = make_model("alibi, grouped")
     parts = draw_tokens([3, 2, 4], 3)

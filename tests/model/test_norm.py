@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from hooklens.config import NormConfig
+from hooklens.errors import ConfigError
 from hooklens.model.norm import Norm, NormSpec
 from tests.model.networks import make_config
 
@@ -12,6 +14,9 @@ KINDS = {
     "layer, no bias": NormConfig(kind="layer", eps=1e-2, bias=False),
     "rms": NormConfig(kind="rms", eps=1e-2, bias=False),
     "rms, unit offset": NormConfig(kind="rms", eps=1e-2, bias=False, unit_offset=True),
+    "layer, unit offset": NormConfig(kind="layer", eps=1e-2, unit_offset=True),
+    "layer, wide weight": NormConfig(kind="layer", eps=1e-2, wide_weight=True),
+    "rms, unit offset, wide weight": NormConfig(kind="rms", eps=1e-2, bias=False, unit_offset=True, wide_weight=True),
 }
 
 
@@ -90,3 +95,33 @@ def test_initialize_makes_it_a_plain_norm(norm):
     norm.initialize()
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     torch.testing.assert_close(norm(x), by_formula(norm, x)[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wide_weight_is_gemmas(dtype):
+    """`1 + w` was made in half precision, where it keeps 8 bits of a number near 1."""
+    cfg = make_config(d_model=64, n_heads=2)
+    theirs = GemmaRMSNorm(64, eps=1e-6).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        theirs.weight.copy_(0.3 * torch.randn(64, generator=generator))
+    x = torch.randn(3, 50, 64, generator=generator).to(dtype)
+    found = {}
+    for wide in (True, False):
+        kind = NormConfig(kind="rms", eps=1e-6, bias=False, unit_offset=True, wide_weight=wide)
+        ours = Norm(NormSpec(cfg=cfg, norm=kind, axes="batch pos d_model", where="a norm")).to(dtype)
+        ours.load_state_dict({"w": theirs.weight})
+        found[wide] = ours(x)
+        # An edit goes through the same weight; the shown tensor has been rounded, so two roundings may differ.
+        edited = ours.run_with_hooks(x, fwd_hooks=[("hook_normalized", lambda tensor, hook: tensor.clone())])
+        assert edited.dtype == dtype
+        torch.testing.assert_close(edited, found[wide], rtol=4 * torch.finfo(dtype).eps, atol=0)
+    expected = theirs(x)
+    # The reciprocal root is taken in one step or two, which moves few roundings to the neighbouring number.
+    assert float((found[True] != expected).double().mean()) < 0.01
+    assert float((found[False] != expected).double().mean()) > 0.1
+
+
+def test_settings_that_have_no_effect_are_refused():
+    with pytest.raises(ConfigError, match="wide_weight=True is how weight and bias act: it needs one of them"):
+        NormConfig(kind="rms", eps=1e-5, weight=False, bias=False, wide_weight=True)

@@ -11,9 +11,9 @@ from hooklens.config import NormConfig, PartConfig, RotaryPositions
 from hooklens.errors import CheckpointError, ConfigError
 from hooklens.model import MLP, Attention, Part, point, weight
 from tests.annotations import unchecked
-from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_tokens
+from tests.model.networks import ALL_CONFIGS, activations_of, make_config, make_model, random_tokens
 
-declare_axis("expert", "experts of a toy MLP")
+declare_axis("toy_expert", "experts of a toy MLP")
 
 STORED = {
     "W_Q": ("q_proj", "weight"), "W_K": ("k_proj", "weight"), "W_V": ("v_proj", "weight"), "W_O": ("o_proj", "weight"),
@@ -183,15 +183,15 @@ class TestAssignmentIsChecked:
 class TwoExperts(Part, place="blocks.{i}.mlp", kind="two_experts"):
     """Two MLPs, and a router that says how much of each to take."""
 
-    W_router = weight("d_model expert", "expert d_model", module="router", reads=True, bias="b_router")
+    W_router = weight("d_model toy_expert", "toy_expert d_model", module="router", reads=True, bias="b_router")
     W_in_1 = weight("d_model d_mlp", "d_mlp d_model", module="in_1", reads=True, bias="b_in_1")
     W_in_2 = weight("d_model d_mlp", "d_mlp d_model", module="in_2", reads=True, bias="b_in_2")
     W_out_1 = weight("d_mlp d_model", "d_model d_mlp", module="out_1", writes=True)
     W_out_2 = weight("d_mlp d_model", "d_model d_mlp", module="out_2", writes=True)
-    b_router = weight("expert", module="router")
+    b_router = weight("toy_expert", module="router")
     b_in_1 = weight("d_mlp", module="in_1")
     b_in_2 = weight("d_mlp", module="in_2")
-    hook_router = point("batch pos expert", "how much of each expert")
+    hook_router = point("batch pos toy_expert", "how much of each expert")
     hook_first = point("batch pos d_mlp", "neurons of the first expert")
     hook_second = point("batch pos d_mlp", "neurons of the second expert")
 
@@ -215,7 +215,7 @@ class GatedAttention(Attention, kind="gated_attention"):
         return self.hook_gate(gate, call) * super().forward(q_input, k_input, v_input, plan, call, entry)
 
 
-EXPERTS = PartConfig(kind="two_experts", options={"expert": 2, "d_mlp": 7})
+EXPERTS = PartConfig(kind="two_experts", options={"toy_expert": 2, "d_mlp": 7})
 GATED = PartConfig(kind="gated_attention")
 OWN = {
     "experts": {"mlp": EXPERTS},
@@ -250,7 +250,7 @@ class TestPartsOfOnesOwn:
         model.run_with_hooks(tokens, fwd_hooks=[("*", lambda t, hook: seen.update({hook.name: tuple(t.shape)}))])
         for name, shape in own_points(model).items():
             assert seen[name] == shape, name
-        assert set(seen) == set(model.hook_points())
+        assert set(seen) == set(activations_of(model))
         table = model.hook_table().set_index("name")
         for name, shape in own_points(model).items():
             assert table.loc[name, "shape"] == ("batch", "pos", shape[2])

@@ -2,7 +2,7 @@
 
 import torch
 
-from hooklens.weights.processing import center_unembed, center_writing_weights
+from hooklens.weights.centering import center_unembed, center_writing_weights
 from tests.weights.reference_network import CONFIGS, random_state, random_tokens, run_reference
 
 

@@ -55,8 +55,3 @@ def test_a_tied_unembedding_reads_the_embedding():
     draft = make_draft({"embed.W_E": embedding}, tied=True, **{"unembed.W_U": (3, 5)})
     assert torch.equal(draft.read("unembed.W_U"), embedding.T)
     assert draft.finish()["unembed.W_U"].untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
-
-
-def test_present_keeps_the_order_and_drops_the_absent():
-    draft = make_draft({"b": torch.zeros(1), "a": torch.zeros(1)})
-    assert draft.present(["a", "x", "b"]) == ["a", "b"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hooklens.weights.processing import fold_ln, fold_value_biases
+from hooklens.weights.folding import fold_ln, fold_value_biases
 from tests.weights.reference_network import CONFIGS, random_state, random_tokens, run_reference
 
 

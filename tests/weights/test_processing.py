@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from hooklens.config import RotaryPositions
 from hooklens.errors import CheckpointError, TransformError
-from hooklens.weights import processing
 from hooklens.weights.layout import stored_view
 from hooklens.weights.processing import check_transforms_match, process_weights
 from hooklens.weights.shapes import check_state
+from hooklens.weights.steps import Processed
 from tests.weights.reference_network import (
     CONFIGS,
     STEPS,
@@ -75,7 +75,7 @@ def test_a_step_keeps_log_probabilities_and_its_input(step, name, dtype):
     cfg = CONFIGS[name]
     state = random_state(cfg, dtype=dtype)
     tokens, before = random_tokens(cfg), _snapshot(state)
-    processed = getattr(processing, step)(state, cfg)
+    processed = process_weights(state, cfg, **{step: True})
     _assert_unchanged(state, before)
     check_state(processed.state, processed.cfg)
     assert processed.steps[-1] == step
@@ -94,7 +94,7 @@ def _size(values):
 def test_touched_tensors_are_new_and_laid_out_and_untouched_ones_are_shared(step, name):
     cfg = CONFIGS[name]
     state = random_state(cfg)
-    processed = getattr(processing, step)(state, cfg)
+    processed = process_weights(state, cfg, **{step: True})
     storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     changed = 0
     for weight, tensor in processed.state.items():
@@ -117,7 +117,7 @@ def test_touched_tensors_are_new_and_laid_out_and_untouched_ones_are_shared(step
 def test_a_step_that_cannot_hold_is_refused(step, name):
     cfg = CONFIGS[name]
     with pytest.raises(TransformError, match=rf"leave these steps out:\n- {step}: "):
-        getattr(processing, step)(random_state(cfg), cfg)
+        process_weights(random_state(cfg), cfg, **{step: True})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -267,9 +267,9 @@ def test_records_are_told_apart_by_order_exactly_where_the_weights_are(pair):
     state = random_state(cfg)
 
     def take(steps):
-        processed, record = processing.Processed(state, cfg, ()), ()
+        processed, record = Processed(state, cfg, ()), ()
         for step in steps:
-            processed = getattr(processing, step)(processed.state, processed.cfg)
+            processed = process_weights(processed.state, processed.cfg, **{step: True})
             record += processed.steps
         return processed, record
 

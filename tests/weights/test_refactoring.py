@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hooklens.config import LearnedPositions
-from hooklens.weights.processing import process_weights, refactor_factored_attn_matrices
+from hooklens.weights.processing import process_weights
+from hooklens.weights.refactoring import refactor_factored_attn_matrices
 from tests.weights.reference_network import CONFIGS, log_probs, make_config, random_state, random_tokens
 
 NAMES = ("sequential, tied, learned", "sequential, alibi", "sequential, no biases in the maps")

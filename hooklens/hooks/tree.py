@@ -1,0 +1,131 @@
+"""A tree of modules that knows its hook points by name."""
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from hooklens.hooks.names import NamesFilter, select_names
+from hooklens.hooks.point import HookPoint
+
+# Counts changes to any module tree, so that a model's table of hook points is made once and stays true.
+_tree_version = 0
+
+
+class HookPointTree(nn.Module):
+    """A module that finds the hook points in it and selects some by name.
+
+    Hook points and modules of this class are also kept in the instance's own dictionary: `nn.Module` finds them through
+    `__getattr__`, at up to a microsecond a look-up, which a forward with hundreds of hook points would feel. Other
+    modules are not: tools that replace a linear map do so behind the back of `setattr`.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        was_submodule = name in self.__dict__.get("_modules", ())
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self._note_submodule(name, value)
+        elif was_submodule:
+            self._forget(name)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._modules:
+            self._forget(name)
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a submodule, as `nn.Module.add_module` does."""
+        super().add_module(name, module)
+        if module is not None:
+            self._note_submodule(name, module)
+
+    def _note_submodule(self, name: str, module: nn.Module) -> None:
+        self._forget(name)
+        if isinstance(module, HookPointTree | HookPoint):
+            self.__dict__[name] = module
+
+    def _forget(self, name: str) -> None:
+        self.__dict__.pop(name, None)
+        self._note_change()
+
+    @staticmethod
+    def _note_change() -> None:
+        global _tree_version  # noqa: PLW0603
+        _tree_version += 1
+
+    @property
+    def n_hooked_layers(self) -> int | None:
+        """Number of blocks, for negative layers in shorthands; None where the module has no layers."""
+        return None
+
+    def hook_points(self) -> dict[str, HookPoint]:
+        """All hook points by name, in the order of the module tree."""
+        return dict(self._hook_point_table().points)
+
+    def name_hook_points(self) -> None:
+        """Give each hook point the name that it has here, to be called by the model that points belong to."""
+        for name, point in self._hook_point_table().points.items():
+            point.__dict__["name"] = name
+
+    def _hook_point_table(self) -> "_HookPointTable":
+        cached: _HookPointTable | None = self.__dict__.get("_hook_point_cache")
+        if cached is None or not cached.is_current():
+            cached = _HookPointTable(self)
+            self.__dict__["_hook_point_cache"] = cached
+        return cached
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to copy or pickle: the table of hook points is made anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hook_point_cache"}
+
+    def select_hook_points(
+        self, names_filter: NamesFilter, *, idle: Collection[str] = frozenset()
+    ) -> dict[str, HookPoint]:
+        """The hook points a filter selects, by name; see `hooklens.hooks.select_names`.
+
+        Args:
+            names_filter: which.
+            idle: names of points that do not fire in the call to come; a filter of several names passes over them.
+
+        Raises:
+            HookNameError: some part of the filter selects nothing, or nothing that fires.
+        """
+        table = self._hook_point_table()
+        is_text = names_filter is None or isinstance(names_filter, str)
+        if is_text and not idle and names_filter in table.selections:
+            return table.selections[names_filter]
+        names = select_names(names_filter, table.points, n_layers=self.n_hooked_layers, idle=idle)
+        selected = {name: table.points[name] for name in names}
+        if is_text and not idle:
+            table.selections[names_filter] = selected  # type: ignore[index]
+        return selected
+
+
+class _HookPointTable:
+    """The hook points of a module tree by name, and what tells that the tree has changed since.
+
+    A `HookPointTree` counts its changes. Plain modules in the tree do not, so their children are compared.
+
+    Attributes:
+        points: by name.
+        selections: what filters that are text select, as they were asked for.
+    """
+
+    def __init__(self, root: HookPointTree) -> None:
+        modules = dict(root.named_modules())
+        self.points = {name: module for name, module in modules.items() if isinstance(module, HookPoint)}
+        self.selections: dict[str | None, dict[str, HookPoint]] = {}
+        self._version = _tree_version
+        self._plain = [
+            (module._modules, tuple(module._modules.items()))
+            for module in modules.values()
+            if not isinstance(module, HookPointTree | HookPoint) and module._modules
+        ]
+
+    def is_current(self) -> bool:
+        """Whether the tree is as it was when the table was made."""
+        return self._version == _tree_version and all(tuple(now.items()) == then for now, then in self._plain)
+
+    def name_of(self, point: HookPoint) -> str:
+        """The name of a point here; of one from elsewhere its own."""
+        return next((name for name, known in self.points.items() if known is point), point.name or "")

@@ -1,0 +1,67 @@
+"""Norms of queries and keys with a weight for each head, of each head by itself or of all heads together."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.hooks import Call
+from hooklens.model.norm import Norm, NormSpec
+from hooklens.precision import widen
+
+# The last axes, heads and entries.
+_ALL_HEADS = (-2, -1)
+
+
+class HeadNorm(Norm):
+    """A norm of queries or keys `[batch pos heads d_head]` with weights `[heads d_head]`.
+
+    Over each head by itself, or over all heads together; then `hook_scale` shows the one denominator beside each head,
+    and an edit of a head's acts on that head.
+
+    Of keys it may be given a copy for each query head: those of a group have the weights of their key-value head, and
+    a norm over all heads goes over all copies.
+    """
+
+    def __init__(self, spec: NormSpec, *, place: str | None = None) -> None:
+        super().__init__(spec, place=place)
+        self._over_all = spec.cfg.qk_norm_over == "all_heads"
+        self._axes = _ALL_HEADS if self._over_all else _ALL_HEADS[-1:]
+
+    def apply_weights(self, x: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
+        """The norm as a plain function; hook points do not fire."""
+        wide = widen(x)
+        size = tuple(x.shape[axis] for axis in self._axes)
+        if self.norm.kind == "layer":
+            normalized = F.layer_norm(wide, size, None, None, self.norm.eps)
+        else:
+            normalized = F.rms_norm(wide, size, None, self.norm.eps)
+        return self._weigh(normalized).to(x.dtype)
+
+    def _weigh(self, normalized: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
+        """Weight and bias."""
+        gain, bias = self._gain(), self._parameters["b"]
+        scaled = normalized if gain is None else normalized * _like(gain, normalized)
+        return scaled if bias is None else scaled + _like(bias, normalized)
+
+    def _forward_watched(self, x: Tensor, call: Call) -> Tensor:
+        wide = widen(x)
+        centred = wide - wide.mean(self._axes, keepdim=True) if self.norm.kind == "layer" else wide
+        scale = (centred.pow(2).mean(self._axes, keepdim=True) + self.norm.eps).sqrt()
+        # A number of its own beside each head, which an edit can change alone.
+        scale = scale.expand(*x.shape[:-1], 1).contiguous()
+        changed = False
+        if self.hook_scale.listens(call):
+            scale, changed = self.hook_scale.watch(scale, call)
+        if self.hook_normalized.listens(call):
+            normalized, edited = self.hook_normalized.watch((centred / scale).to(x.dtype), call)
+            changed = changed or edited
+        elif changed:
+            normalized = (centred / scale).to(x.dtype)
+        return self._weigh(widen(normalized)).to(x.dtype) if changed else self.apply_weights(x)
+
+
+def _like(weight: Float[Tensor, "heads d_head"], x: Float[Tensor, "*axes more_heads d_head"]) -> Tensor:
+    """Weights in the dtype of what they act on, and for as many heads."""
+    copies = x.shape[-2] // len(weight)
+    weight = weight.to(x.dtype)
+    return weight if copies == 1 else weight.repeat_interleave(copies, 0)
