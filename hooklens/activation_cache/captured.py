@@ -147,9 +147,10 @@ class CapturedActivations(Mapping[str, Tensor]):
         try:
             torch.empty(0, device=device)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
             raise CacheError(
-                f"ActivationCache.to: device is {device!r} ({error}); expected a device that is here, such as 'cpu'; a "
-                "dtype is given by name: to(dtype=...)"
+                f"ActivationCache.to: device is {device!r} ({reason}); expected a device that is here, such as 'cpu'; "
+                "a dtype is given by name: to(dtype=...)"
             ) from error
 
         def convert(_: str, tensor: Tensor) -> Tensor:
