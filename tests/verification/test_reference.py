@@ -1,7 +1,9 @@
 """Logits are held against transformers' where it has the network."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from hooklens import (
@@ -9,8 +11,16 @@ from hooklens import (
 )
 from hooklens.verification import verify
 from hooklens.verification.reference import ERROR_RATIO, LOGITS
+from tests.annotations import unchecked
 from tests.checkpoints import build_variant, save_variant
 from tests.verification.networks import build
+
+
+@pytest.fixture(autouse=True)
+def without_checks_of_annotations() -> Iterator[None]:
+    """They take five times the rest; other verifications run with them."""
+    with unchecked():
+        yield
 
 
 def test_weights_that_differ_from_the_reference_fail_in_every_dtype(tmp_path: Path) -> None:
