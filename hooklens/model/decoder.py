@@ -122,12 +122,17 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.embed.table.weight.device
+        return self._a_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.embed.table.weight.dtype
+        return self._a_weight().dtype
+
+    def _a_weight(self) -> Tensor:
+        """The token embedding, looked up as fast as a call wants it that asks several times."""
+        weight: Tensor = self.embed._modules["table"].weight  # type: ignore[union-attr, assignment]
+        return weight
 
     @property
     def drops(self) -> bool:

@@ -54,7 +54,8 @@ def project_heads(x: HeadInput, linear: nn.Module | None, d_head: int) -> Float[
     assert linear is not None
     if x.ndim == 3:
         flat = apply_linear(linear, x)
-        return flat.view(flat.shape[0], flat.shape[1], -1, d_head)
+        batch, n_pos, _ = flat.shape
+        return flat.view(batch, n_pos, -1, d_head)
     if is_plain(linear):
         own: dict[str, Tensor] = linear.__dict__["_parameters"]
         heads: Tensor = torch.einsum("bpnm,nhm->bpnh", x, own["weight"].view(-1, d_head, x.shape[-1]))
