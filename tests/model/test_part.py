@@ -394,6 +394,7 @@ def _compiled(part, seen):
         part.compile()
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("place", ["", "embed", "blocks.1", "blocks.1.ln1", "blocks.1.attn", "blocks.1.mlp", "unembed"])
 @pytest.mark.parametrize(
     "put", [_hook, _pre_hook, _keyword_hook, _backward_hook, _backward_pre_hook, _own_forward, _compiled]
