@@ -5,18 +5,19 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hooklens.adapters.config_map import BiasFlag
 from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import Family, choose_family, find_family
+from hooklens.adapters.family import BoundRule, Family, choose_family, find_family
+from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes
 from hooklens.config import HookedConfig, LearnedPositions
-from hooklens.errors import CheckpointError, InputError, join_names
+from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names
 from hooklens.weights.names import bare_names
 from hooklens.weights.shapes import weight_shapes
 
@@ -82,7 +83,8 @@ class HubModel:
         cfg = self._family.read_config(config, where=where)
         self._check_size(cfg)
         self.cfg = _settle_biases(self._family, self._settle_tying(cfg), self._stored_names)
-        self._bound = list(self._family.bind_rules(self.cfg))
+        self._in_memory = self._family.is_in_memory(self._stored_names)
+        self._bound = list(self._family.bind_rules(self.cfg, in_memory=self._in_memory))
         self._check_tensors()
 
     def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -100,12 +102,17 @@ class HubModel:
         return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg)
 
     def _iterate(self, layers: Sequence[int] | None, cfg: HookedConfig) -> Iterator[tuple[str, Tensor]]:
-        for bound in self._bound if layers is None else self._family.bind_rules(self.cfg, layers):
-            stored = self._source.read(self._stored_names[bound.hub], apart=len(bound.ours) > 1)
-            loaded = crop_positions(bound.ours, bound.rule.load(stored, self.cfg), cfg)
+        whole = layers is None
+        for bound in self._bound if whole else self._family.bind_rules(self.cfg, layers, in_memory=self._in_memory):
+            apart = len(bound.ours) > 1 or len(bound.hubs) > 1
+            read = partial(self._read, apart=apart)
+            loaded = crop_positions(bound.ours, bound.load(read, self.cfg), cfg)
             yield from zip(bound.ours, loaded, strict=True)
-            if bound.hub == self._family.embedding and self.cfg.tied_unembed:
+            if bound.ours == ("embed.W_E",) and self.cfg.tied_unembed:
                 yield "unembed.W_U", loaded[0].T
+
+    def _read(self, name: str, *, apart: bool) -> Tensor:
+        return self._source.read(self._stored_names[name], apart=apart)
 
     def _settle_tying(self, cfg: HookedConfig) -> HookedConfig:
         """Compare a tied unembedding that is stored all the same: unequal ones are two weights."""
@@ -149,7 +156,7 @@ class HubModel:
 
     def _check_tensors(self) -> None:
         """Account for every name, shape and dtype; raise once with all that is wrong."""
-        expected = {bound.hub: bound for bound in self._bound}
+        expected = {name: bound for bound in self._bound for name in bound.hubs}
         missing = [name for name in expected if name not in self._stored_names]
         extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
         heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
@@ -287,15 +294,19 @@ def _settle_biases(family: Family, cfg: HookedConfig, names: Collection[str]) ->
     for part in family.config.parts:
         if not isinstance(part, BiasFlag) or len(part.names) == 1 or not all(getattr(cfg, n) for n in part.names):
             continue
-        with_all = {bound.hub for bound in family.bind_rules(cfg)}
+        with_all = _names_of(family, cfg)
         absent = {}
         for field_name in part.names:
-            without = {bound.hub for bound in family.bind_rules(cfg.replace(**{field_name: False}))}
+            without = _names_of(family, cfg.replace(**{field_name: False}))
             if not (with_all - without) & set(names):
                 absent[field_name] = False
         if len(absent) < len(part.names):
             cfg = cfg.replace(**absent)
     return cfg
+
+
+def _names_of(family: Family, cfg: HookedConfig) -> set[str]:
+    return {name for bound in family.bind_rules(cfg) for name in bound.hubs}
 
 
 class HubLayout:
@@ -319,7 +330,9 @@ class HubLayout:
         self._shapes = weight_shapes(cfg)
         self._disk_shapes = DiskShapes(self._shapes, cfg)
         self._check_state()
-        self._bound = {bound.hub: bound for bound in family.bind_rules(cfg)}
+        bound = list(family.bind_rules(cfg))
+        self._check_written(family, bound)
+        self._bound = {name: rule for rule in bound for name in rule.hubs}
 
     def names(self) -> list[str]:
         """Names on disk, in the order of the network."""
@@ -337,7 +350,18 @@ class HubLayout:
         """The tensor as it stands on disk, contiguous; memory is shared where the layout allows."""
         bound = self._bound[name]
         parameters = tuple(self._state[ours].detach() for ours in bound.ours)
-        return bound.rule.save(parameters, self._cfg).contiguous()
+        return bound.save(name, parameters, self._cfg).contiguous()
+
+    def _check_written(self, family: Family, bound: Sequence[BoundRule]) -> None:
+        """Refuse to write a network of which a parameter has no place in the family's checkpoints."""
+        written = {name for rule in bound for name in rule.ours}
+        tied = {"unembed.W_U"} if self._cfg.tied_unembed else set()
+        lost = [name for name in self._shapes if name not in written and name not in tied]
+        if lost:
+            raise UnsupportedModelError(
+                f"a {family.name} checkpoint has no place for {join_names(lost)}; keep the model in HookLens' own "
+                "format (state_dict and cfg.to_json())"
+            )
 
     def _check_state(self) -> None:
         tied = self._cfg.tied_unembed

@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from hooklens.adapters import read_hf_model, to_hub
+from hooklens.adapters import families, read_hf_model, to_hub
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import choose_family, find_family
 from hooklens.config import HookedConfig, NormConfig, RotaryPositions
@@ -15,7 +16,16 @@ FAMILIES = load_families()
 
 
 def test_families_are_found_without_a_registry() -> None:
-    assert [family.name for family in FAMILIES] == ["falcon", "gpt_neox", "llama"]
+    files = {path.stem for path in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
+    assert {family.name for family in FAMILIES} == files
+    assert len(FAMILIES) == len(files)
+    assert FAMILIES[0].name == "llama"
+
+
+def test_no_name_of_an_architecture_is_claimed_twice() -> None:
+    for attribute in ("model_types", "architectures", "dialects"):
+        claimed = [name for family in FAMILIES for name in getattr(family, attribute)]
+        assert len(claimed) == len(set(claimed)), attribute
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -54,7 +64,7 @@ def test_saving_keeps_the_original_keys_and_updates_what_changed() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' with .* 'mistral'"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' with .* 'mamba'"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ({}, "architecture not given with model_type None"),
     ],
@@ -89,7 +99,7 @@ def test_a_config_no_family_can_express_says_which_field() -> None:
         attn_softcap=50.0,
     )
     with pytest.raises(
-        UnsupportedModelError, match=r"no family can express attn_softcap=50.0\. .*llama: attn_softcap\."
+        UnsupportedModelError, match=r"no family can express attn_softcap=50.0\. .*llama: attn_softcap;"
     ):
         to_hub(cfg, {})
     assert choose_family(cfg.replace(attn_softcap=None), FAMILIES).name == "llama"
