@@ -17,8 +17,9 @@ from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes
+from hooklens.adapters.wrapping import unwrap_config, unwrap_names
 from hooklens.config import HookedConfig, LearnedPositions
-from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names
+from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names, warn_caller
 from hooklens.weights.names import bare_names
 from hooklens.weights.shapes import weight_shapes
 
@@ -79,8 +80,17 @@ class HubModel:
     def __init__(self, config: Mapping[str, Any], source: TensorSource, *, where: str) -> None:
         self._where = where
         self._source = source
+        whole, config = config, unwrap_config(config, load_families())
         self._family = find_family(config, load_families(), where=where)
-        self._stored_names = _map_names(self._family, source.names(), where=where)
+        is_wrapped = config is not whole
+        inside, others = unwrap_names(source.names()) if is_wrapped else ({name: name for name in source.names()}, [])
+        mapped = _map_names(self._family, inside, where=where)
+        self._stored_names = {name: inside[stored] for name, stored in mapped.items()}
+        if others:
+            warn_caller(
+                f"{where}: {len(others)} tensors belong to other parts of the model than the language model and are "
+                f"left out: {join_names(others)}"
+            )
         cfg = self._family.read_config(config, where=where)
         self._check_size(cfg)
         self.cfg = _settle_biases(self._family, self._settle_tying(cfg), self._stored_names)
