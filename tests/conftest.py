@@ -8,13 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
-
-import tests.annotations  # noqa: F401  (the hook imports `tests` and takes attributes from there on)
+from tests.annotations import check_annotations, count_anew
 
 # Benchmarks time the package as users run it, without the checks.
 if not any("benchmarks" in argument for argument in sys.argv):
-    install_import_hook("hooklens", "tests.annotations.check_calls")
+    check_annotations("hooklens")
 
 import pytest
 import torch
@@ -54,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _checks_of_annotations() -> None:
+    count_anew()
 
 
 @pytest.fixture(autouse=True)
