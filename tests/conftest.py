@@ -7,6 +7,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers that each take every core only get in each other's way, and so do the interpreters that they start.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.annotations import check_annotations, count_anew
 
@@ -32,7 +35,6 @@ settings.load_profile("hooklens")
 
 transformers.utils.logging.disable_progress_bar()
 
-# Workers that each take every core only get in each other's way.
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
