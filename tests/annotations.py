@@ -21,6 +21,9 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import TypeCheckError, install_import_hook, jaxtyped
 from torch import Tensor
 
+# Its frames stand in jaxtyping's place, which warnings pass over on their way to the line of the call.
+__name__ = "jaxtyping.first_calls"
+
 FIRST_CALLS = 2
 ONE_IN = 61  # A prime, so that of what comes in turns (layers, rows) each has its turn.
 
