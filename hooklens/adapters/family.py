@@ -3,35 +3,75 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from hooklens.adapters.config_map import BiasFlag, ConfigMap
-from hooklens.adapters.rules import WeightRule
-from hooklens.arguments import show
+import torch
+from torch import Tensor
+
+from hooklens.adapters.keys import BiasFlag, ConfigMap
+from hooklens.adapters.rules import WeightRule, is_stacked
 from hooklens.config import HookedConfig, Origin
-from hooklens.errors import ConfigError, UnsupportedModelError, join_names
+from hooklens.errors import ConfigError, UnsupportedModelError
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A weight rule at one layer: `{i}` filled in on both sides.
+    """A weight rule at one layer: `{i}` and `{e}` filled in.
 
     Attributes:
         rule: the rule.
-        hub: name of the tensor on disk, in the numbering of the checkpoint.
+        hubs: names of its tensors on disk, in the numbering of the checkpoint; one, but where they are stacked.
         ours: HookLens names, in the numbering of the model.
         layer: layer of the model; 0 where the rule has none.
     """
 
     rule: WeightRule
-    hub: str
+    hubs: tuple[str, ...]
     ours: tuple[str, ...]
     layer: int
+
+    def load(self, read: Callable[[str], Tensor], cfg: HookedConfig) -> tuple[Tensor, ...]:
+        """The parameters named by `ours`, in their logical shapes.
+
+        Args:
+            read: gives the tensor of a name on disk.
+            cfg: the whole checkpoint's config.
+        """
+        if not is_stacked(self.rule):
+            return self.rule.load(read(self.hubs[0]), cfg)
+        loaded = [self.rule.load(read(name), cfg) for name in self.hubs]
+        return tuple(map(_stack, zip(*loaded, strict=True)))
+
+    def save(self, name: str, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
+        """The tensor of one of the names on disk; need not be contiguous."""
+        if is_stacked(self.rule):
+            place = self.hubs.index(name)
+            parameters = tuple(parameter[place] for parameter in parameters)
+        return self.rule.save(parameters, cfg)
+
+
+def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...] | None:
+    """The shape of the rule's first parameter in a layer of the network; None where the network lacks one of them."""
+    weights = cfg.description.weights
+    names = [name.format(i=layer) for name in rule.ours]
+    if not all(name in weights for name in names) or (cfg.tied_unembed and "unembed.W_U" in names):
+        return None
+    if rule.part is not None and getattr(cfg.block(layer).mlp, "kind", None) != rule.part:
+        return None
+    return tuple(weights[names[0]].shape)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors along a new first axis, lying in memory as each of them does."""
+    strides = tensors[0].stride()
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    stacked = torch.stack([tensor.permute(order) for tensor in tensors])
+    return stacked.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +87,8 @@ class Family:
         embedding, head: names on disk of the token embedding and the unembedding.
         config: the config map.
         weights: the weight map.
+        in_memory: rules of parameters that transformers holds otherwise in memory than on disk (experts); they have a
+            rule in `weights`, too.
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
         renamed: names that transformers uses in memory, with the names on disk.
         dialects: older `model_type`s, each with the function that rewrites its config.
@@ -60,6 +102,7 @@ class Family:
     head: str
     config: ConfigMap
     weights: tuple[WeightRule, ...]
+    in_memory: tuple[WeightRule, ...] = ()
     weightless: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
@@ -90,7 +133,7 @@ class Family:
         written, differing = self._write_config(cfg)
         if differing:
             raise UnsupportedModelError(
-                f"a {self.name} checkpoint cannot express {_describe(cfg, differing)}; {_how_to_save(transforms)}"
+                f"a {self.name} checkpoint cannot express {describe_fields(cfg, differing)}; {how_to_save(transforms)}"
             )
         return written
 
@@ -98,20 +141,42 @@ class Family:
         """The fields of `cfg` that a checkpoint of this family cannot express."""
         return self._write_config(cfg)[1]
 
-    def bind_rules(self, cfg: HookedConfig, layers: Sequence[int] | None = None) -> Iterator[BoundRule]:
-        """All rules that apply to `cfg`, layer by layer.
+    def bind_rules(
+        self, cfg: HookedConfig, layers: Sequence[int] | None = None, *, in_memory: bool = False
+    ) -> Iterator[BoundRule]:
+        """All rules that apply to `cfg`, layer by layer: those whose parameters the network has.
 
         Args:
             cfg: the whole checkpoint's config.
             layers: checkpoint layers to take, in this order; they become layers 0, 1, ... None: all.
+            in_memory: as transformers holds the tensors in memory, in place of on disk.
         """
         taken = range(cfg.n_layers) if layers is None else layers
-        applying = [rule for rule in self.weights if rule.when(cfg)]
+        applying = [rule for rule in (self._rules_in_memory() if in_memory else self.weights) if rule.when(cfg)]
         for is_layered, group in groupby(applying, lambda rule: "{i}" in rule.hub):
             rules = list(group)
             for new, old in enumerate(taken) if is_layered else [(0, 0)]:
                 for rule in rules:
-                    yield BoundRule(rule, rule.hub.format(i=old), tuple(name.format(i=new) for name in rule.ours), new)
+                    shape = _shape_in(cfg, rule, old)
+                    if shape is not None:
+                        pieces = range(shape[0]) if is_stacked(rule) else (0,)
+                        hubs = tuple(rule.hub.format(i=old, e=piece) for piece in pieces)
+                        yield BoundRule(rule, hubs, tuple(name.format(i=new) for name in rule.ours), new)
+
+    def is_in_memory(self, names: Collection[str]) -> bool:
+        """Whether tensors have the names that transformers uses in memory, where it holds them otherwise than on disk.
+
+        Args:
+            names: of all tensors.
+        """
+        first_layer = {rule.hub.format(i=0) for rule in self.in_memory}
+        patterns = [re.escape(name).replace("0", "[0-9]+") for name in first_layer]
+        return any(re.fullmatch(pattern, name) for pattern in patterns for name in names)
+
+    def _rules_in_memory(self) -> tuple[WeightRule, ...]:
+        replaced = {name for rule in self.in_memory for name in rule.ours}
+        kept = (rule for rule in self.weights if not replaced.issuperset(rule.ours) or rule.part == "mlp")
+        return (*kept, *self.in_memory)
 
     def is_weightless(self, name: str) -> bool:
         """Whether a tensor of this name on disk holds no weight."""
@@ -160,11 +225,12 @@ def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
 
 
-def _describe(cfg: HookedConfig, names: Iterable[str]) -> str:
+def describe_fields(cfg: HookedConfig, names: Iterable[str]) -> str:
+    """Fields of a config with their values, as they are given."""
     return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
 
 
-def _how_to_save(transforms: Sequence[str]) -> str:
+def how_to_save(transforms: Sequence[str]) -> str:
     """What to do with a network that cannot be written; what weight processing brought cannot be changed back."""
     if not transforms:
         return (
@@ -175,62 +241,4 @@ def _how_to_save(transforms: Sequence[str]) -> str:
         f"its weights were processed ({', '.join(transforms)}): save the unprocessed model and take these steps after "
         "loading it, with model.process_weights(...), or keep the model in HookLens' own format (state_dict, "
         "cfg.to_json() and transforms)"
-    )
-
-
-def find_family(config: Config, families: Sequence[Family], *, where: str) -> Family:
-    """The family of a `config.json`, by `model_type` and `architectures`, never by a model's name.
-
-    Raises:
-        UnsupportedModelError: there is none; the text names the architecture and the supported ones.
-    """
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    wrong = []
-    if model_type is not None and not isinstance(model_type, str):
-        wrong.append(f"model_type is {show(model_type)}; expected a text")
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        wrong.append(f"architectures is {show(architectures)}; expected a list of names")
-    if wrong:
-        raise UnsupportedModelError(f"{where}: config.json names no architecture: {'; '.join(wrong)}")
-    for family in families:
-        known_type = model_type is None or model_type in (*family.model_types, *family.dialects)
-        known_class = not architectures or bool(set(architectures) & set(family.architectures))
-        if known_type and known_class and (model_type or architectures):
-            return family
-    supported = [f"{'/'.join(family.model_types)} ({join_names(family.architectures)})" for family in families]
-    raise UnsupportedModelError(
-        f"{where}: config.json: architecture {join_names(architectures) or 'not given'} with model_type "
-        f"{show(model_type)} is not supported; supported are {'; '.join(supported)}"
-    )
-
-
-def choose_family(cfg: HookedConfig, families: Sequence[Family], *, transforms: Sequence[str] = ()) -> Family:
-    """The family whose format `cfg` is saved in: the one it came from, or the first that can express it.
-
-    Args:
-        cfg: the network.
-        families: to choose from.
-        transforms: the weight-processing steps it has been through, for the advice where none can express it.
-
-    Raises:
-        UnsupportedModelError: no family can express `cfg`; the text says which fields.
-    """
-    if cfg.origin is not None:
-        for family in families:
-            if family.name == cfg.origin.family:
-                return family
-    differing = {}
-    for family in families:
-        try:
-            differing[family.name] = family.inexpressible_fields(cfg)
-        except UnsupportedModelError as error:
-            differing[family.name] = [str(error)]
-            continue
-        if not differing[family.name]:
-            return family
-    everywhere = [spec for spec in _fields_of(cfg) if all(spec in names for names in differing.values())]
-    per_family = "; ".join(f"{name}: {', '.join(names)}" for name, names in differing.items())
-    lead = f"no family can express {_describe(cfg, everywhere)}" if everywhere else "no family can express this config"
-    raise UnsupportedModelError(
-        f"{lead}. Fields that differ, per family: {per_family}. To save it: {_how_to_save(transforms)}"
     )

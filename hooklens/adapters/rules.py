@@ -2,7 +2,14 @@
 
 A rule is a pure permutation of entries, so `save(load(t))` is `t` bit for bit, and what is linear in the
 weights (gradients, LoRA deltas, task vectors) travels through it exactly. Axis letters in patterns:
-`n` heads, `h` d_head, `m` d_model, `f` d_mlp, `v` d_vocab. In names `{i}` is the layer.
+`n` heads, `h` d_head, `m` d_model, `f` neurons, `v` d_vocab, `e` experts, `s` the parameters that lie in one tensor.
+
+In names `{i}` is the layer. `{e}` counts tensors that are one parameter: what the rule says holds of each, and they are
+stacked along the parameter's first axis.
+
+A rule applies in the layers of a network that have its parameters: what a network has (biases, gates, norms, mixtures
+in some layers) stands in its config alone. `when` is for names that differ by variant, and `part` for parameters that
+one kind of part at the MLP's place calls like another (`"mlp"`, `"moe"`).
 
 Logical shapes are the field's; `load` keeps every parameter's stored layout that of an `nn.Linear` weight,
 so a rule that only renames axes gives a view and copies nothing.
@@ -16,13 +23,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hooklens.config import HookedConfig
+from hooklens.config import HookedConfig, MoEConfig
 
 Condition = Callable[[HookedConfig], bool]
 RowOrder = Literal["grouped", "blocked"]
 
 
-def _always(cfg: HookedConfig) -> bool:
+def applies_always(cfg: HookedConfig) -> bool:
+    """The condition of a rule that has none."""
     return True
 
 
@@ -32,7 +40,7 @@ class WeightRule(Protocol):
 
     @property
     def hub(self) -> str:
-        """Name on disk, with `{i}` in the place of the layer."""
+        """Name on disk, with `{i}` in the place of the layer and `{e}` in that of the number among several."""
 
     @property
     def ours(self) -> tuple[str, ...]:
@@ -40,7 +48,11 @@ class WeightRule(Protocol):
 
     @property
     def when(self) -> Condition:
-        """Whether a network of this config has the tensor."""
+        """Whether a network of this config has its parameters in such a tensor."""
+
+    @property
+    def part(self) -> str | None:
+        """The kind of part at the MLP's place that it is a rule of; None: of any."""
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
         """Give the parameters named by `ours`, in that order, in their logical shapes."""
@@ -58,12 +70,14 @@ class Copy:
         name: HookLens name.
         pattern: `"disk axes -> logical axes"`; None keeps the shape.
         when: which configs have the tensor.
+        part: the kind of part at the MLP's place that has it; None: any.
     """
 
     hub: str
     name: str
     pattern: str | None = None
-    when: Condition = _always
+    when: Condition = applies_always
+    part: str | None = None
 
     @property
     def ours(self) -> tuple[str, ...]:
@@ -72,22 +86,41 @@ class Copy:
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
         """View the tensor in its logical shape."""
-        return (self._permute(tensor, self.pattern, cfg),)
+        return (tensor if self.pattern is None else _rearrange(tensor, self.pattern, cfg),)
 
     def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """View the parameter in the shape it has on disk."""
         (parameter,) = parameters
-        if self.pattern is None:
-            return parameter
-        disk, logical = (side.strip() for side in self.pattern.split("->"))
-        return self._permute(parameter, f"{logical} -> {disk}", cfg)
+        return parameter if self.pattern is None else _rearrange(parameter, _inverse(self.pattern), cfg)
 
-    @staticmethod
-    def _permute(tensor: Tensor, pattern: str | None, cfg: HookedConfig) -> Tensor:
-        if pattern is None:
-            return tensor
-        sizes = {"h": cfg.d_head} if "h" in pattern else {}
-        return rearrange(tensor, pattern, **sizes)
+
+@dataclass(frozen=True)
+class Fused:
+    """Several parameters of one shape in one tensor, seen through an einops pattern.
+
+    Attributes:
+        hub: name on disk.
+        ours: HookLens names, in the order in which they lie in the tensor.
+        pattern: `"disk axes -> s logical axes"`, where the axis `s` counts the parameters.
+        blocks: how often the tensor repeats them, axis `b` of the pattern.
+        when: which configs have the tensor.
+        part: the kind of part at the MLP's place that has it; None: any.
+    """
+
+    hub: str
+    ours: tuple[str, ...]
+    pattern: str
+    blocks: int = 1
+    when: Condition = applies_always
+    part: str | None = None
+
+    def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
+        """The parameters, views where the pattern allows."""
+        return _rearrange(tensor, self.pattern, cfg, s=len(self.ours), b=self.blocks).unbind()
+
+    def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
+        """Put the parameters back into one tensor."""
+        return _rearrange(torch.stack(parameters), _inverse(self.pattern), cfg, b=self.blocks)
 
 
 @dataclass(frozen=True)
@@ -101,12 +134,14 @@ class FusedQKV:
             share a key-value head together with it (multi-head attention: groups of one; multi-query: one
             group). `"blocked"`: all queries, then all keys, then all values.
         when: which configs have the tensor.
+        part: the kind of part at the MLP's place that has it; None: any.
     """
 
     hub: str
     ours: tuple[str, str, str]
     order: RowOrder
-    when: Condition = _always
+    when: Condition = applies_always
+    part: str | None = None
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
         """Split the rows; each of the three is contiguous in its stored layout `[heads * d_head, ...]`."""
@@ -134,20 +169,23 @@ class FusedQKV:
         return list(torch.split(tensor, [cfg.n_heads * cfg.d_head, kv_rows, kv_rows]))
 
 
-def norm_rules(hub: str, name: str, *, bias: bool, when: Condition = _always) -> tuple[Copy, ...]:
-    """The rules of one norm: `<hub>.weight` is `<name>.w` and, with a bias, `<hub>.bias` is `<name>.b`."""
-    weight = Copy(f"{hub}.weight", f"{name}.w", when=when)
-    return (weight, Copy(f"{hub}.bias", f"{name}.b", when=when)) if bias else (weight,)
+def _inverse(pattern: str) -> str:
+    disk, logical = (side.strip() for side in pattern.split("->"))
+    return f"{logical} -> {disk}"
 
 
-def fused_qkv_rules(hub: str, attention: str, *, order: RowOrder) -> tuple[FusedQKV, FusedQKV]:
-    """The rules of a fused map of `attention`: `<hub>.weight` and, with `cfg.qkv_bias`, `<hub>.bias`."""
-    weights = (f"{attention}.W_Q", f"{attention}.W_K", f"{attention}.W_V")
-    biases = (f"{attention}.b_Q", f"{attention}.b_K", f"{attention}.b_V")
-    return (
-        FusedQKV(f"{hub}.weight", weights, order),
-        FusedQKV(f"{hub}.bias", biases, order, when=lambda cfg: cfg.qkv_bias),
-    )
+def _rearrange(tensor: Tensor, pattern: str, cfg: HookedConfig, **sizes: int) -> Tensor:
+    """Rearrange with the sizes of those axes that the pattern names."""
+    sizes["h"] = cfg.d_head
+    if "e" in pattern:
+        parts = cfg.mlp if isinstance(cfg.mlp, tuple) else (cfg.mlp,)
+        sizes["e"] = next(part.n_experts for part in parts if isinstance(part, MoEConfig))
+    return rearrange(tensor, pattern, **{axis: size for axis, size in sizes.items() if axis in pattern})
+
+
+def is_stacked(rule: WeightRule) -> bool:
+    """Whether the rule's parameters are made of several tensors."""
+    return "{e}" in rule.hub
 
 
 class DiskShapes:
@@ -165,8 +203,10 @@ class DiskShapes:
         self._known: dict[tuple[object, ...], torch.Size] = {}
 
     def of(self, rule: WeightRule, layer: int) -> torch.Size:
-        """The shape of the rule's tensor in a layer."""
+        """The shape of the rule's tensor in a layer, or of each of its tensors."""
         ours = tuple(self._shapes[name.format(i=layer)] for name in rule.ours)
+        if is_stacked(rule):
+            ours = tuple(shape[1:] for shape in ours)
         asked = (rule.hub, ours)
         if asked not in self._known:
             empty = tuple(torch.empty(shape, device="meta") for shape in ours)

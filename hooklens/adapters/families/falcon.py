@@ -17,10 +17,18 @@ Peculiarities:
 from collections.abc import Mapping
 from typing import Any
 
-from hooklens.adapters.config_map import ActivationKey, BiasFlag, Computed, ConfigMap, ConfigReader, Key, norm_key
 from hooklens.adapters.family import Family
-from hooklens.adapters.positions import PositionKeys
-from hooklens.adapters.rules import Copy, WeightRule, fused_qkv_rules, norm_rules
+from hooklens.adapters.keys import (
+    ActivationKey,
+    BiasFlag,
+    Computed,
+    ConfigMap,
+    ConfigReader,
+    Key,
+    PositionKeys,
+    norm_key,
+)
+from hooklens.adapters.tables import BLOCK, Rules, decoder_rules, fused_qkv_rules, mlp_rules, norm_rules, out_rules
 from hooklens.config import HookedConfig
 
 _STRUCTURE_KEYS = (
@@ -98,28 +106,15 @@ def _has_two_parallel_norms(cfg: HookedConfig) -> bool:
 
 
 _LAYER = "transformer.h.{i}"
-_ATTN, _MLP = f"{_LAYER}.self_attention", f"{_LAYER}.mlp"
-_BLOCK = "blocks.{i}"
 
-_WEIGHTS: tuple[WeightRule, ...] = (
-    Copy("transformer.word_embeddings.weight", "embed.W_E"),
-    *norm_rules(f"{_LAYER}.ln_attn", f"{_BLOCK}.ln1", bias=True, when=_has_two_parallel_norms),
-    *norm_rules(f"{_LAYER}.ln_mlp", f"{_BLOCK}.ln2", bias=True, when=_has_two_parallel_norms),
-    *norm_rules(
-        f"{_LAYER}.input_layernorm", f"{_BLOCK}.ln1", bias=True, when=lambda cfg: not _has_two_parallel_norms(cfg)
-    ),
-    *norm_rules(
-        f"{_LAYER}.post_attention_layernorm", f"{_BLOCK}.ln2", bias=True, when=lambda cfg: cfg.wiring == "sequential"
-    ),
-    *fused_qkv_rules(f"{_ATTN}.query_key_value", f"{_BLOCK}.attn", order="grouped"),
-    Copy(f"{_ATTN}.dense.weight", f"{_BLOCK}.attn.W_O", "m (n h) -> n h m"),
-    Copy(f"{_ATTN}.dense.bias", f"{_BLOCK}.attn.b_O", when=lambda cfg: cfg.out_bias),
-    Copy(f"{_MLP}.dense_h_to_4h.weight", f"{_BLOCK}.mlp.W_in", "f m -> m f"),
-    Copy(f"{_MLP}.dense_h_to_4h.bias", f"{_BLOCK}.mlp.b_in", when=lambda cfg: cfg.mlp_bias),
-    Copy(f"{_MLP}.dense_4h_to_h.weight", f"{_BLOCK}.mlp.W_out", "m f -> f m"),
-    Copy(f"{_MLP}.dense_4h_to_h.bias", f"{_BLOCK}.mlp.b_out", when=lambda cfg: cfg.mlp_bias),
-    *norm_rules("transformer.ln_f", "ln_final", bias=True),
-    Copy("lm_head.weight", "unembed.W_U", "v m -> m v", when=lambda cfg: not cfg.tied_unembed),
+_WEIGHTS: Rules = (
+    *norm_rules(f"{_LAYER}.ln_attn", f"{BLOCK}.ln1", when=_has_two_parallel_norms),
+    *norm_rules(f"{_LAYER}.ln_mlp", f"{BLOCK}.ln2", when=_has_two_parallel_norms),
+    *norm_rules(f"{_LAYER}.input_layernorm", f"{BLOCK}.ln1", when=lambda cfg: not _has_two_parallel_norms(cfg)),
+    *norm_rules(f"{_LAYER}.post_attention_layernorm", f"{BLOCK}.ln2", when=lambda cfg: cfg.wiring == "sequential"),
+    *fused_qkv_rules(f"{_LAYER}.self_attention.query_key_value", order="grouped"),
+    *out_rules(f"{_LAYER}.self_attention.dense"),
+    *mlp_rules(f"{_LAYER}.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
 )
 
 FAMILY = Family(
@@ -130,7 +125,7 @@ FAMILY = Family(
     embedding="transformer.word_embeddings.weight",
     head="lm_head.weight",
     config=_CONFIG,
-    weights=_WEIGHTS,
+    weights=decoder_rules(_WEIGHTS, embed="transformer.word_embeddings", final_norm="transformer.ln_f"),
     weightless=(r"transformer\.h\.\d+\.self_attention\.(rotary_emb|maybe_rotary)\.inv_freq",),
     dialects=dict.fromkeys(("RefinedWeb", "RefinedWebModel"), _translate_refined_web),
 )

@@ -13,10 +13,9 @@ Peculiarities:
 - Old files hold the causal mask and the rotary table of every layer; they are no weights.
 """
 
-from hooklens.adapters.config_map import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, norm_key
 from hooklens.adapters.family import Family
-from hooklens.adapters.positions import PositionKeys
-from hooklens.adapters.rules import Copy, WeightRule, fused_qkv_rules, norm_rules
+from hooklens.adapters.keys import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, PositionKeys, norm_key
+from hooklens.adapters.tables import BLOCK, Rules, decoder_rules, fused_qkv_rules, mlp_rules, norm_rules, out_rules
 
 _CONFIG = ConfigMap(
     parts=(
@@ -41,21 +40,13 @@ _CONFIG = ConfigMap(
 )
 
 _LAYER = "gpt_neox.layers.{i}"
-_BLOCK = "blocks.{i}"
 
-_WEIGHTS: tuple[WeightRule, ...] = (
-    Copy("gpt_neox.embed_in.weight", "embed.W_E"),
-    *norm_rules(f"{_LAYER}.input_layernorm", f"{_BLOCK}.ln1", bias=True),
-    *fused_qkv_rules(f"{_LAYER}.attention.query_key_value", f"{_BLOCK}.attn", order="grouped"),
-    Copy(f"{_LAYER}.attention.dense.weight", f"{_BLOCK}.attn.W_O", "m (n h) -> n h m"),
-    Copy(f"{_LAYER}.attention.dense.bias", f"{_BLOCK}.attn.b_O", when=lambda cfg: cfg.out_bias),
-    *norm_rules(f"{_LAYER}.post_attention_layernorm", f"{_BLOCK}.ln2", bias=True),
-    Copy(f"{_LAYER}.mlp.dense_h_to_4h.weight", f"{_BLOCK}.mlp.W_in", "f m -> m f"),
-    Copy(f"{_LAYER}.mlp.dense_h_to_4h.bias", f"{_BLOCK}.mlp.b_in"),
-    Copy(f"{_LAYER}.mlp.dense_4h_to_h.weight", f"{_BLOCK}.mlp.W_out", "m f -> f m"),
-    Copy(f"{_LAYER}.mlp.dense_4h_to_h.bias", f"{_BLOCK}.mlp.b_out"),
-    *norm_rules("gpt_neox.final_layer_norm", "ln_final", bias=True),
-    Copy("embed_out.weight", "unembed.W_U", "v m -> m v", when=lambda cfg: not cfg.tied_unembed),
+_WEIGHTS: Rules = (
+    *norm_rules(f"{_LAYER}.input_layernorm", f"{BLOCK}.ln1"),
+    *fused_qkv_rules(f"{_LAYER}.attention.query_key_value", order="grouped"),
+    *out_rules(f"{_LAYER}.attention.dense"),
+    *norm_rules(f"{_LAYER}.post_attention_layernorm", f"{BLOCK}.ln2"),
+    *mlp_rules(f"{_LAYER}.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
 )
 
 FAMILY = Family(
@@ -66,7 +57,9 @@ FAMILY = Family(
     embedding="gpt_neox.embed_in.weight",
     head="embed_out.weight",
     config=_CONFIG,
-    weights=_WEIGHTS,
+    weights=decoder_rules(
+        _WEIGHTS, embed="gpt_neox.embed_in", final_norm="gpt_neox.final_layer_norm", head="embed_out"
+    ),
     weightless=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
     renamed={"lm_head.weight": "embed_out.weight"},
 )

@@ -12,10 +12,9 @@ Peculiarities:
 - Old files hold the rotary table of every layer; it is no weight.
 """
 
-from hooklens.adapters.config_map import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, norm_key
 from hooklens.adapters.family import Family
-from hooklens.adapters.positions import PositionKeys
-from hooklens.adapters.rules import Copy, WeightRule, norm_rules
+from hooklens.adapters.keys import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, PositionKeys, norm_key
+from hooklens.adapters.tables import llama_rules
 
 _CONFIG = ConfigMap(
     parts=(
@@ -35,32 +34,6 @@ _CONFIG = ConfigMap(
     pinned={"rope_interleaved": False},
 )
 
-_LAYER = "model.layers.{i}"
-_ATTN, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
-_BLOCK = "blocks.{i}"
-
-_WEIGHTS: tuple[WeightRule, ...] = (
-    Copy("model.embed_tokens.weight", "embed.W_E"),
-    *norm_rules(f"{_LAYER}.input_layernorm", f"{_BLOCK}.ln1", bias=False),
-    Copy(f"{_ATTN}.q_proj.weight", f"{_BLOCK}.attn.W_Q", "(n h) m -> n m h"),
-    Copy(f"{_ATTN}.k_proj.weight", f"{_BLOCK}.attn.W_K", "(n h) m -> n m h"),
-    Copy(f"{_ATTN}.v_proj.weight", f"{_BLOCK}.attn.W_V", "(n h) m -> n m h"),
-    Copy(f"{_ATTN}.o_proj.weight", f"{_BLOCK}.attn.W_O", "m (n h) -> n h m"),
-    Copy(f"{_ATTN}.q_proj.bias", f"{_BLOCK}.attn.b_Q", "(n h) -> n h", when=lambda cfg: cfg.qkv_bias),
-    Copy(f"{_ATTN}.k_proj.bias", f"{_BLOCK}.attn.b_K", "(n h) -> n h", when=lambda cfg: cfg.qkv_bias),
-    Copy(f"{_ATTN}.v_proj.bias", f"{_BLOCK}.attn.b_V", "(n h) -> n h", when=lambda cfg: cfg.qkv_bias),
-    Copy(f"{_ATTN}.o_proj.bias", f"{_BLOCK}.attn.b_O", when=lambda cfg: cfg.out_bias),
-    *norm_rules(f"{_LAYER}.post_attention_layernorm", f"{_BLOCK}.ln2", bias=False),
-    Copy(f"{_MLP}.up_proj.weight", f"{_BLOCK}.mlp.W_in", "f m -> m f"),
-    Copy(f"{_MLP}.gate_proj.weight", f"{_BLOCK}.mlp.W_gate", "f m -> m f"),
-    Copy(f"{_MLP}.down_proj.weight", f"{_BLOCK}.mlp.W_out", "m f -> f m"),
-    Copy(f"{_MLP}.up_proj.bias", f"{_BLOCK}.mlp.b_in", when=lambda cfg: cfg.mlp_bias),
-    Copy(f"{_MLP}.gate_proj.bias", f"{_BLOCK}.mlp.b_gate", when=lambda cfg: cfg.mlp_bias),
-    Copy(f"{_MLP}.down_proj.bias", f"{_BLOCK}.mlp.b_out", when=lambda cfg: cfg.mlp_bias),
-    *norm_rules("model.norm", "ln_final", bias=False),
-    Copy("lm_head.weight", "unembed.W_U", "v m -> m v", when=lambda cfg: not cfg.tied_unembed),
-)
-
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
@@ -69,6 +42,6 @@ FAMILY = Family(
     embedding="model.embed_tokens.weight",
     head="lm_head.weight",
     config=_CONFIG,
-    weights=_WEIGHTS,
+    weights=llama_rules(),
     weightless=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

@@ -151,8 +151,8 @@ def test_spellings_that_compete_rank_as_in_transformers(rope, tmp_path) -> None:
 
 def test_another_rotary_scaling_is_refused_by_name(tmp_path) -> None:
     save_variant("llama-gqa", tmp_path)
-    edit_config(tmp_path, rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0})
-    with pytest.raises(UnsupportedModelError, match=r"rope_parameters.rope_type is 'longrope'; expected one of"):
+    edit_config(tmp_path, rope_parameters={"rope_type": "proportional", "rope_theta": 10000.0, "factor": 4.0})
+    with pytest.raises(UnsupportedModelError, match=r"rope_parameters.rope_type is 'proportional'; expected one of"):
         open_checkpoint(tmp_path)
 
 

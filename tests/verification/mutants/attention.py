@@ -115,8 +115,8 @@ ATTENTION = (
         "model.heads:project_heads",
         (
             (
-                "return flat.view(batch, n_pos, -1, d_head)",
-                "return flat.view(batch, n_pos, -1, d_head).flip(2)",
+                "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head)",
+                "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head).flip(2)",
             ),
         ),
     ),

@@ -3,7 +3,8 @@ import warnings
 import pytest
 import torch
 
-from hooklens.adapters.config_map import _ACTIVATIONS, ActivationKey, BiasFlag, ConfigMap, ConfigReader, Key, norm_key
+from hooklens.adapters.keys import ActivationKey, BiasFlag, ConfigMap, ConfigReader, Key, norm_key
+from hooklens.adapters.keys.parts import _ACTIVATIONS
 from hooklens.config import NormConfig
 from hooklens.errors import UnsupportedModelError
 

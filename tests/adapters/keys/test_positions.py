@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.adapters.config_map import ConfigReader
-from hooklens.adapters.positions import PositionKeys
+from hooklens.adapters.keys import ConfigReader
+from hooklens.adapters.keys.positions import PositionKeys
 from hooklens.config import AlibiPositions, RotaryPositions, RotaryScaling
 
 WHOLE = PositionKeys(alibi="alibi")

@@ -1,0 +1,26 @@
+"""Config parts: what a family's config map is put together from."""
+
+from hooklens.adapters.keys.config_map import ConfigMap
+from hooklens.adapters.keys.norms import norm_key
+from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
+from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
+from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
+from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
+
+__all__ = [
+    "REQUIRED",
+    "SIZE_KEYS",
+    "ActivationKey",
+    "BiasFlag",
+    "Computed",
+    "ConfigMap",
+    "ConfigPart",
+    "ConfigReader",
+    "Derived",
+    "Key",
+    "LayeredRotary",
+    "LearnedPositionKeys",
+    "PositionKeys",
+    "WindowKeys",
+    "norm_key",
+]

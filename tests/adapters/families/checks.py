@@ -1,0 +1,231 @@
+"""What every family of checkpoints must show, on tiny models of transformers with random parameters.
+
+`save` writes one; `check` compares what HookLens makes of the folder with transformers, in everything that a family
+decides: logits, dtypes, padding, caches, generation, and the way back to disk. `verify_folder` is `hooklens.verify`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import hooklens
+from hooklens import HookedCausalLM
+from hooklens.adapters import open_checkpoint
+from hooklens.adapters.choice import find_family
+from hooklens.adapters.families import load_families
+from tests.annotations import unchecked
+
+D_VOCAB = 97
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-9}
+LENGTHS = (11, 19, 14)
+N_ROWS_IN_BFLOAT16 = 8
+
+
+def save(folder: Path, model_type: str, *, seed: int = 0, spread: float = 0.2, **config: Any) -> Path:
+    """Write a tiny model of a family, every parameter random: norm weights around 1, all others around 0.
+
+    Args:
+        folder: where to.
+        model_type: the family's name in transformers.
+        seed: of the parameters.
+        spread: standard deviation of what is around 0.
+        config: the rest of `config.json`.
+    """
+    made = AutoConfig.for_model(model_type, **config)
+    model = AutoModelForCausalLM.from_config(made, attn_implementation=attention_of(made))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm_weight = parameter.ndim == 1 and name.endswith("weight") and parameter.mean() > 0.5
+            parameter.copy_(1 + 0.3 * noise if is_norm_weight else spread * noise)
+        for name, buffer in model.named_buffers():
+            # Corrections of routers are buffers that are saved.
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(spread * torch.randn(buffer.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def attention_of(config: Any) -> str:
+    """`"sdpa"`, or `"eager"` for families that transformers has no other attention for."""
+    for attention in ("sdpa", "eager"):
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        except (ValueError, ImportError):
+            continue
+        return attention
+    raise AssertionError(config)
+
+
+def load_reference(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model in a dtype, experts computed one by one: the grouped product refuses float64."""
+    config = AutoConfig.from_pretrained(folder)
+    options = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
+    attention = attention_of(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, **options
+    )
+    return model.eval()
+
+
+def check(folder: Path, *, float64: float | None = TOLERANCE[torch.float64], generates: bool = True) -> HookedCausalLM:
+    """Hold a family's folder against transformers in everything that a family decides; give the model.
+
+    Args:
+        folder: the checkpoint.
+        float64: how near float64 logits come, as a share of their standard deviation; None: the reference cannot run
+            in float64. Where transformers computes parts in float32 whatever the dtype, 1e-5.
+        generates: whether transformers' own cached generation is right, so that it can be compared with.
+    """
+    with unchecked():
+        model = HookedCausalLM.from_pretrained(folder)
+        reference = load_reference(folder, torch.float32)
+        check_logits(model, reference, TOLERANCE[torch.float32])
+        if float64 is not None:
+            check_logits(HookedCausalLM.from_pretrained(folder, dtype=torch.float64), reference.double(), float64)
+        check_bfloat16(folder)
+        check_way_back(model, folder)
+        check_caches(model)
+        if generates:
+            check_generation(model, load_reference(folder, torch.float32))
+    return model
+
+
+def batch(side: str) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths, padded on a side: ids and mask."""
+    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    generator = torch.Generator().manual_seed(1)
+    for row, length in enumerate(LENGTHS):
+        place = slice(0, length) if side == "right" else slice(max(LENGTHS) - length, None)
+        ids[row, place] = torch.randint(D_VOCAB, (length,), generator=generator)
+        mask[row, place] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def check_logits(model: HookedCausalLM, reference: PreTrainedModel, tolerance: float) -> None:
+    """Rows alone and padded on both sides, at their real positions."""
+    scale: Tensor | None = None
+    for side in ("right", "left"):
+        ids, mask = batch(side)
+        ours = model(ids, attention_mask=mask)
+        for row, length in enumerate(LENGTHS):
+            alone = ids[row, mask[row].bool()][None]
+            expected = reference(alone, use_cache=False).logits[0]
+            scale = expected.std() if scale is None else scale
+            for found in (model(alone)[0], ours[row, mask[row].bool()]):
+                error = (found - expected).abs().max() / scale.clamp(min=1.0)
+                assert found.shape == (length, expected.shape[-1])
+                assert error <= tolerance, f"{side}, row {row}: {error}"
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        theirs = reference(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        error = (ours - theirs)[mask.bool()].abs().max() / scale.clamp(min=1.0)
+        assert error <= tolerance, f"{side}-padded batch: {error}"
+
+
+@torch.no_grad()
+def check_bfloat16(folder: Path) -> None:
+    """The error against float64 is at most 1.2 times transformers', root mean square over rows."""
+    ids = torch.randint(D_VOCAB, (N_ROWS_IN_BFLOAT16, 16), generator=torch.Generator().manual_seed(2))
+    reference = load_reference(folder, torch.bfloat16)
+    ours = HookedCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(ids).double()
+    theirs = reference(ids, use_cache=False).logits.double()
+    try:
+        exact = reference.double()(ids, use_cache=False).logits.double()
+    except RuntimeError:
+        exact = reference.float()(ids, use_cache=False).logits.double()
+    error, allowed = (ours - exact).square().mean().sqrt(), 1.2 * (theirs - exact).square().mean().sqrt()
+    assert error <= allowed, f"{error} against {allowed}"
+
+
+def check_way_back(model: HookedCausalLM, folder: Path) -> None:
+    """What is saved has the same tensors bit for bit and the same network, and transformers computes the same."""
+    saved = folder / "saved"
+    model.save_pretrained(saved)
+    before, after = load_file(folder / "model.safetensors"), load_file(saved / "model.safetensors")
+    weights = {name: tensor for name, tensor in before.items() if not is_weightless(folder, name)}
+    assert weights.keys() == after.keys()
+    assert all(torch.equal(weights[name], after[name]) and weights[name].dtype == after[name].dtype for name in weights)
+    assert open_checkpoint(saved).cfg == model.cfg
+
+    # A config that nobody wrote: the network's own, in this family's words.
+    family = find_family(json.loads((folder / "config.json").read_text()), load_families(), where="here")
+    config = family.write_config(model.cfg.replace(origin=None))
+    assert family.read_config(config, where="here") == model.cfg
+    ids = batch("right")[0][:1]
+    with torch.no_grad():
+        expected = load_reference(folder, torch.float32)(ids).logits
+        assert torch.equal(load_reference(saved, torch.float32)(ids).logits, expected)
+        rebuilt = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        assert {name: tuple(value.shape) for name, value in rebuilt.state_dict().items()} == {
+            name: tuple(value.shape) for name, value in load_reference(folder, torch.float32).state_dict().items()
+        }
+        taken_over = HookedCausalLM.from_hf(load_reference(folder, torch.float32))
+        assert taken_over.cfg == model.cfg
+        assert torch.equal(taken_over(ids), model(ids))
+        # transformers may run experts another way here than for the reference.
+        error = (model.to_hf()(ids).logits - expected).abs().max() / expected.std().clamp(min=1.0)
+        assert error <= TOLERANCE[torch.float32]
+
+
+def is_weightless(folder: Path, name: str) -> bool:
+    """Whether the family says that a tensor of its files holds no weight."""
+    config = json.loads((folder / "config.json").read_text())
+    return find_family(config, load_families(), where="here").is_weightless(name)
+
+
+@torch.no_grad()
+def check_caches(model: HookedCausalLM) -> None:
+    """A frozen prefix and steps one by one give what the whole row gives."""
+    if model.depends_on_length(max(LENGTHS)):
+        return
+    ids = batch("right")[0][1:2]
+    whole = model(ids)[0]
+    frozen = model.prefill(ids[:, :9])
+    after = model(ids[:, 9:], past_kv_cache=frozen)[0]
+    grown = model.prefill(ids[:, :9]).unfreeze()
+    steps = [model(ids[:, i : i + 1], past_kv_cache=grown)[0] for i in range(9, ids.shape[1])]
+    for found in (after, torch.cat(steps)):
+        error = (found - whole[9:]).abs().max() / whole.std().clamp(min=1.0)
+        assert error <= TOLERANCE[torch.float32], error
+
+
+@torch.no_grad()
+def check_generation(model: HookedCausalLM, reference: PreTrainedModel) -> None:
+    """Greedy continuations, cached, are transformers'."""
+    ids = batch("right")[0][1:2, :12]
+    theirs = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False, verbose=False), theirs)
+
+
+def verify_folder(folder: Path) -> None:
+    """`hooklens.verify` of the folder; for tests marked `slow`."""
+    with unchecked():
+        report = hooklens.verify(folder, progress=False)
+    assert report.passed, str(report)
+
+
+def read_published(config: Mapping[str, Any], n_parameters: int) -> None:
+    """A published `config.json`: every key is known, and the network has the published number of parameters.
+
+    Args:
+        config: its contents.
+        n_parameters: tied ones counted once.
+    """
+    family = find_family(config, load_families(), where="here")
+    cfg = family.read_config(config, where="here")
+    shapes = {name: weight.shape for name, weight in cfg.description.weights.items()}
+    if cfg.tied_unembed:
+        del shapes["unembed.W_U"]
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == n_parameters
