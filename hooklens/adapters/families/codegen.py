@@ -11,10 +11,28 @@ Peculiarities:
 - Old files hold the causal mask of every layer; it is no weight.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from hooklens.adapters.families.gptj import FAMILY as GPTJ
 from hooklens.adapters.family import Family
+from hooklens.adapters.keys import Computed, ConfigReader
 from hooklens.adapters.rules import Fused
 from hooklens.adapters.tables import BLOCK, Rules, decoder_rules, mlp_rules, norm_rules, out_rules
+
+_N_BLOCKS = 4
+
+
+def _check_heads(reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields.get("n_heads", 0) % _N_BLOCKS:
+        reader.reject("n_head", f"a multiple of {_N_BLOCKS}: so many blocks of heads lie in one tensor")
+    return {}
+
+
+def _write_nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
 
 _LAYER = "transformer.h.{i}"
 
@@ -24,7 +42,7 @@ _BLOCKS: Rules = (
         f"{_LAYER}.attn.qkv_proj.weight",
         (f"{BLOCK}.attn.W_Q", f"{BLOCK}.attn.W_V", f"{BLOCK}.attn.W_K"),
         "(b s n h) m -> s (b n) m h",
-        blocks=4,
+        blocks=_N_BLOCKS,
     ),
     *out_rules(f"{_LAYER}.attn.out_proj"),
     *mlp_rules(f"{_LAYER}.mlp", up="fc_in", down="fc_out"),
@@ -37,7 +55,7 @@ FAMILY = Family(
     base_prefix="transformer.",
     embedding="transformer.wte.weight",
     head="lm_head.weight",
-    config=GPTJ.config,
+    config=replace(GPTJ.config, parts=(*GPTJ.config.parts, Computed((), _check_heads, _write_nothing))),
     weights=decoder_rules(_BLOCKS, embed="transformer.wte", final_norm="transformer.ln_f"),
     weightless=(r"transformer\.h\.\d+\.attn\.(causal_mask|masked_bias)",),
 )

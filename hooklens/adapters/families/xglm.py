@@ -1,6 +1,6 @@
 """XGLM (Lin et al. 2021, "Few-shot Learning with Multilingual Language Models").
 
-Checkpoints: facebook/xglm-564M, -1.7B, -2.9B, -4.5B and -7.5B, facebook/incoder relatives in this format.
+Checkpoints: facebook/xglm-564M, -1.7B, -2.9B, -4.5B and -7.5B, facebook/incoder-1B and -6B (Fried et al. 2022).
 
 Peculiarities:
 - Positions are sinusoids, as tensor2tensor makes them: all sines, then all cosines, and the last wave is the base's;

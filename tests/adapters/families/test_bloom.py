@@ -1,6 +1,7 @@
 """BLOOM against transformers, in every variant."""
 
 import pytest
+from transformers import AutoConfig
 
 from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
@@ -89,11 +90,11 @@ def test_published_config_is_read(name: str) -> None:
     read_published(*PUBLISHED[name])
 
 
-def test_the_old_spelling_of_the_width_wins(tmp_path) -> None:
+def test_the_old_spelling_of_the_width_wins_as_in_transformers(tmp_path) -> None:
     folder = save(tmp_path, "bloom", **TINY)
     edit_config(folder, n_embed=32, hidden_size=64, num_attention_heads=2)
-    cfg = open_checkpoint(folder).cfg
-    assert (cfg.d_model, cfg.n_heads) == (32, 2)
+    cfg, theirs = open_checkpoint(folder).cfg, AutoConfig.from_pretrained(folder)
+    assert (cfg.d_model, cfg.n_heads) == (theirs.hidden_size, theirs.n_head) == (32, 2)
 
 
 def test_norms_that_the_stream_goes_on_from_are_refused(tmp_path) -> None:

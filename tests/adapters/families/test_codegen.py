@@ -2,7 +2,10 @@
 
 import pytest
 
+from hooklens.adapters import open_checkpoint
+from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.checkpoints import edit_config
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -73,3 +76,9 @@ def test_variant_passes_verify(variant: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config_is_read(name: str) -> None:
     read_published(*PUBLISHED[name])
+
+
+def test_heads_that_do_not_lie_in_four_blocks_are_refused(tmp_path) -> None:
+    folder = edit_config(save(tmp_path, "codegen", **TINY), n_head=6)
+    with pytest.raises(UnsupportedModelError, match="n_head is 6; expected a multiple of 4"):
+        open_checkpoint(folder)

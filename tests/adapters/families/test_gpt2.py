@@ -66,6 +66,24 @@ PUBLISHED = {
         },
         81_912_576,
     ),
+    "stanford-crfm/BioMedLM": (
+        {
+            **OPENAI,
+            "bos_token_id": 28895,
+            "eos_token_id": 28895,
+            "n_embd": 2560,
+            "n_head": 20,
+            "n_inner": None,
+            "n_layer": 32,
+            "pad_token_id": 28895,
+            "reorder_and_upcast_attn": False,
+            "scale_attn_by_inverse_layer_idx": True,
+            "scale_attn_weights": True,
+            "use_cache": False,
+            "vocab_size": 28896,
+        },
+        2_594_247_680,
+    ),
     "stanford-crfm/alias-gpt2-small-x21": (
         {
             **OPENAI,
