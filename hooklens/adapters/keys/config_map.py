@@ -153,7 +153,5 @@ class ConfigMap:
         return [
             key
             for key in reader.unused()
-            if key not in self.inert
-            and not inert & {key, name := key.rpartition(".")[2]}
-            and not name.startswith("_")
+            if key not in self.inert and not inert & {key, name := key.rpartition(".")[2]} and not name.startswith("_")
         ]

@@ -14,7 +14,7 @@ TINY = {
 }
 VARIANTS = {
     "multi-query": {},
-    "multi-head, untied": {"multi_query": False, "tie_word_embeddings": False, "n_inner": None},
+    "multi-head untied": {"multi_query": False, "tie_word_embeddings": False, "n_inner": None},
     "unscaled": {"scale_attn_weights": False, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
 }
 STARCODER = {

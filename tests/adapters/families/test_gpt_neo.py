@@ -18,7 +18,7 @@ TINY = {
 }
 VARIANTS = {
     "in turns": {"attention_types": [[["global", "local"], 2]]},
-    "untied, global": {
+    "global untied": {
         "attention_types": [[["global"], 4]],
         "tie_word_embeddings": False,
         "intermediate_size": None,

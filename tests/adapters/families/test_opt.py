@@ -23,7 +23,7 @@ VARIANTS = {
     "no final norm": {"_remove_final_layer_norm": True},
     "norms of the stream": {"do_layer_norm_before": False},
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 20},
-    "350m, untied": {"do_layer_norm_before": False, "word_embed_proj_dim": 20, "tie_word_embeddings": False},
+    "350m untied": {"do_layer_norm_before": False, "word_embed_proj_dim": 20, "tie_word_embeddings": False},
     "narrow embedding": {"word_embed_proj_dim": 20},
 }
 SMALL = {
