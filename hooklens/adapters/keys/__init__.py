@@ -2,13 +2,24 @@
 
 from hooklens.adapters.keys.config_map import ConfigMap
 from hooklens.adapters.keys.norms import norm_key
-from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
-from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
+from hooklens.adapters.keys.parts import (
+    SHORT_SIZE_KEYS,
+    SIZE_KEYS,
+    ActivationKey,
+    BiasFlag,
+    Computed,
+    ConfigPart,
+    Derived,
+    EmbedScaleFlag,
+    Key,
+)
+from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
 
 __all__ = [
     "REQUIRED",
+    "SHORT_SIZE_KEYS",
     "SIZE_KEYS",
     "ActivationKey",
     "BiasFlag",
@@ -17,10 +28,12 @@ __all__ = [
     "ConfigPart",
     "ConfigReader",
     "Derived",
+    "EmbedScaleFlag",
+    "FixedPositionKeys",
     "Key",
     "LayeredRotary",
-    "LearnedPositionKeys",
     "PositionKeys",
+    "RotaryDimKeys",
     "WindowKeys",
     "norm_key",
 ]

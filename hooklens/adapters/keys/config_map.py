@@ -36,6 +36,9 @@ INERT_KEYS = frozenset(
         # Notes of the programs that wrote the config.
         "activation_dropout", "dropout", "is_llama_config", "resid_dropout", "resid_pdrop", "transformers.js_config",
         "unsloth_fixed", "unsloth_version",
+        # More names of dropout, and the head that classifies a whole row.
+        "attn_pdrop", "emb_pdrop", "embed_dropout", "layerdrop", "output_past", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
     }
 )  # fmt: skip
 
@@ -145,8 +148,10 @@ class ConfigMap:
         return updated
 
     def _unknown_keys(self, reader: ConfigReader) -> list[str]:
+        # What any config may have, the configs inside of it may have, too.
+        inert = {*INERT_KEYS, *self.always_pinned}
         return [
             key
             for key in reader.unused()
-            if key not in INERT_KEYS and key not in self.inert and not key.startswith("_")
+            if key not in self.inert and not inert & {key, name := key.rpartition(".")[2]} and not name.startswith("_")
         ]

@@ -1,4 +1,4 @@
-"""Config parts for positions: rotary in transformers' old and new spellings with its scalings, ALiBi, and learned ones.
+"""Config parts for positions: rotary in transformers' old and new spellings with its scalings, ALiBi, and fixed ones.
 
 transformers 4 writes `rope_theta` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`;
 transformers 5 writes one object `rope_parameters`. Where several are given they rank as transformers 5
@@ -12,7 +12,7 @@ from typing import Any
 
 from hooklens.adapters.keys.parts import Key
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
-from hooklens.config import AlibiPositions, LearnedPositions, RotaryLayout, RotaryPositions, RotaryScaling
+from hooklens.config import AlibiPositions, Positions, RotaryLayout, RotaryPositions, RotaryScaling
 
 _KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _SPELLINGS = ("rope_scaling", "rope_parameters")
@@ -132,20 +132,20 @@ class PositionKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedPositionKeys:
-    """A table of learned positions and its length: `positions` and `n_ctx`.
+class FixedPositionKeys:
+    """Positions that are the same in every checkpoint of a family, and their length: `positions` and `n_ctx`.
 
     Attributes:
+        positions: learned ones, sinusoids, ALiBi.
         n_ctx: key of the length.
         default_n_ctx: what transformers takes where it is absent.
-        alias: older spelling of the key, which wins where both are given.
-        offset: rows of the table before position 0.
+        alias: another spelling of the key, which wins where both are given.
     """
 
+    positions: Positions
     n_ctx: str = "max_position_embeddings"
     default_n_ctx: int = 2048
     alias: str | None = None
-    offset: int = 0
 
     @property
     def _length(self) -> Key:
@@ -153,16 +153,54 @@ class LearnedPositionKeys:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The key and its older spelling."""
+        """The key and its other spelling."""
         return self._length.keys
 
     def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Read `positions` and `n_ctx`."""
-        return {**self._length.read(reader, fields), "positions": LearnedPositions(offset=self.offset)}
+        """Read `n_ctx`, and give `positions`."""
+        return {**self._length.read(reader, fields), "positions": self.positions}
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the length."""
+        """Write the length; other positions differ from what is read back, and are refused there."""
         return self._length.write(fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryDimKeys:
+    """A rotation of which the config gives the rotated entries of a head and nothing else: `positions` and `n_ctx`.
+
+    Attributes:
+        n_ctx: key of the context length.
+        alias: another spelling of that key, which wins where both are given.
+        dim: key of the rotated entries.
+        layout: how entries are paired.
+    """
+
+    n_ctx: str
+    alias: str
+    dim: str = "rotary_dim"
+    layout: RotaryLayout = "interleaved"
+
+    @property
+    def _length(self) -> Key:
+        return Key(self.n_ctx, "n_ctx", int, default=2048, alias=self.alias)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys the part reads."""
+        return (*self._length.keys, self.dim)
+
+    def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Read `positions` and `n_ctx`."""
+        length, dim = self._length.read(reader, fields), reader.get(self.dim, int)
+        return {} if reader.problems else {**length, "positions": RotaryPositions(dim=dim, layout=self.layout)}
+
+    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the length and the rotated entries; another rotation differs from what is read back."""
+        positions = fields["positions"]
+        # What is no rotation is refused when it is read back.
+        dim = positions.dim if isinstance(positions, RotaryPositions) else 0
+        return {**self._length.write(fields), self.dim: dim}
 
 
 def _read_scaling(
