@@ -170,6 +170,8 @@ def check_way_back(model: HookedCausalLM, folder: Path) -> None:
         assert {name: tuple(value.shape) for name, value in rebuilt.state_dict().items()} == {
             name: tuple(value.shape) for name, value in load_reference(folder, torch.float32).state_dict().items()
         }
+        # What stands in such a config must run, too.
+        assert rebuilt(ids).logits.shape == expected.shape
         taken_over = HookedCausalLM.from_hf(load_reference(folder, torch.float32))
         assert taken_over.cfg == model.cfg
         assert torch.equal(taken_over(ids), model(ids))

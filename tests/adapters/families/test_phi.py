@@ -2,11 +2,17 @@
 
 import pytest
 
-from hooklens.adapters import open_checkpoint
 from hooklens.config import RotaryPositions
 from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, check_defaults, read_published, save, verify_folder
-from tests.checkpoints import edit_config
+from tests.adapters.families.checks import (
+    D_VOCAB,
+    check,
+    check_defaults,
+    read_config,
+    read_published,
+    save,
+    verify_folder,
+)
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -144,14 +150,13 @@ def test_silent_config_means_what_transformers_takes_it_for() -> None:
     check_defaults("phi", **TINY)
 
 
-def test_tied_unembedding_with_a_bias_is_refused(tmp_path) -> None:
+def test_tied_unembedding_with_a_bias_is_refused() -> None:
     """transformers ties the weight and keeps the bias."""
-    folder = save(tmp_path, "phi", **TINY)
     with pytest.raises(UnsupportedModelError, match="a tied unembedding has no bias"):
-        open_checkpoint(edit_config(folder, tie_word_embeddings=True))
+        read_config({"model_type": "phi", **TINY, "tie_word_embeddings": True})
 
 
-def test_fraction_holds_where_the_rotation_is_described_without_one(tmp_path) -> None:
-    folder = save(tmp_path, "phi", **TINY)
-    cfg = open_checkpoint(edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 500.0})).cfg
+def test_fraction_holds_where_the_rotation_is_described_without_one() -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    cfg = read_config({"model_type": "phi", **TINY, "rope_parameters": rope})
     assert cfg.positions == RotaryPositions(dim=4, base=500.0)

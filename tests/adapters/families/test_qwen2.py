@@ -2,7 +2,6 @@
 
 import pytest
 
-from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import (
     D_VOCAB,
@@ -13,7 +12,6 @@ from tests.adapters.families.checks import (
     save,
     verify_folder,
 )
-from tests.checkpoints import edit_config
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -185,18 +183,16 @@ def test_silent_config_means_what_transformers_takes_it_for() -> None:
 @pytest.mark.parametrize(
     ("given", "windows"),
     [
-        ({"sliding_window": 5}, None),
+        ({"sliding_window": 5, "max_window_layers": 0}, None),
         ({"sliding_window": 5, "use_sliding_window": True}, None),
         ({"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}, (None, None, 5)),
         ({"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, None),
         ({"use_sliding_window": True, "max_window_layers": 0}, (4096,) * 3),
     ],
 )
-def test_window_needs_its_switch_and_late_layers(given, windows, tmp_path) -> None:
+def test_window_needs_its_switch_and_late_layers(given, windows) -> None:
     """Layers slide from the 28th on where the config does not say from where."""
-    folder = save(tmp_path, "qwen2", **TINY)
-    edit_config(folder, remove=["sliding_window", "use_sliding_window", "max_window_layers", "layer_types"], **given)
-    assert open_checkpoint(folder).cfg.windows == windows
+    assert read_config({"model_type": "qwen2", **TINY, **given}).windows == windows
 
 
 def test_key_value_heads_that_are_null_are_all_heads_and_absent_ones_are_asked_for() -> None:
@@ -208,6 +204,6 @@ def test_key_value_heads_that_are_null_are_all_heads_and_absent_ones_are_asked_f
         read_config(config)
 
 
-def test_rotation_in_several_axes_is_refused(tmp_path) -> None:
+def test_rotation_in_several_axes_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="use_mrope"):
-        open_checkpoint(edit_config(save(tmp_path, "qwen2", **TINY), use_mrope=True))
+        read_config({"model_type": "qwen2", **TINY, "use_mrope": True})

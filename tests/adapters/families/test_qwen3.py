@@ -195,3 +195,9 @@ def test_head_size_where_the_config_is_silent_or_says_null(given, d_head) -> Non
     """An absent key is 128, whatever the width; transformers cannot run null."""
     sizes = {key: value for key, value in TINY.items() if key != "head_dim"}
     assert read_config({"model_type": "qwen3", **sizes, **given}).d_head == d_head
+
+
+@pytest.mark.parametrize(("switch", "windows"), [(True, (None, 5, 5)), (False, None)])
+def test_window_needs_its_switch(switch, windows) -> None:
+    given = {"sliding_window": 5, "max_window_layers": 1, "use_sliding_window": switch}
+    assert read_config({"model_type": "qwen3", **TINY, **given}).windows == windows
