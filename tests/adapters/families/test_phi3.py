@@ -336,7 +336,7 @@ def test_other_scalings_are_refused(kind) -> None:
 
 
 def test_sequence_that_grows_past_the_original_length_turns_otherwise_from_there_on(tmp_path) -> None:
-    """Frequencies are those of the whole sequence's length, at all positions: no cached key fits any more."""
+    """Frequencies are those of the whole sequence's length, at all positions: no cached key fits any more there."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": _SHORT, "long_factor": _LONG}
     folder = save(tmp_path, "phi3", **{**TINY, "rope_parameters": rope, "original_max_position_embeddings": 12})
     model, reference = HookedCausalLM.from_pretrained(folder), load_reference(folder, torch.float32)
@@ -347,5 +347,5 @@ def test_sequence_that_grows_past_the_original_length_turns_otherwise_from_there
             torch.testing.assert_close(model(ids[:, :length]), expected, atol=2e-5 * expected.std().item(), rtol=0)
     options = {"max_new_tokens": 9, "do_sample": False}
     theirs = reference.generate(ids[:, :9], eos_token_id=None, pad_token_id=0, **options)
-    ours = model.generate(ids[:, :9], stop_at_eos=False, use_past_kv_cache=False, verbose=False, **options)
+    ours = model.generate(ids[:, :9], stop_at_eos=False, verbose=False, **options)
     assert torch.equal(ours, theirs)
