@@ -22,8 +22,8 @@ from hooklens.adapters.keys import (
     ConfigReader,
     Key,
     PositionKeys,
-    QKNormFlag,
     norm_key,
+    qk_norm_flag,
 )
 from hooklens.adapters.tables import fused_qkv_rules, llama_rules, mlp_rules, out_rules, qk_norm_rules
 
@@ -42,7 +42,7 @@ _CONFIG = ConfigMap(
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="relu2"),
         norm_key("layer_norm_eps", "layer", default_eps=1e-5),
-        QKNormFlag(default=True),
+        qk_norm_flag(default=True),
         Key("tie_word_embeddings", "tied_unembed", bool, default=False),
         Key("initializer_range", "init_std", float, default=0.02),
         PositionKeys(default_n_ctx=16384, fraction="partial_rotary_factor", default_fraction=0.5),

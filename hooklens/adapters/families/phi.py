@@ -12,7 +12,7 @@ Peculiarities:
 """
 
 from hooklens.adapters.family import Family
-from hooklens.adapters.keys import SIZE_KEYS, ActivationKey, ConfigMap, Key, PositionKeys, QKNormFlag, norm_key
+from hooklens.adapters.keys import SIZE_KEYS, ActivationKey, ConfigMap, Key, PositionKeys, norm_key, qk_norm_flag
 from hooklens.adapters.tables import attention_rules, llama_rules, mlp_rules, qk_norm_rules
 
 _CONFIG = ConfigMap(
@@ -23,7 +23,7 @@ _CONFIG = ConfigMap(
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="gelu_new"),
         norm_key("layer_norm_eps", "layer", default_eps=1e-5),
-        QKNormFlag(),
+        qk_norm_flag(),
         Key("tie_word_embeddings", "tied_unembed", bool, default=False),
         Key("initializer_range", "init_std", float, default=0.02),
         PositionKeys(fraction="partial_rotary_factor", default_fraction=0.5),

@@ -13,7 +13,16 @@ Peculiarities:
 """
 
 from hooklens.adapters.family import Family
-from hooklens.adapters.keys import SIZE_KEYS, ActivationKey, ConfigMap, Derived, Key, PositionKeys, QKNormFlag, norm_key
+from hooklens.adapters.keys import (
+    SIZE_KEYS,
+    ActivationKey,
+    ConfigMap,
+    Derived,
+    Key,
+    PositionKeys,
+    norm_key,
+    qk_norm_flag,
+)
 from hooklens.adapters.rules import Copy
 from hooklens.adapters.tables import BLOCK, Rules, attention_rules, llama_rules
 
@@ -24,7 +33,7 @@ _CONFIG = ConfigMap(
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="silu"),
         norm_key("layer_norm_eps", "layer", default_eps=1e-5),
-        QKNormFlag(bias=False, per_head=True),
+        qk_norm_flag(bias=False, per_head=True),
         Key(
             "use_parallel_residual",
             "wiring",

@@ -1,10 +1,9 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
-from hooklens.adapters.keys.norms import norm_key
+from hooklens.adapters.keys.norms import norm_key, qk_norm_flag
 from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
 from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
-from hooklens.adapters.keys.qk_norms import QKNormFlag
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, late_layers
 
@@ -22,8 +21,8 @@ __all__ = [
     "LayeredRotary",
     "LearnedPositionKeys",
     "PositionKeys",
-    "QKNormFlag",
     "WindowKeys",
     "late_layers",
     "norm_key",
+    "qk_norm_flag",
 ]
