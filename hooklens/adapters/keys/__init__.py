@@ -1,7 +1,7 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
-from hooklens.adapters.keys.norms import norm_key
+from hooklens.adapters.keys.norms import norm_key, qk_norm_flag
 from hooklens.adapters.keys.parts import (
     SHORT_SIZE_KEYS,
     SIZE_KEYS,
@@ -15,7 +15,7 @@ from hooklens.adapters.keys.parts import (
 )
 from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
-from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
+from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, late_layers
 
 __all__ = [
     "REQUIRED",
@@ -35,5 +35,7 @@ __all__ = [
     "PositionKeys",
     "RotaryDimKeys",
     "WindowKeys",
+    "late_layers",
     "norm_key",
+    "qk_norm_flag",
 ]

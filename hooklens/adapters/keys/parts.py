@@ -39,6 +39,7 @@ class Key:
         default: what transformers takes where the key is absent; None leaves the field to `HookedConfig`.
         alias: older spelling, which wins where both are given.
         decode, encode: between the key's value and the field's.
+        nullable: null leaves the field to `HookedConfig`, whatever transformers takes where the key is absent.
     """
 
     hub: str
@@ -48,6 +49,7 @@ class Key:
     alias: str | None = None
     decode: Callable[[Any], Any] = _unchanged
     encode: Callable[[Any], Any] = _unchanged
+    nullable: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -58,7 +60,8 @@ class Key:
         """Decode the value; an absent one without a default leaves the field out."""
         value = reader.get(self.alias, self.kind, None) if self.alias is not None else None
         if value is None:
-            value = reader.get(self.hub, self.kind, self.default)
+            default = None if self.nullable and reader.is_null(self.hub) else self.default
+            value = reader.get(self.hub, self.kind, default)
         else:
             reader.used.add(self.hub)
         return {} if value is None else {self.name: self.decode(value)}
