@@ -1,14 +1,26 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
-from hooklens.adapters.keys.norms import norm_key
-from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
+from hooklens.adapters.keys.norms import QK_NORM, norm_key
+from hooklens.adapters.keys.parts import (
+    ROOT_EMBED_SCALE,
+    SIZE_KEYS,
+    ActivationKey,
+    BiasFlag,
+    Computed,
+    ConfigPart,
+    Derived,
+    Key,
+    score_scalar_key,
+)
 from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
-from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
+from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, all_but_every
 
 __all__ = [
+    "QK_NORM",
     "REQUIRED",
+    "ROOT_EMBED_SCALE",
     "SIZE_KEYS",
     "ActivationKey",
     "BiasFlag",
@@ -22,5 +34,7 @@ __all__ = [
     "LearnedPositionKeys",
     "PositionKeys",
     "WindowKeys",
+    "all_but_every",
     "norm_key",
+    "score_scalar_key",
 ]

@@ -1,6 +1,6 @@
-"""The config part for norms: the key of their epsilon, which says what kind of norm a family has."""
+"""Config parts for norms: the key of their epsilon, which says what kind a family has, and norms of queries and keys."""
 
-from hooklens.adapters.keys.parts import Key
+from hooklens.adapters.keys.parts import Derived, Key
 from hooklens.config import NormConfig, NormKind
 
 
@@ -34,3 +34,7 @@ def norm_key(
         return norm.eps if isinstance(norm, NormConfig) else default_eps
 
     return Key(hub, "norm", float, default=default_eps, decode=decode, encode=encode)
+
+
+QK_NORM = Derived(lambda fields: {"qk_norm": fields["norm"]})
+"""Queries and keys have norms like those of the branches, each head by itself. Comes after `norm_key`."""

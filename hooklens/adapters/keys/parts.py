@@ -1,5 +1,6 @@
 """Parts of config maps: some keys of a `config.json` and the fields of `HookedConfig` that they decide."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +39,7 @@ class Key:
         default: what transformers takes where the key is absent; None leaves the field to `HookedConfig`.
         alias: older spelling, which wins where both are given.
         decode, encode: between the key's value and the field's.
+        nullable: null is a value of its own, the field's None, in place of the default.
     """
 
     hub: str
@@ -47,6 +49,7 @@ class Key:
     alias: str | None = None
     decode: Callable[[Any], Any] = _unchanged
     encode: Callable[[Any], Any] = _unchanged
+    nullable: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -55,6 +58,9 @@ class Key:
 
     def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Decode the value; an absent one without a default leaves the field out."""
+        if self.nullable and reader.is_null(self.hub):
+            reader.used.add(self.hub)
+            return {self.name: None}
         value = reader.get(self.alias, self.kind, None) if self.alias is not None else None
         if value is None:
             value = reader.get(self.hub, self.kind, self.default)
@@ -85,6 +91,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
+    "xielu": "xielu",
 }
 _ACTIVATION_KEYS: dict[Activation, str] = {
     "gelu": "gelu",
@@ -93,6 +100,7 @@ _ACTIVATION_KEYS: dict[Activation, str] = {
     "relu": "relu",
     "relu2": "relu2",
     "silu": "silu",
+    "xielu": "xielu",
 }
 
 
@@ -192,3 +200,30 @@ class Derived:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing: fields that do not follow differ from what is read back, and are refused there."""
         return {}
+
+
+def _decode_scalar(scalar: float) -> float:
+    return float(scalar**-0.5)
+
+
+def _encode_scalar(scale: float | None) -> float | None:
+    # None is the scale of the head size, which the key does not know; what is read back differs, and is refused there.
+    if scale is None:
+        return None
+    scalar = scale**-2
+    whole = round(scalar)
+    return whole if whole > 0 and _decode_scalar(whole) == scale else scalar
+
+
+def score_scalar_key(hub: str, *, default: float) -> Key:
+    """The key of a number whose inverse root is the factor on attention scores.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where it is absent.
+    """
+    return Key(hub, "attn_scale", float, default=default, decode=_decode_scalar, encode=_encode_scalar)
+
+
+ROOT_EMBED_SCALE = Derived(lambda fields: {"embed_scale": math.sqrt(fields["d_model"])})
+"""The token embedding is multiplied by the root of the stream's width, rounded to the dtype of the weights."""

@@ -38,6 +38,7 @@ class PositionKeys:
         default_rope: the object `rope_parameters` that transformers takes where none is given.
         kinds: names of scalings that mean another one in this family.
         alpha: a `dynamic` scaling with `alpha` is a larger base, whatever the length (Hunyuan).
+        reverse: rotary turns the other way (nanochat).
     """
 
     n_ctx: str = "max_position_embeddings"
@@ -52,6 +53,7 @@ class PositionKeys:
     default_rope: Mapping[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     alpha: bool = False
+    reverse: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -73,7 +75,8 @@ class PositionKeys:
         """A reader of the object that describes the rotation."""
         spelling = next((key for key in _SPELLINGS if reader.get(key, dict, {})), "rope_parameters")
         reader.used.update(_SPELLINGS)
-        default = {} if any(reader.has(key) for key in (*_SPELLINGS, self.base) if key) else self.default_rope
+        # A flat base does not count against the default, which has its own.
+        default = {} if any(reader.has(key) for key in _SPELLINGS) else self.default_rope
         return reader.nested(spelling, default)
 
     def read_rotary(
@@ -103,14 +106,15 @@ class PositionKeys:
         if self.dim is not None:
             dim = reader.get(self.dim, int)
         alpha = rope.get("alpha", float, None) if self.alpha else None
-        if alpha is not None and rope.kind_is("dynamic"):
+        if alpha and rope.kind_is("dynamic"):
             rope.used.update({"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
             scaling, base = None, base * alpha ** (dim / (dim - 2))
         else:
             scaling, n_ctx = _read_scaling(rope, n_ctx=n_ctx, flat_original=flat_original, renamed=self.kinds)
         if reader.problems:
             return None, n_ctx
-        return RotaryPositions(dim=dim, base=base, layout=self.layout, scaling=scaling), n_ctx
+        turns = RotaryPositions(dim=dim, base=base, layout=self.layout, scaling=scaling, reverse=self.reverse)
+        return turns, n_ctx
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Write the transformers 5 spelling."""
