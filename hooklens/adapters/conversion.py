@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hooklens.adapters.choice import choose_family, find_family
 from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import BoundRule, Family, choose_family, find_family
+from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes, parameters_beside
 from hooklens.config import HookedConfig, LearnedPositions
