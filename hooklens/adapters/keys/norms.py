@@ -1,4 +1,4 @@
-"""Config parts for norms: the key of their epsilon, which says what kind a family has, and norms of queries and keys."""
+"""Config parts for norms: the key of their epsilon, which says what kind a family has, and those of queries, keys."""
 
 from hooklens.adapters.keys.parts import Derived, Key
 from hooklens.config import NormConfig, NormKind
