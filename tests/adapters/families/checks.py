@@ -218,7 +218,7 @@ def check_generation(model: HookedCausalLM, reference: PreTrainedModel) -> None:
 def check_reading(folder: Path) -> HookedCausalLM:
     """What HookLens reads out of a `config.json`, edited by hand say, is what transformers reads; give the model."""
     with unchecked():
-        model = HookedCausalLM.from_pretrained(folder)
+        model = HookedCausalLM.from_pretrained(folder, dtype=torch.float32)
         check_logits(model, load_reference(folder, torch.float32), TOLERANCE[torch.float32])
     return model
 
