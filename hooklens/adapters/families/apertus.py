@@ -30,7 +30,7 @@ _CONFIG = ConfigMap(
         Key("num_key_value_heads", "n_kv_heads", int, default=None),
         Key("head_dim", "d_head", int, default=None),
         Key("intermediate_size", "d_mlp", int),
-        ActivationKey("hidden_act", default="xielu"),
+        ActivationKey("hidden_act", default="xielu", meaning={"xielu": "xielu"}),
         norm_key("rms_norm_eps", "rms", default_eps=1e-5),
         QK_NORM,
         BiasFlag("attention_bias", ("qkv_bias", "out_bias"), default=False),

@@ -91,7 +91,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
-    "xielu": "xielu",
 }
 _ACTIVATION_KEYS: dict[Activation, str] = {
     "gelu": "gelu",
@@ -100,7 +99,6 @@ _ACTIVATION_KEYS: dict[Activation, str] = {
     "relu": "relu",
     "relu2": "relu2",
     "silu": "silu",
-    "xielu": "xielu",
 }
 
 
@@ -137,8 +135,9 @@ class ActivationKey:
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The name of the activation in transformers."""
+        names = {**_ACTIVATION_KEYS, **{act_fn: name for name, act_fn in self.meaning.items()}}
         # What has no name there differs from what is read back, and is refused there.
-        return {self.hub: _ACTIVATION_KEYS.get(fields["act_fn"], self.default)}
+        return {self.hub: names.get(fields["act_fn"], self.default)}
 
 
 @dataclass(frozen=True)
