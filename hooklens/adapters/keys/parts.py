@@ -224,5 +224,5 @@ def score_scalar_key(hub: str, *, default: float) -> Key:
     return Key(hub, "attn_scale", float, default=default, decode=_decode_scalar, encode=_encode_scalar)
 
 
-ROOT_EMBED_SCALE = Derived(lambda fields: {"embed_scale": math.sqrt(fields["d_model"])})
+ROOT_EMBED_SCALE = Derived(lambda fields: {"embed_scale": math.sqrt(fields["d_model"]), "embed_scale_rounded": True})
 """The token embedding is multiplied by the root of the stream's width, rounded to the dtype of the weights."""
