@@ -207,11 +207,13 @@ def _decode_scalar(scalar: float) -> float:
 
 def _encode_scalar(scale: float | None) -> float | None:
     # None is the scale of the head size, which the key does not know; what is read back differs, and is refused there.
-    if scale is None:
+    if not scale or scale < 0:
         return None
     scalar = scale**-2
-    whole = round(scalar)
-    return whole if whole > 0 and _decode_scalar(whole) == scale else scalar
+    # A whole number where it is one, else the one of the floats around that comes back exactly.
+    near = (math.nextafter(scalar, 0), math.nextafter(scalar, math.inf))
+    exact = (one for one in (max(1, round(scalar)), scalar, *near) if _decode_scalar(one) == scale)
+    return next(exact, scalar)
 
 
 def score_scalar_key(hub: str, *, default: float) -> Key:
