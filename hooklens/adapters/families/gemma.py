@@ -40,6 +40,7 @@ _CONFIG = ConfigMap(
     ),
     fixed={"gated_mlp": True, "mlp_bias": False},
     pinned={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
+    inert=("num_image_tokens",),
 )
 
 FAMILY = Family(

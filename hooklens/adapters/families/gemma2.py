@@ -48,7 +48,7 @@ _CONFIG = ConfigMap(
     ),
     fixed={"gated_mlp": True, "mlp_bias": False, "norm_after": True},
     pinned={"use_bidirectional_attention": False},
-    inert=("cache_implementation", "hidden_act", "sliding_window_size"),
+    inert=("cache_implementation", "hidden_act", "num_image_tokens", "sliding_window_size"),
 )
 
 FAMILY = Family(

@@ -8,6 +8,7 @@ Peculiarities:
 - Five layers slide, the sixth sees all, where there are no `layer_types` (`sliding_window_pattern`).
 - Two rotations: layers that see all have `rope_theta` (1e6) and `rope_scaling`, those that slide
   `rope_local_base_freq` (1e4) and never a scaling. transformers 5 writes both, by kind, into `rope_parameters`.
+- Configs inside of the larger checkpoints are silent of what the 4B has: its vocabulary, heads and head size.
 - With `use_bidirectional_attention` (EmbeddingGemma) it is no causal model, and refused.
 """
 
@@ -15,7 +16,6 @@ from hooklens.adapters.family import Family
 from hooklens.adapters.keys import (
     QK_NORM,
     ROOT_EMBED_SCALE,
-    SIZE_KEYS,
     ActivationKey,
     BiasFlag,
     ConfigMap,
@@ -33,8 +33,11 @@ _PERIOD = "sliding_window_pattern"
 
 _CONFIG = ConfigMap(
     parts=(
-        *SIZE_KEYS,
-        Key("num_key_value_heads", "n_kv_heads", int),
+        Key("vocab_size", "d_vocab", int, default=262208),
+        Key("hidden_size", "d_model", int),
+        Key("num_hidden_layers", "n_layers", int),
+        Key("num_attention_heads", "n_heads", int, default=8),
+        Key("num_key_value_heads", "n_kv_heads", int, default=4),
         Key("head_dim", "d_head", int, default=256),
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_activation", default="gelu_pytorch_tanh"),
