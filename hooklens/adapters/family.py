@@ -190,7 +190,8 @@ class Family:
         """The config, and the fields that reading it back would not give again."""
         fields, original = _fields_of(cfg), self._original_config(cfg)
         if original is None:
-            written = self.config.write(fields)
+            # Left out, transformers takes that of the family's first checkpoint, which may lie past the vocabulary.
+            written = {**self.config.write(fields), "pad_token_id": None}
         else:
             known = _fields_of(self.read_config(original, where="the original config", warn=False))
             written = self.config.update(original, known, fields)

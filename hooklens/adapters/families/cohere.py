@@ -11,28 +11,18 @@ Peculiarities:
 - The unembedding is tied where the config is silent.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from hooklens.adapters.family import Family
 from hooklens.adapters.keys import (
     SIZE_KEYS,
     ActivationKey,
     BiasFlag,
-    Computed,
     ConfigMap,
-    ConfigReader,
     Key,
     PositionKeys,
     norm_key,
+    qk_norm_flag,
 )
 from hooklens.adapters.tables import llama_rules
-
-
-def _read_qk_norm(reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-    has_norms = reader.get("use_qk_norm", bool, False)
-    return {"qk_norm": fields["norm"], "qk_norm_per_head": True} if has_norms else {}
-
 
 _CONFIG = ConfigMap(
     parts=(
@@ -42,7 +32,7 @@ _CONFIG = ConfigMap(
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="silu"),
         norm_key("layer_norm_eps", "layer", default_eps=1e-5, bias=False, wide_weight=True),
-        Computed(("use_qk_norm",), _read_qk_norm, lambda fields: {"use_qk_norm": fields["qk_norm"] is not None}),
+        qk_norm_flag("use_qk_norm", per_head=True),
         BiasFlag("attention_bias", ("qkv_bias", "out_bias"), default=False),
         Key("logit_scale", "logits_scale", float, default=0.0625),
         Key("tie_word_embeddings", "tied_unembed", bool, default=True),

@@ -10,7 +10,16 @@ Peculiarities:
 """
 
 from hooklens.adapters.family import Family
-from hooklens.adapters.keys import SIZE_KEYS, ActivationKey, BiasFlag, ConfigMap, Key, PositionKeys, norm_key
+from hooklens.adapters.keys import (
+    MULTIPLIER_KEYS,
+    SIZE_KEYS,
+    ActivationKey,
+    BiasFlag,
+    ConfigMap,
+    Key,
+    PositionKeys,
+    norm_key,
+)
 from hooklens.adapters.tables import llama_rules
 
 _CONFIG = ConfigMap(
@@ -21,25 +30,7 @@ _CONFIG = ConfigMap(
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="silu"),
         norm_key("rms_norm_eps", "rms", default_eps=1e-6),
-        Key(
-            "embedding_multiplier",
-            "embed_scale",
-            float,
-            default=1.0,
-            decode=lambda factor: None if factor == 1 else factor,
-            encode=lambda factor: 1.0 if factor is None else factor,
-        ),
-        Key("residual_multiplier", "residual_scale", float, default=1.0),
-        # A scale that follows from the head size differs from what is read back, and is refused there.
-        Key("attention_multiplier", "attn_scale", float, default=1.0),
-        Key(
-            "logits_scaling",
-            "logits_scale",
-            float,
-            default=1.0,
-            decode=lambda divisor: 1 / divisor if divisor else divisor,
-            encode=lambda factor: 1 / factor if factor else factor,
-        ),
+        *MULTIPLIER_KEYS,
         BiasFlag("attention_bias", ("qkv_bias", "out_bias"), default=False),
         Key("mlp_bias", "mlp_bias", bool, default=False),
         Key("tie_word_embeddings", "tied_unembed", bool, default=False),

@@ -1,7 +1,7 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
-from hooklens.adapters.keys.norms import QK_NORM, norm_key
+from hooklens.adapters.keys.norms import QK_NORM, norm_key, qk_norm_flag
 from hooklens.adapters.keys.parts import (
     ROOT_EMBED_SCALE,
     SIZE_KEYS,
@@ -15,9 +15,11 @@ from hooklens.adapters.keys.parts import (
 )
 from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
+from hooklens.adapters.keys.scales import MULTIPLIER_KEYS
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, all_but_every
 
 __all__ = [
+    "MULTIPLIER_KEYS",
     "QK_NORM",
     "REQUIRED",
     "ROOT_EMBED_SCALE",
@@ -36,5 +38,6 @@ __all__ = [
     "WindowKeys",
     "all_but_every",
     "norm_key",
+    "qk_norm_flag",
     "score_scalar_key",
 ]

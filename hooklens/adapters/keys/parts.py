@@ -39,7 +39,7 @@ class Key:
         default: what transformers takes where the key is absent; None leaves the field to `HookedConfig`.
         alias: older spelling, which wins where both are given.
         decode, encode: between the key's value and the field's.
-        nullable: null is a value of its own, the field's None, in place of the default.
+        nullable: null leaves the field to `HookedConfig`, whatever transformers takes where the key is absent.
     """
 
     hub: str
@@ -58,12 +58,10 @@ class Key:
 
     def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Decode the value; an absent one without a default leaves the field out."""
-        if self.nullable and reader.is_null(self.hub):
-            reader.used.add(self.hub)
-            return {self.name: None}
         value = reader.get(self.alias, self.kind, None) if self.alias is not None else None
         if value is None:
-            value = reader.get(self.hub, self.kind, self.default)
+            default = None if self.nullable and reader.is_null(self.hub) else self.default
+            value = reader.get(self.hub, self.kind, default)
         else:
             reader.used.add(self.hub)
         return {} if value is None else {self.name: self.decode(value)}

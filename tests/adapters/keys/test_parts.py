@@ -9,12 +9,12 @@ from hooklens.adapters.keys import ConfigReader, Key, score_scalar_key
     ("nullable", "config", "read"),
     [
         (True, {}, {"field": 5.0}),
-        (True, {"key": None}, {"field": None}),
+        (True, {"key": None}, {}),
         (True, {"key": 2.0}, {"field": 2.0}),
         (False, {"key": None}, {"field": 5.0}),
     ],
 )
-def test_null_is_a_value_only_where_it_is_one(nullable, config, read) -> None:
+def test_null_is_no_default_only_where_it_may_be(nullable, config, read) -> None:
     key, reader = Key("key", "field", float, default=5.0, nullable=nullable), ConfigReader(config)
     assert key.read(reader, {}) == read
     assert not reader.unused()
