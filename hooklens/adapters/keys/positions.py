@@ -35,7 +35,8 @@ class PositionKeys:
         dim: key of the rotated entries of a head, in place of a fraction.
         layout: how entries are paired.
         alibi: flag that replaces rotary by ALiBi; None for families without it.
-        default_rope: the object `rope_parameters` that transformers takes where none is given.
+        default_rope: the object `rope_parameters` that transformers takes where none is given, whatever flat keys say
+            that is in it.
         kinds: names of scalings that mean another one in this family.
         alpha: a `dynamic` scaling with `alpha` is a larger base, whatever the length (Hunyuan).
         reverse: rotary turns the other way (nanochat).
@@ -75,7 +76,6 @@ class PositionKeys:
         """A reader of the object that describes the rotation."""
         spelling = next((key for key in _SPELLINGS if reader.get(key, dict, {})), "rope_parameters")
         reader.used.update(_SPELLINGS)
-        # A flat base does not count against the default, which has its own.
         default = {} if any(reader.has(key) for key in _SPELLINGS) else self.default_rope
         return reader.nested(spelling, default)
 

@@ -20,24 +20,6 @@ def every_layer(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
     return [True] * n_layers
 
 
-def all_but_every(default: int, key: str | None = None) -> Callable[[ConfigReader, int], Sequence[bool]]:
-    """The rule of families in which every n-th layer sees all, and the others slide.
-
-    Args:
-        default: n, where the config is silent.
-        key: of n; None: there is none.
-    """
-
-    def slides(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
-        period = default if key is None else reader.get(key, int, default)
-        if key is not None and period < 1:
-            reader.reject(key, "at least 1")
-            return []
-        return [(layer + 1) % period != 0 for layer in range(n_layers)]
-
-    return slides
-
-
 @dataclass(frozen=True, kw_only=True)
 class WindowKeys:
     """Sliding windows: `windows`. No window is what null and 0 say, too.
@@ -96,6 +78,24 @@ class WindowKeys:
         switch = {} if self.switch is None else {self.switch: size is not None}
         types = {"layer_types": [FULL if window is None else SLIDING for window in windows]} if self.typed else {}
         return {self.key: size, **switch, **types}
+
+
+def all_but_every(default: int, key: str | None = None) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """The rule of families in which every n-th layer sees all, and the others slide.
+
+    Args:
+        default: n, where the config is silent.
+        key: of n; None: there is none.
+    """
+
+    def slides(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
+        period = default if key is None else reader.get(key, int, default)
+        if key is not None and period < 1:
+            reader.reject(key, "at least 1")
+            return []
+        return [(layer + 1) % period != 0 for layer in range(n_layers)]
+
+    return slides
 
 
 @dataclass(frozen=True, kw_only=True)
