@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, "RoFormer") and the ways its frequencies are stretched.
 
 An entry pair (a, b) of a query or key at position t turns by the angle `t * frequency`:
-`(a cos - b sin, b cos + a sin)`. Tables are made in float32, as checkpoints were trained with, and cast to
-the activations' dtype.
+`(a cos - b sin, b cos + a sin)`, or by minus that angle. Tables are made in float32, as checkpoints were trained
+with, and cast to the activations' dtype.
 """
 
 import math
@@ -159,6 +159,8 @@ class RotaryTables:
         frequencies, amplitude = rotary_frequencies(self.positions, n_tokens, device=device)
         angles = torch.arange(n_positions, device=device).float()[:, None] * frequencies[None]
         cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+        if self.positions.reverse:
+            sin = -sin
         if self.positions.layout == "half":
             cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         else:

@@ -1,8 +1,9 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
-from hooklens.adapters.keys.norms import norm_key, qk_norm_flag
+from hooklens.adapters.keys.norms import QK_NORM, norm_key, qk_norm_flag
 from hooklens.adapters.keys.parts import (
+    ROOT_EMBED_SCALE,
     SHORT_SIZE_KEYS,
     SIZE_KEYS,
     ActivationKey,
@@ -12,13 +13,18 @@ from hooklens.adapters.keys.parts import (
     Derived,
     EmbedScaleFlag,
     Key,
+    score_scalar_key,
 )
 from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
-from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, late_layers
+from hooklens.adapters.keys.scales import MULTIPLIER_KEYS
+from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, all_but_every, late_layers
 
 __all__ = [
+    "MULTIPLIER_KEYS",
+    "QK_NORM",
     "REQUIRED",
+    "ROOT_EMBED_SCALE",
     "SHORT_SIZE_KEYS",
     "SIZE_KEYS",
     "ActivationKey",
@@ -35,7 +41,9 @@ __all__ = [
     "PositionKeys",
     "RotaryDimKeys",
     "WindowKeys",
+    "all_but_every",
     "late_layers",
     "norm_key",
     "qk_norm_flag",
+    "score_scalar_key",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hooklens.adapters.keys.parts import Computed, Key
+from hooklens.adapters.keys.parts import Computed, Derived, Key
 from hooklens.adapters.keys.reader import ConfigReader
 from hooklens.config import NormConfig, NormKind
 
@@ -64,3 +64,7 @@ def qk_norm_flag(
         return {hub: fields["qk_norm"] is not None}
 
     return Computed((hub,), read, write)
+
+
+QK_NORM = Derived(lambda fields: {"qk_norm": fields["norm"]})
+"""Queries and keys have norms like those of the branches, each head by itself. Comes after `norm_key`."""

@@ -232,3 +232,32 @@ class Derived:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing: fields that do not follow differ from what is read back, and are refused there."""
         return {}
+
+
+def _decode_scalar(scalar: float) -> float:
+    return float(scalar**-0.5)
+
+
+def _encode_scalar(scale: float | None) -> float | None:
+    # None is the scale of the head size, which the key does not know; what is read back differs, and is refused there.
+    if not scale or scale < 0:
+        return None
+    scalar = scale**-2
+    # A whole number where it is one, else the one of the floats around that comes back exactly.
+    near = (math.nextafter(scalar, 0), math.nextafter(scalar, math.inf))
+    exact = (one for one in (max(1, round(scalar)), scalar, *near) if _decode_scalar(one) == scale)
+    return next(exact, scalar)
+
+
+def score_scalar_key(hub: str, *, default: float) -> Key:
+    """The key of a number whose inverse root is the factor on attention scores.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where it is absent.
+    """
+    return Key(hub, "attn_scale", float, default=default, decode=_decode_scalar, encode=_encode_scalar)
+
+
+ROOT_EMBED_SCALE = Derived(lambda fields: {"embed_scale": math.sqrt(fields["d_model"]), "embed_scale_rounded": True})
+"""The token embedding is multiplied by the root of the stream's width, rounded to the dtype of the weights."""

@@ -53,6 +53,7 @@ class PositionKeys:
         kinds: names of scalings that mean another one in this family.
         scalings: names of the scalings that this family has.
         alpha: a `dynamic` scaling with `alpha` is a larger base, whatever the length (Hunyuan).
+        reverse: rotary turns the other way (nanochat).
     """
 
     n_ctx: str = "max_position_embeddings"
@@ -70,6 +71,7 @@ class PositionKeys:
     kinds: Mapping[str, str] = field(default_factory=dict)
     scalings: tuple[str, ...] = _KINDS
     alpha: bool = False
+    reverse: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,7 +127,7 @@ class PositionKeys:
         if self.dim is not None:
             dim = reader.get(self.dim, int)
         alpha = rope.get("alpha", float, None) if self.alpha else None
-        if alpha is not None and rope.kind_is("dynamic"):
+        if alpha and rope.kind_is("dynamic"):
             rope.used.update({"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
             scaling, base = None, base * alpha ** (dim / (dim - 2))
         else:
@@ -133,7 +135,8 @@ class PositionKeys:
             scaling, n_ctx = _read_scaling(rope, kind, n_ctx=n_ctx, flat_original=flat_original)
         if reader.problems:
             return None, n_ctx
-        return RotaryPositions(dim=dim, base=base, layout=self.layout, scaling=scaling), n_ctx
+        turns = RotaryPositions(dim=dim, base=base, layout=self.layout, scaling=scaling, reverse=self.reverse)
+        return turns, n_ctx
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Write the transformers 5 spelling."""

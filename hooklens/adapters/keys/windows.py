@@ -5,7 +5,7 @@ holds where the list is absent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hooklens.adapters.keys.positions import PositionKeys
@@ -93,6 +93,24 @@ class WindowKeys:
         return {self.key: size, **switch, **types}
 
 
+def all_but_every(default: int, key: str | None = None) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """The rule of families in which every n-th layer sees all, and the others slide.
+
+    Args:
+        default: n, where the config is silent.
+        key: of n; None: there is none.
+    """
+
+    def slides(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
+        period = default if key is None else reader.get(key, int, default)
+        if key is not None and period < 1:
+            reader.reject(key, "at least 1")
+            return []
+        return [(layer + 1) % period != 0 for layer in range(n_layers)]
+
+    return slides
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayeredRotary:
     """Windows and a rotation that depends on the kind of a layer: `windows`, `positions` and `n_ctx`.
@@ -124,7 +142,7 @@ class LayeredRotary:
         """Read `windows`, `positions` and `n_ctx`."""
         kinds = self.windows.kinds(reader, fields)
         n_ctx = reader.get(self.rotary.n_ctx, int, self.rotary.default_n_ctx)
-        rotations, n_ctx = self._read_rotations(reader, fields, kinds, n_ctx=n_ctx)
+        rotations, n_ctx = self._read_rotations(reader, fields, n_ctx=n_ctx)
         bare = [False] * len(kinds)
         reader.used.update(self.unrotated_keys)
         if self.unrotated is not None:
@@ -141,24 +159,32 @@ class LayeredRotary:
             "positions": (positions[0] if positions else rotations[FULL]) if same else positions,
         }
 
+    @property
+    def _local(self) -> PositionKeys:
+        """How the rotation of layers that slide is read."""
+        if self.local_base is None:
+            return self.rotary
+        key, base = self.local_base
+        return replace(self.rotary, base=key, default_base=base)
+
     def _read_rotations(
-        self, reader: ConfigReader, fields: Mapping[str, Any], kinds: Sequence[str], *, n_ctx: int
+        self, reader: ConfigReader, fields: Mapping[str, Any], *, n_ctx: int
     ) -> tuple[dict[str, RotaryPositions | None], int]:
         rope = self.rotary.open_rope(reader)
+        by_kind = {FULL: self.rotary, SLIDING: self._local}
         if rope.has(FULL) or rope.has(SLIDING):
-            # A kind that no layer has need not be there.
-            read = {}
-            for kind in sorted({FULL, *kinds} if rope.has(FULL) else set(kinds)):
-                read[kind], n_ctx = self.rotary.read_rotary(reader, rope.nested(kind), fields, n_ctx=n_ctx)
-            rope.used.update((FULL, SLIDING))
-            return read, n_ctx
-        rotation, n_ctx = self.rotary.read_rotary(reader, rope, fields, n_ctx=n_ctx)
-        local = rotation
-        if self.local_base is not None and rotation is not None:
-            key, base = self.local_base
-            base = base if key is None else reader.get(key, float, base)
-            local = RotaryPositions(dim=rotation.dim, base=base, layout=rotation.layout)
-        return {FULL: rotation, SLIDING: local}, n_ctx
+            # A kind that is not there turns plainly.
+            ropes = {kind: rope.nested(kind) for kind in by_kind}
+        elif self.local_base is None:
+            rotation, n_ctx = self.rotary.read_rotary(reader, rope, fields, n_ctx=n_ctx)
+            return dict.fromkeys(by_kind, rotation), n_ctx
+        else:
+            # One object in the old spelling is that of the layers that see all.
+            if reader.get("rope_parameters", dict, {}):
+                reader.reject("rope_parameters", f"an object for each of {FULL!r} and {SLIDING!r}")
+            ropes = {FULL: rope, SLIDING: ConfigReader({})}
+        read = {kind: keys.read_rotary(reader, ropes[kind], fields, n_ctx=n_ctx) for kind, keys in by_kind.items()}
+        return {kind: rotation for kind, (rotation, _) in read.items()}, max(length for _, length in read.values())
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Write windows, and the rotation of each kind of layer."""
@@ -171,7 +197,7 @@ class LayeredRotary:
             for kind, position in zip(kinds, by_layer, strict=True)
             if isinstance(position, RotaryPositions)
         }
-        one = next(iter(rotations.values()), NoPositions())
+        one = rotations.get(FULL, rotations.get(SLIDING, NoPositions()))
         written = {**windows, **self.rotary.write({**fields, "positions": one})}
         if self.local_base is not None and isinstance(one, RotaryPositions):
             both = {FULL: one, SLIDING: one} | rotations

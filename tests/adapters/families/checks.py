@@ -5,6 +5,7 @@ decides: logits, dtypes, padding, caches, generation, and the way back to disk. 
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def save(folder: Path, model_type: str, *, seed: int = 0, spread: float = 0.2, *
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm_weight = parameter.ndim == 1 and name.endswith("weight") and parameter.mean() > 0.5
+            is_norm_weight = name.endswith("weight") and parameter.mean() > 0.5
             parameter.copy_(1 + 0.3 * noise if is_norm_weight else spread * noise)
         for name, buffer in model.named_buffers():
             # Corrections of routers are buffers that are saved.
@@ -215,6 +216,14 @@ def check_generation(model: HookedCausalLM, reference: PreTrainedModel) -> None:
     )
     ours = model.generate(ids, max_new_tokens=10, do_sample=False, stop_at_eos=False, verbose=False)
     assert torch.equal(ours, theirs)
+
+
+def check_reading(folder: Path) -> HookedCausalLM:
+    """What HookLens reads out of a `config.json`, edited by hand say, is what transformers reads; give the model."""
+    with unchecked():
+        model = HookedCausalLM.from_pretrained(folder, dtype=torch.float32)
+        check_logits(model, load_reference(folder, torch.float32), TOLERANCE[torch.float32])
+    return model
 
 
 def verify_folder(folder: Path) -> None:
