@@ -15,6 +15,7 @@ from hooklens.adapters.keys import BiasFlag, ConfigMap
 from hooklens.adapters.rules import WeightRule, is_stacked
 from hooklens.arguments import show
 from hooklens.config import HookedConfig, Origin
+from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError, join_names
 
 Config = Mapping[str, Any]
@@ -211,7 +212,7 @@ class Family:
 
     def _differing_fields(self, cfg: HookedConfig, read_back: HookedConfig) -> list[str]:
         ours, theirs = _fields_of(cfg), _fields_of(read_back)
-        differing = [name for name in ours if ours[name] != theirs[name]]
+        differing = [name for name in ours if _of_layers(cfg, name, ours[name]) != _of_layers(cfg, name, theirs[name])]
         # Which biases of a flag that is on are there is told by the tensors, not by the config.
         told_by_tensors = {
             name
@@ -224,6 +225,11 @@ class Family:
 
 def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
+
+
+def _of_layers(cfg: HookedConfig, name: str, value: Any) -> Any:
+    """A field's value, in each layer where it may differ by layer: there are two ways to say that all are alike."""
+    return (value,) * cfg.n_layers if name in BY_LAYER and not isinstance(value, tuple) else value
 
 
 def _describe(cfg: HookedConfig, names: Iterable[str]) -> str:

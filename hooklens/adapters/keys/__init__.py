@@ -1,6 +1,7 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
+from hooklens.adapters.keys.mixtures import INERT_ROUTER_KEYS, MixtureKeys, norm_topk_key, stepped_mixture_keys
 from hooklens.adapters.keys.norms import norm_key
 from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
 from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
@@ -8,6 +9,7 @@ from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
 
 __all__ = [
+    "INERT_ROUTER_KEYS",
     "REQUIRED",
     "SIZE_KEYS",
     "ActivationKey",
@@ -20,7 +22,10 @@ __all__ = [
     "Key",
     "LayeredRotary",
     "LearnedPositionKeys",
+    "MixtureKeys",
     "PositionKeys",
     "WindowKeys",
     "norm_key",
+    "norm_topk_key",
+    "stepped_mixture_keys",
 ]

@@ -19,6 +19,7 @@ from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import find_family
+from hooklens.config import MoEConfig
 from tests.annotations import unchecked
 
 D_VOCAB = 97
@@ -134,16 +135,28 @@ def check_logits(model: HookedCausalLM, reference: PreTrainedModel, tolerance: f
 
 @torch.no_grad()
 def check_bfloat16(folder: Path) -> None:
-    """The error against float64 is at most 1.2 times transformers', root mean square over rows."""
+    """The error against float64 is at most 1.2 times transformers'.
+
+    Of a token: root mean square over the vocabulary; over tokens the same again. With experts, the median over tokens:
+    where two logits of a router are nearly equal, rounding alone decides which expert a token is sent to, in
+    transformers as here, and these few tokens would outweigh all others.
+    """
     ids = torch.randint(D_VOCAB, (N_ROWS_IN_BFLOAT16, 16), generator=torch.Generator().manual_seed(2))
     reference = load_reference(folder, torch.bfloat16)
-    ours = HookedCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(ids).double()
+    model = HookedCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ours = model(ids).double()
     theirs = reference(ids, use_cache=False).logits.double()
     try:
         exact = reference.double()(ids, use_cache=False).logits.double()
     except RuntimeError:
         exact = reference.float()(ids, use_cache=False).logits.double()
-    error, allowed = (ours - exact).square().mean().sqrt(), 1.2 * (theirs - exact).square().mean().sqrt()
+    has_experts = any(isinstance(block.mlp, MoEConfig) for block in model.cfg.blocks)
+
+    def measure(logits: Tensor) -> Tensor:
+        of_tokens = (logits - exact).square().mean(-1).sqrt()
+        return of_tokens.median() if has_experts else of_tokens.square().mean().sqrt()
+
+    error, allowed = measure(ours), 1.2 * measure(theirs)
     assert error <= allowed, f"{error} against {allowed}"
 
 
@@ -164,17 +177,25 @@ def check_way_back(model: HookedCausalLM, folder: Path) -> None:
     ids = batch("right")[0][:1]
     with torch.no_grad():
         expected = load_reference(folder, torch.float32)(ids).logits
-        assert torch.equal(load_reference(saved, torch.float32)(ids).logits, expected)
+        check_near(load_reference(saved, torch.float32)(ids).logits, expected)
         rebuilt = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         assert {name: tuple(value.shape) for name, value in rebuilt.state_dict().items()} == {
             name: tuple(value.shape) for name, value in load_reference(folder, torch.float32).state_dict().items()
         }
         taken_over = HookedCausalLM.from_hf(load_reference(folder, torch.float32))
         assert taken_over.cfg == model.cfg
-        assert torch.equal(taken_over(ids), model(ids))
+        theirs, ours = taken_over.state_dict(), model.state_dict()
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+        check_near(taken_over(ids), expected)
         # transformers may run experts another way here than for the reference.
-        error = (model.to_hf()(ids).logits - expected).abs().max() / expected.std().clamp(min=1.0)
-        assert error <= TOLERANCE[torch.float32]
+        check_near(model.to_hf()(ids).logits, expected)
+
+
+def check_near(found: Tensor, expected: Tensor) -> None:
+    """float32 logits of equal tensors, which may lie otherwise in memory, so that products sum in another order."""
+    error = (found - expected).abs().max() / expected.std().clamp(min=1.0)
+    assert error <= TOLERANCE[torch.float32], error
 
 
 def is_weightless(folder: Path, name: str) -> bool:
