@@ -6,10 +6,12 @@ from hooklens.adapters.keys.norms import norm_key
 from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
 from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
+from hooklens.adapters.keys.scales import MULTIPLIER_KEYS
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
 
 __all__ = [
     "INERT_ROUTER_KEYS",
+    "MULTIPLIER_KEYS",
     "REQUIRED",
     "SIZE_KEYS",
     "ActivationKey",
