@@ -120,10 +120,12 @@ class ConfigMap:
         return updated
 
     def _warn_of_unknown_keys(self, reader: ConfigReader, where: str) -> None:
+        # What any config may have, the configs inside of it may have, too.
+        inert = {*INERT_KEYS, *self.always_pinned}
         unknown = [
             key
             for key in reader.unused()
-            if key not in INERT_KEYS and key not in self.inert and not key.startswith("_")
+            if (name := key.rpartition(".")[2]) not in inert and key not in self.inert and not name.startswith("_")
         ]
         if unknown:
             warnings.warn(
