@@ -1,7 +1,14 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
-from hooklens.adapters.keys.mixtures import INERT_ROUTER_KEYS, MixtureKeys, norm_topk_key, stepped_mixture_keys
+from hooklens.adapters.keys.mixtures import (
+    INERT_ROUTER_KEYS,
+    MixtureKeys,
+    every_few_layers,
+    layers_in,
+    norm_topk_key,
+    stepped_mixture_keys,
+)
 from hooklens.adapters.keys.norms import norm_key
 from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
 from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
@@ -27,6 +34,8 @@ __all__ = [
     "MixtureKeys",
     "PositionKeys",
     "WindowKeys",
+    "every_few_layers",
+    "layers_in",
     "norm_key",
     "norm_topk_key",
     "stepped_mixture_keys",

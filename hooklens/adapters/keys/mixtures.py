@@ -90,10 +90,18 @@ class MixtureKeys:
         return written
 
 
+def every_few_layers(reader: ConfigReader, key: str, n_layers: int) -> list[bool]:
+    """Which layers are the last ones of groups as large as a key says, 1 where it is absent."""
+    step = reader.get(key, int, 1)
+    if step == 0:
+        reader.reject(key, "a number of layers, at least 1")
+    return [(layer + 1) % max(step, 1) == 0 for layer in range(n_layers)]
+
+
 def _read_stepped(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
-    dense = set(layers_in(reader, "mlp_only_layers", n_layers))
-    step = max(reader.get("decoder_sparse_step", int, 1), 1)
-    return [layer not in dense and (layer + 1) % step == 0 for layer in range(n_layers)]
+    dense = layers_in(reader, "mlp_only_layers", n_layers)
+    sparse = every_few_layers(reader, "decoder_sparse_step", n_layers)
+    return [is_sparse and layer not in dense for layer, is_sparse in enumerate(sparse)]
 
 
 def _write_stepped(is_sparse: Sequence[bool]) -> dict[str, Any]:

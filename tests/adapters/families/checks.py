@@ -77,7 +77,13 @@ def load_reference(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def check(folder: Path, *, float64: float | None = TOLERANCE[torch.float64], generates: bool = True) -> HookedCausalLM:
+def check(
+    folder: Path,
+    *,
+    float64: float | None = TOLERANCE[torch.float64],
+    generates: bool = True,
+    counts_padding: bool = False,
+) -> HookedCausalLM:
     """Hold a family's folder against transformers in everything that a family decides; give the model.
 
     Args:
@@ -85,13 +91,16 @@ def check(folder: Path, *, float64: float | None = TOLERANCE[torch.float64], gen
         float64: how near float64 logits come, as a share of their standard deviation; None: the reference cannot run
             in float64. Where transformers computes parts in float32 whatever the dtype, 1e-5.
         generates: whether transformers' own cached generation is right, so that it can be compared with.
+        counts_padding: whether something in transformers counts padding on the left as positions, whatever positions
+            are given: then padded rows are compared with the same rows alone.
     """
     with unchecked():
         model = HookedCausalLM.from_pretrained(folder)
         reference = load_reference(folder, torch.float32)
-        check_logits(model, reference, TOLERANCE[torch.float32])
+        check_logits(model, reference, TOLERANCE[torch.float32], counts_padding=counts_padding)
         if float64 is not None:
-            check_logits(HookedCausalLM.from_pretrained(folder, dtype=torch.float64), reference.double(), float64)
+            exact = HookedCausalLM.from_pretrained(folder, dtype=torch.float64)
+            check_logits(exact, reference.double(), float64, counts_padding=counts_padding)
         check_bfloat16(folder)
         check_way_back(model, folder)
         check_caches(model)
@@ -113,7 +122,9 @@ def batch(side: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def check_logits(model: HookedCausalLM, reference: PreTrainedModel, tolerance: float) -> None:
+def check_logits(
+    model: HookedCausalLM, reference: PreTrainedModel, tolerance: float, *, counts_padding: bool = False
+) -> None:
     """Rows alone and padded on both sides, at their real positions."""
     scale: Tensor | None = None
     for side in ("right", "left"):
@@ -127,6 +138,8 @@ def check_logits(model: HookedCausalLM, reference: PreTrainedModel, tolerance: f
                 error = (found - expected).abs().max() / scale.clamp(min=1.0)
                 assert found.shape == (length, expected.shape[-1])
                 assert error <= tolerance, f"{side}, row {row}: {error}"
+        if counts_padding and side == "left":
+            continue
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         theirs = reference(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         error = (ours - theirs)[mask.bool()].abs().max() / scale.clamp(min=1.0)
