@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hooklens import documents
 from hooklens.activation_cache import ActivationCache
 from hooklens.axes import get_act_name
-from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm import HookedCausalLM, download, is_supported
 from hooklens.config import (
     AlibiPositions,
     HookedConfig,
@@ -63,9 +63,11 @@ __all__ = [
     "VerificationReport",
     "analysis",
     "documents",
+    "download",
     "edits",
     "evaluation",
     "get_act_name",
+    "is_supported",
     "patching",
     "training",
     "verify",

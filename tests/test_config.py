@@ -52,6 +52,8 @@ def test_sizes_left_out_are_derived():
         ({"d_model": True, "d_vocab": 2.5}, r"d_model=True, d_vocab=2.5; expected whole numbers from 1 on"),
         ({"embed_scale": float("inf")}, r"embed_scale=inf; expected finite numbers above 0"),
         ({"embed_scale": 10**400}, r"embed_scale=10+; expected finite numbers above 0"),
+        ({"embed_scale_rounded": True}, r"embed_scale_rounded=True says how .*, and embed_scale is None"),
+        ({"embed_scale": 2.0, "embed_scale_rounded": 1}, r"embed_scale_rounded=1; expected True or False"),
         ({"windows": (3, 0)}, r"windows: layer 1=0; expected whole numbers from 1 on"),
         ({"positions": None}, r"positions=None; expected RotaryPositions.* or NoPositions\(\) for none at all"),
         ({"positions": (NoPositions(),)}, r"positions has 1 entries for 2 layers"),
@@ -298,6 +300,15 @@ def test_causality_is_part_of_the_description():
     assert not HookedConfig.from_json(other.to_json()).causal
     # As written before there was such a field.
     assert HookedConfig.from_dict({name: value for name, value in cfg.to_dict().items() if name != "causal"}).causal
+
+
+def test_how_the_embedding_is_scaled_is_part_of_the_description():
+    cfg = HookedConfig(**SIZES, embed_scale=2.5, embed_scale_rounded=True)
+    other = cfg.replace(embed_scale_rounded=False)
+    assert other != cfg
+    assert other.fingerprint != cfg.fingerprint
+    assert HookedConfig.from_json(cfg.to_json()) == cfg
+    assert HookedConfig.from_dict(cfg.to_dict()).embed_scale_rounded
 
 
 @given(cfg=_configs)

@@ -1,19 +1,25 @@
 """Checkpoints of the supported families, converted into HookLens' layout and back.
 
-A family is one declarative file in `families/`, read in both directions. Nothing here knows a network: what comes out
-is a `HookedConfig` and tensors under HookLens names.
+A family is one declarative file in `families/`, or a `Family` of another package, read in both directions. Nothing here
+knows a network: what comes out is a `HookedConfig` and tensors under HookLens names.
 """
 
-from hooklens.adapters.checkpoint import Checkpoint, open_checkpoint
-from hooklens.adapters.conversion import to_hub
+from hooklens.adapters.checkpoint import Checkpoint, download_checkpoint, open_checkpoint, open_config
 from hooklens.adapters.export import write_checkpoint
+from hooklens.adapters.family import Family
 from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
+from hooklens.adapters.layout import to_hub
+from hooklens.adapters.sources import Repository
 from hooklens.adapters.xlstm import read_xlstm, write_xlstm
 
 __all__ = [
     "Checkpoint",
+    "Family",
+    "Repository",
     "build_hf_model",
+    "download_checkpoint",
     "open_checkpoint",
+    "open_config",
     "read_hf_generation_config",
     "read_hf_model",
     "read_xlstm",

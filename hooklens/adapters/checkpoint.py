@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooklens.adapters.choice import find_family
 from hooklens.adapters.companions import read_generation_config, read_transforms
 from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_length
-from hooklens.adapters.disk import DiskTensors, read_json
-from hooklens.adapters.hub import find_folder
+from hooklens.adapters.disk import read_json
+from hooklens.adapters.families import load_families
+from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, Repository, open_files
 from hooklens.adapters.tokenizer_files import load_tokenizer
+from hooklens.adapters.wrapping import unwrap_config
 from hooklens.arguments import show
 from hooklens.config import HookedConfig
-from hooklens.errors import CheckpointError, UnsupportedModelError, join_names
+from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names
 from hooklens.tokens import Tokenizer
 
 _WEIGHTS = tuple(
@@ -29,8 +32,11 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Checkpoint:
     """A checkpoint folder whose config and tensor names and shapes have been checked; no weight is read yet.
 
+    Args:
+        files: where they lie.
+
     Attributes:
-        folder: where it lies.
+        folder: where the files beside the weights lie; a temporary folder where they came from no folder.
         cfg: the network.
         dtype: dtype of the weights: the config's, or else that of the embedding.
         transforms: the weight-processing steps that its weights have been through.
@@ -38,20 +44,19 @@ class Checkpoint:
 
     Raises:
         CheckpointError: files are missing or damaged, or it does not hold the tensors that its config promises.
-        UnsupportedModelError: the architecture or a config value is not implemented.
+        UnsupportedModelError: the architecture or a config value is not implemented; no weight has been fetched then.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, files: CheckpointFiles) -> None:
+        # What `folder` names exists as long as they do.
+        self._files = files
+        self.folder = folder = files.folder()
         _check_contents(folder)
         config = read_json(folder / "config.json")
-        source = DiskTensors(folder)
-        try:
-            self._model = HubModel(config, source, where=str(folder))
-        except RecursionError as error:
-            raise CheckpointError(f"{folder / 'config.json'}: values are nested too deeply to be a config's") from error
-        self.folder = folder
+        read_network(config, where=files.where, warn=False)
+        self._model = HubModel(config, files.weights(), where=files.where)
         self.cfg: HookedConfig = self._model.cfg
-        self.dtype: torch.dtype = _read_dtype(config, where=str(folder)) or next(self._model.tensors([]))[1].dtype
+        self.dtype: torch.dtype = _read_dtype(config, where=files.where) or next(self._model.tensors([]))[1].dtype
         self.transforms: tuple[str, ...] = read_transforms(folder)
         self.generation_config: dict[str, Any] = read_generation_config(folder)
 
@@ -122,24 +127,72 @@ def _read_dtype(config: Mapping[str, Any], *, where: str) -> torch.dtype | None:
     return dtype
 
 
-def open_checkpoint(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Checkpoint:
-    """Open a checkpoint: a local folder (no network is touched) or a name on the Hugging Face hub.
+def read_network(config: Mapping[str, Any], *, where: str, warn: bool = True) -> HookedConfig:
+    """The network that a `config.json` describes; what only the tensors can tell of it is as the config says.
 
     Args:
-        source: folder or hub name.
-        revision: branch, tag or commit on the hub.
-        cache_dir: where downloads are kept; None: the hub's own cache.
-        local_files_only: take what has been downloaded before and touch no network.
+        config: its contents.
+        where: what to call it in texts of errors.
+        warn: of keys that HookLens does not know.
+
+    Raises:
+        UnsupportedModelError: the architecture or a config value is not implemented.
+        CheckpointError: values are nested too deeply.
+    """
+    try:
+        config = unwrap_config(config, load_families())
+        return find_family(config, load_families(), where=where).read_config(config, where=where, warn=warn)
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: config.json holds values nested too deeply to be a config's") from error
+
+
+def open_checkpoint(source: "str | Path | Repository", **options: Any) -> Checkpoint:
+    """Open a checkpoint: a local folder (no network is touched), a name on the hub, a URL, or a repository.
+
+    Args:
+        source: see `open_files`.
+        **options: those of `open_files`.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, read, or does not hold the tensors that its config promises.
         UnsupportedModelError: the architecture or a config value is not implemented.
+        InputError: an option that this kind of source has not.
     """
-    folder = find_folder(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    return Checkpoint(folder)
+    return Checkpoint(open_files(source, **options))
+
+
+def open_config(source: "str | Path | Repository", **options: Any) -> HookedConfig:
+    """The network of a checkpoint, of which nothing but `config.json` is fetched.
+
+    Args:
+        source: see `open_files`.
+        **options: those of `open_files`.
+
+    Raises:
+        CheckpointError: there is no `config.json`, or it is damaged.
+        UnsupportedModelError: the architecture or a config value is not implemented.
+        InputError: an option that this kind of source has not.
+    """
+    files = open_files(source, **options)
+    return read_network(read_json(files.config_folder() / "config.json"), where=files.where)
+
+
+def download_checkpoint(source: "str | Path | Repository", **options: Any) -> Path:
+    """Fetch a checkpoint from the hub, config first, and give the folder of the cache that holds it.
+
+    Args:
+        source: a name on the hub, or a folder, which is given back.
+        **options: those of `open_files`.
+
+    Raises:
+        CheckpointError: there is no such repository, it is not open to you, or the download failed.
+        UnsupportedModelError: the architecture or a config value is not implemented.
+        InputError: a URL or a repository, of which no copy is kept.
+    """
+    files = open_files(source, **options)
+    read_network(read_json(files.config_folder() / "config.json"), where=files.where)
+    if isinstance(files, HubFiles):
+        files.download_weights()
+    elif not isinstance(files, LocalFiles):
+        raise InputError(f"{files.where}: is read where it lies, and no copy is kept; expected a name on the hub")
+    return files.folder()

@@ -205,8 +205,20 @@ def _reason(error: pickle.UnpicklingError) -> str:
     return found.partition(". Please use")[0].strip()
 
 
+def weight_file(name: str, variant: str | None) -> str:
+    """The name of a weight file, or of its index, in a variant: `model.fp16.safetensors`, as transformers has it."""
+    if variant is None:
+        return name
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}"
+
+
 class DiskTensors:
     """The tensors of a folder: which file each one is in, what its header says, and reading them one at a time.
+
+    Args:
+        folder: which.
+        variant: `"fp16"` reads `model.fp16.safetensors`; None: `model.safetensors`.
 
     Where an index lists tensors, each is read from the file that the index says, whatever other files hold.
 
@@ -214,8 +226,8 @@ class DiskTensors:
         CheckpointError: there are no weights, files are missing or damaged, or they do not hold what the index says.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._reader, listed, paths = _find_files(folder)
+    def __init__(self, folder: Path, *, variant: str | None = None) -> None:
+        self._reader, listed, paths = _find_files(folder, variant)
         headers = {path: self._reader.headers(path) for path in paths}
         self._files = dict(listed)
         problems = [f"{name!r} in {path.name}" for name, path in listed.items() if name not in headers[path]]
@@ -250,23 +262,25 @@ class DiskTensors:
         return self._reader.read(self._files[name], name, apart=apart)
 
 
-def _find_files(folder: Path) -> tuple[_WeightReader, dict[str, Path], list[Path]]:
+def _find_files(folder: Path, variant: str | None) -> tuple[_WeightReader, dict[str, Path], list[Path]]:
     """The reader for the folder's weights, the file of each tensor that an index lists, and all files."""
     kinds: list[tuple[_WeightReader, str]] = [
         (_SafetensorsReader(), "model.safetensors"),
         (_PickleReader(), "pytorch_model.bin"),
     ]
-    for reader, whole in kinds:
-        if (folder / whole).is_file():
-            return reader, {}, [folder / whole]
-        index = folder / f"{whole}.index.json"
+    for reader, name in kinds:
+        whole = folder / weight_file(name, variant)
+        if whole.is_file():
+            return reader, {}, [whole]
+        index = folder / weight_file(f"{name}.index.json", variant)
         if index.is_file():
             listed = _read_index(index)
             return reader, listed, list(dict.fromkeys(listed.values()))
     found = sorted(path.name for path in folder.iterdir())
+    of_variant = "" if variant is None else f" of variant {variant!r} (model.{variant}.safetensors)"
     raise CheckpointError(
-        f"{folder}: holds no weights; expected model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
-        f"pytorch_model.bin.index.json, found {join_names(found) or 'an empty folder'}"
+        f"{folder}: holds no weights{of_variant}; expected model.safetensors, model.safetensors.index.json, "
+        f"pytorch_model.bin or pytorch_model.bin.index.json, found {join_names(found) or 'an empty folder'}"
     )
 
 

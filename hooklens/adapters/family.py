@@ -13,10 +13,13 @@ from torch import Tensor
 
 from hooklens.adapters.keys import BiasFlag, ConfigMap
 from hooklens.adapters.rules import WeightRule, is_stacked
-from hooklens.arguments import show
 from hooklens.config import HookedConfig, Origin
+<<<<<<< HEAD
 from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError, join_names
+=======
+from hooklens.errors import ConfigError, UnsupportedModelError
+>>>>>>> main
 
 Config = Mapping[str, Any]
 
@@ -135,7 +138,7 @@ class Family:
         written, differing = self._write_config(cfg)
         if differing:
             raise UnsupportedModelError(
-                f"a {self.name} checkpoint cannot express {_describe(cfg, differing)}; {_how_to_save(transforms)}"
+                f"a {self.name} checkpoint cannot express {describe_fields(cfg, differing)}; {how_to_save(transforms)}"
             )
         return written
 
@@ -227,16 +230,21 @@ def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
 
 
+<<<<<<< HEAD
 def _of_layers(cfg: HookedConfig, name: str, value: Any) -> Any:
     """A field's value, in each layer where it may differ by layer: there are two ways to say that all are alike."""
     return (value,) * cfg.n_layers if name in BY_LAYER and not isinstance(value, tuple) else value
 
 
 def _describe(cfg: HookedConfig, names: Iterable[str]) -> str:
+=======
+def describe_fields(cfg: HookedConfig, names: Iterable[str]) -> str:
+    """Fields of a config with their values, as they are given."""
+>>>>>>> main
     return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
 
 
-def _how_to_save(transforms: Sequence[str]) -> str:
+def how_to_save(transforms: Sequence[str]) -> str:
     """What to do with a network that cannot be written; what weight processing brought cannot be changed back."""
     if not transforms:
         return (
@@ -247,62 +255,4 @@ def _how_to_save(transforms: Sequence[str]) -> str:
         f"its weights were processed ({', '.join(transforms)}): save the unprocessed model and take these steps after "
         "loading it, with model.process_weights(...), or keep the model in HookLens' own format (state_dict, "
         "cfg.to_json() and transforms)"
-    )
-
-
-def find_family(config: Config, families: Sequence[Family], *, where: str) -> Family:
-    """The family of a `config.json`, by `model_type` and `architectures`, never by a model's name.
-
-    Raises:
-        UnsupportedModelError: there is none; the text names the architecture and the supported ones.
-    """
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    wrong = []
-    if model_type is not None and not isinstance(model_type, str):
-        wrong.append(f"model_type is {show(model_type)}; expected a text")
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        wrong.append(f"architectures is {show(architectures)}; expected a list of names")
-    if wrong:
-        raise UnsupportedModelError(f"{where}: config.json names no architecture: {'; '.join(wrong)}")
-    for family in families:
-        known_type = model_type is None or model_type in (*family.model_types, *family.dialects)
-        known_class = not architectures or bool(set(architectures) & set(family.architectures))
-        if known_type and known_class and (model_type or architectures):
-            return family
-    supported = [f"{'/'.join(family.model_types)} ({join_names(family.architectures)})" for family in families]
-    raise UnsupportedModelError(
-        f"{where}: config.json: architecture {join_names(architectures) or 'not given'} with model_type "
-        f"{show(model_type)} is not supported; supported are {'; '.join(supported)}"
-    )
-
-
-def choose_family(cfg: HookedConfig, families: Sequence[Family], *, transforms: Sequence[str] = ()) -> Family:
-    """The family whose format `cfg` is saved in: the one it came from, or the first that can express it.
-
-    Args:
-        cfg: the network.
-        families: to choose from.
-        transforms: the weight-processing steps it has been through, for the advice where none can express it.
-
-    Raises:
-        UnsupportedModelError: no family can express `cfg`; the text says which fields.
-    """
-    if cfg.origin is not None:
-        for family in families:
-            if family.name == cfg.origin.family:
-                return family
-    differing = {}
-    for family in families:
-        try:
-            differing[family.name] = family.inexpressible_fields(cfg)
-        except UnsupportedModelError as error:
-            differing[family.name] = [str(error)]
-            continue
-        if not differing[family.name]:
-            return family
-    everywhere = [spec for spec in _fields_of(cfg) if all(spec in names for names in differing.values())]
-    per_family = "; ".join(f"{name}: {', '.join(names)}" for name, names in differing.items())
-    lead = f"no family can express {_describe(cfg, everywhere)}" if everywhere else "no family can express this config"
-    raise UnsupportedModelError(
-        f"{lead}. Fields that differ, per family: {per_family}. To save it: {_how_to_save(transforms)}"
     )

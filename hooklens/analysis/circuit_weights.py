@@ -6,13 +6,13 @@ depends on the run and is left out, and so are biases. Everything is at least in
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
+from hooklens.model.embed import scale_in
 from hooklens.model.head_norm import HeadNorm
 from hooklens.model.norm import Norm
 from hooklens.precision import widen
@@ -21,9 +21,8 @@ from hooklens.weights.factored import FactoredMatrix
 
 def embedding(model: HookedCausalLM) -> Float[Tensor, "d_vocab d_model"]:
     """What each token is in the stream: its row of `W_E`, times `cfg.embed_scale` where the model has one."""
-    W_E = widen(model.W_E)
-    # The network rounds the factor to its weights' dtype.
-    return W_E if model.cfg.embed_scale is None else W_E * torch.tensor(model.cfg.embed_scale, dtype=model.dtype).item()
+    W_E, factor = widen(model.W_E), model.cfg.embed_scale
+    return W_E if factor is None else W_E * float(scale_in(factor, model.cfg, model.dtype))
 
 
 def ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:

@@ -1,7 +1,7 @@
-"""Where a model comes from and goes to: checkpoints, transformers models, state dicts, weight processing."""
+"""Other forms of a model: transformers models, state dicts, xlstm-jax's trees, saved folders, processed weights."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hooklens.adapters import (
     build_hf_model,
-    open_checkpoint,
     read_hf_generation_config,
     read_hf_model,
     read_xlstm,
@@ -26,18 +25,16 @@ from hooklens.arguments import (
     read_flag,
     read_int,
     read_path,
-    read_text,
     reads,
     refusal,
     require,
     show,
 )
-from hooklens.bundled import bundled_path
+from hooklens.causal_lm.loading import build_from_tensors
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, HookLensError, join_names
-from hooklens.hooks.choice import read_choice
 from hooklens.model.decoder import Decoder
-from hooklens.model.parameters import ModelWeights, check_tied, fill_parameters, name_as_field
+from hooklens.model.parameters import ModelWeights, check_tied, name_as_field
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
 
@@ -46,27 +43,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="CheckpointMethods")
 
-_BUNDLED = "bundled:"
-
-
 _TOKENIZER = optional(read_tokenizer)
-
-
-def _read_source(given: object, *, what: str, error: type[HookLensError]) -> str | Path:
-    path = read_path(given, what=what, error=error)
-    return given if isinstance(given, str) else path
-
-
-def _read_loaded_dtype(given: object, *, what: str, error: type[HookLensError]) -> torch.dtype | str:
-    return "auto" if isinstance(given, str) and given == "auto" else read_dtype(given, what=what, error=error)
-
-
-def _read_layers(given: object, *, what: str, error: type[HookLensError]) -> list[int]:
-    """Blocks as a list of numbers; which there are is known when the checkpoint is open."""
-    chosen = read_choice(given, what=what, error=error)
-    if not isinstance(chosen, tuple):
-        raise refusal(given, what, "a list of layers", error)
-    return list(chosen)
 
 
 def _read_shard_size(given: object, *, what: str, error: type[HookLensError]) -> int | str:
@@ -111,7 +88,7 @@ def _find_wrapped(model: nn.Module) -> nn.Module | None:
 
 
 class CheckpointMethods:
-    """Loading, saving and converting a network.
+    """Saving and converting a network.
 
     Attributes:
         tokenizer: a transformers tokenizer, or None.
@@ -131,67 +108,6 @@ class CheckpointMethods:
         """The network that is loaded or saved."""
         assert isinstance(self, Decoder)
         return self
-
-    @classmethod
-    @reads(
-        source=_read_source,
-        revision=optional(read_text),
-        dtype=_read_loaded_dtype,
-        device=read_device,
-        layers=optional(_read_layers),
-        n_ctx=optional(partial(read_int, least=1, most=MOST_ENTRIES)),
-        tokenizer=_TOKENIZER,
-        cache_dir=optional(read_path),
-        local_files_only=read_flag,
-    )
-    def from_pretrained(
-        cls: type[Model],
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str = "cpu",
-        layers: Sequence[int] | None = None,
-        n_ctx: int | None = None,
-        tokenizer: Tokenizer | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Model:
-        """Load a checkpoint in Hugging Face format.
-
-        Args:
-            source: a name on the hub, a local folder (no network is touched), or a bundled checkpoint
-                (`"bundled:tiny-llama"`).
-            revision: branch, tag or commit on the hub.
-            dtype: of the weights, or its name (`"bfloat16"`); `"auto"` is the checkpoint's own.
-            device: where to put the weights.
-            layers: keep only these blocks, in this order.
-            n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
-                past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
-            tokenizer: used in place of the checkpoint's own.
-            cache_dir: the hub's cache folder.
-            local_files_only: use what the hub's cache holds, and no network.
-
-        Raises:
-            CheckpointError: files or tensors are missing, damaged, or too many. Damage inside the entries of a tensor
-                is not seen.
-            UnsupportedModelError: the architecture, or a value in its config, is not implemented.
-            InputError: a layer does not exist, or there are fewer than `n_ctx` learned positions.
-        """
-        if isinstance(source, str) and source.startswith(_BUNDLED):
-            source = bundled_path(source.removeprefix(_BUNDLED))
-        checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        kept = None if layers is None else list(layers)
-        model = cls._from_tensors(
-            checkpoint.config_for(kept, n_ctx=n_ctx),
-            checkpoint.tensors(kept, n_ctx=n_ctx),
-            tokenizer=checkpoint.load_tokenizer() if tokenizer is None else tokenizer,
-            device=device,
-            dtype=dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype,
-        )
-        model.transforms = checkpoint.transforms
-        model.generation_config = dict(checkpoint.generation_config)
-        return model
 
     @classmethod
     @reads(hf_model=_read_transformers_model, tokenizer=_TOKENIZER, share=optional(read_flag))
@@ -219,7 +135,7 @@ class CheckpointMethods:
             UnsupportedModelError: the architecture, or a value in its config, is not implemented.
         """
         cfg, state = read_hf_model(hf_model)
-        model = cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=hf_model.device)
+        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=hf_model.device)
         model.generation_config = read_hf_generation_config(hf_model)
         _settle_sharing(model.as_decoder(), hf_model, share=share)
         return model
@@ -240,7 +156,7 @@ class CheckpointMethods:
         if "embed.W_E" in state:
             check_tied(state, tied_unembed=cfg.tied_unembed)
         device = state["embed.W_E"].device if "embed.W_E" in state else "cpu"
-        return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=device)
+        return build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=device)
 
     @classmethod
     @reads(
@@ -283,7 +199,7 @@ class CheckpointMethods:
                 or hold no floating-point numbers; all are listed.
         """
         cfg, state = read_xlstm(params, config, n_ctx=n_ctx)
-        return cls._from_tensors(cfg, state.items(), tokenizer=tokenizer, device=device, dtype=dtype)
+        return build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=device, dtype=dtype)
 
     def to_xlstm(self) -> dict[str, Any]:
         """The parameter tree of xlstm-jax's transformer, numpy arrays under the collection `"params"`.
@@ -295,23 +211,6 @@ class CheckpointMethods:
             UnsupportedModelError: xlstm-jax has no such network; the fields that stand against it are listed.
         """
         return write_xlstm(self.cfg, ModelWeights(self.as_decoder()))
-
-    @classmethod
-    def _from_tensors(
-        cls: type[Model],
-        cfg: HookedConfig,
-        tensors: Iterable[tuple[str, Tensor]],
-        *,
-        tokenizer: Tokenizer | None,
-        device: torch.device | str,
-        dtype: torch.dtype | None = None,
-    ) -> Model:
-        with torch.device("meta"):
-            model = cls(cfg, tokenizer)  # type: ignore[call-arg]
-        # Also what the tensors are made of is read here, one after another.
-        with torch.inference_mode(mode=False):
-            fill_parameters(model.as_decoder(), tensors, device=device, dtype=dtype)
-        return model
 
     @reads(folder=read_path, dtype=optional(read_dtype), max_shard_size=_read_shard_size)
     def save_pretrained(

@@ -21,6 +21,7 @@ from hooklens.causal_lm.calls import (
     check_stream,
 )
 from hooklens.causal_lm.checkpoints import CheckpointMethods
+from hooklens.causal_lm.loading import LoadingMethods
 from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig, refuse_other_outputs
 from hooklens.documents import NO_DOCUMENT
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-class HookedCausalLM(CheckpointMethods, TextMethods, TextGeneration, WeightViews, Decoder):
+class HookedCausalLM(LoadingMethods, CheckpointMethods, TextMethods, TextGeneration, WeightViews, Decoder):
     """A decoder-only language model with a named hook point at every activation.
 
     Args:

@@ -110,6 +110,8 @@ class HookedConfig:
         document_mask: where a call says which documents its rows hold, a token sees its own document only. False: it
             sees its row, and positions start anew in each document only where a call asks for that.
         embed_scale: factor on the token embedding.
+        embed_scale_rounded: the factor is rounded to the dtype of the weights before it is multiplied. In float32 that
+            is no difference, in bfloat16 one of up to 1 in 256.
         embed_norm: the norm of the token embedding (`embed.ln`), after the factor and before positions. None: none.
         residual_scale: factor on what each branch adds to the stream; in `hook_attn_out` and `hook_mlp_out`.
         logits_scale: factor on the logits, before a soft cap; in `unembed.hook_out`.
@@ -183,6 +185,7 @@ class HookedConfig:
     causal: bool = True
     document_mask: bool = True
     embed_scale: float | None = None
+    embed_scale_rounded: bool = False
     embed_norm: NormConfig | None = None
     residual_scale: float = 1.0
     logits_scale: float = 1.0

@@ -45,6 +45,7 @@ _FLAGS = (
     "qk_norm_per_head",
     "qk_norm_after_rotary",
     "attn_sinks",
+    "embed_scale_rounded",
 )
 _FLAGS_BY_LAYER = ("norm_before", "norm_after")
 ATTENTION, _MLP = PartConfig(kind="attention"), PartConfig(kind="mlp")

@@ -66,6 +66,8 @@ def stream_problems(cfg: "HookedConfig") -> list[str]:
             f"a tied unembedding has an entry for each of d_vocab={cfg.d_vocab} tokens, and d_vocab_out is "
             f"{cfg.d_vocab_out}; set tied_unembed=False"
         )
+    if cfg.embed_scale_rounded and cfg.embed_scale is None:
+        problems.append("embed_scale_rounded=True says how a factor is multiplied, and embed_scale is None")
     norms = cfg.norm if isinstance(cfg.norm, tuple) else (cfg.norm,)
     if cfg.norm_stream and (cfg.wiring != "sequential" or None in norms):
         problems.append("norm_stream needs wiring='sequential', and a norm in every layer")

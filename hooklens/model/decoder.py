@@ -298,9 +298,9 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
         self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
     ) -> Stream:
         blocks = self.block_list()
-        recomputes = self.is_gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        may_recompute = self.is_gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in range(start, stop):
-            if recomputes and can_recompute(blocks[layer], call):
+            if may_recompute and self.recomputes(layer) and can_recompute(blocks[layer], call):
                 stream = run_checkpointed(blocks[layer], stream, plan, call)
             else:
                 stream = blocks[layer](stream, plan, call, None if cache is None else cache.entries[layer])

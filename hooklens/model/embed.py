@@ -53,6 +53,12 @@ class _Table(Part):
         return found
 
 
+def scale_in(factor: float, cfg: HookedConfig, dtype: torch.dtype) -> float | Float[Tensor, ""]:
+    """The factor `embed_scale` as embeddings of a dtype are multiplied by it."""
+    # A number is multiplied in the precision of the product, and the product is rounded once.
+    return torch.tensor(factor, dtype=dtype) if cfg.embed_scale_rounded else factor
+
+
 class Embed(_Table, place="embed"):
     """Token embedding `W_E [d_vocab, d_model]`, times `embed_scale` and through a norm where the model has these."""
 
@@ -63,8 +69,7 @@ class Embed(_Table, place="embed"):
         """What each token brings to the stream."""
         embedded = self._look_up(tokens)
         if self.cfg.embed_scale is not None:
-            # The factor is rounded to the weights' dtype, as models with one are trained.
-            embedded = embedded * torch.tensor(self.cfg.embed_scale, dtype=embedded.dtype)
+            embedded = embedded * scale_in(self.cfg.embed_scale, self.cfg, embedded.dtype)
         embedded = self._widen(embedded)
         return embedded if self.ln is None else self.ln(embedded, call)
 

@@ -51,26 +51,15 @@ def next_token_loss(
             f"loss: {subject} of one token have no next token to predict; give at least two, or continue a cached "
             "prefix (model.prefill)"
         )
-    losses = _cross_entropy(widen(predictions), targets)
-    if counted is None:
-        return losses if per_token else losses.mean()
-    losses = losses.masked_fill(~counted, 0.0)
-    return losses if per_token else losses.sum() / counted.sum()
-
-
-def _cross_entropy(
-    predictions: Float[Tensor, "batch columns d_vocab"], targets: Int[Tensor, "batch predicted"]
-) -> Float[Tensor, "batch predicted"]:
-    """The loss of each target; predictions at further columns predict nothing.
-
-    Cutting those off would copy all others, here and in backward.
-    """
-    n_targets = targets.shape[1]
-    padded = F.pad(targets, (0, predictions.shape[1] - n_targets), value=_PREDICTS_NOTHING)
-    losses = F.cross_entropy(
-        predictions.flatten(0, 1), padded.flatten(), reduction="none", ignore_index=_PREDICTS_NOTHING
-    )
-    return losses.view(padded.shape)[:, :n_targets].contiguous()
+    if counted is not None:
+        targets = targets.masked_fill(~counted, _PREDICTS_NOTHING)
+    # Predictions at further columns predict nothing. Cutting them off would copy all others, here and in backward.
+    padded = F.pad(targets, (0, predictions.shape[1] - targets.shape[1]), value=_PREDICTS_NOTHING)
+    flat = widen(predictions).flatten(0, 1), padded.flatten()
+    if not per_token:
+        return F.cross_entropy(*flat, ignore_index=_PREDICTS_NOTHING)
+    losses = F.cross_entropy(*flat, reduction="none", ignore_index=_PREDICTS_NOTHING)
+    return losses.view(padded.shape)[:, : targets.shape[1]].contiguous()
 
 
 def _predict_from_real(

@@ -1,5 +1,6 @@
 """A model as Hugging Face's `Trainer` and Accelerate drive it."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -28,6 +29,40 @@ class TrainerModel(nn.Module):
     def __init__(self, model: HookedCausalLM) -> None:
         super().__init__()
         self.module = model
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Compute blocks again in the backward pass, see `HookedCausalLM.gradient_checkpointing_enable`.
+
+        `Trainer` calls it for `TrainingArguments(gradient_checkpointing=True)`.
+
+        Raises:
+            InputError: options that would have to be done otherwise.
+        """
+        self.module.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload
+        )
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, object] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The same under the name that younger versions of transformers call it by."""
+        self.gradient_checkpointing_enable(
+            activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload
+        )
+
+    def gradient_checkpointing_disable(self) -> None:
+        """From here on keep all that the backward pass needs."""
+        self.module.gradient_checkpointing_disable()
 
     def forward(
         self,

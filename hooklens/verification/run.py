@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hooklens.adapters.hub import find_folder
+from hooklens.adapters import download_checkpoint
 from hooklens.bundled import bundled_path
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, UnsupportedModelError, join_names
@@ -122,7 +122,7 @@ def verify(
 def _find_folder(source: str | Path) -> Path:
     if isinstance(source, str) and source.startswith(_BUNDLED):
         return bundled_path(source.removeprefix(_BUNDLED))
-    return find_folder(source)
+    return download_checkpoint(source)
 
 
 def _check_dtypes(dtypes: Sequence[torch.dtype]) -> None:

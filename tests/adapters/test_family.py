@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from hooklens.adapters import families, read_hf_model, to_hub
+from hooklens.adapters.choice import choose_family, find_family
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import choose_family, find_family
-from hooklens.config import HookedConfig, NormConfig, RotaryPositions
+from hooklens.config import HookedConfig
 from hooklens.errors import UnsupportedModelError
 from hooklens.weights.shapes import weight_shapes
 from tests.checkpoints import VARIANTS, build_variant
@@ -59,50 +59,6 @@ def test_saving_keeps_the_original_keys_and_updates_what_changed() -> None:
     assert longer["max_position_embeddings"] == 128
     assert longer["rope_parameters"]["partial_rotary_factor"] == 0.5
     assert "rotary_pct" not in longer
-
-
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' with .* 'mamba'"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
-        ({}, "architecture not given with model_type None"),
-    ],
-)
-def test_unsupported_architectures_are_named_with_the_supported_ones(config, named) -> None:
-    with pytest.raises(UnsupportedModelError, match=named) as caught:
-        find_family(config, FAMILIES, where="here")
-    for supported in ("falcon ('FalconForCausalLM'", "gpt_neox ('GPTNeoXForCausalLM'", "llama ('LlamaForCausalLM'"):
-        assert supported in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "config", [{"model_type": "llama"}, {"architectures": ["LlamaForCausalLM"]}, {"model_type": "RefinedWeb"}]
-)
-def test_either_name_is_enough(config) -> None:
-    assert find_family(config, FAMILIES, where="here").name in ("llama", "falcon")
-
-
-def test_a_config_no_family_can_express_says_which_field() -> None:
-    cfg = HookedConfig(
-        d_model=8,
-        n_layers=1,
-        n_heads=2,
-        d_vocab=7,
-        n_ctx=16,
-        positions=RotaryPositions(dim=4),
-        norm=NormConfig(kind="rms", eps=1e-6, bias=False),
-        gated_mlp=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        attn_softcap=50.0,
-    )
-    with pytest.raises(
-        UnsupportedModelError, match=r"no family can express attn_softcap=50.0\. .*llama: attn_softcap;"
-    ):
-        to_hub(cfg, {})
-    assert choose_family(cfg.replace(attn_softcap=None), FAMILIES).name == "llama"
 
 
 def test_a_change_the_origin_cannot_express_says_which_field() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import find_family
 from hooklens.config import HookedConfig
 from hooklens.weights.shapes import weight_shapes
 

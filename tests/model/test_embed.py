@@ -6,16 +6,55 @@ import pickle
 
 import pytest
 import torch
+import transformers
 
+from hooklens.analysis.circuit_weights import embedding
 from hooklens.model.embed import Embed
 from tests.model.networks import make_config, make_model, random_tokens
 
+FACTOR = 12**0.5
+SCALED = {False: FACTOR, True: torch.tensor(FACTOR).bfloat16().item()}
 
-def test_embed_scale_is_rounded_to_the_weights_dtype():
-    embed = Embed(make_config(embed_scale=12**0.5)).to(torch.bfloat16)
+
+@pytest.mark.parametrize("rounded", SCALED)
+def test_embed_scale_is_rounded_to_the_weights_dtype_where_the_config_says_so(rounded):
+    """It was rounded in every network, so those trained with the factor as it is were off by 1 in 256 in bfloat16."""
+    embed = Embed(make_config(embed_scale=FACTOR, embed_scale_rounded=rounded)).to(torch.bfloat16)
     torch.nn.init.normal_(embed.W_E)
-    scale = torch.tensor(12**0.5).bfloat16()
-    assert torch.equal(embed(torch.tensor([[3, 5]])), (embed.W_E[[3, 5]] * scale)[None])
+    tokens = torch.arange(embed.W_E.shape[0])[None]
+    expected = (embed.W_E.double() * SCALED[rounded]).bfloat16()
+    other = (embed.W_E.double() * SCALED[not rounded]).bfloat16()
+    assert torch.equal(embed(tokens)[0], expected)
+    assert not torch.equal(expected, other)
+    for dtype in (torch.float32, torch.float64):
+        expected = embed.to(dtype).W_E * torch.tensor(FACTOR, dtype=dtype)
+        assert torch.equal(embed(tokens)[0], expected)
+
+
+@pytest.mark.parametrize("rounded", SCALED)
+def test_embed_scale_is_what_transformers_models_multiply_by(rounded):
+    sizes = {
+        "vocab_size": 40, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if rounded:
+        theirs = transformers.GemmaModel(transformers.GemmaConfig(**sizes, head_dim=6))
+    else:
+        theirs = transformers.GraniteModel(transformers.GraniteConfig(**sizes, embedding_multiplier=FACTOR))
+    theirs = theirs.bfloat16()
+    torch.nn.init.normal_(theirs.embed_tokens.weight)
+    ours = Embed(make_config(d_model=12, d_vocab=40, embed_scale=FACTOR, embed_scale_rounded=rounded)).bfloat16()
+    with torch.no_grad():
+        ours.W_E.copy_(theirs.embed_tokens.weight)
+        tokens = torch.arange(40)[None]
+        assert torch.equal(ours(tokens), theirs(tokens, output_hidden_states=True).hidden_states[0])
+
+
+@pytest.mark.parametrize("rounded", SCALED)
+def test_the_circuit_of_tokens_is_scaled_as_the_network_scales_them(rounded):
+    model = make_model(make_config(embed_scale=FACTOR, embed_scale_rounded=rounded), dtype=torch.bfloat16)
+    torch.testing.assert_close(embedding(model), model.W_E.float() * SCALED[rounded], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -5,7 +5,8 @@ import torch
 
 from hooklens import HookedCausalLM, edits
 from hooklens.config import RotaryPositions
-from hooklens.errors import HookLensError
+from hooklens.errors import HookLensError, InputError
+from tests.annotations import unchecked
 from tests.model.networks import make_config, make_model, random_tokens
 
 TOKENS = random_tokens(2, 5)
@@ -103,3 +104,44 @@ def test_a_hook_attached_between_the_passes_is_refused():
     model.add_hook("blocks.1.hook_mlp_out", lambda tensor, hook: None)
     with pytest.raises(HookLensError, match="Attach hooks before the call"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (({"use_reentrant": True},), "has use_reentrant=True; expected False. The reentrant way"),
+        (
+            ({"use_reentrant": 1, "debug": True},),
+            "has use_reentrant=1, debug=True; what is done is use_reentrant=False",
+        ),
+        (({"preserve_rng_state": False},), "has preserve_rng_state=False; what is done"),
+        (([],), r"gradient_checkpointing_kwargs is \[\], expected a mapping of options, or None"),
+    ],
+)
+def test_other_ways_to_recompute_are_refused(options, said):
+    """`Trainer` gives options of torch's function; they are done or refused, and leave the model as it was."""
+    model = build()
+    with unchecked(), pytest.raises(InputError, match=said):
+        model.gradient_checkpointing_enable(*options)
+    for every, match in ((0, "every_n_layers is 0, expected"), (True, "every_n_layers is True, expected")):
+        with unchecked(), pytest.raises(InputError, match=match):
+            model.gradient_checkpointing_enable(every_n_layers=every)
+    with pytest.raises(InputError, match=r"offload=True is not offered; .*save_on_cpu"):
+        model.gradient_checkpointing_enable(offload=True)
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable({"use_reentrant": None, "preserve_rng_state": True})
+    assert model.is_gradient_checkpointing
+
+
+def test_every_nth_block_is_recomputed():
+    model = build()
+    expected = gradients_of(model, plain, checkpoints=False)
+    runs = []
+    for layer, block in enumerate(model.block_list()):
+        block.mlp.register_forward_pre_hook(lambda *_, layer=layer: runs.append(layer))
+    model.gradient_checkpointing_enable(every_n_layers=3)
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(TOKENS, return_type="loss").backward()
+    assert runs == [0, 1, 2, 3, 3, 0]
+    assert all(map(torch.equal, [p.grad for p in model.parameters()], expected[1:-1]))

@@ -35,10 +35,11 @@ def examples(n=24):
     return rows
 
 
-def fit(model, folder):
+def fit(model, folder, **given):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=3,
         learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        **given,
     )  # fmt: skip
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=examples(), eval_dataset=examples(4),
@@ -71,6 +72,55 @@ def test_what_trainer_saves_is_read_back(tmp_path) -> None:
     other = make_model()
     other.load_state_dict(transformers.modeling_utils.load_state_dict(str(tmp_path / "saved" / "model.safetensors")))
     assert equal_states(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("options", "every"), [(None, 1), ({"use_reentrant": False}, 1), ({"every_n_layers": 2}, 2)])
+def test_trainer_turns_gradient_checkpointing_on(tmp_path, options, every) -> None:
+    """Trainer asks the model for it by a method that what `for_trainer` makes did not have."""
+
+    def count_runs(model):
+        runs = dict.fromkeys(range(model.cfg.n_layers), 0)
+
+        def count(layer):
+            def hook(*_):
+                runs[layer] += 1
+
+            return hook
+
+        for layer, block in enumerate(model.block_list()):
+            block.mlp.register_forward_pre_hook(count(layer))
+        return runs
+
+    model, plain = make_model(), make_model()
+    runs, plain_runs = count_runs(model), count_runs(plain)
+    fit(for_trainer(model), tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+    fit(for_trainer(plain), tmp_path)
+    assert {layer: n / plain_runs[layer] for layer, n in runs.items()} == {
+        layer: 2 if layer % every == 0 else 1 for layer in runs
+    }
+    assert equal_states(model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_is_told_what_checkpointing_is_not_done(tmp_path) -> None:
+    for options, said in (
+        ({"use_reentrant": True}, "use_reentrant=True; expected False. The reentrant way runs"),
+        ({"offload": True}, "offload=True is not offered"),
+    ):
+        with pytest.raises(InputError, match=said):
+            fit(for_trainer(make_model()), tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+
+
+def test_checkpointing_is_the_models_own() -> None:
+    model = make_model()
+    wrapped = for_trainer(model)
+    # By the names that older and younger versions of transformers call.
+    for enable in (wrapped.gradient_checkpointing_enable, wrapped.activation_checkpointing_enable):
+        enable({"use_reentrant": False}, every_n_layers=2)
+        assert [model.recomputes(layer) for layer in range(3)] == [True, False, True]
+        wrapped.gradient_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
 
 
 def test_hooks_and_edits_act() -> None:

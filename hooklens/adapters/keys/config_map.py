@@ -12,7 +12,7 @@ from typing import Any
 
 from hooklens.adapters.keys.parts import ConfigPart
 from hooklens.adapters.keys.reader import ConfigReader
-from hooklens.errors import UnsupportedModelError, join_names
+from hooklens.errors import ConfigError, UnsupportedModelError, join_names
 
 # Keys that any config may have and that change nothing in the network: bookkeeping, dropout (which is said where a
 # model is trained), tokens, training, and settings of other heads.
@@ -40,6 +40,11 @@ INERT_KEYS = frozenset(
 )  # fmt: skip
 
 
+_QUANTISED = (
+    "none: the weights are quantised, and HookLens computes with plain ones. Take the checkpoint that was quantised, "
+    "or dequantise this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), which goes to "
+    "HookedCausalLM.from_hf"
+)
 # Under one of these the several ways to quantise say which one it was (`quantization` is that of MLX).
 QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
@@ -77,22 +82,7 @@ class ConfigMap:
             UnsupportedModelError: keys are missing, mistyped or hold values that are not implemented; all are
                 listed.
         """
-        reader = ConfigReader(config)
-        fields = dict(self.fixed)
-        for part in self.parts:
-            fields |= part.read(reader, fields)
-        for key, value in {**self.always_pinned, **self.pinned}.items():
-            reader.used.add(key)
-            if config.get(key) not in (None, value):
-                reader.reject(key, f"{value!r}, the only value implemented")
-        for key in QUANTISATION_KEYS:
-            if reader.has(key):
-                reader.reject(
-                    key,
-                    "none: the weights are quantised, and HookLens computes with plain ones. Take the checkpoint that "
-                    "was quantised, or dequantise this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), "
-                    "which goes to HookedCausalLM.from_hf",
-                )
+        fields, reader = self._read(config)
         if reader.problems:
             listed = "; ".join(reader.problems)
             raise UnsupportedModelError(
@@ -100,8 +90,43 @@ class ConfigMap:
                 "Correct the config if it is wrong, or take another checkpoint"
             )
         if warn:
-            self._warn_of_unknown_keys(reader, where)
+            unknown = self._unknown_keys(reader)
+            if unknown:
+                warnings.warn(
+                    f"{where}: config.json has keys that HookLens does not know: {join_names(unknown)}. They are "
+                    "ignored; if one of them changes the network, the numbers will be wrong",
+                    stacklevel=2,
+                )
         return fields
+
+    def survey(self, config: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
+        """What of a config the family knows: keys that it reads, what is wrong with their values, and other keys."""
+        _, reader = self._read(config)
+        unknown = self._unknown_keys(reader)
+        read = {key for part in self.parts for key in part.keys}
+        return [key for key in config if key in read], reader.problems, unknown
+
+    def _read(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], ConfigReader]:
+        """The fields, and the reader that knows what was used and what is wrong."""
+        reader = ConfigReader(config)
+        fields = dict(self.fixed)
+        for part in self.parts:
+            reader.used.update(part.keys)
+            # Parts build on the fields of those before.
+            if not reader.impossible:
+                try:
+                    fields |= part.read(reader, fields)
+                except ConfigError as error:
+                    reader.impossible = str(error)
+                    reader.problems.append(reader.impossible)
+        for key, value in {**self.always_pinned, **self.pinned}.items():
+            reader.used.add(key)
+            if config.get(key) not in (None, value):
+                reader.reject(key, f"{value!r}, the only value implemented")
+        for key in QUANTISATION_KEYS:
+            if reader.has(key):
+                reader.reject(key, _QUANTISED)
+        return fields, reader
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The architecture's keys for the fields of a `HookedConfig`."""
@@ -119,17 +144,16 @@ class ConfigMap:
                 updated = {key: value for key, value in updated.items() if key not in part.keys} | written
         return updated
 
+<<<<<<< HEAD
     def _warn_of_unknown_keys(self, reader: ConfigReader, where: str) -> None:
         # What any config may have, the configs inside of it may have, too.
         inert = {*INERT_KEYS, *self.always_pinned}
         unknown = [
+=======
+    def _unknown_keys(self, reader: ConfigReader) -> list[str]:
+        return [
+>>>>>>> main
             key
             for key in reader.unused()
             if (name := key.rpartition(".")[2]) not in inert and key not in self.inert and not name.startswith("_")
         ]
-        if unknown:
-            warnings.warn(
-                f"{where}: config.json has keys that HookLens does not know: {join_names(unknown)}. They are "
-                "ignored; if one of them changes the network, the numbers will be wrong",
-                stacklevel=2,
-            )

@@ -24,6 +24,7 @@ class ConfigReader:
     Attributes:
         problems: one sentence per missing, mistyped or unsupported value.
         used: keys that somebody asked for.
+        impossible: why a part could not make its fields of values that are well-formed; empty where none failed.
     """
 
     def __init__(self, config: Mapping[str, Any], *, path: str = "") -> None:
@@ -32,6 +33,7 @@ class ConfigReader:
         self._nested: list[ConfigReader] = []
         self.problems: list[str] = []
         self.used: set[str] = set()
+        self.impossible = ""
 
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""

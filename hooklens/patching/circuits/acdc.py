@@ -101,7 +101,7 @@ def discover_circuit(
 
     Raises:
         InputError: a threshold below 0, prompts that do not go together, or a norm between heads and stream.
-        MetricError: the metric gives another shape than one value per row, or NaN.
+        MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         DiscoveryInterruptedError: stopped, or failed on the way; it holds what was decided.
 
     Example:

@@ -85,7 +85,7 @@ def evaluate_circuits(
     Raises:
         SiteError: circuits with edges that the network has not, or an ablation of another shape.
         InputError: no circuit, prompts that do not go together, or a norm between heads and stream.
-        MetricError: the metric gives another shape than one value per row, or NaN.
+        MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: stopped, or failed on the way; it holds what was measured.
 
     Example:
@@ -133,7 +133,13 @@ class _Evaluation:
 
     def _run_group(self, ground: Ground) -> Iterator[int]:
         """Run all circuits on some pairs; gives how many values each step has added."""
-        self.tally.begin(ground.clean, self.runner.measure_ablated(ground), ground.lengths)
+        ablated = self.runner.measure_ablated(ground)
+        if not ablated.isfinite().all():
+            raise MetricError(
+                f"metric {self.runner.metric.name} is NaN or infinite with every edge ablated; no circuit could be "
+                "compared with that"
+            )
+        self.tally.begin(ground.clean, ablated, ground.lengths)
         size = self.runner.rows_per_batch(ground)
         for first in range(0, len(self.masks), size):
             rows = slice(first, first + size)

@@ -12,7 +12,7 @@ from hooklens.patching.circuits.ablation import Ablation, ablated_outputs, writt
 from hooklens.patching.graph.nodes import Graph, Reader, Writer
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
-from hooklens.patching.runs.baseline import refuse_nan, run_baseline
+from hooklens.patching.runs.baseline import run_baseline
 
 
 @dataclass(kw_only=True)
@@ -76,7 +76,7 @@ def prepare_ground(
     Raises:
         SiteError: the ablation lacks a hook point or has another shape, or the metric reads a position that is not
             there.
-        MetricError: the metric is NaN for an unpatched run.
+        MetricError: the metric is NaN or infinite for an unpatched run.
     """
     graph = Graph.of(model.cfg)
     written = written_names(model)
@@ -84,7 +84,6 @@ def prepare_ground(
     baseline = run_baseline(
         model, prompts, pairs, [], metric, direction="noise", source="other", keep=[*written, *streams]
     )
-    refuse_nan(baseline)
     lengths, full_width, kept = baseline.lengths, max(baseline.lengths), baseline.kept
     clean, corrupted = prompts.clean[pairs, :full_width], prompts.corrupted[pairs, :full_width]
     mask = torch.arange(full_width, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]

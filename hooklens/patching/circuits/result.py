@@ -10,10 +10,9 @@ With `m` averaged over pairs, `C` the circuit, `M` the whole network and `empty`
 Both average before they compare, so what some pairs lose and others gain cancels; `per_pair` shows where it does.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,20 +21,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.arguments import read_one_of
-from hooklens.errors import CheckpointError, HookLensError
-from hooklens.files import read_safetensors, write_safetensors
+from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.results.figures import CROSS, Backend, draw_heatmaps
+from hooklens.patching.results.file import LABELS, TEXT, Expectation, Expected, ResultFile, expect_numbers_of, is_list
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.result import SweepStats
 from hooklens.patching.results.statistics import Interval, Method, bootstrap_interval, bootstrap_ratio_interval
 
 if TYPE_CHECKING:
     import pandas
-
-_FORMAT = "hooklens.patching.circuits-1"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -234,7 +231,7 @@ class CircuitResult(OverPairs):
         """Write the result to a safetensors file, whole or not at all.
 
         Raises:
-            OSError: the file cannot be written.
+            CheckpointError: the file cannot be written.
         """
         described = {
             "labels": self.labels,
@@ -243,8 +240,7 @@ class CircuitResult(OverPairs):
             "ablation": self.ablation,
             "stats": asdict(self.stats),
         }
-        tensors = {name: getattr(self, name) for name in ("per_pair", "full_per_pair", "empty_per_pair")}
-        write_safetensors(path, tensors, {"format": _FORMAT, "description": json.dumps(described)})
+        _FILE.write(path, {name: getattr(self, name) for name in _TENSORS}, described)
 
     @classmethod
     def load(cls, path: str | Path) -> "CircuitResult":
@@ -253,17 +249,48 @@ class CircuitResult(OverPairs):
         Raises:
             CheckpointError: the file is missing, damaged, or holds no circuits' values; what is wrong in it is named.
         """
+        tensors, described = _FILE.read(path, _expect_tensors)
+        labels, listed = tuple(described["labels"]), described["circuits"]
+        if len(listed) != len(labels):
+            raise _FILE.damage(path, [f"key 'circuits' has {len(listed)} entries, there are {len(labels)} labels"])
         try:
-            tensors, metadata = read_safetensors(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read circuits' values from {path}: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} holds no circuits' values; write them with result.save(path)")
-        try:
-            described = json.loads(metadata.get("description", ""))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: 'description' is no JSON ({error})") from error
-        return cls(**_read_fields(described, tensors, path))
+            circuits = tuple(Circuit(tuple(edge) for edge in edges) for edges in listed)
+        except SiteError as error:
+            raise _FILE.damage(path, [f"key 'circuits' holds something else than edges ({error})"]) from error
+        return cls(
+            circuits=circuits,
+            labels=labels,
+            metric=described["metric"],
+            ablation=described["ablation"],
+            stats=SweepStats(**described["stats"]),
+            **tensors,
+        )
+
+
+_TENSORS = ("per_pair", "full_per_pair", "empty_per_pair")
+_FILE = ResultFile(
+    format="hooklens.patching.circuits-1",
+    contents="circuits' values",
+    writer="CircuitResult.save",
+    keys={
+        "labels": LABELS,
+        "circuits": Expected(
+            "a list of lists of edges", lambda found: is_list(found, lambda edges: is_list(edges, _is_edge))
+        ),
+        "metric": TEXT,
+        "ablation": TEXT,
+        "stats": expect_numbers_of(SweepStats),
+    },
+)
+
+
+def _is_edge(found: Any) -> bool:
+    return is_list(found, TEXT.holds) and len(found) == 2
+
+
+def _expect_tensors(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Expectation]:
+    shapes: tuple[tuple[int | str, ...], ...] = ((len(described["labels"]), "pair"), ("pair",), ("pair",))
+    return {name: Expectation(shape) for name, shape in zip(_TENSORS, shapes, strict=True)}
 
 
 def _standard_errors(per_pair: Float[Tensor, "circuit pair"]) -> Float[Tensor, " circuit"]:
@@ -271,53 +298,3 @@ def _standard_errors(per_pair: Float[Tensor, "circuit pair"]) -> Float[Tensor, "
     if n_pairs < 2:
         return torch.full_like(per_pair[..., 0], torch.nan)
     return per_pair.std(-1) / math.sqrt(n_pairs)
-
-
-def _read_fields(described: object, tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """The fields of a result from what its file holds.
-
-    Raises:
-        CheckpointError: names the file and the key.
-    """
-
-    def refuse(key: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{path} is damaged: {key!r} is missing or no {expected}")
-
-    if not isinstance(described, dict):
-        raise refuse("description", "mapping")
-    labels, listed, stats = (described.get(key) for key in ("labels", "circuits", "stats"))
-    if not isinstance(labels, list) or not all(type(label) in (int, str) for label in labels):
-        raise refuse("labels", "list of numbers and texts")
-    if not isinstance(listed, list) or len(listed) != len(labels):
-        raise refuse("circuits", f"list of {len(labels)} circuits")
-    names = [field.name for field in fields(SweepStats)]
-    if (
-        not isinstance(stats, dict)
-        or set(stats) != set(names)
-        or not all(type(n) in (int, float) for n in stats.values())
-    ):
-        raise refuse("stats", f"mapping of {', '.join(names)} to numbers")
-    for key in ("metric", "ablation"):
-        if not isinstance(described.get(key), str):
-            raise refuse(key, "text")
-    try:
-        circuits = tuple(Circuit(tuple(edge) for edge in edges) for edges in listed)
-    except (TypeError, SiteError) as error:
-        raise CheckpointError(f"{path} is damaged: 'circuits' holds something else than edges ({error})") from error
-    per_pair = tensors.get("per_pair")
-    if per_pair is None or per_pair.ndim != 2 or len(per_pair) != len(labels) or not per_pair.is_floating_point():
-        raise refuse("per_pair", f"table of numbers with {len(labels)} rows")
-    for key in ("full_per_pair", "empty_per_pair"):
-        ends = tensors.get(key)
-        if ends is None or ends.shape != per_pair.shape[1:] or ends.dtype != per_pair.dtype:
-            raise refuse(key, f"list of {per_pair.shape[1]} numbers")
-    return {
-        "labels": tuple(labels),
-        "circuits": circuits,
-        "metric": described["metric"],
-        "ablation": described["ablation"],
-        "stats": SweepStats(**stats),
-        "per_pair": per_pair,
-        "full_per_pair": tensors["full_per_pair"],
-        "empty_per_pair": tensors["empty_per_pair"],
-    }

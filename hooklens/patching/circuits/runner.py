@@ -83,7 +83,7 @@ class CircuitRunner:
         """The ground for some pairs.
 
         Raises:
-            MetricError: the metric is NaN for an unpatched run.
+            MetricError: the metric is NaN or infinite for an unpatched run.
         """
         ground = prepare_ground(self.model, self.prompts, pairs, self.metric, self.ablation)
         # Both unpatched prompts go through the model as one batch.

@@ -78,6 +78,7 @@ def attribution(
 
     Raises:
         InputError: prompts that do not go together, an unknown method, or a metric without a gradient.
+        MetricError: the metric is NaN or infinite for an unpatched run.
         SweepInterruptedError: it was stopped on the way; it holds what was estimated.
     """
     refuse_missing("attribution", sites=sites, metric=metric)

@@ -20,7 +20,7 @@ from hooklens.patching.estimates.gradients import GradientRuns, Move, pairs_per_
 from hooklens.patching.graph.nodes import Graph
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
-from hooklens.patching.runs.baseline import Baseline, Direction, refuse_nan, run_baseline
+from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.memory import BatchSize
 
 NodeVectors = Float[Tensor, "pairs node pos d_model"]
@@ -86,7 +86,7 @@ class EdgeGradients:
         """The unpatched runs of some pairs, and the scores.
 
         Raises:
-            MetricError: the metric is NaN for an unpatched run.
+            MetricError: the metric is NaN or infinite for an unpatched run.
             InputError: it has no gradient.
         """
         with torch.no_grad():
@@ -100,7 +100,6 @@ class EdgeGradients:
                 source="other",
                 keep=map(_output_name, self.writers),
             )
-        refuse_nan(baseline)
         runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction)
         graded = [name for reader in self.readers for name in _gradient_names(reader)]
         streams = [_stream_name(reader) for reader in self.readers if reader.kind == "attn"]

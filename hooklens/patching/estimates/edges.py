@@ -93,7 +93,7 @@ def edge_attribution(
 
     Raises:
         InputError: an unknown method or rule, prompts that do not go together, or a norm between heads and stream.
-        MetricError: the metric is NaN for an unpatched run.
+        MetricError: the metric is NaN or infinite for an unpatched run.
         SweepInterruptedError: it was stopped on the way; `.result` holds the scores of the pairs that were done.
     """
     refuse_missing("edge_attribution", metric=metric)

@@ -131,7 +131,9 @@ class FractionRecovered(Metric):
         else:
             given = [runs.rows_of(end, what="FractionRecovered: ends") for end in self.ends]
             corrupted, clean = (end.to(runs.clean_logits.device).expand(len(runs.pairs)) for end in given)
-        same = [pair for pair, is_same in zip(runs.pairs, (clean == corrupted).tolist(), strict=True) if is_same]
+        # What is infinite is refused as any metric's.
+        is_same = (clean == corrupted) & clean.isfinite()
+        same = [pair for pair, is_equal in zip(runs.pairs, is_same.tolist(), strict=True) if is_equal]
         if same:
             raise InputError(
                 f"{self.name}: the clean and the corrupted run of pairs {same} have the same value, so no fraction of "

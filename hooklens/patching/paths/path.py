@@ -19,7 +19,7 @@ from hooklens.patching.paths.ground import Ground, lay_ground
 from hooklens.patching.paths.passes import PathPass
 from hooklens.patching.paths.route import Route, outputs_of
 from hooklens.patching.results.result import SweepResult, SweepStats
-from hooklens.patching.runs.baseline import Baseline, Direction, refuse_nan, run_baseline
+from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import Tally
@@ -64,7 +64,7 @@ def path_patch(
     Raises:
         SiteError: unknown senders or receivers; all of them are named.
         InputError: no sender or receiver, or a norm between heads and stream.
-        MetricError: the metric gives another shape than one value per row, or NaN.
+        MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: stopped, or failed on the way; it holds what was measured.
     """
     refuse_missing("path_patch", receivers=receivers, metric=metric)
@@ -197,7 +197,6 @@ class _PathPatching:
         )
         self.forwards += 1
         self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
-        refuse_nan(baseline)
         self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
         return baseline
 

@@ -1,7 +1,6 @@
 """The scores of edges, and the circuits that the strongest make up."""
 
 import heapq
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_int
-from hooklens.errors import CheckpointError, HookLensError, join_names
-from hooklens.files import read_safetensors, write_safetensors
+from hooklens.errors import HookLensError, join_names
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge, inputs_of, split_writer
 from hooklens.patching.results.figures import CROSS, Backend, draw_heatmaps
+from hooklens.patching.results.file import (
+    DIRECTION,
+    NUMBER,
+    TEXT,
+    WHOLE_NUMBER,
+    Expectation,
+    Expected,
+    ResultFile,
+    is_list,
+)
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 
 if TYPE_CHECKING:
     import pandas
-
-_FORMAT = "hooklens.patching.edge-scores-1"
-_TENSORS = ("exists", "clean_per_pair", "corrupted_per_pair")
-_DESCRIBED = ("writers", "readers", "metric", "method", "direction", "forwards", "tokens")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -239,15 +243,18 @@ class EdgeScores(OverPairs):
         return draw_heatmaps(values, rows, columns, [""], backend=backend, title=heading, marks=marks)
 
     def save(self, path: str | Path) -> None:
-        """Write the scores to a safetensors file, whole or not at all."""
-        described = {name: getattr(self, name) for name in _DESCRIBED}
+        """Write the scores to a safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
         tensors = {name: getattr(self, name) for name in _TENSORS}
         if self.per_pair is not None:
             tensors["per_pair"] = self.per_pair
         else:
             assert self.moments is not None
             tensors["moments"] = self.moments.table
-        write_safetensors(path, tensors, {"format": _FORMAT, "description": json.dumps(described)})
+        _FILE.write(path, tensors, {name: getattr(self, name) for name in _FILE.keys})
 
     @classmethod
     def load(cls, path: str | Path) -> "EdgeScores":
@@ -256,53 +263,46 @@ class EdgeScores(OverPairs):
         Raises:
             CheckpointError: the file is missing, damaged, or holds no edge scores.
         """
-        try:
-            tensors, metadata = read_safetensors(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read edge scores from {path}: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} holds no edge scores; write them with scores.save(path)")
-        try:
-            described = json.loads(metadata["description"])
-            nodes = {name: tuple(map(str, described[name])) for name in ("writers", "readers")}
-            found = cls(
-                per_pair=None if "moments" in tensors else tensors["per_pair"],
-                moments=Moments(tensors["moments"]) if "moments" in tensors else None,
-                exists=tensors["exists"],
-                clean_per_pair=tensors["clean_per_pair"],
-                corrupted_per_pair=tensors["corrupted_per_pair"],
-                writers=nodes["writers"],
-                readers=nodes["readers"],
-                metric=str(described["metric"]),
-                method=str(described["method"]),
-                direction=described["direction"],
-                forwards=int(described["forwards"]),
-                tokens=float(described["tokens"]),
-            )
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"the edge scores in {path} are damaged: {error!r}") from error
-        shape = (len(found.writers), len(found.readers))
-        n_pairs = (found.clean_per_pair if found.per_pair is None else found.per_pair).shape[-1:]
-        wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
-        if found.per_pair is not None:
-            wanted["per_pair"] = (found.per_pair, (*shape, *n_pairs))
-        if found.moments is not None:
-            wanted["moments"] = (found.moments.table, (3, *shape))
-        wanted["exists"] = (found.exists, shape)
-        wanted["clean_per_pair"] = (found.clean_per_pair, tuple(n_pairs))
-        wanted["corrupted_per_pair"] = (found.corrupted_per_pair, tuple(n_pairs))
-        wrong = [name for name, (tensor, size) in wanted.items() if tuple(tensor.shape) != size]
-        if wrong:
-            raise CheckpointError(
-                f"the edge scores in {path} are damaged: {join_names(wrong)} have other shapes than "
-                f"{len(found.writers)} writers, {len(found.readers)} readers and {list(n_pairs)} pairs give"
-            )
-        if found.direction not in ("denoise", "noise"):
-            raise CheckpointError(
-                f"the edge scores in {path} are damaged: direction is {found.direction!r}; expected 'denoise' or "
-                "'noise'"
-            )
-        return found
+        tensors, described = _FILE.read(path, _expect_tensors)
+        return cls(
+            per_pair=tensors.get("per_pair"),
+            moments=Moments(tensors["moments"]) if "moments" in tensors else None,
+            exists=tensors["exists"],
+            clean_per_pair=tensors["clean_per_pair"],
+            corrupted_per_pair=tensors["corrupted_per_pair"],
+            **{**described, "writers": tuple(described["writers"]), "readers": tuple(described["readers"])},
+        )
+
+
+_TENSORS = ("exists", "clean_per_pair", "corrupted_per_pair")
+_NODES = Expected("a list of texts", lambda found: is_list(found, TEXT.holds))
+_FILE = ResultFile(
+    format="hooklens.patching.edge-scores-1",
+    contents="edge scores",
+    writer="EdgeScores.save",
+    keys={
+        "writers": _NODES,
+        "readers": _NODES,
+        "metric": TEXT,
+        "method": TEXT,
+        "direction": DIRECTION,
+        "forwards": WHOLE_NUMBER,
+        "tokens": NUMBER,
+    },
+)
+
+
+def _expect_tensors(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Expectation]:
+    nodes = (len(described["writers"]), len(described["readers"]))
+    if "moments" in tensors:
+        scores = {"moments": Expectation((3, *nodes), torch.float64)}
+    else:
+        scores = {"per_pair": Expectation((*nodes, "pair"))}
+    return scores | {
+        "exists": Expectation(nodes, torch.bool),
+        "clean_per_pair": Expectation(("pair",)),
+        "corrupted_per_pair": Expectation(("pair",)),
+    }
 
 
 def _standard_errors(of_writer: Float[Tensor, "reader pair"]) -> Float[Tensor, " reader"]:

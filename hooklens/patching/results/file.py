@@ -1,117 +1,167 @@
-"""The file of a sweep's result: safetensors, with what the values are labelled by as JSON in its metadata.
+"""The files of results: safetensors, with what the values are labelled by as JSON in the metadata.
 
-It is written whole or not at all (`hooklens.files`), and read with every key checked, so that a damaged file is an
-error that names the key.
+Each is written whole or not at all (`hooklens.files`), and read with every key and every tensor checked, so that a
+damaged file is an error that names what is wrong in it.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hooklens.arguments import show
 from hooklens.errors import CheckpointError
 from hooklens.files import read_safetensors, write_safetensors
 
-_FORMAT = "hooklens.patching.result-1"
-_TENSORS = ("per_pair", "clean", "corrupted")
+
+class Expected(NamedTuple):
+    """What the value of a key has to be: in words, and as a test of what JSON gives."""
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
-def write_result(path: str | Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
-    """Write a result's tensors and what describes them.
-
-    Raises:
-        CheckpointError: the file cannot be written, or a label is no text or number.
-    """
-    try:
-        metadata = {"format": _FORMAT, "description": json.dumps(described)}
-        write_safetensors(path, tensors, metadata)
-    except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot write a sweep to {path}: {error}") from error
+TEXT = Expected("a text", lambda found: isinstance(found, str))
+NUMBER = Expected("a number", lambda found: _is_number(found, float))
+WHOLE_NUMBER = Expected("a whole number", lambda found: _is_number(found, int))
+LABELS = Expected(
+    "a list of texts and whole numbers",
+    lambda found: is_list(found, lambda label: TEXT.holds(label) or WHOLE_NUMBER.holds(label)),
+)
+DIRECTION = Expected("'denoise' or 'noise'", lambda found: TEXT.holds(found) and found in ("denoise", "noise"))
 
 
-def read_result(path: str | Path, stats_fields: Mapping[str, type]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_result` wrote, checked key by key.
-
-    Args:
-        path: the file.
-        stats_fields: by name, whether an entry of the statistics is a whole number or any.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or no sweep result; it names the key that is not as it should be.
-    """
-    try:
-        tensors, metadata = read_safetensors(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read a sweep from {path}: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a saved sweep; write one with result.save(path)")
-    try:
-        described = json.loads(metadata.get("description", ""))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: key 'description' is damaged: {error}") from error
-    if not isinstance(described, dict):
-        raise CheckpointError(f"{path}: key 'description' is {show(described)}; expected a mapping")
-    for key, (expected, holds) in _checks(stats_fields).items():
-        if key not in described or not holds(described[key]):
-            found = f"is {show(described[key])}" if key in described else "is missing"
-            raise CheckpointError(f"{path}: key {key!r} {found}; expected {expected}")
-    _check_tensors(path, tensors, described)
-    return tensors, described
-
-
-def _checks(stats_fields: Mapping[str, type]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
-    """By key, what is expected, and whether a value is that."""
-    return {
-        "axes": ("a list of [name, labels]", _are_axes),
-        "cells": ("a list of mappings", lambda found: _is_list(found, lambda cell: isinstance(cell, dict))),
-        "metric": ("a text", lambda found: isinstance(found, str)),
-        "direction": ("'denoise' or 'noise'", lambda found: isinstance(found, str) and found in ("denoise", "noise")),
-        "stats": (
-            f"the numbers {', '.join(stats_fields)}",
-            lambda found: (
-                isinstance(found, dict)
-                and found.keys() == stats_fields.keys()
-                and all(_is_number(found[name], kind) for name, kind in stats_fields.items())
-            ),
-        ),
-    }
-
-
-def _are_axes(found: Any) -> bool:
-    def is_axis(one: Any) -> bool:
-        return (
-            isinstance(one, list)
-            and len(one) == 2
-            and isinstance(one[0], str)
-            and _is_list(one[1], lambda label: isinstance(label, str) or _is_number(label, int))
-        )
-
-    return _is_list(found, is_axis) and len({one[0] for one in found}) == len(found)
-
-
-def _is_list(found: Any, holds: Callable[[Any], bool]) -> bool:
+def is_list(found: Any, holds: Callable[[Any], bool]) -> bool:
+    """Whether JSON gave a list of which something holds for each entry."""
     return isinstance(found, list) and all(holds(one) for one in found)
 
 
-def _is_number(found: Any, kind: type) -> bool:
+def expect_numbers_of(kind: type) -> Expected:
+    """A mapping with the fields of a dataclass of numbers."""
+    types = {field.name: field.type for field in fields(kind)}
+
+    def holds(found: Any) -> bool:
+        return (
+            isinstance(found, dict)
+            and found.keys() == types.keys()
+            and all(_is_number(found[name], expected) for name, expected in types.items())
+        )
+
+    return Expected(f"the numbers {', '.join(types)}", holds)
+
+
+def _is_number(found: Any, kind: object) -> bool:
     allowed = int if kind is int else (int, float)
     return isinstance(found, allowed) and not isinstance(found, bool)
 
 
-def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
-    if set(tensors) != set(_TENSORS):
-        raise CheckpointError(f"{path}: holds the tensors {sorted(tensors)}; expected {sorted(_TENSORS)}")
-    sizes = [len(labels) for _, labels in described["axes"]]
-    n_pairs = tensors["clean"].numel()
-    for name, shape in (("per_pair", [*sizes, n_pairs]), ("clean", [n_pairs]), ("corrupted", [n_pairs])):
+class Expectation(NamedTuple):
+    """What a tensor has to be.
+
+    Attributes:
+        shape: its axes: sizes, or names of those that a file's tensors share, sized by the first that has them.
+        dtype: its dtype; None: a floating one, the same for all tensors of a file of which none is given.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A kind of file.
+
+    Attributes:
+        format: what marks a file as one of this kind.
+        contents: what it holds, as errors call it: `"a sweep"`.
+        writer: what writes it, as errors call it: `"SweepResult.save"`.
+        keys: by key of the description, what is expected of the value.
+    """
+
+    format: str
+    contents: str
+    writer: str
+    keys: Mapping[str, Expected]
+
+    def write(self, path: str | Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+        """Write a result's tensors and what describes them.
+
+        Raises:
+            CheckpointError: the file cannot be written, or a label is no text or number.
+        """
+        try:
+            write_safetensors(path, tensors, {"format": self.format, "description": json.dumps(described)})
+        except (OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"cannot write {self.contents} to {path}: {error}") from error
+
+    def read(
+        self, path: str | Path, expect: Callable[[dict[str, Any], dict[str, Tensor]], Mapping[str, Expectation]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `write` wrote, checked.
+
+        Args:
+            path: the file.
+            expect: what is expected of the tensors, by a description that is as it should be and what tensors there
+                are. Those that an axis or the dtype is to be taken from come first.
+
+        Returns:
+            The tensors, and the description.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another kind; all that is wrong is named.
+        """
+        try:
+            tensors, metadata = read_safetensors(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.contents} from {path}: {error}") from error
+        if metadata.get("format") != self.format:
+            raise CheckpointError(f"{path} does not hold {self.contents}; expected a file that {self.writer} wrote")
+        try:
+            described = json.loads(metadata.get("description", ""))
+        except (ValueError, RecursionError) as error:
+            raise self.damage(path, [f"key 'description' is no JSON ({error})"]) from error
+        if not isinstance(described, dict):
+            raise self.damage(path, [f"key 'description' is {show(described)}, expected a mapping"])
+        if wrong := list(self._wrong_keys(described)):
+            raise self.damage(path, wrong)
+        if wrong := list(_wrong_tensors(tensors, expect(described, tensors))):
+            raise self.damage(path, wrong)
+        return tensors, described
+
+    def damage(self, path: str | Path, wrong: Iterable[str]) -> CheckpointError:
+        """The error for a file with something wrong in it."""
+        return CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+
+    def _wrong_keys(self, described: Mapping[str, Any]) -> Iterable[str]:
+        for key, (words, holds) in self.keys.items():
+            if key not in described:
+                yield f"key {key!r} is missing, expected {words}"
+            elif not holds(described[key]):
+                yield f"key {key!r} is {show(described[key])}, expected {words}"
+        for key in described.keys() - self.keys.keys():
+            yield f"key {key!r} is not known"
+
+
+def _wrong_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Expectation]) -> Iterable[str]:
+    if tensors.keys() != expected.keys():
+        yield f"it holds the tensors {sorted(tensors)}, expected {sorted(expected)}"
+        return
+    sizes: dict[str, int] = {}
+    dtype: torch.dtype | None = None
+    for name, (shape, given) in expected.items():
         found = tensors[name]
-        if list(found.shape) != shape or not found.is_floating_point():
-            raise CheckpointError(f"{path}: key {name!r} is {show(found)}; expected floating numbers {shape}")
-    if len(described["cells"]) != math.prod(sizes):
-        raise CheckpointError(
-            f"{path}: key 'cells' has {len(described['cells'])} entries; the axes have {math.prod(sizes)}"
-        )
+        if given is None and dtype is None and found.is_floating_point():
+            dtype = found.dtype
+        wanted = given or dtype
+        if len(shape) == found.ndim:
+            for axis, size in zip(shape, found.shape, strict=True):
+                if isinstance(axis, str):
+                    sizes.setdefault(axis, size)
+        axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape]
+        if list(found.shape) != axes or found.dtype != wanted:
+            kind = "floating numbers" if wanted is None else wanted
+            yield f"key {name!r} is {show(found)}, expected [{' '.join(map(str, axes))}] of {kind}"

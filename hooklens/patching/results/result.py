@@ -5,8 +5,9 @@ run that the activations came from: with `direction="denoise"` 1 means that the 
 behaviour (the site is sufficient), with `"noise"` 1 means that it alone destroys it (the site is necessary).
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,16 @@ from torch import Tensor
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.results.figures import CROSS, Backend, LabelledAxis, draw_heatmaps
-from hooklens.patching.results.file import read_result, write_result
+from hooklens.patching.results.file import (
+    DIRECTION,
+    LABELS,
+    TEXT,
+    Expectation,
+    Expected,
+    ResultFile,
+    expect_numbers_of,
+    is_list,
+)
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.scale import find_small_differences
 
@@ -255,7 +265,7 @@ class SweepResult(OverPairs):
             "stats": asdict(self.stats),
         }
         tensors = {"per_pair": self.per_pair, "clean": self.clean_per_pair, "corrupted": self.corrupted_per_pair}
-        write_result(path, tensors, described)
+        _FILE.write(path, tensors, described)
 
     @classmethod
     def load(cls, path: str | Path) -> "SweepResult":
@@ -264,15 +274,48 @@ class SweepResult(OverPairs):
         Raises:
             CheckpointError: the file is missing, damaged, or no sweep result.
         """
-        kinds = {field.name: float if field.name == "tokens" else int for field in fields(SweepStats)}
-        tensors, described = read_result(path, kinds)
+        tensors, described = _FILE.read(path, _expect_tensors)
+        axes = {name: tuple(labels) for name, labels in described["axes"]}
+        n_cells = math.prod(len(labels) for labels in axes.values())
+        if len(described["cells"]) != n_cells:
+            raise _FILE.damage(path, [f"key 'cells' has {len(described['cells'])} entries, the axes have {n_cells}"])
         return cls(
             per_pair=tensors["per_pair"],
             clean_per_pair=tensors["clean"],
             corrupted_per_pair=tensors["corrupted"],
-            axes={name: tuple(labels) for name, labels in described["axes"]},
+            axes=axes,
             cells=tuple(described["cells"]),
             metric=described["metric"],
             direction=described["direction"],
             stats=SweepStats(**described["stats"]),
         )
+
+
+def _are_axes(found: Any) -> bool:
+    def is_axis(one: Any) -> bool:
+        return isinstance(one, list) and len(one) == 2 and TEXT.holds(one[0]) and LABELS.holds(one[1])
+
+    return is_list(found, is_axis) and len({name for name, _ in found}) == len(found)
+
+
+_FILE = ResultFile(
+    format="hooklens.patching.result-1",
+    contents="a sweep",
+    writer="SweepResult.save",
+    keys={
+        "axes": Expected("a list of [name, labels]", _are_axes),
+        "cells": Expected("a list of mappings", lambda found: is_list(found, lambda cell: isinstance(cell, dict))),
+        "metric": TEXT,
+        "direction": DIRECTION,
+        "stats": expect_numbers_of(SweepStats),
+    },
+)
+
+
+def _expect_tensors(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Expectation]:
+    sizes = [len(labels) for _, labels in described["axes"]]
+    return {
+        "clean": Expectation(("pair",)),
+        "corrupted": Expectation(("pair",)),
+        "per_pair": Expectation((*sizes, "pair")),
+    }

@@ -141,6 +141,7 @@ def run_baseline(
     Raises:
         SiteError: a source lacks a hook point or has another shape.
         InputError: a position that the metric reads is outside a prompt.
+        MetricError: the metric of a run is NaN or infinite.
     """
     names, keep = list(dict.fromkeys(names)), list(dict.fromkeys(keep))
     chosen = list(pairs)
@@ -164,6 +165,7 @@ def run_baseline(
     ends = (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
     runs = replace(runs, clean_logits=ends[0], corrupted_logits=ends[1])
     clean_values, corrupted_values = metric.measure_ends(runs)
+    _check_ends(metric, runs.pairs, torch.stack([clean_values, corrupted_values]))
     entries = {name: find_entry(name, model.cfg) for name in names}
     values, replaced, differs = {}, {}, {}
     for name, entry in entries.items():
@@ -195,18 +197,20 @@ def run_baseline(
     )
 
 
-def refuse_nan(baseline: Baseline) -> None:
+def _check_ends(metric: Metric, pairs: Sequence[int], ends: Float[Tensor, "two pairs"]) -> None:
     """Refuse pairs whose unpatched runs have no value to compare with.
 
     Raises:
-        MetricError: the metric is NaN for some; they are named.
+        MetricError: the metric is NaN or infinite for some; they are named.
     """
-    is_nan = torch.stack([baseline.clean, baseline.corrupted]).isnan().any(0).tolist()
-    broken = [pair for pair, nan in zip(baseline.pairs, is_nan, strict=True) if nan]
+    found = (("NaN", ends.isnan()), ("infinite", ends.isinf()))
+    broken = [
+        f"{word} for the unpatched runs of pairs {[pairs[place] for place in where.any(0).nonzero()[:, 0].tolist()]}"
+        for word, where in found
+        if where.any()
+    ]
     if broken:
-        raise MetricError(
-            f"metric {baseline.metric.name} is NaN for the unpatched runs of pairs {broken}; nothing could be compared"
-        )
+        raise MetricError(f"metric {metric.name} is {' and '.join(broken)}; nothing could be compared")
 
 
 def _describe_runs(

@@ -36,7 +36,7 @@ from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import GroupSize, Pairs, PairSource, read_source
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
 from hooklens.patching.results.result import SweepResult, SweepStats
-from hooklens.patching.runs.baseline import Baseline, Direction, Source, refuse_nan, run_baseline
+from hooklens.patching.runs.baseline import Baseline, Direction, Source, run_baseline
 from hooklens.patching.runs.checks import check_source
 from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
 from hooklens.patching.runs.options import RunOptions, refuse_missing
@@ -85,7 +85,7 @@ def sweep(
         InputError: prompts that do not go together, options that are none, or hooks attached to the model.
         HookNameError, SiteError: a site, layer, position or head that is not there.
         TransformError: a source that is the cache of a model with other processing.
-        MetricError: the metric gives another shape than one value per row, or NaN for an unpatched run.
+        MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: the sweep was stopped, or failed on the way; it holds what was measured.
 
     Example:
@@ -209,7 +209,6 @@ class SweepRun:
         )
         self.forwards += 1
         self.token_layers += 2 * len(chosen) * max(baseline.lengths) * self.model.cfg.n_layers
-        refuse_nan(baseline)
         self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
         return baseline
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from hooklens.config import HookedConfig, RotaryPositions, SinusoidalPositions
 from hooklens.verification.comparing.ways import Way, ways_to_run
 from hooklens.verification.explicit import ExplicitNetwork, ExplicitRun, Unknown
 from hooklens.verification.explicit.network import LOGITS
+from hooklens.verification.explicit.run import Edit
 from hooklens.verification.probe import Probe, largest_difference, same_bits
 from hooklens.verification.report import CheckResult
 
@@ -29,6 +31,10 @@ _BY_ANGLES = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pos_embed")
 _N_DRAWS = 3
 # What enters the stream.
 _WRITTEN = (*EMBEDDINGS, "hook_attn_out", "hook_mlp_out")
+
+
+Moves = dict[str, float]
+"""By tensor, how far it moves at most."""
 
 
 class _NotShown(Exception):  # noqa: N818
@@ -162,8 +168,14 @@ def check_explicit_logits(probe: Probe) -> Iterator[CheckResult]:
         yield CheckResult(check=EXPLICIT, subject=way.label, measured=measured, bound=bound, message=message)
 
 
-def unit_rounding(probe: Probe, explicit: ExplicitRun) -> dict[str, float]:
-    """How far each tensor moves when all that enters the stream is changed by a random unit in the last place."""
+def unit_rounding(probe: Probe, explicit: ExplicitRun, edits: Mapping[str, Edit] = MappingProxyType({})) -> Moves:
+    """How far each tensor moves when what enters the stream is changed by a random unit in the last place.
+
+    Args:
+        probe: of which dtype the unit is, and the seed.
+        explicit: the run.
+        edits: measure in the run with these edits, what they make changed by a unit, too.
+    """
     generator = torch.Generator().manual_seed(probe.seed)
     eps = torch.finfo(probe.dtype).eps
 
@@ -171,20 +183,35 @@ def unit_rounding(probe: Probe, explicit: ExplicitRun) -> dict[str, float]:
         sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
         return tensor * (1 + eps * sign)
 
-    largest_move = dict.fromkeys(explicit.values, 0.0)
+    def then_add_unit(name: str) -> Edit:
+        return add_unit if name not in edits else lambda tensor: add_unit(edits[name](tensor))
+
+    changed = {name: then_add_unit(name) for name in explicit.values if name.endswith(_WRITTEN) or name in edits}
+    values = explicit.edited(edits) if edits else explicit.values
+    largest_move = dict.fromkeys(values, 0.0)
     for _ in range(_N_DRAWS):
-        moved = explicit.edited({name: add_unit for name in explicit.values if name.endswith(_WRITTEN)})
-        for name, value in explicit.values.items():
+        moved = explicit.edited(changed)
+        for name, value in values.items():
             largest_move[name] = max(largest_move[name], largest_difference(moved[name], value))
     return largest_move
 
 
-def table_rounding(probe: Probe, way: Way, explicit: ExplicitRun) -> dict[str, float]:
-    """How far each tensor may be off because rotary angles are made in float32: as angles in float64 move it."""
+def table_rounding(
+    probe: Probe, way: Way, explicit: ExplicitRun, edits: Mapping[str, Edit] = MappingProxyType({})
+) -> Moves:
+    """How far each tensor may be off because rotary angles are made in float32: as angles in float64 move it.
+
+    Args:
+        probe: the model.
+        way: which sequences.
+        explicit: the run, its angles made in float32.
+        edits: measure in the run with these edits.
+    """
     if not _makes_angles(probe.model.cfg):
         return dict.fromkeys(explicit.values, 0.0)
-    finer = ExplicitRun(probe.model, way.batch, table_dtype=torch.float64).values
-    return {name: _ROUNDING_FACTOR * largest_difference(finer[name], value) for name, value in explicit.values.items()}
+    finer = ExplicitRun(probe.model, way.batch, table_dtype=torch.float64)
+    values, finer_values = (run.edited(edits) if edits else run.values for run in (explicit, finer))
+    return {name: _ROUNDING_FACTOR * largest_difference(finer_values[name], value) for name, value in values.items()}
 
 
 def _compare_bits(subject: str, found: Tensor, expected: Tensor) -> CheckResult:

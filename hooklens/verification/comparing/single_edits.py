@@ -1,7 +1,7 @@
 """Edits of one head, one neuron and one position at a time, against a computation with the edit in its place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from hooklens.verification.comparing.recomputing import compare_shown, largest, 
 from hooklens.verification.comparing.ways import Way, WayRun, ragged_mask, runs_in_pieces, share_prefix
 from hooklens.verification.explicit import Batch, ExplicitNetwork, ExplicitRun
 from hooklens.verification.explicit.network import LOGITS
+from hooklens.verification.explicit.run import Edit
 from hooklens.verification.probe import Probe, largest_difference
 from hooklens.verification.report import CheckResult
 
@@ -22,7 +23,7 @@ CONSISTENT = "after single edits shown tensors are what their sources make"
 # Each row of the batch has an edit of its own.
 _N_ROWS = 12
 _N_COLUMNS = 10
-# Edited activations are not those of the clean run, nor is their rounding.
+# Other orders of operations, in units of one rounding of all that enters the stream.
 _ROUNDING_FACTOR = 64.0
 
 # Points of a layer of which an edit at one makes the computation go on from copies beside the other.
@@ -52,7 +53,7 @@ class _Bench:
     Attributes:
         way, clean, explicit: the way, what it gives, and what the definitions give.
         sizes: the largest entry of each tensor.
-        bounds: how far each may be off after an edit, in relation to that.
+        bounds: how far rounding may take each in relation to that.
     """
 
     way: Way
@@ -113,13 +114,19 @@ class SingleEdits:
         explicit = ExplicitRun(probe.model, way.batch)
         tiny = torch.finfo(torch.float32).tiny
         sizes = {name: max(largest(value), tiny) for name, value in explicit.values.items()}
-        units, tables = unit_rounding(probe, explicit), table_rounding(probe, way, explicit)
+        return _Bench(way, clean, explicit, sizes, self._bounds(way, explicit, sizes, {}))
+
+    def _bounds(
+        self, way: Way, explicit: ExplicitRun, sizes: Mapping[str, float], edits: Mapping[str, Edit]
+    ) -> dict[str, float]:
+        """How far rounding may take each tensor in the run with some edits, in relation to its size without."""
+        probe = self._probe
+        units, tables = unit_rounding(probe, explicit, edits), table_rounding(probe, way, explicit, edits)
         in_logits = (probe.rounding + tables[LOGITS]) / sizes[LOGITS]
         # The logits may feel nothing of a tensor that moves much: scores of queries that see one key each, say.
         own = {name: (units[name] + tables[name]) / size for name, size in sizes.items()}
         eps = torch.finfo(probe.dtype).eps
-        bounds = {name: _ROUNDING_FACTOR * (max(in_logits, moves) + eps) for name, moves in own.items()}
-        return _Bench(way, clean, explicit, sizes, bounds)
+        return {name: _ROUNDING_FACTOR * (max(in_logits, moves) + eps) for name, moves in own.items()}
 
     def check(self, name: str) -> Iterator[CheckResult]:
         """Edit every head, and the first, a middle and the last entry of every other axis at a hook point."""
@@ -176,9 +183,15 @@ class SingleEdits:
         if bench.explicit is None:
             yield from self._compare_with_sources(list(edits), subject, bench, unwatched, watched)
             return
-        expected = bench.explicit.edited({at: _edit_last_piece(at, way.n_before, edit) for at, edit in edits.items()})
+        of_whole = {at: _edit_last_piece(at, way.n_before, edit) for at, edit in edits.items()}
         found = {f"{LOGITS}, unwatched": unwatched.logits, LOGITS: watched.logits, **watched.captures}
-        yield self._compare_with_explicit(subject, bench, found, expected)
+        expected = bench.explicit.edited(of_whole)
+        result = self._compare_with_explicit(subject, bench, found, expected)
+        if not result.passed:
+            # An edit may make rounding larger than it was: a norm of next to nothing behind it, say.
+            bounds = self._bounds(way, bench.explicit, bench.sizes, of_whole)
+            result = self._compare_with_explicit(subject, replace(bench, bounds=bounds), found, expected)
+        yield result
 
     def _compare_with_explicit(
         self, subject: str, bench: _Bench, found: dict[str, Tensor], expected: dict[str, Tensor]

@@ -107,9 +107,9 @@ class ExplicitNetwork:
         return formulas[name]()
 
     def _embed(self) -> Tensor:
-        # The factor is rounded to the weights' dtype, as models with one are trained.
-        factor = self.cfg.embed_scale
-        scale = 1.0 if factor is None else float(torch.tensor(factor, dtype=self.dtype))
+        scale = 1.0 if self.cfg.embed_scale is None else self.cfg.embed_scale
+        if self.cfg.embed_scale_rounded:
+            scale = float(torch.tensor(scale, dtype=self.dtype))
         embedded = self._weights["embed.table.weight"][self.batch.tokens] * scale
         return embedded if self.cfg.d_embed is None else self._weights.apply("embed.proj_in", embedded)
 

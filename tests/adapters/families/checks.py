@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hooklens
 from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
+from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import find_family
 from hooklens.config import MoEConfig
 from tests.annotations import unchecked
 

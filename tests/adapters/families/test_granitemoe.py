@@ -3,8 +3,8 @@
 import pytest
 
 from hooklens.adapters import open_checkpoint
+from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import find_family
 from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
 from tests.adapters.families.routers import check_routing
 from tests.checkpoints import edit_config

@@ -7,8 +7,8 @@ import torch
 
 from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
+from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import find_family
 from hooklens.config import MoEConfig, PartConfig
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import D_VOCAB, batch, check, read_published, save, verify_folder

@@ -1,34 +1,67 @@
 import json
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hooklens import patching
 from hooklens.errors import CheckpointError
-from hooklens.patching import LogitDiff, SweepResult
+from hooklens.patching import Circuit, LogitDiff
+from hooklens.patching.results.moments import Moments
 from tests.model.networks import make_model, random_tokens
 
+METRIC = LogitDiff(3, 5)
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+
+def sweep(model, *prompts):
+    return patching.sweep(model, *prompts, "resid_pre", METRIC, progress=False)
+
+
+def edge_scores(model, *prompts):
+    return patching.edge_attribution(model, *prompts, METRIC, progress=False)
+
+
+def edge_sums(model, *prompts):
+    return patching.edge_attribution(model, *prompts, METRIC, keep_pairs=False, progress=False)
+
+
+def circuits(model, *prompts):
+    listed = [Circuit([("embed", "logits")]), Circuit([("embed", "m0"), ("m0", "logits")])]
+    return patching.evaluate_circuits(model, *prompts, listed, METRIC, progress=False)
+
+
+@pytest.fixture(scope="module", params=[sweep, circuits, edge_scores, edge_sums], ids=lambda kind: kind.__name__)
+def saved(request, tmp_path_factory):
     model = make_model("rotary")
-    clean, corrupted = random_tokens(2, 4), random_tokens(2, 4, seed=9)
-    result = patching.sweep(model, clean, corrupted, "resid_pre", LogitDiff(3, 5), progress=False)
-    path = tmp_path_factory.mktemp("results") / "sweep.safetensors"
+    result = request.param(model, random_tokens(2, 4), random_tokens(2, 4, seed=9))
+    path = tmp_path_factory.mktemp("results") / "result.safetensors"
     result.save(path)
     return path, result
 
 
+def parts(path):
+    """The tensors and the metadata of a file, without the digest."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, {key: text for key, text in file.metadata().items() if key != "digest"}
+
+
 def same(one, other):
-    return torch.equal(one.per_pair, other.per_pair) and (one.axes, one.cells, one.stats, one.metric) == (
-        other.axes,
-        other.cells,
-        other.stats,
-        other.metric,
-    )
+    def equal(mine, theirs):
+        if isinstance(mine, Moments):
+            mine, theirs = mine.table, theirs.table
+        return torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+
+    return all(equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(other))
+
+
+def test_a_file_holds_the_result(saved):
+    path, result = saved
+    assert same(type(result).load(path), result)
 
 
 def test_truncated_and_flipped_files_are_refused_or_the_same(saved, tmp_path):
@@ -44,70 +77,85 @@ def test_truncated_and_flipped_files_are_refused_or_the_same(saved, tmp_path):
     for _ in range(200):
         at = draw.randrange(header)
         damaged.append(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
-    for number, contents in enumerate(damaged):
-        broken = tmp_path / str(number)
+    broken = tmp_path / "broken"
+    for contents in damaged:
         broken.write_bytes(contents)
         refusal = None
         try:
-            loaded = SweepResult.load(broken)
+            loaded = type(result).load(broken)
         except CheckpointError as error:
             refusal = str(error)
         assert str(broken) in refusal if refusal is not None else same(loaded, result)
 
 
 WRONG = (None, 3, -1.5, "text", [], {}, [[]], {"a": 1}, True, [None, 3])
+FREE = {"metric": str, "ablation": str, "method": str, "forwards": int, "tokens": (int, float)}
+"""Keys of which every value of a type is well formed."""
 
 
-@pytest.mark.parametrize("key", ["axes", "cells", "metric", "direction", "stats", "missing"])
-def test_any_value_of_any_key_names_the_key(saved, tmp_path, key):
-    path, _ = saved
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    del metadata["digest"]
+def test_any_value_of_any_key_names_the_key(saved, tmp_path):
+    """Each kind of file was checked by a reader of its own.
+
+    Edge scores took a text as a list of its letters, a mapping as a list of its keys, and any value as a method's
+    name; a circuit's edge could be a text of two letters.
+    """
+    path, result = saved
+    tensors, metadata = parts(path)
     described = json.loads(metadata["description"])
+    file = tmp_path / "file"
 
     def load(changed):
-        save_file(tensors, tmp_path / "file", metadata={**metadata, "description": json.dumps(changed)})
-        return SweepResult.load(tmp_path / "file")
+        save_file(tensors, file, metadata={**metadata, "description": json.dumps(changed)})
+        return type(result).load(file)
 
-    assert load(described).metric == "LogitDiff"
-    if key == "missing":
-        for name in described:
-            with pytest.raises(CheckpointError, match=f"key '{name}' is missing"):
-                load({other: value for other, value in described.items() if other != name})
-        return
-    for wrong in WRONG:
-        if key == "metric" and isinstance(wrong, str):
-            continue
-        # No axis at all is well formed, and does not go with the tensor.
-        named = "per_pair" if key == "axes" and wrong == [] else key
-        with pytest.raises(CheckpointError, match=f"key '{named}'"):
-            load({**described, key: wrong})
-    if key != "stats":
-        return
-    for entry in described["stats"]:
+    assert same(load(described), result)
+    for key in described:
+        with pytest.raises(CheckpointError, match=f"{file} is damaged: key '{key}' is missing, expected"):
+            load({other: value for other, value in described.items() if other != key})
+        for wrong in WRONG:
+            if isinstance(wrong, FREE.get(key, ())) and not isinstance(wrong, bool):
+                continue
+            # No labels at all are well formed, and do not go with the rest.
+            named = ".*" if wrong == [] else f"key '{key}'"
+            with pytest.raises(CheckpointError, match=f"{file} is damaged: {named}"):
+                load({**described, key: wrong})
+    with pytest.raises(CheckpointError, match="key 'more' is not known"):
+        load({**described, "more": 1})
+    with pytest.raises(CheckpointError, match=r"key 'metric' is None, expected a text; key '.*' is None, expected"):
+        load(dict.fromkeys(described))
+    for entry in described.get("stats", ()):
         for wrong in ("1", None, True, []):
             with pytest.raises(CheckpointError, match="key 'stats'"):
                 load({**described, "stats": {**described["stats"], entry: wrong}})
 
 
-def test_tensors_of_another_shape_are_refused(saved, tmp_path):
-    path, _ = saved
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    del metadata["digest"]
-    for name, changed, match in (
-        ("per_pair", torch.zeros(2, 4, 3), "key 'per_pair' is a tensor"),
-        ("per_pair", torch.zeros(2, 4, 2, dtype=torch.long), "key 'per_pair' is a tensor"),
-        ("clean", torch.zeros(1), "key 'per_pair' is a tensor"),
-        ("corrupted", torch.zeros(3), "key 'corrupted' is a tensor"),
-        ("other", torch.zeros(3), "holds the tensors"),
-    ):
-        save_file({**tensors, name: changed}, tmp_path / "file", metadata=metadata)
-        with pytest.raises(CheckpointError, match=match):
-            SweepResult.load(tmp_path / "file")
+def test_tensors_that_are_not_expected_are_refused(saved, tmp_path):
+    """The dtypes of edge scores were not looked at."""
+    path, result = saved
+    tensors, metadata = parts(path)
+    file = tmp_path / "file"
+
+    def load(**changed):
+        kept = {name: tensor for name, tensor in {**tensors, **changed}.items() if tensor is not None}
+        save_file(kept, file, metadata=metadata)
+        return type(result).load(file)
+
+    assert same(load(), result)
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged: it holds the tensors \[.*'other'.*, expected \["):
+        load(other=torch.zeros(3))
+    for name, tensor in tensors.items():
+        with pytest.raises(CheckpointError, match="damaged: it holds the tensors"):
+            load(**{name: None})
+        for wrong in (
+            torch.cat([tensor, tensor[:1]]),
+            tensor[..., None],
+            torch.zeros(()),
+            torch.zeros_like(tensor, dtype=torch.long),
+            torch.zeros_like(tensor, dtype=torch.float16),
+        ):
+            # Which of two tensors is of the wrong size cannot be told where nothing else says how many pairs there are.
+            with pytest.raises(CheckpointError, match=r"damaged: key '\w+' is a tensor"):
+                load(**{name: wrong})
 
 
 def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
@@ -120,9 +168,9 @@ def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("hooklens.files.save_file", fail)
-    with pytest.raises(CheckpointError, match=r"cannot write a sweep to .*no space left"):
+    with pytest.raises(CheckpointError, match=rf"cannot write [\w ']+ to {path}: .*no space left"):
         result.save(path)
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["kept.safetensors"]
-    with pytest.raises(CheckpointError, match="cannot read a sweep"):
-        SweepResult.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"cannot read [\w ']+ from .*nowhere"):
+        type(result).load(tmp_path / "nowhere")

@@ -161,7 +161,7 @@ BLOCKS = (
     Mutant(
         "the factor on the embedding is off",
         "model.embed:Embed.forward",
-        (("torch.tensor(self.cfg.embed_scale, dtype", "torch.tensor(self.cfg.embed_scale + 0.01, dtype"),),
+        (("scale_in(self.cfg.embed_scale, ", "scale_in(self.cfg.embed_scale + 0.01, "),),
         "embed-scale",
     ),
     Mutant(

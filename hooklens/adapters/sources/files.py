@@ -1,0 +1,74 @@
+"""A checkpoint's files, wherever they lie: what stands beside the weights is there, and is checked, before them."""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from hooklens.adapters.conversion import TensorSource
+from hooklens.adapters.disk import DiskTensors
+from hooklens.adapters.folder import finish_replacement
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "hooklens.json",
+    "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
+"""Patterns of the files beside the weights: never code."""
+
+
+@runtime_checkable
+class CheckpointFiles(Protocol):
+    """The files of one checkpoint."""
+
+    @property
+    def where(self) -> str:
+        """What to call the place in texts of errors."""
+
+    def config_folder(self) -> Path:
+        """A local folder that holds `config.json`, and maybe more."""
+
+    def folder(self) -> Path:
+        """A local folder that holds all but the weights."""
+
+    def weights(self) -> TensorSource:
+        """The weights, fetched or read as they are asked for."""
+
+
+class LocalFiles:
+    """The files of a folder on this machine, memory-mapped.
+
+    Args:
+        folder: which. A save into it that was interrupted when its files were put in place is finished.
+        variant: of several weights in one folder, which.
+    """
+
+    def __init__(self, folder: Path, *, variant: str | None = None) -> None:
+        finish_replacement(folder)
+        self._folder, self._variant = folder, variant
+
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def config_folder(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    def folder(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    def weights(self) -> TensorSource:
+        """The tensors of its files."""
+        return DiskTensors(self._folder, variant=self._variant)

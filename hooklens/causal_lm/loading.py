@@ -1,0 +1,339 @@
+"""Where a model is loaded from: checkpoints in folders, on the hub, on any file system; or only their networks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hooklens.adapters import Repository, download_checkpoint, open_checkpoint, open_config
+from hooklens.adapters.conversion import config_of_layers, config_of_length
+from hooklens.arguments import (
+    MOST_ENTRIES,
+    optional,
+    read_device,
+    read_dtype,
+    read_flag,
+    read_int,
+    read_path,
+    read_text,
+    reads,
+    refusal,
+    require,
+)
+from hooklens.bundled import bundled_path
+from hooklens.config import HookedConfig
+from hooklens.errors import HookLensError, UnsupportedModelError
+from hooklens.hooks.choice import read_choice
+from hooklens.model.decoder import Decoder
+from hooklens.model.parameters import fill_parameters
+from hooklens.tokens import Tokenizer, read_tokenizer
+
+Model = TypeVar("Model")
+Source = str | Path | Repository
+
+_BUNDLED = "bundled:"
+_SEEDS = 2**64
+
+
+def _read_source(given: object, *, what: str, error: type[HookLensError]) -> Source:
+    if isinstance(given, Repository):
+        return given
+    path = read_path(given, what=what, error=error)
+    if isinstance(given, str):
+        return bundled_path(given.removeprefix(_BUNDLED)) if given.startswith(_BUNDLED) else given
+    return path
+
+
+def _read_token(given: object, *, what: str, error: type[HookLensError]) -> str | bool:
+    if isinstance(given, bool):
+        return given
+    if isinstance(given, str) and given:
+        return given
+    # The text of an error is no place for a token.
+    raise error(f"{what} is {type(given).__name__}; expected a text, or False for none")
+
+
+def _read_loaded_dtype(given: object, *, what: str, error: type[HookLensError]) -> torch.dtype | str:
+    return "auto" if isinstance(given, str) and given == "auto" else read_dtype(given, what=what, error=error)
+
+
+def _read_layers(given: object, *, what: str, error: type[HookLensError]) -> list[int]:
+    """Blocks as a list of numbers; which there are is known when the checkpoint is open."""
+    chosen = read_choice(given, what=what, error=error)
+    if not isinstance(chosen, tuple):
+        raise refusal(given, what, "a list of layers", error)
+    return list(chosen)
+
+
+_ON_THE_HUB: dict[str, Any] = {
+    "source": _read_source,
+    "revision": optional(read_text),
+    "subfolder": optional(read_text),
+    "token": optional(_read_token),
+    "cache_dir": optional(read_path),
+}
+_PLACES: dict[str, Any] = {
+    **_ON_THE_HUB,
+    "local_files_only": read_flag,
+    "storage_options": optional(partial(require, kind=Mapping, expected="options of the file system, by name")),
+}
+"""Readers of the arguments that say where a checkpoint lies."""
+_VARIANT: dict[str, Any] = {"variant": optional(read_text)}
+_KEPT: dict[str, Any] = {
+    "layers": optional(_read_layers),
+    "n_ctx": optional(partial(read_int, least=1, most=MOST_ENTRIES)),
+}
+
+
+class LoadingMethods:
+    """Loading a network, with its weights or without."""
+
+    @classmethod
+    @reads(
+        **_PLACES,
+        **_VARIANT,
+        **_KEPT,
+        dtype=_read_loaded_dtype,
+        device=read_device,
+        tokenizer=optional(read_tokenizer),
+    )
+    def from_pretrained(
+        cls: type[Model],
+        source: Source,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        token: str | bool | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        layers: Sequence[int] | None = None,
+        n_ctx: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Model:
+        """Load a checkpoint in Hugging Face format.
+
+        The config is read and checked before any weight is fetched. From a URL or a `Repository` safetensors files are
+        read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
+
+        Args:
+            source: a name on the hub, a local folder (no network is touched), an fsspec URL (`"s3://bucket/folder"`,
+                `"gs://..."`, `"memory://..."`), a `hooklens.adapters.Repository`, or a bundled checkpoint
+                (`"bundled:tiny-llama"`).
+            revision: branch, tag or commit on the hub.
+            subfolder: folder inside the source that holds the checkpoint.
+            variant: of several weights in one folder, which: `"fp16"` for `model.fp16.safetensors`.
+            token: for the hub; None: the one that is logged in, False: none.
+            dtype: of the weights, or its name (`"bfloat16"`); `"auto"` is the checkpoint's own.
+            device: where to put the weights.
+            layers: keep only these blocks, in this order.
+            n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
+                past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
+            tokenizer: used in place of the checkpoint's own.
+            storage_options: what the file system of a URL is made with (credentials, endpoint).
+            cache_dir: the hub's cache folder.
+            local_files_only: use what the hub's cache holds, and no network.
+
+        Raises:
+            CheckpointError: files or tensors are missing, damaged, or too many. Damage inside the entries of a tensor
+                is not seen.
+            UnsupportedModelError: the architecture, or a value in its config, is not implemented.
+            InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, or an option that this
+                kind of source has not.
+            MissingDependencyError: the package of the URL's file system is not installed.
+        """
+        checkpoint = open_checkpoint(
+            source,
+            revision=revision,
+            subfolder=subfolder,
+            variant=variant,
+            token=token,
+            storage_options=storage_options,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        kept = None if layers is None else list(layers)
+        model: Any = build_from_tensors(
+            cls,
+            checkpoint.config_for(kept, n_ctx=n_ctx),
+            checkpoint.tensors(kept, n_ctx=n_ctx),
+            tokenizer=checkpoint.load_tokenizer() if tokenizer is None else tokenizer,
+            device=device,
+            dtype=dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype,
+        )
+        model.transforms = checkpoint.transforms
+        model.generation_config = dict(checkpoint.generation_config)
+        return model  # type: ignore[no-any-return]
+
+    @classmethod
+    @reads(
+        **_PLACES,
+        **_KEPT,
+        dtype=read_dtype,
+        device=read_device,
+        seed=optional(partial(read_int, least=0, most=_SEEDS - 1)),
+    )
+    def from_config_of(
+        cls: type[Model],
+        source: Source,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "meta",
+        seed: int | None = None,
+        layers: Sequence[int] | None = None,
+        n_ctx: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Model:
+        """The network of a checkpoint without its weights: of the source only `config.json` is fetched.
+
+        Args:
+            source: as for `from_pretrained`.
+            revision: branch, tag or commit on the hub.
+            subfolder: folder inside the source that holds the checkpoint.
+            token: for the hub; None: the one that is logged in, False: none.
+            dtype: of the weights.
+            device: `"meta"`: the weights have shapes and no values, and take no memory. Any other: fresh random ones.
+            seed: of fresh weights; None: drawn from torch's own generator.
+            layers: keep only these blocks, in this order.
+            n_ctx: longest sequence the model accepts; None: the checkpoint's.
+            storage_options: what the file system of a URL is made with.
+            cache_dir: the hub's cache folder.
+            local_files_only: use what the hub's cache holds, and no network.
+
+        Raises:
+            CheckpointError: there is no `config.json`, or it is damaged.
+            UnsupportedModelError: the architecture, or a value in its config, is not implemented.
+            InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, or an option that this
+                kind of source has not.
+        """
+        cfg = open_config(
+            source,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            storage_options=storage_options,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        with torch.device("meta"):
+            made: Any = cls(config_of_length(config_of_layers(cfg, layers), n_ctx))  # type: ignore[call-arg]
+        made = made.to(dtype)
+        if torch.device(device).type != "meta":
+            with torch.inference_mode(mode=False):
+                made = made.to_empty(device=device)
+                made.initialize(seed=seed)
+        return made  # type: ignore[no-any-return]
+
+
+def build_from_tensors(
+    kind: type[Model],
+    cfg: HookedConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer: Tokenizer | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """A model of a class from its weights, read one after another.
+
+    Args:
+        kind: the class.
+        cfg: the network.
+        tensors: names and weights in their logical shapes.
+        tokenizer: of the model.
+        device: where to put the weights.
+        dtype: of the weights; None: their own.
+    """
+    with torch.device("meta"):
+        model = kind(cfg, tokenizer)  # type: ignore[call-arg]
+    assert isinstance(model, Decoder)
+    # Also what the tensors are made of is read here.
+    with torch.inference_mode(mode=False):
+        fill_parameters(model, tensors, device=device, dtype=dtype)
+    return model
+
+
+@reads(**_PLACES)
+def is_supported(
+    source: Source,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> bool:
+    """Whether HookLens has the network of a checkpoint, by its `config.json`, all that is fetched.
+
+    Why one is not supported is told by `HookedCausalLM.from_config_of(source)`.
+
+    Args:
+        source: as for `HookedCausalLM.from_pretrained`.
+        revision: branch, tag or commit on the hub.
+        subfolder: folder inside the source that holds the checkpoint.
+        token: for the hub; None: the one that is logged in, False: none.
+        storage_options: what the file system of a URL is made with.
+        cache_dir: the hub's cache folder.
+        local_files_only: use what the hub's cache holds, and no network.
+
+    Raises:
+        CheckpointError: there is no `config.json`, or it is damaged.
+        InputError: an option that this kind of source has not.
+    """
+    try:
+        open_config(
+            source,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            storage_options=storage_options,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+@reads(**_ON_THE_HUB, **_VARIANT)
+def download(
+    source: Source,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Fetch a checkpoint from the hub into its cache, to be loaded later, also without network; give the folder.
+
+    Nothing is fetched of a checkpoint that HookLens could not load. A local folder is given back as it is.
+
+    Args:
+        source: a name on the hub.
+        revision: branch, tag or commit.
+        subfolder: folder of the repository that holds the checkpoint.
+        variant: of several weights in one folder, which.
+        token: None: the one that is logged in; False: none.
+        cache_dir: the hub's cache folder.
+
+    Raises:
+        CheckpointError: there is no such repository, it is not open to you, or the download failed.
+        UnsupportedModelError: the architecture, or a value in its config, is not implemented.
+        InputError: a URL or a `Repository`, of which no copy is kept.
+    """
+    return download_checkpoint(
+        source, revision=revision, subfolder=subfolder, variant=variant, token=token, cache_dir=cache_dir
+    )
