@@ -96,7 +96,8 @@ class Family:
             rule in `weights`, too.
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
         renamed: names that transformers uses in memory, with the names on disk.
-        dialects: older `model_type`s, each with the function that rewrites its config.
+        dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
+            there are files of it that are written in another way.
     """
 
     name: str

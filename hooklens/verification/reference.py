@@ -1,4 +1,4 @@
-"""Logits against transformers: the checkpoint's reference implementation, attending with `sdpa`.
+"""Logits against transformers: the checkpoint's reference implementation, attending with `sdpa` where it can.
 
 Three dtypes, three questions:
 
@@ -15,7 +15,7 @@ Three dtypes, three questions:
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,17 +62,31 @@ def reference_loader(source: str | Path | HookedCausalLM, device: torch.device) 
 
     The function raises UnsupportedModelError where no transformers architecture can hold a model in memory.
     """
-    if isinstance(source, HookedCausalLM):
-        return lambda dtype: cast_model(source, dtype).to_hf()
-    transformers = import_package("transformers")
 
     def load(dtype: torch.dtype) -> "PreTrainedModel":
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
+        if isinstance(source, HookedCausalLM):
+            model = cast_model(source, dtype).to_hf()
+        else:
+            # None: `sdpa`, or where transformers has none for the architecture `eager`.
+            model = import_package("transformers").AutoModelForCausalLM.from_pretrained(
+                str(source), dtype=dtype, attn_implementation=None, local_files_only=True
+            )
+        # The model is asked for float64 later, which the product that runs all experts at once refuses.
+        model.set_experts_implementation("eager")
         return model.eval().to(device=device)
 
     return load
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """PyTorch makes new tensors in float64, without which some networks of transformers refuse that dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cast_model(model: HookedCausalLM, dtype: torch.dtype) -> HookedCausalLM:
@@ -122,23 +136,28 @@ def _run_reference(model: "PreTrainedModel", probe: Probe, batches: Sequence[_Ba
     """Logits of each batch at real positions, and whether float64 activations were narrowed on the way.
 
     Where rotary frequencies depend on the sequence's length transformers takes the longest row's for the whole
-    batch; there the padded batches are held against the rows run without padding, which must not change them.
+    batch; there the padded batches are held against the rows run without padding, which must not change them. So are
+    they where transformers' own are not numbers: some architectures mask with the lowest float64 before a softmax in
+    float32, where that is minus infinity.
     """
     narrowing = _NarrowingWatch(probe.n_tokens)
     with narrowing if model.dtype == torch.float64 else nullcontext():
         logits = {batch.label: batch.real(_call(model, batch.tokens, batch.mask)) for batch in batches}
-    if probe.model.depends_on_length(probe.n_tokens):
+    padded = [label for label in logits if label.endswith("padded")]
+    overflown = model.dtype == torch.float64 and any(logits[label].isnan().any() for label in padded)
+    if overflown or probe.model.depends_on_length(probe.n_tokens):
         alone: dict[int, Tensor] = {}
         for (length, rows), batch in zip(sorted(_rows_by_length(probe).items()), batches, strict=False):
             alone |= dict(zip(rows, torch.split(logits[batch.label], length), strict=True))
         in_order = torch.cat([alone[row] for row in range(len(probe.lengths))])
-        logits |= {batch.label: in_order for batch in batches if batch.label.endswith("padded")}
+        logits |= dict.fromkeys(padded, in_order)
     return logits, narrowing.seen
 
 
 def _call(model: "PreTrainedModel", tokens: Tensor, mask: Tensor) -> Tensor:
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    with float64_by_default() if model.dtype == torch.float64 else nullcontext():
+        output = model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False)
     logits: Tensor = output.logits
     return logits
 
@@ -167,7 +186,7 @@ def _root_mean_square(found: Tensor, exact: Tensor) -> float:
 
 
 class _NarrowingWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices when an activation, `[batch pos ...]`, goes from float64 to float32.
+    """Notices when an activation, `[batch pos ...]` or `[batch head pos ...]`, goes from float64 to float32.
 
     Constants such as rotary tables are narrower on purpose, and have no such axes.
     """
@@ -184,8 +203,8 @@ class _NarrowingWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             isinstance(source, Tensor)
             and isinstance(output, Tensor)
             and (source.dtype, output.dtype) == (torch.float64, torch.float32)
-            and source.ndim == 3
-            and source.shape[1] == self._n_tokens
+            and source.ndim >= 3
+            and self._n_tokens in source.shape[1:3]
         ):
             self.seen = True
         return output

@@ -5,6 +5,7 @@ decides: logits, dtypes, padding, caches, generation, and the way back to disk. 
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hooklens.adapters import open_checkpoint
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
 from hooklens.config import MoEConfig
+from hooklens.verification.reference import float64_by_default
 from tests.annotations import unchecked
 
 D_VOCAB = 97
@@ -100,7 +102,8 @@ def check(
         check_logits(model, reference, TOLERANCE[torch.float32], counts_padding=counts_padding)
         if float64 is not None:
             exact = HookedCausalLM.from_pretrained(folder, dtype=torch.float64)
-            check_logits(exact, reference.double(), float64, counts_padding=counts_padding)
+            with float64_by_default():
+                check_logits(exact, reference.double(), float64, counts_padding=counts_padding)
         check_bfloat16(folder)
         check_way_back(model, folder)
         check_caches(model)
@@ -142,6 +145,9 @@ def check_logits(
             continue
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         theirs = reference(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        # Some mask with the lowest float64 before a softmax in float32: padding is no number then, and spreads.
+        if theirs.dtype == torch.float64 and theirs[mask.bool()].isnan().any():
+            continue
         error = (ours - theirs)[mask.bool()].abs().max() / scale.clamp(min=1.0)
         assert error <= tolerance, f"{side}-padded batch: {error}"
 
@@ -159,10 +165,8 @@ def check_bfloat16(folder: Path) -> None:
     model = HookedCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ours = model(ids).double()
     theirs = reference(ids, use_cache=False).logits.double()
-    try:
-        exact = reference.double()(ids, use_cache=False).logits.double()
-    except RuntimeError:
-        exact = reference.float()(ids, use_cache=False).logits.double()
+    with float64_by_default():
+        exact = reference.double()(ids, use_cache=False).logits
     has_experts = any(isinstance(block.mlp, MoEConfig) for block in model.cfg.blocks)
 
     def measure(logits: Tensor) -> Tensor:
@@ -258,7 +262,9 @@ def read_published(config: Mapping[str, Any], n_parameters: int) -> None:
         n_parameters: tied ones counted once.
     """
     family = find_family(config, load_families(), where="here")
-    cfg = family.read_config(config, where="here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cfg = family.read_config(config, where="here")
     shapes = {name: weight.shape for name, weight in cfg.description.weights.items()}
     if cfg.tied_unembed:
         del shapes["unembed.W_U"]
