@@ -14,12 +14,8 @@ from torch import Tensor
 from hooklens.adapters.keys import BiasFlag, ConfigMap
 from hooklens.adapters.rules import WeightRule, is_stacked
 from hooklens.config import HookedConfig, Origin
-<<<<<<< HEAD
 from hooklens.config.combinations import BY_LAYER
-from hooklens.errors import ConfigError, UnsupportedModelError, join_names
-=======
 from hooklens.errors import ConfigError, UnsupportedModelError
->>>>>>> main
 
 Config = Mapping[str, Any]
 
@@ -231,17 +227,13 @@ def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
 
 
-<<<<<<< HEAD
 def _of_layers(cfg: HookedConfig, name: str, value: Any) -> Any:
     """A field's value, in each layer where it may differ by layer: there are two ways to say that all are alike."""
     return (value,) * cfg.n_layers if name in BY_LAYER and not isinstance(value, tuple) else value
 
 
-def _describe(cfg: HookedConfig, names: Iterable[str]) -> str:
-=======
 def describe_fields(cfg: HookedConfig, names: Iterable[str]) -> str:
     """Fields of a config with their values, as they are given."""
->>>>>>> main
     return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
 
 

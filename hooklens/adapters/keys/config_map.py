@@ -144,15 +144,10 @@ class ConfigMap:
                 updated = {key: value for key, value in updated.items() if key not in part.keys} | written
         return updated
 
-<<<<<<< HEAD
-    def _warn_of_unknown_keys(self, reader: ConfigReader, where: str) -> None:
+    def _unknown_keys(self, reader: ConfigReader) -> list[str]:
         # What any config may have, the configs inside of it may have, too.
         inert = {*INERT_KEYS, *self.always_pinned}
-        unknown = [
-=======
-    def _unknown_keys(self, reader: ConfigReader) -> list[str]:
         return [
->>>>>>> main
             key
             for key in reader.unused()
             if (name := key.rpartition(".")[2]) not in inert and key not in self.inert and not name.startswith("_")
