@@ -47,7 +47,7 @@ HEAVY = frozenset(
 
 FAMILY_WORD = re.compile(
     r"llama|falcon|neox|gpt-?_?2|gpt-?_?j|gpt-?_?neo|pythia|mi[sx]tral|qwen|gemma|phi-?\d|bloom|xlstm|olmo|starcoder"
-    r"|\bmpt\b|stablelm",
+    r"|\bmpt\b|stablelm|dbrx|gpt-?_?oss|granite|phi-?moe",
     re.IGNORECASE,
 )
 ALLOWED_PHRASES = re.compile(

@@ -53,6 +53,8 @@ _CONFIG = ConfigMap(
         stepped_mixture_keys(),
     ),
     fixed={"gated_mlp": True, "mlp_bias": False},
+    # Qwen3-Coder's configs have these of other architectures; transformers ignores them.
+    pinned={"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True},
     inert=(*INERT_ROUTER_KEYS, "max_window_layers"),
 )
 

@@ -150,5 +150,5 @@ class ConfigMap:
         return [
             key
             for key in reader.unused()
-            if (name := key.rpartition(".")[2]) not in inert and key not in self.inert and not name.startswith("_")
+            if key not in self.inert and not inert & {key, name := key.rpartition(".")[2]} and not name.startswith("_")
         ]
