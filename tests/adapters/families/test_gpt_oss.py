@@ -39,7 +39,8 @@ VARIANTS = {
         "swiglu_limit": 1.5,
         "swiglu_alpha": 1.1,
         "layer_types": ["full_attention", "sliding_attention"],
-        "rope_parameters": {**YARN, "truncate": True},
+        # With a base this small, bounds that are rounded are others.
+        "rope_parameters": {**YARN, "truncate": True, "rope_theta": 20.0},
     },
     "tied, no biases, all layers full": {
         "tie_word_embeddings": True,
