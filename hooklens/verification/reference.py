@@ -142,14 +142,16 @@ def _run_reference(model: "PreTrainedModel", probe: Probe, batches: Sequence[_Ba
     Where rotary frequencies depend on the sequence's length transformers takes the longest row's for the whole
     batch; there the padded batches are held against the rows run without padding, which must not change them. So are
     they where transformers' own are not numbers: some architectures mask with the lowest float64 before a softmax in
-    float32, where that is minus infinity.
+    float32, where that is minus infinity. And where queries have a temperature, for which some count padding as
+    positions, whatever positions they are given.
     """
     narrowing = _NarrowingWatch(probe.n_tokens)
     with narrowing if model.dtype == torch.float64 else nullcontext():
         logits = {batch.label: batch.real(_call(model, batch.tokens, batch.mask)) for batch in batches}
     padded = [label for label in logits if label.endswith("padded")]
     overflown = model.dtype == torch.float64 and any(logits[label].isnan().any() for label in padded)
-    if overflown or probe.model.depends_on_length(probe.n_tokens):
+    is_tuned = probe.model.cfg.query_temperature is not None
+    if overflown or is_tuned or probe.model.depends_on_length(probe.n_tokens):
         alone: dict[int, Tensor] = {}
         for (length, rows), batch in zip(sorted(_rows_by_length(probe).items()), batches, strict=False):
             alone |= dict(zip(rows, torch.split(logits[batch.label], length), strict=True))
