@@ -157,22 +157,34 @@ def expert_rules(hub: str, *, up: str = "up_proj", down: str = "down_proj", gate
     )
 
 
-def stacked_expert_rules(hub: str) -> Rules:
-    """Experts as transformers 5 holds them in memory: all in one tensor, the gate's rows before the linear half's."""
+def stacked_expert_rules(hub: str, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Rules:
+    """Experts as transformers 5 holds them in memory: all in one tensor, the gate's rows before the linear half's.
+
+    Args:
+        hub: the name of the experts.
+        gate_up, down: of their tensors, in full.
+    """
     mlp = f"{BLOCK}.mlp"
     return (
-        Fused(f"{hub}.gate_up_proj", (f"{mlp}.W_gate", f"{mlp}.W_in"), "e (s f) m -> s e m f", part="moe"),
-        Copy(f"{hub}.down_proj", f"{mlp}.W_out", "e m f -> e f m", part="moe"),
+        Fused(f"{hub}.{gate_up}", (f"{mlp}.W_gate", f"{mlp}.W_in"), "e (s f) m -> s e m f", part="moe"),
+        Copy(f"{hub}.{down}", f"{mlp}.W_out", "e m f -> e f m", part="moe"),
     )
 
 
-def shared_expert_rules(hub: str) -> Rules:
-    """The expert that sees every token, with Llama's names."""
+def shared_expert_rules(hub: str, *, gate: str | None = None) -> Rules:
+    """The expert that sees every token, with Llama's names.
+
+    Args:
+        hub: its name on disk.
+        gate: that of the map whose sigmoid its output is multiplied by; None: there is none.
+    """
     shared = f"{BLOCK}.mlp.shared"
+    gated = () if gate is None else (Copy(f"{gate}.weight", f"{shared}.W_shared_gate", "o m -> m o"),)
     return (
         Copy(f"{hub}.gate_proj.weight", f"{shared}.W_gate", "f m -> m f"),
         Copy(f"{hub}.up_proj.weight", f"{shared}.W_in", "f m -> m f"),
         Copy(f"{hub}.down_proj.weight", f"{shared}.W_out", "m f -> f m"),
+        *gated,
     )
 
 

@@ -141,7 +141,7 @@ class RotaryTables:
         scaling = self.positions.scaling
         return (
             scaling is not None
-            and scaling.kind in ("dynamic", "longrope")
+            and (scaling.kind == "dynamic" or scaling.short_factors != scaling.long_factors)
             and scaling.original_n_ctx is not None
             and n_positions > scaling.original_n_ctx
         )

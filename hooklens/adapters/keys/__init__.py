@@ -1,6 +1,14 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
+from hooklens.adapters.keys.mixtures import (
+    INERT_ROUTER_KEYS,
+    MixtureKeys,
+    every_few_layers,
+    layers_in,
+    norm_topk_key,
+    stepped_mixture_keys,
+)
 from hooklens.adapters.keys.norms import QK_NORM, norm_key, qk_norm_flag
 from hooklens.adapters.keys.parts import (
     ROOT_EMBED_SCALE,
@@ -21,6 +29,7 @@ from hooklens.adapters.keys.scales import MULTIPLIER_KEYS
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, all_but_every, late_layers
 
 __all__ = [
+    "INERT_ROUTER_KEYS",
     "MULTIPLIER_KEYS",
     "QK_NORM",
     "REQUIRED",
@@ -38,12 +47,17 @@ __all__ = [
     "FixedPositionKeys",
     "Key",
     "LayeredRotary",
+    "MixtureKeys",
     "PositionKeys",
     "RotaryDimKeys",
     "WindowKeys",
     "all_but_every",
+    "every_few_layers",
     "late_layers",
+    "layers_in",
     "norm_key",
+    "norm_topk_key",
     "qk_norm_flag",
     "score_scalar_key",
+    "stepped_mixture_keys",
 ]
