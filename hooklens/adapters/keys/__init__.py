@@ -10,10 +10,10 @@ from hooklens.adapters.keys.parts import (
     Computed,
     ConfigPart,
     Derived,
-    EmbedScaleFlag,
     Key,
+    embed_scale_flag,
 )
-from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
+from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, rotary_dim_keys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
 
@@ -28,12 +28,12 @@ __all__ = [
     "ConfigPart",
     "ConfigReader",
     "Derived",
-    "EmbedScaleFlag",
     "FixedPositionKeys",
     "Key",
     "LayeredRotary",
     "PositionKeys",
-    "RotaryDimKeys",
     "WindowKeys",
+    "embed_scale_flag",
     "norm_key",
+    "rotary_dim_keys",
 ]
