@@ -11,11 +11,15 @@ from hooklens.adapters.rules import Condition, Copy, Fused, FusedQKV, RowOrder, 
 
 BLOCK = "blocks.{i}"
 _PRE_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+POST_NORMS = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
+"""Norms behind each branch only, as families without others call them."""
+SANDWICH_NORMS = {"ln1": "input_layernorm", "ln2": "pre_feedforward_layernorm", **POST_NORMS}
+"""The same, and norms before each branch."""
 
 Rules = tuple[WeightRule, ...]
 
 
-def norm_rules(hub: str, name: str, *, when: Condition = applies_always) -> Rules:
+def norm_rules(hub: str, name: str, *, when: Condition = applies_always) -> tuple[Copy, ...]:
     """A norm: `<hub>.weight` is `<name>.w`, `<hub>.bias` is `<name>.b`."""
     return (Copy(f"{hub}.weight", f"{name}.w", when=when), Copy(f"{hub}.bias", f"{name}.b", when=when))
 
@@ -70,10 +74,17 @@ def attention_rules(hub: str, *, q: str = "q_proj", k: str = "k_proj", v: str = 
     return (*projections, *out_rules(f"{hub}.{o}"))
 
 
-def qk_norm_rules(hub: str, *, q: str = "q_norm", k: str = "k_norm") -> Rules:
-    """Norms of queries and keys."""
+def qk_norm_rules(hub: str, *, q: str = "q_norm", k: str = "k_norm", heads_flat: bool = False) -> Rules:
+    """Norms of queries and keys.
+
+    Args:
+        hub: name on disk of attention.
+        q, k: of the norms.
+        heads_flat: weights of several heads lie in one axis, as those of norms over all heads do.
+    """
     attn = f"{BLOCK}.attn"
-    return (*norm_rules(f"{hub}.{q}", f"{attn}.q_norm"), *norm_rules(f"{hub}.{k}", f"{attn}.k_norm"))
+    rules = (*norm_rules(f"{hub}.{q}", f"{attn}.q_norm"), *norm_rules(f"{hub}.{k}", f"{attn}.k_norm"))
+    return tuple(replace(rule, pattern="(n h) -> n h") for rule in rules) if heads_flat else rules
 
 
 def fused_qkv_rules(hub: str, *, order: RowOrder) -> Rules:
@@ -146,22 +157,34 @@ def expert_rules(hub: str, *, up: str = "up_proj", down: str = "down_proj", gate
     )
 
 
-def stacked_expert_rules(hub: str) -> Rules:
-    """Experts as transformers 5 holds them in memory: all in one tensor, the gate's rows before the linear half's."""
+def stacked_expert_rules(hub: str, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Rules:
+    """Experts as transformers 5 holds them in memory: all in one tensor, the gate's rows before the linear half's.
+
+    Args:
+        hub: the name of the experts.
+        gate_up, down: of their tensors, in full.
+    """
     mlp = f"{BLOCK}.mlp"
     return (
-        Fused(f"{hub}.gate_up_proj", (f"{mlp}.W_gate", f"{mlp}.W_in"), "e (s f) m -> s e m f", part="moe"),
-        Copy(f"{hub}.down_proj", f"{mlp}.W_out", "e m f -> e f m", part="moe"),
+        Fused(f"{hub}.{gate_up}", (f"{mlp}.W_gate", f"{mlp}.W_in"), "e (s f) m -> s e m f", part="moe"),
+        Copy(f"{hub}.{down}", f"{mlp}.W_out", "e m f -> e f m", part="moe"),
     )
 
 
-def shared_expert_rules(hub: str) -> Rules:
-    """The expert that sees every token, with Llama's names."""
+def shared_expert_rules(hub: str, *, gate: str | None = None) -> Rules:
+    """The expert that sees every token, with Llama's names.
+
+    Args:
+        hub: its name on disk.
+        gate: that of the map whose sigmoid its output is multiplied by; None: there is none.
+    """
     shared = f"{BLOCK}.mlp.shared"
+    gated = () if gate is None else (Copy(f"{gate}.weight", f"{shared}.W_shared_gate", "o m -> m o"),)
     return (
         Copy(f"{hub}.gate_proj.weight", f"{shared}.W_gate", "f m -> m f"),
         Copy(f"{hub}.up_proj.weight", f"{shared}.W_in", "f m -> m f"),
         Copy(f"{hub}.down_proj.weight", f"{shared}.W_out", "m f -> f m"),
+        *gated,
     )
 
 

@@ -39,6 +39,7 @@ class Key:
         default: what transformers takes where the key is absent; None leaves the field to `HookedConfig`.
         alias: older spelling, which wins where both are given.
         decode, encode: between the key's value and the field's.
+        nullable: null leaves the field to `HookedConfig`, whatever transformers takes where the key is absent.
     """
 
     hub: str
@@ -48,6 +49,7 @@ class Key:
     alias: str | None = None
     decode: Callable[[Any], Any] = _unchanged
     encode: Callable[[Any], Any] = _unchanged
+    nullable: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -58,7 +60,8 @@ class Key:
         """Decode the value; an absent one without a default leaves the field out."""
         value = reader.get(self.alias, self.kind, None) if self.alias is not None else None
         if value is None:
-            value = reader.get(self.hub, self.kind, self.default)
+            default = None if self.nullable and reader.is_null(self.hub) else self.default
+            value = reader.get(self.hub, self.kind, default)
         else:
             reader.used.add(self.hub)
         return {} if value is None else {self.name: self.decode(value)}
@@ -220,3 +223,32 @@ def embed_scale_flag(hub: str, *, default: bool) -> Computed:
         return {hub: fields["embed_scale"] is not None}
 
     return Computed((hub,), read, write)
+
+
+def _decode_scalar(scalar: float) -> float:
+    return float(scalar**-0.5)
+
+
+def _encode_scalar(scale: float | None) -> float | None:
+    # None is the scale of the head size, which the key does not know; what is read back differs, and is refused there.
+    if not scale or scale < 0:
+        return None
+    scalar = scale**-2
+    # A whole number where it is one, else the one of the floats around that comes back exactly.
+    near = (math.nextafter(scalar, 0), math.nextafter(scalar, math.inf))
+    exact = (one for one in (max(1, round(scalar)), scalar, *near) if _decode_scalar(one) == scale)
+    return next(exact, scalar)
+
+
+def score_scalar_key(hub: str, *, default: float) -> Key:
+    """The key of a number whose inverse root is the factor on attention scores.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where it is absent.
+    """
+    return Key(hub, "attn_scale", float, default=default, decode=_decode_scalar, encode=_encode_scalar)
+
+
+ROOT_EMBED_SCALE = Derived(lambda fields: {"embed_scale": math.sqrt(fields["d_model"]), "embed_scale_rounded": True})
+"""The token embedding is multiplied by the root of the stream's width, rounded to the dtype of the weights."""

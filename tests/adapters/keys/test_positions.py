@@ -109,3 +109,32 @@ def test_a_rotation_of_which_only_the_width_is_said() -> None:
     reader = ConfigReader({})
     assert part.read(reader, {}) == {}
     assert reader.problems == ["rotary_dim is missing"]
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "is_stretched"),
+    [
+        ({}, 5.0, True),
+        ({"rope_theta": 777.0}, 5.0, True),
+        ({"rope_theta": 777.0, "rope_scaling": None}, 5.0, True),
+        ({"rope_theta": 777.0, "rope_scaling": {"rope_type": "default"}}, 777.0, False),
+        ({"rope_parameters": {}}, 10000.0, False),
+    ],
+)
+def test_family_s_own_rotation_holds_where_the_config_describes_none(config, base, is_stretched) -> None:
+    """transformers fills the object in before it looks at the flat base, so its entries rank before that.
+
+    A flat base alone switched the family's own rotation off, stretch and all.
+    """
+    part = PositionKeys(default_rope={"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0})
+    positions = part.read(ConfigReader(config), {"d_head": 8})["positions"]
+    assert positions.base == base
+    assert (positions.scaling is not None) is is_stretched
+
+
+def test_flat_base_ranks_before_the_family_s_where_its_own_rotation_has_none() -> None:
+    part = PositionKeys(default_rope={"rope_type": "linear", "factor": 2.0}, default_base=5.0)
+    for config, base in (({}, 5.0), ({"rope_theta": 777.0}, 777.0)):
+        positions = part.read(ConfigReader(config), {"d_head": 8})["positions"]
+        assert positions.base == base
+        assert positions.scaling is not None
