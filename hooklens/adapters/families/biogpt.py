@@ -15,9 +15,9 @@ from hooklens.adapters.keys import (
     SIZE_KEYS,
     ActivationKey,
     ConfigMap,
-    EmbedScaleFlag,
     FixedPositionKeys,
     Key,
+    embed_scale_flag,
 )
 from hooklens.adapters.tables import decoder_rules, fairseq_block_rules
 from hooklens.config import LearnedPositions, NormConfig
@@ -27,7 +27,7 @@ _CONFIG = ConfigMap(
         *SIZE_KEYS,
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="gelu"),
-        EmbedScaleFlag("scale_embedding", default=True),
+        embed_scale_flag("scale_embedding", default=True),
         Key("tie_word_embeddings", "tied_unembed", bool, default=True),
         Key("initializer_range", "init_std", float, default=0.02),
         FixedPositionKeys(positions=LearnedPositions(offset=2), default_n_ctx=1024),

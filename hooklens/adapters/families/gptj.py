@@ -12,7 +12,7 @@ Peculiarities:
 """
 
 from hooklens.adapters.family import Family
-from hooklens.adapters.keys import SHORT_SIZE_KEYS, ActivationKey, ConfigMap, Key, RotaryDimKeys, norm_key
+from hooklens.adapters.keys import SHORT_SIZE_KEYS, ActivationKey, ConfigMap, Key, norm_key, rotary_dim_keys
 from hooklens.adapters.tables import BLOCK, Rules, attention_rules, decoder_rules, mlp_rules, norm_rules
 
 _CONFIG = ConfigMap(
@@ -22,7 +22,7 @@ _CONFIG = ConfigMap(
         ActivationKey("activation_function", default="gelu_new"),
         norm_key("layer_norm_epsilon", "layer", default_eps=1e-5),
         Key("initializer_range", "init_std", float, default=0.02),
-        RotaryDimKeys(n_ctx="n_positions", alias="max_position_embeddings"),
+        rotary_dim_keys(n_ctx="n_positions", alias="max_position_embeddings"),
     ),
     fixed={
         "wiring": "parallel",

@@ -11,7 +11,7 @@ Peculiarities:
 """
 
 from hooklens.adapters.family import Family
-from hooklens.adapters.keys import ActivationKey, ConfigMap, EmbedScaleFlag, FixedPositionKeys, Key
+from hooklens.adapters.keys import ActivationKey, ConfigMap, FixedPositionKeys, Key, embed_scale_flag
 from hooklens.adapters.tables import decoder_rules, fairseq_block_rules
 from hooklens.config import NormConfig, SinusoidalPositions
 
@@ -23,7 +23,7 @@ _CONFIG = ConfigMap(
         Key("attention_heads", "n_heads", int, alias="num_attention_heads"),
         Key("ffn_dim", "d_mlp", int),
         ActivationKey("activation_function", default="gelu"),
-        EmbedScaleFlag("scale_embedding", default=True),
+        embed_scale_flag("scale_embedding", default=True),
         Key("tie_word_embeddings", "tied_unembed", bool, default=True),
         Key("init_std", "init_std", float, default=0.02),
         FixedPositionKeys(positions=SinusoidalPositions(layout="half", includes_base=True, offset=2)),

@@ -19,11 +19,11 @@ from hooklens.adapters.keys.parts import (
     Computed,
     ConfigPart,
     Derived,
-    EmbedScaleFlag,
     Key,
+    embed_scale_flag,
     score_scalar_key,
 )
-from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
+from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, rotary_dim_keys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.adapters.keys.scales import MULTIPLIER_KEYS
 from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, all_but_every, late_layers
@@ -43,21 +43,21 @@ __all__ = [
     "ConfigPart",
     "ConfigReader",
     "Derived",
-    "EmbedScaleFlag",
     "FixedPositionKeys",
     "Key",
     "LayeredRotary",
     "MixtureKeys",
     "PositionKeys",
-    "RotaryDimKeys",
     "WindowKeys",
     "all_but_every",
+    "embed_scale_flag",
     "every_few_layers",
     "late_layers",
     "layers_in",
     "norm_key",
     "norm_topk_key",
     "qk_norm_flag",
+    "rotary_dim_keys",
     "score_scalar_key",
     "stepped_mixture_keys",
 ]

@@ -179,33 +179,6 @@ class BiasFlag:
 
 
 @dataclass(frozen=True)
-class EmbedScaleFlag:
-    """One flag that multiplies the token embedding by the root of its width.
-
-    Attributes:
-        hub: the key.
-        default: what transformers takes where the key is absent.
-    """
-
-    hub: str
-    default: bool
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The key."""
-        return (self.hub,)
-
-    def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Read `embed_scale`."""
-        scaled = reader.get(self.hub, bool, self.default)
-        return {"embed_scale": math.sqrt(fields["d_model"]) if scaled else None}
-
-    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the flag; another factor differs from what is read back, and is refused there."""
-        return {self.hub: fields["embed_scale"] is not None}
-
-
-@dataclass(frozen=True)
 class Computed:
     """Several keys and several fields, related by two functions."""
 
@@ -232,6 +205,24 @@ class Derived:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing: fields that do not follow differ from what is read back, and are refused there."""
         return {}
+
+
+def embed_scale_flag(hub: str, *, default: bool) -> Computed:
+    """One flag that multiplies the token embedding by the root of its width: `embed_scale`.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where the key is absent.
+    """
+
+    def read(reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"embed_scale": math.sqrt(fields["d_model"]) if reader.get(hub, bool, default) else None}
+
+    def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+        # Another factor differs from what is read back, and is refused there.
+        return {hub: fields["embed_scale"] is not None}
+
+    return Computed((hub,), read, write)
 
 
 def _decode_scalar(scalar: float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hooklens.adapters.keys.parts import Key
+from hooklens.adapters.keys.parts import Computed, Key
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.config import (
     AlibiPositions,
@@ -212,42 +212,29 @@ class FixedPositionKeys:
         return self._length.write(fields)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RotaryDimKeys:
+def rotary_dim_keys(
+    *, n_ctx: str, alias: str, dim: str = "rotary_dim", layout: RotaryLayout = "interleaved"
+) -> Computed:
     """A rotation of which the config gives the rotated entries of a head and nothing else: `positions` and `n_ctx`.
 
-    Attributes:
+    Args:
         n_ctx: key of the context length.
         alias: another spelling of that key, which wins where both are given.
         dim: key of the rotated entries.
         layout: how entries are paired.
     """
+    length = Key(n_ctx, "n_ctx", int, default=2048, alias=alias)
 
-    n_ctx: str
-    alias: str
-    dim: str = "rotary_dim"
-    layout: RotaryLayout = "interleaved"
+    def read(reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+        read_length, width = length.read(reader, fields), reader.get(dim, int)
+        return {} if reader.problems else {**read_length, "positions": RotaryPositions(dim=width, layout=layout)}
 
-    @property
-    def _length(self) -> Key:
-        return Key(self.n_ctx, "n_ctx", int, default=2048, alias=self.alias)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys the part reads."""
-        return (*self._length.keys, self.dim)
-
-    def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Read `positions` and `n_ctx`."""
-        length, dim = self._length.read(reader, fields), reader.get(self.dim, int)
-        return {} if reader.problems else {**length, "positions": RotaryPositions(dim=dim, layout=self.layout)}
-
-    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the length and the rotated entries; another rotation differs from what is read back."""
+    def write(fields: Mapping[str, Any]) -> dict[str, Any]:
         positions = fields["positions"]
-        # What is no rotation is refused when it is read back.
-        dim = positions.dim if isinstance(positions, RotaryPositions) else 0
-        return {**self._length.write(fields), self.dim: dim}
+        # Another rotation, or none, differs from what is read back, and is refused there.
+        return {**length.write(fields), dim: positions.dim if isinstance(positions, RotaryPositions) else 0}
+
+    return Computed((*length.keys, dim), read, write)
 
 
 def _read_scaling(

@@ -27,7 +27,8 @@ def test_score_scalar_comes_back(scalar) -> None:
     key = score_scalar_key("scalar", default=256)
     read = key.read(ConfigReader({"scalar": scalar}), {})
     written = key.write(read)["scalar"]
-    assert isinstance(written, int) == (scalar == round(scalar))
+    # One that is all but whole has the same inverse root, and comes back as whole, too.
+    assert isinstance(written, int) or scalar != round(scalar)
     assert written == pytest.approx(scalar)
     assert key.read(ConfigReader({"scalar": written}), {}) == read
     assert key.write({"attn_scale": None}) == {"scalar": None}

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.adapters.keys import ConfigReader
-from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
+from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, rotary_dim_keys
 from hooklens.config import AlibiPositions, LearnedPositions, RotaryPositions, RotaryScaling
 
 WHOLE = PositionKeys(alibi="alibi")
@@ -102,7 +102,7 @@ def test_fixed_positions_have_a_length_in_two_spellings(config, n_ctx) -> None:
 
 
 def test_a_rotation_of_which_only_the_width_is_said() -> None:
-    part = RotaryDimKeys(n_ctx="n_positions", alias="max_position_embeddings")
+    part = rotary_dim_keys(n_ctx="n_positions", alias="max_position_embeddings")
     read = part.read(ConfigReader({"rotary_dim": 6, "n_positions": 8}), {})
     assert read == {"n_ctx": 8, "positions": RotaryPositions(dim=6, layout="interleaved")}
     assert part.write(read) == {"rotary_dim": 6, "n_positions": 8}
