@@ -46,7 +46,7 @@ class BoundRule:
         if not is_stacked(self.rule):
             return self.rule.load(read(self.hubs[0]), cfg)
         loaded = [self.rule.load(read(name), cfg) for name in self.hubs]
-        return tuple(map(_stack, zip(*loaded, strict=True)))
+        return tuple(map(torch.stack, zip(*loaded, strict=True)))
 
     def save(self, name: str, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """The tensor of one of the names on disk; need not be contiguous."""
@@ -65,14 +65,6 @@ def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...
     if rule.part is not None and getattr(cfg.block(layer).mlp, "kind", None) != rule.part:
         return None
     return tuple(weights[names[0]].shape)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors along a new first axis, lying in memory as each of them does."""
-    strides = tensors[0].stride()
-    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-    stacked = torch.stack([tensor.permute(order) for tensor in tensors])
-    return stacked.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
 
 @dataclass(frozen=True, kw_only=True)
