@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.keys import BiasFlag, ConfigMap
-from hooklens.adapters.rules import WeightRule, is_stacked
+from hooklens.adapters.rules import WeightRule, is_stacked, parameters_beside
 from hooklens.config import HookedConfig, Origin
 from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
@@ -59,7 +59,7 @@ class BoundRule:
 def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...] | None:
     """The shape of the rule's first parameter in a layer of the network; None where the network lacks one of them."""
     weights = cfg.description.weights
-    names = [name.format(i=layer) for name in rule.ours]
+    names = [name.format(i=layer) for name in parameters_beside(rule)]
     if not all(name in weights for name in names) or (cfg.tied_unembed and "unembed.W_U" in names):
         return None
     if rule.part is not None and getattr(cfg.block(layer).mlp, "kind", None) != rule.part:
@@ -192,7 +192,8 @@ class Family:
         """The config, and the fields that reading it back would not give again."""
         fields, original = _fields_of(cfg), self._original_config(cfg)
         if original is None:
-            written = self.config.write(fields)
+            # Left out, transformers takes that of the family's first checkpoint, which may lie past the vocabulary.
+            written = {**self.config.write(fields), "pad_token_id": None}
         else:
             known = _fields_of(self.read_config(original, where="the original config", warn=False))
             written = self.config.update(original, known, fields)

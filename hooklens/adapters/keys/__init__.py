@@ -9,17 +9,32 @@ from hooklens.adapters.keys.mixtures import (
     norm_topk_key,
     stepped_mixture_keys,
 )
-from hooklens.adapters.keys.norms import norm_key
-from hooklens.adapters.keys.parts import SIZE_KEYS, ActivationKey, BiasFlag, Computed, ConfigPart, Derived, Key
-from hooklens.adapters.keys.positions import LearnedPositionKeys, PositionKeys
+from hooklens.adapters.keys.norms import QK_NORM, norm_key, qk_norm_flag
+from hooklens.adapters.keys.parts import (
+    ROOT_EMBED_SCALE,
+    SHORT_SIZE_KEYS,
+    SIZE_KEYS,
+    ActivationKey,
+    BiasFlag,
+    Computed,
+    ConfigPart,
+    Derived,
+    EmbedScaleFlag,
+    Key,
+    score_scalar_key,
+)
+from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, RotaryDimKeys
 from hooklens.adapters.keys.reader import REQUIRED, ConfigReader
 from hooklens.adapters.keys.scales import MULTIPLIER_KEYS
-from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys
+from hooklens.adapters.keys.windows import LayeredRotary, WindowKeys, all_but_every, late_layers
 
 __all__ = [
     "INERT_ROUTER_KEYS",
     "MULTIPLIER_KEYS",
+    "QK_NORM",
     "REQUIRED",
+    "ROOT_EMBED_SCALE",
+    "SHORT_SIZE_KEYS",
     "SIZE_KEYS",
     "ActivationKey",
     "BiasFlag",
@@ -28,15 +43,21 @@ __all__ = [
     "ConfigPart",
     "ConfigReader",
     "Derived",
+    "EmbedScaleFlag",
+    "FixedPositionKeys",
     "Key",
     "LayeredRotary",
-    "LearnedPositionKeys",
     "MixtureKeys",
     "PositionKeys",
+    "RotaryDimKeys",
     "WindowKeys",
+    "all_but_every",
     "every_few_layers",
+    "late_layers",
     "layers_in",
     "norm_key",
     "norm_topk_key",
+    "qk_norm_flag",
+    "score_scalar_key",
     "stepped_mixture_keys",
 ]

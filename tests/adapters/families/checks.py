@@ -20,6 +20,7 @@ from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
+from hooklens.config import HookedConfig
 from hooklens.verification.reference import float64_by_default, routes, typical_error
 from tests.annotations import unchecked
 
@@ -45,7 +46,7 @@ def save(folder: Path, model_type: str, *, seed: int = 0, spread: float = 0.2, *
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm_weight = parameter.ndim == 1 and name.endswith("weight") and parameter.mean() > 0.5
+            is_norm_weight = name.endswith("weight") and parameter.mean() > 0.5
             parameter.copy_(1 + 0.3 * noise if is_norm_weight else spread * noise)
         for name, buffer in model.named_buffers():
             # Corrections of routers are buffers that are saved.
@@ -188,6 +189,8 @@ def check_way_back(model: HookedCausalLM, folder: Path) -> None:
         assert {name: tuple(value.shape) for name, value in rebuilt.state_dict().items()} == {
             name: tuple(value.shape) for name, value in load_reference(folder, torch.float32).state_dict().items()
         }
+        # What stands in such a config must run, too.
+        assert rebuilt(ids).logits.shape == expected.shape
         taken_over = HookedCausalLM.from_hf(load_reference(folder, torch.float32))
         assert taken_over.cfg == model.cfg
         theirs, ours = taken_over.state_dict(), model.state_dict()
@@ -233,7 +236,16 @@ def check_generation(model: HookedCausalLM, reference: PreTrainedModel) -> None:
     theirs = reference.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False, verbose=False), theirs)
+    ours = model.generate(ids, max_new_tokens=10, do_sample=False, stop_at_eos=False, verbose=False)
+    assert torch.equal(ours, theirs)
+
+
+def check_reading(folder: Path) -> HookedCausalLM:
+    """What HookLens reads out of a `config.json`, edited by hand say, is what transformers reads; give the model."""
+    with unchecked():
+        model = HookedCausalLM.from_pretrained(folder, dtype=torch.float32)
+        check_logits(model, load_reference(folder, torch.float32), TOLERANCE[torch.float32])
+    return model
 
 
 def verify_folder(folder: Path) -> None:
@@ -243,6 +255,11 @@ def verify_folder(folder: Path) -> None:
     assert report.passed, str(report)
 
 
+def read_config(config: Mapping[str, Any]) -> HookedConfig:
+    """The network that the contents of a `config.json` describe; a key that is not known is a warning."""
+    return find_family(config, load_families(), where="here").read_config(config, where="here")
+
+
 def read_published(config: Mapping[str, Any], n_parameters: int) -> None:
     """A published `config.json`: every key is known, and the network has the published number of parameters.
 
@@ -250,11 +267,21 @@ def read_published(config: Mapping[str, Any], n_parameters: int) -> None:
         config: its contents.
         n_parameters: tied ones counted once.
     """
-    family = find_family(config, load_families(), where="here")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cfg = family.read_config(config, where="here")
+        cfg = read_config(config)
     shapes = {name: weight.shape for name, weight in cfg.description.weights.items()}
     if cfg.tied_unembed:
         del shapes["unembed.W_U"]
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == n_parameters
+
+
+def check_defaults(model_type: str, **sizes: Any) -> None:
+    """A config that is silent but of sizes means what transformers takes it for, written out in full.
+
+    Args:
+        model_type: the family's name in transformers.
+        sizes: the keys that a config must have.
+    """
+    silent = {"model_type": model_type, **sizes}
+    assert read_config(silent) == read_config(AutoConfig.for_model(**silent).to_dict())
