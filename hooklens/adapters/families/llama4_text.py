@@ -135,7 +135,8 @@ class _LayerKeys:
             **self.rotary.write({**fields, "positions": rotation}),
             "no_rope_layers": [int(isinstance(one, RotaryPositions)) for one in each],
             "layer_types": [_FULL if chunk is None else _CHUNKED for chunk in chunks],
-            "attention_chunk_size": _first(chunks),
+            # transformers asks for a size where no layer has chunks, too.
+            "attention_chunk_size": _first(chunks) or 8192,
             "use_qk_norm": _first(fields["qk_norm"]) is not None,
             _TUNING: temperature is not None,
             **numbers,
