@@ -1,7 +1,7 @@
 """The text decoder of Llama 4 (Meta AI 2025, "The Llama 4 herd").
 
-Checkpoints: text-only ones, whose `model_type` is `llama4_text` (fine-tunes of Llama-4-Scout-17B-16E and
-Llama-4-Maverick-17B-128E saved from `Llama4ForCausalLM`). The releases themselves are multimodal.
+Checkpoints: the text decoders of meta-llama/Llama-4-Scout-17B-16E and Llama-4-Maverick-17B-128E, which are multimodal,
+their instruct versions, and fine-tunes saved as text only (`Llama4ForCausalLM`), whose `model_type` is `llama4_text`.
 
 Peculiarities:
 - Every fourth layer has no rotation and sees all positions; the others turn pairs that stand side by side, and a query
@@ -135,7 +135,8 @@ class _LayerKeys:
             **self.rotary.write({**fields, "positions": rotation}),
             "no_rope_layers": [int(isinstance(one, RotaryPositions)) for one in each],
             "layer_types": [_FULL if chunk is None else _CHUNKED for chunk in chunks],
-            "attention_chunk_size": _first(chunks),
+            # transformers asks for a size where no layer has chunks, too.
+            "attention_chunk_size": _first(chunks) or 8192,
             "use_qk_norm": _first(fields["qk_norm"]) is not None,
             _TUNING: temperature is not None,
             **numbers,

@@ -94,6 +94,7 @@ TWENTY = {
 PUBLISHED = {
     # Without `quantization_config`: as a dequantised copy has it.
     "gpt-oss-20b": (TWENTY, 20_914_757_184),
+    "gpt-oss-20b-BF16 of unsloth": ({**TWENTY, "torch_dtype": "bfloat16", "unsloth_fixed": True}, 20_914_757_184),
     "gpt-oss-120b": (
         {
             **TWENTY,

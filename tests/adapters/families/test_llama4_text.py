@@ -47,12 +47,13 @@ VARIANTS = {
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
         "attention_bias": True,
     },
-    "tied, untuned": {
+    "tied, untuned, no chunks": {
         "num_hidden_layers": 2,
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,
         "attn_temperature_tuning": False,
         "no_rope_layer_interval": 2,
+        "layer_types": ["full_attention", "full_attention"],
     },
 }
 SCOUT = {

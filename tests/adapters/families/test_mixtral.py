@@ -1,11 +1,14 @@
 """Mixtral against transformers, in every variant."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from hooklens.adapters import open_checkpoint
+from hooklens import HookedCausalLM
+from hooklens.adapters import open_checkpoint, read_hf_model
 from hooklens.config import MoEConfig
-from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from hooklens.errors import CheckpointError, UnsupportedModelError
+from tests.adapters.families.checks import D_VOCAB, check, load_reference, read_published, save, verify_folder
 from tests.adapters.families.routers import check_routing
 from tests.checkpoints import edit_config
 
@@ -59,6 +62,7 @@ EIGHT_TIMES_SEVEN = {
 }
 PUBLISHED = {
     "Mixtral-8x7B-v0.1": (EIGHT_TIMES_SEVEN, 46_702_792_704),
+    "Mixtral-8x7B-Instruct-v0.1": ({**EIGHT_TIMES_SEVEN, "transformers_version": "4.36.0.dev0"}, 46_702_792_704),
     "Mixtral-8x22B-v0.1": (
         {
             **EIGHT_TIMES_SEVEN,
@@ -114,3 +118,31 @@ def test_a_mixture_without_its_sizes_is_refused(tmp_path) -> None:
     edit_config(folder, remove=["num_local_experts", "num_experts_per_tok"])
     with pytest.raises(UnsupportedModelError, match=r"num_local_experts is missing; num_experts_per_tok is missing"):
         open_checkpoint(folder)
+
+
+def test_experts_of_a_model_in_memory_are_read_without_a_copy_and_taken_over_with_one(tmp_path) -> None:
+    """All experts are one tensor there, in which gate and linear half are views that no model can have as weights."""
+    reference = load_reference(save(tmp_path, "mixtral", **TINY), torch.float32)
+    experts = reference.model.layers[1].mlp.experts
+    _, state = read_hf_model(reference)
+    for name, tensor in {"W_gate": experts.gate_up_proj, "W_out": experts.down_proj}.items():
+        found = state[f"blocks.1.mlp.{name}"]
+        assert found.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    with pytest.raises(CheckpointError, match=r"share=True: 6 of 23 weights cannot lie .*'blocks\.0\.mlp\.W_gate'"):
+        HookedCausalLM.from_hf(reference, share=True)
+    model = HookedCausalLM.from_hf(reference)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_files_with_the_names_of_memory_are_read(tmp_path) -> None:
+    """transformers 5 can be told to write the names that it uses itself."""
+    folder = save(tmp_path, "mixtral", **TINY)
+    load_reference(folder, torch.float32).save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert "model.layers.0.mlp.experts.down_proj" in load_file(tmp_path / "stacked" / "model.safetensors")
+    ours, theirs = (dict(open_checkpoint(one).tensors()) for one in (folder, tmp_path / "stacked"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

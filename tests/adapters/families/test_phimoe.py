@@ -2,6 +2,7 @@
 
 import pytest
 
+from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
@@ -127,6 +128,15 @@ def test_another_scaling_is_refused(rope, message: str, tmp_path) -> None:
     edit_config(folder, rope_parameters=rope)
     with pytest.raises(UnsupportedModelError, match=message):
         open_checkpoint(folder)
+
+
+def test_no_length_changes_the_rotation(tmp_path) -> None:
+    """Factors are those of short sequences at every length, so that what is cached stays right."""
+    model = HookedCausalLM.from_pretrained(save(tmp_path, "phimoe", **{**TINY, **VARIANTS["as published"]}))
+    scaling = model.cfg.positions.scaling
+    assert scaling.short_factors == scaling.long_factors == tuple(LONGROPE["short_factor"])
+    assert scaling.attention_factor == LONGROPE["short_mscale"]
+    assert not model.depends_on_length(64)
 
 
 def test_more_than_two_experts_are_refused(tmp_path) -> None:
