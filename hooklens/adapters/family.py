@@ -14,6 +14,7 @@ from torch import Tensor
 from hooklens.adapters.keys import BiasFlag, ConfigMap
 from hooklens.adapters.rules import WeightRule, is_stacked, parameters_beside
 from hooklens.config import HookedConfig, Origin
+from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
 
 Config = Mapping[str, Any]
@@ -91,7 +92,8 @@ class Family:
             rule in `weights`, too.
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
         renamed: names that transformers uses in memory, with the names on disk.
-        dialects: older `model_type`s, each with the function that rewrites its config.
+        dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
+            there are files of it that are written in another way.
     """
 
     name: str
@@ -211,7 +213,7 @@ class Family:
 
     def _differing_fields(self, cfg: HookedConfig, read_back: HookedConfig) -> list[str]:
         ours, theirs = _fields_of(cfg), _fields_of(read_back)
-        differing = [name for name in ours if ours[name] != theirs[name]]
+        differing = [name for name in ours if _of_layers(cfg, name, ours[name]) != _of_layers(cfg, name, theirs[name])]
         # Which biases of a flag that is on are there is told by the tensors, not by the config.
         told_by_tensors = {
             name
@@ -224,6 +226,11 @@ class Family:
 
 def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
+
+
+def _of_layers(cfg: HookedConfig, name: str, value: Any) -> Any:
+    """A field's value, in each layer where it may differ by layer: there are two ways to say that all are alike."""
+    return (value,) * cfg.n_layers if name in BY_LAYER and not isinstance(value, tuple) else value
 
 
 def describe_fields(cfg: HookedConfig, names: Iterable[str]) -> str:

@@ -79,6 +79,14 @@ SIZE_KEYS = (
 )
 """The sizes that most families name alike."""
 
+SHORT_SIZE_KEYS = (
+    Key("vocab_size", "d_vocab", int),
+    Key("n_embd", "d_model", int, alias="hidden_size"),
+    Key("n_layer", "n_layers", int, alias="num_hidden_layers"),
+    Key("n_head", "n_heads", int, alias="num_attention_heads"),
+)
+"""The sizes in the short spelling; transformers takes the long one as well, which wins where both are given."""
+
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_fast": "gelu_tanh",
@@ -168,6 +176,33 @@ class BiasFlag:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The flag is on where any of the fields is."""
         return {self.hub: any(fields[name] for name in self.names)}
+
+
+@dataclass(frozen=True)
+class EmbedScaleFlag:
+    """One flag that multiplies the token embedding by the root of its width.
+
+    Attributes:
+        hub: the key.
+        default: what transformers takes where the key is absent.
+    """
+
+    hub: str
+    default: bool
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key."""
+        return (self.hub,)
+
+    def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Read `embed_scale`."""
+        scaled = reader.get(self.hub, bool, self.default)
+        return {"embed_scale": math.sqrt(fields["d_model"]) if scaled else None}
+
+    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the flag; another factor differs from what is read back, and is refused there."""
+        return {self.hub: fields["embed_scale"] is not None}
 
 
 @dataclass(frozen=True)

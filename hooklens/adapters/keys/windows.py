@@ -20,6 +20,16 @@ def every_layer(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
     return [True] * n_layers
 
 
+def late_layers(key: str, default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """The rule of families whose layers slide from one on, whose number is under a key."""
+
+    def slides(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
+        first = reader.get(key, int, default)
+        return [layer >= first for layer in range(n_layers)]
+
+    return slides
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowKeys:
     """Sliding windows: `windows`. No window is what null and 0 say, too.
@@ -31,6 +41,7 @@ class WindowKeys:
         slides: which layers slide where there are no `layer_types`, from the config and the number of layers.
         slides_keys: what `slides` reads.
         typed: whether `layer_types` is read and written.
+        nullable: whether null is written where no layer slides; False: the default, which no layer then has.
     """
 
     key: str = "sliding_window"
@@ -39,6 +50,7 @@ class WindowKeys:
     slides: Callable[[ConfigReader, int], Sequence[bool]] = every_layer
     slides_keys: tuple[str, ...] = ()
     typed: bool = True
+    nullable: bool = True
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -74,7 +86,8 @@ class WindowKeys:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Write the size, the switch and the kind of each layer."""
         windows = fields["windows"] or (None,) * fields["n_layers"]
-        size = next((window for window in windows if window is not None), None)
+        unused = None if self.nullable else self.default
+        size = next((window for window in windows if window is not None), unused)
         switch = {} if self.switch is None else {self.switch: size is not None}
         types = {"layer_types": [FULL if window is None else SLIDING for window in windows]} if self.typed else {}
         return {self.key: size, **switch, **types}
