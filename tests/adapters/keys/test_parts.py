@@ -27,7 +27,7 @@ def test_score_scalar_comes_back(scalar) -> None:
     key = score_scalar_key("scalar", default=256)
     read = key.read(ConfigReader({"scalar": scalar}), {})
     written = key.write(read)["scalar"]
-    assert isinstance(written, int) == (scalar == round(scalar))
+    assert isinstance(written, int) or scalar != round(scalar)
     assert written == pytest.approx(scalar)
     assert key.read(ConfigReader({"scalar": written}), {}) == read
     assert key.write({"attn_scale": None}) == {"scalar": None}
