@@ -49,7 +49,7 @@ _CONFIG = ConfigMap(
         Key("tie_word_embeddings", "tied_unembed", bool, default=True),
         Key("initializer_range", "init_std", float, default=0.02),
         LayeredRotary(
-            windows=WindowKeys(default=4096, nullable=False, slides=all_but_every(6, _PERIOD), slides_keys=(_PERIOD,)),
+            windows=WindowKeys(default=4096, slides=all_but_every(6, _PERIOD), slides_keys=(_PERIOD,), nullable=False),
             rotary=PositionKeys(default_n_ctx=131072, default_base=1e6),
             local_base=("rope_local_base_freq", 1e4),
         ),

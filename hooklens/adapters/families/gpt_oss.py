@@ -61,7 +61,7 @@ _CONFIG = ConfigMap(
                 "original_max_position_embeddings": 4096,
             },
         ),
-        WindowKeys(default=128, slides=_slides),
+        WindowKeys(default=128, slides=_slides, nullable=False),
         MixtureKeys(
             options=(
                 Key("num_local_experts", "n_experts", int, alias="num_experts"),

@@ -42,7 +42,6 @@ class PositionKeys:
         default_base: what transformers takes where the base is absent.
         fraction: flat key of the rotated fraction of a head; None for families that rotate whole heads.
         default_fraction: what transformers takes where the fraction is absent.
-        dim: key of the rotated entries of a head, in place of a fraction.
         layout: how entries are paired.
         alibi: flag that replaces rotary by ALiBi; None for families without it.
         default_rope: the object `rope_parameters` that transformers takes where none is given, whatever flat keys say
@@ -62,7 +61,6 @@ class PositionKeys:
     default_base: float = 10000.0
     fraction: str | None = None
     default_fraction: float = 1.0
-    dim: str | None = None
     layout: RotaryLayout = "half"
     alibi: str | None = None
     default_rope: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +74,7 @@ class PositionKeys:
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys the part reads."""
-        optional = [key for key in (self.base, self.fraction, self.dim, self.alibi) if key is not None]
+        optional = [key for key in (self.base, self.fraction, self.alibi) if key is not None]
         return (self.n_ctx, "rope_parameters", "rope_scaling", _ORIGINAL, *optional)
 
     def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,12 +118,10 @@ class PositionKeys:
         flat_original = reader.get(_ORIGINAL, int, self.default_original)
         base = rope.get("rope_theta", float, flat_base)
         fraction = rope.get("partial_rotary_factor", float, flat_fraction)
-        if self.fraction is None and self.dim is None and fraction != 1.0:
+        if self.fraction is None and fraction != 1.0:
             rope.reject("partial_rotary_factor", "1.0, since this family rotates whole heads")
         d_head = fields.get("d_head") or fields.get("d_model", 1) // max(fields.get("n_heads", 1), 1)
         dim = int(d_head * fraction)
-        if self.dim is not None:
-            dim = reader.get(self.dim, int)
         alpha = rope.get("alpha", float, None) if self.alpha else None
         if alpha and rope.kind_is("dynamic"):
             rope.used.update({"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
@@ -146,12 +142,11 @@ class PositionKeys:
             return {self.n_ctx: n_ctx, **alibi}
         if positions.scaling is not None and positions.scaling.kind == "dynamic":
             n_ctx = positions.scaling.original_n_ctx
-        dim = {} if self.dim is None else {self.dim: positions.dim}
         rope = self.write_rotary(positions, fields)
         original = {} if self.default_original is None or _ORIGINAL not in rope else {_ORIGINAL: rope[_ORIGINAL]}
         if self.temperature is not None:
             rope |= _write_temperature(self.temperature, fields["query_temperature"], rope.get(_ORIGINAL, n_ctx))
-        return {self.n_ctx: n_ctx, "rope_parameters": rope, **original, **dim, **alibi}
+        return {self.n_ctx: n_ctx, "rope_parameters": rope, **original, **alibi}
 
     def write_rotary(self, positions: RotaryPositions, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The object that describes a rotation."""
