@@ -43,7 +43,7 @@ _CONFIG = ConfigMap(
         Key("tie_word_embeddings", "tied_unembed", bool, default=True),
         Key("initializer_range", "init_std", float, default=0.02),
         PositionKeys(default_n_ctx=8192),
-        WindowKeys(default=4096, slides=all_but_every(2)),
+        WindowKeys(default=4096, nullable=False, slides=all_but_every(2)),
         ROOT_EMBED_SCALE,
     ),
     fixed={"gated_mlp": True, "mlp_bias": False, "norm_after": True},

@@ -37,7 +37,7 @@ _CONFIG = ConfigMap(
         Key("tie_word_embeddings", "tied_unembed", bool, default=False),
         Key("initializer_range", "init_std", float, default=0.02),
         LayeredRotary(
-            windows=WindowKeys(default=4096, slides=all_but_every(4)),
+            windows=WindowKeys(default=4096, nullable=False, slides=all_but_every(4)),
             rotary=PositionKeys(default_base=5e5),
             local_base=(None, 5e5),
         ),

@@ -14,11 +14,11 @@ Peculiarities:
 from hooklens.adapters.family import Family
 from hooklens.adapters.keys import (
     INERT_ROUTER_KEYS,
+    QK_NORM,
     SIZE_KEYS,
     ActivationKey,
     BiasFlag,
     ConfigMap,
-    Derived,
     Key,
     MixtureKeys,
     PositionKeys,
@@ -40,7 +40,7 @@ _CONFIG = ConfigMap(
         Key("num_key_value_heads", "n_kv_heads", int, default=None),
         ActivationKey("hidden_act", default="silu"),
         norm_key("rms_norm_eps", "rms", default_eps=1e-5),
-        Derived(lambda fields: {"qk_norm": fields["norm"]}),
+        QK_NORM,
         BiasFlag("attention_bias", ("qkv_bias", "out_bias"), default=False),
         Key("clip_qkv", "clip_qkv", float, default=None),
         Key("tie_word_embeddings", "tied_unembed", bool, default=False),

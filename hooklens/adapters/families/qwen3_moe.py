@@ -17,11 +17,11 @@ Peculiarities:
 from hooklens.adapters.family import Family
 from hooklens.adapters.keys import (
     INERT_ROUTER_KEYS,
+    QK_NORM,
     SIZE_KEYS,
     ActivationKey,
     BiasFlag,
     ConfigMap,
-    Derived,
     Key,
     PositionKeys,
     WindowKeys,
@@ -44,7 +44,7 @@ _CONFIG = ConfigMap(
         Key("intermediate_size", "d_mlp", int),
         ActivationKey("hidden_act", default="silu"),
         norm_key("rms_norm_eps", "rms", default_eps=1e-6),
-        Derived(lambda fields: {"qk_norm": fields["norm"]}),
+        QK_NORM,
         BiasFlag("attention_bias", ("qkv_bias", "out_bias"), default=False),
         Key("tie_word_embeddings", "tied_unembed", bool, default=False),
         Key("initializer_range", "init_std", float, default=0.02),

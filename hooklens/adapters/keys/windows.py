@@ -197,7 +197,9 @@ class LayeredRotary:
             for kind, position in zip(kinds, by_layer, strict=True)
             if isinstance(position, RotaryPositions)
         }
-        one = rotations.get(FULL, rotations.get(SLIDING, NoPositions()))
+        # One whose scaling makes the context longer says what it was before.
+        growing = (one for one in rotations.values() if one.scaling is not None and one.scaling.kind == "dynamic")
+        one = next(growing, rotations.get(FULL, rotations.get(SLIDING, NoPositions())))
         written = {**windows, **self.rotary.write({**fields, "positions": one})}
         if self.local_base is not None and isinstance(one, RotaryPositions):
             both = {FULL: one, SLIDING: one} | rotations

@@ -29,6 +29,7 @@ VARIANTS = {
         "final_logit_softcapping": None,
         "layer_types": [FULL, SLIDING, SLIDING],
     },
+    "no layer slides": {"layer_types": [FULL] * 3, "num_key_value_heads": 4},
     "untied, biases, tight caps": {
         "tie_word_embeddings": False,
         "attention_bias": True,

@@ -40,6 +40,7 @@ VARIANTS = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "no layer slides": {"layer_types": [FULL] * 3},
     "head size": {"head_dim": 12, "num_key_value_heads": 4, "layer_types": [FULL, SLIDING, FULL]},
 }
 _OLMO_3_7B = {

@@ -48,6 +48,9 @@ def test_a_scaling_of_both_kinds_makes_the_context_longer_once() -> None:
     """Each kind's rotation began from the context that the one before it had made longer."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 50.0}
     config = {"max_position_embeddings": 16, "rope_parameters": {FULL: rope, SLIDING: rope}}
+    mixed = read(TWO, {**config, "rope_parameters": {FULL: {"rope_theta": 9.0}, SLIDING: rope}})
+    assert mixed["n_ctx"] == 64
+    assert read(TWO, TWO.write({**SIZES, **mixed})) == mixed
     fields = read(TWO, config)
     assert fields["n_ctx"] == 64
     assert fields["positions"].scaling == RotaryScaling(kind="dynamic", factor=4.0, original_n_ctx=16)
