@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.companions import read_generation_config, read_transforms
-from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_length
+from hooklens.adapters.conversion import HubModel, TensorSource, config_of_layers, config_of_length
+from hooklens.adapters.dequantised import DequantisedTensors, read_quantisation
 from hooklens.adapters.disk import read_json
 from hooklens.adapters.families import load_families
 from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, Repository, open_files
@@ -38,7 +39,7 @@ class Checkpoint:
     Attributes:
         folder: where the files beside the weights lie; a temporary folder where they came from no folder.
         cfg: the network.
-        dtype: dtype of the weights: the config's, or else that of the embedding.
+        dtype: dtype of the weights: the config's, or else that of the embedding. Quantised weights are dequantised.
         transforms: the weight-processing steps that its weights have been through.
         generation_config: the contents of its `generation_config.json`; empty where there is none.
 
@@ -54,7 +55,8 @@ class Checkpoint:
         _check_contents(folder)
         config = read_json(folder / "config.json")
         read_network(config, where=files.where, warn=False)
-        self._model = HubModel(config, files.weights(), where=files.where)
+        plain, weights = _open_weights(config, files)
+        self._model = HubModel(plain, weights, where=files.where)
         self.cfg: HookedConfig = self._model.cfg
         self.dtype: torch.dtype = _read_dtype(config, where=files.where) or next(self._model.tensors([]))[1].dtype
         self.transforms: tuple[str, ...] = read_transforms(folder)
@@ -140,10 +142,21 @@ def read_network(config: Mapping[str, Any], *, where: str, warn: bool = True) ->
         CheckpointError: values are nested too deeply.
     """
     try:
-        config = unwrap_config(config, load_families())
+        config = unwrap_config(read_quantisation(config, where=where)[0], load_families())
         return find_family(config, load_families(), where=where).read_config(config, where=where, warn=warn)
     except RecursionError as error:
         raise CheckpointError(f"{where}: config.json holds values nested too deeply to be a config's") from error
+
+
+def _open_weights(config: Mapping[str, Any], files: CheckpointFiles) -> tuple[dict[str, Any], TensorSource]:
+    """The config and the tensors of the plain checkpoint, which is this one where it is not quantised."""
+    plain, scheme = read_quantisation(config, where=files.where)
+    weights = files.weights()
+    if scheme is None:
+        return plain, weights
+    family = find_family(unwrap_config(plain, load_families()), load_families(), where=files.where)
+    opened = DequantisedTensors(weights, scheme, where=files.where, conv1d=family.is_conv1d, head=family.head)
+    return plain, opened
 
 
 def open_checkpoint(source: "str | Path | Repository", **options: Any) -> Checkpoint:

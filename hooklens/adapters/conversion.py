@@ -50,6 +50,14 @@ class TensorSource(Protocol):
         """
 
 
+@runtime_checkable
+class PaddedSource(TensorSource, Protocol):
+    """Named tensors of which some were added by the program that wrote them and change nothing."""
+
+    def is_padding(self, name: str) -> bool:
+        """Whether it is a bias of zeros where the network has none."""
+
+
 class MemoryTensors:
     """Tensors of a state dict."""
 
@@ -172,6 +180,8 @@ class HubModel:
         extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
         heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
         unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
+        if isinstance(self._source, PaddedSource):
+            unexpected = [name for name in unexpected if not self._source.is_padding(name)]
         adapters = [name for name in unexpected if _ADAPTER.fullmatch(name)]
         if adapters:
             raise CheckpointError(

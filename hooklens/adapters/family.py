@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.keys import BiasFlag, ConfigMap
-from hooklens.adapters.rules import WeightRule, is_stacked
+from hooklens.adapters.rules import Copy, WeightRule, is_stacked
 from hooklens.config import HookedConfig, Origin
 from hooklens.errors import ConfigError, UnsupportedModelError
 
 Config = Mapping[str, Any]
+_MLP_OUT = "blocks.{i}.mlp.W_out"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class Family:
     weightless: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether linear maps lie on disk as `[in, out]` (transformers' `Conv1D`), as those of its MLPs do."""
+        return any(
+            isinstance(rule, Copy) and rule.name == _MLP_OUT and rule.pattern is None and rule.part == "mlp"
+            for rule in self.weights
+        )
 
     def read_config(self, config: Config, *, where: str, warn: bool = True) -> HookedConfig:
         """The network that `config` describes, with the family and `config` as its origin.
