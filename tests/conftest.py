@@ -7,14 +7,15 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers that each take every core only get in each other's way, and so do the interpreters that they start.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from jaxtyping import install_import_hook
-
-import tests.annotations  # noqa: F401  (the hook imports `tests` and takes attributes from there on)
+from tests.annotations import check_annotations, count_anew
 
 # Benchmarks time the package as users run it, without the checks.
 if not any("benchmarks" in argument for argument in sys.argv):
-    install_import_hook("hooklens", "tests.annotations.check_calls")
+    check_annotations("hooklens")
 
 import pytest
 import torch
@@ -34,7 +35,6 @@ settings.load_profile("hooklens")
 
 transformers.utils.logging.disable_progress_bar()
 
-# Workers that each take every core only get in each other's way.
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
@@ -54,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _checks_of_annotations() -> None:
+    count_anew()
 
 
 @pytest.fixture(autouse=True)

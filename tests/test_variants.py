@@ -14,10 +14,13 @@ from hooklens.hooks.names import is_by_name_only
 from hooklens.verification import VerificationReport, verify
 from hooklens.verification.editing import CHANGES_LOGITS, EQUAL_COPY, IN_PLACE, REACHES, SPARES, STAYS
 from hooklens.verification.gradients import GRADIENT
-from hooklens.verification.reference import FLOAT32_BOUND, FLOAT64_BOUND, LOGITS
+from hooklens.verification.probe import make_probe
+from hooklens.verification.reference import FLOAT32_BOUND, FLOAT64_BOUND, LOGITS, check_logits, reference_loader
+from hooklens.verification.round_trip import check_round_trip
 from hooklens.verification.watching import AXES, EQUAL_IN_PLACE, FIRES, KEPT, SAME_TENSOR, WATCHING
 from tests.annotations import unchecked
 from tests.checkpoints import FALCON_VARIANTS, NEOX_VARIANTS, VARIANTS, save_variant
+from tests.verification.networks import verify_whole
 
 PER_POINT = [
     FIRES,
@@ -36,11 +39,26 @@ PER_POINT = [
 ]
 
 
-# Checking annotations on every call takes five times the rest; these variants hold every kind of tensor.
+# Checking annotations takes as long as the rest; these hold every kind of tensor.
 CHECKED = ("neox-parallel", "llama-gqa", "falcon-rw")
+# What a family has of wirings, of norms and of heads. The others differ from one of these in sizes, frequencies,
+# activations, biases or a tied embedding, which is in their logits.
+EVERY_KIND = (
+    "neox-parallel",
+    "neox-sequential",
+    "llama-gqa",
+    "llama-biases",
+    "llama-dynamic",
+    "falcon-7b",
+    "falcon-rw",
+    "falcon-40b",
+    "falcon-sequential-mqa",
+)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [name if name in EVERY_KIND else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_variant_passes_every_check(variant: str, tmp_path: Path) -> None:
     with nullcontext() if variant in CHECKED else unchecked():
         report = verify(save_variant(variant, tmp_path), progress=False)
@@ -50,6 +68,20 @@ def test_variant_passes_every_check(variant: str, tmp_path: Path) -> None:
     by_length = ("key-value caches were not checked: frequencies by length",)
     assert report.notes == (by_length if variant == "llama-dynamic" else ())
     _assert_every_point_checked(report, tmp_path)
+    _assert_bounds_as_promised(report, variant)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in EVERY_KIND])
+def test_variant_computes_what_transformers_does(variant: str, tmp_path: Path) -> None:
+    model = HookedCausalLM.from_pretrained(save_variant(variant, tmp_path))
+    whole = verify_whole(model)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    with unchecked(), torch.no_grad():
+        logits = check_logits(make_probe(model), reference_loader(tmp_path, model.device), dtypes)
+        tensors = check_round_trip(model, tmp_path)
+    report = VerificationReport(variant, [*whole.results, *logits, *tensors], [])
+
+    assert report.passed, str(report)
     _assert_bounds_as_promised(report, variant)
 
 
@@ -82,8 +114,17 @@ def _assert_bounds_as_promised(report: VerificationReport, variant: str) -> None
             assert result.bound == FLOAT64_BOUND
 
 
-@pytest.mark.parametrize("variant", ["neox-parallel", "llama-gqa", "falcon-rw"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        ("neox-parallel", torch.float64),
+        ("llama-gqa", torch.bfloat16),
+        ("falcon-rw", torch.bfloat16),
+        pytest.param("neox-parallel", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("llama-gqa", torch.float64, marks=pytest.mark.slow),
+        pytest.param("falcon-rw", torch.float64, marks=pytest.mark.slow),
+    ],
+)
 def test_variant_in_other_dtypes(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Hook points keep their promises in the dtype of the checkpoint, whatever that is."""
     with unchecked():

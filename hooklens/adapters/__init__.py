@@ -5,10 +5,10 @@ knows a network: what comes out is a `HookedConfig` and tensors under HookLens n
 """
 
 from hooklens.adapters.checkpoint import Checkpoint, download_checkpoint, open_checkpoint, open_config
-from hooklens.adapters.conversion import to_hub
 from hooklens.adapters.export import write_checkpoint
 from hooklens.adapters.family import Family
 from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
+from hooklens.adapters.layout import to_hub
 from hooklens.adapters.sources import Repository
 from hooklens.adapters.xlstm import read_xlstm, write_xlstm
 

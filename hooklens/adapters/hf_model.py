@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hooklens.adapters.companions import check_generation_config
-from hooklens.adapters.conversion import HubModel, MemoryTensors, to_hub
+from hooklens.adapters.conversion import HubModel, MemoryTensors
+from hooklens.adapters.layout import to_hub
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 from hooklens.optional import import_package

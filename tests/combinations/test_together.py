@@ -26,14 +26,23 @@ from tests.model.networks import make_model
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2000 * 2**-23, torch.bfloat16: 60 * 2**-8}
 
 
-@pytest.mark.slow
-@settings(
-    deadline=None,
-    max_examples=600,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
+SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=SUPPRESSED)
 @given(draw_case())
 def test_what_is_used_together_gives_what_the_plain_network_gives(case: Case) -> None:
+    check_case(case)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=600, suppress_health_check=SUPPRESSED)
+@given(draw_case())
+def test_in_more_cases_what_is_used_together_gives_what_the_plain_network_gives(case: Case) -> None:
+    check_case(case)
+
+
+def check_case(case: Case) -> None:
     with unchecked():
         model = make_model(case.cfg, dtype=case.dtype, seed=case.seed)
         reference = Reference(model)

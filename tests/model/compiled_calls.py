@@ -38,8 +38,17 @@ def calls(model):
     }
 
 
-@pytest.mark.parametrize("call", calls(None))
-@pytest.mark.parametrize("network", ALL_CONFIGS)
+# Each call of one network, and of the others what holds the rest: every capture, and edits of each kind.
+CASES = [
+    pytest.param(
+        network, call, marks=() if network == "grouped" or call in {"everything", "edits"} else pytest.mark.slow
+    )
+    for network in ALL_CONFIGS
+    for call in calls(None)
+]
+
+
+@pytest.mark.parametrize(("network", "call"), CASES)
 def test_no_graph_break(network, call):
     """fullgraph=True raises at a graph break; the eager backend runs what was traced."""
     model, tokens = make_model(network, dtype=torch.float32), random_tokens(2, 6)
@@ -55,7 +64,10 @@ def test_no_graph_break(network, call):
 
 
 @pytest.mark.parametrize("said", ["document_ids", "document_borders"])
-@pytest.mark.parametrize("network", ["grouped", "alibi", "learned, tied", "capped"])
+@pytest.mark.parametrize(
+    "network",
+    ["alibi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "learned, tied", "capped"))],
+)
 def test_documents_break_no_graph(network, said):
     cfg = ALL_CONFIGS[network]
     model = make_model(cfg.replace(causal=network == "alibi"), dtype=torch.float32)

@@ -23,6 +23,9 @@ from hooklens import (
 )
 from hooklens.hooks import Call
 from hooklens.verification import CheckResult, VerificationReport, verify
+from hooklens.verification.probe import make_probe
+from hooklens.verification.run import hook_point_stages
+from hooklens.verification.watching import check_firing
 from tests.annotations import unchecked
 
 RMS = NormConfig(kind="rms", eps=1e-6, bias=False)
@@ -212,9 +215,24 @@ def build(name: str = "learned") -> HookedCausalLM:
 
 
 def verify_points(model: HookedCausalLM, **options: Any) -> VerificationReport:
-    """The checks that need no transformers model, without the shape checks: they would take most of the time."""
+    """The checks that need no transformers model, without those of annotations, which take as long again."""
     with unchecked():
         return verify(model, **{"logits": False, "gradients": False, "progress": False, **options})
+
+
+# The checks without edits of single entries and gradients, which take three quarters of the time.
+OF_THE_WHOLE = ("shown tensors", "explicit logits", "positions and layers", "loss", "caches", "watching")
+
+
+def verify_whole(model: HookedCausalLM) -> VerificationReport:
+    """Every hook point fires once and shows what its sources make, and the logits are those of explicit arithmetic."""
+    with unchecked(), torch.no_grad():
+        probe = make_probe(model)
+        results = check_firing(probe)
+        for name, run in hook_point_stages(probe, gradients=False):
+            if name in OF_THE_WHOLE:
+                results += run()
+    return VerificationReport("the whole network", results, [])
 
 
 def failures_at(report: VerificationReport, subject: str) -> dict[str, CheckResult]:

@@ -1,6 +1,5 @@
 """`verify` passes sound models of every configuration, refuses what it cannot verify, and leaves models alone."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,53 @@ from hooklens import (
 )
 from hooklens.errors import CheckpointError, InputError
 from hooklens.verification import verify
-from tests.annotations import unchecked
-from tests.verification.networks import CONFIGS, build, verify_points
+from hooklens.verification.comparing.recomputing import EXPLICIT, SHOWN
+from tests.verification.networks import CONFIGS, build, verify_points, verify_whole
 
-# Checking annotations on every call takes five times the rest; these hold every kind of tensor.
-CHECKED = ("all-at-once", "mixture", "sinks", "shortformer")
+# With annotations checked, too.
+CHECKED = ("mixture", "all-at-once")
+# Between them they have every kind of part, of place of a norm and of way that a tensor goes through the network;
+# in the others a function or a number is another one.
+EVERY_KIND = (
+    "qk-rms-norm",
+    "norms-around-parallel",
+    "norms-after-only",
+    "learned-offset-tied",
+    "attn-softcap",
+    "not-causal",
+    "scales",
+    "projected-tied",
+    "norms-in-branches-and-on-stream",
+    "solu-ln",
+    "gated-shared-norm",
+    "mlps-alone-shared-norm",
+    "parts-by-layer",
+    "alibi-scaled",
+    "rotary-dynamic",
+    "shortformer",
+    "qk-norm-per-head-after-rotary",
+    "sinks",
+    "mixture",
+    "all-at-once",
+)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_KIND else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_every_configuration_passes(name: str) -> None:
-    with nullcontext() if name in CHECKED else unchecked():
-        report = verify_points(build(name), gradients=True)
+    run = verify if name in CHECKED else verify_points
+    report = run(build(name), logits=False, gradients=True, progress=False)
 
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in EVERY_KIND])
+def test_every_configuration_computes_what_is_defined(name: str) -> None:
+    report = verify_whole(build(name))
+
+    assert report.passed, str(report)
+    assert {SHOWN, EXPLICIT} <= set(report.by_check())
 
 
 @pytest.mark.parametrize("name", ["qk-rms-norm", "norms-around", "learned", "gated-shared-norm"])
