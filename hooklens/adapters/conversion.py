@@ -80,16 +80,24 @@ class MemoryTensors:
 class HubModel:
     """A model in the hub's layout: a `config.json` and its tensors, checked against each other when made.
 
+    Args:
+        config: the contents of its `config.json`.
+        source: its tensors.
+        where: what to call it in texts of errors.
+        family: what it is of; None: the supported family that the config names.
+
     Attributes:
         cfg: the network. What the config leaves to the tensors (a tied unembedding that is not, biases of some maps
             only) is settled as transformers settles it.
     """
 
-    def __init__(self, config: Mapping[str, Any], source: TensorSource, *, where: str) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], source: TensorSource, *, where: str, family: Family | None = None
+    ) -> None:
         self._where = where
         self._source = source
-        whole, config = config, unwrap_config(config, load_families())
-        self._family = find_family(config, load_families(), where=where)
+        whole, config = config, unwrap_config(config, load_families()) if family is None else config
+        self._family = find_family(config, load_families(), where=where) if family is None else family
         is_wrapped = config is not whole
         inside, others = unwrap_names(source.names()) if is_wrapped else ({name: name for name in source.names()}, [])
         mapped = _map_names(self._family, inside, where=where)

@@ -127,7 +127,9 @@ class Family:
             fields = self.config.read(self._translate(config), where=where, warn=warn)
             return HookedConfig(origin=origin, **fields)
         except ConfigError as error:
-            raise UnsupportedModelError(f"{where}: config.json describes a network that cannot be: {error}") from error
+            raise UnsupportedModelError(
+                f"{where}: {self.config.called} describes a network that cannot be: {error}"
+            ) from error
 
     def write_config(self, cfg: HookedConfig, *, transforms: Sequence[str] = ()) -> dict[str, Any]:
         """The `config.json` of `cfg`: the keys it was read from, with what has changed since, or new ones.

@@ -58,12 +58,14 @@ class ConfigMap:
         fixed: fields that are the same in every checkpoint of the family.
         pinned: keys that must hold the one value that is implemented, where they are present.
         inert: further keys that carry no architecture, besides `INERT_KEYS`.
+        called: what texts of errors call the config.
     """
 
     parts: tuple[ConfigPart, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     pinned: Mapping[str, Any] = field(default_factory=dict)
     inert: Collection[str] = ()
+    called: str = "config.json"
 
     # What no family implements, and what these values would have to be.
     always_pinned: Mapping[str, Any] = field(
@@ -86,14 +88,14 @@ class ConfigMap:
         if reader.problems:
             listed = "; ".join(reader.problems)
             raise UnsupportedModelError(
-                f"{where}: config.json describes a network that HookLens cannot build: {listed}. "
+                f"{where}: {self.called} describes a network that HookLens cannot build: {listed}. "
                 "Correct the config if it is wrong, or take another checkpoint"
             )
         if warn:
             unknown = self._unknown_keys(reader)
             if unknown:
                 warnings.warn(
-                    f"{where}: config.json has keys that HookLens does not know: {join_names(unknown)}. They are "
+                    f"{where}: {self.called} has keys that HookLens does not know: {join_names(unknown)}. They are "
                     "ignored; if one of them changes the network, the numbers will be wrong",
                     stacklevel=2,
                 )
