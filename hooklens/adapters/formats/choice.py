@@ -1,17 +1,19 @@
-"""Which old format a file or folder is in."""
+"""Which old format a file or folder is in.
 
-from collections.abc import Callable
+A format is a module here with a function `find`; they are loaded, as families are, where something looks like one.
+"""
+
+import importlib
 from pathlib import Path
 
 from hooklens.adapters.conversion import TensorSource
-from hooklens.adapters.formats.meta import find_meta
-from hooklens.adapters.formats.nanogpt import find_nanogpt
 from hooklens.adapters.formats.opened import OldCheckpoint, OpenedModel
-from hooklens.adapters.formats.transformer_lens import find_transformer_lens
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError
 
-_FINDERS: tuple[Callable[[Path], OldCheckpoint | None], ...] = (find_meta, find_transformer_lens, find_nanogpt)
+# What one finds, those behind it are not asked for.
+_FORMATS = ("meta", "transformer_lens", "nanogpt")
+_SUFFIXES = (".pt", ".pth")
 # Where the hub's layout is there as well, it is read.
 _HUBS = tuple(whole + end for whole in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 
@@ -24,7 +26,10 @@ def find_format(path: Path) -> OldCheckpoint | None:
     """
     if path.is_dir() and any((path / name).is_file() for name in _HUBS):
         return None
-    found = (find(path) for find in _FINDERS)
+    files = path.iterdir() if path.is_dir() else [path]
+    if not any(file.suffix in _SUFFIXES or file.name == "params.json" for file in files):
+        return None
+    found = (importlib.import_module(f"{__package__}.{name}").find(path) for name in _FORMATS)
     return next((one for one in found if one is not None), None)
 
 

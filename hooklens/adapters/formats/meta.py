@@ -231,7 +231,7 @@ def _hub_name(name: str) -> str:
     return _OUTSIDE.get(name, name)
 
 
-def find_meta(path: Path) -> MetaLlama | None:
+def find(path: Path) -> MetaLlama | None:
     """The checkpoint in a folder with `params.json`, or of one of its files.
 
     Raises:

@@ -103,7 +103,7 @@ class NanoGpt:
         return HubModel(self._args, MemoryTensors(self._state), where=str(self._path), family=_FAMILY)
 
 
-def find_nanogpt(path: Path) -> NanoGpt | None:
+def find(path: Path) -> NanoGpt | None:
     """The checkpoint of a file, or of the `ckpt.pt` in a folder without `config.json`.
 
     Raises:

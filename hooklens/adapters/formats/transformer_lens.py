@@ -180,7 +180,7 @@ def _without_absent_biases(cfg: HookedConfig, state: Mapping[str, Tensor]) -> Ho
     return cfg.replace(**changes) if changes else cfg
 
 
-def find_transformer_lens(path: Path) -> TransformerLensModel | None:
+def find(path: Path) -> TransformerLensModel | None:
     """The checkpoint of a `.pth` file, or of the last one in a folder, where `config.json` is in its words.
 
     Raises:

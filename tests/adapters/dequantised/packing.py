@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.conversion import MemoryTensors
-from hooklens.adapters.dequantised import DequantisedTensors, QuantFormat
+from hooklens.adapters.dequantised.tensors import DequantisedTensors, QuantFormat
 
 Rows = list[list[int]]
 

@@ -104,6 +104,8 @@ def test_what_is_plain_or_not_known_is_left_as_it_is(config) -> None:
     ],
 )
 def test_settings_that_are_not_implemented(described, problems) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot dequantise: quantization_config of ") as caught:
+    with pytest.raises(
+        UnsupportedModelError, match=r"config.json: quantization_config: weights that HookLens cannot"
+    ) as caught:
         read_quantisation({"quantization_config": described}, where="here")
     assert [problem for problem in problems if problem not in str(caught.value)] == []
