@@ -45,7 +45,7 @@ def describe(family: Family) -> tuple[str, str, str, str]:
     title, _, rest = inspect.cleandoc(importlib.import_module(str(module_of(family))).__doc__ or "").partition("\n\n")
     checkpoints = re.search(r"^Checkpoints:(.*?)(?:\n\n|\Z)", rest, re.DOTALL | re.MULTILINE)
     assert checkpoints is not None, f"{family.name}: its docstring has no paragraph 'Checkpoints: ...'"
-    names = ", ".join(f"`{name}`" for name in (*family.model_types, *family.dialects))
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys((*family.model_types, *family.dialects)))
     variants = ", ".join(variants_of(family))
     return names, _in_one_line(title).rstrip("."), _in_one_line(checkpoints[1]).rstrip("."), variants
 

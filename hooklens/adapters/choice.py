@@ -105,18 +105,22 @@ def choose_family(cfg: HookedConfig, families: Sequence[Family], *, transforms: 
         for family in families:
             if family.name == cfg.origin.family:
                 return family
-    differing = {}
+    differing: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {}
     for family in families:
         try:
-            differing[family.name] = family.inexpressible_fields(cfg)
+            fields = family.inexpressible_fields(cfg)
         except UnsupportedModelError as error:
-            differing[family.name] = [str(error)]
+            # Its config could not even be written; how far it is from the network cannot be counted.
+            refusals[family.name] = [str(error)]
             continue
-        if not differing[family.name]:
+        if not fields:
             return family
-    everywhere = [name for name in _fields(cfg) if all(name in names for names in differing.values())]
-    nearest = sorted(differing, key=lambda name: len(differing[name]))[:_MOST_FAMILIES]
-    per_family = "; ".join(f"{name}: {', '.join(differing[name])}" for name in nearest)
+        differing[family.name] = fields
+    everywhere = [name for name in _fields(cfg) if differing and all(name in names for names in differing.values())]
+    nearest = sorted(differing, key=lambda name: len(differing[name])) + list(refusals)
+    told = {name: ", ".join({**differing, **refusals}[name]) for name in nearest[:_MOST_FAMILIES]}
+    per_family = "; ".join(f"{name}: {fields}" for name, fields in told.items())
     lead = f"no family can express {describe_fields(cfg, everywhere)}" if everywhere else _NONE
     raise UnsupportedModelError(
         f"{lead}. Fields that differ, in the families that come closest: {per_family}. To save it: "

@@ -14,12 +14,13 @@ from torch import Tensor
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
-from hooklens.adapters.family import Family
+from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, InputError, join_names, warn_caller
+from hooklens.weights.layout import stored_view
 from hooklens.weights.names import bare_names
 from hooklens.weights.shapes import weight_shapes
 
@@ -112,6 +113,8 @@ class HubModel:
         self.cfg = _settle_biases(self._family, self._settle_tying(cfg), self._stored_names)
         self._in_memory = self._family.is_in_memory(self._stored_names)
         self._bound = list(self._family.bind_rules(self.cfg, in_memory=self._in_memory))
+        # Layers are alike, so most of the answers are known already.
+        self._copied: dict[str, bool] = {}
         self._check_tensors()
 
     def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -131,12 +134,23 @@ class HubModel:
     def _iterate(self, layers: Sequence[int] | None, cfg: HookedConfig) -> Iterator[tuple[str, Tensor]]:
         whole = layers is None
         for bound in self._bound if whole else self._family.bind_rules(self.cfg, layers, in_memory=self._in_memory):
-            apart = len(bound.ours) > 1 or len(bound.hubs) > 1
-            read = partial(self._read, apart=apart)
+            read = partial(self._read, apart=self._is_copied(bound))
             loaded = crop_positions(bound.ours, bound.load(read, self.cfg), cfg)
             yield from zip(bound.ours, loaded, strict=True)
             if bound.ours == ("embed.W_E",) and self.cfg.tied_unembed:
                 yield "unembed.W_U", loaded[0].T
+
+    def _is_copied(self, bound: BoundRule) -> bool:
+        """Whether the tensors cannot be parameters as they lie: are split, stacked, or stored the other way round."""
+        if len(bound.ours) > 1 or len(bound.hubs) > 1:
+            return True
+        if bound.rule.hub not in self._copied:
+            header = self._source.header(self._stored_names[bound.hubs[0]])
+            weight = self.cfg.description.weights[bound.ours[0]]
+            (loaded,) = bound.rule.load(torch.empty(header.shape, device="meta"), self.cfg)
+            stored = stored_view(loaded, weight.stored, weight.axes)
+            self._copied[bound.rule.hub] = not stored.is_contiguous()
+        return self._copied[bound.rule.hub]
 
     def _read(self, name: str, *, apart: bool) -> Tensor:
         return self._source.read(self._stored_names[name], apart=apart)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.keys import BiasFlag, ConfigMap
-from hooklens.adapters.rules import Copy, WeightRule, is_stacked
+from hooklens.adapters.rules import Copy, WeightRule, is_stacked, parameters_beside
 from hooklens.config import HookedConfig, Origin
+from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
 
 Config = Mapping[str, Any]
@@ -46,7 +47,7 @@ class BoundRule:
         if not is_stacked(self.rule):
             return self.rule.load(read(self.hubs[0]), cfg)
         loaded = [self.rule.load(read(name), cfg) for name in self.hubs]
-        return tuple(map(_stack, zip(*loaded, strict=True)))
+        return tuple(map(torch.stack, zip(*loaded, strict=True)))
 
     def save(self, name: str, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """The tensor of one of the names on disk; need not be contiguous."""
@@ -59,20 +60,12 @@ class BoundRule:
 def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...] | None:
     """The shape of the rule's first parameter in a layer of the network; None where the network lacks one of them."""
     weights = cfg.description.weights
-    names = [name.format(i=layer) for name in rule.ours]
+    names = [name.format(i=layer) for name in parameters_beside(rule)]
     if not all(name in weights for name in names) or (cfg.tied_unembed and "unembed.W_U" in names):
         return None
     if rule.part is not None and getattr(cfg.block(layer).mlp, "kind", None) != rule.part:
         return None
     return tuple(weights[names[0]].shape)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors along a new first axis, lying in memory as each of them does."""
-    strides = tensors[0].stride()
-    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-    stacked = torch.stack([tensor.permute(order) for tensor in tensors])
-    return stacked.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +85,8 @@ class Family:
             rule in `weights`, too.
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
         renamed: names that transformers uses in memory, with the names on disk.
-        dialects: older `model_type`s, each with the function that rewrites its config.
+        dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
+            there are files of it that are written in another way.
     """
 
     name: str
@@ -201,7 +195,8 @@ class Family:
         """The config, and the fields that reading it back would not give again."""
         fields, original = _fields_of(cfg), self._original_config(cfg)
         if original is None:
-            written = self.config.write(fields)
+            # Left out, transformers takes that of the family's first checkpoint, which may lie past the vocabulary.
+            written = {**self.config.write(fields), "pad_token_id": None}
         else:
             known = _fields_of(self.read_config(original, where="the original config", warn=False))
             written = self.config.update(original, known, fields)
@@ -221,7 +216,7 @@ class Family:
 
     def _differing_fields(self, cfg: HookedConfig, read_back: HookedConfig) -> list[str]:
         ours, theirs = _fields_of(cfg), _fields_of(read_back)
-        differing = [name for name in ours if ours[name] != theirs[name]]
+        differing = [name for name in ours if _of_layers(cfg, name, ours[name]) != _of_layers(cfg, name, theirs[name])]
         # Which biases of a flag that is on are there is told by the tensors, not by the config.
         told_by_tensors = {
             name
@@ -234,6 +229,11 @@ class Family:
 
 def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
+
+
+def _of_layers(cfg: HookedConfig, name: str, value: Any) -> Any:
+    """A field's value, in each layer where it may differ by layer: there are two ways to say that all are alike."""
+    return (value,) * cfg.n_layers if name in BY_LAYER and not isinstance(value, tuple) else value
 
 
 def describe_fields(cfg: HookedConfig, names: Iterable[str]) -> str:

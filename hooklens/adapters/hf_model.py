@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hooklens.adapters.companions import check_generation_config
@@ -64,9 +65,10 @@ def build_hf_model(
     transforms: Sequence[str] = (),
     generation_config: Mapping[str, Any] | None = None,
 ) -> "PreTrainedModel":
-    """The transformers model with the same logits, in eval mode, attending with `sdpa`.
+    """The transformers model with the same logits, in eval mode.
 
-    Its parameters share memory with `state` where the layout allows.
+    It attends with `sdpa`, or where transformers has none for the architecture with `eager`. Its parameters share
+    memory with `state` where the layout allows.
 
     Args:
         cfg: the network.
@@ -80,14 +82,18 @@ def build_hf_model(
     """
     transformers = import_package("transformers")
     config, tensors = to_hub(cfg, state, transforms=transforms)
+    dtype = state["embed.W_E"].dtype
     hf_config = transformers.AutoConfig.for_model(**config)
     model_class = getattr(transformers, config["architectures"][0])
     model: PreTrainedModel = model_class.from_pretrained(
         None,
         config=hf_config,
         state_dict=tensors,
-        dtype=state["embed.W_E"].dtype,
-        attn_implementation="sdpa",
+        dtype=dtype,
+        # The best that there is for the architecture, whatever the config came with.
+        attn_implementation=None,
+        # The product that runs all experts at once refuses float64.
+        experts_implementation="eager" if dtype == torch.float64 else None,
     )
     if generation_config:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(generation_config))

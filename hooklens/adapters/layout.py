@@ -9,7 +9,7 @@ from torch import Tensor
 from hooklens.adapters.choice import choose_family
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
-from hooklens.adapters.rules import DiskShapes
+from hooklens.adapters.rules import DiskShapes, parameters_beside
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, UnsupportedModelError, join_names
 from hooklens.weights.shapes import weight_shapes
@@ -50,13 +50,15 @@ class HubLayout:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor."""
-        return self._state[self._bound[name].ours[0]].dtype
+        bound = self._bound[name]
+        return self._state[parameters_beside(bound.rule)[0].format(i=bound.layer)].dtype
 
     def make(self, name: str) -> Tensor:
         """The tensor as it stands on disk, contiguous; memory is shared where the layout allows."""
         bound = self._bound[name]
         parameters = tuple(self._state[ours].detach() for ours in bound.ours)
-        return bound.save(name, parameters, self._cfg).contiguous()
+        tensor = bound.save(name, parameters, self._cfg)
+        return (tensor if parameters else tensor.to(self.dtype(name))).contiguous()
 
     def _check_written(self, family: Family, bound: Sequence[BoundRule]) -> None:
         """Refuse to write a network of which a parameter has no place in the family's checkpoints."""

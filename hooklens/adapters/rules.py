@@ -15,6 +15,7 @@ Logical shapes are the field's; `load` keeps every parameter's stored layout tha
 so a rule that only renames axes gives a view and copies nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -24,6 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hooklens.config import HookedConfig, MoEConfig
+from hooklens.errors import UnsupportedModelError
 
 Condition = Callable[[HookedConfig], bool]
 RowOrder = Literal["grouped", "blocked"]
@@ -167,6 +169,52 @@ class FusedQKV:
     def _split_blocked(tensor: Tensor, cfg: HookedConfig) -> list[Tensor]:
         kv_rows = cfg.n_kv_heads * cfg.d_head
         return list(torch.split(tensor, [cfg.n_heads * cfg.d_head, kv_rows, kv_rows]))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One tensor with a number that is no parameter and the same in every checkpoint, which transformers reads.
+
+    Attributes:
+        hub: name on disk.
+        value: the number.
+        beside: HookLens name of the parameter with which it stands: where that is, and in its dtype.
+        when: which configs have the tensor.
+        part: the kind of part at the MLP's place that has it; None: any.
+    """
+
+    hub: str
+    value: float
+    beside: str
+    when: Condition = applies_always
+    part: str | None = None
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
+        """Nothing, once the number is found to be the right one.
+
+        Raises:
+            UnsupportedModelError: it is another one.
+        """
+        # As near as it is in bfloat16, in which it may have been once.
+        if not math.isclose(tensor.item(), self.value, rel_tol=2**-7):
+            raise UnsupportedModelError(
+                f"a tensor {self.hub!r} holds {tensor.item()}; expected {self.value}, the only value implemented"
+            )
+        return ()
+
+    def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
+        """The number."""
+        return torch.tensor(self.value)
+
+
+def parameters_beside(rule: WeightRule) -> tuple[str, ...]:
+    """HookLens names of the parameters that a layer has where the rule applies."""
+    return (rule.beside,) if isinstance(rule, Constant) else rule.ours
 
 
 def _inverse(pattern: str) -> str:

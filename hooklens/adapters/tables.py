@@ -11,24 +11,28 @@ from hooklens.adapters.rules import Condition, Copy, Fused, FusedQKV, RowOrder, 
 
 BLOCK = "blocks.{i}"
 _PRE_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+POST_NORMS = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
+"""Norms behind each branch only, as families without others call them."""
+SANDWICH_NORMS = {"ln1": "input_layernorm", "ln2": "pre_feedforward_layernorm", **POST_NORMS}
+"""The same, and norms before each branch."""
 
 Rules = tuple[WeightRule, ...]
 
 
-def norm_rules(hub: str, name: str, *, when: Condition = applies_always) -> Rules:
+def norm_rules(hub: str, name: str, *, when: Condition = applies_always) -> tuple[Copy, ...]:
     """A norm: `<hub>.weight` is `<name>.w`, `<hub>.bias` is `<name>.b`."""
     return (Copy(f"{hub}.weight", f"{name}.w", when=when), Copy(f"{hub}.bias", f"{name}.b", when=when))
 
 
 def decoder_rules(
-    blocks: Rules, *, embed: str, final_norm: str, head: str = "lm_head", pos_embed: str | None = None
+    blocks: Rules, *, embed: str, final_norm: str | None, head: str = "lm_head", pos_embed: str | None = None
 ) -> Rules:
     """A decoder around its blocks.
 
     Args:
         blocks: the rules of the blocks.
         embed: name on disk of the token embedding.
-        final_norm: of the final norm.
+        final_norm: of the final norm; None: there is none.
         head: of the unembedding.
         pos_embed: of a table of learned positions; None: there is none.
     """
@@ -37,7 +41,7 @@ def decoder_rules(
         Copy(f"{embed}.weight", "embed.W_E"),
         *table,
         *blocks,
-        *norm_rules(final_norm, "ln_final"),
+        *(() if final_norm is None else norm_rules(final_norm, "ln_final")),
         Copy(f"{head}.weight", "unembed.W_U", "v m -> m v"),
         Copy(f"{head}.bias", "unembed.b_U"),
     )
@@ -70,10 +74,17 @@ def attention_rules(hub: str, *, q: str = "q_proj", k: str = "k_proj", v: str = 
     return (*projections, *out_rules(f"{hub}.{o}"))
 
 
-def qk_norm_rules(hub: str, *, q: str = "q_norm", k: str = "k_norm") -> Rules:
-    """Norms of queries and keys."""
+def qk_norm_rules(hub: str, *, q: str = "q_norm", k: str = "k_norm", heads_flat: bool = False) -> Rules:
+    """Norms of queries and keys.
+
+    Args:
+        hub: name on disk of attention.
+        q, k: of the norms.
+        heads_flat: weights of several heads lie in one axis, as those of norms over all heads do.
+    """
     attn = f"{BLOCK}.attn"
-    return (*norm_rules(f"{hub}.{q}", f"{attn}.q_norm"), *norm_rules(f"{hub}.{k}", f"{attn}.k_norm"))
+    rules = (*norm_rules(f"{hub}.{q}", f"{attn}.q_norm"), *norm_rules(f"{hub}.{k}", f"{attn}.k_norm"))
+    return tuple(replace(rule, pattern="(n h) -> n h") for rule in rules) if heads_flat else rules
 
 
 def fused_qkv_rules(hub: str, *, order: RowOrder) -> Rules:
@@ -82,6 +93,15 @@ def fused_qkv_rules(hub: str, *, order: RowOrder) -> Rules:
     return (
         FusedQKV(f"{hub}.weight", (f"{attn}.W_Q", f"{attn}.W_K", f"{attn}.W_V"), order),
         FusedQKV(f"{hub}.bias", (f"{attn}.b_Q", f"{attn}.b_K", f"{attn}.b_V"), order),
+    )
+
+
+def fused_conv1d_qkv_rules(hub: str) -> Rules:
+    """Queries, keys and values, of as many heads each, in one `Conv1D` (`[in, out]`): three blocks of columns."""
+    attn = f"{BLOCK}.attn"
+    return (
+        Fused(f"{hub}.weight", (f"{attn}.W_Q", f"{attn}.W_K", f"{attn}.W_V"), "m (s n h) -> s n m h"),
+        Fused(f"{hub}.bias", (f"{attn}.b_Q", f"{attn}.b_K", f"{attn}.b_V"), "(s n h) -> s n h"),
     )
 
 
@@ -137,22 +157,34 @@ def expert_rules(hub: str, *, up: str = "up_proj", down: str = "down_proj", gate
     )
 
 
-def stacked_expert_rules(hub: str) -> Rules:
-    """Experts as transformers 5 holds them in memory: all in one tensor, the gate's rows before the linear half's."""
+def stacked_expert_rules(hub: str, *, gate_up: str = "gate_up_proj", down: str = "down_proj") -> Rules:
+    """Experts as transformers 5 holds them in memory: all in one tensor, the gate's rows before the linear half's.
+
+    Args:
+        hub: the name of the experts.
+        gate_up, down: of their tensors, in full.
+    """
     mlp = f"{BLOCK}.mlp"
     return (
-        Fused(f"{hub}.gate_up_proj", (f"{mlp}.W_gate", f"{mlp}.W_in"), "e (s f) m -> s e m f", part="moe"),
-        Copy(f"{hub}.down_proj", f"{mlp}.W_out", "e m f -> e f m", part="moe"),
+        Fused(f"{hub}.{gate_up}", (f"{mlp}.W_gate", f"{mlp}.W_in"), "e (s f) m -> s e m f", part="moe"),
+        Copy(f"{hub}.{down}", f"{mlp}.W_out", "e m f -> e f m", part="moe"),
     )
 
 
-def shared_expert_rules(hub: str) -> Rules:
-    """The expert that sees every token, with Llama's names."""
+def shared_expert_rules(hub: str, *, gate: str | None = None) -> Rules:
+    """The expert that sees every token, with Llama's names.
+
+    Args:
+        hub: its name on disk.
+        gate: that of the map whose sigmoid its output is multiplied by; None: there is none.
+    """
     shared = f"{BLOCK}.mlp.shared"
+    gated = () if gate is None else (Copy(f"{gate}.weight", f"{shared}.W_shared_gate", "o m -> m o"),)
     return (
         Copy(f"{hub}.gate_proj.weight", f"{shared}.W_gate", "f m -> m f"),
         Copy(f"{hub}.up_proj.weight", f"{shared}.W_in", "f m -> m f"),
         Copy(f"{hub}.down_proj.weight", f"{shared}.W_out", "m f -> f m"),
+        *gated,
     )
 
 
@@ -180,3 +212,13 @@ def llama_rules(
     block_norms = (rule for ours, hub in norms.items() for rule in norm_rules(f"{layer}.{hub}", f"{BLOCK}.{ours}"))
     blocks = (*block_norms, *attention, *(gated_mlp_rules(f"{layer}.mlp") if mlp is None else mlp))
     return decoder_rules(blocks, embed=f"{model}.embed_tokens", final_norm=f"{model}.{final_norm}")
+
+
+def fairseq_block_rules(layer: str) -> Rules:
+    """A block as fairseq names it: the norm before the MLP is `final_layer_norm`, and the MLP is `fc1` and `fc2`."""
+    return (
+        *norm_rules(f"{layer}.self_attn_layer_norm", f"{BLOCK}.ln1"),
+        *attention_rules(f"{layer}.self_attn", o="out_proj"),
+        *norm_rules(f"{layer}.final_layer_norm", f"{BLOCK}.ln2"),
+        *mlp_rules(layer, up="fc1", down="fc2"),
+    )

@@ -127,7 +127,8 @@ class CheckpointMethods:
             hf_model: the model; compiled, and in `DataParallel`, too.
             tokenizer: a transformers tokenizer, needed only for text.
             share: True: every weight is shared. False: none is. None: all are where the layout allows it of all, and
-                else none. It does not where queries, keys and values of several key-value heads lie in one tensor.
+                else none. It does not where queries, keys and values of several key-value heads, or experts, lie in one
+                tensor.
 
         Raises:
             CheckpointError: `share=True`, and some weights cannot be shared; they are named. Or tensors are missing, or

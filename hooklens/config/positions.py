@@ -92,15 +92,18 @@ class RotaryPositions:
         base: wavelength base (theta).
         layout: `"half"` pairs entry i with i + dim/2, `"interleaved"` pairs 2i with 2i + 1.
         scaling: frequency stretch, None for none.
+        reverse: turns the other way, by minus the angle: pairs (a, b) become (a cos + b sin, b cos - a sin).
     """
 
     dim: int
     base: float = 10000.0
     layout: RotaryLayout = "half"
     scaling: RotaryScaling | None = None
+    reverse: bool = False
 
     def __post_init__(self) -> None:
         check_choice("rotary layout", self.layout, get_args(RotaryLayout))
+        check_flags("rotary positions", {"reverse": self.reverse})
         check_counts("rotary positions", {"dim": self.dim})
         check_numbers("rotary positions", {"base": self.base})
         if self.dim % 2:

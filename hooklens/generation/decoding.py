@@ -50,7 +50,7 @@ class Decoding:
             n_samples=self._n_samples,
             max_new_tokens=options.max_new_tokens,
             keeps_all=self._forward.keeps_all_rows,
-            needs_table=self._reads_ids or not options.use_past_kv_cache,
+            needs_table=self._reads_ids or not options.use_past_kv_cache or self._forward.may_start_anew,
         )
         self._draws = RowDraws(len(self.rows), options.seed, prompts.ids.device) if options.do_sample else None
         self._newest: Tensor | None = None

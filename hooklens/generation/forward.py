@@ -27,6 +27,10 @@ class Forward:
         model: runs.
         prompts: what to begin with.
         options: cache, samples, edits and captures.
+
+    Attributes:
+        may_start_anew: whole sequences may be run again, where rotary frequencies depend on their length.
+        keeps_all_rows: rows that have ended stay in the batch.
     """
 
     def __init__(self, model: GeneratingModel, prompts: Prompts, options: GenerationOptions) -> None:
@@ -52,6 +56,14 @@ class Forward:
         self._listeners = join_listeners([self.edits.listeners, self.recorder.listeners])
         self._uses_cache = options.use_past_kv_cache
         self._cache = self._open_cache(given) if self._uses_cache else None
+        longest = max((seen + n for seen, n in zip(prompts.n_before, prompts.lengths, strict=True)), default=0)
+        # Whoever listens or goes on from a cache counts on one token a step.
+        self.may_start_anew = (
+            self._uses_cache
+            and given is None
+            and not self._listens
+            and model.depends_on_length(longest + options.max_new_tokens)
+        )
         self._unembed_points = [points[name] for name in _UNEMBED_POINTS if name in points]
 
     def _open_cache(self, given: HookedKeyValueCache | None) -> HookedKeyValueCache:
@@ -98,6 +110,8 @@ class Forward:
             mask = self._mask_finished(len(ids), finished) if finished and self._masks_finished else None
         phase: Phase = "decode" if self._uses_cache else "prefill"
         plan = self._model.make_plan(ids, mask, None, self._cache, phase=phase)
+        if self.may_start_anew and not self._model.fits_past(plan):
+            return self._start_anew(rows)
         if not self._listens:
             return self._run_last(ids, plan)
         if self.edits:
@@ -113,6 +127,12 @@ class Forward:
                 places=None if len(rows.places) == len(rows.active) else places,
             )
         return logits
+
+    def _start_anew(self, rows: Rows) -> Logits:
+        """Run whole sequences into a new cache: those of the old one were short ones, which turn otherwise."""
+        self._cache = init_cache(self._model, len(rows.active))
+        ids, mask = rows.table, self._mask_table(rows)
+        return self._run_last(ids, self._model.make_plan(ids, mask, None, self._cache, phase="prefill"))
 
     def drop_rows(self, staying: Sequence[int]) -> None:
         """Go on with some of the rows, by their places in the batch."""

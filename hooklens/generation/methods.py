@@ -67,8 +67,9 @@ class TextGeneration:
             repetition_penalty: > 1 makes tokens of the row less likely (Keskar et al. 2019).
             stop_strings: a row ends when its new text holds one of them, which stays in it.
             num_return_sequences: samples of each prompt, which is run once.
-            use_past_kv_cache: False runs the whole sequence at every step. The tokens are the same, except with
-                dynamic rotary scaling past the trained length, where cached keys keep earlier frequencies.
+            use_past_kv_cache: False runs the whole sequence at every step. The tokens are the same. Where rotary
+                frequencies depend on a sequence's length (dynamic scaling, longrope), a step whose cached keys turned
+                at others runs the whole sequence, too; with edits, captures or a `past_kv_cache` it is refused.
             past_kv_cache: what came before the prompts. A frozen cache is read (one row serves all prompts),
                 another one is appended to: all tokens but each row's last. The new tokens are those of the whole
                 sequence under every option, since the cache knows its tokens; the result and the streamer have the

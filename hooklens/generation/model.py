@@ -39,6 +39,13 @@ class GeneratingModel(Protocol):
     def run(self) -> Callable[..., Tensor]:
         """`run(ids, plan, listeners=..., past_kv_cache=..., logits_at=...)` gives logits `[batch chosen d_vocab]`."""
 
+    def depends_on_length(self, n_tokens: int) -> bool:
+        """Whether a sequence of this length has rotary frequencies of its own."""
+
+    @property
+    def fits_past(self) -> Callable[[Any], bool]:
+        """`fits_past(plan)`: whether the cached keys turned at the frequencies of the sequences' lengths."""
+
     def hook_points(self) -> dict[str, HookPoint]:
         """All hook points by name."""
 

@@ -182,6 +182,10 @@ class Call:
         self.listeners = listeners
         self.tokens = tokens
 
+    def hears(self, point: "HookPoint") -> bool:
+        """Whether anybody listens at a hook point."""
+        return point.own is not None or (bool(self.listeners) and point in self.listeners)
+
     def on(self, tokens: TokenIndex) -> "Call":
         """The same call where tensors hold other columns."""
         return Call(self.listeners, tokens)

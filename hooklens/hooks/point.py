@@ -80,7 +80,7 @@ class HookPoint(nn.Module):
 
     def listens(self, call: Call) -> bool:
         """Whether anybody listens here in a call."""
-        return self.own is not None or (bool(call.listeners) and self in call.listeners)
+        return call.hears(self)
 
     def watch(self, tensor: Tensor, call: Call) -> tuple[Tensor, bool]:
         """Show listeners a side tensor, which the computation does not go through by itself.

@@ -62,13 +62,16 @@ def attend(
     A soft cap takes the chunked way of `attend_in_parts`, and sinks its log-sums. float64 on CUDA has no fused kernel
     in PyTorch, nor have `vmap`, `jvp` and second derivatives of `torch.func`: these make the scores.
     """
-    part = Part(k, v, mask, is_causal)
     if softcap is not None or sinks is not None:
+        part = Part(k, v, mask, is_causal)
         return attend_in_parts(q, [part], score_scale=score_scale, softcap=softcap, sinks=sinks)
-    if _in_transform_without_kernel():
-        return attend_explicitly(q, [part], score_scale=score_scale, softcap=None)
-    k, v = _match_heads(k, v)
-    grouped = q.shape[2] != k.shape[2]
+    if torch._C._are_functorch_transforms_active() and _in_transform_without_kernel():
+        return attend_explicitly(q, [Part(k, v, mask, is_causal)], score_scale=score_scale, softcap=None)
+    n_kv_heads = k.shape[2]
+    if n_kv_heads != v.shape[2]:
+        k, v = _match_heads(k, v)
+        n_kv_heads = k.shape[2]
+    grouped = q.shape[2] != n_kv_heads
     if grouped and not _kernel_takes_groups(q, mask):
         calls = HeadCalls(q, k, mask, is_causal=is_causal)
         results = [
@@ -89,9 +92,7 @@ def attend(
 
 
 def _in_transform_without_kernel() -> bool:
-    """Whether `torch.func` transforms are at work, other than one `grad` alone."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
+    """Whether the `torch.func` transforms at work are others than one `grad` alone."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return [level.key() for level in stack] != [torch._C._functorch.TransformType.Grad]
 
@@ -348,7 +349,8 @@ def compute_scores(
 ) -> Float[Tensor, "batch head query key"]:
     """Scores before the softmax: scaled, biased, soft-capped, -inf where a query may not see a key."""
     products = by_group(q, k.shape[2]) @ k.permute(0, 2, 3, 1)
-    products = products.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if k.shape[2] != q.shape[2]:
+        products = products.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if term is None and softcap is None and mask is not None:
         return torch.add(mask, products, alpha=score_scale)
     scores = products * score_scale

@@ -196,7 +196,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         v = self.hook_v(self.project("v", v_input, plan), call)
         table = None if self.rotary is None else self.rotary.look_up(plan, q_input.dtype)
         edited = None
-        if self.shares_keys and (self.hook_k_per_head.listens(call) or self.hook_v_per_head.listens(call)):
+        if self.shares_keys and (call.hears(self.hook_k_per_head) or call.hears(self.hook_v_per_head)):
             edited = self._watch_per_head(k, v, table, call, entry)
         if not self.norms_last and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, call), self.k_norm(k, call)
@@ -285,7 +285,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Pattern-weighted values; with a frozen entry `k` and `v` are the new tokens' only."""
         drops = self.dropout > 0 and self.training
-        if drops or self.hook_attn_scores.listens(call) or self.hook_pattern.listens(call):
+        if drops or call.hears(self.hook_attn_scores) or call.hears(self.hook_pattern):
             all_k, all_v = (k, v) if frozen is None else join_past(frozen, k, v)
             pattern, changed = self._watch_pattern(q, all_k, plan, call, drops=drops)
             if changed or drops:
@@ -367,9 +367,9 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             mask=sight.mask,
         )
         scores_changed = False
-        if self.hook_attn_scores.listens(call):
+        if call.hears(self.hook_attn_scores):
             scores, scores_changed = self.hook_attn_scores.watch(scores, call)
-        watched = self.hook_pattern.listens(call)
+        watched = call.hears(self.hook_pattern)
         if not (scores_changed or watched or drops):
             return scores, False
         can_hide_all, pattern_changed = sight.can_hide_all or scores_changed, False
@@ -383,7 +383,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     def _write(self, z: Float[Tensor, "batch pos head d_head"], call: Call) -> Float[Tensor, "batch pos d_model"]:
         o_proj = self._modules["o_proj"]
         assert o_proj is not None
-        if self.hook_result.listens(call):
+        if call.hears(self.hook_result):
             result, bias = self._results(z, o_proj)
             result, changed = self.hook_result.watch(result, call)
             if changed:

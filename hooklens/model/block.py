@@ -109,6 +109,8 @@ class Block(Part, place="blocks.{i}"):
         self.has_attn, self.has_mlp, self.has_mid = block.attn is not None, block.mlp is not None, block.has_mid
         self.shares_norm = block.mlp_norm == "ln1"
         self.residual_scale, self.dropout = self.cfg.residual_scale, self.cfg.resid_dropout
+        # Something stands between what a branch makes and what it adds.
+        self.changes_branches = self.cfg.residual_scale != 1 or self.cfg.resid_dropout > 0 or block.norm_after
         # Without either branch the very tensor that entered leaves.
         self.hook_resid_post.shared = not (self.has_attn or self.has_mlp)
 
@@ -169,20 +171,32 @@ class Block(Part, place="blocks.{i}"):
         entry: HookedKeyValueCacheEntry | None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """What attention adds to the stream."""
-        q_input, k_input, v_input = self._head_inputs(resid_pre, normed, call)
+        q_input = k_input = v_input = normed
+        if (
+            call.hears(self.hook_attn_in)
+            or call.hears(self.hook_q_input)
+            or call.hears(self.hook_k_input)
+            or call.hears(self.hook_v_input)
+        ):
+            q_input, k_input, v_input = self._head_inputs(resid_pre, normed, call)
         attn_out = self.attn(q_input, k_input, v_input, plan, call, entry)
-        return self.hook_attn_out(self._leave_branch(attn_out, self.ln1_post, call), call)
+        if self.changes_branches:
+            attn_out = self._leave_branch(attn_out, self.ln1_post, call)
+        return self.hook_attn_out(attn_out, call)
 
     def _run_mlp(self, resid: Tensor, normed: Tensor | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the stream; with a shared norm, `normed` is the output of `ln1`."""
         mlp_in, edited = resid, False
-        if self.hook_mlp_in.listens(call):
+        if call.hears(self.hook_mlp_in):
             mlp_in, edited = self.hook_mlp_in.watch(resid, call)
         if self.ln2 is not None:
             mlp_in = self.ln2(mlp_in, call)
         elif normed is not None:
             mlp_in = self._renorm(mlp_in, resid, normed, call) if edited else normed
-        return self.hook_mlp_out(self._leave_branch(self.mlp(mlp_in, call), self.ln2_post, call), call)
+        mlp_out = self.mlp(mlp_in, call)
+        if self.changes_branches:
+            mlp_out = self._leave_branch(mlp_out, self.ln2_post, call)
+        return self.hook_mlp_out(mlp_out, call)
 
     def _leave_branch(self, out: Tensor, norm: Norm | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What a branch adds to the stream, given what it made."""
@@ -195,10 +209,8 @@ class Block(Part, place="blocks.{i}"):
     def _head_inputs(self, resid: Tensor, normed: Tensor, call: Call) -> tuple[HeadInput, HeadInput, HeadInput]:
         """What queries, keys and values read: the normed stream, or where a listener changed it, copies per head."""
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        listens = [one.listens(call) for one in points]
-        all_listen = self.hook_attn_in.listens(call)
-        if not (all_listen or any(listens)):
-            return normed, normed, normed
+        listens = [call.hears(one) for one in points]
+        all_listen = call.hears(self.hook_attn_in)
         n_heads, n_kv_heads = self.cfg.n_heads, self.cfg.n_kv_heads
         attn_in, all_changed = None, False
         if all_listen:

@@ -46,6 +46,7 @@ from hooklens.model.part import Part, describe_parts
 from hooklens.model.planning import Planning, documents_to_keep, new_mask
 from hooklens.model.positions import ChosenColumns, LogitsAt, TokenPlan
 from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
+from hooklens.model.rotary import RotaryTables
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -122,12 +123,17 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.embed.table.weight.device
+        return self._a_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.embed.table.weight.dtype
+        return self._a_weight().dtype
+
+    def _a_weight(self) -> Tensor:
+        """The token embedding, looked up as fast as a call wants it that asks several times."""
+        weight: Tensor = self.embed._modules["table"].weight  # type: ignore[union-attr, assignment]
+        return weight
 
     @property
     def drops(self) -> bool:
@@ -308,8 +314,19 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
 
     def depends_on_length(self, n_tokens: int) -> bool:
         """Whether a sequence of this length turns at rotary frequencies of its own (dynamic scaling)."""
-        rotaries = {block.attn.rotary for block in self.block_list() if block.has_attn}
-        return any(rotary is not None and rotary.depends_on_length(n_tokens) for rotary in rotaries)
+        return any(rotary.depends_on_length(n_tokens) for rotary in self._rotaries())
+
+    def fits_past(self, plan: TokenPlan) -> bool:
+        """Whether the cached keys of a call, if any, turned at the rotary frequencies of its sequences' lengths.
+
+        Args:
+            plan: the call's tokens, made with its cache.
+        """
+        return all(rotary.fits_past(plan) for rotary in self._rotaries())
+
+    def _rotaries(self) -> set[RotaryTables]:
+        found = {block.attn.rotary for block in self.block_list() if block.has_attn}
+        return {rotary for rotary in found if rotary is not None}
 
     def block_list(self) -> list[Block]:
         """The blocks, typed."""

@@ -119,7 +119,10 @@ class HeadCalls:
 def by_group(x: Float[Tensor, "batch query head d"], n_kv_heads: int) -> Float[Tensor, "batch kv_head group_query d"]:
     """Queries of the heads that share a key-value head, one head after another."""
     batch, n_query, n_heads, width = x.shape
-    return x.transpose(1, 2).reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_query, width)
+    heads = x.transpose(1, 2)
+    if n_heads == n_kv_heads:
+        return heads
+    return heads.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_query, width)
 
 
 def from_groups(x: Float[Tensor, "batch kv_head group_query d"], n_heads: int) -> Float[Tensor, "batch query head d"]:

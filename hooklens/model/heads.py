@@ -53,9 +53,10 @@ def project_heads(x: HeadInput, linear: nn.Module | None, d_head: int) -> Float[
     """`x W + b` for each head, on one input for all heads or a copy for each."""
     assert linear is not None
     if x.ndim == 3:
-        # The map itself would see rows and positions as one axis, and part them again: a view more in each direction.
-        flat = x.flatten(0, 1) if is_plain(linear) and x.is_contiguous() else x
-        return apply_linear(linear, flat).view(x.shape[0], x.shape[1], -1, d_head)
+        batch, n_pos, _ = x.shape
+        # In a backward pass the map itself would part rows and positions again: a view more in each direction.
+        flat = x.flatten(0, 1) if x.requires_grad and x.is_contiguous() and is_plain(linear) else x
+        return apply_linear(linear, flat).view(batch, n_pos, -1, d_head)
     if is_plain(linear):
         own: dict[str, Tensor] = linear.__dict__["_parameters"]
         heads: Tensor = torch.einsum("bpnm,nhm->bpnh", x, own["weight"].view(-1, d_head, x.shape[-1]))

@@ -14,6 +14,8 @@ queries at a time.
 
 A query that sees no key has a result of 0 and a log-sum of `NOTHING`, a finite number, so that the difference of two of
 them is no NaN.
+
+The operator behind `torch.rms_norm` gives the denominator, too; `can_show_rms` says where it may be asked.
 """
 
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from hooklens.errors import InputError
 from hooklens.model.grouping import HeadCalls, by_group, from_groups
@@ -38,6 +41,10 @@ _MOST_BLOCKS = 65_535
 # The log-sum of no scores: for any score behind it, exp(score - NOTHING) with the score at -inf is 0, and the share of
 # such a part beside any other is 0, as with -inf.
 NOTHING = -1e30
+
+
+# From this version on the front door of RMSNorm goes to an operator that gives the denominator with the result.
+_RMS_SHOWS_SCALE = TorchVersion(torch.__version__) >= TorchVersion("2.9")
 
 
 class Part(NamedTuple):
@@ -344,3 +351,22 @@ def _mask_of_chunk(part: Part, chunk: slice, q: Tensor) -> Tensor | None:
 def _group_rows(x: Float[Tensor, "batch head query key"], n_kv_heads: int) -> Float[Tensor, "batch kv_head rows key"]:
     batch, n_heads, n_query, n_key = x.shape
     return x.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_query, n_key)
+
+
+def can_show_rms(x: Float[Tensor, "*axes size"], size: tuple[int, ...], weight: Tensor | None) -> bool:
+    """Whether `rms_norm_with_scale` gives what `torch.rms_norm` gives: on the CPU, of sizes and dtypes that fit."""
+    return (
+        _RMS_SHOWS_SCALE
+        and x.device.type == "cpu"
+        and x.shape[-1:] == size
+        and (weight is None or (weight.dtype == x.dtype and weight.shape == size))
+        and not torch.compiler.is_compiling()
+    )
+
+
+def rms_norm_with_scale(
+    x: Float[Tensor, "*axes size"], size: tuple[int, ...], weight: Float[Tensor, " size"] | None, eps: float
+) -> tuple[Float[Tensor, "*axes size"], Float[Tensor, "*axes one"]]:
+    """RMSNorm over the last axis, and the inverse of its denominator; ask `can_show_rms` first."""
+    out, inverse_scale = torch._fused_rms_norm(x, size, weight, eps)
+    return out, inverse_scale

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.hooks import Call, HookPoint, open_call
 from hooklens.model.declared import ALWAYS, Weight, When, inner, point, weight
+from hooklens.model.kernels import can_show_rms, rms_norm_with_scale
 from hooklens.model.part import Part
 from hooklens.precision import widen
 
@@ -69,6 +69,8 @@ class Norm(Part):
         super().__init__(spec, place=place)
         self.norm = spec.norm
         self.size = (spec.size("..."),)
+        # Weight and bias are what the kernels take.
+        self._weighs_directly = not (spec.norm.wide_weight or spec.norm.unit_offset)
         for name in {"w", "b"} & set(self.absent):
             self.register_parameter(name, None)
 
@@ -90,24 +92,28 @@ class Norm(Part):
     def forward(self, x: Float[Tensor, "*axes size"], call: Call | None = None) -> Float[Tensor, "*axes size"]:
         """Normalize, showing listeners what they asked for."""
         call = open_call() if call is None else call
-        return self._forward_watched(x, call) if self.listens(call) else self.apply_weights(x)
+        if call.hears(self.hook_scale) or call.hears(self.hook_normalized):
+            return self._forward_watched(x, call)
+        return self.apply_weights(x)
 
     def apply_weights(self, x: Float[Tensor, "*axes size"]) -> Float[Tensor, "*axes size"]:
         """The norm as a plain function; hook points do not fire."""
-        if self.norm.wide_weight:
-            return self._normalize(widen(x)).to(x.dtype)
-        return self._normalize(x)
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        if self.norm.kind == "layer":
-            return F.layer_norm(x, self.size, self._gain(), self._bias(), self.norm.eps)
-        return F.rms_norm(x, self.size, self._gain(), self.norm.eps)
+        norm = self.norm
+        wide = widen(x) if norm.wide_weight else x
+        # The functions behind those of torch.nn.functional, which take their time.
+        if norm.kind == "layer":
+            out = torch.layer_norm(wide, self.size, self._gain(), self._bias(), norm.eps)
+        else:
+            out = torch.rms_norm(wide, self.size, self._gain(), norm.eps)
+        return out.to(x.dtype) if norm.wide_weight else out
 
     def _gain(self) -> Tensor | None:
         gain: Tensor | None = self._parameters["w"]
-        if gain is not None and self.norm.wide_weight:
+        if gain is None or self._weighs_directly:
+            return gain
+        if self.norm.wide_weight:
             gain = widen(gain)
-        return 1.0 + gain if gain is not None and self.norm.unit_offset else gain
+        return 1.0 + gain if self.norm.unit_offset else gain
 
     def _bias(self) -> Tensor | None:
         bias: Tensor | None = self._parameters["b"]
@@ -115,12 +121,12 @@ class Norm(Part):
 
     def _forward_watched(self, x: Tensor, call: Call) -> Tensor:
         out, mean, scale = self._run_with_statistics(x)
-        changed, watches_normalized = False, self.hook_normalized.listens(call)
-        if self.hook_scale.listens(call):
+        changed, watches_normalized = False, call.hears(self.hook_normalized)
+        if call.hears(self.hook_scale):
             scale, changed = self.hook_scale.watch(scale, call)
         if not (changed or watches_normalized):
             return self.apply_weights(x) if out is None else out
-        if out is not None and not changed:
+        if out is not None and not changed and self.norm.kind == "layer":
             normalized = torch.native_layer_norm(x, self.size, None, None, self.norm.eps)[0]
         else:
             wide = widen(x)
@@ -141,9 +147,13 @@ class Norm(Part):
         not in half precision, in which they would be rounded.
         """
         wide = widen(x)
+        gives_statistics = wide is x and not (torch.is_grad_enabled() and x.requires_grad)
         if self.norm.kind == "rms":
+            if gives_statistics and can_show_rms(x, self.size, gain := self._gain()):
+                out, inverse_scale = rms_norm_with_scale(x, self.size, gain, self.norm.eps)
+                return out, None, inverse_scale.reciprocal()
             return None, None, (wide.pow(2).mean(-1, keepdim=True) + self.norm.eps).sqrt()
-        if wide is x and not (torch.is_grad_enabled() and x.requires_grad):
+        if gives_statistics:
             out, mean, inverse_scale = torch.native_layer_norm(x, self.size, self._gain(), self.b, self.norm.eps)
             return out, mean, inverse_scale.reciprocal()
         mean = wide.mean(-1, keepdim=True)

@@ -105,6 +105,12 @@ class Part(HookedModule):
         holder.__class__ = nn.Linear
         return holder
 
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run the part: straight, where nothing has been put around it, since a module call takes longer."""
+        if is_bare(self.__dict__):
+            return self.forward(*arguments, **keywords)
+        return super().__call__(*arguments, **keywords)
+
     def __setattr__(self, name: str, value: Any) -> None:
         declared = self.declared.get(name)
         if isinstance(declared, Weight) and declared.module is not None:
@@ -229,29 +235,35 @@ def _describe_weight(one: Weight, spec: Spec, prefix: str, reads: str | None) ->
     )
 
 
-def is_plain(linear: nn.Module | None) -> bool:
-    """Whether a linear map is nothing but its weight and bias: nothing hooked on, put around or in its place."""
-    if type(linear) is not nn.Linear or torch.compiler.is_compiling():
-        return False
-    state = linear.__dict__
-    hooked = (
+def is_bare(state: dict[str, Any]) -> bool:
+    """Whether calling a module is calling its `forward`: nothing hooked on it or put around it.
+
+    Args:
+        state: the module's `__dict__`.
+    """
+    return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or "_compiled_call_impl" in state
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
     )
-    return not hooked
+
+
+def is_plain(linear: nn.Module | None) -> bool:
+    """Whether a linear map is nothing but its weight and bias: nothing hooked on, put around or in its place."""
+    return type(linear) is nn.Linear and is_bare(linear.__dict__)
 
 
 def apply_linear(linear: nn.Module | None, x: Float[Tensor, "*axes into"]) -> Float[Tensor, "*axes out_of"]:
     """`x W^T + b`, by the weight itself where nothing has been put around the module: a module call takes longer."""
     assert linear is not None
-    if is_plain(linear):
+    if type(linear) is nn.Linear and is_bare(linear.__dict__):
         parameters = linear.__dict__["_parameters"]
         return F.linear(x, parameters["weight"], parameters["bias"])
     out: Tensor = linear(x)

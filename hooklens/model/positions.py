@@ -224,9 +224,9 @@ class TokenPlan:
 
     def remember(self, key: Hashable, make: Callable[..., Made], *arguments: Any) -> Made:
         """What `make(*arguments)` gives, made once per call: what is the same for several layers."""
-        if key not in self._made:
-            self._made[key] = make(*arguments)
-        made: Made = self._made[key]  # type: ignore[assignment]
+        made: Made | None = self._made.get(key)  # type: ignore[assignment]
+        if made is None:
+            made = self._made[key] = make(*arguments)
         return made
 
     def choose_columns(self, wanted: LogitsAt) -> "ChosenColumns":

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, "RoFormer") and the ways its frequencies are stretched.
 
 An entry pair (a, b) of a query or key at position t turns by the angle `t * frequency`:
-`(a cos - b sin, b cos + a sin)`. Tables are made in float32, as checkpoints were trained with, and cast to
-the activations' dtype.
+`(a cos - b sin, b cos + a sin)`, or by minus that angle. Tables are made in float32, as checkpoints were trained
+with, and cast to the activations' dtype.
 """
 
 import math
@@ -79,6 +79,11 @@ class RotaryTables:
         cos, sin = (torch.stack(tables) for tables in zip(*rows, strict=True))
         return cos[:, :, None], sin[:, :, None]
 
+    def fits_past(self, plan: TokenPlan) -> bool:
+        """Whether the cached keys of a call, if any, turned at the frequencies of its sequences' lengths."""
+        depends = self.depends_on_length(plan.n_positions) and self.depends_on_length(plan.longest)
+        return not plan.n_past or not depends or self._has_long_past(plan)
+
     def _has_long_past(self, plan: TokenPlan) -> bool:
         """Whether cached keys turned at the frequencies of this length already (longrope: those of all long ones)."""
         scaling = self.positions.scaling
@@ -136,7 +141,7 @@ class RotaryTables:
         scaling = self.positions.scaling
         return (
             scaling is not None
-            and scaling.kind in ("dynamic", "longrope")
+            and (scaling.kind == "dynamic" or scaling.short_factors != scaling.long_factors)
             and scaling.original_n_ctx is not None
             and n_positions > scaling.original_n_ctx
         )
@@ -154,6 +159,8 @@ class RotaryTables:
         frequencies, amplitude = rotary_frequencies(self.positions, n_tokens, device=device)
         angles = torch.arange(n_positions, device=device).float()[:, None] * frequencies[None]
         cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+        if self.positions.reverse:
+            sin = -sin
         if self.positions.layout == "half":
             cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         else:

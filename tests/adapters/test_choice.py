@@ -1,10 +1,14 @@
+import dataclasses
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from hooklens.adapters import read_hf_model, to_hub
 from hooklens.adapters.choice import choose_family, find_family, find_nearest
 from hooklens.adapters.families import load_families
+from hooklens.adapters.keys import ConfigMap
 from hooklens.config import HookedConfig, NormConfig, RotaryPositions
 from hooklens.errors import UnsupportedModelError
 from tests.checkpoints import build_variant
@@ -101,3 +105,21 @@ def test_a_config_no_family_can_express_says_which_field() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Fields that differ, in the families that come closest: \w+: "):
         to_hub(CFG, {})
     assert choose_family(CFG.replace(attn_softcap=None, clip_qkv=None), FAMILIES).name == "llama"
+
+
+def test_a_family_that_refuses_a_network_is_not_the_one_that_comes_closest() -> None:
+    """A refusal counted as one difference, so that it stood before families with two."""
+    refusing = dataclasses.replace(FAMILIES[0], name="refusing", config=_Refusing(parts=()))
+    cfg = HookedConfig(
+        d_model=8, n_layers=1, n_heads=2, d_vocab=7, n_ctx=16, positions=RotaryPositions(dim=4), attn_softcap=50.0
+    )
+    with pytest.raises(UnsupportedModelError, match=r"no family can express attn_softcap=50\.0") as caught:
+        choose_family(cfg, [refusing, *(family for family in FAMILIES if family.name in ("llama", "gpt_neox"))])
+    assert str(caught.value).index("llama:") < str(caught.value).index("refusing: ")
+
+
+class _Refusing(ConfigMap):
+    """Reads no config."""
+
+    def read(self, config: Mapping[str, Any], *, where: str, warn: bool = True) -> dict[str, Any]:
+        raise UnsupportedModelError("this cannot be")

@@ -1,9 +1,15 @@
+import json
+import re
+from collections.abc import Mapping
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hooklens.adapters import open_checkpoint, read_hf_model, to_hub
-from hooklens.adapters.conversion import config_of_layers
+from hooklens.adapters.conversion import HubModel, MemoryTensors, config_of_layers
 from hooklens.errors import CheckpointError, InputError
 from hooklens.weights.shapes import weight_shapes
 from tests.checkpoints import VARIANTS, build_variant, save_variant
@@ -169,3 +175,40 @@ def test_partial_biases_stay_partial() -> None:
     config, saved = to_hub(cfg, state)
     assert config["attention_bias"] is True
     assert saved.keys() == {key for key in hf_model.state_dict() if not key.endswith("o_proj.bias")}
+
+
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    [
+        ("llama-gqa", set()),
+        ("neox-parallel", {"attention.query_key_value.weight", "attention.query_key_value.bias"}),
+        (
+            "gpt2",
+            {"attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"},
+        ),
+    ],
+)
+def test_what_cannot_stay_as_it_lies_is_read_apart(name, copied) -> None:
+    """Maps stored as `[in, out]` left the pages of their file in memory beside the copies: half as much again."""
+    if name == "gpt2":
+        sizes = GPT2Config(vocab_size=11, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+        hf_model: PreTrainedModel = GPT2LMHeadModel(sizes)
+    else:
+        hf_model = build_variant(name)
+    source = _Recording(hf_model.state_dict())
+    model = HubModel(json.loads(hf_model.config.to_json_string()), source, where="here")
+    dict(model.tensors())
+    assert {re.sub(r".*\.\d+\.", "", tensor) for tensor, apart in source.apart.items() if apart} == copied
+    assert {tensor for tensor, apart in source.apart.items() if not apart}
+
+
+class _Recording(MemoryTensors):
+    """Remembers which tensors were read apart."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__(state)
+        self.apart: dict[str, bool] = {}
+
+    def read(self, name: str, *, apart: bool = False) -> Tensor:
+        self.apart[name] = apart
+        return super().read(name, apart=apart)

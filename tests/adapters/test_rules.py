@@ -3,10 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.adapters.rules import Copy, DiskShapes, FusedQKV
+from hooklens.adapters.rules import Constant, Copy, DiskShapes, FusedQKV, parameters_beside
 from hooklens.config import HookedConfig, NoPositions
+from hooklens.errors import UnsupportedModelError
 
 NAMES = ("b.{i}.W_Q", "b.{i}.W_K", "b.{i}.W_V")
+
+ONE_LAYER = HookedConfig(d_model=4, n_heads=2, d_vocab=7, n_layers=1, n_ctx=8, positions=NoPositions())
 
 
 @st.composite
@@ -93,3 +96,19 @@ def test_copy_is_a_view_both_ways(pattern, shape, logical) -> None:
     assert loaded.data_ptr() == saved.data_ptr() == tensor.data_ptr()
     assert saved.is_contiguous()
     assert DiskShapes({"b.3.ours": logical}, cfg).of(rule, 3) == shape
+
+
+@pytest.mark.parametrize("value", [0.5, -1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_constant_is_the_number_or_refused(value, dtype) -> None:
+    """Also after a trip through a narrower dtype, where that holds it."""
+    rule, cfg = Constant("c.{i}", value, beside="b.{i}.w"), ONE_LAYER
+    assert rule.ours == ()
+    assert parameters_beside(rule) == ("b.{i}.w",)
+    written = rule.save((), cfg)
+    assert written.shape == ()
+    assert written.item() == pytest.approx(value)
+    if not (value == -1e-6 and dtype == torch.float16):  # A number below what float16 tells apart.
+        assert rule.load(written.to(dtype), cfg) == ()
+    with pytest.raises(UnsupportedModelError, match=f"expected {value}"):
+        rule.load(torch.tensor(1.1 * value), cfg)

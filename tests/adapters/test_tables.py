@@ -5,7 +5,7 @@ from hooklens.adapters.families import load_families
 from hooklens.adapters.family import Family
 from hooklens.adapters.keys import ConfigMap
 from hooklens.adapters.rules import Copy, Fused
-from hooklens.adapters.tables import BLOCK, expert_rules, mlp_rules, stacked_expert_rules
+from hooklens.adapters.tables import BLOCK, expert_rules, fused_conv1d_qkv_rules, mlp_rules, stacked_expert_rules
 from hooklens.config import HookedConfig, MoEConfig, NoPositions, PartConfig
 
 MIXED = HookedConfig(
@@ -53,8 +53,8 @@ def test_experts_in_tensors_of_their_own_are_stacked_and_taken_apart() -> None:
         for expert, name in enumerate(bound.hubs):
             assert torch.equal(loaded[expert], disk[name].T)
             assert torch.equal(bound.save(name, (loaded,), MIXED), disk[name])
-        # As each of the tensors lies in memory, so that nothing is copied again.
-        assert loaded.transpose(1, 2).is_contiguous()
+        # As a mixture holds them, so that nothing is copied again.
+        assert loaded.is_contiguous()
 
 
 def _shape(name: str) -> tuple[int, int]:
@@ -83,3 +83,16 @@ def test_patterns_are_permutations_with_their_own_inverse(rule, shape) -> None:
     parts = rule.load(tensor, MIXED)
     assert torch.equal(torch.cat([part.flatten() for part in parts]).sort().values, tensor.flatten())
     assert torch.equal(rule.save(parts, MIXED), tensor)
+
+
+def test_a_conv1d_of_queries_keys_and_values_is_three_blocks_of_columns() -> None:
+    cfg = HookedConfig(d_model=6, n_layers=1, n_heads=2, d_vocab=7, n_ctx=8, positions=NoPositions())
+    weight, bias = fused_conv1d_qkv_rules("attn")
+    disk = torch.randn(6, 18)
+    for place, loaded in enumerate(weight.load(disk, cfg)):
+        for head in range(2):
+            start = 6 * place + 3 * head
+            assert torch.equal(loaded[head], disk[:, start : start + 3])
+    assert torch.equal(weight.save(weight.load(disk, cfg), cfg), disk)
+    assert torch.equal(torch.cat(bias.load(disk[0], cfg)).flatten(), disk[0])
+    assert torch.equal(bias.save(bias.load(disk[0], cfg), cfg), disk[0])

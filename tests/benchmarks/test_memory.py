@@ -35,7 +35,7 @@ def test_forward_and_capture_at_2048_positions(family: str, record: Any) -> None
     )
 
 
-_LOAD = """
+LOAD = """
     import re
     from pathlib import Path
     import torch
@@ -64,5 +64,5 @@ def test_peak_resident_memory_of_loading(family: str, record: Any, tmp_path: Pat
     reference.save_pretrained(tmp_path / "big", max_shard_size="60MB")
     small, _ = build_pair(family, n_layers=1, d_model=32, n_heads=2)
     small.save_pretrained(tmp_path / "small")
-    ratio = float(run_fresh(_LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"))).splitlines()[-1])
+    ratio = float(run_fresh(LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"))).splitlines()[-1])
     record(f"peak resident memory of loading, {family}: / bytes of the model", ratio, at_most=1.05)

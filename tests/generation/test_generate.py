@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from hooklens.errors import InputError
+from hooklens import HookedCausalLM
+from hooklens.config import RotaryPositions, RotaryScaling
+from hooklens.errors import CacheError, InputError
 from hooklens.generation import GenerationOutput
 from tests.annotations import unchecked
 from tests.checkpoints import VARIANTS
@@ -212,3 +214,67 @@ def test_bad_input_is_refused():
         model.generate(ids, return_type="str")
     with pytest.raises(InputError, match="outside the vocabulary"):
         model.generate(torch.tensor([[97]]))
+
+
+STRETCHES = {
+    "dynamic": RotaryScaling(kind="dynamic", factor=4.0, original_n_ctx=8),
+    "longrope": RotaryScaling(
+        kind="longrope",
+        factor=4.0,
+        original_n_ctx=8,
+        short_factors=(1.0, 1.3, 2.0, 3.0),
+        long_factors=(1.0, 2.5, 6.0, 16.0),
+    ),
+}
+
+
+def stretched(kind: str) -> HookedCausalLM:
+    """A model whose rotary frequencies depend on the length of sequences of more than 8 tokens."""
+    model, _ = pair()
+    positions = RotaryPositions(dim=8, scaling=STRETCHES[kind])
+    return HookedCausalLM.from_state_dict(dict(model.named_weights()), model.cfg.replace(positions=positions))
+
+
+@pytest.mark.parametrize("kind", STRETCHES)
+def test_rows_that_outgrow_their_rotary_frequencies_are_those_of_a_plain_loop(kind):
+    """Cached keys have turned at other frequencies then, and the generation ended there with an error, its tokens lost.
+
+    The rows get there one after the other, and some end before.
+    """
+    model = stretched(kind)
+    padded = with_padding_id(model)
+    expected = [greedy_loop(model, row, 9)[len(row) :] for row in RAGGED]
+    found = padded.generate(left_pad(RAGGED)[0], max_new_tokens=9, do_sample=False, return_type="output", verbose=False)
+    assert [row.tolist() for row in found.new_tokens] == expected
+    end = expected[0][4]
+    ends = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    found = padded.generate(
+        left_pad(RAGGED)[0], max_new_tokens=9, do_sample=False, eos_token_id=end, return_type="output", verbose=False
+    )
+    assert [row.tolist() for row in found.new_tokens] == ends
+
+
+@pytest.mark.parametrize("kind", STRETCHES)
+def test_samples_that_outgrow_their_rotary_frequencies_are_those_without_a_cache(kind):
+    padded = with_padding_id(stretched(kind))
+    cached, whole = (
+        padded.generate(
+            left_pad(RAGGED)[0],
+            max_new_tokens=9,
+            num_return_sequences=2,
+            seed=3,
+            use_past_kv_cache=use_past_kv_cache,
+            verbose=False,
+        )
+        for use_past_kv_cache in (True, False)
+    )
+    assert torch.equal(cached, whole)
+
+
+@pytest.mark.parametrize("kind", STRETCHES)
+def test_captures_of_rows_that_outgrow_their_rotary_frequencies_are_refused(kind):
+    """They would be of keys at two frequencies."""
+    with pytest.raises(CacheError, match="run the whole sequence without a cache"):
+        stretched(kind).generate(
+            torch.tensor([RAGGED[0]]), max_new_tokens=9, do_sample=False, names_filter="hook_embed", verbose=False
+        )

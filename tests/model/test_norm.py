@@ -125,3 +125,27 @@ def test_a_wide_weight_is_gemmas(dtype):
 def test_settings_that_have_no_effect_are_refused():
     with pytest.raises(ConfigError, match="wide_weight=True is how weight and bias act: it needs one of them"):
         NormConfig(kind="rms", eps=1e-5, weight=False, bias=False, wide_weight=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 6), (2, 3, 6), (2, 3, 4, 6)])
+def test_a_watched_norm_gives_the_front_doors_numbers(norm, shape, dtype):
+    """The operator that gives the denominator with the result is another one than the plain call's."""
+    norm, x = norm.to(dtype), torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        plain = norm(x)
+        with norm.capture() as captured:
+            assert torch.equal(norm(x), plain)
+        by_hook = norm.run_with_hooks(x, fwd_hooks=[("hook_scale", lambda scale, hook: None)])
+    assert torch.equal(by_hook, plain)
+    assert captured["hook_scale"].shape == (*shape[:-1], 1)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_watched_norm_refuses_other_widths(watched):
+    """The operator with the denominator checks less than the front door does."""
+    spec = NormSpec(cfg=make_config(d_model=6, n_heads=2), norm=KINDS["rms"], axes="batch pos d_model", where="a norm")
+    norm, x = Norm(spec), torch.randn(2, 3, 1)
+    hooks = [("hook_scale", lambda scale, hook: None)] if watched else []
+    with torch.no_grad(), pytest.raises(RuntimeError, match="normalized_shape"):
+        norm.run_with_hooks(x, fwd_hooks=hooks)

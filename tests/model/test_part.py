@@ -359,3 +359,64 @@ def test_a_part_alone():
     assert list(mlp.hook_points()) == ["hook_pre", "hook_post"]
     assert [point.name for point in mlp.hook_points().values()] == [None, None]
     assert mlp.hook_pre.site == cfg.description.points["blocks.1.mlp.hook_pre"]
+
+
+def _hook(part, seen):
+    part.register_forward_hook(lambda *_: seen.append(part))
+
+
+def _pre_hook(part, seen):
+    part.register_forward_pre_hook(lambda *_: seen.append(part))
+
+
+def _keyword_hook(part, seen):
+    part.register_forward_hook(lambda *_: seen.append(part), with_kwargs=True)
+
+
+def _backward_hook(part, seen):
+    part.register_full_backward_hook(lambda *_: seen.append(part))
+
+
+def _backward_pre_hook(part, seen):
+    part.register_full_backward_pre_hook(lambda *_: seen.append(part))
+
+
+def _own_forward(part, seen):
+    forward = part.forward
+    part.forward = lambda *arguments, **keywords: (seen.append(part), forward(*arguments, **keywords))[1]
+
+
+def _compiled(part, seen):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "compile", lambda run, **_: lambda *given, **named: (seen.append(part), run(*given, **named))[1]
+        )
+        part.compile()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("place", ["", "embed", "blocks.1", "blocks.1.ln1", "blocks.1.attn", "blocks.1.mlp", "unembed"])
+@pytest.mark.parametrize(
+    "put", [_hook, _pre_hook, _keyword_hook, _backward_hook, _backward_pre_hook, _own_forward, _compiled]
+)
+def test_what_stands_around_a_part_is_run(place, put):
+    """A part is called straight past nn.Module's machinery, but not where that has something to do."""
+    model, tokens, seen = make_model("grouped"), random_tokens(2, 5), []
+    expected = model(tokens)
+    part = model.get_submodule(place)
+    put(part, seen)
+    logits = model(tokens)
+    logits.sum().backward()
+    assert seen == [part]
+    assert torch.equal(logits, expected)
+
+
+def test_hooks_on_all_modules_are_run():
+    model, tokens, seen = make_model("grouped"), random_tokens(2, 5), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(tokens)
+    finally:
+        handle.remove()
+    parts = [module for module in model.modules() if isinstance(module, Part)]
+    assert {id(part) for part in parts} == {id(module) for module in seen if isinstance(module, Part)}

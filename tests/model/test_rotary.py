@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def rotate_by_complex_numbers(heads, positions, rotary):
     half = rotary.dim // 2
     angle = positions[..., None].double() * rotary.base ** (-torch.arange(half).double() / half)
-    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    turn = torch.polar(torch.ones_like(angle), -angle if rotary.reverse else angle)[:, :, None]
     turning, still = heads[..., : rotary.dim].double(), heads[..., rotary.dim :]
     first, second = (
         (turning[..., :half], turning[..., half:])
@@ -35,11 +35,11 @@ def rotate_by_complex_numbers(heads, positions, rotary):
 @settings(max_examples=60)
 @given(
     dim=st.sampled_from([2, 4, 8]), layout=st.sampled_from(["half", "interleaved"]), n_new=st.integers(1, 9),
-    n_past=st.integers(0, 90), masked=st.booleans(), seed=st.integers(0, 9),
+    n_past=st.integers(0, 90), masked=st.booleans(), seed=st.integers(0, 9), reverse=st.booleans(),
 )  # fmt: skip
-def test_rotation_is_multiplication_by_a_complex_number(dim, layout, n_new, n_past, masked, seed):
+def test_rotation_is_multiplication_by_a_complex_number(dim, layout, n_new, n_past, masked, seed, reverse):
     generator = torch.Generator().manual_seed(seed)
-    rotary = RotaryPositions(dim=dim, layout=layout, base=500.0)
+    rotary = RotaryPositions(dim=dim, layout=layout, base=500.0, reverse=reverse)
     mask = torch.rand(2, n_new, generator=generator) < 0.7 if masked else None
     plan = TokenPlan(batch=2, n_new=n_new, n_past=n_past, attention_mask=mask, device=CPU)
     tables = RotaryTables(rotary, 8)

@@ -10,7 +10,9 @@ from hooklens import (
     HookedCausalLM,
 )
 from hooklens.verification import verify
-from hooklens.verification.reference import ERROR_RATIO, LOGITS
+from hooklens.verification.probe import make_probe
+from hooklens.verification.reference import ERROR_RATIO, LOGITS, check_logits, reference_loader, typical_error
+from tests.adapters.families.checks import D_VOCAB, save
 from tests.annotations import unchecked
 from tests.checkpoints import build_variant, save_variant
 from tests.verification.networks import build
@@ -67,3 +69,45 @@ def test_in_half_precision_the_error_is_that_of_many_rows(tmp_path: Path) -> Non
     # Five standard deviations of the mean of eight rows.
     assert min(ratios) > 0.7
     assert max(ratios) < ERROR_RATIO
+
+
+@pytest.mark.parametrize(("model_type", "attention"), [("gpt2", "sdpa"), ("gptj", "eager")])
+def test_the_reference_attends_as_transformers_can(model_type, attention, tmp_path: Path) -> None:
+    """An architecture without `sdpa` in transformers could be neither verified nor exported to it."""
+    folder = _save_tiny(tmp_path, model_type)
+    model = HookedCausalLM.from_pretrained(folder)
+    for source in (folder, model):
+        loaded = reference_loader(source, torch.device("cpu"))(torch.float32)
+        assert loaded.config._attn_implementation == attention
+    assert model.to_hf().config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "xglm", "gptj"])
+def test_references_that_are_not_made_for_float64_are_held_against_in_it(model_type, tmp_path: Path) -> None:
+    """BLOOM's padding is NaN there and spreads, XGLM fails unless new tensors are float64, GPT-J narrows its scores."""
+    folder = _save_tiny(tmp_path, model_type)
+    probe = make_probe(HookedCausalLM.from_pretrained(folder, dtype=torch.float64))
+    with torch.no_grad():
+        results = check_logits(probe, reference_loader(folder, torch.device("cpu")), [torch.float64])
+    assert all(result.passed for result in results), results
+    narrows = ["narrows activations" in result.message for result in results]
+    assert set(narrows) == {model_type != "xglm"}
+
+
+def _save_tiny(folder: Path, model_type: str) -> Path:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"gptj": {"rotary_dim": 4}, "xglm": {"ffn_dim": 24}}
+    return save(
+        folder, model_type, vocab_size=D_VOCAB, bos_token_id=0, eos_token_id=0, **sizes, **more.get(model_type, {})
+    )
+
+
+def test_few_tokens_that_rounding_sends_elsewhere_do_not_outweigh_all_others() -> None:
+    """A mixture in bfloat16 failed, or passed, by the few tokens for which rounding alone chose another expert."""
+    exact = torch.zeros(40, 5, dtype=torch.float64)
+    found = torch.full_like(exact, 0.01)
+    found[:3] = 1.0
+    assert typical_error(found, exact, routes=True) == pytest.approx(0.01)
+    assert typical_error(found, exact, routes=False) > 0.2
+    # An error of most tokens is none of these.
+    assert typical_error(found.roll(3, 0) * 2, exact, routes=True) == pytest.approx(0.02)

@@ -14,9 +14,9 @@ from torch import Tensor
 from hooklens.adapters.conversion import HubModel, MemoryTensors
 from hooklens.adapters.disk import is_state, load_pickle
 from hooklens.adapters.family import Family
-from hooklens.adapters.keys import Computed, ConfigMap, ConfigReader, Key, LearnedPositionKeys
+from hooklens.adapters.keys import Computed, ConfigMap, ConfigReader, FixedPositionKeys, Key
 from hooklens.adapters.tables import BLOCK, decoder_rules, fused_qkv_rules, mlp_rules, norm_rules, out_rules
-from hooklens.config import HookedConfig, NormConfig
+from hooklens.config import HookedConfig, LearnedPositions, NormConfig
 from hooklens.errors import CheckpointError, join_names
 
 _NAME = "ckpt.pt"
@@ -46,7 +46,7 @@ _FAMILY = Family(
             Key("n_embd", "d_model", int),
             Key("n_layer", "n_layers", int),
             Key("n_head", "n_heads", int),
-            LearnedPositionKeys(n_ctx="block_size", default_n_ctx=1024),
+            FixedPositionKeys(positions=LearnedPositions(), n_ctx="block_size", default_n_ctx=1024),
             Computed(("bias",), _read_biases, _write_biases),
         ),
         fixed={"act_fn": "gelu", "tied_unembed": True},

@@ -21,7 +21,8 @@ INERT_KEYS = frozenset(
         "architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "auto_map",
         "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
         "cross_attention_hidden_size", "custom_pipelines", "decoder_start_token_id", "dtype", "embd_pdrop",
-        "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+        "embedding_dropout", "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout",
+        "hidden_dropout_prob",
         "id2label", "is_decoder", "keys_to_ignore_at_inference", "label2id", "max_sequence_length", "model_type",
         "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type",
         "pretraining_tp", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
@@ -34,8 +35,11 @@ INERT_KEYS = frozenset(
         "num_return_sequences", "remove_invalid_values", "repetition_penalty", "temperature", "top_k", "top_p",
         "typical_p",
         # Notes of the programs that wrote the config.
-        "activation_dropout", "dropout", "is_llama_config", "resid_dropout", "resid_pdrop", "transformers.js_config",
-        "unsloth_fixed", "unsloth_version",
+        "activation_dropout", "dropout", "is_llama_config", "resid_dropout", "resid_pdrop", "residual_dropout",
+        "transformers.js_config", "unsloth_fixed", "unsloth_version",
+        # More names of dropout, and the head that classifies a whole row.
+        "attn_pdrop", "emb_pdrop", "embed_dropout", "layerdrop", "output_past", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
     }
 )  # fmt: skip
 
@@ -147,8 +151,10 @@ class ConfigMap:
         return updated
 
     def _unknown_keys(self, reader: ConfigReader) -> list[str]:
+        # What any config may have, the configs inside of it may have, too.
+        inert = {*INERT_KEYS, *self.always_pinned}
         return [
             key
             for key in reader.unused()
-            if key not in INERT_KEYS and key not in self.inert and not key.startswith("_")
+            if key not in self.inert and not inert & {key, name := key.rpartition(".")[2]} and not name.startswith("_")
         ]

@@ -1,6 +1,11 @@
-"""The config part for norms: the key of their epsilon, which says what kind of norm a family has."""
+"""Config parts for norms: the key of their epsilon, which says what kind a family has, and flags for further ones."""
 
-from hooklens.adapters.keys.parts import Key
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hooklens.adapters.keys.parts import Computed, Derived, Key
+from hooklens.adapters.keys.reader import ConfigReader
 from hooklens.config import NormConfig, NormKind
 
 
@@ -34,3 +39,32 @@ def norm_key(
         return norm.eps if isinstance(norm, NormConfig) else default_eps
 
     return Key(hub, "norm", float, default=default_eps, decode=decode, encode=encode)
+
+
+def qk_norm_flag(
+    hub: str = "qk_layernorm", *, default: bool = False, bias: bool | None = None, per_head: bool = False
+) -> Computed:
+    """A flag that gives queries and keys norms of the block's kind: `qk_norm`. Comes after the part that gives `norm`.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where the key is absent.
+        bias: whether these norms have a bias; None: as the block's have.
+        per_head: whether each head has a weight of its own.
+    """
+
+    def read(reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+        norm = fields.get("norm")
+        if not reader.get(hub, bool, default) or not isinstance(norm, NormConfig):
+            return {"qk_norm": None}
+        return {"qk_norm": norm if bias is None else replace(norm, bias=bias), "qk_norm_per_head": per_head}
+
+    def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+        # Norms of another kind than the block's differ from what is read back, and are refused there.
+        return {hub: fields["qk_norm"] is not None}
+
+    return Computed((hub,), read, write)
+
+
+QK_NORM = Derived(lambda fields: {"qk_norm": fields["norm"]})
+"""Queries and keys have norms like those of the branches, each head by itself. Comes after `norm_key`."""

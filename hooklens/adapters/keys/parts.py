@@ -1,5 +1,6 @@
 """Parts of config maps: some keys of a `config.json` and the fields of `HookedConfig` that they decide."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +39,7 @@ class Key:
         default: what transformers takes where the key is absent; None leaves the field to `HookedConfig`.
         alias: older spelling, which wins where both are given.
         decode, encode: between the key's value and the field's.
+        nullable: null leaves the field to `HookedConfig`, whatever transformers takes where the key is absent.
     """
 
     hub: str
@@ -47,6 +49,7 @@ class Key:
     alias: str | None = None
     decode: Callable[[Any], Any] = _unchanged
     encode: Callable[[Any], Any] = _unchanged
+    nullable: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -57,7 +60,8 @@ class Key:
         """Decode the value; an absent one without a default leaves the field out."""
         value = reader.get(self.alias, self.kind, None) if self.alias is not None else None
         if value is None:
-            value = reader.get(self.hub, self.kind, self.default)
+            default = None if self.nullable and reader.is_null(self.hub) else self.default
+            value = reader.get(self.hub, self.kind, default)
         else:
             reader.used.add(self.hub)
         return {} if value is None else {self.name: self.decode(value)}
@@ -74,6 +78,14 @@ SIZE_KEYS = (
     Key("num_attention_heads", "n_heads", int),
 )
 """The sizes that most families name alike."""
+
+SHORT_SIZE_KEYS = (
+    Key("vocab_size", "d_vocab", int),
+    Key("n_embd", "d_model", int, alias="hidden_size"),
+    Key("n_layer", "n_layers", int, alias="num_hidden_layers"),
+    Key("n_head", "n_heads", int, alias="num_attention_heads"),
+)
+"""The sizes in the short spelling; transformers takes the long one as well, which wins where both are given."""
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -129,8 +141,9 @@ class ActivationKey:
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The name of the activation in transformers."""
+        names = {**_ACTIVATION_KEYS, **{act_fn: name for name, act_fn in self.meaning.items()}}
         # What has no name there differs from what is read back, and is refused there.
-        return {self.hub: _ACTIVATION_KEYS.get(fields["act_fn"], self.default)}
+        return {self.hub: names.get(fields["act_fn"], self.default)}
 
 
 @dataclass(frozen=True)
@@ -192,3 +205,50 @@ class Derived:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing: fields that do not follow differ from what is read back, and are refused there."""
         return {}
+
+
+def embed_scale_flag(hub: str, *, default: bool) -> Computed:
+    """One flag that multiplies the token embedding by the root of its width: `embed_scale`.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where the key is absent.
+    """
+
+    def read(reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"embed_scale": math.sqrt(fields["d_model"]) if reader.get(hub, bool, default) else None}
+
+    def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+        # Another factor differs from what is read back, and is refused there.
+        return {hub: fields["embed_scale"] is not None}
+
+    return Computed((hub,), read, write)
+
+
+def _decode_scalar(scalar: float) -> float:
+    return float(scalar**-0.5)
+
+
+def _encode_scalar(scale: float | None) -> float | None:
+    # None is the scale of the head size, which the key does not know; what is read back differs, and is refused there.
+    if not scale or scale < 0:
+        return None
+    scalar = scale**-2
+    # A whole number where it is one, else the one of the floats around that comes back exactly.
+    near = (math.nextafter(scalar, 0), math.nextafter(scalar, math.inf))
+    exact = (one for one in (max(1, round(scalar)), scalar, *near) if _decode_scalar(one) == scale)
+    return next(exact, scalar)
+
+
+def score_scalar_key(hub: str, *, default: float) -> Key:
+    """The key of a number whose inverse root is the factor on attention scores.
+
+    Args:
+        hub: the key.
+        default: what transformers takes where it is absent.
+    """
+    return Key(hub, "attn_scale", float, default=default, decode=_decode_scalar, encode=_encode_scalar)
+
+
+ROOT_EMBED_SCALE = Derived(lambda fields: {"embed_scale": math.sqrt(fields["d_model"]), "embed_scale_rounded": True})
+"""The token embedding is multiplied by the root of the stream's width, rounded to the dtype of the weights."""

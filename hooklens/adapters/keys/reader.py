@@ -96,6 +96,7 @@ class ConfigReader:
 
     def kind_is(self, kind: str) -> bool:
         """Whether the object names itself so, in the old spelling or the new one."""
+        self.used.update({"rope_type", "type"})
         return kind in (self._config.get("rope_type"), self._config.get("type"))
 
     def nested(self, key: str, default: Mapping[str, Any] | None = None) -> "ConfigReader":

@@ -5,7 +5,7 @@ holds where the list is absent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hooklens.adapters.keys.positions import PositionKeys
@@ -20,6 +20,16 @@ def every_layer(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
     return [True] * n_layers
 
 
+def late_layers(key: str, default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """The rule of families whose layers slide from one on, whose number is under a key."""
+
+    def slides(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
+        first = reader.get(key, int, default)
+        return [layer >= first for layer in range(n_layers)]
+
+    return slides
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowKeys:
     """Sliding windows: `windows`. No window is what null and 0 say, too.
@@ -31,6 +41,7 @@ class WindowKeys:
         slides: which layers slide where there are no `layer_types`, from the config and the number of layers.
         slides_keys: what `slides` reads.
         typed: whether `layer_types` is read and written.
+        nullable: whether null is written where no layer slides; False: the default, which no layer then has.
     """
 
     key: str = "sliding_window"
@@ -39,6 +50,7 @@ class WindowKeys:
     slides: Callable[[ConfigReader, int], Sequence[bool]] = every_layer
     slides_keys: tuple[str, ...] = ()
     typed: bool = True
+    nullable: bool = True
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -74,10 +86,29 @@ class WindowKeys:
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Write the size, the switch and the kind of each layer."""
         windows = fields["windows"] or (None,) * fields["n_layers"]
-        size = next((window for window in windows if window is not None), None)
+        unused = None if self.nullable else self.default
+        size = next((window for window in windows if window is not None), unused)
         switch = {} if self.switch is None else {self.switch: size is not None}
         types = {"layer_types": [FULL if window is None else SLIDING for window in windows]} if self.typed else {}
         return {self.key: size, **switch, **types}
+
+
+def all_but_every(default: int, key: str | None = None) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """The rule of families in which every n-th layer sees all, and the others slide.
+
+    Args:
+        default: n, where the config is silent.
+        key: of n; None: there is none.
+    """
+
+    def slides(reader: ConfigReader, n_layers: int) -> Sequence[bool]:
+        period = default if key is None else reader.get(key, int, default)
+        if key is not None and period < 1:
+            reader.reject(key, "at least 1")
+            return []
+        return [(layer + 1) % period != 0 for layer in range(n_layers)]
+
+    return slides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +142,7 @@ class LayeredRotary:
         """Read `windows`, `positions` and `n_ctx`."""
         kinds = self.windows.kinds(reader, fields)
         n_ctx = reader.get(self.rotary.n_ctx, int, self.rotary.default_n_ctx)
-        rotations, n_ctx = self._read_rotations(reader, fields, kinds, n_ctx=n_ctx)
+        rotations, n_ctx = self._read_rotations(reader, fields, n_ctx=n_ctx)
         bare = [False] * len(kinds)
         reader.used.update(self.unrotated_keys)
         if self.unrotated is not None:
@@ -128,24 +159,32 @@ class LayeredRotary:
             "positions": (positions[0] if positions else rotations[FULL]) if same else positions,
         }
 
+    @property
+    def _local(self) -> PositionKeys:
+        """How the rotation of layers that slide is read."""
+        if self.local_base is None:
+            return self.rotary
+        key, base = self.local_base
+        return replace(self.rotary, base=key, default_base=base)
+
     def _read_rotations(
-        self, reader: ConfigReader, fields: Mapping[str, Any], kinds: Sequence[str], *, n_ctx: int
+        self, reader: ConfigReader, fields: Mapping[str, Any], *, n_ctx: int
     ) -> tuple[dict[str, RotaryPositions | None], int]:
         rope = self.rotary.open_rope(reader)
+        by_kind = {FULL: self.rotary, SLIDING: self._local}
         if rope.has(FULL) or rope.has(SLIDING):
-            # A kind that no layer has need not be there.
-            read = {}
-            for kind in sorted({FULL, *kinds} if rope.has(FULL) else set(kinds)):
-                read[kind], n_ctx = self.rotary.read_rotary(reader, rope.nested(kind), fields, n_ctx=n_ctx)
-            rope.used.update((FULL, SLIDING))
-            return read, n_ctx
-        rotation, n_ctx = self.rotary.read_rotary(reader, rope, fields, n_ctx=n_ctx)
-        local = rotation
-        if self.local_base is not None and rotation is not None:
-            key, base = self.local_base
-            base = base if key is None else reader.get(key, float, base)
-            local = RotaryPositions(dim=rotation.dim, base=base, layout=rotation.layout)
-        return {FULL: rotation, SLIDING: local}, n_ctx
+            # A kind that is not there turns plainly.
+            ropes = {kind: rope.nested(kind) for kind in by_kind}
+        elif self.local_base is None:
+            rotation, n_ctx = self.rotary.read_rotary(reader, rope, fields, n_ctx=n_ctx)
+            return dict.fromkeys(by_kind, rotation), n_ctx
+        else:
+            # One object in the old spelling is that of the layers that see all.
+            if reader.get("rope_parameters", dict, {}):
+                reader.reject("rope_parameters", f"an object for each of {FULL!r} and {SLIDING!r}")
+            ropes = {FULL: rope, SLIDING: ConfigReader({})}
+        read = {kind: keys.read_rotary(reader, ropes[kind], fields, n_ctx=n_ctx) for kind, keys in by_kind.items()}
+        return {kind: rotation for kind, (rotation, _) in read.items()}, max(length for _, length in read.values())
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Write windows, and the rotation of each kind of layer."""
@@ -158,7 +197,9 @@ class LayeredRotary:
             for kind, position in zip(kinds, by_layer, strict=True)
             if isinstance(position, RotaryPositions)
         }
-        one = next(iter(rotations.values()), NoPositions())
+        # One whose scaling makes the context longer says what it was before.
+        growing = (one for one in rotations.values() if one.scaling is not None and one.scaling.kind == "dynamic")
+        one = next(growing, rotations.get(FULL, rotations.get(SLIDING, NoPositions())))
         written = {**windows, **self.rotary.write({**fields, "positions": one})}
         if self.local_base is not None and isinstance(one, RotaryPositions):
             both = {FULL: one, SLIDING: one} | rotations

@@ -21,9 +21,10 @@ def rotary_table(
     the activations' dtype.
     """
     cosines, sines = [], []
+    direction = -1.0 if positions.reverse else 1.0
     for row, length in zip(batch.positions().tolist(), _lengths(batch), strict=True):
         frequencies = [_frequency(positions, pair, length) for pair in range(positions.dim // 2)]
-        wide = torch.tensor(frequencies, dtype=torch.float64).to(table_dtype)
+        wide = direction * torch.tensor(frequencies, dtype=torch.float64).to(table_dtype)
         angles = torch.tensor(row, dtype=table_dtype)[:, None] * wide[None, :]
         cosines.append(angles.cos() * _amplitude(positions.scaling))
         sines.append(angles.sin() * _amplitude(positions.scaling))

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.adapters.keys import ConfigReader
-from hooklens.adapters.keys.positions import PositionKeys
-from hooklens.config import AlibiPositions, RotaryPositions, RotaryScaling
+from hooklens.adapters.keys.positions import FixedPositionKeys, PositionKeys, rotary_dim_keys
+from hooklens.config import AlibiPositions, LearnedPositions, RotaryPositions, RotaryScaling
 
 WHOLE = PositionKeys(alibi="alibi")
 PART = PositionKeys(base="rotary_emb_base", fraction="rotary_pct", default_fraction=0.25)
@@ -85,3 +85,56 @@ def test_yarn_without_a_factor_takes_the_ratio_of_lengths() -> None:
     }
     positions = WHOLE.read(ConfigReader(config), {"d_model": 32, "n_heads": 4})["positions"]
     assert positions.scaling == RotaryScaling(kind="yarn", factor=4.0, original_n_ctx=16)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_ctx"), [({}, 64), ({"n_positions": 8}, 8), ({"n_positions": 8, "max_position_embeddings": 5}, 5)]
+)
+def test_fixed_positions_have_a_length_in_two_spellings(config, n_ctx) -> None:
+    part = FixedPositionKeys(
+        positions=LearnedPositions(), n_ctx="n_positions", alias="max_position_embeddings", default_n_ctx=64
+    )
+    reader = ConfigReader(config)
+    read = part.read(reader, {})
+    assert read == {"n_ctx": n_ctx, "positions": LearnedPositions()}
+    assert not reader.unused()
+    assert part.write(read) == {"n_positions": n_ctx}
+
+
+def test_a_rotation_of_which_only_the_width_is_said() -> None:
+    part = rotary_dim_keys(n_ctx="n_positions", alias="max_position_embeddings")
+    read = part.read(ConfigReader({"rotary_dim": 6, "n_positions": 8}), {})
+    assert read == {"n_ctx": 8, "positions": RotaryPositions(dim=6, layout="interleaved")}
+    assert part.write(read) == {"rotary_dim": 6, "n_positions": 8}
+    reader = ConfigReader({})
+    assert part.read(reader, {}) == {}
+    assert reader.problems == ["rotary_dim is missing"]
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "is_stretched"),
+    [
+        ({}, 5.0, True),
+        ({"rope_theta": 777.0}, 5.0, True),
+        ({"rope_theta": 777.0, "rope_scaling": None}, 5.0, True),
+        ({"rope_theta": 777.0, "rope_scaling": {"rope_type": "default"}}, 777.0, False),
+        ({"rope_parameters": {}}, 10000.0, False),
+    ],
+)
+def test_family_s_own_rotation_holds_where_the_config_describes_none(config, base, is_stretched) -> None:
+    """transformers fills the object in before it looks at the flat base, so its entries rank before that.
+
+    A flat base alone switched the family's own rotation off, stretch and all.
+    """
+    part = PositionKeys(default_rope={"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0})
+    positions = part.read(ConfigReader(config), {"d_head": 8})["positions"]
+    assert positions.base == base
+    assert (positions.scaling is not None) is is_stretched
+
+
+def test_flat_base_ranks_before_the_family_s_where_its_own_rotation_has_none() -> None:
+    part = PositionKeys(default_rope={"rope_type": "linear", "factor": 2.0}, default_base=5.0)
+    for config, base in (({}, 5.0), ({"rope_theta": 777.0}, 777.0)):
+        positions = part.read(ConfigReader(config), {"d_head": 8})["positions"]
+        assert positions.base == base
+        assert positions.scaling is not None

@@ -108,15 +108,15 @@ ATTENTION = (
     Mutant(
         "shown scores are those of reversed heads",
         "model.grouping:by_group",
-        (("x.transpose(1, 2).reshape(", "x.flip(2).transpose(1, 2).reshape("),),
+        (("heads = x.transpose(1, 2)", "heads = x.flip(2).transpose(1, 2)"),),
     ),
     Mutant(
         "heads are taken in reverse",
         "model.heads:project_heads",
         (
             (
-                "return flat.view(flat.shape[0], flat.shape[1], -1, d_head)",
-                "return flat.view(flat.shape[0], flat.shape[1], -1, d_head).flip(2)",
+                "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head)",
+                "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head).flip(2)",
             ),
         ),
     ),

@@ -78,7 +78,10 @@ BLOCKS = (
     Mutant(
         "the shown root mean square is a root of a sum",
         "model.norm:Norm._run_with_statistics",
-        (("wide.pow(2).mean(-1", "wide.pow(2).sum(-1"),),
+        (
+            ("wide.pow(2).mean(-1", "wide.pow(2).sum(-1"),
+            ("return out, None, inverse_scale.reciprocal()", "return out, None, x.norm(dim=-1, keepdim=True)"),
+        ),
         "norms-around",
     ),
     Mutant(
@@ -95,11 +98,11 @@ BLOCKS = (
     ),
     Mutant(
         "the epsilon is too large",
-        "model.norm:Norm._normalize",
+        "model.norm:Norm.apply_weights",
         (
             (
-                "return F.rms_norm(x, self.size, self._gain(), self.norm.eps)",
-                "return F.rms_norm(x, self.size, self._gain(), 0.1 + self.norm.eps)",
+                "torch.rms_norm(wide, self.size, self._gain(), norm.eps)",
+                "torch.rms_norm(wide, self.size, self._gain(), 0.1 + norm.eps)",
             ),
         ),
         "norms-around",
@@ -107,7 +110,7 @@ BLOCKS = (
     Mutant(
         "a weight that acts as 1 + w acts as w",
         "model.norm:Norm._gain",
-        (("return 1.0 + gain if gain is not None and self.norm.unit_offset else gain", "return gain"),),
+        (("return 1.0 + gain if self.norm.unit_offset else gain", "return gain"),),
         "norms-around",
     ),
     Mutant(
