@@ -17,6 +17,7 @@ from hooklens.adapters import open_checkpoint
 from hooklens.adapters.dequantised.packed import Gptq
 from hooklens.errors import CheckpointError
 from tests.adapters.dequantised.packing import awq_state, gptq_state, open_tensors, scaled_state
+from tests.adapters.families.checks import save
 from tests.checkpoints import edit_config, save_variant
 
 Quantise = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -125,6 +126,54 @@ def test_float8_as_transformers_dequantises_it(tmp_path) -> None:
     checkpoint = open_checkpoint(quantised)
     for name, value in plain.items():
         assert torch.equal(checkpoint._model._source.read(name), value), name  # type: ignore[attr-defined]
+
+
+def test_conv1d_checkpoints(tmp_path) -> None:
+    """GPT-2 as GPTQ stores it: maps as those of `nn.Linear`, square ones, too."""
+    config = {"vocab_size": 31, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    quantised, plain = save(tmp_path / "quantised", "gpt2", **config), tmp_path / "plain"
+    shutil.copytree(quantised, plain)
+    ours, exact = {}, {}
+    for key, value in load_file(quantised / "model.safetensors").items():
+        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            base, (d_in, d_out) = key.removesuffix(".weight"), value.shape
+            state, weight = gptq_state(base, d_in, d_out, bits=4, group_size=16, seed=len(key))
+            ours |= state
+            exact[key] = weight.T.float().contiguous()
+        else:
+            ours[key] = exact[key] = value
+    save_file(ours, quantised / "model.safetensors")
+    save_file(exact, plain / "model.safetensors")
+    edit_config(quantised, quantization_config=FORMATS["gptq 4"][1])
+    model = HookedCausalLM.from_pretrained(quantised)
+    reference = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0.0, atol=2e-5)
+
+
+def test_experts_of_mxfp4_as_transformers_loads_them(tmp_path) -> None:
+    """gpt-oss as it is published; transformers dequantises it on a machine without a GPU."""
+    config = {
+        "vocab_size": 31, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12,
+        "num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 3, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    save(tmp_path, "gpt_oss", **config)
+    generator = torch.Generator().manual_seed(0)
+    ours = {}
+    for key, value in load_file(tmp_path / "model.safetensors").items():
+        if key.endswith(("gate_up_proj", "down_proj")):
+            n_experts, d_in, d_out = value.shape
+            shape = (n_experts, d_out, d_in // 32)
+            ours[f"{key}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            ours[f"{key}_scales"] = torch.randint(122, 126, shape, generator=generator, dtype=torch.uint8)
+        else:
+            ours[key] = value
+    save_file(ours, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    model = HookedCausalLM.from_pretrained(tmp_path, dtype="float32")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), reference(IDS).logits, rtol=0.0, atol=2e-5)
 
 
 def test_conv1d_weights_are_turned() -> None:

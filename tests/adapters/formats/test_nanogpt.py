@@ -67,6 +67,15 @@ def test_logits_are_those_of_the_same_gpt2(tmp_path, prefix, bias, as_folder) ->
     assert part.pos_embed.W_pos.shape == (5, 16)
 
 
+def test_it_is_saved_as_the_gpt2_that_it_is(tmp_path) -> None:
+    reference = build()
+    save(tmp_path / "ckpt.pt", state_of(reference))
+    HookedCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(saved(IDS).logits, reference(IDS).logits)
+
+
 def test_the_network_alone(tmp_path) -> None:
     save(tmp_path / "ckpt.pt", state_of(build()))
     made = HookedCausalLM.from_config_of(tmp_path)
