@@ -13,7 +13,7 @@ from torch import Tensor
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.companions import read_generation_config, read_transforms
 from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_length
-from hooklens.adapters.dequantised import open_dequantised, read_quantisation
+from hooklens.adapters.dequantised import DequantisedTensors, read_quantisation
 from hooklens.adapters.disk import read_json
 from hooklens.adapters.families import load_families
 from hooklens.adapters.formats import OpenedModel
@@ -155,7 +155,7 @@ def _open_model(files: CheckpointFiles) -> tuple[OpenedModel, torch.dtype | None
     weights = files.weights()
     if scheme is not None:
         family = find_family(unwrap_config(plain, load_families()), load_families(), where=where)
-        weights = open_dequantised(weights, scheme, where=where, conv1d=family.is_conv1d, head=family.head)
+        weights = DequantisedTensors(weights, scheme, where=where, conv1d=family.is_conv1d, head=family.head)
     return HubModel(plain, weights, where=where), _read_dtype(config, where=where)
 
 

@@ -1,25 +1,18 @@
-"""How a checkpoint is quantised, as its `config.json` says.
+"""How a checkpoint is quantised, as its `config.json` says."""
 
-What reads a quantised checkpoint is loaded, as families are, where there is one.
-"""
-
-import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hooklens.adapters.conversion import TensorSource
+from hooklens.adapters.dequantised.readers import METHODS, read_scheme
+from hooklens.adapters.dequantised.tensors import QuantFormat
 from hooklens.adapters.keys.config_map import QUANTISATION_KEYS
-
-if TYPE_CHECKING:
-    from hooklens.adapters.dequantised.tensors import QuantFormat
 
 _INSIDE = "text_config"
 # MLX's own.
 _OTHERS = "quantization"
-_METHODS = ("fp8", "compressed-tensors", "mxfp4", "gptq", "awq", "bitsandbytes")
 
 
-def read_quantisation(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], "QuantFormat | None"]:
+def read_quantisation(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], QuantFormat | None]:
     """The config of the plain checkpoint, and how the weights of this one are quantised.
 
     A config that says nothing of it, or names a way that is not known, is given back as it is, with None: reading the
@@ -41,24 +34,10 @@ def read_quantisation(config: Mapping[str, Any], *, where: str) -> tuple[dict[st
         return {**config, _INSIDE: {key: value for key, value in text.items() if key != _INSIDE}}, scheme
     key, described = next(iter(given.items()), ("", None))
     method = _method_of(described) if isinstance(described, Mapping) and _OTHERS not in given else None
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in METHODS or not isinstance(described, Mapping):
         return dict(config), None
-    readers = importlib.import_module(f"{__package__}.readers")
-    scheme = readers.read_scheme(method, described, where=f"{where}: config.json: {key}")
+    scheme = read_scheme(method, described, where=f"{where}: config.json: {key}")
     return {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}, scheme
-
-
-def open_dequantised(
-    source: TensorSource, scheme: "QuantFormat", *, where: str, conv1d: bool, head: str
-) -> TensorSource:
-    """A quantised checkpoint's tensors as those of the plain one; see `DequantisedTensors`.
-
-    Raises:
-        CheckpointError: no weight is quantised, tensors are missing, or they do not fit together.
-    """
-    tensors = importlib.import_module(f"{__package__}.tensors")
-    opened: TensorSource = tensors.DequantisedTensors(source, scheme, where=where, conv1d=conv1d, head=head)
-    return opened
 
 
 def _method_of(described: Mapping[str, Any]) -> object:

@@ -21,12 +21,19 @@ def _read_fp8(settings: Settings) -> QuantFormat:
 def _read_compressed(settings: Settings) -> QuantFormat:
     settings.choose("format", _PLAIN_SCALES, "missing")
     sparsity = settings.get("sparsity_config", {})
-    if sparsity and sparsity.get("format", "dense") != "dense":
+    if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format", "dense") == "dense"):
         settings.reject("sparsity_config", sparsity, "none, or a dense one")
     groups = settings.get("config_groups", {})
     blocks = set()
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        weights = Settings(group.get("weights") or {} if isinstance(group, Mapping) else {})
+    if not isinstance(groups, Mapping):
+        settings.reject("config_groups", groups, "an object")
+        groups = {}
+    for name, group in groups.items():
+        described = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(described, Mapping):
+            settings.reject(f"config_groups.{name}", group, "an object that describes weights")
+            continue
+        weights = Settings(described)
         strategy = weights.choose("strategy", ("tensor", "channel", "group", "block"), "tensor")
         blocks.add(
             weights.block("block_structure") if strategy == "block"
@@ -64,7 +71,7 @@ def _read_bitsandbytes(settings: Settings) -> QuantFormat:
     return Bnb4Bit() if in_4bit else Bnb8Bit()
 
 
-_READERS: Mapping[str, Callable[[Settings], QuantFormat]] = {
+METHODS: Mapping[str, Callable[[Settings], QuantFormat]] = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed,
     "mxfp4": _read_mxfp4,
@@ -86,7 +93,7 @@ def read_scheme(method: str, described: Mapping[str, Any], *, where: str) -> Qua
         UnsupportedModelError: settings that are not implemented; all are listed.
     """
     settings = Settings(described)
-    scheme = _READERS[method](settings)
+    scheme = METHODS[method](settings)
     if settings.problems:
         raise UnsupportedModelError(
             f"{where}: weights that HookLens cannot dequantise ({method}): {'; '.join(settings.problems)}. Take the "

@@ -1,18 +1,15 @@
-"""Which old format a file or folder is in.
+"""Which old format a file or folder is in."""
 
-A format is a module here with a function `find`; they are loaded, as families are, where something looks like one.
-"""
-
-import importlib
 from pathlib import Path
 
 from hooklens.adapters.conversion import TensorSource
+from hooklens.adapters.formats import meta, nanogpt, transformer_lens
 from hooklens.adapters.formats.opened import OldCheckpoint, OpenedModel
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError
 
 # What one finds, those behind it are not asked for.
-_FORMATS = ("meta", "transformer_lens", "nanogpt")
+_FORMATS = (meta, transformer_lens, nanogpt)
 _SUFFIXES = (".pt", ".pth")
 # Where the hub's layout is there as well, it is read.
 _HUBS = tuple(whole + end for whole in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
@@ -29,7 +26,7 @@ def find_format(path: Path) -> OldCheckpoint | None:
     files = path.iterdir() if path.is_dir() else [path]
     if not any(file.suffix in _SUFFIXES or file.name == "params.json" for file in files):
         return None
-    found = (importlib.import_module(f"{__package__}.{name}").find(path) for name in _FORMATS)
+    found = (one.find(path) for one in _FORMATS)
     return next((one for one in found if one is not None), None)
 
 

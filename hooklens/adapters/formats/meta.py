@@ -31,7 +31,7 @@ from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, UnsupportedModelError, join_names
 
 _PARAMS = "params.json"
-_FILES = re.compile(r"consolidated\.\d+\.pth")
+_FILES = r"consolidated\.\d+\.pth"
 _BASE, _BASE_LLAMA3 = 10000.0, 500000.0
 _SIZES_LLAMA32 = (2048, 3072)
 # Names, and the axis along which the files hold parts; None: all hold the whole.
@@ -53,7 +53,7 @@ _INSIDE = {
 }
 _BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 _WEIGHTLESS = ("rope.freqs",)
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
+_LAYER = r"layers\.(\d+)\.(.+)\.weight"
 
 
 class MetaTensors:
@@ -225,7 +225,7 @@ def _read_positions(reader: ConfigReader, d_model: int) -> dict[str, Any]:
 
 def _hub_name(name: str) -> str:
     """The hub's name of a tensor; one that is not known keeps its own, and is refused as unexpected."""
-    found = _LAYER.fullmatch(name)
+    found = re.fullmatch(_LAYER, name)
     if found is not None and found[2] in _INSIDE:
         return f"model.layers.{found[1]}.{_INSIDE[found[2]]}.weight"
     return _OUTSIDE.get(name, name)
@@ -237,10 +237,10 @@ def find(path: Path) -> MetaLlama | None:
     Raises:
         CheckpointError: there is a `params.json`, and no weights, or not all of them.
     """
-    folder = path.parent if _FILES.fullmatch(path.name) and path.is_file() else path
+    folder = path.parent if re.fullmatch(_FILES, path.name) and path.is_file() else path
     if not (folder / _PARAMS).is_file():
         return None
-    paths = sorted(one for one in folder.iterdir() if _FILES.fullmatch(one.name))
+    paths = sorted(one for one in folder.iterdir() if re.fullmatch(_FILES, one.name))
     numbers = [int(one.suffixes[0][1:]) for one in paths]
     if not paths or numbers != list(range(len(paths))):
         raise CheckpointError(

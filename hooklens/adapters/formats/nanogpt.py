@@ -6,6 +6,7 @@ since June 2023; a file does not tell whether it was trained before, with the ta
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,40 +34,43 @@ def _write_biases(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"bias": fields["qkv_bias"]}
 
 
-_FAMILY = Family(
-    name="nanogpt",
-    model_types=("nanogpt",),
-    architectures=("GPT",),
-    base_prefix="transformer.",
-    embedding="transformer.wte.weight",
-    head="lm_head.weight",
-    config=ConfigMap(
-        parts=(
-            Key("vocab_size", "d_vocab", int),
-            Key("n_embd", "d_model", int),
-            Key("n_layer", "n_layers", int),
-            Key("n_head", "n_heads", int),
-            FixedPositionKeys(positions=LearnedPositions(), n_ctx="block_size", default_n_ctx=1024),
-            Computed(("bias",), _read_biases, _write_biases),
+@lru_cache(maxsize=1)
+def _family() -> Family:
+    """Its config map and weight map. It is not among the supported families: nothing is written so."""
+    return Family(
+        name="nanogpt",
+        model_types=("nanogpt",),
+        architectures=("GPT",),
+        base_prefix="transformer.",
+        embedding="transformer.wte.weight",
+        head="lm_head.weight",
+        config=ConfigMap(
+            parts=(
+                Key("vocab_size", "d_vocab", int),
+                Key("n_embd", "d_model", int),
+                Key("n_layer", "n_layers", int),
+                Key("n_head", "n_heads", int),
+                FixedPositionKeys(positions=LearnedPositions(), n_ctx="block_size", default_n_ctx=1024),
+                Computed(("bias",), _read_biases, _write_biases),
+            ),
+            fixed={"act_fn": "gelu", "tied_unembed": True},
+            inert=("dropout",),
+            called="model_args",
         ),
-        fixed={"act_fn": "gelu", "tied_unembed": True},
-        inert=("dropout",),
-        called="model_args",
-    ),
-    weights=decoder_rules(
-        (
-            *norm_rules(f"{_LAYER}.ln_1", f"{BLOCK}.ln1"),
-            *fused_qkv_rules(f"{_LAYER}.attn.c_attn", order="blocked"),
-            *out_rules(f"{_LAYER}.attn.c_proj"),
-            *norm_rules(f"{_LAYER}.ln_2", f"{BLOCK}.ln2"),
-            *mlp_rules(f"{_LAYER}.mlp", up="c_fc", down="c_proj"),
+        weights=decoder_rules(
+            (
+                *norm_rules(f"{_LAYER}.ln_1", f"{BLOCK}.ln1"),
+                *fused_qkv_rules(f"{_LAYER}.attn.c_attn", order="blocked"),
+                *out_rules(f"{_LAYER}.attn.c_proj"),
+                *norm_rules(f"{_LAYER}.ln_2", f"{BLOCK}.ln2"),
+                *mlp_rules(f"{_LAYER}.mlp", up="c_fc", down="c_proj"),
+            ),
+            embed="transformer.wte",
+            pos_embed="transformer.wpe",
+            final_norm="transformer.ln_f",
         ),
-        embed="transformer.wte",
-        pos_embed="transformer.wpe",
-        final_norm="transformer.ln_f",
-    ),
-    weightless=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-)
+        weightless=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    )
 
 
 class NanoGpt:
@@ -92,7 +96,7 @@ class NanoGpt:
         Raises:
             UnsupportedModelError: values that are missing or of another kind.
         """
-        return _FAMILY.read_config(self._args, where=str(self._path))
+        return _family().read_config(self._args, where=str(self._path))
 
     def open(self) -> HubModel:
         """The tensors, held against the network.
@@ -100,7 +104,7 @@ class NanoGpt:
         Raises:
             CheckpointError: they are not those of this network.
         """
-        return HubModel(self._args, MemoryTensors(self._state), where=str(self._path), family=_FAMILY)
+        return HubModel(self._args, MemoryTensors(self._state), where=str(self._path), family=_family())
 
 
 def find(path: Path) -> NanoGpt | None:

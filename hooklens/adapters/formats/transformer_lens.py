@@ -33,8 +33,8 @@ from hooklens.weights.names import bare_names
 
 _CONFIG = "config.json"
 _NEEDED = ("d_model", "n_layers", "n_heads", "d_vocab", "n_ctx", "act_fn")
-_BUFFERS = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos)")
-_SHARED_HEADS = re.compile(r"\.attn\._([Wb]_[KV])$")
+_BUFFERS = r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos)"
+_SHARED_HEADS = r"\.attn\._([Wb]_[KV])$"
 _NORMS = ("LN", "LNPre", "RMS", "RMSPre")
 _ACTIVATIONS = {
     "relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -167,9 +167,9 @@ def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under HookLens names, without buffers."""
     bare = bare_names(state)
     return {
-        _SHARED_HEADS.sub(r".attn.\1", bare[name]): tensor
+        re.sub(_SHARED_HEADS, r".attn.\1", bare[name]): tensor
         for name, tensor in state.items()
-        if not _BUFFERS.fullmatch(bare[name])
+        if not re.fullmatch(_BUFFERS, bare[name])
     }
 
 

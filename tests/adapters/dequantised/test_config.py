@@ -69,6 +69,7 @@ def test_a_language_model_inside_of_another() -> None:
         {"quantization_config": None},
         {"quantization_config": {"quant_method": "hqq"}},
         {"quantization_config": "gptq"},
+        {"quantization_config": {"quant_method": ["gptq"]}},
         {"quantization_config": {"bits": 4}},
         {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"quant_method": "gptq"}},
         {"text_config": {"quantization_config": {"quant_method": "hqq"}}},
@@ -92,6 +93,19 @@ def test_what_is_plain_or_not_known_is_left_as_it_is(config) -> None:
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "sparse"}},
             ["format is 'pack-quantized'; expected 'float-quantized'", "sparsity_config is"],
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "sparsity_config": 3,
+                "config_groups": {"a": 5, "b": {"weights": None}},
+            },
+            ["sparsity_config is 3; expected none", "config_groups.a is 5; expected an object", "config_groups.b is {"],
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": [1]},
+            ["config_groups is [1]; expected an object"],
         ),
         (
             {
