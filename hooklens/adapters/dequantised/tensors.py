@@ -4,6 +4,7 @@ A quantised weight is several tensors on disk: its entries, as small numbers, an
 by. Which, and how they make a weight, is what a `QuantFormat` says. One weight at a time is in memory.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from hooklens.adapters.conversion import TensorSource
 from hooklens.adapters.disk import TensorHeader
 from hooklens.errors import CheckpointError, join_names
+
+# Entries of a tensor that is worth giving its memory back.
+_LARGE = 2**20
 
 
 class Parts:
@@ -39,7 +43,8 @@ class Parts:
 
     def read(self, role: str) -> Tensor:
         """One of them."""
-        return self._source.read(self._names[role], apart=True)
+        # A mapping of its own costs another look at the file's header, which memory for scales is not worth.
+        return self._source.read(self._names[role], apart=math.prod(self.shape(role)) >= _LARGE)
 
 
 @runtime_checkable
