@@ -6,7 +6,7 @@ GPTQ (Frantar et al. 2022) packs along the inputs, and zero points along the out
 (Lin et al. 2023; AutoAWQ's `GEMM` version) packs both along the outputs, eight in the order 0, 2, 4, 6, 1, 3, 5, 7.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,8 @@ from hooklens.adapters.dequantised.tensors import Parts
 from hooklens.errors import CheckpointError
 
 _WORD = 32
+# Entries that are unpacked together: temporary tensors are as large as these.
+_AT_ONCE = 2**18
 # Which of eight columns lies in the i-th four bits.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -30,11 +32,23 @@ def _unpack_columns(words: Tensor, bits: int) -> Tensor:
     return _unpack(words, bits).flatten(-2)
 
 
-def _dequantise(numbers: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
-    """The weight `[out, in]` of numbers `[in, out]`; every step is exact in float32 but the last product's rounding."""
-    weight = numbers.to(torch.float32)
-    weight -= zeros.to(torch.float32)[groups]
-    weight *= scales.to(torch.float32)[groups]
+def _dequantise(read: Callable[[slice], Tensor], zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+    """The weight `[out, in]`, in float32; every step is exact but the last product's rounding.
+
+    Args:
+        read: gives the numbers `[in, some out]` of some outputs, which begin at a whole word.
+        zeros, scales: `[groups, out]`.
+        groups: of each input.
+    """
+    d_in, d_out = len(groups), scales.shape[1]
+    weight = torch.empty(d_in, d_out)
+    step = max(_AT_ONCE // d_in // _WORD, 1) * _WORD
+    for start in range(0, d_out, step):
+        place = slice(start, min(start + step, d_out))
+        part = read(place).to(torch.float32)
+        part -= zeros[:, place].to(torch.float32)[groups]
+        part *= scales[:, place].to(torch.float32)[groups]
+        weight[:, place] = part
     return weight.T
 
 
@@ -98,7 +112,11 @@ class Gptq:
         """The weight, in float32."""
         d_out, d_in = self.shape(parts)
         scales = parts.read("scales")
-        numbers = _unpack(parts.read("qweight"), self.bits).transpose(1, 2).reshape(d_in, d_out)
+        words = parts.read("qweight")
+
+        def read(place: slice) -> Tensor:
+            return _unpack(words[:, place], self.bits).transpose(1, 2).reshape(d_in, -1)
+
         zeros = _unpack_columns(parts.read("qzeros"), self.bits)[:, :d_out]
         if self.zeros_less_one:
             zeros = (zeros + 1) & (2**self.bits - 1)
@@ -111,7 +129,7 @@ class Gptq:
                 )
         else:
             groups = torch.arange(d_in) // _group_of(d_in, self.group_size)
-        return _dequantise(numbers, zeros, scales, groups)
+        return _dequantise(read, zeros, scales, groups)
 
 
 class Awq:
@@ -147,9 +165,14 @@ class Awq:
     def dequantise(self, parts: Parts) -> Tensor:
         """The weight, in float32."""
         _, d_in = self.shape(parts)
-        numbers, zeros = (self._unpack(parts.read(role)) for role in ("qweight", "qzeros"))
+        words, zeros = parts.read("qweight"), self._unpack(parts.read("qzeros"))
+
+        def read(place: slice) -> Tensor:
+            per_word = len(_AWQ_ORDER)
+            return self._unpack(words[:, place.start // per_word : place.stop // per_word])
+
         groups = torch.arange(d_in) // _group_of(d_in, self.group_size)
-        return _dequantise(numbers, zeros, parts.read("scales"), groups)
+        return _dequantise(read, zeros, parts.read("scales"), groups)
 
     @staticmethod
     def _unpack(words: Tensor) -> Tensor:

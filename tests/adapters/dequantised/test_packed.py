@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hooklens.adapters.dequantised import packed
 from hooklens.adapters.dequantised.packed import Awq, Gptq
 from hooklens.errors import CheckpointError
 from tests.adapters.dequantised.packing import awq_state, gptq_state, open_tensors, pack_rows
@@ -40,6 +41,14 @@ def test_awq(group_size) -> None:
     read = open_tensors(state, Awq(group_size))
     assert read.header("x.weight") == ("float32", (24, 32))
     torch.testing.assert_close(read.read("x.weight").double(), weight, **EXACT)
+
+
+def test_weights_that_are_unpacked_in_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(packed, "_AT_ONCE", 1)
+    gptq, weight = gptq_state("x", 32, 72, bits=4, group_size=16)
+    torch.testing.assert_close(open_tensors(gptq, Gptq(4, 16)).read("x.weight").double(), weight, **EXACT)
+    awq, weight = awq_state("x", 32, 72, group_size=16)
+    torch.testing.assert_close(open_tensors(awq, Awq(16)).read("x.weight").double(), weight, **EXACT)
 
 
 def test_biases_of_zeros_are_padding_only_beside_a_gptq_weight() -> None:
