@@ -21,6 +21,11 @@ parameters, saved to disk; tests hold logits in float32, float64 and bfloat16 ag
 padded on both sides, key-value caches, greedy generation, and the way back to disk. `hooklens verify FOLDER` does that,
 and much more, for a checkpoint of yours.
 
+Quantised checkpoints of all of them are dequantised when they are loaded: fp8 with scales of blocks
+(`weight_scale_inv`), compressed-tensors of 8 bits, mxfp4, GPTQ and AWQ (`GEMM`), bitsandbytes of 4 and 8 bits. Folders
+and files in old formats of the field are read and not written: TransformerLens's own (attention-only and SoLU models),
+nanoGPT's `ckpt.pt`, and Meta's `params.json` with `consolidated.*.pth` (Llama 2 and 3).
+
 This page is written by `python -m tests.support_table`.
 
 | `model_type` | family | checkpoints | variants that are tested |

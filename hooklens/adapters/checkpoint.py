@@ -13,9 +13,11 @@ from torch import Tensor
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.companions import read_generation_config, read_transforms
 from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_length
+from hooklens.adapters.dequantised import DequantisedTensors, read_quantisation
 from hooklens.adapters.disk import read_json
 from hooklens.adapters.families import load_families
-from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, Repository, open_files
+from hooklens.adapters.formats import OpenedModel
+from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, OldFiles, Repository, open_files
 from hooklens.adapters.tokenizer_files import load_tokenizer
 from hooklens.adapters.wrapping import unwrap_config
 from hooklens.arguments import show
@@ -30,7 +32,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checkpoint:
-    """A checkpoint folder whose config and tensor names and shapes have been checked; no weight is read yet.
+    """A checkpoint whose config and tensor names and shapes have been checked; no weight is read yet.
 
     Args:
         files: where they lie.
@@ -38,7 +40,7 @@ class Checkpoint:
     Attributes:
         folder: where the files beside the weights lie; a temporary folder where they came from no folder.
         cfg: the network.
-        dtype: dtype of the weights: the config's, or else that of the embedding.
+        dtype: dtype of the weights: the config's, or else that of the embedding. Quantised weights are dequantised.
         transforms: the weight-processing steps that its weights have been through.
         generation_config: the contents of its `generation_config.json`; empty where there is none.
 
@@ -51,12 +53,9 @@ class Checkpoint:
         # What `folder` names exists as long as they do.
         self._files = files
         self.folder = folder = files.folder()
-        _check_contents(folder)
-        config = read_json(folder / "config.json")
-        read_network(config, where=files.where, warn=False)
-        self._model = HubModel(config, files.weights(), where=files.where)
+        self._model, dtype = (files.open(), None) if isinstance(files, OldFiles) else _open_model(files)
         self.cfg: HookedConfig = self._model.cfg
-        self.dtype: torch.dtype = _read_dtype(config, where=files.where) or next(self._model.tensors([]))[1].dtype
+        self.dtype: torch.dtype = dtype or next(self._model.tensors([]))[1].dtype
         self.transforms: tuple[str, ...] = read_transforms(folder)
         self.generation_config: dict[str, Any] = read_generation_config(folder)
 
@@ -140,10 +139,24 @@ def read_network(config: Mapping[str, Any], *, where: str, warn: bool = True) ->
         CheckpointError: values are nested too deeply.
     """
     try:
-        config = unwrap_config(config, load_families())
+        config = unwrap_config(read_quantisation(config, where=where)[0], load_families())
         return find_family(config, load_families(), where=where).read_config(config, where=where, warn=warn)
     except RecursionError as error:
         raise CheckpointError(f"{where}: config.json holds values nested too deeply to be a config's") from error
+
+
+def _open_model(files: CheckpointFiles) -> tuple[OpenedModel, torch.dtype | None]:
+    """The model of a folder in the hub's layout, the config read before any weight is fetched, and its dtype."""
+    where = files.where
+    _check_contents(files.folder())
+    config = read_json(files.folder() / "config.json")
+    read_network(config, where=where, warn=False)
+    plain, scheme = read_quantisation(config, where=where)
+    weights = files.weights()
+    if scheme is not None:
+        family = find_family(unwrap_config(plain, load_families()), load_families(), where=where)
+        weights = DequantisedTensors(weights, scheme, where=where, conv1d=family.is_conv1d, head=family.head)
+    return HubModel(plain, weights, where=where), _read_dtype(config, where=where)
 
 
 def open_checkpoint(source: "str | Path | Repository", **options: Any) -> Checkpoint:
@@ -174,6 +187,8 @@ def open_config(source: "str | Path | Repository", **options: Any) -> HookedConf
         InputError: an option that this kind of source has not.
     """
     files = open_files(source, **options)
+    if isinstance(files, OldFiles):
+        return files.read_network()
     return read_network(read_json(files.config_folder() / "config.json"), where=files.where)
 
 
@@ -190,6 +205,9 @@ def download_checkpoint(source: "str | Path | Repository", **options: Any) -> Pa
         InputError: a URL or a repository, of which no copy is kept.
     """
     files = open_files(source, **options)
+    if isinstance(files, OldFiles):
+        files.read_network()
+        return files.folder()
     read_network(read_json(files.config_folder() / "config.json"), where=files.where)
     if isinstance(files, HubFiles):
         files.download_weights()

@@ -51,6 +51,14 @@ class TensorSource(Protocol):
         """
 
 
+@runtime_checkable
+class PaddedSource(TensorSource, Protocol):
+    """Named tensors of which some were added by the program that wrote them and change nothing."""
+
+    def is_padding(self, name: str) -> bool:
+        """Whether it is a bias of zeros where the network has none."""
+
+
 class MemoryTensors:
     """Tensors of a state dict."""
 
@@ -73,16 +81,24 @@ class MemoryTensors:
 class HubModel:
     """A model in the hub's layout: a `config.json` and its tensors, checked against each other when made.
 
+    Args:
+        config: the contents of its `config.json`.
+        source: its tensors.
+        where: what to call it in texts of errors.
+        family: what it is of; None: the supported family that the config names.
+
     Attributes:
         cfg: the network. What the config leaves to the tensors (a tied unembedding that is not, biases of some maps
             only) is settled as transformers settles it.
     """
 
-    def __init__(self, config: Mapping[str, Any], source: TensorSource, *, where: str) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], source: TensorSource, *, where: str, family: Family | None = None
+    ) -> None:
         self._where = where
         self._source = source
-        whole, config = config, unwrap_config(config, load_families())
-        self._family = find_family(config, load_families(), where=where)
+        whole, config = config, unwrap_config(config, load_families()) if family is None else config
+        self._family = find_family(config, load_families(), where=where) if family is None else family
         is_wrapped = config is not whole
         inside, others = unwrap_names(source.names()) if is_wrapped else ({name: name for name in source.names()}, [])
         mapped = _map_names(self._family, inside, where=where)
@@ -186,6 +202,8 @@ class HubModel:
         extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
         heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
         unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
+        if isinstance(self._source, PaddedSource):
+            unexpected = [name for name in unexpected if not self._source.is_padding(name)]
         adapters = [name for name in unexpected if _ADAPTER.fullmatch(name)]
         if adapters:
             raise CheckpointError(

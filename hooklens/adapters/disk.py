@@ -32,6 +32,7 @@ _PAGE = (b"<!doctype", b"<html")
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
 
@@ -150,7 +151,7 @@ class _PickleReader:
     def _state(self, path: Path) -> Mapping[str, Tensor]:
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None
-            self._loaded = (path, _load_pickle(path))
+            self._loaded = (path, load_state(path))
         return self._loaded[1]
 
 
@@ -159,15 +160,20 @@ def header_of(tensor: Tensor) -> TensorHeader:
     return TensorHeader(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-def _load_pickle(path: Path) -> Mapping[str, Tensor]:
+def load_pickle(path: Path) -> Any:
+    """What a PyTorch file holds, memory-mapped where the file allows; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something that only code can make.
+    """
     try:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
             if "mmap can only be used" not in str(error):
                 raise
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = _reason(error)
         if explain_damage(path) != _DAMAGED:
@@ -180,12 +186,27 @@ def _load_pickle(path: Path) -> Mapping[str, Tensor]:
         # A damaged pickle makes torch stumble anywhere.
         found = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: cannot be read as a PyTorch file ({found}). {explain_damage(path)}") from error
-    if not isinstance(state, Mapping) or not all(map(_is_plain, state.keys(), state.values())):
+
+
+def load_state(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a PyTorch file, by name.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something else.
+    """
+    state = load_pickle(path)
+    if not is_state(state):
         raise CheckpointError(
             f"{path}: expected a mapping from names to tensors, found {type(state).__name__} of other things; save the "
             "model's state_dict itself"
         )
-    return state
+    tensors: Mapping[str, Tensor] = state
+    return tensors
+
+
+def is_state(content: object) -> bool:
+    """Whether it is a mapping from names to tensors that hold their entries one by one."""
+    return isinstance(content, Mapping) and all(map(_is_plain, content.keys(), content.values()))
 
 
 def _is_plain(name: object, tensor: object) -> bool:

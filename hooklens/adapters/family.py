@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.keys import BiasFlag, ConfigMap
-from hooklens.adapters.rules import WeightRule, is_stacked, parameters_beside
+from hooklens.adapters.rules import Copy, WeightRule, is_stacked, parameters_beside
 from hooklens.config import HookedConfig, Origin
 from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
 
 Config = Mapping[str, Any]
+_MLP_OUT = "blocks.{i}.mlp.W_out"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,14 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
 
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether linear maps lie on disk as `[in, out]` (transformers' `Conv1D`), as those of its MLPs do."""
+        return any(
+            isinstance(rule, Copy) and rule.name == _MLP_OUT and rule.pattern is None and rule.part == "mlp"
+            for rule in self.weights
+        )
+
     def read_config(self, config: Config, *, where: str, warn: bool = True) -> HookedConfig:
         """The network that `config` describes, with the family and `config` as its origin.
 
@@ -112,7 +121,9 @@ class Family:
             fields = self.config.read(self._translate(config), where=where, warn=warn)
             return HookedConfig(origin=origin, **fields)
         except ConfigError as error:
-            raise UnsupportedModelError(f"{where}: config.json describes a network that cannot be: {error}") from error
+            raise UnsupportedModelError(
+                f"{where}: {self.config.called} describes a network that cannot be: {error}"
+            ) from error
 
     def write_config(self, cfg: HookedConfig, *, transforms: Sequence[str] = ()) -> dict[str, Any]:
         """The `config.json` of `cfg`: the keys it was read from, with what has changed since, or new ones.

@@ -122,10 +122,15 @@ class LoadingMethods:
         The config is read and checked before any weight is fetched. From a URL or a `Repository` safetensors files are
         read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
 
+        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes) are dequantised, one by
+        one. A local folder or file may be in an old format of the field, which is read and not written:
+        TransformerLens's (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and
+        `consolidated.*.pth`).
+
         Args:
             source: a name on the hub, a local folder (no network is touched), an fsspec URL (`"s3://bucket/folder"`,
-                `"gs://..."`, `"memory://..."`), a `hooklens.adapters.Repository`, or a bundled checkpoint
-                (`"bundled:tiny-llama"`).
+                `"gs://..."`, `"memory://..."`), a `hooklens.adapters.Repository`, a bundled checkpoint
+                (`"bundled:tiny-llama"`), or a file in an old format.
             revision: branch, tag or commit on the hub.
             subfolder: folder inside the source that holds the checkpoint.
             variant: of several weights in one folder, which: `"fp16"` for `model.fp16.safetensors`.

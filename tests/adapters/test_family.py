@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from hooklens.adapters import families, read_hf_model, to_hub
 from hooklens.adapters.choice import choose_family, find_family
 from hooklens.adapters.families import load_families
+from hooklens.adapters.tables import mlp_rules
 from hooklens.config import HookedConfig
 from hooklens.errors import UnsupportedModelError
 from hooklens.weights.shapes import weight_shapes
@@ -78,6 +80,17 @@ def test_impossible_sizes_are_an_error_of_the_checkpoint() -> None:
         family.read_config({**config, "num_key_value_heads": 3}, where="here")
     with pytest.raises(UnsupportedModelError, match="n_heads=0"):
         family.read_config({**config, "num_attention_heads": 0, "head_dim": None}, where="here")
+
+
+@pytest.mark.parametrize("conv1d", [True, False])
+def test_families_whose_linear_maps_lie_as_in_out(conv1d) -> None:
+    """What a quantised checkpoint stores as `[out, in]` is turned for them."""
+    (family,) = (one for one in load_families() if one.name == "gpt_neox")
+    hub = "gpt_neox.layers.{i}.mlp"
+    rules = mlp_rules(hub, up="dense_h_to_4h", down="dense_4h_to_h", conv1d=conv1d)
+    others = tuple(rule for rule in family.weights if not rule.hub.startswith(hub))
+    assert dataclasses.replace(family, weights=(*others, *rules)).is_conv1d is conv1d
+    assert not family.is_conv1d
 
 
 def test_rules_name_every_parameter_once() -> None:

@@ -156,10 +156,9 @@ class TestWithoutValues:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
-        ("quantization_config", {"quant_method": "awq", "bits": 4}),
-        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        ("quantization_config", {"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        ("quantization_config", {"quant_method": "hqq", "bits": 4}),
+        ("quantization_config", {"quant_method": "torchao", "quant_type": "int4_weight_only"}),
+        ("quantization_config", {"bits": 4, "group_size": 64}),
         ("compression_config", {"format": "pack-quantized"}),
         ("quantization", {"group_size": 64, "bits": 4}),
     ],

@@ -1,7 +1,7 @@
 """gpt-oss (OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card").
 
-Checkpoints: openai/gpt-oss-20b and gpt-oss-120b dequantised (the published files are MXFP4; of such a copy transformers
-or `unsloth/gpt-oss-20b-BF16` is a source), and fine-tunes of them in plain dtypes, whose `model_type` is `gpt_oss`.
+Checkpoints: openai/gpt-oss-20b and gpt-oss-120b, whose experts are MXFP4 and are dequantised, and fine-tunes and
+dequantised copies of them in plain dtypes, whose `model_type` is `gpt_oss`.
 
 Peculiarities:
 - Every head has a sink, a learned logit that takes part in the softmax and has no value (`self_attn.sinks`).

@@ -45,9 +45,9 @@ INERT_KEYS = frozenset(
 
 
 _QUANTISED = (
-    "none: the weights are quantised, and HookLens computes with plain ones. Take the checkpoint that was quantised, "
-    "or dequantise this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), which goes to "
-    "HookedCausalLM.from_hf"
+    "none: the weights are quantised, and HookLens computes with plain ones. Loading files, it dequantises fp8, mxfp4, "
+    "compressed-tensors of 8 bits, GPTQ, AWQ and bitsandbytes. Take the checkpoint that was quantised, or dequantise "
+    "this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), which goes to HookedCausalLM.from_hf"
 )
 # Under one of these the several ways to quantise say which one it was (`quantization` is that of MLX).
 QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -62,12 +62,14 @@ class ConfigMap:
         fixed: fields that are the same in every checkpoint of the family.
         pinned: keys that must hold the one value that is implemented, where they are present.
         inert: further keys that carry no architecture, besides `INERT_KEYS`.
+        called: what texts of errors call the config.
     """
 
     parts: tuple[ConfigPart, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     pinned: Mapping[str, Any] = field(default_factory=dict)
     inert: Collection[str] = ()
+    called: str = "config.json"
 
     # What no family implements, and what these values would have to be.
     always_pinned: Mapping[str, Any] = field(
@@ -90,14 +92,14 @@ class ConfigMap:
         if reader.problems:
             listed = "; ".join(reader.problems)
             raise UnsupportedModelError(
-                f"{where}: config.json describes a network that HookLens cannot build: {listed}. "
+                f"{where}: {self.called} describes a network that HookLens cannot build: {listed}. "
                 "Correct the config if it is wrong, or take another checkpoint"
             )
         if warn:
             unknown = self._unknown_keys(reader)
             if unknown:
                 warnings.warn(
-                    f"{where}: config.json has keys that HookLens does not know: {join_names(unknown)}. They are "
+                    f"{where}: {self.called} has keys that HookLens does not know: {join_names(unknown)}. They are "
                     "ignored; if one of them changes the network, the numbers will be wrong",
                     stacklevel=2,
                 )

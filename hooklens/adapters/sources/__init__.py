@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hooklens.adapters.formats import OldFiles, find_format
 from hooklens.adapters.sources.files import CheckpointFiles, LocalFiles
 from hooklens.adapters.sources.fsspec_files import FsspecRepository, is_url
 from hooklens.adapters.sources.hub import HubFiles, find_local
@@ -16,6 +17,7 @@ __all__ = [
     "FsspecRepository",
     "HubFiles",
     "LocalFiles",
+    "OldFiles",
     "Repository",
     "RepositoryFiles",
     "open_files",
@@ -36,7 +38,8 @@ def open_files(
     """The files of a checkpoint, none of them read yet.
 
     Args:
-        source: a folder, a name on the hub, an fsspec URL (`"s3://bucket/folder"`), or a repository of one's own.
+        source: a folder, a name on the hub, an fsspec URL (`"s3://bucket/folder"`), a repository of one's own, or a
+            folder or file in an old format of the field.
         revision: branch, tag or commit on the hub.
         subfolder: folder inside the source that holds the checkpoint.
         variant: of several weights in one folder, `"fp16"` for `model.fp16.safetensors`.
@@ -57,6 +60,11 @@ def open_files(
         _refuse(hub, f"a URL; what the file system of {source!r} takes goes into storage_options")
         return RepositoryFiles(FsspecRepository(source, storage_options), subfolder=subfolder, variant=variant)
     _refuse({"storage_options": storage_options}, "no URL (scheme://...)")
+    path = Path(str(source)).expanduser() / (subfolder or "")
+    old = find_format(path) if path.exists() else None
+    if old is not None:
+        _refuse({"variant": variant}, "a checkpoint in an old format, of which there is one")
+        return OldFiles(path, old)
     folder = find_local(source)
     if folder is not None:
         return LocalFiles(folder if subfolder is None else folder / subfolder, variant=variant)

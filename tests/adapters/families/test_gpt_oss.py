@@ -147,13 +147,6 @@ def test_absent_keys_mean_what_transformers_takes(tmp_path) -> None:
     assert (cfg.windows, cfg.d_head, cfg.qkv_bias, cfg.out_bias) == ((128, None), 64, True, True)
 
 
-def test_quantised_files_are_refused_with_the_way_out(tmp_path) -> None:
-    folder = save(tmp_path, "gpt_oss", **TINY)
-    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(UnsupportedModelError, match=r"quantization_config.*the weights are quantised.*dequantise"):
-        open_checkpoint(folder)
-
-
 def test_another_activation_is_refused(tmp_path) -> None:
     """transformers ignores the key; whoever set it meant something else."""
     folder = save(tmp_path, "gpt_oss", **TINY)
