@@ -11,18 +11,30 @@ next to nothing. Later calls are checked for the sake of what is inside containe
 
 import functools
 import inspect
+import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jaxtyping
-from beartype import BeartypeConf, beartype
+import pytest
 from jaxtyping import TypeCheckError, install_import_hook, jaxtyped
 from torch import Tensor
 
-# Its frames stand in jaxtyping's place, which warnings pass over on their way to the line of the call.
+# Its frames stand in jaxtyping's place, which warnings pass over on their way to the line of the call. `torch.compile`
+# looks the module up by that name.
 __name__ = "jaxtyping.first_calls"
+sys.modules[__name__] = sys.modules["tests.annotations"]
+
+# Which item of a list is looked at is drawn by a generator that is taken when beartype is imported. Were it Python's
+# own, a check would change what the code under test draws.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(random, "getrandbits", random.Random(0).getrandbits)
+    from beartype import BeartypeConf, beartype
+
+    beartype(lambda: None)
 
 FIRST_CALLS = 2
 ONE_IN = 61  # A prime, so that of what comes in turns (layers, rows) each has its turn.

@@ -158,7 +158,6 @@ def test_threads_are_checked(module) -> None:
     threads = [threading.Thread(target=lambda: found.append(_fails(lambda: module.takes(0.5)))) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
         thread.join()
 
     assert found == [True] * 4

@@ -82,7 +82,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(published: Published) ->
 
 def test_source_distribution_can_be_tested(published: Published) -> None:
     """It lacked the tests' packages, the tutorials, the demos and the constraints."""
-    wanted = files_of("hooklens", "tests", "tutorials", "demos") | {
+    wanted = files_of("hooklens", "tests", "tutorials", "demos", "docs") | {
         ".ci/run",
         "CHANGELOG.md",
         "CONTRIBUTING.md",

@@ -16,7 +16,7 @@ from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.keys import BiasFlag
-from hooklens.adapters.rules import DiskShapes
+from hooklens.adapters.rules import DiskShapes, is_stacked
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, InputError, join_names, warn_caller
@@ -142,11 +142,11 @@ class HubModel:
 
     def _is_copied(self, bound: BoundRule) -> bool:
         """Whether the tensors cannot be parameters as they lie: are split, stacked, or stored the other way round."""
-        if len(bound.ours) > 1 or len(bound.hubs) > 1:
+        if len(bound.ours) != 1 or is_stacked(bound.rule):
             return True
         if bound.rule.hub not in self._copied:
             header = self._source.header(self._stored_names[bound.hubs[0]])
-            weight = self.cfg.description.weights[bound.ours[0]]
+            weight = self.cfg.description.weights[bound.rule.ours[0].format(i=bound.source_layer)]
             (loaded,) = bound.rule.load(torch.empty(header.shape, device="meta"), self.cfg)
             stored = stored_view(loaded, weight.stored, weight.axes)
             self._copied[bound.rule.hub] = not stored.is_contiguous()

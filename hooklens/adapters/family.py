@@ -30,12 +30,14 @@ class BoundRule:
         hubs: names of its tensors on disk, in the numbering of the checkpoint; one, but where they are stacked.
         ours: HookLens names, in the numbering of the model.
         layer: layer of the model; 0 where the rule has none.
+        source_layer: layer of the checkpoint.
     """
 
     rule: WeightRule
     hubs: tuple[str, ...]
     ours: tuple[str, ...]
     layer: int
+    source_layer: int
 
     def load(self, read: Callable[[str], Tensor], cfg: HookedConfig) -> tuple[Tensor, ...]:
         """The parameters named by `ours`, in their logical shapes.
@@ -166,7 +168,7 @@ class Family:
                     if shape is not None:
                         pieces = range(shape[0]) if is_stacked(rule) else (0,)
                         hubs = tuple(rule.hub.format(i=old, e=piece) for piece in pieces)
-                        yield BoundRule(rule, hubs, tuple(name.format(i=new) for name in rule.ours), new)
+                        yield BoundRule(rule, hubs, tuple(name.format(i=new) for name in rule.ours), new, old)
 
     def is_in_memory(self, names: Collection[str]) -> bool:
         """Whether tensors have the names that transformers uses in memory, where it holds them otherwise than on disk.
@@ -216,7 +218,7 @@ class Family:
 
     def _differing_fields(self, cfg: HookedConfig, read_back: HookedConfig) -> list[str]:
         ours, theirs = _fields_of(cfg), _fields_of(read_back)
-        differing = [name for name in ours if _of_layers(cfg, name, ours[name]) != _of_layers(cfg, name, theirs[name])]
+        differing = [name for name in ours if _differ(ours[name], theirs[name], name, cfg.n_layers)]
         # Which biases of a flag that is on are there is told by the tensors, not by the config.
         told_by_tensors = {
             name
@@ -231,9 +233,11 @@ def _fields_of(cfg: HookedConfig) -> dict[str, Any]:
     return {spec.name: getattr(cfg, spec.name) for spec in dataclasses.fields(cfg) if spec.compare}
 
 
-def _of_layers(cfg: HookedConfig, name: str, value: Any) -> Any:
-    """A field's value, in each layer where it may differ by layer: there are two ways to say that all are alike."""
-    return (value,) * cfg.n_layers if name in BY_LAYER and not isinstance(value, tuple) else value
+def _differ(ours: Any, theirs: Any, name: str, n_layers: int) -> bool:
+    """Whether a field has two values; that all layers are alike can be said in two ways."""
+    if name in BY_LAYER and isinstance(ours, tuple) != isinstance(theirs, tuple):
+        ours, theirs = (one if isinstance(one, tuple) else (one,) * n_layers for one in (ours, theirs))
+    return bool(ours != theirs)
 
 
 def describe_fields(cfg: HookedConfig, names: Iterable[str]) -> str:

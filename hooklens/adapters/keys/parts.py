@@ -67,8 +67,9 @@ class Key:
         return {} if value is None else {self.name: self.decode(value)}
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Encode the field."""
-        return {self.hub: self.encode(fields[self.name])}
+        """Encode the field; one that differs by layer has no place in the key, and is refused when it is read back."""
+        value = fields[self.name]
+        return {} if isinstance(value, tuple) else {self.hub: self.encode(value)}
 
 
 SIZE_KEYS = (

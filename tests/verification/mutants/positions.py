@@ -170,7 +170,12 @@ POSITIONS = (
     Mutant(
         "the loss of padded rows is a mean over all columns",
         "model.loss:next_token_loss",
-        (("losses.sum() / counted.sum()", "losses.mean()"),),
+        (
+            (
+                "F.cross_entropy(*flat, ignore_index=_PREDICTS_NOTHING)",
+                "F.cross_entropy(*flat, ignore_index=_PREDICTS_NOTHING, reduction='sum') / padded.numel()",
+            ),
+        ),
         stage="loss",
     ),
     Mutant(
