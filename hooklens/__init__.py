@@ -31,11 +31,11 @@ from hooklens.errors import HookLensError
 from hooklens.hooks import HookedModule, HookPoint, edits
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.optional import import_package
-from hooklens.verification import VerificationReport, verify
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
-    from hooklens import analysis, evaluation, patching, training
+    from hooklens import analysis, evaluation, patching, training, verification
+    from hooklens.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
 
@@ -70,14 +70,19 @@ __all__ = [
     "is_supported",
     "patching",
     "training",
+    "verification",
     "verify",
 ]
 
 # Packages of experiments, imported when first used: `hl.patching.sweep(...)`.
-_LATE = frozenset({"analysis", "evaluation", "patching", "training"})
+_LATE = frozenset({"analysis", "evaluation", "patching", "training", "verification"})
+# What stands here of one of them.
+_LATE_NAMES = frozenset({"VerificationReport", "verify"})
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
         return import_package(f"{__name__}.{name}")
+    if name in _LATE_NAMES:
+        return getattr(import_package(f"{__name__}.verification"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,6 @@ from hooklens.adapters.family import Family
 from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
 from hooklens.adapters.layout import to_hub
 from hooklens.adapters.sources import Repository
-from hooklens.adapters.xlstm import read_xlstm, write_xlstm
 
 __all__ = [
     "Checkpoint",
@@ -22,8 +21,6 @@ __all__ = [
     "open_config",
     "read_hf_generation_config",
     "read_hf_model",
-    "read_xlstm",
     "to_hub",
     "write_checkpoint",
-    "write_xlstm",
 ]

@@ -13,7 +13,6 @@ from torch import Tensor
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.companions import read_generation_config, read_transforms
 from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_length
-from hooklens.adapters.dequantised import DequantisedTensors, read_quantisation
 from hooklens.adapters.disk import read_json
 from hooklens.adapters.families import load_families
 from hooklens.adapters.formats import OpenedModel
@@ -23,12 +22,15 @@ from hooklens.adapters.wrapping import unwrap_config
 from hooklens.arguments import show
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names
+from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer
 
 _WEIGHTS = tuple(
     whole + suffix for whole in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
 )
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What only loading needs is imported then.
+_QUANTISED = "hooklens.adapters.dequantised"
 
 
 class Checkpoint:
@@ -139,7 +141,8 @@ def read_network(config: Mapping[str, Any], *, where: str, warn: bool = True) ->
         CheckpointError: values are nested too deeply.
     """
     try:
-        config = unwrap_config(read_quantisation(config, where=where)[0], load_families())
+        plain, _ = import_package(_QUANTISED).read_quantisation(config, where=where)
+        config = unwrap_config(plain, load_families())
         return find_family(config, load_families(), where=where).read_config(config, where=where, warn=warn)
     except RecursionError as error:
         raise CheckpointError(f"{where}: config.json holds values nested too deeply to be a config's") from error
@@ -151,11 +154,12 @@ def _open_model(files: CheckpointFiles) -> tuple[OpenedModel, torch.dtype | None
     _check_contents(files.folder())
     config = read_json(files.folder() / "config.json")
     read_network(config, where=where, warn=False)
-    plain, scheme = read_quantisation(config, where=where)
+    quantised = import_package(_QUANTISED)
+    plain, scheme = quantised.read_quantisation(config, where=where)
     weights = files.weights()
     if scheme is not None:
         family = find_family(unwrap_config(plain, load_families()), load_families(), where=where)
-        weights = DequantisedTensors(weights, scheme, where=where, conv1d=family.is_conv1d, head=family.head)
+        weights = quantised.DequantisedTensors(weights, scheme, where=where, conv1d=family.is_conv1d, head=family.head)
     return HubModel(plain, weights, where=where), _read_dtype(config, where=where)
 
 
