@@ -8,6 +8,7 @@ from hooklens.adapters.checkpoint import Checkpoint, download_checkpoint, open_c
 from hooklens.adapters.export import write_checkpoint
 from hooklens.adapters.family import Family
 from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
+from hooklens.adapters.late import read_xlstm, write_xlstm
 from hooklens.adapters.layout import to_hub
 from hooklens.adapters.sources import Repository
 
@@ -21,6 +22,8 @@ __all__ = [
     "open_config",
     "read_hf_generation_config",
     "read_hf_model",
+    "read_xlstm",
     "to_hub",
     "write_checkpoint",
+    "write_xlstm",
 ]

@@ -13,7 +13,9 @@ from hooklens.adapters import (
     build_hf_model,
     read_hf_generation_config,
     read_hf_model,
+    read_xlstm,
     write_checkpoint,
+    write_xlstm,
 )
 from hooklens.arguments import (
     MOST_ENTRIES,
@@ -33,7 +35,6 @@ from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, HookLensError, join_names
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights, check_tied, name_as_field
-from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="CheckpointMethods")
 
-_XLSTM = "hooklens.adapters.xlstm"
 _TOKENIZER = optional(read_tokenizer)
 
 
@@ -199,7 +199,7 @@ class CheckpointMethods:
             CheckpointError: parameters are missing, unknown, of another shape than the config says, of several dtypes,
                 or hold no floating-point numbers; all are listed.
         """
-        cfg, state = import_package(_XLSTM).read_xlstm(params, config, n_ctx=n_ctx)
+        cfg, state = read_xlstm(params, config, n_ctx=n_ctx)
         return build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=device, dtype=dtype)
 
     def to_xlstm(self) -> dict[str, Any]:
@@ -211,8 +211,7 @@ class CheckpointMethods:
         Raises:
             UnsupportedModelError: xlstm-jax has no such network; the fields that stand against it are listed.
         """
-        tree: dict[str, Any] = import_package(_XLSTM).write_xlstm(self.cfg, ModelWeights(self.as_decoder()))
-        return tree
+        return write_xlstm(self.cfg, ModelWeights(self.as_decoder()))
 
     @reads(folder=read_path, dtype=optional(read_dtype), max_shard_size=_read_shard_size)
     def save_pretrained(
