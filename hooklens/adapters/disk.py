@@ -28,8 +28,8 @@ HEADER_DIGEST = "hooklens.header"
 _DAMAGED = "The file is damaged or was not downloaded to the end: delete it and download it again"
 _POINTER = b"version https://git-lfs"
 _PAGE = (b"<!doctype", b"<html")
-# As safetensors calls them, and torch; what is not listed keeps the name that the file gives.
-_DTYPES = {
+# As safetensors calls them, and torch, of which old versions lack some. What is not listed keeps the file's name.
+DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
@@ -126,7 +126,7 @@ class _SafetensorsReader:
 def _read_header(file: Any, name: str) -> TensorHeader:
     found = file.get_slice(name)
     dtype = str(found.get_dtype())
-    return TensorHeader(_DTYPES.get(dtype, dtype), tuple(found.get_shape()))
+    return TensorHeader(DTYPES.get(dtype, dtype), tuple(found.get_shape()))
 
 
 def _open_safetensors(path: Path) -> Any:

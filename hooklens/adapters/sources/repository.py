@@ -16,19 +16,13 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.conversion import TensorSource
-from hooklens.adapters.disk import HEADER_DIGEST, DiskTensors, TensorHeader, digest_headers, weight_file
+from hooklens.adapters.disk import DTYPES, HEADER_DIGEST, DiskTensors, TensorHeader, digest_headers, weight_file
 from hooklens.adapters.sources.files import COMPANIONS
 from hooklens.arguments import show
 from hooklens.errors import CheckpointError, join_names
 
 # More than any file of a checkpoint needs.
 _LONGEST_HEADER = 100 * 2**20
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
 
 
 @runtime_checkable
@@ -214,8 +208,21 @@ class RangedTensors:
     def _place(
         file: str, offset: int, described: Mapping[str, Any]
     ) -> tuple[tuple[str, int, int], torch.dtype, tuple[int, ...]]:
-        dtype, shape = _TORCH_DTYPES[described["dtype"]], tuple(map(int, described["shape"]))
+        dtype, shape = _torch_dtype(described["dtype"]), tuple(map(int, described["shape"]))
         start, stop = map(int, described["data_offsets"])
         if min((start, *shape), default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{show(described)} does not fit together")
         return (file, offset + start, offset + stop), dtype, shape
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a file calls so.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: this version of torch lacks it.
+    """
+    dtype = getattr(torch, DTYPES[name], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch {torch.__version__} has no dtype {DTYPES[name]}; take a newer one")
+    return dtype
