@@ -89,26 +89,41 @@ def attend_by_flex(
 
 
 # PyTorch traces the functions that it is handed and counts their arguments: they are lambdas, which nothing is put
-# around, and call nothing of ours.
+# around, and call nothing of ours. An index of theirs is made of tensors only: versions before 2.9 read the values of
+# those that stand beside a number.
 
 
 def _change_scores(softcap: float | None, term: Tensor | None) -> Callable[..., Tensor] | None:
     """What becomes of a scaled product; None: it is the score."""
     if term is None:
         return None if softcap is None else lambda score, row, head, query, key: softcap * torch.tanh(score / softcap)
-    by_row = len(term) > 1
+    if len(term) > 1:
+        if softcap is None:
+            return lambda score, row, head, query, key: score + term[row, key, head]
+        return lambda score, row, head, query, key: softcap * torch.tanh((score + term[row, key, head]) / softcap)
+    shared = term[0]
     if softcap is None:
-        return lambda score, row, head, query, key: score + term[row if by_row else 0, key, head]
-    return lambda score, row, head, query, key: (
-        softcap * torch.tanh((score + term[row if by_row else 0, key, head]) / softcap)
-    )
+        return lambda score, row, head, query, key: score + shared[key, head]
+    return lambda score, row, head, query, key: softcap * torch.tanh((score + shared[key, head]) / softcap)
 
 
 def make_blocks(mask: Float[Tensor, "rows one some_query key"], n_query: int) -> Any:
     """What queries see, as `flex_attention` wants it; made once per call, the same for all heads."""
     by_row, by_query = mask.shape[0] > 1, mask.shape[2] > 1
+    seen = mask[:, 0] == 0
+    if by_row and by_query:
+        sees = lambda row, head, query, key: seen[row, query, key]  # noqa: E731
+    elif by_row:
+        of_row = seen[:, 0]
+        sees = lambda row, head, query, key: of_row[row, key]  # noqa: E731
+    elif by_query:
+        of_query = seen[0]
+        sees = lambda row, head, query, key: of_query[query, key]  # noqa: E731
+    else:
+        of_all = seen[0, 0]
+        sees = lambda row, head, query, key: of_all[key]  # noqa: E731
     return import_package(_FLEX).create_block_mask(
-        lambda row, head, query, key: mask[row if by_row else 0, 0, query if by_query else 0, key] == 0,
+        sees,
         len(mask) if by_row else None,
         None,
         n_query,

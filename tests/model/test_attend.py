@@ -22,6 +22,7 @@ from hooklens.model.kernels import Part
 from tests.benchmarks.peak import run_fresh
 from tests.model.attention_by_hand import DEVICES, SCALE, Case, attend_by_hand, build, cases
 from tests.model.networks import ALL_CONFIGS, make_model, pad_rows, random_tokens
+from tests.torch_version import traces_whole
 
 
 def check(case: Case, found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -190,6 +191,7 @@ def test_nothing_is_read_back(softcap, tracked):
             z.sum().backward()
 
 
+@traces_whole
 def test_compiled_whole():
     """In a process of its own: torch.compile cannot see through the checks of annotations that tests run under."""
     code = """

@@ -6,18 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.model.networks import ALL_CONFIGS
+from tests.torch_version import traces_whole
 
 CASES = Path(__file__).with_name("compiled_calls.py")
 
-TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
-
-
-pytestmark = pytest.mark.skipif(
-    TORCH < (2, 11), reason="earlier tracers follow neither `isinstance(x, A | B)` nor context variables"
-)
+pytestmark = traces_whole
 
 
 def test_compiled_calls():

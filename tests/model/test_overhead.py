@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 import hooklens
 from hooklens.config import RotaryPositions
 from tests.model.networks import RMS_NORM, make_config, make_model, random_tokens
+from tests.torch_version import takes_groups
 
 PACKAGE = str(Path(hooklens.__file__).parent)
 WIRINGS = {
@@ -100,6 +101,7 @@ def per_layer(count, wiring, call):
     return counted[1] - counted[0]
 
 
+@takes_groups
 @pytest.mark.parametrize(("wiring", "call"), TAKES)
 def test_what_a_layer_takes(wiring, call):
     """Each new option had cost a layer of every network another call or two, until the sum was felt."""

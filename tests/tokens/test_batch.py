@@ -18,6 +18,7 @@ from tests.tokens.tokenizers import ALL_SPECIAL, BOS_IS_EOS, PAD_IS_EOS, PLAIN, 
 _TRACED = """
 import torch
 from hooklens.tokens import read_tokens
+from tests.torch_version import traces_whole
 
 class Special:
     def __init__(self, pad, eos):
@@ -152,6 +153,7 @@ class TestWithoutLooking:
         with pytest.raises(InputError, match=r"dtype torch\.float32"):
             read_tokens(ids.float(), PLAIN, d_vocab=9)
 
+    @traces_whole
     def test_a_traced_call_gives_the_same_ids_and_mask_without_a_break(self):
         """`fullgraph` refuses every look at a value; another process has no shape checks, which cannot be traced."""
         done = subprocess.run(

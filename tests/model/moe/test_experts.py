@@ -8,6 +8,7 @@ from hooklens import MoEConfig
 from hooklens.model.moe import groups
 from hooklens.model.moe.groups import ExpertGroups
 from tests.model.moe.layers import MIXTURES, make_layer, random_stream
+from tests.torch_version import multiplies_groups
 
 
 def flops_of(n_experts, k, n_tokens=64):
@@ -102,6 +103,7 @@ class TestGroups:
         x = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x, weight: made.apply(x, weight, None), (x, weight))
 
+    @multiplies_groups
     def test_the_fused_kernel_gives_the_same(self, monkeypatch):
         """On CUDA with bfloat16; here the CPU's kernel of that name stands in, forwards and backwards."""
         mixture = MoEConfig(n_experts=5, experts_per_token=2, d_expert=16, expert_bias=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hooklens.model.moe.traced import declare_operations
+from tests.torch_version import traces_whole
 
 CASES = Path(__file__).with_name("compiled_mixtures.py")
 
@@ -24,6 +25,7 @@ def test_operation_and_its_gradients():
     torch.library.opcheck(operation, (x, weight, ends), test_utils=("test_schema", "test_faketensor"))
 
 
+@traces_whole
 def test_compiled_mixtures():
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=CASES.parents[3], check=False)

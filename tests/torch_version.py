@@ -1,0 +1,13 @@
+"""What the installed PyTorch can do, for tests that need it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
+
+traces_whole = pytest.mark.skipif(
+    TORCH < (2, 11), reason="earlier tracers follow neither `isinstance(x, A | B)` nor context variables"
+)
+takes_groups = pytest.mark.skipif(TORCH < (2, 9), reason="earlier kernels on the CPU take no grouped queries")
+multiplies_groups = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="there is no grouped matrix product")
