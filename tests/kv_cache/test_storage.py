@@ -95,12 +95,12 @@ def test_a_file_without_a_record_of_processing_counts_as_unprocessed(tmp_path):
     young = {"transforms", "digest"}
     with safe_open(path, framework="pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key not in young}
-    save_file(load_file(path), path, metadata=metadata)
+    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata=metadata)
     loaded = HookedKeyValueCache.load(path)
     assert loaded.transforms == ()
     assert_same(read(loaded), read(cache))
     metadata["transforms"] = "[fold"
-    save_file(load_file(path), path, metadata=metadata)
+    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata=metadata)
     with pytest.raises(CacheError, match="cannot read a key-value cache from"):
         HookedKeyValueCache.load(path)
 

@@ -14,11 +14,11 @@ from hooklens.errors import InputError, UnknownTokenWarning
 from hooklens.tokens import read_tokens, to_tokens
 from tests.annotations import unchecked
 from tests.tokens.tokenizers import ALL_SPECIAL, BOS_IS_EOS, PAD_IS_EOS, PLAIN, word_tokenizer
+from tests.torch_version import traces_whole
 
 _TRACED = """
 import torch
 from hooklens.tokens import read_tokens
-from tests.torch_version import traces_whole
 
 class Special:
     def __init__(self, pad, eos):
