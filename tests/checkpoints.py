@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -171,3 +172,8 @@ def edit_config(folder: Path, *, remove: Iterable[str] = (), **changes: Any) -> 
     config = {key: value for key, value in json.loads(path.read_text()).items() if key not in set(remove)}
     path.write_text(json.dumps({**config, **changes}))
     return folder
+
+
+def load_apart(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file in memory of their own: it may be written over, which old safetensors do in place."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -6,12 +6,13 @@ import struct
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.errors import CacheError
 from tests.activation_cache.captures import CFG, assert_aliases_kept, assert_same_tensors, make_cache
 from tests.annotations import unchecked
+from tests.checkpoints import load_apart
 
 
 class TestFiles:
@@ -128,7 +129,7 @@ def rewrite(path, *, header=None, tensors=None, metadata=None):
         kept["header"] = json.dumps(found)
     elif header is not None:
         kept["header"] = header
-    held = {**load_file(path), **(tensors or {})}
+    held = {**load_apart(path), **(tensors or {})}
     held = {name: tensor for name, tensor in held.items() if tensor is not None}
     save_file(held, path, metadata=kept | (metadata or {}))
 

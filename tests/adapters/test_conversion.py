@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -12,13 +12,13 @@ from hooklens.adapters import open_checkpoint, read_hf_model, to_hub
 from hooklens.adapters.conversion import HubModel, MemoryTensors, config_of_layers
 from hooklens.errors import CheckpointError, InputError
 from hooklens.weights.shapes import weight_shapes
-from tests.checkpoints import VARIANTS, build_variant, save_variant
+from tests.checkpoints import VARIANTS, build_variant, load_apart, save_variant
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_load_then_save_gives_every_tensor_back(name, dtype, tmp_path) -> None:
-    weights = load_file(save_variant(name, tmp_path, dtype=dtype) / "model.safetensors")
+    weights = load_apart(save_variant(name, tmp_path, dtype=dtype) / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     state = dict(checkpoint.tensors())
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == weight_shapes(checkpoint.cfg)
@@ -57,7 +57,7 @@ def test_parameters_are_stored_as_linear_weights() -> None:
 
 
 def test_all_that_is_wrong_with_the_tensors_is_told_at_once(tmp_path) -> None:
-    weights = load_file(save_variant("llama-gqa", tmp_path) / "model.safetensors")
+    weights = load_apart(save_variant("llama-gqa", tmp_path) / "model.safetensors")
     del weights["model.norm.weight"], weights["model.layers.1.mlp.up_proj.weight"]
     weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
     weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(32, 16)
@@ -93,13 +93,13 @@ class TestTiedUnembedding:
         assert self.check_against_transformers(save_variant("llama-tied", tmp_path))
 
     def test_stored_and_equal(self, tmp_path) -> None:
-        weights = load_file(save_variant("llama-tied", tmp_path) / "model.safetensors")
+        weights = load_apart(save_variant("llama-tied", tmp_path) / "model.safetensors")
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         save_file(weights, tmp_path / "model.safetensors")
         assert self.check_against_transformers(tmp_path)
 
     def test_stored_and_different(self, tmp_path) -> None:
-        weights = load_file(save_variant("falcon-7b", tmp_path) / "model.safetensors")
+        weights = load_apart(save_variant("falcon-7b", tmp_path) / "model.safetensors")
         weights["lm_head.weight"] = torch.randn(97, 32)
         save_file(weights, tmp_path / "model.safetensors")
         with pytest.warns(UserWarning, match="tie_word_embeddings is true, but 'lm_head.weight' and .* differ"):
@@ -111,7 +111,7 @@ class TestTiedUnembedding:
         assert torch.equal(saved["lm_head.weight"], weights["lm_head.weight"])
 
     def test_only_the_unembedding_is_stored(self, tmp_path) -> None:
-        weights = load_file(save_variant("neox-tied", tmp_path) / "model.safetensors")
+        weights = load_apart(save_variant("neox-tied", tmp_path) / "model.safetensors")
         weights["embed_out.weight"] = weights.pop("gpt_neox.embed_in.weight")
         save_file(weights, tmp_path / "model.safetensors")
         assert self.check_against_transformers(tmp_path)

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
 from hooklens.adapters.disk import DiskTensors
 from hooklens.errors import CheckpointError
-from tests.checkpoints import build_variant, save_variant
+from tests.checkpoints import build_variant, load_apart, save_variant
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def read_index(folder):
 
 
 def add(path, **tensors) -> None:
-    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+    save_file({**load_apart(path), **tensors}, path, metadata={"format": "pt"})
 
 
 def test_the_index_says_where_a_tensor_is(sharded) -> None:

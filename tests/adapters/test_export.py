@@ -2,12 +2,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hooklens.adapters import build_hf_model, export, open_checkpoint, read_hf_model, write_checkpoint
 from hooklens.errors import CheckpointError
-from tests.checkpoints import VARIANTS, build_variant, save_variant
+from tests.checkpoints import VARIANTS, build_variant, load_apart, save_variant
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -60,7 +59,7 @@ def test_a_subset_of_layers_is_a_whole_checkpoint(tmp_path) -> None:
 def test_dtype_on_disk(tmp_path) -> None:
     cfg, state = read_hf_model(build_variant("llama-tied"))
     write_checkpoint(tmp_path, cfg, state, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_apart(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert open_checkpoint(tmp_path).dtype == torch.bfloat16
 
@@ -116,7 +115,7 @@ def test_parameters_that_share_storage_are_saved_apart(tmp_path) -> None:
     cfg, state = read_hf_model(build_variant("llama-tied"))
     cfg = cfg.replace(tied_unembed=False)
     write_checkpoint(tmp_path, cfg, state)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_apart(tmp_path / "model.safetensors")
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert open_checkpoint(tmp_path).cfg == cfg
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,7 +14,7 @@ from hooklens import HookedCausalLM
 from hooklens.adapters.conversion import config_of_length, crop_positions
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, HookLensError, InputError, UnsupportedModelError
-from tests.checkpoints import VARIANTS, build_variant, edit_config, save_variant
+from tests.checkpoints import VARIANTS, build_variant, edit_config, load_apart, save_variant
 
 IDS = torch.arange(10).view(1, 10)
 
@@ -47,7 +47,7 @@ class TestWrappers:
     def test_their_prefixes_in_files(self, tmp_path, prefix, base) -> None:
         hf_model = build_variant("llama-tied")
         (hf_model.base_model if base else hf_model).save_pretrained(tmp_path)
-        weights = load_file(tmp_path / "model.safetensors")
+        weights = load_apart(tmp_path / "model.safetensors")
         save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
         expected = HookedCausalLM.from_hf(hf_model).state_dict()
         found = HookedCausalLM.from_pretrained(tmp_path).state_dict()
@@ -61,7 +61,7 @@ class TestWrappers:
             assert torch.equal(logits_of(again), logits_of(model))
 
     def test_one_weight_under_two_names(self, tmp_path) -> None:
-        weights = load_file(save_variant("neox-parallel", tmp_path) / "model.safetensors")
+        weights = load_apart(save_variant("neox-parallel", tmp_path) / "model.safetensors")
         both = {**weights, "embed_out.weight": torch.zeros(97, 32), "lm_head.weight": torch.ones(97, 32)}
         save_file(both, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"two names of one weight: '.*' and '.*'; keep one"):
@@ -112,7 +112,7 @@ class TestAdapters:
 
 class TestValueHeads:
     def test_in_a_file_the_head_is_left_out_and_named(self, tmp_path) -> None:
-        weights = load_file(save_variant("llama-gqa", tmp_path) / "model.safetensors")
+        weights = load_apart(save_variant("llama-gqa", tmp_path) / "model.safetensors")
         expected = HookedCausalLM.from_pretrained(tmp_path).state_dict()
         head = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)}
         save_file({**weights, **head}, tmp_path / "model.safetensors")

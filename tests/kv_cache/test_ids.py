@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedKeyValueCache
 from hooklens.errors import CacheError
 from tests.annotations import unchecked
+from tests.checkpoints import load_apart
 from tests.kv_cache.test_cache import append_noise, fill
 from tests.model.networks import make_model, random_tokens
 
@@ -135,7 +136,7 @@ def test_files_without_ids_load_and_wrong_ids_are_refused(tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key != "digest"}
     # Apart from the file, which is written over.
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors = load_apart(path)
     ids = tensors.pop("token_ids")
     save_file(tensors, path, metadata=metadata)
     assert HookedKeyValueCache.load(path).token_ids is None

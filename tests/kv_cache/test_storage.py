@@ -6,12 +6,13 @@ import struct
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.config import Origin
 from hooklens.errors import CacheError
 from tests.annotations import unchecked
+from tests.checkpoints import load_apart
 from tests.kv_cache.test_cache import CFG, assert_same, fill, read
 from tests.model.networks import make_model, random_tokens
 
@@ -95,12 +96,12 @@ def test_a_file_without_a_record_of_processing_counts_as_unprocessed(tmp_path):
     young = {"transforms", "digest"}
     with safe_open(path, framework="pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key not in young}
-    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata=metadata)
+    save_file(load_apart(path), path, metadata=metadata)
     loaded = HookedKeyValueCache.load(path)
     assert loaded.transforms == ()
     assert_same(read(loaded), read(cache))
     metadata["transforms"] = "[fold"
-    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata=metadata)
+    save_file(load_apart(path), path, metadata=metadata)
     with pytest.raises(CacheError, match="cannot read a key-value cache from"):
         HookedKeyValueCache.load(path)
 
@@ -109,7 +110,7 @@ def rewrite(path, *, tensors=None, metadata=None):
     """Change what is in a file as another writer would, without a digest."""
     with safe_open(path, framework="pt") as file:
         kept = {key: value for key, value in file.metadata().items() if key != "digest"}
-    held = {**load_file(path), **(tensors or {})}
+    held = {**load_apart(path), **(tensors or {})}
     written = {**kept, **(metadata or {})}
     save_file(
         {name: tensor for name, tensor in held.items() if tensor is not None},

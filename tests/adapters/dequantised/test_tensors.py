@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ from hooklens.adapters.dequantised.packed import Gptq
 from hooklens.errors import CheckpointError
 from tests.adapters.dequantised.packing import awq_state, gptq_state, open_tensors, scaled_state
 from tests.adapters.families.checks import save
-from tests.checkpoints import edit_config, save_variant
+from tests.checkpoints import edit_config, load_apart, save_variant
 
 Quantise = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
 IDS = torch.arange(3, 14)[None]
@@ -82,7 +82,7 @@ def save_quantised(folder: Path, name: str) -> tuple[Path, Path]:
     quantised, plain = save_variant("llama-gqa", folder / "quantised"), folder / "plain"
     shutil.copytree(quantised, plain)
     ours, exact = {}, {}
-    for key, value in load_file(quantised / "model.safetensors").items():
+    for key, value in load_apart(quantised / "model.safetensors").items():
         if key.endswith("_proj.weight"):
             state, weight = quantise(key.removesuffix(".weight"), value)
             ours |= state
@@ -134,7 +134,7 @@ def test_conv1d_checkpoints(tmp_path) -> None:
     quantised, plain = save(tmp_path / "quantised", "gpt2", **config), tmp_path / "plain"
     shutil.copytree(quantised, plain)
     ours, exact = {}, {}
-    for key, value in load_file(quantised / "model.safetensors").items():
+    for key, value in load_apart(quantised / "model.safetensors").items():
         if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             base, (d_in, d_out) = key.removesuffix(".weight"), value.shape
             state, weight = gptq_state(base, d_in, d_out, bits=4, group_size=16, seed=len(key))
@@ -160,7 +160,7 @@ def test_experts_of_mxfp4_as_transformers_loads_them(tmp_path) -> None:
     save(tmp_path, "gpt_oss", **config)
     generator = torch.Generator().manual_seed(0)
     ours = {}
-    for key, value in load_file(tmp_path / "model.safetensors").items():
+    for key, value in load_apart(tmp_path / "model.safetensors").items():
         if key.endswith(("gate_up_proj", "down_proj")):
             n_experts, d_in, d_out = value.shape
             shape = (n_experts, d_out, d_in // 32)
@@ -196,7 +196,7 @@ def test_a_config_that_says_quantised_of_plain_weights(tmp_path) -> None:
 
 def test_biases_that_are_no_padding_are_refused(tmp_path) -> None:
     quantised, _ = save_quantised(tmp_path, "gptq 4")
-    tensors = load_file(quantised / "model.safetensors")
+    tensors = load_apart(quantised / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.bias"
     tensors[name] = tensors[name] + 1
     save_file(tensors, quantised / "model.safetensors")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import D_VOCAB, check, check_reading, read_published, save, verify_folder
-from tests.checkpoints import edit_config
+from tests.checkpoints import edit_config, load_apart
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -115,7 +115,7 @@ def test_constants_of_the_activation(tmp_path) -> None:
     folder = save(tmp_path, "apertus", **TINY)
     model = HookedCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bfloat16")
-    tensors = load_file(tmp_path / "bfloat16" / "model.safetensors")
+    tensors = load_apart(tmp_path / "bfloat16" / "model.safetensors")
     found = {name: tensor for name, tensor in tensors.items() if name.endswith((".beta", ".eps"))}
     assert len(found) == 2 * 3
     assert all(tensor.dtype == torch.bfloat16 and tensor.shape == () for tensor in found.values())

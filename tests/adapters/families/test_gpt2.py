@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
-from tests.checkpoints import edit_config
+from tests.checkpoints import edit_config, load_apart
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -122,7 +122,7 @@ def test_files_of_the_base_model_with_masks_are_read(tmp_path) -> None:
     folder = save(tmp_path, "gpt2", **TINY)
     expected = dict(HookedCausalLM.from_pretrained(folder).state_dict())
     tensors = {
-        name.removeprefix("transformer."): value for name, value in load_file(folder / "model.safetensors").items()
+        name.removeprefix("transformer."): value for name, value in load_apart(folder / "model.safetensors").items()
     }
     for layer in range(3):
         tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(1, 1, 40, 40))

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from hooklens.adapters import open_checkpoint, read_hf_model, write_checkpoint
 from hooklens.config import RotaryPositions
 from hooklens.errors import CheckpointError
 from tests.adapters.families.projections import project_heads, write_heads
-from tests.checkpoints import NEOX_VARIANTS, build_variant, edit_config, save_variant
+from tests.checkpoints import NEOX_VARIANTS, build_variant, edit_config, load_apart, save_variant
 
 
 @pytest.mark.parametrize("name", NEOX_VARIANTS)
@@ -47,7 +47,7 @@ def test_a_quarter_is_rotated_where_the_config_is_silent(tmp_path) -> None:
 
 def test_masks_and_tables_of_old_files_are_no_weights(tmp_path) -> None:
     save_variant("neox-parallel", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_apart(tmp_path / "model.safetensors")
     buffers = {
         "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
@@ -64,7 +64,7 @@ def test_masks_and_tables_of_old_files_are_no_weights(tmp_path) -> None:
 
 def test_both_names_of_the_unembedding_are_read_and_the_one_on_disk_is_written(tmp_path) -> None:
     save_variant("neox-parallel", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_apart(tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     # Tensors may be views of the file, which is about to be written anew.
     state = {name: tensor.clone() for name, tensor in checkpoint.tensors()}
@@ -73,4 +73,4 @@ def test_both_names_of_the_unembedding_are_read_and_the_one_on_disk_is_written(t
     assert torch.equal(dict(open_checkpoint(tmp_path).tensors())["unembed.W_U"], state["unembed.W_U"])
 
     write_checkpoint(tmp_path / "saved", checkpoint.cfg, state)
-    assert "embed_out.weight" in load_file(tmp_path / "saved" / "model.safetensors")
+    assert "embed_out.weight" in load_apart(tmp_path / "saved" / "model.safetensors")

@@ -9,7 +9,7 @@ from hooklens.adapters import open_checkpoint, read_hf_model
 from hooklens.config import RotaryPositions, RotaryScaling
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.projections import project_heads, write_heads
-from tests.checkpoints import LLAMA_VARIANTS, build_variant, edit_config, save_variant
+from tests.checkpoints import LLAMA_VARIANTS, build_variant, edit_config, load_apart, save_variant
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 
@@ -158,10 +158,10 @@ def test_another_rotary_scaling_is_refused_by_name(tmp_path) -> None:
 
 def test_biases_follow_the_tensors_where_only_some_maps_have_them(tmp_path) -> None:
     """Qwen rewritten as Llama: attention_bias is true, and o_proj has no bias."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     save_variant("llama-biases", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_apart(tmp_path / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.endswith("o_proj.bias")}
     save_file(kept, tmp_path / "model.safetensors")
     cfg = open_checkpoint(tmp_path).cfg

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
 from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.checkpoints import load_apart
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -112,7 +113,7 @@ def test_files_of_the_base_model_are_read(variant: str, tmp_path) -> None:
     """Meta's files: names begin with `decoder.`."""
     folder = save(tmp_path, "opt", **{**TINY, **VARIANTS[variant]})
     expected = dict(HookedCausalLM.from_pretrained(folder).state_dict())
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_apart(folder / "model.safetensors")
     base = {name.removeprefix("model."): tensor.clone() for name, tensor in tensors.items()}
     save_file(base, folder / "model.safetensors")
     found = HookedCausalLM.from_pretrained(folder).state_dict()

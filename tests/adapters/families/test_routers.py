@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
 from hooklens.config import MoEConfig
@@ -12,6 +12,7 @@ from tests.adapters.families.checks import save
 from tests.adapters.families.routers import check_routing
 from tests.adapters.families.test_mixtral import TINY
 from tests.annotations import unchecked
+from tests.checkpoints import load_apart
 
 
 def load(folder: Path, **changes: object) -> HookedCausalLM:
@@ -28,7 +29,7 @@ def test_two_experts_that_a_router_cannot_tell_apart_are_a_tie(tmp_path) -> None
     """Either may be chosen, and the tie is told; without one there are none."""
     folder = save(tmp_path, "mixtral", **TINY)
     assert check_routing(load(folder), folder) == 0
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_apart(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("gate.weight"):
             tensor[3] = tensor[1]

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hooklens.errors import CheckpointError, HookLensError
 from hooklens.patching import Circuit, CircuitResult, SweepStats
 from hooklens.patching.results.statistics import bootstrap_interval, permutation_p_value
 from tests.annotations import unchecked
+from tests.checkpoints import load_apart
 
 STATS = SweepStats(cells=2, pairs=3, unchanged=0, forwards=4, tokens=5.5, naive_forwards=6, naive_tokens=7)
 RESULT = CircuitResult(
@@ -149,7 +150,7 @@ def _metadata(path):
 
 
 def _rewrite(path, *, tensors=(), **metadata):
-    kept = {name: tensor for name, tensor in {**load_file(path), **dict(tensors)}.items() if tensor is not None}
+    kept = {name: tensor for name, tensor in {**load_apart(path), **dict(tensors)}.items() if tensor is not None}
     kept_metadata = {key: value for key, value in {**_metadata(path), **metadata}.items() if key != "digest"}
     save_file(kept, path, metadata=kept_metadata)
 
