@@ -22,10 +22,10 @@ _SIZES = {
     "12 layers, d_model 768": {"n_layers": 12, "d_model": 768, "n_heads": 12},
 }
 _BARS = {
-    ("6 layers, d_model 128", "resid_pre"): 30,
-    ("6 layers, d_model 128", "z"): 15,
-    ("12 layers, d_model 768", "resid_pre"): 12,
-    ("12 layers, d_model 768", "z"): 7,
+    ("6 layers, d_model 128", "resid_pre"): 40,
+    ("6 layers, d_model 128", "z"): 18,
+    ("12 layers, d_model 768", "resid_pre"): 15,
+    ("12 layers, d_model 768", "z"): 10,
 }
 _PEER_FUNCTIONS = {"resid_pre": "get_act_patch_resid_pre", "z": "get_act_patch_attn_head_out_all_pos"}
 
