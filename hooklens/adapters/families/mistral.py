@@ -5,7 +5,8 @@ and every other checkpoint whose `model_type` is `mistral`.
 
 Peculiarities:
 - Llama's network and names, without any bias and without a key for one.
-- One sliding window for all layers: 4096 where the config is silent, none where it says null (from v0.2 on).
+- One sliding window for all layers: 4096 where the config is silent, none where it says null (from v0.2 on). A config
+  with `layer_types` is Ministral's.
 """
 
 from hooklens.adapters.family import Family
