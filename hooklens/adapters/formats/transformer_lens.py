@@ -9,6 +9,7 @@ weights are those of HookLens, the field's. Peculiarities:
 - Every map has a bias; files of before a bias was added to the library lack it, and it is 0.
 - `shortformer_pos`: positions go to what queries and keys read.
 - Masks and rotary tables are buffers, and no weights.
+- The first files have other layouts; see `early_layouts`.
 - Settings of the training run stand in the same file; they are not read.
 - Where weights of earlier in training are there, they are in the folder `checkpoints`, and their names end with the
   number of steps or tokens.
@@ -21,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from hooklens.adapters.disk import load_state, read_json
+from hooklens.adapters.formats.early_layouts import in_todays_layout
 from hooklens.adapters.formats.opened import FieldModel
 from hooklens.adapters.formats.place import EARLIER, Place
 from hooklens.adapters.keys import ConfigReader
@@ -113,7 +115,8 @@ class TransformerLensModel:
             CheckpointError: they are not those of this network.
         """
         cfg = self.read_network()
-        state = _rename(load_state(self._place.fetch([self._weights]) / self._weights))
+        stored = load_state(self._place.fetch([self._weights]) / self._weights)
+        state = in_todays_layout(_rename(stored), n_heads=cfg.n_heads, n_layers=cfg.n_layers)
         where = f"{self._place.where}/{self._weights}"
         return FieldModel(_without_absent_biases(cfg, state), state, where=where)
 
