@@ -115,6 +115,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "architectures": ["GPTNeoXForCausalLM"],
             "bos_token_id": 0,
             "classifier_dropout": 0.1,
+            # Both spellings are published.
+            "custom_pipeline": {},
             "custom_pipelines": {
                 "text-generation": {"impl": "h2oai_pipeline.H2OTextGenerationPipeline", "pt": "AutoModelForCausalLM"}
             },
