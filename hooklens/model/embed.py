@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from hooklens.config import HookedConfig, LearnedPositions, ShortformerPositions, SinusoidalPositions
 from hooklens.errors import InputError
 from hooklens.hooks import Call, HookPoint, open_call
-from hooklens.model.declared import Weight, When, point, weight
 from hooklens.model.norm import STREAM, Norm, norm
-from hooklens.model.part import Part, apply_linear
+from hooklens.model.parts.declared import Weight, When, point, weight
+from hooklens.model.parts.part import Part, apply_linear
 
 _NORMED = When(lambda cfg: cfg.embed_norm is not None, "its embedding has no norm")
 

@@ -15,7 +15,7 @@ from hooklens.config import (
     ShortformerPositions,
     SinusoidalPositions,
 )
-from hooklens.model.attention import Attention
+from hooklens.model.attention.attention import Attention
 from hooklens.model.mlp import MLP
 from hooklens.model.moe import MoE
 from hooklens.verification.explicit.activations import (
