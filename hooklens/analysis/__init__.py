@@ -13,6 +13,6 @@ own tokens everywhere: -1 is its last token, and padding has none.
 """
 
 from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources
-from hooklens.analysis.connection import connect_cache
+from hooklens.analysis.reading.connection import connect_cache
 
 __all__ = ["attribution", "circuits", "connect_cache", "copying", "heads", "lens", "sanity", "sources"]
