@@ -1,9 +1,12 @@
 """Mistral against transformers, in every variant."""
 
+import warnings
+
 import pytest
 
 from hooklens.adapters import open_checkpoint
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from hooklens.errors import UnsupportedModelError
+from tests.adapters.families.checks import D_VOCAB, check, read_config, read_published, save, verify_folder
 from tests.checkpoints import edit_config
 
 TINY = {
@@ -92,3 +95,13 @@ def test_window_where_the_config_is_silent_or_says_null(given, windows, tmp_path
     folder = save(tmp_path, "mistral", **TINY)
     edit_config(folder, remove=["sliding_window"], **given)
     assert open_checkpoint(folder).cfg.windows == windows
+
+
+def test_biases_that_llamas_keys_would_give_are_refused() -> None:
+    """Merged checkpoints keep Llama's keys, and transformers builds no bias whatever they say."""
+    config = {"model_type": "mistral", **TINY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_config({**config, "attention_bias": False, "mlp_bias": False}).qkv_bias is False
+    with pytest.raises(UnsupportedModelError, match=r"attention_bias is True; expected False.*mlp_bias is True"):
+        read_config({**config, "attention_bias": True, "mlp_bias": True})
