@@ -49,7 +49,7 @@ class BoundRule:
         if not is_stacked(self.rule):
             return self.rule.load(read(self.hubs[0]), cfg)
         loaded = [self.rule.load(read(name), cfg) for name in self.hubs]
-        return tuple(map(torch.stack, zip(*loaded, strict=True)))
+        return tuple(map(_stack, zip(*loaded, strict=True)))
 
     def save(self, name: str, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """The tensor of one of the names on disk; need not be contiguous."""
@@ -57,6 +57,14 @@ class BoundRule:
             place = self.hubs.index(name)
             parameters = tuple(parameter[place] for parameter in parameters)
         return self.rule.save(parameters, cfg)
+
+
+def _stack(pieces: Sequence[Tensor]) -> Tensor:
+    """Tensors along a new first axis, each of them as it lies in memory: rows are copied as rows."""
+    axes = range(pieces[0].ndim)
+    order = sorted(axes, key=pieces[0].stride, reverse=True)
+    stacked = torch.stack([piece.permute(order) for piece in pieces])
+    return stacked.permute(0, *(1 + order.index(axis) for axis in axes))
 
 
 def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...] | None:
