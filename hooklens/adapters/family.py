@@ -16,6 +16,7 @@ from hooklens.adapters.rules import Copy, WeightRule, is_stacked, parameters_bes
 from hooklens.config import HookedConfig, Origin
 from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
+from hooklens.weights.memory import empty_pages
 
 Config = Mapping[str, Any]
 _MLP_OUT = "blocks.{i}.mlp.W_out"
@@ -63,7 +64,9 @@ def _stack(pieces: Sequence[Tensor]) -> Tensor:
     """Tensors along a new first axis, each of them as it lies in memory: rows are copied as rows."""
     axes = range(pieces[0].ndim)
     order = sorted(axes, key=pieces[0].stride, reverse=True)
-    stacked = torch.stack([piece.permute(order) for piece in pieces])
+    turned = [piece.permute(order) for piece in pieces]
+    stacked = empty_pages((len(pieces), *turned[0].shape), turned[0].dtype)
+    torch.stack(turned, out=stacked)
     return stacked.permute(0, *(1 + order.index(axis) for axis in axes))
 
 

@@ -77,8 +77,7 @@ class MoE(Part, place="blocks.{i}.mlp", kind="moe"):
         """What the experts make of the normed stream."""
         call = open_call() if call is None else call
         routing = self.router(self._score(x), self._parameters["b_choice"], x.dtype, call)
-        held = self._modules
-        maps = ExpertMaps(held["gate_maps"], held["in_maps"], held["out_maps"])
+        maps = ExpertMaps(self.gate_maps, self.in_maps, self.out_maps)
         out: Tensor = self.experts(x, routing, maps, call)
         return out if self.shared is None else out + self.shared(x, call)
 

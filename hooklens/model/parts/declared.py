@@ -118,8 +118,8 @@ class Weight(Declared):
     Args:
         axes: of its logical shape, `"head d_model d_head"`.
         stored: the axes as they lie in memory, merged ones in brackets: `"(head d_head) d_model"`. None: as `axes`.
-        module: the attribute of the `nn.Linear` (or `nn.Embedding`, or `StackedLinear`) that holds it; None: a parameter
-            of the part.
+        module: the attribute of the `nn.Linear` (`nn.Embedding`, `StackedLinear`) that holds it; None: a parameter of
+            the part.
         reads: its `d_model` axis is multiplied with the part's input.
         writes: what it gives is the part's output.
         bias: the name of the bias of this map.

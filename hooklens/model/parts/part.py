@@ -102,9 +102,9 @@ class Part(HookedModule):
 
     def _make_holder(self, sizes: list[int], *, bias: bool) -> nn.Module:
         """The module that holds a weight, uninitialised."""
-        *stacked, out_of, into = sizes
-        if stacked:
-            return StackedLinear(*stacked, into, out_of, bias=bias)
+        if len(sizes) == 3:
+            return StackedLinear(sizes[0], sizes[2], sizes[1], bias=bias)
+        out_of, into = sizes
         holder: nn.Linear = _BlankLinear(into, out_of, bias=bias)
         holder.__class__ = nn.Linear
         return holder
