@@ -14,7 +14,8 @@ def time_alternating(
 ) -> dict[str, float]:
     """Seconds of each call: the fastest tenth's slowest of many rounds, the calls taking turns.
 
-    `clock=time.process_time` counts what the processor spent, also where others keep it busy. A low quantile, not the minimum, so that one lucky round decides nothing.
+    A low quantile, not the minimum, so that one lucky round decides nothing. `clock=time.process_time` counts what the
+    processor spent, whatever else keeps it busy.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
