@@ -338,6 +338,8 @@ def _settle_biases(family: Family, cfg: HookedConfig, names: Collection[str]) ->
         if not isinstance(part, BiasFlag) or len(part.names) == 1 or not all(getattr(cfg, n) for n in part.names):
             continue
         with_all = _names_of(family, cfg)
+        if with_all.issubset(names):
+            continue
         absent = {}
         for field_name in part.names:
             without = _names_of(family, cfg.replace(**{field_name: False}))

@@ -10,7 +10,9 @@ needed.
 
 import hashlib
 import json
+import mmap
 import pickle
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -89,6 +91,29 @@ def digest_headers(headers: Iterable[tuple[str, TensorHeader]]) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
+class _Entries(NamedTuple):
+    """Where the entries of a tensor lie in a safetensors file; no dtype: not one that torch has."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def _locate_entries(path: Path) -> dict[str, _Entries]:
+    """Where the entries of each tensor of a safetensors file lie, which safetensors has checked."""
+    with open(path, "rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n_header))
+    located = {}
+    for name, found in header.items():
+        if name != "__metadata__":
+            start, end = (8 + n_header + offset for offset in found["data_offsets"])
+            dtype = getattr(torch, DTYPES.get(found["dtype"], ""), None)
+            located[name] = _Entries(dtype, tuple(found["shape"]), start, end)
+    return located
+
+
 @runtime_checkable
 class _WeightReader(Protocol):
     """Reads one kind of weight file."""
@@ -101,6 +126,7 @@ class _WeightReader(Protocol):
 class _SafetensorsReader:
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
+        self._entries: dict[Path, dict[str, _Entries]] = {}
 
     def headers(self, path: Path) -> dict[str, TensorHeader]:
         file = self._file(path)
@@ -114,8 +140,26 @@ class _SafetensorsReader:
 
     def read(self, path: Path, name: str, *, apart: bool) -> Tensor:
         # In a mapping of its own: the pages of a tensor that is split into copies are given back with it.
-        tensor: Tensor = (_open_safetensors(path) if apart else self._file(path)).get_tensor(name)
+        tensor = self._map(path, name) if apart else None
+        if tensor is None:
+            tensor = (_open_safetensors(path) if apart else self._file(path)).get_tensor(name)
         return tensor
+
+    def _map(self, path: Path, name: str) -> Tensor | None:
+        """A tensor in a mapping of its entries alone; None where they cannot be taken as they lie.
+
+        To open a file once more reads its whole header, which takes longer than to copy a small tensor.
+        """
+        if path not in self._entries:
+            self._entries[path] = _locate_entries(path)
+        dtype, shape, start, end = self._entries[path][name]
+        into_page = start % mmap.ALLOCATIONGRANULARITY
+        if dtype is None or start == end or start % dtype.itemsize or sys.byteorder != "little":
+            return None
+        with open(path, "rb") as file:
+            first = start - into_page
+            mapped = mmap.mmap(file.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
+        return torch.frombuffer(mapped, dtype=dtype, offset=into_page).view(shape)
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:

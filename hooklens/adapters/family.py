@@ -16,6 +16,7 @@ from hooklens.adapters.rules import Copy, WeightRule, is_stacked, parameters_bes
 from hooklens.config import HookedConfig, Origin
 from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
+from hooklens.weights.memory import empty_pages
 
 Config = Mapping[str, Any]
 _MLP_OUT = "blocks.{i}.mlp.W_out"
@@ -49,7 +50,7 @@ class BoundRule:
         if not is_stacked(self.rule):
             return self.rule.load(read(self.hubs[0]), cfg)
         loaded = [self.rule.load(read(name), cfg) for name in self.hubs]
-        return tuple(map(torch.stack, zip(*loaded, strict=True)))
+        return tuple(map(_stack, zip(*loaded, strict=True)))
 
     def save(self, name: str, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """The tensor of one of the names on disk; need not be contiguous."""
@@ -57,6 +58,16 @@ class BoundRule:
             place = self.hubs.index(name)
             parameters = tuple(parameter[place] for parameter in parameters)
         return self.rule.save(parameters, cfg)
+
+
+def _stack(pieces: Sequence[Tensor]) -> Tensor:
+    """Tensors along a new first axis, each of them as it lies in memory: rows are copied as rows."""
+    axes = range(pieces[0].ndim)
+    order = sorted(axes, key=pieces[0].stride, reverse=True)
+    turned = [piece.permute(order) for piece in pieces]
+    stacked = empty_pages((len(pieces), *turned[0].shape), turned[0].dtype)
+    torch.stack(turned, out=stacked)
+    return stacked.permute(0, *(1 + order.index(axis) for axis in axes))
 
 
 def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...] | None:

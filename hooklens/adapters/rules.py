@@ -146,9 +146,15 @@ class FusedQKV:
     part: str | None = None
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
-        """Split the rows; each of the three is contiguous in its stored layout `[heads * d_head, ...]`."""
-        split = self._split_grouped if self.order == "grouped" else self._split_blocked
-        return tuple(rearrange(part, "(n h) ... -> n ... h", h=cfg.d_head) for part in split(tensor, cfg))
+        """Split the rows: views, but for queries of which several stand together in a group."""
+        if self.order == "blocked":
+            return tuple(rearrange(part, "(n h) ... -> n ... h", h=cfg.d_head) for part in self._blocks(tensor, cfg))
+        return tuple(
+            rearrange(part, "n h ... -> n ... h")
+            if part.shape[1] == cfg.d_head
+            else rearrange(rearrange(part, "g s ... -> (g s) ..."), "(n h) ... -> n ... h", h=cfg.d_head)
+            for part in self._groups(tensor, cfg)
+        )
 
     def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """Put the rows of the three parameters back into one tensor."""
@@ -159,16 +165,17 @@ class FusedQKV:
         return rearrange(torch.cat(groups, dim=1), "g s ... -> (g s) ...")
 
     @staticmethod
-    def _split_grouped(tensor: Tensor, cfg: HookedConfig) -> list[Tensor]:
+    def _groups(tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
+        """The rows of each kind, `[group rows ...]`."""
         groups = rearrange(tensor, "(g s) ... -> g s ...", g=cfg.n_kv_heads)
         query_rows = cfg.n_heads // cfg.n_kv_heads * cfg.d_head
-        parts = torch.split(groups, [query_rows, cfg.d_head, cfg.d_head], dim=1)
-        return [rearrange(part, "g s ... -> (g s) ...").contiguous() for part in parts]
+        return torch.split(groups, [query_rows, cfg.d_head, cfg.d_head], dim=1)
 
     @staticmethod
-    def _split_blocked(tensor: Tensor, cfg: HookedConfig) -> list[Tensor]:
+    def _blocks(tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
+        """The rows of each kind."""
         kv_rows = cfg.n_kv_heads * cfg.d_head
-        return list(torch.split(tensor, [cfg.n_heads * cfg.d_head, kv_rows, kv_rows]))
+        return torch.split(tensor, [cfg.n_heads * cfg.d_head, kv_rows, kv_rows])
 
 
 @dataclass(frozen=True)

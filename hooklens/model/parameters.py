@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
-from hooklens.weights.layout import logical_view, stored_view
+from hooklens.model.placing import Placing, run_ahead
+from hooklens.weights.layout import logical_view, to_stored
 from hooklens.weights.names import bare_names
 
 if TYPE_CHECKING:
@@ -70,24 +71,23 @@ def fill_parameters(
     by_parameter = {weight.parameter: weight for weight in declared.values()}
     missing = set(declared)
     modules = dict(decoder.named_modules())
-    for name, tensor in tensors:
-        if name == _TIED and name not in declared:
-            continue
-        weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
-        if weight is None:
-            raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
-        wanted = weight.stored_shape if is_stored else weight.shape
-        if tuple(tensor.shape) != wanted:
-            raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}; expected {list(wanted)}")
-        place = device.of_weight(name) if isinstance(device, Mapping) else device
-        placed = tensor.detach().to(device=place, dtype=dtype)
-        if not is_stored:
-            placed = stored_view(placed, weight.stored, weight.axes)
-        if placed.is_inference():
-            placed = placed.clone()
+
+    def place() -> Iterator[tuple[DeclaredWeight, Placing]]:
+        for name, tensor in tensors:
+            if name == _TIED and name not in declared:
+                continue
+            weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
+            if weight is None:
+                raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
+            wanted = weight.stored_shape if is_stored else weight.shape
+            if tuple(tensor.shape) != wanted:
+                raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}; expected {list(wanted)}")
+            where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
+            yield weight, Placing(tensor.detach(), None if is_stored else weight, where, dtype)
+
+    for weight, placed in run_ahead(place()):
         path, _, held_as = weight.parameter.rpartition(".")
-        parameter = nn.Parameter(placed.contiguous(), requires_grad=placed.is_floating_point())
-        modules[path]._parameters[held_as] = parameter
+        modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
         missing.discard(weight.name)
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
@@ -122,7 +122,7 @@ def read_state(decoder: "Decoder", state: Mapping[str, Any]) -> dict[str, Any]:
         elif weight.parameter in state:
             translated[weight.parameter] = state[weight.parameter]
         else:
-            translated[weight.parameter] = stored_view(value, weight.stored, weight.axes).contiguous()
+            translated[weight.parameter] = to_stored(value, weight.stored, weight.axes)
     if problems:
         raise CheckpointError(f"weights of another shape than the network's: {'; '.join(problems)}")
     return translated

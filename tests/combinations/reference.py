@@ -535,7 +535,7 @@ def gradients(loss: Tensor, value: Value) -> Value:
 
 
 def as_field(name: str, stored: Tensor, shape: torch.Size) -> Tensor:
-    """What belongs to a parameter (`[out, in]`, or experts stacked) in the shape of the weight of the field's name."""
+    """What belongs to a parameter (`[out, in]`, of experts stacked) in the shape of the weight of the field's name."""
     letter = name.rpartition(".")[2]
     if letter in ("W_Q", "W_K", "W_V"):
         heads, d_model, d_head = shape
@@ -543,6 +543,6 @@ def as_field(name: str, stored: Tensor, shape: torch.Size) -> Tensor:
     if letter == "W_O":
         heads, d_head, d_model = shape
         return stored.T.reshape(heads, d_head, d_model)
-    if letter in ("W_in", "W_gate", "W_out", "W_U", "W_proj_in", "W_proj_out", "W_router") and len(shape) == 2:
-        return stored.T
+    if letter in ("W_in", "W_gate", "W_out", "W_U", "W_proj_in", "W_proj_out", "W_router") and len(shape) > 1:
+        return stored.mT
     return stored.reshape(shape)

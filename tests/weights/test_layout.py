@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.weights.layout import lay_out, logical_view, parse_stored, stored_view
+from hooklens.weights import layout as module
+from hooklens.weights.layout import as_contiguous, lay_out, logical_view, parse_stored, stored_view, to_stored
 from tests.model.networks import ALL_CONFIGS
 
 LETTERS = ("a", "b", "c", "d")
@@ -166,3 +167,69 @@ def test_sizes_that_do_not_divide_the_stored_axis_are_refused():
     """Callers compare the stored shape with the declared one first; here nothing is cut off in silence."""
     with pytest.raises(RuntimeError, match="unflatten"):
         logical_view(torch.randn(6, 5), parse_stored("(head d_head) d_model"), ["head", "d_model", "d_head"], (4, 5, 1))
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Tensors of a few entries are copied as large ones are."""
+    monkeypatch.setattr(module, "HUGE_PAGE", 256)
+    monkeypatch.setattr(module, "_FEWEST_ROWS", 3)
+
+
+# What rules of checkpoints make: whole matrices the other way round, columns and every other column of larger ones,
+# stacks of them, rows of each group.
+LYING = {
+    "turned": lambda t: t[0].T,
+    "columns": lambda t: t[0, :, 5:18].T,
+    "every other column": lambda t: t[0, :, ::2].T,
+    "turned in a stack": lambda t: t.mT,
+    "columns in a stack": lambda t: t[..., 3:].mT,
+    "stacks of stacks": lambda t: t.unflatten(0, (2, 2)).mT,
+    "rows of each": lambda t: t[:, 2:7],
+    "every other row": lambda t: t[:, ::2],
+    "one column": lambda t: t[..., :1].mT,
+    "a vector": lambda t: t[0, :, 0],
+    "reversed order": lambda t: t.permute(2, 1, 0),
+    "none": lambda t: t[:0].mT,
+    "contiguous": lambda t: t,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lying", LYING)
+@pytest.mark.usefixtures("small_pages")
+def test_as_contiguous(lying, dtype):
+    tensor = torch.randint(0, 200, (4, 17, 22), generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = LYING[lying](tensor)
+    made = as_contiguous(given)
+    assert made.is_contiguous()
+    assert torch.equal(made, given)
+    assert (made is given or made.data_ptr() == given.data_ptr()) == given.is_contiguous() or not given.numel()
+
+
+def test_as_contiguous_of_what_is_larger_than_a_block():
+    """Pages of their own, and several blocks, the last of them smaller."""
+    fused = torch.randn(1100, 3 * 900)
+    given = fused[:, 900:1800].T
+    made = as_contiguous(given)
+    assert made.is_contiguous()
+    assert torch.equal(made, given)
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_as_contiguous_is_differentiable_where_gradients_are_asked_for():
+    weight = torch.randn(30, 40, requires_grad=True)
+    (as_contiguous(weight.T) * 2).sum().backward()
+    assert torch.equal(weight.grad, torch.full_like(weight, 2.0))
+
+
+@given(layouts(), st.integers(0, 23))
+def test_to_stored_is_the_stored_view_made_contiguous(drawn, seed):
+    axes, sizes, text = drawn
+    weight = strided(sizes, seed)
+    layout = parse_stored(text)
+    found = to_stored(weight, layout, axes)
+    assert found.is_contiguous()
+    assert torch.equal(found, stored_view(weight, layout, axes))
+    logical = logical_view(found, layout, axes, sizes)
+    assert to_stored(logical, layout, axes).data_ptr() == found.data_ptr()

@@ -15,20 +15,18 @@ from hooklens.model.moe.spec import SHARES, gating_of, mixture_of
 from hooklens.model.moe.traced import declare_operations
 from hooklens.model.parts.declared import point
 from hooklens.model.parts.part import Part
+from hooklens.model.parts.stacked import StackedLinear
 
 _NEURONS = "batch pos choice d_expert"
 Pairs = Float[Tensor, "pair d_expert"]
 
 
 class ExpertMaps(NamedTuple):
-    """The weights of all experts, in their logical shapes."""
+    """The maps of all experts."""
 
-    W_gate: Float[Tensor, "expert d_model d_expert"]
-    W_in: Float[Tensor, "expert d_model d_expert"]
-    W_out: Float[Tensor, "expert d_expert d_model"]
-    b_gate: Float[Tensor, "expert d_expert"] | None
-    b_in: Float[Tensor, "expert d_expert"] | None
-    b_out: Float[Tensor, "expert d_model"] | None
+    gate: StackedLinear
+    linear: StackedLinear
+    out: StackedLinear
 
 
 class Experts(Part, place="blocks.{i}.mlp.experts"):
@@ -102,12 +100,12 @@ class Experts(Part, place="blocks.{i}.mlp.experts"):
         read = x.index_select(0, groups.tokens)
         if self.gates_input:
             read = read * gates[:, None]
-        gate = show(self.hook_pre, groups.apply(read, maps.W_gate, maps.b_gate))
-        linear = show(self.hook_pre_linear, groups.apply(read, maps.W_in, maps.b_in))
+        gate = show(self.hook_pre, groups.apply(read, maps.gate.weight, maps.gate.bias))
+        linear = show(self.hook_pre_linear, groups.apply(read, maps.linear.weight, maps.linear.bias))
         del read
         post = show(self.hook_post, self.make_neurons(gate, linear))
         del gate, linear
-        made = groups.apply(post, maps.W_out, maps.b_out)
+        made = groups.apply(post, maps.out.weight, maps.out.bias)
         return made if self.gates_input else made * gates[:, None]
 
     def _add_others(

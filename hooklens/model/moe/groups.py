@@ -56,12 +56,12 @@ class ExpertGroups:
     def apply(
         self,
         x: Float[Tensor, "pair into"],
-        weight: Float[Tensor, "expert into out_of"],
+        weight: Float[Tensor, "expert out_of into"],
         bias: Float[Tensor, "expert out_of"] | None,
     ) -> Float[Tensor, "pair out_of"]:
-        """`x W_e + b_e`, with the map of each pair's expert."""
+        """`x W_e^T + b_e`, with the map of each pair's expert."""
         if _is_fused(x, weight):
-            made = F.grouped_mm(x, weight, offs=self._ends)
+            made = F.grouped_mm(x, weight.mT, offs=self._ends)
         elif torch.compiler.is_compiling():
             made = torch.ops.hooklens.multiply_groups(x, weight, self._ends)
         else:
@@ -74,11 +74,11 @@ class ExpertGroups:
             sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
             self._seeing = [(expert, size) for expert, size in enumerate(sizes) if size]
         if not self._seeing:
-            return x @ weight[0]
+            return F.linear(x, weight[0])
         # One backward for all experts; indexed one by one, each would fill a gradient as large as all of them.
         maps = weight.unbind(0) if weight.requires_grad and torch.is_grad_enabled() else weight
         parts = torch.split(x, [size for _, size in self._seeing])
-        return torch.cat([part @ maps[expert] for part, (expert, _) in zip(parts, self._seeing, strict=True)])
+        return torch.cat([F.linear(part, maps[expert]) for part, (expert, _) in zip(parts, self._seeing, strict=True)])
 
 
 def _is_fused(x: Tensor, weight: Tensor) -> bool:

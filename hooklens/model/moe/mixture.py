@@ -12,6 +12,7 @@ from hooklens.model.moe.shared import SharedExpert
 from hooklens.model.moe.spec import CHOICE_BIASED, EXPERTS_BIASED, ROUTER_BIASED, SHARES, mixture_of
 from hooklens.model.parts.declared import When, inner, point, weight
 from hooklens.model.parts.part import Part, apply_linear
+from hooklens.model.parts.stacked import StackedLinear
 from hooklens.precision import widen
 
 _ELSEWHERE = When(
@@ -30,8 +31,8 @@ class MoE(Part, place="blocks.{i}.mlp", kind="moe"):
              |                                                         |
              +------------- shared: pre, pre_linear, post, gate -------+
 
-    The weights of the experts are stacked, `W_in[e]` is expert e's. They are plain parameters in the logical shape, not
-    `nn.Linear`s: torch has no module for so many maps at once.
+    The weights of the experts are stacked, `W_in[e]` is expert e's. torch has no module for so many maps at once: a
+    `StackedLinear` holds them as so many `nn.Linear`s would, `in_maps.weight` is `[expert, d_expert, d_model]`.
     """
 
     router_proj: nn.Linear
@@ -41,12 +42,23 @@ class MoE(Part, place="blocks.{i}.mlp", kind="moe"):
     b_router: Float[Tensor, " expert"] | None = weight("expert", module="router_proj", when=ROUTER_BIASED)
     b_choice: Float[Tensor, " expert"] = weight("expert", when=CHOICE_BIASED)
     router: Router = inner(Router)
-    W_gate: Float[Tensor, "expert d_model d_expert"] = weight("expert d_model d_expert", reads=True, bias="b_gate")
-    W_in: Float[Tensor, "expert d_model d_expert"] = weight("expert d_model d_expert", reads=True, bias="b_in")
-    W_out: Float[Tensor, "expert d_expert d_model"] = weight("expert d_expert d_model", writes=True, bias="b_out")
-    b_gate: Float[Tensor, "expert d_expert"] | None = weight("expert d_expert", when=EXPERTS_BIASED)
-    b_in: Float[Tensor, "expert d_expert"] | None = weight("expert d_expert", when=EXPERTS_BIASED)
-    b_out: Float[Tensor, "expert d_model"] | None = weight("expert d_model", writes=True, when=EXPERTS_BIASED)
+    gate_maps: StackedLinear
+    in_maps: StackedLinear
+    out_maps: StackedLinear
+    W_gate: Float[Tensor, "expert d_model d_expert"] = weight(
+        "expert d_model d_expert", "expert d_expert d_model", module="gate_maps", reads=True, bias="b_gate"
+    )
+    W_in: Float[Tensor, "expert d_model d_expert"] = weight(
+        "expert d_model d_expert", "expert d_expert d_model", module="in_maps", reads=True, bias="b_in"
+    )
+    W_out: Float[Tensor, "expert d_expert d_model"] = weight(
+        "expert d_expert d_model", "expert d_model d_expert", module="out_maps", writes=True, bias="b_out"
+    )
+    b_gate: Float[Tensor, "expert d_expert"] | None = weight("expert d_expert", module="gate_maps", when=EXPERTS_BIASED)
+    b_in: Float[Tensor, "expert d_expert"] | None = weight("expert d_expert", module="in_maps", when=EXPERTS_BIASED)
+    b_out: Float[Tensor, "expert d_model"] | None = weight(
+        "expert d_model", module="out_maps", writes=True, when=EXPERTS_BIASED
+    )
     experts: Experts = inner(Experts)
     shared: SharedExpert | None = inner(SharedExpert, reads_outer=True, when=SHARES)
     hook_pre: HookPoint = point("batch pos d_mlp", "before the activation; gated: the gate", when=_ELSEWHERE)
@@ -56,19 +68,16 @@ class MoE(Part, place="blocks.{i}.mlp", kind="moe"):
     def __init__(self, block: BlockConfig) -> None:
         super().__init__(block)
         self.routes_in_float32 = mixture_of(block).router_float32
-        for name in {"b_choice", "b_gate", "b_in", "b_out"} & set(self.absent):
-            self.register_parameter(name, None)
+        if "b_choice" in self.absent:
+            self.register_parameter("b_choice", None)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], call: Call | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the experts make of the normed stream."""
         call = open_call() if call is None else call
-        held = self._parameters
-        routing = self.router(self._score(x), held["b_choice"], x.dtype, call)
-        maps = ExpertMaps(
-            self.W_gate, self.W_in, self.W_out, b_gate=held["b_gate"], b_in=held["b_in"], b_out=held["b_out"]
-        )
+        routing = self.router(self._score(x), self._parameters["b_choice"], x.dtype, call)
+        maps = ExpertMaps(self.gate_maps, self.in_maps, self.out_maps)
         out: Tensor = self.experts(x, routing, maps, call)
         return out if self.shared is None else out + self.shared(x, call)
 

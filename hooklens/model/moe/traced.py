@@ -17,22 +17,22 @@ def _sizes(ends: Tensor) -> list[int]:
 
 
 def multiply_groups(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`x W_e` with the map of each row's expert.
+    """`x W_e^T` with the map of each row's expert.
 
     Args:
         x: `[pair into]`, sorted by expert.
-        weight: `[expert into out_of]`.
+        weight: `[expert out_of into]`.
         ends: `[expert]`, one past the last row of each expert.
     """
-    made = x.new_empty(x.shape[0], weight.shape[2])
+    made = x.new_empty(x.shape[0], weight.shape[1])
     sizes = _sizes(ends)
     for part, into, one in zip(torch.split(x, sizes), torch.split(made, sizes), weight, strict=True):
-        torch.mm(part, one, out=into)
+        torch.mm(part, one.T, out=into)
     return made
 
 
 def multiply_within_groups(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """`x_e^T y_e` over the rows of each expert, `[expert into out_of]`: the gradient of the maps."""
+    """`x_e^T y_e` over the rows of each expert, `[expert, of x, of y]`: the gradient of the maps."""
     made = x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
     sizes = _sizes(ends)
     for part, other, into in zip(torch.split(x, sizes), torch.split(y, sizes), made, strict=True):
@@ -41,7 +41,7 @@ def multiply_within_groups(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _shape_of_groups(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 def _shape_within_groups(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _go_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     operations = torch.ops.hooklens
     return (
         operations.multiply_groups(gradient, weight.mT, ends),
-        operations.multiply_within_groups(x, gradient, ends),
+        operations.multiply_within_groups(gradient, x, ends),
         None,
     )
 

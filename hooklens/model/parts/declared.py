@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hooklens.axes import HookSite
 from hooklens.errors import ConfigError
+from hooklens.model.parts.stacked import StackedLinear
 from hooklens.weights.layout import logical_view, parse_stored, stored_view
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class Weight(Declared):
     Args:
         axes: of its logical shape, `"head d_model d_head"`.
         stored: the axes as they lie in memory, merged ones in brackets: `"(head d_head) d_model"`. None: as `axes`.
-        module: the attribute of the `nn.Linear` (or `nn.Embedding`) that holds it; None: a parameter of the part.
+        module: the attribute of the `nn.Linear` (`nn.Embedding`, `StackedLinear`) that holds it; None: a parameter of
+            the part.
         reads: its `d_model` axis is multiplied with the part's input.
         writes: what it gives is the part's output.
         bias: the name of the bias of this map.
@@ -161,7 +163,7 @@ class Weight(Declared):
         if shape is None:
             return None if self.is_bias else super().__get__(part, owner)
         holder = part._modules[self.module]
-        if not isinstance(holder, nn.Linear | nn.Embedding):
+        if not isinstance(holder, nn.Linear | nn.Embedding | StackedLinear):
             raise ConfigError(
                 f"{self.name}: a {type(holder).__name__} stands in the place of {self.module}, and a weight in it is "
                 "not the map that it computes (an adapter, a quantised weight); merge the adapter or dequantise first "

@@ -34,6 +34,7 @@ from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfi
 from hooklens.errors import ConfigError
 from hooklens.hooks import HookedModule, HookPoint
 from hooklens.model.parts.declared import Declared, Point, Slot, Spec, Weight
+from hooklens.model.parts.stacked import StackedLinear
 
 
 class Part(HookedModule):
@@ -105,7 +106,10 @@ class Part(HookedModule):
 
     def _make_holder(self, sizes: list[int], *, bias: bool) -> nn.Module:
         """The module that holds a weight, uninitialised."""
-        holder: nn.Linear = _BlankLinear(sizes[1], sizes[0], bias=bias)
+        if len(sizes) == 3:
+            return StackedLinear(sizes[0], sizes[2], sizes[1], bias=bias)
+        out_of, into = sizes
+        holder: nn.Linear = _BlankLinear(into, out_of, bias=bias)
         holder.__class__ = nn.Linear
         return holder
 

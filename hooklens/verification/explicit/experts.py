@@ -125,10 +125,10 @@ class Mixture:
 
     def _of_all(self, half: str, x: Float[Tensor, "batch pos into"]) -> Float[Tensor, "batch pos expert out_of"]:
         """What a map of every expert makes of every token; with gates on the input, of the token times its gate."""
-        made = torch.einsum("bpm,emf->bpef", x, self.weights[f"{self.place}.W_{half}"])
+        made = torch.einsum("bpm,efm->bpef", x, self.weights[f"{self.place}.{half}_maps.weight"])
         if self.gates_input:
             made = made * self.at("router.hook_weights")[..., None]
-        bias = self.weights.find(f"{self.place}.b_{half}")
+        bias = self.weights.find(f"{self.place}.{half}_maps.bias")
         return made if bias is None else made + bias
 
     def _of_chosen(self, half: str, x: Tensor) -> Float[Tensor, "batch pos choice d_expert"]:
@@ -147,8 +147,8 @@ class Mixture:
 
     def _results(self) -> Float[Tensor, "batch pos choice d_model"]:
         post, chosen = self.at("experts.hook_post"), self._chosen()
-        made = torch.einsum("bpkf,bpkfm->bpkm", post, self.weights[f"{self.place}.W_out"][chosen])
-        bias = self.weights.find(f"{self.place}.b_out")
+        made = torch.einsum("bpkf,bpkmf->bpkm", post, self.weights[f"{self.place}.out_maps.weight"][chosen])
+        bias = self.weights.find(f"{self.place}.out_maps.bias")
         made = made if bias is None else made + bias[chosen]
         return made if self.gates_input else made * self._take(self.at("router.hook_weights"))[..., None]
 
@@ -159,8 +159,8 @@ class Mixture:
         if not others.any():
             return written
         post = self._neurons(self._of_all("gate", x), self._of_all("in", x))
-        made = torch.einsum("bpef,efm->bpem", post, self.weights[f"{self.place}.W_out"])
-        bias = self.weights.find(f"{self.place}.b_out")
+        made = torch.einsum("bpef,emf->bpem", post, self.weights[f"{self.place}.out_maps.weight"])
+        bias = self.weights.find(f"{self.place}.out_maps.bias")
         made = made if bias is None else made + bias
         weighed = torch.where(others[..., None] == 0, 0.0, made if self.gates_input else made * others[..., None])
         return written + weighed.sum(2)

@@ -6,9 +6,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.model.parts.part import Part
+from hooklens.model.parts.stacked import StackedLinear
 
 # What a part of a known kind may be made of, and nothing put around it.
-_PLAIN = (nn.Linear, nn.Embedding)
+_PLAIN = (nn.Linear, nn.Embedding, StackedLinear)
 
 
 class ExplicitWeights:

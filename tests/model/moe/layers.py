@@ -75,8 +75,8 @@ def _run_token(weights: dict[str, Tensor], mixture: MoEConfig, token: Tensor, ac
     gates = weigh_by_hand(logits.tolist(), chosen, mixture)
     out = torch.zeros_like(token)
     for expert, gate in zip(chosen, gates, strict=True):
-        own = {name: weights[name][expert] for name in ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out")
-               if name in weights}  # fmt: skip
+        own = {f"{kind}_{name}": weights[f"{name}_maps.{held}"][expert].t() for name in ("gate", "in", "out")
+               for kind, held in (("W", "weight"), ("b", "bias")) if f"{name}_maps.{held}" in weights}  # fmt: skip
         is_inside = mixture.router == "sigmoid_input"
         made = _run_expert(own, mixture, token * gate if is_inside else token, act_fn)
         out = out + (made if is_inside else gate * made)

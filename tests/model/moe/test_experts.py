@@ -99,7 +99,7 @@ class TestGroups:
         """Indexed one by one, each expert's gradient would be as large as those of all of them together."""
         choice = torch.randint(0, 8, (40, 1), generator=torch.Generator().manual_seed(0))
         made = ExpertGroups.of_choice(choice, 8)
-        weight = torch.randn(8, 3, 4, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(8, 4, 3, dtype=torch.float64, requires_grad=True)
         x = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x, weight: made.apply(x, weight, None), (x, weight))
 

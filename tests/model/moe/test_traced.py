@@ -18,8 +18,8 @@ def test_operation_and_its_gradients():
     operation = torch.ops.hooklens.multiply_groups
     ends = torch.tensor([3, 3, 7], dtype=torch.int32)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    expected = torch.cat([x[:3] @ weight[0], x[3:] @ weight[2]])
+    weight = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    expected = torch.cat([x[:3] @ weight[0].T, x[3:] @ weight[2].T])
     torch.testing.assert_close(operation(x, weight, ends), expected)
     assert torch.autograd.gradcheck(lambda x, weight: operation(x, weight, ends), (x, weight))
     torch.library.opcheck(operation, (x, weight, ends), test_utils=("test_schema", "test_faketensor"))
