@@ -16,7 +16,7 @@ from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.keys import BiasFlag
-from hooklens.adapters.rules import DiskShapes, is_stacked
+from hooklens.adapters.rules import DiskShapes, RowPieces, is_stacked
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, InputError, join_names, warn_caller
@@ -142,7 +142,7 @@ class HubModel:
 
     def _is_copied(self, bound: BoundRule) -> bool:
         """Whether the tensors cannot be parameters as they lie: are split, stacked, or stored the other way round."""
-        if len(bound.ours) != 1 or is_stacked(bound.rule):
+        if len(bound.ours) != 1 or is_stacked(bound.rule) or isinstance(bound.rule, RowPieces):
             return True
         if bound.rule.hub not in self._copied:
             header = self._source.header(self._stored_names[bound.hubs[0]])
@@ -200,6 +200,8 @@ class HubModel:
         expected = {name: bound for bound in self._bound for name in bound.hubs}
         missing = [name for name in expected if name not in self._stored_names]
         extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
+        further = [name for name in extra if self._family.is_further(name, self.cfg.n_layers)]
+        extra = [name for name in extra if name not in further]
         heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
         unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
         if isinstance(self._source, PaddedSource):
@@ -238,6 +240,11 @@ class HubModel:
                 f"{self._where}: config.json describes a {self._family.name} model with other tensors: "
                 f"{'. '.join(problems)}. Check that config.json and the weights belong together and that the download "
                 "is whole"
+            )
+        if further:
+            warn_caller(
+                f"{self._where}: {len(further)} tensors belong to layers past the {self.cfg.n_layers} of the language "
+                f"model (they predict further tokens) and are left out: {join_names(further)}"
             )
         if heads:
             warnings.warn(

@@ -20,7 +20,7 @@ _SIZES = ("kv_rank", "d_nope", "d_rope", "d_head_v")
 class MLAConfig(PartConfig, kind="mla"):
     """Multi-head latent attention at attention's place: `HookedConfig(attn=MLAConfig(...))`.
 
-    DeepSeek-AI 2024 (arXiv:2405.04434), section 2.1. Keys and values of all heads are made of one latent of the
+    Liu et al. 2024 (arXiv:2405.04434), section 2.1. Keys and values of all heads are made of one latent of the
     stream, and so are, with a `q_rank`, queries of another; each latent goes through an RMSNorm of its own. The entries
     of a key that turn are no part of that: they are one vector for all heads. With `n` the latents' norms and `;`
     between the entries of a head, for a head:

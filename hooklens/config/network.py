@@ -21,6 +21,7 @@ from hooklens.config.checks import (
 from hooklens.config.combinations import BY_LAYER
 from hooklens.config.description import Description, describe
 from hooklens.config.foreign import translate
+from hooklens.config.latent import find_latent
 from hooklens.config.moe import mlp_width
 from hooklens.config.norms import NormConfig
 from hooklens.config.positions import (
@@ -60,8 +61,8 @@ class HookedConfig:
         n_layers: number of blocks.
         n_heads: query heads.
         n_kv_heads: key-value heads; divides `n_heads`. None: `n_heads`.
-        d_head: width of a head; need not be `d_model / n_heads`. None: `d_model // n_heads`. In latent attention that of
-            queries and keys, whose values have a width of their own.
+        d_head: width of a head; need not be `d_model / n_heads`. None: `d_model // n_heads`. In latent attention that
+            of queries and keys; values have a width of their own.
         d_mlp: neurons of an MLP. None: `4 * d_model`.
         d_vocab: vocabulary entries.
         d_vocab_out: outputs of the unembedding, the classes of a classifier say. None: `d_vocab`.
@@ -270,6 +271,12 @@ class HookedConfig:
     def head_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Key-value heads of each layer, and the widths of keys and values."""
         return tuple((n, self.d_head, block.d_head_v) for n, block in zip(self.kv_heads, self.blocks, strict=True))
+
+    @property
+    def d_head_v(self) -> int:
+        """The width of a head's values: `d_head`, but in latent attention; of the first layer that has such."""
+        latent = find_latent(self.attn)
+        return self.d_head if latent is None else latent.d_head_v
 
     @property
     def cache_width(self) -> int:

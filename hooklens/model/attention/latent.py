@@ -37,7 +37,7 @@ _OF_HEAD_V = "batch pos head d_head_v"
 
 
 class LatentAttention(Attention, kind="mla"):
-    r"""Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1); see `MLAConfig`.
+    r"""Multi-head latent attention (Liu et al. 2024, arXiv:2405.04434, section 2.1); see `MLAConfig`.
 
         x -- W_DQ -- hook_q_latent -- q_latent_norm -- W_UQ -- hook_q -- [rotary, hook_rot_q] --------\
         x -- W_DKV - hook_kv_latent - kv_latent_norm - W_UK - \                                         scores - ...
