@@ -200,8 +200,7 @@ class HubModel:
         expected = {name: bound for bound in self._bound for name in bound.hubs}
         missing = [name for name in expected if name not in self._stored_names]
         extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
-        further = [name for name in extra if self._family.is_further(name, self.cfg.n_layers)]
-        extra = [name for name in extra if name not in further]
+        extra = self._leave_out_further_layers(extra)
         heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
         unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
         if isinstance(self._source, PaddedSource):
@@ -241,17 +240,23 @@ class HubModel:
                 f"{'. '.join(problems)}. Check that config.json and the weights belong together and that the download "
                 "is whole"
             )
-        if further:
-            warn_caller(
-                f"{self._where}: {len(further)} tensors belong to layers past the {self.cfg.n_layers} of the language "
-                f"model (they predict further tokens) and are left out: {join_names(further)}"
-            )
         if heads:
             warnings.warn(
                 f"{self._where}: {join_names(sorted(heads))} belong to a value head, which is no part of the language "
                 "model; they are left out",
                 stacklevel=2,
             )
+
+    def _leave_out_further_layers(self, names: Sequence[str]) -> list[str]:
+        """The names without those in layers that are no part of the language model, of which a warning tells."""
+        layers = {name: self._family.find_further_layer(name, self.cfg.n_layers) for name in names}
+        further = sorted(layer for layer in layers.values() if layer is not None)
+        if further:
+            warn_caller(
+                f"{self._where}: {len(further)} tensors belong to layers {sorted(set(further))}, past the "
+                f"{self.cfg.n_layers} of the language model (they predict further tokens), and are left out"
+            )
+        return [name for name, layer in layers.items() if layer is None]
 
 
 def _list_some(problems: Sequence[str]) -> str:

@@ -86,8 +86,8 @@ class Family:
         in_memory: rules of parameters that transformers holds otherwise in memory than on disk (experts); they have a
             rule in `weights`, too.
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
-        further_layers: a pattern of the names of tensors in layers, of which a first group is the layer, where files may
-            have layers past those that the config counts, which are no part of the language model.
+        further_layers: a pattern of the names of tensors in layers, whose first group is the layer, where files have
+            layers past those that the config counts, which are no part of the language model. None: they have none.
         renamed: names that transformers uses in memory, with the names on disk.
         dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
             there are files of it that are written in another way.
@@ -192,10 +192,10 @@ class Family:
         """Whether a tensor of this name on disk holds no weight."""
         return any(re.fullmatch(pattern, name) for pattern in self.weightless)
 
-    def is_further(self, name: str, n_layers: int) -> bool:
-        """Whether a tensor of this name on disk belongs to a layer past those of the language model."""
+    def find_further_layer(self, name: str, n_layers: int) -> int | None:
+        """The layer of a tensor of this name on disk where it lies past those of the language model, else None."""
         found = None if self.further_layers is None else re.fullmatch(self.further_layers, name)
-        return found is not None and int(found[1]) >= n_layers
+        return int(found[1]) if found is not None and int(found[1]) >= n_layers else None
 
     def _translate(self, config: Config) -> Config:
         dialect = self.dialects.get(str(config.get("model_type")))

@@ -174,7 +174,7 @@ class FusedQKV:
 
 @dataclass(frozen=True)
 class RowPieces:
-    """Rows of one tensor in pieces of several sizes, of which parameters are made: weights `[rows, in]`, biases `[rows]`.
+    """Rows of one tensor, `[rows, in]` or `[rows]`, in pieces of several sizes, of which parameters are made.
 
     Attributes:
         hub: name on disk.

@@ -41,7 +41,11 @@ def embedding(model):
 def dense_ov(model, layer, head):
     block = model.blocks[layer]
     kv_head = head * model.cfg.n_kv_heads // model.cfg.n_heads
-    return behind(block.ln1, block.attn.W_V[kv_head]) @ through(block.ln1_post, block.attn.W_O[head])
+    if model.cfg.block(layer).attn.kind == "attention":
+        reads = behind(block.ln1, block.attn.W_V[kv_head])
+    else:
+        reads = behind(block.ln1, block.attn.W_DKV) @ behind(block.attn.kv_latent_norm, block.attn.W_UV[head])
+    return reads @ through(block.ln1_post, block.attn.W_O[head])
 
 
 def dense_qk(model, layer, head):

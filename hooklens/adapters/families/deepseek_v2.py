@@ -4,17 +4,18 @@ Checkpoints: deepseek-ai/DeepSeek-V2-Lite, DeepSeek-V2, DeepSeek-V2.5, DeepSeek-
 instruct versions, and every other one whose `model_type` is `deepseek_v2`.
 
 Peculiarities:
-- Latent attention (`MLAConfig`). `kv_a_proj_with_mqa` holds the rows of `W_DKV`, then those of `W_KR`; `kv_b_proj` for
-  each head those of `W_UK`, then those of `W_UV`. In a head the entries that turn are the last ones there, the first
-  ones here. Pairs stand side by side. Lite has no latent of queries (`q_lora_rank` null).
+- Latent attention (`MLAConfig`). `kv_a_proj_with_mqa` holds the rows of `W_DKV`, then those of `W_KR`; `kv_b_proj`
+  for each head those of `W_UK`, then those of `W_UV`. In a head the entries that turn are the last ones there, the
+  first ones here. Pairs stand side by side. Lite has no latent of queries (`q_lora_rank` null).
 - The norms of the latents have an epsilon of 1e-6, whatever `rms_norm_eps` says.
 - With YaRN's `mscale_all_dim` the factor on scores grows, too.
-- The first `first_k_dense_replace` layers have an MLP as wide as `intermediate_size`. Shared experts are one MLP as wide
-  as all of them, without a gate.
+- The first `first_k_dense_replace` layers have an MLP as wide as `intermediate_size`. Shared experts are one MLP as
+  wide as all of them, without a gate.
 - `topk_method` `group_limited_greedy` chooses among the experts of a token's best groups, `greedy` among all, whatever
   `n_group` says. Gates are the softmax over all experts, times `routed_scaling_factor`; transformers never divides them
   by their sum, so `norm_topk_prob` has to be false.
-- `head_dim` and `num_key_value_heads` say nothing: transformers derives the one and does not read the other.
+- `head_dim` says nothing, since transformers derives it, nor does a `num_key_value_heads` above the number of heads,
+  which is what transformers writes where nobody gave it.
 - transformers 5 holds experts stacked in memory.
 """
 

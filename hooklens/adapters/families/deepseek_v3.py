@@ -1,12 +1,12 @@
 """DeepSeek-V3 (Liu et al. 2024, "DeepSeek-V3 Technical Report") and DeepSeek-R1 (Guo et al. 2025).
 
-Checkpoints: deepseek-ai/DeepSeek-V3, DeepSeek-V3-0324, DeepSeek-V3.1, DeepSeek-R1, moonshotai/Moonlight-16B-A3B (Liu et
-al. 2025, "Muon is Scalable for LLM Training"), moonshotai/Kimi-K2-Base (Kimi Team 2025, `model_type` `kimi_k2`, the same
-network), and every other one whose `model_type` is `deepseek_v3`.
+Checkpoints: deepseek-ai/DeepSeek-V3, DeepSeek-V3-0324, DeepSeek-V3.1, DeepSeek-R1, moonshotai/Moonlight-16B-A3B (Liu
+et al. 2025, "Muon is Scalable for LLM Training"), moonshotai/Kimi-K2-Base (Kimi Team 2025, `model_type` `kimi_k2`, the
+same network), and every other one whose `model_type` is `deepseek_v3`.
 
 Peculiarities:
-- Latent attention as in DeepSeek-V2, with the same layout of rows. Pairs stand side by side, unless `rope_interleave` is
-  false.
+- Latent attention as in DeepSeek-V2, with the same layout of rows. Pairs stand side by side, unless `rope_interleave`
+  is false.
 - Experts are scored by the sigmoid of their logit; `e_score_correction_bias` counts for the choice only. A group is as
   good as the sum of its two best, and the chosen are those of a token's best groups. Gates are divided by their sum
   (`norm_topk_prob`, true where the config is silent), then multiplied by `routed_scaling_factor`.
@@ -14,7 +14,8 @@ Peculiarities:
 - Files hold layers past `num_hidden_layers`, which predict further tokens; they are left out, with a warning.
 - Weights of the published files are float8 in blocks of 128 times 128 with `weight_scale_inv`; they are dequantised.
 - `topk_method` and `scoring_func` are words of the original code for what this family does anyway.
-- `head_dim` and `num_key_value_heads` say nothing: transformers derives the one and does not read the other.
+- `head_dim` says nothing, since transformers derives it, nor does a `num_key_value_heads` above the number of heads,
+  which is what transformers writes where nobody gave it.
 - transformers 5 holds experts stacked in memory.
 """
 

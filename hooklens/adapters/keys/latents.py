@@ -9,7 +9,7 @@ from hooklens.adapters.keys.mixtures import MixtureKeys
 from hooklens.adapters.keys.parts import Computed, ConfigPart, Key
 from hooklens.adapters.keys.positions import PositionKeys
 from hooklens.adapters.keys.reader import ConfigReader
-from hooklens.config import MLAConfig, RotaryPositions, RotaryScaling
+from hooklens.config import MLAConfig, RotaryLayout, RotaryPositions, RotaryScaling
 from hooklens.config.latent import find_latent
 
 _RANK, _MSCALE = "q_lora_rank", "mscale_all_dim"
@@ -21,6 +21,7 @@ _WIDTHS = {
 }
 # What transformers derives anew from the widths, whatever a config says.
 _DERIVED = ("head_dim", "qk_head_dim")
+_KV_HEADS = "num_key_value_heads"
 _FIRST_SPARSE = "first_k_dense_replace"
 
 
@@ -28,14 +29,15 @@ _FIRST_SPARSE = "first_k_dense_replace"
 class LatentKeys:
     """Latent attention: `attn`, `d_head`, and biases. Comes after the sizes.
 
-    A bias (`attention_bias`) is on what reads the stream but queries without a latent, and on the output. As many
-    key-value heads as heads are written, and whatever number is there is the same network.
+    A bias (`attention_bias`) is on what reads the stream but queries without a latent, and on the output. Every head
+    has keys of its own: transformers cannot run fewer key-value heads, and takes more, its own default among them, for
+    as many.
     """
 
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys the part reads."""
-        return (_RANK, *_WIDTHS, *_DERIVED, "attention_bias", "num_key_value_heads")
+        return (_RANK, *_WIDTHS, *_DERIVED, "attention_bias", _KV_HEADS)
 
     def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Read the fields; the rank of queries has to be there, null where they have no latent."""
@@ -43,6 +45,8 @@ class LatentKeys:
         widths: dict[str, Any] = {ours: reader.get(hub, int) for hub, ours in _WIDTHS.items()}
         q_rank = None if is_direct else reader.get(_RANK, int)
         biased = reader.get("attention_bias", bool, False)
+        if reader.get(_KV_HEADS, int, fields.get("n_heads", 1)) < fields.get("n_heads", 1):
+            reader.reject(_KV_HEADS, "as many as num_attention_heads")
         if reader.problems:
             return {}
         latent = MLAConfig(q_rank=q_rank, **widths)
@@ -65,7 +69,7 @@ class LatentKeys:
             _RANK: latent.q_rank,
             **widths,
             "attention_bias": fields["out_bias"],
-            "num_key_value_heads": fields["n_heads"],
+            _KV_HEADS: fields["n_heads"],
         }
 
 
@@ -104,7 +108,7 @@ class LatentPositionKeys:
             rope.reject(_MSCALE, "none, but with 'yarn'")
         if positions is None or reader.problems:
             return {}
-        layout = "interleaved" if side_by_side else "half"
+        layout: RotaryLayout = "interleaved" if side_by_side else "half"
         turns = RotaryPositions(dim=positions.dim, base=positions.base, layout=layout, scaling=scaling)
         return {"positions": turns, "n_ctx": n_ctx, "attn_scale": _score_scale(latent, scaling)}
 
@@ -177,4 +181,3 @@ def late_mixture_keys(*options: ConfigPart, n_dense: int, experts: str, **fixed:
         sparse_keys=(_FIRST_SPARSE,),
         write_sparse=write,
     )
-

@@ -68,7 +68,7 @@ def attend(
     if torch._C._are_functorch_transforms_active() and _in_transform_without_kernel():
         return attend_explicitly(q, [Part(k, v, mask, is_causal)], score_scale=score_scale, softcap=None)
     d_v = v.shape[-1]
-    if d_v != q.shape[-1] and q.device.type == "cpu":
+    if d_v != q.shape[-1] == k.shape[-1] and q.device.type == "cpu":
         q, k, v = _widen_heads(q, k, v)
     n_kv_heads = k.shape[2]
     if n_kv_heads != v.shape[2]:
@@ -147,7 +147,8 @@ def attend_in_parts(
     """
     q, parts = _agree_on_dtype(q, parts)
     d_v = parts[0].v.shape[-1]
-    if d_v != q.shape[-1] and q.device.type == "cpu" and softcap is None:
+    widths = {q.shape[-1], *(part.k.shape[-1] for part in parts)}
+    if len(widths) == 1 and d_v not in widths and q.device.type == "cpu" and softcap is None:
         q, *tensors = _widen_heads(q, *(tensor for part in parts for tensor in (part.k, part.v)))
         parts = [part._replace(k=k, v=v) for part, k, v in zip(parts, tensors[::2], tensors[1::2], strict=True)]
         z = attend_in_parts(q, parts, score_scale=score_scale, sinks=sinks)

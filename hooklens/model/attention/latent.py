@@ -161,6 +161,19 @@ class LatentAttention(Attention, kind="mla"):
 
     def project(self, letter: str, x: HeadSource, plan: TokenPlan) -> Float[Tensor, "batch pos heads width"]:
         """What enters `hook_q`, `hook_k` or `hook_v`, from the latents."""
+        return self._project_latent(letter, x)
+
+    def project_stream(self, letter: str, normed: HeadSource) -> Float[Tensor, "batch pos heads width"]:
+        """What enters `hook_q`, `hook_k` or `hook_v` where all heads, or each, read a stream; no point fires."""
+        if letter == "q":
+            return self._project_latent("q", normed if self.latent.q_rank is None else self._compress("q", normed))
+        of_both = self._compress("kv", normed)
+        if letter == "k":
+            of_both = torch.cat([self._compress("rope", normed), of_both], -1)
+        return self._project_latent(letter, of_both)
+
+    def _project_latent(self, letter: str, x: HeadSource) -> Tensor:
+        """Heads of the latent of queries or values; of keys, behind what turns of them."""
         latent = self.latent
         if letter == "q":
             module = "q_proj" if latent.q_rank is None else "q_up_proj"
@@ -171,18 +184,6 @@ class LatentAttention(Attention, kind="mla"):
         still = project_heads(of_keys, self._modules["k_up_proj"], latent.d_nope)
         turning = turning if x.ndim == 4 else turning[:, :, None]
         return torch.cat([turning.expand(*still.shape[:3], -1), still], -1)
-
-    def project_stream(
-        self, letter: str, normed: HeadSource, plan: TokenPlan
-    ) -> Float[Tensor, "batch pos heads width"]:
-        """What enters `hook_q`, `hook_k` or `hook_v` where all heads, or each, read a stream; no point fires."""
-        if letter == "q":
-            x = normed if self.latent.q_rank is None else self._compress("q", normed)
-        else:
-            x = self._compress("kv", normed)
-        if letter == "k":
-            x = torch.cat([self._compress("rope", normed), x], -1)
-        return self.project(letter, x, plan)
 
     def _compress(self, which: str, x: HeadSource) -> Tensor:
         """A latent behind its norm (`"q"`, `"kv"`), or what turns of the keys (`"rope"`); no point fires."""

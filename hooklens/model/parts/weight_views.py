@@ -40,7 +40,7 @@ class _Stacked:
         axes = self._axes
         if declared and all(one is not None and list(one.axes) == self._other_axes for one in declared):
             axes = self._other_axes
-        without = parts if name.startswith("b_") else found
+        without = self._maps(parts) if name.startswith("b_") else found
         lacking = [
             layer
             for layer, (one, weight) in enumerate(zip(without, declared, strict=True))
@@ -59,6 +59,12 @@ class _Stacked:
         shape = [decoder.cfg.size(axis) for axis in self._axes]
         empty = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
         return torch.stack([empty if weight is None else weight for weight in found]) if found else empty[None][:0]
+
+    def _maps(self, parts: list[Any]) -> list[Any]:
+        """What has to be there for a bias that is not there to be 0: the part, of attention the map."""
+        if self._module != "attn":
+            return parts
+        return [getattr(part, f"W{self._name.removeprefix('b')}", None) for part in parts]
 
     def __set__(self, views: "WeightViews", value: object) -> None:
         raise AttributeError(
