@@ -191,3 +191,13 @@ def test_bad_input():
         neuron_tokens(model, 0, [20])
     with pytest.raises(InputError, match="k=24; expected 1 to 23, the size of the vocabulary"):
         neuron_tokens(model, 0, k=24)
+
+
+def test_latent_attention_has_an_ov_circuit_and_no_qk_circuit():
+    """Of a key only a part goes through a norm, whose denominator cannot be left out of a sum."""
+    model = make_model("latent attention")
+    found = read_ov_directions(model, 1, 2).singular_value.unique().tolist()
+    expected = torch.linalg.svdvals(dense_ov(model, 1, 2))[: len(found)].tolist()
+    assert found == pytest.approx(expected)
+    with pytest.raises(InputError, match=r"layer 1 has latent attention: of a head's key only what does not turn goes"):
+        top_qk_pairs(model, 1, 0)
