@@ -64,9 +64,15 @@ class Part(HookedModule):
             kind: the name under which a config asks for this class at that place.
         """
         super().__init_subclass__()
-        own = {name: value for name, value in cls.__dict__.items() if isinstance(value, Declared)}
+        found = {
+            name: value
+            for one in reversed(cls.__mro__)
+            for name, value in vars(one).items()
+            if isinstance(value, Declared)
+        }
         # What a class declares anew stands in its own order, before what it takes over.
-        cls.declared = {**own, **{name: one for name, one in cls.declared.items() if name not in own}}
+        own = {name: found[name] for name in vars(cls) if name in found}
+        cls.declared = {**own, **{name: one for name, one in found.items() if name not in own}}
         cls.place = cls.place if place is None else place
         if cls.place is not None:
             declare_sites(cls, cls.place)
