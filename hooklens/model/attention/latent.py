@@ -190,27 +190,26 @@ class LatentAttention(Attention, kind="mla"):
         if which == "rope":
             return apply_linear(self._modules["k_rope_proj"], x)
         made = apply_linear(self._modules[f"{which}_down_proj"], x)
-        norm = self._modules[f"{which}_latent_norm"]
-        assert isinstance(norm, Norm)
-        return norm.apply_weights(made)
+        return self._point_and_norm(which)[1].apply_weights(made)
 
     def _show(self, which: str, stream: Float[Tensor, "batch pos d_model"], call: Call) -> Tensor:
         """The same, as listeners leave it."""
         if which == "rope":
             return self.hook_k_rope(apply_linear(self._modules["k_rope_proj"], stream), call)
-        made = apply_linear(self._modules[f"{which}_down_proj"], stream)
-        point, norm = (self.hook_q_latent, self.q_latent_norm) if which == "q" else self._of_keys_and_values
-        assert norm is not None
-        out: Tensor = norm(point(made, call), call)
+        point, norm = self._point_and_norm(which)
+        out: Tensor = norm(point(apply_linear(self._modules[f"{which}_down_proj"], stream), call), call)
         return out
 
-    @property
-    def _of_keys_and_values(self) -> tuple[HookPoint, Norm]:
-        return self.hook_kv_latent, self.kv_latent_norm
-
     def _listens(self, which: str, call: Call) -> bool:
-        """Whether somebody listens at a latent or in its norm."""
+        """Whether somebody listens where a latent, or what turns of the keys, is shown."""
         if which == "rope":
             return self.hook_k_rope.listens(call)
-        point, norm = (self.hook_q_latent, self.q_latent_norm) if which == "q" else self._of_keys_and_values
-        return point.listens(call) or (norm is not None and norm.listens(call))
+        point, norm = self._point_and_norm(which)
+        return point.listens(call) or norm.listens(call)
+
+    def _point_and_norm(self, which: str) -> tuple[HookPoint, Norm]:
+        """Where a latent is shown, and its norm."""
+        if which == "kv":
+            return self.hook_kv_latent, self.kv_latent_norm
+        assert self.q_latent_norm is not None
+        return self.hook_q_latent, self.q_latent_norm

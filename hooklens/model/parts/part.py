@@ -66,7 +66,7 @@ class Part(HookedModule):
         super().__init_subclass__()
         found = {
             name: value
-            for one in reversed(cls.__mro__)
+            for one in reversed(cls.__mro__[: cls.__mro__.index(Part)])
             for name, value in vars(one).items()
             if isinstance(value, Declared)
         }

@@ -33,7 +33,7 @@ LATENTS = (
     Mutant(
         "latents of changed copies are not normed",
         f"{LATENT}._compress",
-        (("return norm.apply_weights(made)", "return made"),),
+        (("return self._point_and_norm(which)[1].apply_weights(made)", "return made"),),
         "latent",
         "single edits",
     ),
