@@ -11,6 +11,7 @@ _EXTRA_OF = {
     "plotly": "plot",
     "peft": "peft",
     "scipy": "stats",
+    "accelerate": "placement",
     "transformer_lens": "bench",
 }
 

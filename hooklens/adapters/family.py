@@ -91,6 +91,7 @@ class Family:
         renamed: names that transformers uses in memory, with the names on disk.
         dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
             there are files of it that are written in another way.
+        adopts: tells whether a config in another family's words is of this one all the same; None: none is.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Family:
     further_layers: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
+    adopts: Callable[[Config], bool] | None = None
 
     @property
     def is_conv1d(self) -> bool:
