@@ -21,6 +21,11 @@ AXES: dict[str, str] = {
     "kv_head": "key-value heads; fewer than heads in grouped-query and multi-query attention",
     "d_model": "width of the residual stream",
     "d_head": "width of one attention head",
+    "d_head_v": "width of one head's values in latent attention",
+    "d_nope": "entries of a head that do not turn, in latent attention",
+    "d_rope": "entries of a head that turn, in latent attention",
+    "d_q_latent": "width of what queries are made of in latent attention",
+    "d_kv_latent": "width of what keys and values are made of in latent attention",
     "d_mlp": "neurons of one MLP",
     "expert": "experts of a mixture",
     "choice": "the experts chosen for a token, in the order of their scores",
@@ -89,6 +94,8 @@ def declare_axis(name: str, description: str) -> None:
 def declare_site(site: HookSite) -> HookSite:
     """Add a kind of hook point, which has one meaning in all networks.
 
+    Values may have a width of their own in some.
+
     Raises:
         HookNameError: an axis is not in `AXES`, or the name has other axes already.
     """
@@ -96,7 +103,7 @@ def declare_site(site: HookSite) -> HookSite:
     if unknown:
         raise HookNameError(f"hook point {site.template!r}: axes {unknown} are unknown; declare_axis adds one")
     known = HOOK_SITES.setdefault(site.template, site)
-    if known.axes != site.axes:
+    if list(map(_plain_width, known.axes)) != list(map(_plain_width, site.axes)):
         raise HookNameError(
             f"hook point {site.template!r} carries {list(known.axes)} in other networks, not {list(site.axes)}; give "
             "it another name"
@@ -105,6 +112,11 @@ def declare_site(site: HookSite) -> HookSite:
     module = path[-1] if path and path[-1] != "{i}" else None
     _TEMPLATES.setdefault(point.removeprefix("hook_"), {})[module, site.per_layer] = site.template
     return known
+
+
+def _plain_width(axis: str) -> str:
+    """What an axis is called where values are as wide as queries and keys."""
+    return "d_head" if axis == "d_head_v" else axis
 
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")

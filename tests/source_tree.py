@@ -60,7 +60,7 @@ FAMILY_WORD = re.compile(
     r"llama|falcon|neox|gpt-?_?2|gpt-?_?j|gpt-?_?neo|pythia|mi[sx]tral|qwen|gemma|phi-?\d|bloom|xlstm|olmo|starcoder"
     r"|\bmpt\b|stablelm|gpt-?_?bigcode|\bcodegen\b|biogpt|xglm|\bopt\b(?![- ]in)|openai-?_?gpt|dbrx|gpt-?_?oss"
     r"|granite|phi-?moe|nemotron|persimmon|helium|\barcee\b|seed-?_?oss|ernie|\bglm-?_?\d|cohere|apertus|hunyuan"
-    r"|nanochat|smollm|exaone",
+    r"|nanochat|smollm|exaone|deepseek|moonlight|\bkimi",
     re.IGNORECASE,
 )
 ALLOWED_PHRASES = re.compile(

@@ -228,7 +228,8 @@ class TestCaches:
         for column in range(6):
             logits = model(tokens[:, column : column + 1], past_kv_cache=growing)
         assert_close(logits[:, 0], expected[:, -1], rtol=1e-10, atol=1e-10)
-        assert growing.nbytes == 2 * 2 * 6 * 6 * 8 * sum(model.cfg.kv_heads)
+        widths = [n * (d_key + d_value) for n, d_key, d_value in model.cfg.head_shapes]
+        assert growing.nbytes == 2 * 6 * 8 * sum(widths)
 
     @pytest.mark.parametrize("network", MORE)
     def test_one_frozen_row_serves_many(self, network):

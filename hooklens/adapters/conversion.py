@@ -16,7 +16,7 @@ from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.keys import BiasFlag
-from hooklens.adapters.rules import DiskShapes, is_stacked
+from hooklens.adapters.rules import DiskShapes, RowPieces, is_stacked
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, InputError, join_names, warn_caller
@@ -142,7 +142,7 @@ class HubModel:
 
     def _is_copied(self, bound: BoundRule) -> bool:
         """Whether the tensors cannot be parameters as they lie: are split, stacked, or stored the other way round."""
-        if len(bound.ours) != 1 or is_stacked(bound.rule):
+        if len(bound.ours) != 1 or is_stacked(bound.rule) or isinstance(bound.rule, RowPieces):
             return True
         if bound.rule.hub not in self._copied:
             header = self._source.header(self._stored_names[bound.hubs[0]])
@@ -200,6 +200,7 @@ class HubModel:
         expected = {name: bound for bound in self._bound for name in bound.hubs}
         missing = [name for name in expected if name not in self._stored_names]
         extra = [name for name in self._stored_names if name not in expected and not self._family.is_weightless(name)]
+        extra = self._leave_out_further_layers(extra)
         heads = [self._stored_names[name] for name in extra if _VALUE_HEAD.fullmatch(name)]
         unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
         if isinstance(self._source, PaddedSource):
@@ -245,6 +246,17 @@ class HubModel:
                 "model; they are left out",
                 stacklevel=2,
             )
+
+    def _leave_out_further_layers(self, names: Sequence[str]) -> list[str]:
+        """The names without those in layers that are no part of the language model, of which a warning tells."""
+        layers = {name: self._family.find_further_layer(name, self.cfg.n_layers) for name in names}
+        further = sorted(layer for layer in layers.values() if layer is not None)
+        if further:
+            warn_caller(
+                f"{self._where}: {len(further)} tensors belong to layers {sorted(set(further))}, past the "
+                f"{self.cfg.n_layers} of the language model (they predict further tokens), and are left out"
+            )
+        return [name for name, layer in layers.items() if layer is None]
 
 
 def _list_some(problems: Sequence[str]) -> str:

@@ -97,6 +97,8 @@ class Family:
         in_memory: rules of parameters that transformers holds otherwise in memory than on disk (experts); they have a
             rule in `weights`, too.
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
+        further_layers: a pattern of the names of tensors in layers, whose first group is the layer, where files have
+            layers past those that the config counts, which are no part of the language model. None: they have none.
         renamed: names that transformers uses in memory, with the names on disk.
         dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
             there are files of it that are written in another way.
@@ -113,6 +115,7 @@ class Family:
     weights: tuple[WeightRule, ...]
     in_memory: tuple[WeightRule, ...] = ()
     weightless: tuple[str, ...] = ()
+    further_layers: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
     adopts: Callable[[Config], bool] | None = None
@@ -201,6 +204,11 @@ class Family:
     def is_weightless(self, name: str) -> bool:
         """Whether a tensor of this name on disk holds no weight."""
         return any(re.fullmatch(pattern, name) for pattern in self.weightless)
+
+    def find_further_layer(self, name: str, n_layers: int) -> int | None:
+        """The layer of a tensor of this name on disk where it lies past those of the language model, else None."""
+        found = None if self.further_layers is None else re.fullmatch(self.further_layers, name)
+        return int(found[1]) if found is not None and int(found[1]) >= n_layers else None
 
     def _translate(self, config: Config) -> Config:
         dialect = self.dialects.get(str(config.get("model_type")))

@@ -2,7 +2,8 @@
 
 A rule is a pure permutation of entries, so `save(load(t))` is `t` bit for bit, and what is linear in the
 weights (gradients, LoRA deltas, task vectors) travels through it exactly. Axis letters in patterns:
-`n` heads, `h` d_head, `m` d_model, `f` neurons, `v` d_vocab, `e` experts, `s` the parameters that lie in one tensor.
+`n` heads, `h` d_head, `w` the width of values, `m` d_model, `f` neurons, `v` d_vocab, `e` experts, `s` the parameters
+that lie in one tensor.
 
 In names `{i}` is the layer. `{e}` counts tensors that are one parameter: what the rule says holds of each, and they are
 stacked along the parameter's first axis.
@@ -179,6 +180,51 @@ class FusedQKV:
 
 
 @dataclass(frozen=True)
+class RowPieces:
+    """Rows of one tensor, `[rows, in]` or `[rows]`, in pieces of several sizes, of which parameters are made.
+
+    Attributes:
+        hub: name on disk.
+        made_of: HookLens names, each with the pieces that it consists of, in the order in which it has them.
+        pieces: all pieces, in the order on disk.
+        sizes: rows of each.
+        heads: the pieces stand in each head anew; parameters are `[head in rows]`, else `[in rows]`.
+        when: which configs have the tensor.
+        part: the kind of part at the MLP's place that has it; None: any.
+    """
+
+    hub: str
+    made_of: tuple[tuple[str, tuple[str, ...]], ...]
+    pieces: tuple[str, ...]
+    sizes: Callable[[HookedConfig], Mapping[str, int]]
+    heads: bool = False
+    when: Condition = applies_always
+    part: str | None = None
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """The HookLens names."""
+        return tuple(name for name, _ in self.made_of)
+
+    def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
+        """Split the rows; each parameter is contiguous in its stored layout."""
+        sizes = self.sizes(cfg)
+        rows = rearrange(tensor, "(n r) ... -> n r ...", n=cfg.n_heads if self.heads else 1)
+        found = dict(zip(self.pieces, torch.split(rows, [sizes[piece] for piece in self.pieces], 1), strict=True))
+        made = (torch.cat([found[piece] for piece in pieces], 1).movedim(1, -1) for _, pieces in self.made_of)
+        return tuple(one if self.heads else one[0] for one in made)
+
+    def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
+        """Put the pieces back into one tensor."""
+        sizes = self.sizes(cfg)
+        found: dict[str, Tensor] = {}
+        for parameter, (_, pieces) in zip(parameters, self.made_of, strict=True):
+            rows = (parameter if self.heads else parameter[None]).movedim(-1, 1)
+            found |= dict(zip(pieces, torch.split(rows, [sizes[piece] for piece in pieces], 1), strict=True))
+        return torch.cat([found[piece] for piece in self.pieces], 1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Constant:
     """One tensor with a number that is no parameter and the same in every checkpoint, which transformers reads.
 
@@ -231,7 +277,7 @@ def _inverse(pattern: str) -> str:
 
 def _rearrange(tensor: Tensor, pattern: str, cfg: HookedConfig, **sizes: int) -> Tensor:
     """Rearrange with the sizes of those axes that the pattern names."""
-    sizes["h"] = cfg.d_head
+    sizes |= {"h": cfg.d_head, "w": cfg.d_head_v}
     if "e" in pattern:
         parts = cfg.mlp if isinstance(cfg.mlp, tuple) else (cfg.mlp,)
         sizes["e"] = next(part.n_experts for part in parts if isinstance(part, MoEConfig))

@@ -4,10 +4,13 @@ Each gives the rules of all that such a part can have (weights, biases, gates, n
 apply is said by the network (see `hooklens.adapters.rules`). Names on disk are given without `.weight` and `.bias`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
-from hooklens.adapters.rules import Condition, Copy, Fused, FusedQKV, RowOrder, WeightRule, applies_always
+from hooklens.adapters.rules import Condition, Copy, Fused, FusedQKV, RowOrder, RowPieces, WeightRule, applies_always
+from hooklens.config import HookedConfig
+from hooklens.config.latent import find_latent
 
 BLOCK = "blocks.{i}"
 _PRE_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
@@ -102,6 +105,43 @@ def fused_conv1d_qkv_rules(hub: str) -> Rules:
     return (
         Fused(f"{hub}.weight", (f"{attn}.W_Q", f"{attn}.W_K", f"{attn}.W_V"), "m (s n h) -> s n m h"),
         Fused(f"{hub}.bias", (f"{attn}.b_Q", f"{attn}.b_K", f"{attn}.b_V"), "(s n h) -> s n h"),
+    )
+
+
+def _latent_sizes(cfg: HookedConfig) -> Mapping[str, int]:
+    """Rows of the pieces of tensors of latent attention."""
+    latent = find_latent(cfg.attn)
+    assert latent is not None
+    return {"latent": latent.kv_rank, "turning": latent.d_rope, "still": latent.d_nope, "value": latent.d_head_v}
+
+
+def latent_attention_rules(hub: str) -> Rules:
+    """Multi-head latent attention, with DeepSeek's names; in a head there, the entries that turn are the last ones."""
+    attn, head = f"{BLOCK}.attn", ("turning", "still")
+    queries = {"q_b_proj": f"{attn}.W_UQ", "q_proj": f"{attn}.W_Q"}
+    split: Callable[..., RowPieces] = partial(RowPieces, sizes=_latent_sizes)
+    return (
+        Copy(f"{hub}.q_a_proj.weight", f"{attn}.W_DQ", "l m -> m l"),
+        Copy(f"{hub}.q_a_proj.bias", f"{attn}.b_DQ"),
+        *norm_rules(f"{hub}.q_a_layernorm", f"{attn}.q_latent_norm"),
+        *(split(f"{hub}.{name}.weight", ((ours, head),), head[::-1], heads=True) for name, ours in queries.items()),
+        *(
+            split(
+                f"{hub}.kv_a_proj_with_mqa.{kind}",
+                ((f"{attn}.{letter}_DKV", ("latent",)), (f"{attn}.{letter}_KR", ("turning",))),
+                ("latent", "turning"),
+            )
+            for kind, letter in (("weight", "W"), ("bias", "b"))
+        ),
+        *norm_rules(f"{hub}.kv_a_layernorm", f"{attn}.kv_latent_norm"),
+        split(
+            f"{hub}.kv_b_proj.weight",
+            ((f"{attn}.W_UK", ("still",)), (f"{attn}.W_UV", ("value",))),
+            ("still", "value"),
+            heads=True,
+        ),
+        Copy(f"{hub}.o_proj.weight", f"{attn}.W_O", "m (n w) -> n w m"),
+        Copy(f"{hub}.o_proj.bias", f"{attn}.b_O"),
     )
 
 

@@ -13,6 +13,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.model.attention.head_norm import HeadNorm
+from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.embed import scale_in
 from hooklens.model.norm import Norm
 from hooklens.precision import widen
@@ -26,9 +27,15 @@ def embedding(model: HookedCausalLM) -> Float[Tensor, "d_vocab d_model"]:
 
 
 def ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
-    """What a head writes to the stream of what it reads there, `W_V W_O`, `[d_model d_model]`."""
+    """What a head writes to the stream of what it reads there, `W_V W_O`, `[d_model d_model]`.
+
+    In latent attention `W_DKV W_UV` stands for `W_V`, with the gain of the norm between the two.
+    """
     block = model.block_list()[layer]
-    reads = fold_norm(block.ln1, block.attn.W_V[_kv_head(model, head)])
+    if isinstance(block.attn, LatentAttention):
+        reads = fold_norm(block.ln1, block.attn.W_DKV) @ fold_norm(block.attn.kv_latent_norm, block.attn.W_UV[head])
+    else:
+        reads = fold_norm(block.ln1, block.attn.W_V[_kv_head(model, head)])
     writes = _behind_norm(block.ln1_post, widen(block.attn.W_O[head]))
     return _together(model, reads, writes * model.cfg.residual_scale)
 
@@ -38,9 +45,18 @@ def qk_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
 
     Rotations cancel at distance 0. Query and key norms count with their weights, as if they stood before the rotation;
     clipping and temperatures do not count, nor do positions that are added to what queries and keys read.
+
+    Raises:
+        InputError: the layer has latent attention, whose keys are made of two parts of which one is normed.
     """
     block = model.block_list()[layer]
     attn = block.attn
+    if isinstance(attn, LatentAttention):
+        raise InputError(
+            f"layer {layer} has latent attention: of a head's key only what does not turn goes through a norm, so no "
+            "product of weights is the score up to the norms' denominators. What does not turn has a circuit between "
+            "the normed latents, FactoredMatrix(attn.W_UQ[..., d_rope:], attn.W_UK.mT)"
+        )
     W_Q = _behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]), head)
     W_K = _behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]), _kv_head(model, head))
     return _together(model, W_Q * model.cfg.block(layer).score_scale, W_K.mT)

@@ -17,7 +17,7 @@ def info(model: Model) -> None:
     hooked = HookedCausalLM.from_pretrained(model)
     cfg, console = hooked.cfg, make_console()
     weight_bytes = sum(parameter.nbytes for parameter in hooked.parameters())
-    cache_bytes = 2 * sum(cfg.kv_heads) * cfg.d_head * hooked.dtype.itemsize
+    cache_bytes = cfg.cache_width * hooked.dtype.itemsize
     dtype = str(hooked.dtype).removeprefix("torch.")
 
     say_heading(console, model)

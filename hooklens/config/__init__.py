@@ -4,6 +4,7 @@ from hooklens.config.activations import Activation
 from hooklens.config.attention import AttentionBackend, NormOver, QueryTemperature
 from hooklens.config.block import BlockConfig, Option, PartConfig
 from hooklens.config.description import DeclaredWeight, Description, describe_with
+from hooklens.config.latent import MLAConfig
 from hooklens.config.moe import MoEConfig
 from hooklens.config.network import HookedConfig, Origin
 from hooklens.config.norms import NormConfig, NormKind
@@ -34,6 +35,7 @@ __all__ = [
     "HookedConfig",
     "InitScheme",
     "LearnedPositions",
+    "MLAConfig",
     "MoEConfig",
     "NoPositions",
     "NormConfig",

@@ -174,6 +174,12 @@ class BlockConfig:
         return self.cfg.d_head**-0.5 if scale is None else scale
 
     @property
+    def d_head_v(self) -> int:
+        """The width of a head's values: `d_head`, but in latent attention."""
+        width = None if self.attn is None else self.attn.sizes.get("d_head_v")
+        return width if isinstance(width, int) else self.cfg.d_head
+
+    @property
     def query_temperature(self) -> QueryTemperature | None:
         """The factor on queries that grows with their position; None: none."""
         return self._own(self.cfg.query_temperature)

@@ -3,9 +3,12 @@
 Each check says what is wrong in words, and all of them are heard before any is refused.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hooklens.config.block import BlockConfig
 from hooklens.config.checks import check_counts
+from hooklens.config.latent import latent_problems
 from hooklens.config.moe import mixture_problems
 from hooklens.config.positions import (
     AlibiPositions,
@@ -45,8 +48,12 @@ def combination_problems(cfg: "HookedConfig") -> list[str]:
     ]
     problems = [*_size_problems(cfg), *stream_problems(cfg), *misfits, *_position_problems(cfg)]
     problems += [*_attention_problems(cfg), *mixture_problems(cfg)]
+    # Where all layers are alike, one stands for all: their number may be any that somebody wrote into a file.
+    differ = any(isinstance(getattr(cfg, name), tuple) for name in BY_LAYER)
+    n_different = 0 if misfits else cfg.n_layers if differ else min(1, cfg.n_layers)
+    blocks = [cfg.block(layer) for layer in range(n_different)]
     # What follows asks layer by layer.
-    return problems if misfits else [*problems, *_norm_problems(cfg)]
+    return problems if misfits else [*problems, *_norm_problems(cfg, blocks), *latent_problems(cfg, blocks)]
 
 
 def _size_problems(cfg: "HookedConfig") -> list[str]:
@@ -65,15 +72,12 @@ def _size_problems(cfg: "HookedConfig") -> list[str]:
     return problems
 
 
-def _norm_problems(cfg: "HookedConfig") -> list[str]:
+def _norm_problems(cfg: "HookedConfig", blocks: Sequence[BlockConfig]) -> list[str]:
     problems = []
-    # Where all layers are alike, one stands for all: their number may be any that somebody wrote into a file.
-    differ = any(isinstance(getattr(cfg, name), tuple) for name in BY_LAYER)
-    blocks = [cfg.block(layer) for layer in range(cfg.n_layers if differ else min(1, cfg.n_layers))]
     asked = cfg.norm_after if isinstance(cfg.norm_after, tuple) else (cfg.norm_after,) * len(blocks)
     unsaid = [block.layer for block in blocks if asked[block.layer] and block.norm is None]
     if unsaid:
-        where = f"layers {unsaid}" if differ else "every layer"
+        where = f"layers {unsaid}" if len(blocks) > 1 else "every layer"
         problems.append(f"norm_after asks for norms in {where}, where norm is None")
     if cfg.shared_norm and (cfg.wiring != "parallel" or not all(block.norm_before for block in blocks)):
         problems.append("shared_norm needs wiring='parallel', and norm_before=True with a norm in every layer")

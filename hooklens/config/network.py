@@ -21,6 +21,7 @@ from hooklens.config.checks import (
 from hooklens.config.combinations import BY_LAYER
 from hooklens.config.description import Description, describe
 from hooklens.config.foreign import translate
+from hooklens.config.latent import find_latent
 from hooklens.config.moe import mlp_width
 from hooklens.config.norms import NormConfig
 from hooklens.config.positions import (
@@ -60,7 +61,8 @@ class HookedConfig:
         n_layers: number of blocks.
         n_heads: query heads.
         n_kv_heads: key-value heads; divides `n_heads`. None: `n_heads`.
-        d_head: width of a head; need not be `d_model / n_heads`. None: `d_model // n_heads`.
+        d_head: width of a head; need not be `d_model / n_heads`. None: `d_model // n_heads`. In latent attention that
+            of queries and keys; values have a width of their own.
         d_mlp: neurons of an MLP. None: `4 * d_model`.
         d_vocab: vocabulary entries.
         d_vocab_out: outputs of the unembedding, the classes of a classifier say. None: `d_vocab`.
@@ -100,7 +102,7 @@ class HookedConfig:
             behind a norm that stands there, too.
         query_temperature: a factor on queries that grows with their position; after rotary and norm. None: none.
         logits_softcap: the same on the logits.
-        attn: the part that attends in each block. None: none.
+        attn: the part that attends in each block, an `MLAConfig` for multi-head latent attention. None: none.
         mlp: the part at the MLP's place, a `MoEConfig` for a mixture of experts. None: none.
         attn_only: no block has an MLP; short for `mlp=None`.
         windows: per layer, how many of the latest keys a query may see, its own included; None in a layer: all.
@@ -264,6 +266,22 @@ class HookedConfig:
     def kv_heads(self) -> tuple[int, ...]:
         """Key-value heads of each layer, 0 where it has no attention."""
         return tuple(0 if block.attn is None else self.n_kv_heads for block in self.blocks)
+
+    @cached_property
+    def head_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Key-value heads of each layer, and the widths of keys and values."""
+        return tuple((n, self.d_head, block.d_head_v) for n, block in zip(self.kv_heads, self.blocks, strict=True))
+
+    @property
+    def d_head_v(self) -> int:
+        """The width of a head's values: `d_head`, but in latent attention; of the first layer that has such."""
+        latent = find_latent(self.attn)
+        return self.d_head if latent is None else latent.d_head_v
+
+    @property
+    def cache_width(self) -> int:
+        """How many numbers a key-value cache holds of a token, in all layers together."""
+        return sum(n * (d_key + d_value) for n, d_key, d_value in self.head_shapes)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from hooklens.config.checks import (
     refuse,
 )
 from hooklens.config.combinations import combination_problems
+from hooklens.config.latent import find_latent
 from hooklens.config.norms import NormConfig
 from hooklens.config.stream import BIASES_OF_ONE, check_stream_numbers, settle_biases
 from hooklens.errors import ConfigError
@@ -115,7 +116,9 @@ def _fill_in_sizes(cfg: "HookedConfig") -> None:
     given = vars(cfg)
     if given["n_kv_heads"] is None:
         object.__setattr__(cfg, "n_kv_heads", cfg.n_heads)
-    if given["d_head"] is None:
+    if given["d_head"] is None and (latent := find_latent(cfg.attn)) is not None:
+        object.__setattr__(cfg, "d_head", latent.d_head)
+    elif given["d_head"] is None:
         if cfg.d_model % cfg.n_heads:
             raise ConfigError(f"config: d_model={cfg.d_model} is not a multiple of n_heads={cfg.n_heads}; give d_head")
         object.__setattr__(cfg, "d_head", cfg.d_model // cfg.n_heads)

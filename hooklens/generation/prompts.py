@@ -179,7 +179,7 @@ def _check_size(model: GeneratingModel, prompts: Prompts, options: GenerationOpt
     cfg = model.cfg
     rows = len(prompts.lengths) * options.num_return_sequences
     width = prompts.ids.shape[1] + options.max_new_tokens
-    cached = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * model.dtype.itemsize * options.use_past_kv_cache
+    cached = cfg.cache_width * model.dtype.itemsize * options.use_past_kv_cache
     # What has to be there at one time: a row's ids and keys and values, and its logits of a step in float32.
     needed = rows * (_BYTES_OF_A_ROW + width * (8 + cached) + 4 * cfg.d_vocab)
     if needed > _MOST_BYTES:

@@ -125,7 +125,7 @@ class HookedKeyValueCache(ColumnRecord):
         require_causal(cfg)
         entries = [
             HookedKeyValueCacheEntry.init_cache_entry(
-                cfg, device, batch_size, dtype=dtype, has_attn=block.attn is not None
+                cfg, device, batch_size, dtype=dtype, has_attn=block.attn is not None, d_head_v=block.d_head_v
             )
             for block in cfg.blocks
         ]

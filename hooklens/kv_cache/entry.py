@@ -29,8 +29,9 @@ class HookedKeyValueCacheEntry:
 
     Args:
         past_keys: `[batch pos n_kv_heads d_head]`.
-        past_values: the same shape and device. Under `torch.autocast` the dtypes of keys and values may differ
-            (rotary embeddings leave float32): each keeps its own.
+        past_values: the same device, and the same shape but for the width of heads, which latent attention has two of.
+            Under `torch.autocast` the dtypes of keys and values may differ (rotary embeddings leave float32): each
+            keeps its own.
         frozen: appending stores nothing.
 
     Raises:
@@ -40,13 +41,13 @@ class HookedKeyValueCacheEntry:
     def __init__(
         self,
         past_keys: Float[Tensor, "batch pos kv_head d_head"],
-        past_values: Float[Tensor, "batch pos kv_head d_head"],
+        past_values: Float[Tensor, "batch pos kv_head d_head_v"],
         frozen: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
         for what, tensor in (("past_keys", past_keys), ("past_values", past_values)):
             _check_heads(tensor, what)
         require(frozen, bool, what="frozen", expected="True or False")
-        if (past_keys.shape, past_keys.device) != (past_values.shape, past_values.device):
+        if (past_keys.shape[:3], past_keys.device) != (past_values.shape[:3], past_values.device):
             raise CacheError(
                 f"past keys are {_describe(past_keys)}, past values {_describe(past_values)}; "
                 "expected the same shape and device"
@@ -64,6 +65,7 @@ class HookedKeyValueCacheEntry:
         *,
         dtype: torch.dtype | None = None,
         has_attn: bool = True,
+        d_head_v: int | None = None,
     ) -> "HookedKeyValueCacheEntry":
         """An empty entry for one layer of a model. It takes dtypes and device of the first keys and values it is given.
 
@@ -74,6 +76,7 @@ class HookedKeyValueCacheEntry:
             dtype: of what is empty.
             has_attn: whether the layer has attention; without, the entry has no heads and holds only how many tokens
                 there were.
+            d_head_v: the width of values, where it is not that of keys. None: it is.
 
         Raises:
             CacheError: an argument of the wrong kind.
@@ -81,10 +84,14 @@ class HookedKeyValueCacheEntry:
         require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
         require(has_attn, bool, what="has_attn", expected="True or False")
         n_kv_heads = cfg.n_kv_heads if has_attn else 0
-        shape = (read_count(batch_size, what="batch_size", least=1), 0, n_kv_heads, cfg.d_head)
+        shape = (read_count(batch_size, what="batch_size", least=1), 0, n_kv_heads)
+        width = cfg.d_head if d_head_v is None else read_count(d_head_v, what="d_head_v", least=1)
         with lasting_tensors():
-            empty = torch.empty(shape, device=read_device(device), dtype=read_dtype(dtype))
-        return cls(empty, empty)
+            keys, values = (
+                torch.empty((*shape, size), device=read_device(device), dtype=read_dtype(dtype))
+                for size in (cfg.d_head, width)
+            )
+        return cls(keys, values)
 
     @property
     def past_keys(self) -> Float[Tensor, "batch pos kv_head d_head"]:
@@ -93,7 +100,7 @@ class HookedKeyValueCacheEntry:
         return held.keys[:, : held.length]
 
     @property
-    def past_values(self) -> Float[Tensor, "batch pos kv_head d_head"]:
+    def past_values(self) -> Float[Tensor, "batch pos kv_head d_head_v"]:
         """The values so far."""
         held = self._readable()
         return held.values[:, : held.length]
@@ -111,9 +118,9 @@ class HookedKeyValueCacheEntry:
         return self._held.keys.shape[0]
 
     @property
-    def head_shape(self) -> tuple[int, int]:
-        """Key-value heads, and their width."""
-        return self._held.keys.shape[2], self._held.keys.shape[3]
+    def head_shape(self) -> tuple[int, int, int]:
+        """Key-value heads, and the widths of keys and values."""
+        return self._held.keys.shape[2], self._held.keys.shape[3], self._held.values.shape[3]
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +136,8 @@ class HookedKeyValueCacheEntry:
     def form(self) -> tuple[object, ...]:
         """All that decides what the entry can be used with: equal for entries of the same tokens and the same kind."""
         keys, values, length = self._held
-        return self.frozen, length, keys.shape[0], keys.shape[2:], keys.dtype, values.dtype, keys.device
+        shape = (keys.shape[0], keys.shape[2:], values.shape[3])
+        return self.frozen, length, *shape, keys.dtype, values.dtype, keys.device
 
     @property
     def n_unchanged(self) -> int:
@@ -142,13 +150,14 @@ class HookedKeyValueCacheEntry:
 
     def append_columns(self, n: int) -> None:
         """Count new tokens in a layer without attention, whose entry has 0 heads: columns that hold nothing."""
-        keys = self._held.keys
-        nothing = keys.new_empty(keys.shape[0], n, 0, keys.shape[3])
-        self.append(nothing, nothing.to(self._held.values.dtype))
+        nothing = (x.new_empty(x.shape[0], n, 0, x.shape[3]) for x in (self._held.keys, self._held.values))
+        self.append(*nothing)
 
     def append(
-        self, new_keys: Float[Tensor, "batch new kv_head d_head"], new_values: Float[Tensor, "batch new kv_head d_head"]
-    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
+        self,
+        new_keys: Float[Tensor, "batch new kv_head d_head"],
+        new_values: Float[Tensor, "batch new kv_head d_head_v"],
+    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head_v"]]:
         """Past + new keys and values; stored, too, unless the entry is frozen.
 
         A frozen entry of one row serves new tokens of any batch. An empty entry takes any floating dtype on any
@@ -159,9 +168,10 @@ class HookedKeyValueCacheEntry:
         """
         self._check_new(new_keys, self._held.keys, "keys")
         self._check_new(new_values, self._held.values, "values")
-        if new_keys.shape != new_values.shape:
+        if new_keys.shape[:3] != new_values.shape[:3]:
             raise CacheError(
-                f"new keys are {list(new_keys.shape)}, new values {list(new_values.shape)}; expected the same shape"
+                f"new keys are {list(new_keys.shape)}, new values {list(new_values.shape)}; expected the same rows, "
+                "columns and heads"
             )
         held = self._readable()
         graph = torch.is_grad_enabled() and any(

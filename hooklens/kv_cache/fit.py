@@ -67,15 +67,20 @@ def check_model(entries: Sequence[HookedKeyValueCacheEntry], cfg: HookedConfig, 
     """
     require(cfg, HookedConfig, what="cfg", expected="a HookedConfig, model.cfg")
     require_causal(cfg)
-    heads = cfg.kv_heads if len(entries) == n_layers else tuple(set(cfg.kv_heads))
-    if n_layers != cfg.n_layers or [entry.head_shape for entry in entries] != [(n, cfg.d_head) for n in heads]:
-        found = ", ".join(str(shape) for shape in sorted({(n_layers, *entry.head_shape) for entry in entries}))
-        wanted = ", ".join(str((cfg.n_layers, n, cfg.d_head)) for n in sorted(set(cfg.kv_heads)))
+    heads = cfg.head_shapes if len(entries) == n_layers else tuple(set(cfg.head_shapes))
+    if n_layers != cfg.n_layers or [entry.head_shape for entry in entries] != list(heads):
+        found = ", ".join(sorted({_describe_heads(n_layers, entry.head_shape) for entry in entries}))
+        wanted = ", ".join(sorted({_describe_heads(cfg.n_layers, shape) for shape in heads}))
         where = f" in layers with {list(cfg.kv_heads)} key-value heads" if len(set(cfg.kv_heads)) > 1 else ""
         raise CacheError(
             f"the cache has (layers, key-value heads, d_head) {found}, the model {wanted}{where}: it was made by "
             "another model; make one with model.prefill(prefix)"
         )
+
+
+def _describe_heads(n_layers: int, shape: tuple[int, int, int]) -> str:
+    n_kv_heads, d_key, d_value = shape
+    return str((n_layers, n_kv_heads, d_key)) + (f" with values {d_value} wide" if d_value != d_key else "")
 
 
 def require_causal(cfg: HookedConfig) -> None:

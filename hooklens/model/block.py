@@ -10,6 +10,7 @@ from hooklens.hooks import Call, HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.heads import HeadInput
+from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.mlp import MLP
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parts.declared import When, inner, point
@@ -108,6 +109,7 @@ class Block(Part, place="blocks.{i}"):
         super().__init__(block)
         self.has_attn, self.has_mlp, self.has_mid = block.attn is not None, block.mlp is not None, block.has_mid
         self.shares_norm = block.mlp_norm == "ln1"
+        self.has_latents = isinstance(self.attn, LatentAttention)
         self.residual_scale, self.dropout = self.cfg.residual_scale, self.cfg.resid_dropout
         # Something stands between what a branch makes and what it adds.
         self.changes_branches = self.cfg.residual_scale != 1 or self.cfg.resid_dropout > 0 or block.norm_after
@@ -179,7 +181,9 @@ class Block(Part, place="blocks.{i}"):
             or call.hears(self.hook_v_input)
         ):
             q_input, k_input, v_input = self._head_inputs(resid_pre, normed, call)
-        attn_out = self.attn(q_input, k_input, v_input, plan, call, entry)
+        # Latents are shown of the stream itself.
+        also = (normed,) if self.has_latents else ()
+        attn_out = self.attn(q_input, k_input, v_input, plan, call, entry, *also)
         if self.changes_branches:
             attn_out = self._leave_branch(attn_out, self.ln1_post, call)
         return self.hook_attn_out(attn_out, call)

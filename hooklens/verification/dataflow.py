@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator
 from itertools import pairwise
 
 from hooklens.axes import find_site
-from hooklens.config import BlockConfig, HookedConfig, MoEConfig, ShortformerPositions
+from hooklens.config import BlockConfig, HookedConfig, MLAConfig, MoEConfig, ShortformerPositions
 
 Edge = tuple[str, str]
 
 # What this module has the wiring of; what a part of another kind does inside is known to itself.
-_KNOWN_KINDS = {"attn": ("attention",), "mlp": ("mlp", "moe")}
+_KNOWN_KINDS = {"attn": ("attention", "mla"), "mlp": ("mlp", "moe")}
 _EXITS = {"attn": "ln1_post.hook_scale", "mlp": "ln2_post.hook_scale"}
 
 
@@ -103,6 +103,8 @@ def _attention_edges(block: BlockConfig, *, possibly: bool) -> Iterator[Edge]:
     passes = possibly or cfg.clip_qkv is None
     yield from _chain("hook_resid_pre", "hook_attn_in")
     yield from _chain("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized")
+    if isinstance(block.attn, MLAConfig):
+        yield from _latent_edges()
     for letter in "qkv":
         yield from _chain("hook_attn_in", f"hook_{letter}_input")
         if letter != "v" or passes:
@@ -128,6 +130,21 @@ def _attention_edges(block: BlockConfig, *, possibly: bool) -> Iterator[Edge]:
     yield "attn.hook_v", "attn.hook_z"
     yield from _chain("attn.hook_z", "attn.hook_result", "ln1_post.hook_scale", "ln1_post.hook_normalized")
     yield "ln1_post.hook_normalized", "hook_attn_out"
+
+
+def _latent_edges() -> Iterator[Edge]:
+    source = "ln1.hook_normalized"
+    for which, letters in (("q", "q"), ("kv", "kv")):
+        norm = f"attn.{which}_latent_norm"
+        for letter in letters:
+            yield from _chain(
+                source,
+                f"attn.hook_{which}_latent",
+                f"{norm}.hook_scale",
+                f"{norm}.hook_normalized",
+                f"attn.hook_{letter}",
+            )
+    yield from _chain(source, "attn.hook_k_rope", "attn.hook_k")
 
 
 def _mlp_edges(block: BlockConfig) -> Iterator[Edge]:

@@ -39,7 +39,7 @@ def check_firing(probe: Probe) -> list[CheckResult]:
 
 
 def _check_axes(probe: Probe, name: str, found: tuple[int, ...]) -> CheckResult:
-    site = find_site(name)
+    site = probe.model.cfg.description.points.get(name) or find_site(name)
     if site is None:
         return CheckResult(
             check=AXES, subject=name, measured=1.0, bound=0.0, message="the name is not in hooklens.axes.HOOK_SITES"

@@ -115,14 +115,19 @@ def _fold_value_bias(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None
 
 def other_attention(cfg: HookedConfig) -> list[str]:
     """The attention parts of which it is not known that values reach the stream by pattern and `W_O` alone."""
-    kinds = sorted({block.attn.kind for block in cfg.blocks if block.attn is not None} - {"attention"})
+    # Values of latent attention have no bias.
+    kinds = sorted({block.attn.kind for block in cfg.blocks if block.attn is not None} - {"attention", "mla"})
     return [f"attention of the kind {kind!r} may do something else with values" for kind in kinds]
+
+
+def _has_value_biases(cfg: HookedConfig) -> bool:
+    return any(name.endswith(".attn.b_V") for name in cfg.description.weights)
 
 
 def _value_obstacles(cfg: HookedConfig) -> list[str]:
     """Why a bias of the values does not reach every position alike."""
     obstacles = other_attention(cfg)
-    biased = cfg.block(0).has_bias("v")
+    biased = _has_value_biases(cfg)
     if biased and cfg.attn_sinks:
         obstacles.append("attention sinks take a part of every row of the pattern, which sums to less than 1")
     if biased and cfg.clip_qkv is not None:
@@ -140,13 +145,14 @@ fold_ln = ProcessingStep(
 
 The norms are left with weight 1 (0 with `unit_offset`) and bias 0, where they have these. Biases come into being where
 a norm had one: `qkv_bias`, `mlp_bias` and `unembed_bias` are switched on, with zeros for the maps of a flag that read
-no such norm. A tied unembedding is untied, where there is a final norm. Norms after a branch and query-key norms stay.
+no such norm. A tied unembedding is untied, where there is a final norm. Norms after a branch, query-key norms and those
+of the latents of latent attention stay.
 """
 
 fold_value_biases = ProcessingStep(
     name="fold_value_biases",
     find_obstacles=_value_obstacles,
-    change_config=lambda cfg: cfg.replace(out_bias=cfg.out_bias or cfg.block(0).has_bias("v")),
+    change_config=lambda cfg: cfg.replace(out_bias=cfg.out_bias or _has_value_biases(cfg)),
     change=_fold_value_bias,
 )
 """Moves `b_V` through `W_O` into `b_O` (switched on if need be) and leaves zeros; nothing to do without biases.

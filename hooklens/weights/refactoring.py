@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.config import HookedConfig, RotaryPositions
+from hooklens.config import HookedConfig, MLAConfig, RotaryPositions
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.factored import FactoredMatrix
 from hooklens.weights.folding import fold_value_biases, other_attention
@@ -67,6 +67,10 @@ def _obstacles(cfg: HookedConfig) -> list[str]:
         obstacles.append("query-key norm normalises queries and keys before their product (cfg.qk_norm)")
     if attending and cfg.clip_qkv is not None:
         obstacles.append(f"queries, keys and values are clipped entry by entry (cfg.clip_qkv={cfg.clip_qkv})")
+    if latent := [block.layer for block in attending if isinstance(block.attn, MLAConfig)]:
+        obstacles.append(
+            f"layers {latent} have latent attention, whose keys and values are made behind a norm of their own"
+        )
     if cfg.n_kv_heads != cfg.n_heads:
         obstacles.append(
             f"{cfg.n_heads} query heads share the W_K and W_V of {cfg.n_kv_heads} key-value heads, "

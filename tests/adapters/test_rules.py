@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.adapters.rules import Constant, Copy, DiskShapes, FusedQKV, parameters_beside
+from hooklens.adapters.rules import Constant, Copy, DiskShapes, FusedQKV, RowPieces, parameters_beside
 from hooklens.config import HookedConfig, NoPositions
 from hooklens.errors import UnsupportedModelError
 
@@ -118,3 +118,28 @@ def test_constant_is_the_number_or_refused(value, dtype) -> None:
         assert rule.load(written.to(dtype), cfg) == ()
     with pytest.raises(UnsupportedModelError, match=f"expected {value}"):
         rule.load(torch.tensor(1.1 * value), cfg)
+
+
+SIZES = {"one": 2, "two": 3, "three": 1}
+
+
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("is_weight", [True, False])
+def test_pieces_of_rows_by_brute_force(heads, is_weight) -> None:
+    """Pieces in another order than on disk, put together in one parameter, and for each head anew."""
+    made_of = (("b.{i}.W", ("three", "one")), ("b.{i}.V", ("two",)))
+    rule = RowPieces("rows", made_of, ("one", "two", "three"), lambda cfg: SIZES, heads=heads)
+    n_heads = ONE_LAYER.n_heads if heads else 1
+    tensor = torch.arange(float(n_heads * 6 * (5 if is_weight else 1)))
+    tensor = tensor.view(n_heads * 6, 5) if is_weight else tensor
+    whole, rest = rule.load(tensor, ONE_LAYER)
+    assert rule.ours == ("b.{i}.W", "b.{i}.V")
+    for head in range(n_heads):
+        for parameter, rows in ((whole, (5, 0, 1)), (rest, (2, 3, 4))):
+            of_head = parameter[head] if heads else parameter
+            assert of_head.shape == ((5, 3) if is_weight else (3,))
+            for place, row in enumerate(rows):
+                assert torch.equal(of_head[..., place], tensor[head * 6 + row])
+    assert torch.equal(rule.save((whole, rest), ONE_LAYER), tensor)
+    # As an nn.Linear has them.
+    assert all(one.movedim(-1, int(heads)).is_contiguous() for one in (whole, rest))

@@ -41,7 +41,11 @@ def embedding(model):
 def dense_ov(model, layer, head):
     block = model.blocks[layer]
     kv_head = head * model.cfg.n_kv_heads // model.cfg.n_heads
-    return behind(block.ln1, block.attn.W_V[kv_head]) @ through(block.ln1_post, block.attn.W_O[head])
+    if model.cfg.block(layer).attn.kind == "attention":
+        reads = behind(block.ln1, block.attn.W_V[kv_head])
+    else:
+        reads = behind(block.ln1, block.attn.W_DKV) @ behind(block.attn.kv_latent_norm, block.attn.W_UV[head])
+    return reads @ through(block.ln1_post, block.attn.W_O[head])
 
 
 def dense_qk(model, layer, head):
@@ -187,3 +191,13 @@ def test_bad_input():
         neuron_tokens(model, 0, [20])
     with pytest.raises(InputError, match="k=24; expected 1 to 23, the size of the vocabulary"):
         neuron_tokens(model, 0, k=24)
+
+
+def test_latent_attention_has_an_ov_circuit_and_no_qk_circuit():
+    """Of a key only a part goes through a norm, whose denominator cannot be left out of a sum."""
+    model = make_model("latent attention")
+    found = read_ov_directions(model, 1, 2, n_directions=3).singular_value.unique().tolist()
+    expected = torch.linalg.svdvals(dense_ov(model, 1, 2))[: len(found)].tolist()
+    assert found == pytest.approx(expected)
+    with pytest.raises(InputError, match=r"layer 1 has latent attention: of a head's key only what does not turn goes"):
+        top_qk_pairs(model, 1, 0)

@@ -147,7 +147,7 @@ def rewrite(path, *, tensors=None, metadata=None):
         {"tensors": {"attention_mask": torch.full((2, 5), 2, dtype=torch.uint8)}},
         {"tensors": {"0.keys": torch.zeros(2, 5, 2, 6, dtype=torch.int32)}},
         {"tensors": {"0.keys": torch.zeros(2, 5, 12)}},
-        {"tensors": {"0.keys": torch.zeros(2, 5, 2, 7)}},
+        {"tensors": {"0.keys": torch.zeros(2, 5, 3, 6)}},
         {"tensors": {"0.keys": torch.zeros(2, 4, 2, 6), "0.values": torch.zeros(2, 4, 2, 6)}},
         {"tensors": {"last_logits": torch.zeros(3, 23)}},
         {"tensors": {"last_logits": torch.zeros(2, 23, dtype=torch.int64)}},

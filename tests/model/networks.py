@@ -10,6 +10,7 @@ from hooklens.config import (
     AlibiPositions,
     HookedConfig,
     LearnedPositions,
+    MLAConfig,
     NoPositions,
     NormConfig,
     PartConfig,
@@ -63,6 +64,10 @@ PARTIAL_CONFIGS = {
         n_layers=4, attn=(ATTENTION, None, None, ATTENTION), mlp=(None, None, MLP, MLP), n_kv_heads=2,
         norm=(RMS_NORM, RMS_NORM, None, NormConfig(kind="layer", eps=1e-5)), final_norm=RMS_NORM,
         positions=RotaryPositions(dim=4),
+    ),
+    "latent attention": make_config(
+        norm=RMS_NORM, gated_mlp=True, act_fn="silu", mlp_bias=False, d_head=5, out_bias=False,
+        attn=MLAConfig(q_rank=5, kv_rank=8, d_nope=3, d_rope=2, d_head_v=3), positions=RotaryPositions(dim=2),
     ),
 }  # fmt: skip
 ALL_CONFIGS = {**CONFIGS, **PARTIAL_CONFIGS}

@@ -4,13 +4,23 @@
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooklens import HookedConfig, RotaryPositions
+from hooklens import (
+    HookedConfig,
+    LearnedPositions,
+    MLAConfig,
+    NoPositions,
+    PartConfig,
+    RotaryPositions,
+    ShortformerPositions,
+    SinusoidalPositions,
+)
 from hooklens.verification.comparing.ways import ways_to_run
 from hooklens.verification.probe import make_probe
 from tests.annotations import unchecked
@@ -37,7 +47,49 @@ FOUND = {
 def draw_network(draw) -> HookedConfig:
     # As for cases: the check of annotations would be another source of chance.
     with unchecked():
-        return draw(draw_config())
+        cfg = draw(draw_config())
+        return draw(draw_latents(cfg)) if draw(st.integers(0, 2)) == 0 else cfg
+
+
+@st.composite
+def draw_latents(draw, cfg: HookedConfig) -> HookedConfig:
+    """The network with latent attention in all layers that attend, or in some, without what does not go with it."""
+    latent = MLAConfig(
+        q_rank=draw(st.sampled_from([None, 3])),
+        kv_rank=draw(st.sampled_from([2, 5])),
+        d_nope=draw(st.integers(1, 3)),
+        d_rope=2,
+        d_head_v=draw(st.sampled_from([1, 4, 6])),
+        norm_eps=draw(st.sampled_from([1e-6, 0.1])),
+    )
+    attn: list[PartConfig | None] = []
+    positions: list[Any] = []
+    for block in cfg.blocks:
+        part = latent if block.attn is not None and (not attn or draw(st.booleans())) else block.attn
+        turns = block.positions.__class__ is RotaryPositions and block.positions.dim == latent.d_rope
+        attn.append(part)
+        positions.append(block.positions if turns or part is not latent else draw(st.sampled_from(_OF_LATENTS)))
+    at_once = isinstance(cfg.positions, LearnedPositions | SinusoidalPositions | NoPositions)
+    return cfg.replace(
+        attn=tuple(attn),
+        positions=cfg.positions if at_once else tuple(map(_for_each_layer, positions)),
+        d_head=latent.d_head,
+        n_kv_heads=cfg.n_heads,
+        clip_qkv=None,
+        qk_norm=None,
+        qk_norm_over="head",
+        qk_norm_per_head=False,
+        qk_norm_after_rotary=False,
+        v_bias=cfg.qkv_bias if cfg.k_bias is None else cfg.k_bias,
+    )
+
+
+_OF_LATENTS = (NoPositions(), RotaryPositions(dim=2), RotaryPositions(dim=2, base=20.0, layout="interleaved"))
+
+
+def _for_each_layer(positions: Any) -> Any:
+    """Positions as one layer can have them: shortformer ones are a table for all."""
+    return NoPositions() if isinstance(positions, ShortformerPositions) else positions
 
 
 @settings(max_examples=N_NETWORKS, derandomize="HOOKLENS_RANDOM_NETWORKS" not in os.environ)

@@ -1,6 +1,7 @@
 """Config parts: what a family's config map is put together from."""
 
 from hooklens.adapters.keys.config_map import ConfigMap
+from hooklens.adapters.keys.latents import LatentKeys, LatentPositionKeys, gate_scale_key, late_mixture_keys
 from hooklens.adapters.keys.mixtures import (
     INERT_ROUTER_KEYS,
     MixtureKeys,
@@ -45,6 +46,8 @@ __all__ = [
     "Derived",
     "FixedPositionKeys",
     "Key",
+    "LatentKeys",
+    "LatentPositionKeys",
     "LayeredRotary",
     "MixtureKeys",
     "PositionKeys",
@@ -52,7 +55,9 @@ __all__ = [
     "all_but_every",
     "embed_scale_flag",
     "every_few_layers",
+    "gate_scale_key",
     "late_layers",
+    "late_mixture_keys",
     "layers_in",
     "norm_key",
     "norm_topk_key",

@@ -49,14 +49,14 @@ def additive_mask(
 def attend(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "batch key kv_head d"],
-    v: Float[Tensor, "batch key value_head d"],
+    v: Float[Tensor, "batch key value_head d_v"],
     *,
     score_scale: float,
     mask: Float[Tensor, "rows one some_query key"] | None,
     is_causal: bool,
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
-) -> Float[Tensor, "batch query head d"]:
+) -> Float[Tensor, "batch query head d_v"]:
     """Values weighted by the softmax of the scores; no query x key tensor is made.
 
     A soft cap takes the chunked way of `attend_in_parts`, and sinks its log-sums. float64 on CUDA has no fused kernel
@@ -67,6 +67,9 @@ def attend(
         return attend_in_parts(q, [part], score_scale=score_scale, softcap=softcap, sinks=sinks)
     if torch._C._are_functorch_transforms_active() and _in_transform_without_kernel():
         return attend_explicitly(q, [Part(k, v, mask, is_causal)], score_scale=score_scale, softcap=None)
+    d_v = v.shape[-1]
+    if d_v != q.shape[-1] == k.shape[-1] and q.device.type == "cpu":
+        q, k, v = _widen_heads(q, k, v)
     n_kv_heads = k.shape[2]
     if n_kv_heads != v.shape[2]:
         k, v = _match_heads(k, v)
@@ -78,7 +81,7 @@ def attend(
             F.scaled_dot_product_attention(q_i, k_i, v_i, calls.mask, is_causal=is_causal, scale=score_scale)
             for q_i, (k_i, v_i) in zip(calls.split(q), calls.split_keys(k, v), strict=True)
         ]
-        return calls.join(results)
+        return calls.join(results)[..., :d_v]
     z = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -88,7 +91,17 @@ def attend(
         scale=score_scale,
         enable_gqa=grouped,
     )
-    return z.transpose(1, 2)
+    z = z.transpose(1, 2)
+    return z if z.shape[-1] == d_v else z[..., :d_v]
+
+
+def _widen_heads(*tensors: Tensor) -> list[Tensor]:
+    """Queries, keys and values with zeros up to one width, as the CPU's fused kernel wants them.
+
+    They add nothing to products, and to results entries past those of the values.
+    """
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 
 
 def _in_transform_without_kernel() -> bool:
@@ -111,7 +124,7 @@ def attend_in_parts(
     score_scale: float,
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
-) -> Float[Tensor, "batch query head d"]:
+) -> Float[Tensor, "batch query head d_v"]:
     """Attention over keys that stand in several places; neither they nor any query x key tensor are put together.
 
     Each part's attention comes with its log-sum, and the parts are weighted by these. A part of one row serves every
@@ -133,6 +146,13 @@ def attend_in_parts(
         InputError: queries, keys and values of different dtypes outside autocast, or of shapes that do not fit.
     """
     q, parts = _agree_on_dtype(q, parts)
+    d_v = parts[0].v.shape[-1]
+    widths = {q.shape[-1], *(part.k.shape[-1] for part in parts)}
+    if len(widths) == 1 and d_v not in widths and q.device.type == "cpu" and softcap is None:
+        q, *tensors = _widen_heads(q, *(tensor for part in parts for tensor in (part.k, part.v)))
+        parts = [part._replace(k=k, v=v) for part, k, v in zip(parts, tensors[::2], tensors[1::2], strict=True)]
+        z = attend_in_parts(q, parts, score_scale=score_scale, sinks=sinks)
+        return z[..., :d_v]
     fitted = [_fit_part(q, part) for part in parts]
     if torch._C._are_functorch_transforms_active():
         return attend_explicitly(q, fitted, score_scale=score_scale, softcap=softcap, sinks=sinks)
@@ -292,13 +312,13 @@ def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
 def attend_with_log_sum(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "batch key kv_head d"],
-    v: Float[Tensor, "batch key value_head d"],
+    v: Float[Tensor, "batch key value_head d_v"],
     *,
     score_scale: float,
     mask: Float[Tensor, "rows one some_query key"] | None,
     is_causal: bool,
     softcap: float | None = None,
-) -> tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]]:
+) -> tuple[Float[Tensor, "batch query head d_v"], Float[Tensor, "batch head query"]]:
     """What `attend` gives, and the log of the sum of the exponentiated scores, -inf where every key is hidden.
 
     With both, attention over parts of the keys can be put together, see `merge_parts`. Where gradients are recorded
@@ -319,9 +339,9 @@ def attend_with_log_sum(
 
 
 def merge_parts(
-    first: tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]],
-    second: tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]],
-) -> Float[Tensor, "batch query head d"]:
+    first: tuple[Float[Tensor, "batch query head d_v"], Float[Tensor, "batch head query"]],
+    second: tuple[Float[Tensor, "batch query head d_v"], Float[Tensor, "batch head query"]],
+) -> Float[Tensor, "batch query head d_v"]:
     """Attention over two parts of the keys, from the attention over each and its log-sum.
 
     The softmax over both is the two softmaxes, weighted by their sums of exponentiated scores.

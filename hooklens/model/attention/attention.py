@@ -22,7 +22,7 @@ from hooklens.model.attention.attend import (
 )
 from hooklens.model.attention.backends import attend_by_flex, attend_by_pattern, make_blocks
 from hooklens.model.attention.head_norm import HeadNorm
-from hooklens.model.attention.heads import EditedHeads, HeadInput, join_past, project_heads
+from hooklens.model.attention.heads import EditedHeads, HeadSource, join_past, project_heads
 from hooklens.model.attention.kernels import Part as KeyPart
 from hooklens.model.attention.rotary import CosSin, rotary_tables
 from hooklens.model.norm import Norm, norm
@@ -158,7 +158,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         """Say which table of positions is added to what queries and keys read."""
         self.__dict__["_pos_embed"] = pos_embed
 
-    def project(self, letter: str, x: HeadInput, plan: TokenPlan) -> Float[Tensor, "batch pos heads d_head"]:
+    def project(self, letter: str, x: HeadSource, plan: TokenPlan) -> Float[Tensor, "batch pos heads d_head"]:
         """What enters `hook_q`, `hook_k` or `hook_v`, from the normed stream."""
         pos_embed = self._pos_embed
         if pos_embed is not None and letter != "v":
@@ -171,9 +171,9 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
 
     def forward(
         self,
-        q_input: HeadInput,
-        k_input: HeadInput,
-        v_input: HeadInput,
+        q_input: HeadSource,
+        k_input: HeadSource,
+        v_input: HeadSource,
         plan: TokenPlan,
         call: Call,
         entry: HookedKeyValueCacheEntry | None = None,

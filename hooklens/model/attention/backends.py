@@ -22,14 +22,14 @@ _FLEX = "torch.nn.attention.flex_attention"
 def attend_by_pattern(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "rows key kv_head d"],
-    v: Float[Tensor, "rows key value_head d"],
+    v: Float[Tensor, "rows key value_head d_v"],
     *,
     score_scale: float,
     sight: Sight,
     softcap: float | None,
     term: Float[Tensor, "term_rows key head"] | None,
     sinks: Float[Tensor, " head"] | None,
-) -> Float[Tensor, "batch query head d"]:
+) -> Float[Tensor, "batch query head d_v"]:
     """Values weighted by the pattern, which is made of the scores."""
     scores = compute_scores(q, k, score_scale=score_scale, term=term, softcap=softcap, mask=sight.mask)
     return weigh_values(compute_pattern(scores, can_hide_all=sight.can_hide_all, sinks=sinks), v)
@@ -38,14 +38,14 @@ def attend_by_pattern(
 def attend_by_flex(
     q: Float[Tensor, "batch query head d"],
     k: Float[Tensor, "rows key kv_head d"],
-    v: Float[Tensor, "rows key value_head d"],
+    v: Float[Tensor, "rows key value_head d_v"],
     *,
     score_scale: float,
     blocks: Any,
     softcap: float | None,
     term: Float[Tensor, "term_rows key head"] | None,
     sinks: Float[Tensor, " head"] | None,
-) -> Float[Tensor, "batch query head d"]:
+) -> Float[Tensor, "batch query head d_v"]:
     """Values weighted by `flex_attention`.
 
     Args:

@@ -92,7 +92,7 @@ class HeadCalls:
         return torch.stack(results, 2).flatten(1, 2) if self.way == "by_member" else results[0]
 
     def split_keys(
-        self, k: Float[Tensor, "batch key kv_head d"], v: Float[Tensor, "batch key kv_head d"]
+        self, k: Float[Tensor, "batch key kv_head d"], v: Float[Tensor, "batch key kv_head d_v"]
     ) -> list[tuple[Tensor, Tensor]]:
         """Keys and values as each call takes them: `[batch head key d]`."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)

@@ -13,6 +13,9 @@ from hooklens.model.parts.part import apply_linear, is_plain
 # The normed stream, the same for all heads or (edited per head) a copy for each.
 HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos _ d_model"]
 
+# What queries, keys or values are made of: that, or in latent attention a latent of it.
+HeadSource = Float[Tensor, "batch pos _"] | Float[Tensor, "batch pos _ _"]
+
 
 class EditedHeads(NamedTuple):
     """Keys and values that listeners changed for single query heads.
@@ -49,7 +52,7 @@ def join_past(past: HookedKeyValueCacheEntry, k: Tensor, v: Tensor) -> tuple[Ten
     return keys, values
 
 
-def project_heads(x: HeadInput, linear: nn.Module | None, d_head: int) -> Float[Tensor, "batch pos heads d_head"]:
+def project_heads(x: HeadSource, linear: nn.Module | None, d_head: int) -> Float[Tensor, "batch pos heads d_head"]:
     """`x W + b` for each head, on one input for all heads or a copy for each."""
     assert linear is not None
     if x.ndim == 3:

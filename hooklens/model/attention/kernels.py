@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
     Attributes:
         k: `[rows key kv_head d]`; one row serves all rows of queries.
-        v: `[rows key value_head d]`.
+        v: `[rows key value_head d_v]`.
         mask: added to the scores, `[rows one some_query key]` of 0 and -inf; None: nothing is hidden.
         is_causal: query `i` sees keys `0` to `i` only; goes without a mask.
     """
@@ -72,7 +72,7 @@ class Rule(NamedTuple):
 
 def attend_to_part(
     q: Float[Tensor, "batch query head d"], part: Part, rule: Rule
-) -> tuple[Float[Tensor, "batch query head d"], Float[Tensor, "batch head query"]]:
+) -> tuple[Float[Tensor, "batch query head d_v"], Float[Tensor, "batch head query"]]:
     """Attention over a part of the keys and the log of the sum of its exponentiated scores.
 
     Records no gradients. Keys have as many rows as queries, and as many heads as values.
@@ -104,10 +104,10 @@ def attend_to_part(
 
 
 def differentiate_part(
-    grad_z: Float[Tensor, "batch query head d"],
+    grad_z: Float[Tensor, "batch query head d_v"],
     q: Float[Tensor, "batch query head d"],
     part: Part,
-    z: Float[Tensor, "batch query head d"],
+    z: Float[Tensor, "batch query head d_v"],
     log_sum: Float[Tensor, "batch head query"],
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:

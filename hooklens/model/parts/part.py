@@ -21,6 +21,7 @@ and a value in the config, `mlp=PartConfig(kind="two_experts")`.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from hooklens.axes import declare_site, find_site
+from hooklens.axes import HookSite, declare_site, find_site
 from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfig
 from hooklens.errors import ConfigError
 from hooklens.hooks import HookedModule, HookPoint
@@ -64,12 +65,15 @@ class Part(HookedModule):
             kind: the name under which a config asks for this class at that place.
         """
         super().__init_subclass__()
-        cls.declared = {
+        found = {
             name: value
-            for one in reversed(cls.__mro__)
+            for one in reversed(cls.__mro__[: cls.__mro__.index(Part)])
             for name, value in vars(one).items()
             if isinstance(value, Declared)
         }
+        # What a class declares anew stands in its own order, before what it takes over.
+        own = {name: found[name] for name in vars(cls) if name in found}
+        cls.declared = {**own, **{name: one for name, one in found.items() if name not in own}}
         cls.place = cls.place if place is None else place
         if cls.place is not None:
             declare_sites(cls, cls.place)
@@ -208,9 +212,7 @@ def _describe(description: Description, part: type[Part], spec: Spec, prefix: st
         elif isinstance(one, Weight):
             description.weights[name] = _describe_weight(one, spec, prefix, reads)
         elif isinstance(one, Point):
-            site = find_site(name)
-            assert site is not None
-            description.points[name] = site
+            description.points[name] = _describe_point(one, name)
         elif isinstance(one, Slot) and one.per_layer:
             for layer, inside in enumerate(one.spec(spec)):
                 _describe(description, one.part_class(inside), inside, f"{name}.{layer}.", None)
@@ -221,6 +223,14 @@ def _describe(description: Description, part: type[Part], spec: Spec, prefix: st
             if one.axes:
                 description.norms[name] = inside.norm
             _describe(description, one.part_class(spec), inside, f"{name}.", reads_from)
+
+
+def _describe_point(one: Point, name: str) -> HookSite:
+    """What a point carries in this network; values may have a width of their own in it."""
+    site = find_site(name)
+    assert site is not None
+    axes = tuple(one.axes.split())
+    return site if "..." in axes or axes == site.axes else replace(site, axes=axes)
 
 
 def _axes_of(one: Weight, spec: Spec) -> tuple[str, ...]:

@@ -21,10 +21,11 @@ class _Stacked:
     Args:
         module: where a layer has it.
         axes: of one layer's.
+        other_axes: what these may be in place of that, where they are so in all layers.
     """
 
-    def __init__(self, module: str, axes: str) -> None:
-        self._module, self._axes = module, axes.split()
+    def __init__(self, module: str, axes: str, other_axes: str | None = None) -> None:
+        self._module, self._axes, self._other_axes = module, axes.split(), (other_axes or axes).split()
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -35,28 +36,37 @@ class _Stacked:
         decoder, name = views.as_decoder(), self._name
         parts = [getattr(block, self._module) for block in decoder.block_list()]
         found = [getattr(part, name, None) for part in parts]
-        shape = [decoder.cfg.size(axis) for axis in self._axes]
         declared = [decoder.cfg.description.weights.get(f"blocks.{i}.{self._module}.{name}") for i in range(len(parts))]
-        without = parts if name.startswith("b_") else found
+        axes = self._axes
+        if declared and all(one is not None and list(one.axes) == self._other_axes for one in declared):
+            axes = self._other_axes
+        without = self._maps(parts) if name.startswith("b_") else found
         lacking = [
             layer
             for layer, (one, weight) in enumerate(zip(without, declared, strict=True))
-            if one is None or (weight is not None and list(weight.axes) != self._axes)
+            if one is None or (weight is not None and list(weight.axes) != axes)
         ]
         if lacking:
             first = declared[lacking[0]]
             reason = decoder.cfg.description.why_absent(f"blocks.{lacking[0]}.{self._module}.{name}")
             if first is not None:
-                reason = f"it is {list(first.axes)} there, not {self._axes}"
+                reason = f"it is {list(first.axes)} there, not {axes}"
             others = f". Other layers' are at model.blocks[i].{self._module}.{name}"
             raise ConfigError(
                 f"{name}: layers {lacking} have none: {reason or 'another part stands there'}"
                 f"{others if len(lacking) < len(parts) else ''}"
             )
+        shape = [decoder.cfg.size(axis) for axis in self._axes]
         empty = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
         # On several devices the layers come together where the embedding lies.
         gathered = [empty if weight is None else weight.to(decoder.device) for weight in found]
         return torch.stack(gathered) if found else empty[None][:0]
+
+    def _maps(self, parts: list[Any]) -> list[Any]:
+        """What has to be there for a bias that is not there to be 0: the part, of attention the map."""
+        if self._module != "attn":
+            return parts
+        return [getattr(part, f"W{self._name.removeprefix('b')}", None) for part in parts]
 
     def __set__(self, views: "WeightViews", value: object) -> None:
         raise AttributeError(
@@ -64,8 +74,8 @@ class _Stacked:
         )
 
 
-def _stacked(module: str, axes: str) -> Any:
-    return _Stacked(module, axes)
+def _stacked(module: str, axes: str, other_axes: str | None = None) -> Any:
+    return _Stacked(module, axes, other_axes)
 
 
 class WeightViews:
@@ -84,7 +94,7 @@ class WeightViews:
     W_Q: Float[Tensor, "layer head d_model d_head"] = _stacked("attn", "head d_model d_head")
     W_K: Float[Tensor, "layer kv_head d_model d_head"] = _stacked("attn", "kv_head d_model d_head")
     W_V: Float[Tensor, "layer kv_head d_model d_head"] = _stacked("attn", "kv_head d_model d_head")
-    W_O: Float[Tensor, "layer head d_head d_model"] = _stacked("attn", "head d_head d_model")
+    W_O: Float[Tensor, "layer head d_head d_model"] = _stacked("attn", "head d_head d_model", "head d_head_v d_model")
     b_Q: Float[Tensor, "layer head d_head"] = _stacked("attn", "head d_head")
     b_K: Float[Tensor, "layer kv_head d_head"] = _stacked("attn", "kv_head d_head")
     b_V: Float[Tensor, "layer kv_head d_head"] = _stacked("attn", "kv_head d_head")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.model.attention.attention import Attention
+from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.block import Block
 from hooklens.model.norm import Norm
 from hooklens.patching.estimates.gradients import GradientRuns, Move, pairs_per_graph
@@ -138,6 +139,8 @@ class EdgeGradients:
             return gradients[names[0]][:, None] if names[0] in gradients else None
         stream = now[_stream_name(reader)]
         attn, ln1 = self._attention(reader.layer)
+        if isinstance(attn, LatentAttention):
+            return _felt_by_latents(attn, ln1, stream, [gradients.get(name) for name in names])
         behind_norm = []
         for name, weight in zip(names, (attn.W_Q, attn.W_K, attn.W_V), strict=True):
             if name in gradients:
@@ -161,6 +164,22 @@ class EdgeGradients:
         assert isinstance(block, Block)
         assert isinstance(block.attn, Attention)
         return block.attn, block.ln1
+
+
+def _felt_by_latents(
+    attn: LatentAttention, ln1: Norm | None, stream: Tensor, gradients: Sequence[Tensor | None]
+) -> NodeVectors:
+    """The gradients at heads' copies of the stream, each of which has latents of its own."""
+    n_heads, felt = attn.cfg.n_heads, []
+    for letter, gradient in zip("qkv", gradients, strict=True):
+        if gradient is None:
+            felt.append(stream.new_zeros(len(stream), n_heads, *stream.shape[1:]))
+            continue
+        with torch.enable_grad():
+            copies = stream[:, :, None].expand(-1, -1, n_heads, -1).contiguous().requires_grad_()
+            heads = attn.project_stream(letter, copies if ln1 is None else ln1.apply_weights(copies))
+        felt.append(torch.autograd.grad(heads, copies, gradient)[0].transpose(1, 2))
+    return torch.cat(felt, 1)
 
 
 def _group(nodes: list[tuple[int, str, int]]) -> list[_Nodes]:

@@ -79,7 +79,7 @@ def pairs_per_group(model: HookedCausalLM, width: int, names: list[str], n_reads
     """
     cfg = model.cfg
     streams = 2 * (cfg.n_layers + 1) * width * cfg.d_model
-    keys_values = 4 * cfg.n_layers * width * cfg.n_kv_heads * cfg.d_head
+    keys_values = 2 * width * cfg.cache_width
     widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.mlp_width, cfg.n_heads * width)
     held = 3 * len(names) * width * widest + 6 * n_reads * cfg.d_vocab
     bytes_per_pair = (streams + keys_values + held) * model.dtype.itemsize

@@ -19,6 +19,7 @@ from hooklens.config import RotaryPositions
 from hooklens.hooks.edits import Edit
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.attention.attention import Attention
+from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.plan.planning import reads_positions
 from hooklens.verification.explicit import Batch
 from hooklens.verification.probe import Probe, as_logits
@@ -142,7 +143,8 @@ def takes_caches(probe: Probe) -> bool:
     if not probe.model.cfg.causal:
         return False
     blocks = probe.model.block_list()
-    return bool(blocks) and all(block._modules.get("attn") is None or type(block.attn) is Attention for block in blocks)
+    known = (Attention, LatentAttention)
+    return bool(blocks) and all(block._modules.get("attn") is None or type(block.attn) in known for block in blocks)
 
 
 def runs_in_pieces(probe: Probe) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.config import (
     AlibiPositions,
     BlockConfig,
+    MLAConfig,
     MoEConfig,
     RotaryPositions,
     ShortformerPositions,
@@ -20,6 +21,7 @@ from hooklens.verification.explicit.activations import (
     xielu,
 )
 from hooklens.verification.explicit.experts import Mixture
+from hooklens.verification.explicit.latents import Latents
 from hooklens.verification.explicit.positions import (
     alibi_term,
     query_temperature,
@@ -94,7 +96,14 @@ class BlockFormulas:
             "hook_mlp_out": lambda: self._leave("ln2_post", self._mlp()),
             "hook_resid_post": self._resid_post,
             **self._mixture_formulas(),
+            **self._latent_formulas(),
         }
+
+    def _latent_formulas(self) -> dict[str, Callable[[], Tensor]]:
+        if not isinstance(self.block.attn, MLAConfig):
+            return {}
+        latents = Latents(self.block.attn, self.network, self.place, self._read)
+        return {f"attn.{own}": formula for own, formula in latents.formulas().items()}
 
     def _mixture_formulas(self) -> dict[str, Callable[[], Tensor]]:
         if not isinstance(self.block.mlp, MoEConfig):
@@ -147,6 +156,8 @@ class BlockFormulas:
             "mlp.ln": lambda: self.at("mlp.hook_mid"),
             "attn.q_norm": lambda: self._entering_norm("q"),
             "attn.k_norm": lambda: self._entering_norm("k"),
+            "attn.q_latent_norm": lambda: self.at("attn.hook_q_latent"),
+            "attn.kv_latent_norm": lambda: self.at("attn.hook_kv_latent"),
         }
         if place not in entering:
             raise Unknown(f"{self.place}.{place}.{last}: the point belongs to a part of one's own")
@@ -269,7 +280,7 @@ class BlockFormulas:
         z, o_proj = self.at("attn.hook_z"), f"{self.place}.attn.o_proj"
         return torch.stack(
             [
-                z[:, :, head] @ self.weights.to_stream(o_proj, head, self.cfg.d_head).T
+                z[:, :, head] @ self.weights.to_stream(o_proj, head, self.block.d_head_v).T
                 for head in range(self.cfg.n_heads)
             ],
             2,

@@ -16,6 +16,7 @@ from hooklens.config import (
     SinusoidalPositions,
 )
 from hooklens.model.attention.attention import Attention
+from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.mlp import MLP
 from hooklens.model.moe import MoE
 from hooklens.verification.explicit.activations import (
@@ -57,7 +58,7 @@ class ExplicitNetwork:
         self._tables: dict[RotaryPositions, tuple[Tensor, Tensor]] = {}
         self._unknown: dict[str, str] = {}
         for layer, block in enumerate(model.block_list()):
-            for own, kinds in (("attn", (Attention,)), ("mlp", (MLP, MoE))):
+            for own, kinds in (("attn", (Attention, LatentAttention)), ("mlp", (MLP, MoE))):
                 part = block._modules.get(own)
                 if part is not None and (reason := why_unknown(part, kinds)) is not None:
                     self._unknown[f"blocks.{layer}.{own}"] = reason
@@ -169,7 +170,8 @@ class ExplicitNetwork:
 
     def _normed_axes(self, place: str) -> tuple[int, ...]:
         """What a norm goes over: the last axis, or with it the heads'."""
-        return (-2, -1) if ".attn." in place and self.cfg.qk_norm_over == "all_heads" else (-1,)
+        over_all = place.endswith((".attn.q_norm", ".attn.k_norm")) and self.cfg.qk_norm_over == "all_heads"
+        return (-2, -1) if over_all else (-1,)
 
     def _scaled(self, place: str, normalized: Tensor) -> Tensor:
         gain, bias = (self._weight_of_norm(f"{place}.{word}", normalized.shape[-2]) for word in "wb")

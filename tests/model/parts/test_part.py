@@ -34,13 +34,19 @@ def declared_weights(model):
 
 def by_hand(stored, word, cfg):
     """A stored matrix in its logical shape: `[out, in]` with heads merged, as PyTorch and checkpoints lay maps out."""
+    if (latent := cfg.block(0).attn) is not None and latent.kind == "mla":
+        widths = {"W_UQ": latent.d_head, "W_UK": latent.d_nope, "W_UV": latent.d_head_v}
+        if word in widths:
+            return torch.stack([rows.T for rows in stored.split(widths[word])])
+        if word == "W_O":
+            return torch.stack([columns.T for columns in stored.split(latent.d_head_v, dim=1)])
     if word in ("W_Q", "W_K", "W_V"):
         return torch.stack([rows.T for rows in stored.split(cfg.d_head)])
     if word == "W_O":
         return torch.stack([columns.T for columns in stored.split(cfg.d_head, dim=1)])
     if word in ("b_Q", "b_K", "b_V"):
         return torch.stack(stored.split(cfg.d_head))
-    return stored.T if word in ("W_in", "W_gate", "W_out", "W_U") else stored
+    return stored.T if word in ("W_in", "W_gate", "W_out", "W_U", "W_DQ", "W_DKV", "W_KR") else stored
 
 
 @pytest.mark.parametrize("network", ALL_CONFIGS)

@@ -16,7 +16,7 @@ from tests.patching.estimates import published
 
 METRIC = LogProb(4)
 WIRINGS = ["grouped", "rotary", "shared norm", "alibi, grouped", "learned, tied", "bare", "attention only"]
-WIRINGS += ["heads and MLPs apart"]
+WIRINGS += ["heads and MLPs apart", "latent attention"]
 
 
 def assert_scores(found, table, atol):

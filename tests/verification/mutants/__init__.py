@@ -3,13 +3,14 @@
 from tests.verification.mutants.attention import ATTENTION
 from tests.verification.mutants.blocks import BLOCKS
 from tests.verification.mutants.caches import CACHES
+from tests.verification.mutants.latents import LATENTS
 from tests.verification.mutants.listening import LISTENING
 from tests.verification.mutants.mixtures import MIXTURES
 from tests.verification.mutants.options import OPTIONS
 from tests.verification.mutants.positions import POSITIONS
 from tests.verification.mutation import Mutant
 
-MUTANTS = (*ATTENTION, *BLOCKS, *POSITIONS, *OPTIONS, *LISTENING, *CACHES, *MIXTURES)
+MUTANTS = (*ATTENTION, *BLOCKS, *POSITIONS, *OPTIONS, *LISTENING, *CACHES, *MIXTURES, *LATENTS)
 
 EQUIVALENT = (
     (
