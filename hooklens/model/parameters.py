@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
+from hooklens.model.parts.quantised import is_quantised_tensor
 from hooklens.weights.layout import logical_view, stored_view
 from hooklens.weights.names import bare_names
 
@@ -52,7 +53,7 @@ class ModelWeights(Mapping[str, Tensor]):
 
 def fill_parameters(
     decoder: "Decoder",
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | nn.Module]],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -62,6 +63,13 @@ def fill_parameters(
     The network may lie on the `meta` device, so that at no time more than one copy of it exists. A tensor
     that already has the dtype, device and layout is used as it is.
 
+    Args:
+        decoder: the network.
+        tensors: weights by their names, of the field or of the parameters. A module takes the place of the linear map
+            whose weight it has the name of: one of the same call that is quantised, and lies where it is to be.
+        device: where to put them.
+        dtype: of the weights; None: their own.
+
     Raises:
         CheckpointError: a name the network does not have, a wrong shape, or a parameter left without tensor.
     """
@@ -69,26 +77,38 @@ def fill_parameters(
     by_parameter = {weight.parameter: weight for weight in declared.values()}
     missing = set(declared)
     modules = dict(decoder.named_modules())
-    for name, tensor in tensors:
+    for name, given in tensors:
         if name == _TIED and name not in declared:
             continue
         weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
         if weight is None:
             raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
+        missing.discard(weight.name)
+        path, _, held_as = weight.parameter.rpartition(".")
+        if isinstance(given, nn.Module):
+            modules[path] = _replace_map(decoder, path, given)
+            continue
         wanted = weight.stored_shape if is_stored else weight.shape
-        if tuple(tensor.shape) != wanted:
-            raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}; expected {list(wanted)}")
-        placed = tensor.detach().to(device=device, dtype=dtype)
+        if tuple(given.shape) != wanted:
+            raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
+        placed = given.detach().to(device=device, dtype=dtype)
         if not is_stored:
             placed = stored_view(placed, weight.stored, weight.axes)
         if placed.is_inference():
             placed = placed.clone()
-        path, _, held_as = weight.parameter.rpartition(".")
         parameter = nn.Parameter(placed.contiguous(), requires_grad=placed.is_floating_point())
         modules[path]._parameters[held_as] = parameter
-        missing.discard(weight.name)
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
+
+
+def _replace_map(decoder: "Decoder", path: str, linear: nn.Module) -> nn.Module:
+    """Put a linear map in the place of another, whose bias, filled or not, it takes over."""
+    place, _, name = path.rpartition(".")
+    part, old = decoder.get_submodule(place), decoder.get_submodule(path)
+    linear._parameters["bias"] = old._parameters["bias"]
+    part._modules[name] = linear
+    return linear
 
 
 def _held_weights(cfg: HookedConfig) -> dict[str, DeclaredWeight]:
@@ -133,8 +153,15 @@ def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, T
     share, and its biases of 0, which say what their absence says, are understood.
 
     Raises:
-        CheckpointError: a weight under two names.
+        CheckpointError: a weight under two names, or quantised ones.
     """
+    quantised = [name for name, value in state.items() if is_quantised_tensor(value)]
+    if quantised:
+        raise CheckpointError(
+            f"weights given are quantised: {join_names(quantised)}. A state dict has what is stored of these, which "
+            "only the map it comes from can read: load the checkpoint with quantize= once more, or give the state dict "
+            "of model.dequantize()"
+        )
     declared = _held_weights(cfg)
     by_parameter = {weight.parameter: weight for weight in declared.values()}
     named: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hooklens.arguments import optional, read_flag, read_function, read_path, reads, refusal, require
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
+from hooklens.model.parts.quantised import is_quantised_tensor
 from hooklens.training.batches import FunctionObjective, Loss, NextTokenObjective, Objective
 from hooklens.training.config import TrainConfig
 from hooklens.training.data import DataStream, check_data, gives_once
@@ -132,7 +133,7 @@ def _check_trainable(model: nn.Module, config: TrainConfig) -> None:
         "are quantised: load them in a floating dtype": [
             name
             for name, one in weights.items()
-            if one.is_quantized or not (one.is_floating_point() or one.is_complex())
+            if is_quantised_tensor(one) or one.is_quantized or not (one.is_floating_point() or one.is_complex())
         ],
         "are no tensors, and cannot be saved": others,
     }

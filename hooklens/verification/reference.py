@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import MoEConfig
+from hooklens.model.parts.quantised import quantised_maps
 from hooklens.optional import import_package
 from hooklens.verification.probe import PaddingSide, Probe, as_logits, largest_difference
 from hooklens.verification.report import CheckResult
@@ -93,7 +94,12 @@ def float64_by_default() -> Iterator[None]:
 
 
 def cast_model(model: HookedCausalLM, dtype: torch.dtype) -> HookedCausalLM:
-    """A copy of the very model, with whatever was put into it, in a dtype."""
+    """A copy of the very model, with whatever was put into it, in a dtype.
+
+    Quantised weights are exact in float32 at most: in float64 the copy computes with what they are dequantised.
+    """
+    if dtype == torch.float64 and quantised_maps(model):
+        return model.dequantize().to(dtype)
     return copy.deepcopy(model).to(dtype)
 
 

@@ -1,0 +1,83 @@
+"""Linear maps whose weights are quantised, and what they multiply with, as plain numbers.
+
+Such a map is the module of the library that reads the format, in the place of a projection and with its call: an
+`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. A network that holds one has
+imported its library; nothing of these is imported here before.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooklens.optional import import_package
+
+_TORCHAO, _BITSANDBYTES = "torchao", "bitsandbytes"
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_quantised(module: nn.Module | None) -> bool:
+    """Whether a module is a linear map with a quantised weight."""
+    weight = None if module is None else module.__dict__["_parameters"].get("weight")
+    return weight is not None and type(weight) not in _PLAIN and is_quantised_tensor(weight)
+
+
+def is_quantised_tensor(tensor: object) -> bool:
+    """Whether a tensor is a quantised weight, of torchao or bitsandbytes."""
+    return type(tensor) not in _PLAIN and _origin(tensor) in (_TORCHAO, _BITSANDBYTES)
+
+
+def quantised_maps(network: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a network whose weights are quantised, by name."""
+    return {name: module for name, module in network.named_modules() if is_quantised(module)}
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight `[out, in]` of a linear map; of a quantised one what it multiplies with, a copy in plain numbers."""
+    weight: Any = linear.weight
+    if not is_quantised(linear):
+        return weight  # type: ignore[no-any-return]
+    with torch.no_grad():
+        dense = weight.dequantize() if _origin(weight) == _TORCHAO else _read_bitsandbytes(linear)
+        return dense.to(compute_dtype(linear))
+
+
+def compute_dtype(linear: nn.Module) -> torch.dtype:
+    """The dtype in which a quantised linear map computes, that of its network."""
+    said = getattr(linear, "compute_dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.dtype if weight.is_floating_point() else torch.float32
+
+
+def set_compute_dtype(linear: nn.Module, dtype: torch.dtype) -> None:
+    """Have a quantised linear map compute in a dtype: what is stored of its weight stays as it is."""
+    linear.compute_dtype = dtype  # type: ignore[assignment]
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        state.dtype = dtype
+
+
+def describe_maps(maps: dict[str, nn.Module]) -> str:
+    """Quantised maps in words: how many, of which library, and the first of them."""
+    libraries = sorted({_origin(module.weight) for module in maps.values()})
+    return f"the weights of {len(maps)} linear maps are quantised ({', '.join(libraries)}), {next(iter(maps))!r} first"
+
+
+def _read_bitsandbytes(linear: Any) -> Tensor:
+    """What bitsandbytes keeps: 4-bit numbers with their state, or int8 rows whose scales move into a state in use."""
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        dense: Tensor = import_package(_BITSANDBYTES).functional.dequantize_4bit(weight.data, state)
+        return dense
+    held = weight if getattr(weight, "SCB", None) is not None else linear.state
+    rows, scales = held.CB.float(), held.SCB.float() / 127
+    made: Tensor = rows * scales[:, None]
+    return made
+
+
+def _origin(value: object) -> str:
+    """The package that the class of a value comes from."""
+    return type(value).__module__.partition(".")[0]
