@@ -25,13 +25,14 @@ class QuantisedWeight:
     """The weight of a linear map, `[out, in]`, in the tensors that a way to quantise stores of it.
 
     Attributes:
-        method: the name of the way.
+        layout: `"int8 rows"`: `entries` `[out, in]` times `scales` `[out]`. `"4-bit blocks"`: `entries`, two in a byte
+            and the first in its high half, that index `quant_map`, times `absmax` `[out * in / blocksize]`.
         shape: outputs and inputs.
         tensors: by their role in it.
-        settings: numbers and words beside them.
+        settings: of 4-bit blocks, `blocksize` and `kind` (`"nf4"`, `"fp4"`).
     """
 
-    method: str
+    layout: str
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any]

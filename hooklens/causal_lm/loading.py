@@ -130,8 +130,8 @@ class LoadingMethods:
         its `W_Q` and the field's other names give what they are dequantised, copies that cannot be assigned.
         `model.dequantize()` is the plain model.
 
-        A local folder or file may be in an old format of the field, which is read and not written: TransformerLens's (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and
-        `consolidated.*.pth`).
+        A local folder or file may be in an old format of the field, which is read and not written: TransformerLens's
+        (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and `consolidated.*.pth`).
 
         Args:
             source: a name on the hub, a local folder (no network is touched), an fsspec URL (`"s3://bucket/folder"`,

@@ -4,10 +4,11 @@
 |---|---|---|
 | `"int8"` | torchao | int8 numbers, with a scale for each output |
 | `"int4"` | bitsandbytes | 4-bit numbers that index the NF4 table, with a scale for each 64 of them |
-| `"keep"` | bitsandbytes | as it lies in the checkpoint |
+| `"keep"` | torchao, bitsandbytes | what the checkpoint holds: int8 rows, 4-bit blocks |
 
-NF4 is that of Dettmers et al. 2023 ("QLoRA"). Both are weight-only: what a map computes is linear in its input, as everything that takes a layer apart into heads and
-directions needs. The exception is a checkpoint of bitsandbytes' 8 bits on a GPU, whose kernel rounds the input, too.
+NF4 is that of Dettmers et al. 2023 ("QLoRA"). All are weight-only, on any device: what a map computes is linear in its
+input, as whatever takes a layer apart into heads and directions needs. So a checkpoint of bitsandbytes' 8 bits, which
+have this layout, runs on torchao's: bitsandbytes' own kernels round the inputs of such a map to 8 bits, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from hooklens.adapters import QuantisedWeight
 from hooklens.config import DeclaredWeight, HookedConfig, MoEConfig
-from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError
+from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError, join_names
 from hooklens.model.parts.quantised import set_compute_dtype
 from hooklens.optional import import_package
 from hooklens.weights.layout import stored_view
@@ -37,7 +38,8 @@ def check_quantisation(cfg: HookedConfig, kind: Quantisation, dtype: torch.dtype
 
     Raises:
         InputError: a dtype in which the libraries do not compute.
-        UnsupportedModelError: the network has experts, whose weights are no linear maps of their own.
+        UnsupportedModelError: the network has experts, whose weights are no linear maps of their own, or maps whose
+            rows are no whole blocks.
         MissingDependencyError: the library is not installed, or goes with another torch.
     """
     if dtype not in _DTYPES:
@@ -52,7 +54,18 @@ def check_quantisation(cfg: HookedConfig, kind: Quantisation, dtype: torch.dtype
             f"quantize={kind!r}: the MLPs of layers {mixtures} are mixtures of experts. Their weights, most of such a "
             f"model, lie in one tensor each, which are no linear maps that a library could quantise: {_WAY_OUT}"
         )
-    _library("torchao" if kind == "int8" else "bitsandbytes")
+    short = [
+        f"{weight.name} {weight.stored_shape[1]}"
+        for weight in cfg.description.weights.values()
+        if is_projection(weight) and weight.stored_shape[1] % _NF4_BLOCK
+    ]
+    if short and kind == "int4":
+        raise UnsupportedModelError(
+            f"quantize='int4': {len(short)} maps have a number of inputs that is no multiple of {_NF4_BLOCK}, of which "
+            f"each row's 4-bit numbers share a scale: {join_names(short)}; take quantize='int8', or {_WAY_OUT}"
+        )
+    if kind != "keep":
+        _library(_LIBRARIES[kind])
 
 
 def quantise_tensors(
@@ -90,7 +103,7 @@ def build_kept(
     """Weights by name, those that a checkpoint holds quantised as linear maps of the library that reads them."""
     for name, value in tensors:
         if isinstance(value, QuantisedWeight):
-            yield name, _KEEPERS[value.method](value, torch.device(device), dtype)
+            yield name, _KEEPERS[value.layout](value, torch.device(device), dtype)
         else:
             yield name, value
 
@@ -159,17 +172,25 @@ def _keep_4bit(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     return linear
 
 
-def _keep_8bit(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The linear map of bitsandbytes that computes with int8 rows as they lie in a checkpoint."""
-    library = _library("bitsandbytes")
-    d_out, d_in = weight.shape
-    linear: nn.Module = library.nn.Linear8bitLt(
-        d_in, d_out, bias=False, has_fp16_weights=False, threshold=weight.settings["threshold"], device="meta"
-    )
-    rows, scales = weight.tensors["entries"].to(device), weight.tensors["scales"].to(device)
-    linear.weight = library.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
-    set_compute_dtype(linear, dtype)
+def _keep_int8(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The linear map of torchao that computes with int8 rows as they lie in a checkpoint."""
+    # Made of zeros in float32, the dtype of the scales.
+    linear = _make_int8(torch.zeros(weight.shape, dtype=torch.float32, device=device), dtype)
+    stored = list(_stored_tensors(linear.weight))
+    (rows,) = (one for one in stored if one.dtype == torch.int8 and one.shape == weight.shape)
+    (scales,) = (one for one in stored if one.is_floating_point() and one.numel() == weight.shape[0])
+    rows.copy_(weight.tensors["entries"])
+    scales.copy_(weight.tensors["scales"].reshape(scales.shape))
     return linear
+
+
+def _stored_tensors(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that one of torchao's is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored_tensors(getattr(tensor, name))
 
 
 def _empty_4bit(d_out: int, d_in: int, dtype: torch.dtype, kind: str) -> Any:
@@ -182,10 +203,11 @@ def _empty_4bit(d_out: int, d_in: int, dtype: torch.dtype, kind: str) -> Any:
     return linear
 
 
+_LIBRARIES = {"int8": "torchao", "int4": "bitsandbytes"}
 _MAKERS: dict[str, Callable[[Tensor, torch.dtype], nn.Module]] = {"int8": _make_int8, "int4": _make_int4}
 _KEEPERS: dict[str, Callable[[QuantisedWeight, torch.device, torch.dtype], nn.Module]] = {
-    "bitsandbytes, 4 bits": _keep_4bit,
-    "bitsandbytes, 8 bits": _keep_8bit,
+    "int8 rows": _keep_int8,
+    "4-bit blocks": _keep_4bit,
 }
 
 

@@ -107,6 +107,7 @@ def _replace_map(decoder: "Decoder", path: str, linear: nn.Module) -> nn.Module:
     place, _, name = path.rpartition(".")
     part, old = decoder.get_submodule(place), decoder.get_submodule(path)
     linear._parameters["bias"] = old._parameters["bias"]
+    linear.train(old.training)
     part._modules[name] = linear
     return linear
 

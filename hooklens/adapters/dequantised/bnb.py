@@ -84,12 +84,15 @@ class Bnb4Bit:
         return weight.reshape(state["shape"])
 
     def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
-        """Blocks run on from one row into the next where rows are no multiple of them."""
+        """Blocks run on from one row into the next where rows are no multiple of them.
+
+        So rows of several maps share scales. And bitsandbytes' own kernel for CPUs begins each row with a new block.
+        """
         state = _read_state(parts)
         d_in, blocksize = state["shape"][1], state["blocksize"]
-        if rows.is_whole or d_in % blocksize == 0:
+        if d_in % blocksize == 0:
             return None
-        return f"it holds several maps, whose rows of {d_in} numbers share scales of {blocksize} numbers"
+        return f"rows of {d_in} numbers share scales of {blocksize}"
 
     def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
         """Rows as they are stored, with scales that are not quantised themselves: to the same numbers."""
@@ -100,7 +103,7 @@ class Bnb4Bit:
             packed = packed.view(d_out, -1)[rows.numbers].flatten()
             absmax = absmax.view(d_out, -1)[rows.numbers].flatten()
         return QuantisedWeight(
-            self.name,
+            "4-bit blocks",
             (len(rows.numbers), d_in),
             {"entries": packed, "absmax": absmax.float(), "quant_map": parts.read("quant_map").float()},
             {"kind": next(kind for kind in _KINDS if kind in parts), "blocksize": state["blocksize"]},
@@ -108,11 +111,7 @@ class Bnb4Bit:
 
 
 class Bnb8Bit:
-    """int8 weights with a scale for each row, 127 times that of an entry.
-
-    Args:
-        threshold: on a GPU, bitsandbytes multiplies inputs above it apart, unrounded.
-    """
+    """int8 weights with a scale for each row, 127 times that of an entry."""
 
     name = "bitsandbytes, 8 bits"
     markers = (".SCB",)
@@ -123,9 +122,6 @@ class Bnb8Bit:
     dtype = torch.float32
     is_linear = True
     pads_biases = False
-
-    def __init__(self, threshold: float = 6.0) -> None:
-        self.threshold = threshold
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         """That of the entries."""
@@ -151,11 +147,11 @@ class Bnb8Bit:
 
     def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
         """Rows as they are stored."""
-        tensors = {role: parts.read(role) for role in self.parts}
+        entries, scales = parts.read("entries"), parts.read("scales").to(torch.float32) / _LARGEST
         if not rows.is_whole:
-            tensors = {role: tensor[rows.numbers] for role, tensor in tensors.items()}
+            entries, scales = entries[rows.numbers], scales[rows.numbers]
         shape = (len(rows.numbers), parts.shape("entries")[1])
-        return QuantisedWeight(self.name, shape, tensors, {"threshold": self.threshold})
+        return QuantisedWeight("int8 rows", shape, {"entries": entries, "scales": scales}, {})
 
 
 def _read_absmax(parts: Parts, state: Mapping[str, Any]) -> Tensor:

@@ -68,11 +68,7 @@ def _read_awq(settings: Settings) -> QuantFormat:
 
 def _read_bitsandbytes(settings: Settings) -> QuantFormat:
     in_4bit = settings.get("load_in_4bit", False) or settings.get("_load_in_4bit", False)
-    threshold = settings.get("llm_int8_threshold", 6.0)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0:
-        settings.reject("llm_int8_threshold", threshold, "a number of at least 0")
-        threshold = 6.0
-    return Bnb4Bit() if in_4bit else Bnb8Bit(float(threshold))
+    return Bnb4Bit() if in_4bit else Bnb8Bit()
 
 
 METHODS: Mapping[str, Callable[[Settings], QuantFormat]] = {
