@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
-from hooklens.model.parts.quantised import is_quantised_tensor
 from hooklens.weights.layout import logical_view, stored_view
 from hooklens.weights.names import bare_names
+from hooklens.weights.quantised import is_quantised_tensor
 
 if TYPE_CHECKING:
     from hooklens.model.decoder import Decoder

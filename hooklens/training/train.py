@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from hooklens.arguments import optional, read_flag, read_function, read_path, reads, refusal, require
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
-from hooklens.model.parts.quantised import is_quantised_tensor
 from hooklens.training.batches import FunctionObjective, Loss, NextTokenObjective, Objective
 from hooklens.training.config import TrainConfig
 from hooklens.training.data import DataStream, check_data, gives_once
@@ -21,6 +20,7 @@ from hooklens.training.metrics import read_logger
 from hooklens.training.randomness import keep_random, seed_random
 from hooklens.training.result import TrainResult
 from hooklens.training.run import TrainingRun
+from hooklens.weights.quantised import is_quantised_tensor
 
 
 @reads(

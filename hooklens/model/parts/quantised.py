@@ -11,20 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.optional import import_package
-
-_TORCHAO, _BITSANDBYTES = "torchao", "bitsandbytes"
-_PLAIN = (Tensor, nn.Parameter)
+from hooklens.weights.quantised import BITSANDBYTES, TORCHAO, is_quantised_tensor, package_of
 
 
 def is_quantised(module: nn.Module | None) -> bool:
     """Whether a module is a linear map with a quantised weight."""
     weight = None if module is None else module.__dict__["_parameters"].get("weight")
-    return weight is not None and type(weight) not in _PLAIN and is_quantised_tensor(weight)
-
-
-def is_quantised_tensor(tensor: object) -> bool:
-    """Whether a tensor is a quantised weight, of torchao or bitsandbytes."""
-    return type(tensor) not in _PLAIN and _origin(tensor) in (_TORCHAO, _BITSANDBYTES)
+    if weight is None:
+        return False
+    # A pickle of one of bitsandbytes' weights is a plain parameter that has all of its attributes.
+    return is_quantised_tensor(weight) or (package_of(module) == BITSANDBYTES and not weight.is_floating_point())
 
 
 def quantised_maps(network: nn.Module) -> dict[str, nn.Module]:
@@ -38,7 +34,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
     if not is_quantised(linear):
         return weight  # type: ignore[no-any-return]
     with torch.no_grad():
-        dense = weight.dequantize() if _origin(weight) == _TORCHAO else _read_bitsandbytes(linear)
+        dense = weight.dequantize() if package_of(weight) == TORCHAO else _read_bitsandbytes(linear)
         return dense.to(compute_dtype(linear))
 
 
@@ -61,7 +57,7 @@ def set_compute_dtype(linear: nn.Module, dtype: torch.dtype) -> None:
 
 def describe_maps(maps: dict[str, nn.Module]) -> str:
     """Quantised maps in words: how many, of which library, and the first of them."""
-    libraries = sorted({_origin(module.weight) for module in maps.values()})
+    libraries = sorted({TORCHAO if package_of(one.weight) == TORCHAO else BITSANDBYTES for one in maps.values()})
     return f"the weights of {len(maps)} linear maps are quantised ({', '.join(libraries)}), {next(iter(maps))!r} first"
 
 
@@ -70,14 +66,9 @@ def _read_bitsandbytes(linear: Any) -> Tensor:
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        dense: Tensor = import_package(_BITSANDBYTES).functional.dequantize_4bit(weight.data, state)
+        dense: Tensor = import_package(BITSANDBYTES).functional.dequantize_4bit(weight.data, state)
         return dense
     held = weight if getattr(weight, "SCB", None) is not None else linear.state
     rows, scales = held.CB.float(), held.SCB.float() / 127
     made: Tensor = rows * scales[:, None]
     return made
-
-
-def _origin(value: object) -> str:
-    """The package that the class of a value comes from."""
-    return type(value).__module__.partition(".")[0]
