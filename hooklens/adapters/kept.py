@@ -169,14 +169,15 @@ def _find_rows(
     A rule permutes entries, so it takes their numbers along.
     """
     d_out, d_in = shape
-    columns = torch.arange(d_in, dtype=torch.int32)
+    # float32, which holds these numbers exactly, is what weights may be of.
+    columns = torch.arange(d_in, dtype=torch.float32)
 
     def trace(numbers: Tensor) -> list[Tensor]:
         loaded = bound.load(lambda name: numbers.T if turned else numbers, cfg)
         return [stored_view(one, weight.stored, weight.axes) for one, weight in zip(loaded, weights, strict=True)]
 
     found = []
-    rows = trace(torch.arange(d_out, dtype=torch.int32)[:, None].expand(shape))
+    rows = trace(torch.arange(d_out, dtype=torch.float32)[:, None].expand(shape))
     for row, column in zip(rows, trace(columns.expand(shape)), strict=True):
         if row.shape[1] != d_in or not (bool((column == columns).all()) and bool((row == row[:, :1]).all())):
             return None

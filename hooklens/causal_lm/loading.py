@@ -125,10 +125,10 @@ class LoadingMethods:
         The config is read and checked before any weight is fetched. From a URL or a `Repository` safetensors files are
         read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
 
-        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes) are dequantised, one by
-        one, unless `quantize="keep"`. A model with quantised projections runs, and is hooked and edited, as any other;
-        its `W_Q` and the field's other names give what they are dequantised, copies that cannot be assigned.
-        `model.dequantize()` is the plain model.
+        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes, torchao's int8) are
+        dequantised, one by one, unless `quantize="keep"`. A model with quantised projections runs, and is hooked and
+        edited, as any other; its `W_Q` and the field's other names give what they are dequantised, copies that are not
+        assigned. `model.dequantize()` is the plain model.
 
         A local folder or file may be in an old format of the field, which is read and not written: TransformerLens's
         (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and `consolidated.*.pth`).
@@ -150,7 +150,8 @@ class LoadingMethods:
             quantize: have the projections of attention and MLPs quantised, one by one while they are read; embeddings,
                 unembedding, norms and biases stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits,
                 a scale for each output (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what
-                the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits). None: all is plain.
+                the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits, torchao's int8). None: all is
+                plain.
             storage_options: what the file system of a URL is made with (credentials, endpoint).
             cache_dir: the hub's cache folder.
             local_files_only: use what the hub's cache holds, and no network.
