@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from hooklens.adapters import QuantisedWeight
 from hooklens.config import DeclaredWeight, HookedConfig, MoEConfig
-from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError, join_names
-from hooklens.model.parts.quantised import set_compute_dtype
+from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError
+from hooklens.model.parts.quantised import UnevenLinear, set_compute_dtype
 from hooklens.optional import import_package
 from hooklens.weights.layout import stored_view
 
@@ -38,8 +38,7 @@ def check_quantisation(cfg: HookedConfig, kind: Quantisation, dtype: torch.dtype
 
     Raises:
         InputError: a dtype in which the libraries do not compute.
-        UnsupportedModelError: the network has experts, whose weights are no linear maps of their own, or maps whose
-            rows are no whole blocks.
+        UnsupportedModelError: the network has experts, whose weights are no linear maps of their own.
         MissingDependencyError: the library is not installed, or goes with another torch.
     """
     if dtype not in _DTYPES:
@@ -53,16 +52,6 @@ def check_quantisation(cfg: HookedConfig, kind: Quantisation, dtype: torch.dtype
         raise UnsupportedModelError(
             f"quantize={kind!r}: the MLPs of layers {mixtures} are mixtures of experts. Their weights, most of such a "
             f"model, lie in one tensor each, which are no linear maps that a library could quantise: {_WAY_OUT}"
-        )
-    short = [
-        f"{weight.name} {weight.stored_shape[1]}"
-        for weight in cfg.description.weights.values()
-        if is_projection(weight) and weight.stored_shape[1] % _NF4_BLOCK
-    ]
-    if short and kind == "int4":
-        raise UnsupportedModelError(
-            f"quantize='int4': {len(short)} maps have a number of inputs that is no multiple of {_NF4_BLOCK}, of which "
-            f"each row's 4-bit numbers share a scale: {join_names(short)}; take quantize='int8', or {_WAY_OUT}"
         )
     if kind != "keep":
         _library(_LIBRARIES[kind])
@@ -134,7 +123,7 @@ def _make_int8(weight: Tensor, dtype: torch.dtype) -> nn.Module:
 
 def _make_int4(weight: Tensor, dtype: torch.dtype) -> nn.Module:
     """A linear map of bitsandbytes of 4 bits, without bias."""
-    linear: nn.Module = _empty_4bit(weight.shape[0], weight.shape[1], dtype, "nf4")
+    linear = _empty_4bit(weight.shape[0], weight.shape[1], _NF4_BLOCK, dtype)
     nn4 = _library("bitsandbytes").nn
     held = nn4.Params4bit(
         weight, requires_grad=False, blocksize=_NF4_BLOCK, compress_statistics=False, quant_type="nf4", module=linear
@@ -149,7 +138,7 @@ def _keep_4bit(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     """The linear map of bitsandbytes that computes with 4-bit numbers as they lie in a checkpoint."""
     library, kind = _library("bitsandbytes"), weight.settings["kind"]
     blocksize, shape = weight.settings["blocksize"], torch.Size(weight.shape)
-    linear: nn.Module = _empty_4bit(*weight.shape, dtype, kind)
+    linear = _empty_4bit(*weight.shape, blocksize, dtype)
     state = library.functional.QuantState(
         absmax=weight.tensors["absmax"].to(device),
         shape=shape,
@@ -168,7 +157,6 @@ def _keep_4bit(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
         module=linear,
         bnb_quantized=True,
     )
-    linear.quant_state = state
     return linear
 
 
@@ -193,13 +181,15 @@ def _stored_tensors(tensor: Any) -> Iterator[Tensor]:
         yield from _stored_tensors(getattr(tensor, name))
 
 
-def _empty_4bit(d_out: int, d_in: int, dtype: torch.dtype, kind: str) -> Any:
-    linear = _library("bitsandbytes").nn.Linear4bit(
-        d_in, d_out, bias=False, compute_dtype=dtype, quant_type=kind, device="meta"
-    )
+def _empty_4bit(d_out: int, d_in: int, blocksize: int, dtype: torch.dtype) -> nn.Module:
+    """A linear map without bias for 4-bit numbers of bitsandbytes, which has none yet."""
+    with torch.device("meta"):
+        if d_in % blocksize:
+            return UnevenLinear(d_in, d_out, bias=False)
+        linear: nn.Module = _library("bitsandbytes").nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=dtype)
     # On some processors the first call without gradients would turn the weight into another layout, whose kernel rounds
     # inputs to bfloat16: a call that asks for gradients would then give other numbers.
-    linear.support_avx512bf16_for_cpu = False
+    linear.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return linear
 
 

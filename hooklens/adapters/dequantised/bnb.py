@@ -84,15 +84,12 @@ class Bnb4Bit:
         return weight.reshape(state["shape"])
 
     def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
-        """Blocks run on from one row into the next where rows are no multiple of them.
-
-        So rows of several maps share scales. And bitsandbytes' own kernel for CPUs begins each row with a new block.
-        """
+        """Blocks run on from one row into the next where rows are no multiple of them."""
         state = _read_state(parts)
         d_in, blocksize = state["shape"][1], state["blocksize"]
-        if d_in % blocksize == 0:
+        if rows.is_whole or d_in % blocksize == 0:
             return None
-        return f"rows of {d_in} numbers share scales of {blocksize}"
+        return f"it holds several maps, whose rows of {d_in} numbers share scales of {blocksize}"
 
     def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
         """Rows as they are stored, with scales that are not quantised themselves: to the same numbers."""

@@ -5,13 +5,27 @@ Such a map is the module of the library that reads the format, in the place of a
 imported its library; nothing of these is imported here before.
 """
 
+import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hooklens.optional import import_package
 from hooklens.weights.quantised import BITSANDBYTES, TORCHAO, is_quantised_tensor, package_of
+
+
+class UnevenLinear(nn.Linear):
+    """A linear map of bitsandbytes' 4-bit numbers whose rows are no whole blocks of them.
+
+    On a CPU its own map computes as if each row began with a new block (version 0.50.2). Here the numbers are
+    dequantised as one row, as they were quantised.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W^T + b`."""
+        return F.linear(x, dense_weight(self), self.bias)
 
 
 def is_quantised(module: nn.Module | None) -> bool:
@@ -19,8 +33,11 @@ def is_quantised(module: nn.Module | None) -> bool:
     weight = None if module is None else module.__dict__["_parameters"].get("weight")
     if weight is None:
         return False
+    if is_quantised_tensor(weight):
+        return True
     # A pickle of one of bitsandbytes' weights is a plain parameter that has all of its attributes.
-    return is_quantised_tensor(weight) or (package_of(module) == BITSANDBYTES and not weight.is_floating_point())
+    is_theirs = package_of(module) == BITSANDBYTES or isinstance(module, UnevenLinear)
+    return is_theirs and not weight.is_floating_point()
 
 
 def quantised_maps(network: nn.Module) -> dict[str, nn.Module]:
@@ -66,8 +83,11 @@ def _read_bitsandbytes(linear: Any) -> Tensor:
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
+        if isinstance(linear, UnevenLinear):
+            state = copy.copy(state)
+            state.shape = torch.Size((1, state.shape.numel()))
         dense: Tensor = import_package(BITSANDBYTES).functional.dequantize_4bit(weight.data, state)
-        return dense
+        return dense.view(linear.out_features, linear.in_features)
     held = weight if getattr(weight, "SCB", None) is not None else linear.state
     rows, scales = held.CB.float(), held.SCB.float() / 127
     made: Tensor = rows * scales[:, None]
