@@ -64,8 +64,12 @@ class Part(HookedModule):
             kind: the name under which a config asks for this class at that place.
         """
         super().__init_subclass__()
-        own = {name: value for name, value in cls.__dict__.items() if isinstance(value, Declared)}
-        cls.declared = {**cls.declared, **own}
+        cls.declared = {
+            name: value
+            for one in reversed(cls.__mro__)
+            for name, value in vars(one).items()
+            if isinstance(value, Declared)
+        }
         cls.place = cls.place if place is None else place
         if cls.place is not None:
             declare_sites(cls, cls.place)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hooklens.errors import InputError
+from hooklens.generation.choosing.processors import RowIds
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions, StopFunction
-from hooklens.generation.processors import RowIds
 from hooklens.generation.prompts import Prompts, end_token_ids
 from hooklens.generation.text import StopTexts, find_context
 

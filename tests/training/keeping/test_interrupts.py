@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from hooklens.training.interrupts import hold_interrupts
+from hooklens.training.keeping.interrupts import hold_interrupts
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.analysis.connection import find_real_positions
+from hooklens.analysis.reading.connection import find_real_positions
 from hooklens.errors import InputError
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 

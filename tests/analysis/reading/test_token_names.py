@@ -6,7 +6,7 @@ import torch
 from hooklens import HookedCausalLM
 from hooklens.analysis.circuits import read_ov_directions, top_ov_pairs
 from hooklens.analysis.lens import logit_lens
-from hooklens.analysis.token_names import name_tokens
+from hooklens.analysis.reading.token_names import name_tokens
 from hooklens.bundled.tokenizer import build_tokenizer
 from tests.model.networks import make_config, make_model
 

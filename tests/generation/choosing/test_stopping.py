@@ -5,9 +5,9 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from hooklens.errors import InputError
+from hooklens.generation.choosing.stopping import StopRules
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.prompts import read_prompts
-from hooklens.generation.stopping import StopRules
 from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 GREEDY = {"do_sample": False, "return_type": "output", "verbose": False}

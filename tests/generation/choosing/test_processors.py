@@ -16,8 +16,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from hooklens.generation.choosing.processors import FrequencyPenalty, RowIds, build_pipeline
 from hooklens.generation.options import GenerationOptions
-from hooklens.generation.processors import FrequencyPenalty, RowIds, build_pipeline
 from tests.generation.networks import RAGGED, left_pad, pair, with_padding_id
 
 

@@ -14,7 +14,7 @@ from hooklens.config import HookedConfig
 from hooklens.errors import InputError
 from hooklens.model.parameters import fill_parameters
 from hooklens.tokens import Tokenizer
-from hooklens.training.folder import RunFolder
+from hooklens.training.keeping.folder import RunFolder
 
 
 class RunWeights:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
-from hooklens.generation.sampling import RowDraws, sample_tokens, token_log_probs
+from hooklens.generation.choosing.sampling import RowDraws, sample_tokens, token_log_probs
 from tests.generation.networks import pair
 
 CPU = torch.device("cpu")

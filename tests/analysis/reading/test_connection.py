@@ -5,7 +5,7 @@ import torch
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.analysis import attribution, connect_cache, lens
-from hooklens.analysis.connection import find_real_positions
+from hooklens.analysis.reading.connection import find_real_positions
 from hooklens.errors import CacheError, InputError, TransformError
 from tests.model.networks import make_config, make_model, random_tokens
 

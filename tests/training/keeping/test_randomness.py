@@ -5,7 +5,13 @@ import random
 import numpy as np
 import torch
 
-from hooklens.training.randomness import capture_random, keep_random, restore_random, states_from_plain, states_to_plain
+from hooklens.training.keeping.randomness import (
+    capture_random,
+    keep_random,
+    restore_random,
+    states_from_plain,
+    states_to_plain,
+)
 
 
 def draw() -> list[float]:

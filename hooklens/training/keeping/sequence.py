@@ -24,8 +24,8 @@ from hooklens.arguments import (
 from hooklens.errors import HookLensError, InputError
 from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer, read_tokenizer
-from hooklens.training.folder import RunFolder
-from hooklens.training.weights import PublishedWeights, RunWeights
+from hooklens.training.keeping.folder import RunFolder
+from hooklens.training.keeping.weights import PublishedWeights, RunWeights
 
 if TYPE_CHECKING:
     import pandas
