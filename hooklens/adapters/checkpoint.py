@@ -3,7 +3,7 @@
 Tensors are handed out one by one, so loading takes about one copy of the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,9 @@ class Checkpoint:
         self.transforms: tuple[str, ...] = read_transforms(folder)
         self.generation_config: dict[str, Any] = read_generation_config(folder)
 
-    def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None, let_go: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """HookLens names and tensors in their logical shapes, in the file's dtype, one by one.
 
         Tensors that need no rearranging are views of the memory-mapped file. A tied unembedding comes right after
@@ -71,10 +73,13 @@ class Checkpoint:
         Args:
             layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
             n_ctx: how many learned positions to take. None: all.
+            let_go: names of tensors that are not kept: pages of a file that is mapped for them go with them.
 
         Raises:
             InputError: a layer does not exist or is given twice, or there are fewer learned positions.
         """
+        if isinstance(self._model, HubModel):
+            return self._model.tensors(layers, n_ctx=n_ctx, let_go=let_go)
         return self._model.tensors(layers, n_ctx=n_ctx)
 
     def kept_tensors(

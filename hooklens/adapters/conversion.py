@@ -118,19 +118,22 @@ class HubModel:
         self._copied: dict[str, bool] = {}
         self._check_tensors()
 
-    def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None, let_go: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """HookLens names and tensors in their logical shapes, one by one.
 
         Args:
             layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
             n_ctx: how many learned positions to take. None: all.
+            let_go: names of tensors that are not kept: their memory is to outlive them in no way.
 
         Raises:
             InputError: a layer does not exist or is given twice, or there are fewer learned positions.
         """
         # Checked at the call: a generator would not run until the first tensor is asked for.
         cfg = config_of_length(self.cfg, n_ctx)
-        return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg)
+        return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg, set(let_go))
 
     def kept_tensors(
         self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
@@ -156,13 +159,15 @@ class HubModel:
         for bound in rules:
             yield from kept.read(bound) if kept.holds(bound) else self._load(bound, cfg)
 
-    def _iterate(self, layers: Sequence[int] | None, cfg: HookedConfig) -> Iterator[tuple[str, Tensor]]:
+    def _iterate(
+        self, layers: Sequence[int] | None, cfg: HookedConfig, let_go: set[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         whole = layers is None
         for bound in self._bound if whole else self._family.bind_rules(self.cfg, layers, in_memory=self._in_memory):
-            yield from self._load(bound, cfg)
+            yield from self._load(bound, cfg, let_go)
 
-    def _load(self, bound: BoundRule, cfg: HookedConfig) -> Iterator[tuple[str, Tensor]]:
-        read = partial(self._read, apart=self._is_copied(bound))
+    def _load(self, bound: BoundRule, cfg: HookedConfig, let_go: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        read = partial(self._read, apart=self._is_copied(bound) or any(name in let_go for name in bound.ours))
         loaded = crop_positions(bound.ours, bound.load(read, self.cfg), cfg)
         yield from zip(bound.ours, loaded, strict=True)
         if bound.ours == ("embed.W_E",) and self.cfg.tied_unembed:

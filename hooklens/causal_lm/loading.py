@@ -24,7 +24,14 @@ from hooklens.arguments import (
     require,
 )
 from hooklens.bundled import bundled_path
-from hooklens.causal_lm.quantising import Quantisation, Value, build_kept, check_quantisation, quantise_tensors
+from hooklens.causal_lm.quantising import (
+    Quantisation,
+    Value,
+    build_kept,
+    check_quantisation,
+    is_projection,
+    quantise_tensors,
+)
 from hooklens.config import HookedConfig
 from hooklens.errors import HookLensError, UnsupportedModelError
 from hooklens.hooks.choice import read_choice
@@ -270,7 +277,9 @@ def _read_tensors(
     check_quantisation(cfg, quantize, dtype)
     if quantize == "keep":
         return build_kept(checkpoint.kept_tensors(layers, n_ctx=n_ctx), device=device, dtype=dtype)
-    return quantise_tensors(checkpoint.tensors(layers, n_ctx=n_ctx), cfg, quantize, device=device, dtype=dtype)
+    projections = {name for name, weight in cfg.description.weights.items() if is_projection(weight)}
+    dense = checkpoint.tensors(layers, n_ctx=n_ctx, let_go=projections)
+    return quantise_tensors(dense, cfg, quantize, device=device, dtype=dtype)
 
 
 def build_from_tensors(

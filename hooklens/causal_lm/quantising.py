@@ -82,7 +82,6 @@ def quantise_tensors(
             continue
         placed = tensor.detach().to(device=device, dtype=dtype)
         stored = stored_view(placed, declared.stored, declared.axes).contiguous()
-        # A mapped file's pages and the map's own numbers are two things: `stored` may be the former.
         yield name, make(stored, dtype)
 
 

@@ -5,6 +5,7 @@ What such a network computes is held against the plain network of the weights th
 """
 
 import copy
+import importlib.metadata
 import pickle
 
 import pytest
@@ -14,9 +15,11 @@ from hooklens import HookedCausalLM, patching
 from hooklens.errors import CheckpointError, ConfigError, InputError, TransformError
 from hooklens.model.parts.part import is_plain
 from hooklens.model.parts.quantised import compute_dtype, dense_weight, is_quantised, quantised_maps
+from hooklens.weights.quantised import package_of
 from tests.model.networks import activations_of, random_tokens
 from tests.quantised_models import KINDS, NETWORKS, plain, quantise
 
+PEFT = tuple(map(int, importlib.metadata.version("peft").split(".")[:2]))
 # float32 sums of some hundred terms, in another order, of activations of some ten.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TOKENS = random_tokens(2, 6)
@@ -191,6 +194,8 @@ def test_a_network_that_its_owner_quantised() -> None:
 def test_adapters_train_on_quantised_weights(grouped) -> None:
     import peft
 
+    if package_of(grouped.blocks[0].attn.q_proj.weight) == "torchao" and PEFT < (0, 21):
+        pytest.skip("earlier adapters beside torchao's weights ask how to quantise anew, which only transformers says")
     model = copy.deepcopy(grouped)
     stored = {name: dense_weight(linear) for name, linear in quantised_maps(model).items()}
     plain_logits = model(TOKENS).detach()
