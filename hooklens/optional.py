@@ -13,6 +13,7 @@ _EXTRA_OF = {
     "scipy": "stats",
     "torchao": "quant",
     "bitsandbytes": "quant",
+    "accelerate": "placement",
     "transformer_lens": "bench",
 }
 

@@ -41,7 +41,18 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
 """The same inside a package that has packages of its own."""
 
 HEAVY = frozenset(
-    {"transformers", "pandas", "huggingface_hub", "tokenizers", "tqdm", "matplotlib", "plotly", "peft", "yaml"}
+    {
+        "transformers",
+        "pandas",
+        "huggingface_hub",
+        "tokenizers",
+        "tqdm",
+        "matplotlib",
+        "plotly",
+        "peft",
+        "yaml",
+        "accelerate",
+    }
 )
 """Packages that `import hooklens` must not load: their use goes through `hooklens.optional.import_package`."""
 

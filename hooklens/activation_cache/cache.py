@@ -65,6 +65,8 @@ class ActivationCache(CapturedActivations):
     They raise MissingActivationError, which lists all that was not captured, and CacheError or InputError for
     arguments that do not fit.
 
+    Of a model on several devices components come together where the first activation of the cache lies.
+
     Sums and products are taken in float32 for half-precision activations. Weights come from the cache's own
     record of the model, the very tensors: a cache read from a file has none, see `with_weights`.
     """
@@ -142,7 +144,8 @@ class ActivationCache(CapturedActivations):
         point = locate(self.cfg, layer)
         if not point.layer:
             raise CacheError("stack_activation: there is no layer below layer 0; give 1 or more, or None for all")
-        return torch.stack([self[activation_name, below, sublayer_type] for below in range(point.layer)])
+        cache = self.gathered()
+        return torch.stack([cache[activation_name, below, sublayer_type] for below in range(point.layer)])
 
     def compute_head_results(self) -> "ActivationCache":
         """A new cache that also holds each layer's `hook_result`, `z W_O` for each head, in its dtype.
@@ -248,14 +251,15 @@ class ActivationCache(CapturedActivations):
         project_output_onto: Tensor | None = None,
     ) -> StackAndLabels:
         """What there is of some components, with what the methods have in common around it."""
+        cache = self.gathered()
         remainder = [point.name_in(self)] if incl_remainder else []
         if not remainder:
             check_any(components, point)
         readout = make_readout(
-            self, point, purpose=purpose, names=[*(name for one in components for name in one.names), *remainder],
+            cache, point, purpose=purpose, names=[*(name for one in components for name in one.names), *remainder],
             apply_ln=apply_ln, pos_slice=pos_slice, project_output_onto=project_output_onto,
         )  # fmt: skip
-        values, labels = read_components(self, components, readout, remainder_at=point if incl_remainder else None)
+        values, labels = read_components(cache, components, readout, remainder_at=point if incl_remainder else None)
         if project_output_onto is not None and project_output_onto.ndim == 1:
             values = values[..., 0]
         return (values, labels) if return_labels else values
@@ -291,8 +295,9 @@ class ActivationCache(CapturedActivations):
         """
         point = locate(self.cfg, layer, mlp_input=mlp_input)
         stack, norm, _ = fit_norm(
-            self, residual_stack, point, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim
-        )
+            self._beside(residual_stack), residual_stack, point,
+            pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim,
+        )  # fmt: skip
         if norm is None:
             return stack
         return norm.apply_to_whole(stack) if whole_streams else norm.apply(stack)
@@ -323,12 +328,16 @@ class ActivationCache(CapturedActivations):
             CacheError: the tokens do not fit the stack, or are text: a cache has no tokenizer.
         """
         stack, norm, lead = fit_norm(
-            self, residual_stack, locate(self.cfg, None),
+            self._beside(residual_stack), residual_stack, locate(self.cfg, None),
             pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim,
         )  # fmt: skip
         asked = find_directions(self, tokens, incorrect_tokens, like_activation=stack)
         read = widen(stack) if norm is None else norm.apply(stack)
         return (read * align_directions(asked.directions, lead)).sum(-1)
+
+    def _beside(self, stack: object) -> "ActivationCache":
+        """The cache with what is read of it where a stack is, if it lies on several devices."""
+        return self.gathered(stack.device) if isinstance(stack, Tensor) else self
 
     def logit_attr_bias(
         self, tokens: TokenIds | str, incorrect_tokens: TokenIds | str | None = None

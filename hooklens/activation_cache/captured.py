@@ -6,6 +6,7 @@ Such aliases stay aliases in everything a cache gives: they are moved, converted
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.activation_cache.arguments import choose
-from hooklens.activation_cache.memory import count_bytes, format_bytes, identify, take
+from hooklens.activation_cache.memory import Gathered, count_bytes, format_bytes, identify, take
 from hooklens.activation_cache.missing import MissingActivationError, explain_missing
 from hooklens.activation_cache.rows import check_positions, kept_positions, strip_padding
 from hooklens.activation_cache.storage import read_cache, write_cache
@@ -255,6 +256,19 @@ class CapturedActivations(Mapping[str, Tensor]):
         """Apply `change` to tokens and mask, where there are any."""
         inputs = {"tokens": self.tokens, "attention_mask": self.attention_mask}
         return {name: None if tensor is None else change(tensor) for name, tensor in inputs.items()}
+
+    def gathered(self: AnyCache, device: torch.device | None = None) -> AnyCache:
+        """This cache where its activations lie on one device, else one that brings what is read of it to `device`.
+
+        Args:
+            device: None: that of the first activation.
+        """
+        places = {tensor.device for tensor in self._tensors.values()}
+        if len(places) < 2:
+            return self
+        together = copy(self)
+        together._tensors = Gathered(self._tensors, next(iter(self.values())).device if device is None else device)
+        return together
 
     def _map_tensors(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply `change` once to each distinct tensor, so that aliases stay aliases."""

@@ -8,6 +8,22 @@ import torch
 from torch import Tensor
 
 
+class Gathered(dict[str, Tensor]):
+    """Activations of several devices, each brought to one of them as it is read.
+
+    Args:
+        tensors: by name.
+        device: where they come together.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        super().__init__(tensors)
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name).to(self._device)
+
+
 def identify(tensor: Tensor) -> tuple[object, ...]:
     """A key that is equal for two tensor objects exactly if they are the same elements of the same memory.
 

@@ -218,7 +218,7 @@ def prepare_attribution(
     columns = list_tokens(cache, n_captured, n_rows)
     places = choose_tokens(columns, pos, what="pos")
     chosen = [own[place] for own, [place] in zip(columns, places, strict=True)]
-    taken = take_columns(cache, torch.tensor(chosen)[:, None], n_captured)
+    taken = take_columns(cache, torch.tensor(chosen)[:, None], n_captured).gathered(asked_of.device)
     plain = make_readout(taken, point, purpose="attribution", names=[], apply_ln=True, pos_slice=0)
     stream = take_positions(taken[whole], -2, 0)
     asked = find_directions(

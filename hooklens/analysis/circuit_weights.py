@@ -30,7 +30,7 @@ def ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
     block = model.block_list()[layer]
     reads = fold_norm(block.ln1, block.attn.W_V[_kv_head(model, head)])
     writes = _behind_norm(block.ln1_post, widen(block.attn.W_O[head]))
-    return FactoredMatrix(reads, writes * model.cfg.residual_scale)
+    return _together(model, reads, writes * model.cfg.residual_scale)
 
 
 def qk_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
@@ -43,20 +43,20 @@ def qk_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
     attn = block.attn
     W_Q = _behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]), head)
     W_K = _behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]), _kv_head(model, head))
-    return FactoredMatrix(W_Q * model.cfg.block(layer).score_scale, W_K.mT)
+    return _together(model, W_Q * model.cfg.block(layer).score_scale, W_K.mT)
 
 
 def mlp_reader(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_model d_mlp"]:
     """What an MLP's neurons, or their gates where it has such, read of the stream."""
     block = model.block_list()[layer]
     reader = block.mlp.W_gate if model.cfg.gated_mlp else block.mlp.W_in
-    return fold_norm(block.ln1 if block.ln2 is None else block.ln2, reader)
+    return fold_norm(block.ln1 if block.ln2 is None else block.ln2, reader).to(model.device)
 
 
 def mlp_writer(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """What an MLP's neurons write to the stream."""
     block = model.block_list()[layer]
-    return _behind_norm(block.ln2_post, widen(block.mlp.W_out)) * model.cfg.residual_scale
+    return _behind_norm(block.ln2_post, widen(block.mlp.W_out)).to(model.device) * model.cfg.residual_scale
 
 
 def unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:
@@ -66,7 +66,12 @@ def unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:
         InputError: the logits are of something else than tokens.
     """
     refuse_other_outputs(model.cfg, "tokens that the stream promotes", InputError)
-    return fold_norm(model.ln_final, model.W_U)
+    return fold_norm(model.ln_final, model.W_U.to(model.device))
+
+
+def _together(model: HookedCausalLM, reads: Tensor, writes: Tensor) -> FactoredMatrix:
+    """A circuit where the embedding is, which on several devices need not be where its layer is."""
+    return FactoredMatrix(reads.to(model.device), writes.to(model.device))
 
 
 def fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
@@ -75,7 +80,7 @@ def fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float[
     if norm is None:
         return reader
     gain = _gain(norm)
-    folded = reader if gain is None else gain[:, None] * reader
+    folded = reader if gain is None else gain[:, None].to(reader.device) * reader
     return folded - folded.mean(0, keepdim=True) if norm.norm.kind == "layer" else folded
 
 

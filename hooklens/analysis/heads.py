@@ -173,7 +173,8 @@ def score_heads(
     def score(pattern: Tensor, hook: HookPoint) -> None:
         layer = layer_of(hook.name or "")
         assert layer is not None
-        scores[layer, chosen[layer]] = compare(widen(pattern[:, chosen[layer]])).to(scores)
+        shown = pattern[:, chosen[layer]].to(wanted.device)
+        scores[layer, chosen[layer]] = compare(widen(shown)).to(scores)
 
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in chosen]
     model.run_with_hooks(

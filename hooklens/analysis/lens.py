@@ -124,9 +124,10 @@ def _label_streams(cache: ActivationCache, *, sublayers: bool) -> list[tuple[str
 
 def _predict(model: HookedCausalLM, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
     """The model's end on a stream; hook points do not fire."""
-    last = stream.to(model.device, model.dtype)
+    places = model.device_map
+    last = stream.to(places.get("ln_final", model.device), model.dtype)
     normed = last if model.ln_final is None else model.ln_final.apply_weights(last)
-    return widen(model.unembed.final_logits(normed)).log_softmax(-1)
+    return widen(model.unembed.final_logits(normed.to(places["unembed"]))).log_softmax(-1)
 
 
 @reads(

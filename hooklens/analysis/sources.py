@@ -72,6 +72,7 @@ def attribute_to_sources(
     asked = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, [*names, *scales])
     lines: list[dict[str, Any]] = []
     labels = _name_sources(model, cache, asked.columns)
+    cache = cache.gathered(asked.asked.directions.device)
     for layer in layers:
         shares = _share_by_source(asked, cache, layer)
         for head, row, source, column in _places(asked, shares.shape[1]):

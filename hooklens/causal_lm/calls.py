@@ -1,7 +1,7 @@
 """What a call of the model takes: inputs brought to one form, keywords checked before anything runs."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -150,7 +150,7 @@ def check_return_type(
         raise InputError("stop_at_layer returns the residual stream: logits_at has nothing to select")
 
 
-def check_stream(stream: object, d_model: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def check_stream(stream: object, d_model: int, dtype: torch.dtype, devices: Collection[torch.device]) -> Tensor:
     """Check the residual stream that a call starts from.
 
     Raises:
@@ -162,8 +162,9 @@ def check_stream(stream: object, d_model: int, dtype: torch.dtype, device: torch
     if not stream.numel() or stream.layout != torch.strided:
         found = f"shape {list(stream.shape)}" if not stream.numel() else f"layout {stream.layout}"
         raise InputError(f"the residual stream has {found}; expected at least one row and position, laid out plainly")
-    if (stream.dtype, stream.device) != (dtype, device):
+    if stream.dtype != dtype or stream.device not in devices:
+        places = " and ".join(map(str, devices))
         raise InputError(
-            f"the residual stream is {stream.dtype} on {stream.device}, the model {dtype} on {device}; convert it"
+            f"the residual stream is {stream.dtype} on {stream.device}, the model {dtype} on {places}; convert it"
         )
     return stream

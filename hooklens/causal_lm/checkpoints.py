@@ -36,6 +36,7 @@ from hooklens.errors import CheckpointError, HookLensError, TransformError, join
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights, check_tied, name_as_field
 from hooklens.model.parts.quantised import describe_maps, quantised_maps
+from hooklens.model.placement.placement import find_place
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
 
@@ -137,7 +138,7 @@ class CheckpointMethods:
             UnsupportedModelError: the architecture, or a value in its config, is not implemented.
         """
         cfg, state = read_hf_model(hf_model)
-        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=hf_model.device)
+        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=find_place(state, cfg))
         model.generation_config = read_hf_generation_config(hf_model)
         _settle_sharing(model.as_decoder(), hf_model, share=share)
         return model
@@ -157,8 +158,7 @@ class CheckpointMethods:
         state = name_as_field(cfg, state)
         if "embed.W_E" in state:
             check_tied(state, tied_unembed=cfg.tied_unembed)
-        device = state["embed.W_E"].device if "embed.W_E" in state else "cpu"
-        return build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=device)
+        return build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=find_place(state, cfg))
 
     @classmethod
     @reads(
@@ -290,7 +290,7 @@ class CheckpointMethods:
                 "again; process the weights of model.dequantize(), or load the checkpoint without quantize="
             )
         processed = process_weights(
-            ModelWeights(self.as_decoder()),
+            self._weights_to_process(),
             self.cfg,
             fold_ln=fold_ln,
             center_writing_weights=center_writing_weights,
@@ -299,7 +299,9 @@ class CheckpointMethods:
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
         copied = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in processed.state.items()}
-        model = self.from_state_dict(copied, processed.cfg, self.tokenizer)
+        decoder = self.as_decoder()
+        place = decoder.device if decoder.placement is None else decoder.placement
+        model = build_from_tensors(type(self), processed.cfg, copied.items(), tokenizer=self.tokenizer, device=place)
         model.transforms = (*self.transforms, *processed.steps)
         model.generation_config = dict(self.generation_config)
         return model
@@ -314,6 +316,15 @@ class CheckpointMethods:
         model.transforms = self.transforms
         model.generation_config = dict(self.generation_config)
         return model
+
+    def _weights_to_process(self) -> Mapping[str, Tensor]:
+        """The weights; on several devices with the final norm's beside the unembedding, to be folded into it."""
+        decoder = self.as_decoder()
+        weights = ModelWeights(decoder)
+        place = decoder.device_map["unembed"]
+        if decoder.device_map.get("ln_final", place) == place:
+            return weights
+        return {name: one.to(place) if name.startswith("ln_final.") else one for name, one in weights.items()}
 
     def named_weights(self) -> ModelWeights:
         """The weights by name, read when asked for and shared, not copied; quantised ones dequantised anew."""

@@ -33,10 +33,12 @@ from hooklens.causal_lm.quantising import (
     quantise_tensors,
 )
 from hooklens.config import HookedConfig
-from hooklens.errors import HookLensError, UnsupportedModelError
+from hooklens.errors import HookLensError, InputError, UnsupportedModelError
 from hooklens.hooks.choice import read_choice
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import fill_parameters
+from hooklens.model.placement.placed import DeviceMap, plan_placement, read_kind, read_max_memory
+from hooklens.model.placement.placement import Placement
 from hooklens.tokens import Tokenizer, read_tokenizer
 
 Model = TypeVar("Model")
@@ -106,6 +108,8 @@ class LoadingMethods:
         **_KEPT,
         dtype=_read_loaded_dtype,
         device=read_device,
+        device_map=optional(read_kind),
+        max_memory=read_max_memory,
         tokenizer=optional(read_tokenizer),
         quantize=partial(read_one_of, options=("int8", "int4", "keep", None)),
     )
@@ -119,6 +123,8 @@ class LoadingMethods:
         token: str | bool | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
         layers: Sequence[int] | None = None,
         n_ctx: int | None = None,
         tokenizer: Tokenizer | None = None,
@@ -151,6 +157,13 @@ class LoadingMethods:
             token: for the hub; None: the one that is logged in, False: none.
             dtype: of the weights, or its name (`"bfloat16"`); `"auto"` is the checkpoint's own.
             device: where to put the weights.
+            device_map: puts the weights on several devices, each read straight to its own, see `dispatch`: a mapping
+                from parts (`"embed"`, `"pos_embed"`, `"blocks.0"` and so on or `"blocks"` for all of them,
+                `"ln_final"`, `"unembed"`; `""` is the whole network) to devices, or `"auto"`, `"balanced"`,
+                `"balanced_low_0"`, `"sequential"`, which need the package accelerate. What finds no room on the
+                accelerators lies on the CPU, and computes there.
+            max_memory: what an automatic `device_map` may use, bytes or a text such as `"10GiB"` by number of an
+                accelerator, or `"cpu"`; None: what is free.
             layers: keep only these blocks, in this order.
             n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
                 past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
@@ -169,10 +182,16 @@ class LoadingMethods:
                 is not seen.
             UnsupportedModelError: the architecture, or a value in its config, is not implemented; or it has experts,
                 which are not quantised, or weights that cannot be kept as they are.
-            InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this kind
-                of source has not, or a dtype in which quantised maps do not compute.
-            MissingDependencyError: the package of the URL's file system, or the one that quantises, is not installed.
+            InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this
+                kind of source has not, a dtype in which quantised maps do not compute, or names, devices or memory in
+                `device_map` that do not fit the network; before any weight is read.
+            MissingDependencyError: the package of the URL's file system, or the one that quantises, is not installed,
+                or accelerate is not.
         """
+        if device_map is not None and torch.device(device).type != "cpu":
+            raise InputError(f"device={str(device)!r} and device_map both say where weights go; give one of them")
+        if max_memory is not None and device_map is None:
+            raise InputError("max_memory goes with device_map='auto', and no device_map was given")
         checkpoint = open_checkpoint(
             source,
             revision=revision,
@@ -184,14 +203,20 @@ class LoadingMethods:
             local_files_only=local_files_only,
         )
         kept = None if layers is None else list(layers)
-        loaded_dtype = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+        cfg, made_in = checkpoint.config_for(kept, n_ctx=n_ctx), dtype
+        if not isinstance(made_in, torch.dtype):
+            made_in = checkpoint.dtype
+        place: torch.device | str | Placement = device
+        if device_map is not None:
+            make_meta: Any = cls
+            place = plan_placement(device_map, cfg, made_in, make_meta, max_memory=max_memory)
         model: Any = build_from_tensors(
             cls,
-            checkpoint.config_for(kept, n_ctx=n_ctx),
-            _read_tensors(checkpoint, kept, n_ctx=n_ctx, quantize=quantize, device=device, dtype=loaded_dtype),
+            cfg,
+            _read_tensors(checkpoint, kept, n_ctx=n_ctx, quantize=quantize, device=place, dtype=made_in),
             tokenizer=checkpoint.load_tokenizer() if tokenizer is None else tokenizer,
-            device=device,
-            dtype=loaded_dtype,
+            device=place,
+            dtype=made_in,
         )
         model.transforms = checkpoint.transforms
         model.generation_config = dict(checkpoint.generation_config)
@@ -268,7 +293,7 @@ def _read_tensors(
     *,
     n_ctx: int | None,
     quantize: Quantisation | None,
-    device: torch.device | str,
+    device: torch.device | str | Placement,
     dtype: torch.dtype,
 ) -> Iterable[tuple[str, Value]]:
     """A checkpoint's weights, and for those that are to be quantised linear maps."""
@@ -289,7 +314,7 @@ def build_from_tensors(
     tensors: Iterable[tuple[str, Value]],
     *,
     tokenizer: Tokenizer | None,
-    device: torch.device | str,
+    device: torch.device | str | Placement,
     dtype: torch.dtype | None = None,
 ) -> Model:
     """A model of a class from its weights, read one after another.
@@ -299,7 +324,7 @@ def build_from_tensors(
         cfg: the network.
         tensors: names and weights in their logical shapes, or linear maps in their place.
         tokenizer: of the model.
-        device: where to put the weights.
+        device: where to put the weights, all of them or each part.
         dtype: of the weights; None: their own.
     """
     with torch.device("meta"):
@@ -308,6 +333,8 @@ def build_from_tensors(
     # Also what the tensors are made of is read here.
     with torch.inference_mode(mode=False):
         fill_parameters(model, tensors, device=device, dtype=dtype)
+        if isinstance(device, Placement):
+            model.settle_placement(device)
     return model
 
 

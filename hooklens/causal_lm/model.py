@@ -221,7 +221,7 @@ class HookedCausalLM(LoadingMethods, CheckpointMethods, TextMethods, TextGenerat
         Text that is `"open"`, because something follows, leaves out what the tokenizer puts behind a text.
         """
         if start_at_layer is not None:
-            stream = check_stream(input, self.cfg.d_model, self.dtype, self.device)
+            stream = check_stream(input, self.cfg.d_model, self.dtype, self.devices)
             marks = self.read_documents(stream, document_ids, document_borders, restart_positions)
             plan = self.make_plan(stream, attention_mask, positions, past_kv_cache, marks=marks)
             return PreparedCall(stream, plan, past_kv_cache, start_at_layer)

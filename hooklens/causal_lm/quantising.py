@@ -22,6 +22,7 @@ from hooklens.adapters import QuantisedWeight
 from hooklens.config import DeclaredWeight, HookedConfig, MoEConfig
 from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError
 from hooklens.model.parts.quantised import UnevenLinear, set_compute_dtype
+from hooklens.model.placement.placement import Placement
 from hooklens.optional import import_package
 from hooklens.weights.layout import stored_view
 
@@ -62,7 +63,7 @@ def quantise_tensors(
     cfg: HookedConfig,
     kind: Literal["int8", "int4"],
     *,
-    device: torch.device | str,
+    device: torch.device | str | Placement,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Value]]:
     """Weights by name, those of the projections of attention and MLPs as quantised linear maps.
@@ -71,7 +72,7 @@ def quantise_tensors(
         tensors: names and weights in their logical shapes.
         cfg: the network.
         kind: how.
-        device: where the maps are to be, and are quantised.
+        device: where the maps are to be, and are quantised: all of them, or each part.
         dtype: in which they compute; weights are brought to it before they are quantised.
     """
     make = _MAKERS[kind]
@@ -80,20 +81,27 @@ def quantise_tensors(
         if declared is None or not is_projection(declared):
             yield name, tensor
             continue
-        placed = tensor.detach().to(device=device, dtype=dtype)
+        placed = tensor.detach().to(device=_place_of(name, device), dtype=dtype)
         stored = stored_view(placed, declared.stored, declared.axes).contiguous()
         yield name, make(stored, dtype)
 
 
 def build_kept(
-    tensors: Iterable[tuple[str, Tensor | QuantisedWeight]], *, device: torch.device | str, dtype: torch.dtype
+    tensors: Iterable[tuple[str, Tensor | QuantisedWeight]],
+    *,
+    device: torch.device | str | Placement,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, Value]]:
     """Weights by name, those that a checkpoint holds quantised as linear maps of the library that reads them."""
     for name, value in tensors:
         if isinstance(value, QuantisedWeight):
-            yield name, _KEEPERS[value.layout](value, torch.device(device), dtype)
+            yield name, _KEEPERS[value.layout](value, _place_of(name, device), dtype)
         else:
             yield name, value
+
+
+def _place_of(name: str, device: torch.device | str | Placement) -> torch.device:
+    return device.of_weight(name) if isinstance(device, Placement) else torch.device(device)
 
 
 def is_projection(weight: DeclaredWeight) -> bool:

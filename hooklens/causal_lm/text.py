@@ -125,7 +125,8 @@ class TextMethods:
             raise refusal(tokens, "tokens", expected)
         ids = ids.long()
         tokenization.check_range(ids, self.cfg.d_vocab)
-        directions = self.W_U.T[ids.to(self.device)]
+        W_U = self.W_U
+        directions = W_U.T[ids.to(W_U.device)]
         return directions if self.cfg.logits_scale == 1 else directions * self.cfg.logits_scale
 
     def _need_tokenizer(self) -> Tokenizer:

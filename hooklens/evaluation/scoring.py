@@ -134,6 +134,7 @@ def _score_tokens(
     logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Log-probabilities in nats, float32 at least, and whether each target is the most likely token."""
-    wide = widen(logits)
-    logprobs = wide.gather(-1, targets[..., None])[..., 0] - wide.logsumexp(-1)
-    return logprobs, wide.argmax(-1) == targets
+    wide, wanted = widen(logits), targets.to(logits.device)
+    logprobs = wide.gather(-1, wanted[..., None])[..., 0] - wide.logsumexp(-1)
+    # Beside the targets, which on several devices is not where logits come out.
+    return logprobs.to(targets.device), (wide.argmax(-1) == wanted).to(targets.device)

@@ -146,7 +146,8 @@ class Forward:
         logits: Tensor = self._model.run(
             ids, plan, listeners=self._listeners, past_kv_cache=self._cache, logits_at=-1 if only_last else None
         )
-        return logits[:, -1]
+        # Where tokens are chosen, which on several devices is not where logits come out.
+        return logits[:, -1].to(ids.device)
 
     def _mask_table(self, rows: Rows) -> Bool[Tensor, "active pos"] | None:
         """Which columns of whole sequences are tokens."""

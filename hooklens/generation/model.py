@@ -25,7 +25,11 @@ class GeneratingModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Where token ids go."""
+
+    @property
+    def cache_device(self) -> torch.device | tuple[torch.device, ...]:
+        """Where keys and values lie, on several devices for each layer."""
 
     @property
     def dtype(self) -> torch.dtype:

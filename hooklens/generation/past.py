@@ -16,5 +16,7 @@ def read_past(model: GeneratingModel, input: object, cache: HookedKeyValueCache 
     if cache is None or not len(cache) or not tokenization.is_text(input):
         return None
     n_texts = 1 if isinstance(input, str) else len(input)  # type: ignore[arg-type]
-    cache.check_fits(model.cfg, transforms=model.transforms, device=model.device, dtype=model.dtype, batch=n_texts)
+    cache.check_fits(
+        model.cfg, transforms=model.transforms, device=model.cache_device, dtype=model.dtype, batch=n_texts
+    )
     return cache.token_rows()

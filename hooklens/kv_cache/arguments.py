@@ -58,6 +58,22 @@ def read_device(device: object, *, what: str = "device") -> torch.device | None:
     return None if device is None else arguments.read_device(device, what=what, error=CacheError)
 
 
+def read_layer_devices(device: object, n_layers: int) -> tuple[torch.device | None, ...]:
+    """The device of each layer: one given for all, or one for each; None where tensors stay.
+
+    Raises:
+        CacheError: no such devices, or not as many as layers.
+    """
+    if not isinstance(device, list | tuple):
+        return (read_device(device),) * n_layers
+    if len(device) != n_layers:
+        raise CacheError(
+            f"device names {len(device)} devices, the cache has {n_layers} layers; expected one device, or one for "
+            "each layer (model.layer_devices)"
+        )
+    return tuple(read_device(one, what=f"device[{layer}]") for layer, one in enumerate(device))
+
+
 def read_dtype(dtype: object, *, what: str = "dtype") -> torch.dtype | None:
     """A floating dtype; None stays None.
 

@@ -15,8 +15,8 @@ from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import (
     Rows,
     read_count,
-    read_device,
     read_dtype,
+    read_layer_devices,
     read_mask,
     read_rows,
     read_transforms,
@@ -199,7 +199,7 @@ class HookedKeyValueCache(ColumnRecord):
 
     @property
     def device(self) -> torch.device:
-        """Where keys and values lie."""
+        """Where keys and values lie; on several devices those of the first layer."""
         return self.entries[0].device
 
     @property
@@ -312,14 +312,21 @@ class HookedKeyValueCache(ColumnRecord):
         mask: Callable[[ColumnMask], ColumnMask],
         logits: Callable[[Tensor], Tensor] | None,
         ids: Callable[[Tensor], Tensor] | None = None,
+        by_layer: Callable[[Tensor, int], Tensor] | None = None,
     ) -> "HookedKeyValueCache":
-        """A cache of changed keys, values, mask and logits; ids and documents change as keys do, or as is said."""
+        """A cache of changed keys, values, mask and logits; ids and documents change as keys do, or as is said.
+
+        With `by_layer` the keys and values of each layer change in a way of their own.
+        """
+        change_one = by_layer or (lambda tensor, layer: change(tensor))
         self.check_consistent()
         derived = HookedKeyValueCache.__new__(HookedKeyValueCache)
         with lasting_tensors():
             entries = [
-                HookedKeyValueCacheEntry(change(entry.past_keys), change(entry.past_values), self.frozen)
-                for entry in self.entries
+                HookedKeyValueCacheEntry(
+                    change_one(entry.past_keys, layer), change_one(entry.past_values, layer), self.frozen
+                )
+                for layer, entry in enumerate(self.entries)
             ]
             self._derive_columns(derived, mask, ids or change)
             derived._hold(entries, self.fingerprint, self.transforms)
@@ -381,21 +388,30 @@ class HookedKeyValueCache(ColumnRecord):
 
         return self._derive(widen, lambda mask: mask.same(widen(mask.columns)), widen)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "HookedKeyValueCache":
+    def to(
+        self, device: torch.device | str | Sequence[torch.device] | None = None, dtype: torch.dtype | None = None
+    ) -> "HookedKeyValueCache":
         """The cache on another device or in another floating dtype; what is there already is shared.
 
-        Raises:
-            CacheError: no such device, or no floating dtype.
-        """
-        place, kind = read_device(device), read_dtype(dtype)
+        Args:
+            device: where it goes; None: it stays. For a model on several devices one for each layer,
+                `model.layer_devices`.
+            dtype: of keys and values; None: their own.
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=place, dtype=kind)
+        Raises:
+            CacheError: no such device, another number of devices than of layers, or no floating dtype.
+        """
+        places, kind = read_layer_devices(device, len(self.entries)), read_dtype(dtype)
+
+        def move(tensor: Tensor, layer: int = -1) -> Tensor:
+            return tensor.to(device=places[layer], dtype=kind)
 
         def place_columns(tensor: Tensor) -> Tensor:
-            return tensor.to(device=place)
+            return tensor.to(device=places[0])
 
-        return self._derive(move, lambda mask: mask.same(place_columns(mask.columns)), move, place_columns)
+        return self._derive(
+            move, lambda mask: mask.same(place_columns(mask.columns)), move, place_columns, by_layer=move
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file. A file that is there is replaced in one step, or stays as it is.
@@ -409,7 +425,8 @@ class HookedKeyValueCache(ColumnRecord):
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
         """Read what `save` wrote. A file without a record of weight processing counts as an unprocessed model's; from
-        one without token ids, which tokens it holds is not known.
+        one without token ids, which tokens it holds is not known. For a model on several devices:
+        `HookedKeyValueCache.load(path).to(model.layer_devices)`.
 
         Raises:
             CacheError: the file is missing, damaged, or not a key-value cache.
@@ -421,7 +438,7 @@ class HookedKeyValueCache(ColumnRecord):
         cfg: HookedConfig,
         *,
         transforms: tuple[str, ...],
-        device: torch.device,
+        device: torch.device | tuple[torch.device, ...],
         dtype: torch.dtype,
         batch: int,
     ) -> None:
@@ -431,7 +448,7 @@ class HookedKeyValueCache(ColumnRecord):
             cfg: the model's.
             transforms: the model's record of weight processing. It must be equal to the cache's, although some steps
                 leave keys and values as they are.
-            device: the model's.
+            device: the model's, or one for each layer.
             dtype: of the model's weights. Under `torch.autocast` the call computes in another one, which is asked for
                 here. An empty cache takes any.
             batch: rows of the call.
@@ -443,7 +460,8 @@ class HookedKeyValueCache(ColumnRecord):
         require(batch, (int, np.integer, torch.SymInt), what="batch", expected="the number of rows")
         # Before every decoding step: entries that are alike, as they nearly always are, are checked as one.
         form = self.entries[0].form
-        entries = self.entries[:1] if all(entry.form == form for entry in self.entries) else self.entries
+        alike = all(entry.form == form for entry in self.entries)
+        entries = self.entries[:1] if alike else self.entries
         check_same_tokens(entries, self._mask.columns)
         check_model(entries, cfg, n_layers=len(self.entries))
         check_origin(
@@ -451,5 +469,5 @@ class HookedKeyValueCache(ColumnRecord):
             (cfg.fingerprint, read_transforms(transforms)),
             holds_tokens=len(self) > 0,
         )
-        check_place(entries, device=device, dtype=dtype)
+        check_place(entries if isinstance(device, torch.device) else self.entries, device=device, dtype=dtype)
         check_batch(self.batch_size, batch, frozen=self.frozen)

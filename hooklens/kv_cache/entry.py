@@ -65,7 +65,7 @@ class HookedKeyValueCacheEntry:
         dtype: torch.dtype | None = None,
         has_attn: bool = True,
     ) -> "HookedKeyValueCacheEntry":
-        """An empty entry for one layer of a model. It takes the dtypes of the first keys and values it is given.
+        """An empty entry for one layer of a model. It takes dtypes and device of the first keys and values it is given.
 
         Args:
             cfg: the model's.
@@ -151,8 +151,8 @@ class HookedKeyValueCacheEntry:
     ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
         """Past + new keys and values; stored, too, unless the entry is frozen.
 
-        A frozen entry of one row serves new tokens of any batch. An empty entry takes any floating dtype. What is
-        stored keeps no autograd graph; what is given back does.
+        A frozen entry of one row serves new tokens of any batch. An empty entry takes any floating dtype on any
+        device. What is stored keeps no autograd graph; what is given back does.
 
         Raises:
             CacheError: the new tensors' rows, heads, dtype or device do not fit.
@@ -183,8 +183,8 @@ class HookedKeyValueCacheEntry:
         if length > keys.shape[1]:
             # A first fill takes what it needs; each later one at least doubles.
             capacity = length if past == 0 else max(length, 2 * past)
-            keys = self._grow(keys[:, :past].to(new_keys.dtype), capacity)
-            values = self._grow(values[:, :past].to(new_values.dtype), capacity)
+            keys = self._grow(keys[:, :past].to(new_keys), capacity)
+            values = self._grow(values[:, :past].to(new_values), capacity)
         # `.data`: these columns were shown to nobody, so nothing that autograd saved changes; its counter of in-place
         # changes covers the whole buffer and would say so.
         keys.data[:, past:length] = new_keys
@@ -218,7 +218,7 @@ class HookedKeyValueCacheEntry:
         takes_any_rows = self.frozen and past.shape[0] == 1
         fits = new.shape[2:] == past.shape[2:] and (takes_any_rows or new.shape[0] == past.shape[0])
         other_dtype = new.dtype != past.dtype and len(self) > 0
-        if fits and not other_dtype and new.device == past.device:
+        if fits and not other_dtype and (new.device == past.device or not len(self)):
             return
         rows = "any number of" if takes_any_rows else str(past.shape[0])
         way_out = ""

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooklens.arguments import refusal
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import require
@@ -123,16 +124,34 @@ def check_batch(rows: int, batch: int, *, frozen: bool) -> None:
         raise CacheError(f"the cache has {rows} rows and the input {batch}; {way_out}")
 
 
-def check_place(entries: Sequence[HookedKeyValueCacheEntry], *, device: torch.device, dtype: torch.dtype) -> None:
-    """Check device and dtype; entries without tokens or heads take any dtype.
+def check_place(
+    entries: Sequence[HookedKeyValueCacheEntry],
+    *,
+    device: torch.device | tuple[torch.device, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Check device and dtype; entries without tokens or heads take any dtype, on several devices any of them, too.
 
     Under `torch.autocast` values come in autocast's dtype, and keys in that or, after a rotation, in the model's.
+
+    Args:
+        entries: of all layers, or with one device some of them.
+        device: the model's, or one for each layer.
+        dtype: of the model's weights.
 
     Raises:
         CacheError: keys and values lie elsewhere, or have another dtype than the call computes in.
     """
-    require(device, torch.device, what="device", expected="a torch.device, model.device")
+    by_layer = isinstance(device, tuple) and all(isinstance(one, torch.device) for one in device)
+    if not isinstance(device, torch.device) and not (by_layer and len(device) == len(entries)):
+        raise refusal(device, "device", f"a torch.device, or one for each of {len(entries)} layers", CacheError)
     require(dtype, torch.dtype, what="dtype", expected="a torch.dtype, model.dtype")
+    if isinstance(device, tuple):
+        _check_layers(entries, device)
+        for place in dict.fromkeys(device):
+            there = [entry for entry in entries if len(entry) and entry.head_shape[0] and entry.device == place]
+            check_place(there, device=place, dtype=dtype)
+        return
     computed = find_computing_dtype(dtype, device)
     for entry in entries:
         keys, values = entry.dtypes
@@ -147,6 +166,24 @@ def check_place(entries: Sequence[HookedKeyValueCacheEntry], *, device: torch.de
         raise CacheError(
             f"the cache is {found} on {entry.device}, the model {dtype} on {device}{under}; "
             f"convert it with cache.to(device, dtype){hint}"
+        )
+
+
+def _check_layers(entries: Sequence[HookedKeyValueCacheEntry], devices: tuple[torch.device, ...]) -> None:
+    """Check that each layer's keys and values lie where its block computes.
+
+    Raises:
+        CacheError: some do not; the layers are named.
+    """
+    odd = [
+        f"{layer} (on {entry.device}, its block on {device})"
+        for layer, (entry, device) in enumerate(zip(entries, devices, strict=True))
+        if len(entry) and entry.head_shape[0] and entry.device != device
+    ]
+    if odd:
+        raise CacheError(
+            f"the model lies on several devices, and the keys and values of layers {', '.join(odd)} elsewhere than the "
+            "blocks that read them; bring the cache there with cache.to(model.layer_devices)"
         )
 
 

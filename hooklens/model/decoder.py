@@ -44,6 +44,7 @@ from hooklens.model.parameters import read_state
 from hooklens.model.parts.declared import When, inner, point
 from hooklens.model.parts.part import Part, describe_parts
 from hooklens.model.parts.quantised import describe_maps, quantised_maps, set_compute_dtype
+from hooklens.model.placement.placed import Placed
 from hooklens.model.plan.documents import Borders
 from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
 from hooklens.model.plan.positions import ChosenColumns, LogitsAt, TokenPlan
@@ -58,7 +59,7 @@ _EMBEDDED = When(embeds_positions, "its positions are no vectors, learned, sinus
 _NORMED_LAST = When(lambda cfg: cfg.final_norm is not None, "it has no final norm")
 
 
-class Decoder(Planning, GradientCheckpointing, Part, place=""):
+class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
     """A decoder-only transformer, from token ids to logits.
 
     Parameters are uninitialised; load a state dict or call `initialize`.
@@ -130,7 +131,7 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Where the weights lie; of a network on several devices the token embedding, so where token ids go."""
         return self._a_weight().device
 
     @property
@@ -293,11 +294,14 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
                 f"load_state_dict: {describe_maps(maps)}, and take no others; load a checkpoint with quantize=, or "
                 "load into model.dequantize()"
             )
-        return super().load_state_dict(read_state(self, state_dict), strict=strict, assign=assign)
+        loaded = super().load_state_dict(read_state(self, state_dict), strict=strict, assign=assign)
+        if assign:
+            self.settle_placement(self.placement)
+        return loaded
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
         """What `to(...)` and its like do; quantised maps compute in the dtype of the other weights."""
-        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        applied = super()._apply(fn, recurse)
         for linear in quantised_maps(self).values():
             set_compute_dtype(linear, self.dtype)
         return applied
@@ -317,7 +321,10 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
 
     def _embed_positions(self, stream: Stream, plan: TokenPlan, call: Call, kept: Tensor | None = None) -> Stream:
         """What positions add to the stream, without the entries that are dropped from it."""
-        embedded = self.pos_embed(plan.positions).to(stream.dtype).expand_as(stream).contiguous()
+        positions = plan.positions
+        if self.placement is not None:
+            positions = positions.to(self.placement["pos_embed"])
+        embedded = self.pos_embed(positions).to(stream).expand_as(stream).contiguous()
         return self.hook_pos_embed(embedded if kept is None else embedded * kept, call)
 
     def _run_blocks(
@@ -325,7 +332,11 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
     ) -> Stream:
         blocks = self.block_list()
         may_recompute = self.is_gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        places = None if self.placement is None else self.placement.layers
         for layer in range(start, stop):
+            if places is not None and places[layer] != plan.device:
+                plan = plan.on(places[layer])
+                stream, call = stream.to(plan.device), call.on(plan)
             if may_recompute and self.recomputes(layer) and can_recompute(blocks[layer], call):
                 stream = run_checkpointed(blocks[layer], stream, plan, call)
             else:
@@ -356,10 +367,23 @@ class Decoder(Planning, GradientCheckpointing, Part, place=""):
         return list(blocks)  # type: ignore[arg-type]
 
     def _unembed_stream(self, stream: Stream, call: Call, chosen: ChosenColumns | None) -> Logits:
-        normed = stream if self.ln_final is None else self.ln_final(stream, call)
+        if self.ln_final is not None:
+            stream, call = self._bring_to("ln_final", stream, call)
+            stream = self.ln_final(stream, call)
         if chosen is not None:
-            normed, call = chosen.take(normed), call.on(chosen)
-        return self.unembed.cap(self.unembed(normed, call))
+            if self.placement is not None:
+                chosen = chosen.on(stream.device)
+            stream, call = chosen.take(stream), call.on(chosen)
+        stream, call = self._bring_to("unembed", stream, call)
+        return self.unembed.cap(self.unembed(stream, call))
+
+    def _bring_to(self, part: str, stream: Stream, call: Call) -> tuple[Stream, Call]:
+        """The stream and the call on the device of a part."""
+        if self.placement is None:
+            return stream, call
+        tokens: Any = call.tokens
+        device = self.placement[part]
+        return stream.to(device), call.on(tokens.on(device))
 
     def check_layers(self, start: int | None, stop: int | None) -> tuple[int, int]:
         """The first block that runs, and one past the last.

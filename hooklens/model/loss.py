@@ -34,6 +34,11 @@ def next_token_loss(
     Raises:
         InputError: there is no token to predict.
     """
+    # Where the logits came out, which on several devices is not where tokens went in.
+    device = logits.device
+    tokens = tokens.to(device)
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    starts_document = None if starts_document is None else starts_document.to(device)
     if attention_mask is None:
         predictions, targets, counted = logits, tokens[:, 1:], None
         if last_logits is not None:

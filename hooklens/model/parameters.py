@@ -20,6 +20,7 @@ from hooklens.weights.quantised import is_quantised_tensor
 
 if TYPE_CHECKING:
     from hooklens.model.decoder import Decoder
+    from hooklens.model.placement.placement import Placement
 
 # What TransformerLens keeps in its state dicts beside weights: masks, and tables of rotary positions.
 _BUFFERS = re.compile(r"\.attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)$")
@@ -55,13 +56,13 @@ def fill_parameters(
     decoder: "Decoder",
     tensors: Iterable[tuple[str, Tensor | nn.Module]],
     *,
-    device: torch.device | str = "cpu",
+    device: "torch.device | str | Placement" = "cpu",
     dtype: torch.dtype | None = None,
 ) -> None:
     """Put tensors in the place of a network's parameters, one after another.
 
     The network may lie on the `meta` device, so that at no time more than one copy of it exists. A tensor
-    that already has the dtype, device and layout is used as it is.
+    that already has the dtype, device and layout is used as it is. On several devices each goes straight to its own.
 
     Args:
         decoder: the network.
@@ -91,7 +92,8 @@ def fill_parameters(
         wanted = weight.stored_shape if is_stored else weight.shape
         if tuple(given.shape) != wanted:
             raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
-        placed = given.detach().to(device=device, dtype=dtype)
+        place = device.of_weight(name) if isinstance(device, Mapping) else device
+        placed = given.detach().to(device=place, dtype=dtype)
         if not is_stored:
             placed = stored_view(placed, weight.stored, weight.axes)
         if placed.is_inference():

@@ -87,11 +87,17 @@ def verify(
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
-        InputError: hooks are attached to the model, or layers it does not have.
+        InputError: hooks are attached to the model, it lies on several devices, or layers it does not have.
     """
     folder = None if isinstance(model, HookedCausalLM) else _find_folder(model)
     if isinstance(model, HookedCausalLM):
         loaded, subject = model, "model in memory"
+        if len(model.devices) > 1:
+            raise InputError(
+                f"verify runs single blocks, and the model lies on several devices "
+                f"({', '.join(map(str, model.devices))}); verify it on one, after model.to(device), or give the "
+                "checkpoint and device="
+            )
     else:
         loaded, subject = HookedCausalLM.from_pretrained(_find_folder(model), device=device), str(model)
     _check_dtypes(dtypes)

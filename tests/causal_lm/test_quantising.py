@@ -183,6 +183,13 @@ def test_checkpoints_of_torchao(folders, tmp_path, name) -> None:
             assert torch.equal(value, made.named_weights()[weight]), weight
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_with_a_device_map(folders, quantize) -> None:
+    model = HookedCausalLM.from_pretrained(folders["apart"], quantize=quantize, device_map={"": "cpu"})
+    expected = HookedCausalLM.from_pretrained(folders["apart"], quantize=quantize)
+    assert torch.equal(model(TOKENS), expected(TOKENS))
+
+
 def test_a_quantised_checkpoint_is_quantised_anew(quantised) -> None:
     _, folder = quantised("apart", "8 bits")
     model = HookedCausalLM.from_pretrained(folder, quantize="int4")

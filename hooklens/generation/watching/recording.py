@@ -99,7 +99,7 @@ class Recorder:
             surplus = tensor.shape[axis] - n_new
             if surplus:
                 tensor = tensor.narrow(axis, surplus, n_new).clone()  # noqa: PLW2901
-            kept[name] = tensor if places is None else tensor[places]
+            kept[name] = tensor if places is None else tensor[places.to(tensor.device)]
         self._passing = {}
         self._steps.append(_Step(rows=rows, first_column=first_column, tensors=kept))
 
@@ -139,21 +139,22 @@ def _place_step(joined: Tensor, step: _Step, name: str, axis: int, key_axis: int
     if step.rows is None:
         target.copy_(tensor)
     else:
-        target[step.rows] = tensor
+        target[step.rows.to(target.device)] = tensor
 
 
 def _move_to_front(tensor: Tensor, axis: int, layout: RowLayout, *, n_past: int, fill: float) -> Tensor:
     """Turn padding on the left into padding on the right, behind `n_past` columns that stay."""
-    n_columns = n_past + int(layout.n_run.max())
+    padding, n_run = layout.padding.to(tensor.device), layout.n_run.to(tensor.device)
+    n_columns = n_past + int(n_run.max())
     column = torch.arange(n_columns, device=tensor.device)
-    if bool((layout.padding > 0).any()):
-        source = column + torch.where(column < n_past, 0, layout.padding[:, None])
+    if bool((padding > 0).any()):
+        source = column + torch.where(column < n_past, 0, padding[:, None])
         shape = [1] * tensor.ndim
         shape[0], shape[axis] = source.shape
         tensor = tensor.take_along_dim(source.clamp(max=tensor.shape[axis] - 1).view(shape), axis)
     else:
         tensor = tensor.narrow(axis, 0, n_columns)
-    is_padding = column >= n_past + layout.n_run[:, None]
+    is_padding = column >= n_past + n_run[:, None]
     if not bool(is_padding.any()):
         return tensor
     shape = [1] * tensor.ndim

@@ -55,7 +55,9 @@ class _Stacked:
                 f"{others if len(lacking) < len(parts) else ''}"
             )
         empty = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
-        return torch.stack([empty if weight is None else weight for weight in found]) if found else empty[None][:0]
+        # On several devices the layers come together where the embedding lies.
+        gathered = [empty if weight is None else weight.to(decoder.device) for weight in found]
+        return torch.stack(gathered) if found else empty[None][:0]
 
     def __set__(self, views: "WeightViews", value: object) -> None:
         raise AttributeError(
@@ -70,7 +72,8 @@ def _stacked(module: str, axes: str) -> Any:
 class WeightViews:
     """What reads a network's weights: every property below stacks the layers' along a first axis.
 
-    Biases that the model's maps do not have read as zeros. Nothing is kept: a change of the weights shows in the
+    Biases that the model's maps do not have read as zeros. On several devices what is stacked comes to `model.device`.
+    Nothing is kept: a change of the weights shows in the
     next reading.
 
     Raises:
@@ -207,7 +210,7 @@ class WeightViews:
         for name in names:
             if name in self.cfg.description.weights:
                 path, _, bias = name.rpartition(".")
-                total = total + getattr(decoder.get_submodule(path), bias)
+                total = total + getattr(decoder.get_submodule(path), bias).to(total.device)
         return total if self.cfg.residual_scale == 1 else total * self.cfg.residual_scale
 
     @property

@@ -5,7 +5,7 @@ The documents of a row stand one after another, each in one piece. A token sees 
 its documents give alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -59,6 +59,11 @@ class DocumentColumns:
     key_mask: Bool[Tensor, "batch key"] | None
     goes_on: bool
     restarts: bool
+
+    def on(self, device: torch.device) -> "DocumentColumns":
+        """The same on another device."""
+        key_mask = None if self.key_mask is None else self.key_mask.to(device)
+        return replace(self, ids=self.ids.to(device), key_mask=key_mask)
 
     def count_positions(self) -> Int[Tensor, "_ key"]:
         """The position of each token within its document; padding has 0."""
@@ -213,8 +218,8 @@ def place_documents(
         InputError: a document in several pieces, nothing to count positions within, or positions that were given.
         CacheError: ids after a past that has none, or positions counted in another way than in the past.
     """
-    past = None if cache is None else cache.document_ids
     n_past, device = plan.n_past, plan.device
+    past = None if cache is None or cache.document_ids is None else cache.document_ids.to(device)
     if plan.given_positions is not None and marks is not None and marks.restart_positions is not None:
         raise InputError("positions and restart_positions both say where tokens stand; leave one of them out")
     restarts = _choose_counting(marks, cache, by_default=plan.document_mask)

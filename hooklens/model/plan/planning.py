@@ -30,7 +30,11 @@ class Planning:
 
         @property
         def device(self) -> torch.device:
-            """Where the weights lie."""
+            """Where token ids go."""
+
+        @property
+        def cache_device(self) -> torch.device | tuple[torch.device, ...]:
+            """Where keys and values lie."""
 
         @property
         def dtype(self) -> torch.dtype:
@@ -77,9 +81,11 @@ class Planning:
         batch, n_new = input.shape[:2]
         n_past, past_mask = 0, None
         if cache is not None:
-            cache.check_fits(self.cfg, transforms=self.transforms, device=self.device, dtype=self.dtype, batch=batch)
+            cache.check_fits(
+                self.cfg, transforms=self.transforms, device=self.cache_device, dtype=self.dtype, batch=batch
+            )
             n_past = len(cache)
-            past_mask = cache.previous_attention_mask if cache.has_padding else None
+            past_mask = cache.previous_attention_mask.to(input.device) if cache.has_padding else None
         # Looked at where it was given: a mask on the host keeps no device waiting.
         checked = check_attention_mask(attention_mask, batch, n_new, n_past)
         given = self._check_positions(positions, batch, n_new, cache)

@@ -5,7 +5,9 @@ right-padded and single rows give the same numbers. A `TokenPlan` is made once p
 block; what no block asks for is not computed.
 """
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +51,9 @@ class TokenPlan:
 
     columns = None
     embedded_positions: Float[Tensor, "batch pos d_model"] | None = None
+    # Of a call on several devices: the plan on each of the others, and in these a way back, that keeps no cycle alive.
+    _places: "dict[torch.device, TokenPlan] | None" = None
+    _home: "weakref.ref[TokenPlan] | None" = None
 
     def __init__(
         self,
@@ -75,6 +80,35 @@ class TokenPlan:
         self._seen: dict[Reach, Visibility] = {}
         self._sights: dict[tuple[Reach, torch.dtype], Sight] = {}
         self._made: dict[Hashable, object] = {}
+
+    def on(self, device: torch.device) -> "TokenPlan":
+        """The plan on a device, for the blocks that run there; made once per call and device."""
+        if device == self.device:
+            return self
+        home = self if self._home is None else self._home()
+        if home is None or home is self:
+            return self._find_moved(device)
+        return home if device == home.device else home._find_moved(device)
+
+    def _find_moved(self, device: torch.device) -> "TokenPlan":
+        if self._places is None:
+            self._places = {}
+        if device not in self._places:
+            self._places[device] = self._move(device)
+        return self._places[device]
+
+    def _move(self, device: torch.device) -> "TokenPlan":
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+            elif isinstance(value, TokenPlan | DocumentColumns):
+                setattr(moved, name, value.on(device))
+        moved.device, moved._places, moved._home = device, None, weakref.ref(self)
+        moved._seen, moved._sights = {}, {}
+        # Plain numbers, which a device was waited for, hold on every device.
+        moved._made = {key: made for key, made in self._made.items() if isinstance(made, int)}
+        return moved
 
     def _join_masks(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
         """Real columns of past + new, `[batch key]`; None when all are."""
@@ -286,6 +320,13 @@ class ChosenColumns:
         self.phase = plan.phase
         self.length = plan.length
         self.n_run = plan.n_run
+
+    def on(self, device: torch.device) -> "ChosenColumns":
+        """The same columns on a device."""
+        plan = self._plan.on(device)
+        if plan is self._plan:
+            return self
+        return ChosenColumns(plan, self.columns.to(device) if isinstance(self.columns, Tensor) else self.columns)
 
     @property
     def n_tokens(self) -> Int[Tensor, " batch"]:

@@ -12,13 +12,19 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
     """Refuse models whose runs would not be the plain ones.
 
     Raises:
-        InputError: a network that is not causal, training mode that was not asked for or drops entries, hooks attached
-            to the model, or one at positions that every layer reads.
+        InputError: a network that is not causal or lies on several devices, training mode that was not asked for or
+            drops entries, hooks attached to the model, or one at positions that every layer reads.
     """
     if not model.cfg.causal:
         raise InputError(
             "this network is not causal (cfg.causal=False): a patch changes every position, and none can be gone on "
             "from; run each patch whole, with model.run_with_hooks(input, edits=[...])"
+        )
+    if len(model.devices) > 1:
+        raise InputError(
+            f"the model lies on several devices ({', '.join(map(str, model.devices))}), and "
+            "an experiment runs its blocks by themselves on one; bring it there with model.to(device), or run each "
+            "patch as a call of the whole model: model.run_with_hooks(input, edits=[...])"
         )
     if model.training and not allow_training:
         raise InputError("the model is in training mode; call model.eval() first, or pass allow_training=True")
