@@ -11,6 +11,8 @@ _EXTRA_OF = {
     "plotly": "plot",
     "peft": "peft",
     "scipy": "stats",
+    "torchao": "quant",
+    "bitsandbytes": "quant",
     "accelerate": "placement",
     "transformer_lens": "bench",
 }

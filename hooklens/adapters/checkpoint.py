@@ -3,7 +3,7 @@
 Tensors are handed out one by one, so loading takes about one copy of the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_l
 from hooklens.adapters.disk import read_json
 from hooklens.adapters.families import load_families
 from hooklens.adapters.formats import OpenedModel
+from hooklens.adapters.kept import QuantisedWeight
 from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, OldFiles, Repository, open_files
 from hooklens.adapters.tokenizer_files import load_tokenizer
 from hooklens.adapters.wrapping import unwrap_config
@@ -61,7 +62,9 @@ class Checkpoint:
         self.transforms: tuple[str, ...] = read_transforms(folder)
         self.generation_config: dict[str, Any] = read_generation_config(folder)
 
-    def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None, let_go: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """HookLens names and tensors in their logical shapes, in the file's dtype, one by one.
 
         Tensors that need no rearranging are views of the memory-mapped file. A tied unembedding comes right after
@@ -70,11 +73,33 @@ class Checkpoint:
         Args:
             layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
             n_ctx: how many learned positions to take. None: all.
+            let_go: names of tensors that are not kept: pages of a file that is mapped for them go with them.
 
         Raises:
             InputError: a layer does not exist or is given twice, or there are fewer learned positions.
         """
+        if isinstance(self._model, HubModel):
+            return self._model.tensors(layers, n_ctx=n_ctx, let_go=let_go)
         return self._model.tensors(layers, n_ctx=n_ctx)
+
+    def kept_tensors(
+        self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
+    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+        """The same, but for the weights of linear maps that are quantised: these as they are stored.
+
+        Args:
+            layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
+            n_ctx: how many learned positions to take. None: all.
+
+        Raises:
+            UnsupportedModelError: no weights are quantised, or some cannot be kept as they are; all are listed.
+            InputError: a layer does not exist or is given twice, or there are fewer learned positions.
+        """
+        if not isinstance(self._model, HubModel):
+            raise UnsupportedModelError(
+                f"{self.folder}: quantize='keep', and no weights are quantised in a checkpoint of an old format"
+            )
+        return self._model.kept_tensors(layers, n_ctx=n_ctx)
 
     def config_for(self, layers: Sequence[int] | None, *, n_ctx: int | None = None) -> HookedConfig:
         """The config of the model that `tensors(layers, n_ctx=n_ctx)` fills.

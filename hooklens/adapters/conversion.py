@@ -15,6 +15,7 @@ from hooklens.adapters.choice import find_family
 from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
+from hooklens.adapters.kept import KeptMaps, QuantisedWeight
 from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes, RowPieces, is_stacked
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
@@ -117,28 +118,60 @@ class HubModel:
         self._copied: dict[str, bool] = {}
         self._check_tensors()
 
-    def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None, let_go: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """HookLens names and tensors in their logical shapes, one by one.
 
         Args:
             layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
             n_ctx: how many learned positions to take. None: all.
+            let_go: names of tensors that are not kept: their memory is to outlive them in no way.
 
         Raises:
             InputError: a layer does not exist or is given twice, or there are fewer learned positions.
         """
         # Checked at the call: a generator would not run until the first tensor is asked for.
         cfg = config_of_length(self.cfg, n_ctx)
-        return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg)
+        return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg, set(let_go))
 
-    def _iterate(self, layers: Sequence[int] | None, cfg: HookedConfig) -> Iterator[tuple[str, Tensor]]:
+    def kept_tensors(
+        self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
+    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+        """The same, but for the weights of linear maps that are quantised: these as they are stored.
+
+        Args:
+            layers: blocks to take; they become blocks 0, 1, ... in this order. None: all.
+            n_ctx: how many learned positions to take. None: all.
+
+        Raises:
+            UnsupportedModelError: no weights are quantised, or some cannot be kept as they are; all are listed.
+            InputError: a layer does not exist or is given twice, or there are fewer learned positions.
+        """
+        cfg = config_of_length(self.cfg, n_ctx)
+        kept = KeptMaps(self._bound, self._source, self._stored_names, self.cfg, where=self._where)
+        return self._iterate_kept(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg, kept)
+
+    def _iterate_kept(
+        self, layers: Sequence[int] | None, cfg: HookedConfig, kept: KeptMaps
+    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+        rules = self._bound if layers is None else self._family.bind_rules(self.cfg, layers)
+        for bound in rules:
+            yield from kept.read(bound) if kept.holds(bound) else self._load(bound, cfg)
+
+    def _iterate(
+        self, layers: Sequence[int] | None, cfg: HookedConfig, let_go: set[str]
+    ) -> Iterator[tuple[str, Tensor]]:
         whole = layers is None
         for bound in self._bound if whole else self._family.bind_rules(self.cfg, layers, in_memory=self._in_memory):
-            read = partial(self._read, apart=self._is_copied(bound))
-            loaded = crop_positions(bound.ours, bound.load(read, self.cfg), cfg)
-            yield from zip(bound.ours, loaded, strict=True)
-            if bound.ours == ("embed.W_E",) and self.cfg.tied_unembed:
-                yield "unembed.W_U", loaded[0].T
+            yield from self._load(bound, cfg, let_go)
+
+    def _load(self, bound: BoundRule, cfg: HookedConfig, let_go: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        read = partial(self._read, apart=self._is_copied(bound) or any(name in let_go for name in bound.ours))
+        loaded = crop_positions(bound.ours, bound.load(read, self.cfg), cfg)
+        yield from zip(bound.ours, loaded, strict=True)
+        if bound.ours == ("embed.W_E",) and self.cfg.tied_unembed:
+            yield "unembed.W_U", loaded[0].T
 
     def _is_copied(self, bound: BoundRule) -> bool:
         """Whether the tensors cannot be parameters as they lie: are split, stacked, or stored the other way round."""

@@ -13,6 +13,7 @@ from hooklens.adapters.layout import to_hub
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 from hooklens.optional import import_package
+from hooklens.weights.quantised import is_quantised_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, 
 
     Raises:
         UnsupportedModelError: the architecture or a config value is not implemented.
-        CheckpointError: the tensors are not those that the config promises, or hold no values.
+        CheckpointError: the tensors are not those that the config promises, are quantised, or hold no values.
     """
     where, state = type(hf_model).__name__, hf_model.state_dict()
     empty = [name for name, tensor in state.items() if tensor.is_meta]
@@ -35,6 +36,13 @@ def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, 
             f"{where}: {len(empty)} of {len(state)} tensors hold no values (device 'meta'): {join_names(empty)}. The "
             "model was made without weights, or they are offloaded: load it without device_map, or give its name or "
             "folder to HookedCausalLM.from_pretrained"
+        )
+    quantised = [name for name, parameter in hf_model.named_parameters() if is_quantised_tensor(parameter)]
+    if quantised:
+        raise CheckpointError(
+            f"{where}: {len(quantised)} of {len(state)} tensors are quantised: {join_names(quantised)}, and read from "
+            "files only: HookedCausalLM.from_pretrained(folder, quantize='keep') takes over those of bitsandbytes, "
+            "quantize='int8' or 'int4' makes others; transformers' hf_model.dequantize() gives plain ones"
         )
     model = HubModel(_plain(hf_model.config.to_dict()), MemoryTensors(state), where=where)
     return model.cfg, dict(model.tensors())

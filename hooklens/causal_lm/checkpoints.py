@@ -32,9 +32,10 @@ from hooklens.arguments import (
 )
 from hooklens.causal_lm.loading import build_from_tensors
 from hooklens.config import HookedConfig
-from hooklens.errors import CheckpointError, HookLensError, join_names
+from hooklens.errors import CheckpointError, HookLensError, TransformError, join_names
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights, check_tied, name_as_field
+from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.model.placement.placement import find_place
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
@@ -222,7 +223,8 @@ class CheckpointMethods:
         All files take their places in one step: a save that is interrupted, or killed, at any moment leaves what the
         folder held before, or all of the new checkpoint. Where that happens while the files are put in their places,
         the next `from_pretrained` or `save_pretrained` puts the rest there; until then the folder has no `config.json`.
-        The weight-processing steps are recorded in `hooklens.json`.
+        The weight-processing steps are recorded in `hooklens.json`. Quantised weights are written dequantised: the
+        folder holds a plain checkpoint with the numbers that this model computes with.
 
         Args:
             folder: made if it does not exist. Files of an older checkpoint in it go; a tokenizer stays where the model
@@ -247,7 +249,7 @@ class CheckpointMethods:
         )
 
     def to_hf(self) -> "PreTrainedModel":
-        """The transformers model with equal logits.
+        """The transformers model with equal logits; of quantised weights, with what they are dequantised.
 
         Raises:
             UnsupportedModelError: no Hugging Face architecture can hold this network.
@@ -280,8 +282,13 @@ class CheckpointMethods:
         See `hooklens.weights.processing` for what each step does, and what it preserves.
 
         Raises:
-            TransformError: a step cannot hold for this architecture; the text says why.
+            TransformError: a step cannot hold for this architecture; the text says why. Or weights are quantised.
         """
+        if maps := quantised_maps(self.as_decoder()):
+            raise TransformError(
+                f"process_weights: {describe_maps(maps)}, and what processing makes of them would have to be rounded "
+                "again; process the weights of model.dequantize(), or load the checkpoint without quantize="
+            )
         processed = process_weights(
             self._weights_to_process(),
             self.cfg,
@@ -299,6 +306,17 @@ class CheckpointMethods:
         model.generation_config = dict(self.generation_config)
         return model
 
+    def dequantize(self: Model) -> Model:
+        """A new model with plain weights, those that this one computes with; of other weights, copies.
+
+        Without quantised weights it is a copy of the weights alone: hooks stay behind.
+        """
+        weights = {name: weight.clone() for name, weight in ModelWeights(self.as_decoder()).items()}
+        model = self.from_state_dict(weights, self.cfg, self.tokenizer)
+        model.transforms = self.transforms
+        model.generation_config = dict(self.generation_config)
+        return model
+
     def _weights_to_process(self) -> Mapping[str, Tensor]:
         """The weights; on several devices with the final norm's beside the unembedding, to be folded into it."""
         decoder = self.as_decoder()
@@ -309,7 +327,7 @@ class CheckpointMethods:
         return {name: one.to(place) if name.startswith("ln_final.") else one for name, one in weights.items()}
 
     def named_weights(self) -> ModelWeights:
-        """The weights by name, read when asked for and shared, not copied."""
+        """The weights by name, read when asked for and shared, not copied; quantised ones dequantised anew."""
         return ModelWeights(self.as_decoder())
 
 

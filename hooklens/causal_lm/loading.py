@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from hooklens.adapters import Repository, download_checkpoint, open_checkpoint, open_config
+from hooklens.adapters import Checkpoint, Repository, download_checkpoint, open_checkpoint, open_config
 from hooklens.adapters.conversion import config_of_layers, config_of_length
 from hooklens.arguments import (
     MOST_ENTRIES,
@@ -17,6 +16,7 @@ from hooklens.arguments import (
     read_dtype,
     read_flag,
     read_int,
+    read_one_of,
     read_path,
     read_text,
     reads,
@@ -24,6 +24,14 @@ from hooklens.arguments import (
     require,
 )
 from hooklens.bundled import bundled_path
+from hooklens.causal_lm.quantising import (
+    Quantisation,
+    Value,
+    build_kept,
+    check_quantisation,
+    is_projection,
+    quantise_tensors,
+)
 from hooklens.config import HookedConfig
 from hooklens.errors import HookLensError, InputError, UnsupportedModelError
 from hooklens.hooks.choice import read_choice
@@ -103,6 +111,7 @@ class LoadingMethods:
         device_map=optional(read_kind),
         max_memory=read_max_memory,
         tokenizer=optional(read_tokenizer),
+        quantize=partial(read_one_of, options=("int8", "int4", "keep", None)),
     )
     def from_pretrained(
         cls: type[Model],
@@ -119,6 +128,7 @@ class LoadingMethods:
         layers: Sequence[int] | None = None,
         n_ctx: int | None = None,
         tokenizer: Tokenizer | None = None,
+        quantize: Quantisation | None = None,
         storage_options: Mapping[str, Any] | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -128,10 +138,13 @@ class LoadingMethods:
         The config is read and checked before any weight is fetched. From a URL or a `Repository` safetensors files are
         read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
 
-        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes) are dequantised, one by
-        one. A source of every kind may be in an old format of the field, which is read and not written:
-        TransformerLens's (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and
-        `consolidated.*.pth`).
+        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes, torchao's int8) are
+        dequantised, one by one, unless `quantize="keep"`. A model with quantised projections runs, and is hooked and
+        edited, as any other; its `W_Q` and the field's other names give what they are dequantised, copies that are not
+        assigned. `model.dequantize()` is the plain model.
+
+        A source of every kind may be in an old format of the field, which is read and not written: TransformerLens's
+        (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and `consolidated.*.pth`).
 
         Args:
             source: a name on the hub, a local folder (no network is touched), an fsspec URL (`"s3://bucket/folder"`,
@@ -155,6 +168,11 @@ class LoadingMethods:
             n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
                 past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
             tokenizer: used in place of the checkpoint's own.
+            quantize: have the projections of attention and MLPs quantised, one by one while they are read; embeddings,
+                unembedding, norms and biases stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits,
+                a scale for each output (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what
+                the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits, torchao's int8). None: all is
+                plain.
             storage_options: what the file system of a URL is made with (credentials, endpoint).
             cache_dir: the hub's cache folder.
             local_files_only: use what the hub's cache holds, and no network.
@@ -162,11 +180,13 @@ class LoadingMethods:
         Raises:
             CheckpointError: files or tensors are missing, damaged, or too many. Damage inside the entries of a tensor
                 is not seen.
-            UnsupportedModelError: the architecture, or a value in its config, is not implemented.
+            UnsupportedModelError: the architecture, or a value in its config, is not implemented; or it has experts,
+                which are not quantised, or weights that cannot be kept as they are.
             InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this
-                kind of source has not, or names, devices or memory in `device_map` that do not fit the network; before
-                any weight is read.
-            MissingDependencyError: the package of the URL's file system is not installed, or accelerate is not.
+                kind of source has not, a dtype in which quantised maps do not compute, or names, devices or memory in
+                `device_map` that do not fit the network; before any weight is read.
+            MissingDependencyError: the package of the URL's file system, or the one that quantises, is not installed,
+                or accelerate is not.
         """
         if device_map is not None and torch.device(device).type != "cpu":
             raise InputError(f"device={str(device)!r} and device_map both say where weights go; give one of them")
@@ -193,7 +213,7 @@ class LoadingMethods:
         model: Any = build_from_tensors(
             cls,
             cfg,
-            checkpoint.tensors(kept, n_ctx=n_ctx),
+            _read_tensors(checkpoint, kept, n_ctx=n_ctx, quantize=quantize, device=place, dtype=made_in),
             tokenizer=checkpoint.load_tokenizer() if tokenizer is None else tokenizer,
             device=place,
             dtype=made_in,
@@ -267,10 +287,31 @@ class LoadingMethods:
         return made  # type: ignore[no-any-return]
 
 
+def _read_tensors(
+    checkpoint: Checkpoint,
+    layers: list[int] | None,
+    *,
+    n_ctx: int | None,
+    quantize: Quantisation | None,
+    device: torch.device | str | Placement,
+    dtype: torch.dtype,
+) -> Iterable[tuple[str, Value]]:
+    """A checkpoint's weights, and for those that are to be quantised linear maps."""
+    if quantize is None:
+        return checkpoint.tensors(layers, n_ctx=n_ctx)
+    cfg = checkpoint.config_for(layers, n_ctx=n_ctx)
+    check_quantisation(cfg, quantize, dtype)
+    if quantize == "keep":
+        return build_kept(checkpoint.kept_tensors(layers, n_ctx=n_ctx), device=device, dtype=dtype)
+    projections = {name for name, weight in cfg.description.weights.items() if is_projection(weight)}
+    dense = checkpoint.tensors(layers, n_ctx=n_ctx, let_go=projections)
+    return quantise_tensors(dense, cfg, quantize, device=device, dtype=dtype)
+
+
 def build_from_tensors(
     kind: type[Model],
     cfg: HookedConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Value]],
     *,
     tokenizer: Tokenizer | None,
     device: torch.device | str | Placement,
@@ -281,7 +322,7 @@ def build_from_tensors(
     Args:
         kind: the class.
         cfg: the network.
-        tensors: names and weights in their logical shapes.
+        tensors: names and weights in their logical shapes, or linear maps in their place.
         tokenizer: of the model.
         device: where to put the weights, all of them or each part.
         dtype: of the weights; None: their own.

@@ -18,7 +18,7 @@ from hooklens.config import (
     InitScheme,
     describe_with,
 )
-from hooklens.errors import CacheError, InputError
+from hooklens.errors import CacheError, CheckpointError, InputError
 from hooklens.hooks import HookPoint
 from hooklens.hooks.call import NOBODY, Call, Listeners, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
@@ -43,6 +43,7 @@ from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parameters import read_state
 from hooklens.model.parts.declared import When, inner, point
 from hooklens.model.parts.part import Part, describe_parts
+from hooklens.model.parts.quantised import describe_maps, quantised_maps, set_compute_dtype
 from hooklens.model.placement.placed import Placed
 from hooklens.model.plan.documents import Borders
 from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
@@ -112,7 +113,14 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
                 own generator alone. None: drawn from that one.
             scheme: how they are drawn: `"gpt2"`, `"xavier_uniform"`, `"xavier_normal"`, `"kaiming_uniform"`,
                 `"kaiming_normal"`, `"muP"`, `"small"`, `"wang"`. None: `cfg.init_scheme`.
+
+        Raises:
+            InputError: weights are quantised.
         """
+        if maps := quantised_maps(self):
+            raise InputError(
+                f"initialize: {describe_maps(maps)}, and fresh ones would not be: make the network of model.cfg anew"
+            )
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         initialize(self, self.cfg.init_scheme if scheme is None else scheme, generator)
 
@@ -279,12 +287,24 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
             assign: use the tensors themselves, where the names are those of `state_dict()`.
 
         Raises:
-            CheckpointError: the field's names with other shapes.
+            CheckpointError: the field's names with other shapes, or quantised weights, here or there.
         """
+        if maps := quantised_maps(self):
+            raise CheckpointError(
+                f"load_state_dict: {describe_maps(maps)}, and take no others; load a checkpoint with quantize=, or "
+                "load into model.dequantize()"
+            )
         loaded = super().load_state_dict(read_state(self, state_dict), strict=strict, assign=assign)
         if assign:
             self.settle_placement(self.placement)
         return loaded
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
+        """What `to(...)` and its like do; quantised maps compute in the dtype of the other weights."""
+        applied = super()._apply(fn, recurse)
+        for linear in quantised_maps(self).values():
+            set_compute_dtype(linear, self.dtype)
+        return applied
 
     def _embed_tokens(self, tokens: Tokens, plan: TokenPlan, call: Call) -> Stream:
         if self.hook_tokens.listens(call):

@@ -17,6 +17,7 @@ from hooklens.errors import CheckpointError, join_names, suggest_names
 from hooklens.model.placing import Placing, run_ahead
 from hooklens.weights.layout import logical_view, to_stored
 from hooklens.weights.names import bare_names
+from hooklens.weights.quantised import is_quantised_tensor
 
 if TYPE_CHECKING:
     from hooklens.model.decoder import Decoder
@@ -54,7 +55,7 @@ class ModelWeights(Mapping[str, Tensor]):
 
 def fill_parameters(
     decoder: "Decoder",
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | nn.Module]],
     *,
     device: "torch.device | str | Placement" = "cpu",
     dtype: torch.dtype | None = None,
@@ -63,6 +64,13 @@ def fill_parameters(
 
     The network may lie on the `meta` device, so that at no time more than one copy of it exists. A tensor
     that already has the dtype, device and layout is used as it is. On several devices each goes straight to its own.
+
+    Args:
+        decoder: the network.
+        tensors: weights by their names, of the field or of the parameters. A module takes the place of the linear map
+            whose weight it has the name of: one of the same call that is quantised, and lies where it is to be.
+        device: where to put them.
+        dtype: of the weights; None: their own.
 
     Raises:
         CheckpointError: a name the network does not have, a wrong shape, or a parameter left without tensor.
@@ -73,17 +81,22 @@ def fill_parameters(
     modules = dict(decoder.named_modules())
 
     def place() -> Iterator[tuple[DeclaredWeight, Placing]]:
-        for name, tensor in tensors:
+        for name, given in tensors:
             if name == _TIED and name not in declared:
                 continue
             weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
             if weight is None:
                 raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
+            if isinstance(given, nn.Module):
+                path = weight.parameter.rpartition(".")[0]
+                modules[path] = _replace_map(decoder, path, given)
+                missing.discard(weight.name)
+                continue
             wanted = weight.stored_shape if is_stored else weight.shape
-            if tuple(tensor.shape) != wanted:
-                raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}; expected {list(wanted)}")
+            if tuple(given.shape) != wanted:
+                raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
             where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
-            yield weight, Placing(tensor.detach(), None if is_stored else weight, where, dtype)
+            yield weight, Placing(given.detach(), None if is_stored else weight, where, dtype)
 
     for weight, placed in run_ahead(place()):
         path, _, held_as = weight.parameter.rpartition(".")
@@ -91,6 +104,16 @@ def fill_parameters(
         missing.discard(weight.name)
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
+
+
+def _replace_map(decoder: "Decoder", path: str, linear: nn.Module) -> nn.Module:
+    """Put a linear map in the place of another, whose bias, filled or not, it takes over."""
+    place, _, name = path.rpartition(".")
+    part, old = decoder.get_submodule(place), decoder.get_submodule(path)
+    linear._parameters["bias"] = old._parameters["bias"]
+    linear.train(old.training)
+    part._modules[name] = linear
+    return linear
 
 
 def _held_weights(cfg: HookedConfig) -> dict[str, DeclaredWeight]:
@@ -135,8 +158,15 @@ def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, T
     share, and its biases of 0, which say what their absence says, are understood.
 
     Raises:
-        CheckpointError: a weight under two names.
+        CheckpointError: a weight under two names, or quantised ones.
     """
+    quantised = [name for name, value in state.items() if is_quantised_tensor(value)]
+    if quantised:
+        raise CheckpointError(
+            f"weights given are quantised: {join_names(quantised)}. A state dict has what is stored of these, which "
+            "only the map it comes from can read: load the checkpoint with quantize= once more, or give the state dict "
+            "of model.dequantize()"
+        )
     declared = _held_weights(cfg)
     by_parameter = {weight.parameter: weight for weight in declared.values()}
     named: dict[str, Tensor] = {}

@@ -20,6 +20,7 @@ from hooklens.training.keeping.randomness import keep_random, seed_random
 from hooklens.training.metrics import read_logger
 from hooklens.training.result import TrainResult
 from hooklens.training.run import TrainingRun
+from hooklens.weights.quantised import is_quantised_tensor
 
 
 @reads(
@@ -132,7 +133,7 @@ def _check_trainable(model: nn.Module, config: TrainConfig) -> None:
         "are quantised: load them in a floating dtype": [
             name
             for name, one in weights.items()
-            if one.is_quantized or not (one.is_floating_point() or one.is_complex())
+            if is_quantised_tensor(one) or one.is_quantized or not (one.is_floating_point() or one.is_complex())
         ],
         "are no tensors, and cannot be saved": others,
     }

@@ -157,7 +157,7 @@ class TestWithoutValues:
     ("key", "value"),
     [
         ("quantization_config", {"quant_method": "hqq", "bits": 4}),
-        ("quantization_config", {"quant_method": "torchao", "quant_type": "int4_weight_only"}),
+        ("quantization_config", {"quant_method": "quark", "quant_type": "int4_weight_only"}),
         ("quantization_config", {"bits": 4, "group_size": 64}),
         ("compression_config", {"format": "pack-quantized"}),
         ("quantization", {"group_size": 64, "bits": 4}),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.dequantised.tensors import Parts
+from hooklens.adapters.kept import QuantisedWeight, Rows
 from hooklens.arguments import show
 from hooklens.errors import CheckpointError
 
@@ -75,15 +76,35 @@ class Bnb4Bit:
     def dequantise(self, parts: Parts) -> Tensor:
         """The weight, in float32."""
         state = _read_state(parts)
-        absmax = parts.read("absmax").flatten()
-        if "nested_blocksize" in state:
-            scales = _spread(parts.read("nested_absmax"), state["nested_blocksize"], len(absmax))
-            absmax = parts.read("nested_quant_map").float()[absmax.int()] * scales + state["nested_offset"]
+        absmax = _read_absmax(parts, state)
         packed = parts.read("entries").flatten().view(torch.uint8)
         numbers = torch.stack((packed >> 4, packed & 0xF), dim=-1).flatten()[: math.prod(state["shape"])]
         weight = parts.read("quant_map").float()[numbers.int()]
         weight *= _spread(absmax, state["blocksize"], len(weight))
         return weight.reshape(state["shape"])
+
+    def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
+        """Blocks run on from one row into the next where rows are no multiple of them."""
+        state = _read_state(parts)
+        d_in, blocksize = state["shape"][1], state["blocksize"]
+        if rows.is_whole or d_in % blocksize == 0:
+            return None
+        return f"it holds several maps, whose rows of {d_in} numbers share scales of {blocksize}"
+
+    def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
+        """Rows as they are stored, with scales that are not quantised themselves: to the same numbers."""
+        state = _read_state(parts)
+        d_out, d_in = state["shape"]
+        packed, absmax = parts.read("entries").flatten().view(torch.uint8), _read_absmax(parts, state)
+        if not rows.is_whole:
+            packed = packed.view(d_out, -1)[rows.numbers].flatten()
+            absmax = absmax.view(d_out, -1)[rows.numbers].flatten()
+        return QuantisedWeight(
+            "4-bit blocks",
+            (len(rows.numbers), d_in),
+            {"entries": packed, "absmax": absmax.float(), "quant_map": parts.read("quant_map").float()},
+            {"kind": next(kind for kind in _KINDS if kind in parts), "blocksize": state["blocksize"]},
+        )
 
 
 class Bnb8Bit:
@@ -116,6 +137,28 @@ class Bnb8Bit:
         """The weight, in float32."""
         scales = parts.read("scales").to(torch.float32) / _LARGEST
         return parts.read("entries").to(torch.float32).mul_(scales[:, None])
+
+    def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
+        """Nothing: each row has a scale of its own."""
+        return None
+
+    def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
+        """Rows as they are stored."""
+        entries, scales = parts.read("entries"), parts.read("scales").to(torch.float32) / _LARGEST
+        if not rows.is_whole:
+            entries, scales = entries[rows.numbers], scales[rows.numbers]
+        shape = (len(rows.numbers), parts.shape("entries")[1])
+        return QuantisedWeight("int8 rows", shape, {"entries": entries, "scales": scales}, {})
+
+
+def _read_absmax(parts: Parts, state: Mapping[str, Any]) -> Tensor:
+    """The scale of each block, which may be quantised itself."""
+    absmax = parts.read("absmax").flatten()
+    if "nested_blocksize" not in state:
+        return absmax
+    scales = _spread(parts.read("nested_absmax"), state["nested_blocksize"], len(absmax))
+    nested: Tensor = parts.read("nested_quant_map").float()[absmax.int()] * scales
+    return nested + float(state["nested_offset"])
 
 
 def _spread(scales: Tensor, block: int, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from hooklens.adapters.dequantised.packed import Awq, Gptq
 from hooklens.adapters.dequantised.scaled import Mxfp4, Scaled
 from hooklens.adapters.dequantised.settings import Settings
 from hooklens.adapters.dequantised.tensors import QuantFormat
+from hooklens.adapters.dequantised.torchao import TorchaoInt8
 from hooklens.errors import UnsupportedModelError
 
 _PLAIN_SCALES = ("float-quantized", "int-quantized", "naive-quantized")
@@ -71,6 +72,15 @@ def _read_bitsandbytes(settings: Settings) -> QuantFormat:
     return Bnb4Bit() if in_4bit else Bnb8Bit()
 
 
+def _read_torchao(settings: Settings) -> QuantFormat:
+    described = settings.get("quant_type", {})
+    default = described.get("default") if isinstance(described, Mapping) else None
+    kind = default.get("_type") if isinstance(default, Mapping) else described
+    if kind != "Int8WeightOnlyConfig":
+        settings.reject("quant_type", kind, "Int8WeightOnlyConfig")
+    return TorchaoInt8()
+
+
 METHODS: Mapping[str, Callable[[Settings], QuantFormat]] = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed,
@@ -78,6 +88,7 @@ METHODS: Mapping[str, Callable[[Settings], QuantFormat]] = {
     "gptq": _read_gptq,
     "awq": _read_awq,
     "bitsandbytes": _read_bitsandbytes,
+    "torchao": _read_torchao,
 }
 
 

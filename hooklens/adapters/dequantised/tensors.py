@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooklens.adapters.conversion import TensorSource
 from hooklens.adapters.disk import TensorHeader
+from hooklens.adapters.kept import QuantisedWeight, Rows
 from hooklens.errors import CheckpointError, join_names
 
 # Entries of a tensor that is worth giving its memory back.
@@ -98,6 +99,17 @@ class QuantFormat(Protocol):
         """The weight."""
 
 
+@runtime_checkable
+class KeepingFormat(QuantFormat, Protocol):
+    """One whose weights a library computes with as they are stored."""
+
+    def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
+        """Why rows of a weight cannot be taken as they are stored; None where they can."""
+
+    def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
+        """Rows of a weight as they are stored."""
+
+
 class DequantisedTensors:
     """A quantised checkpoint's tensors as those of the plain one.
 
@@ -146,7 +158,7 @@ class DequantisedTensors:
                 problems.append(f"{name!r}: {error}")
             else:
                 dtype = str(scheme.dtype).removeprefix("torch.")
-                self._headers[name] = TensorHeader(dtype, shape[::-1] if self._is_turned(name) else shape)
+                self._headers[name] = TensorHeader(dtype, shape[::-1] if self.is_turned(name) else shape)
         if problems:
             left_out = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise CheckpointError(
@@ -170,7 +182,36 @@ class DequantisedTensors:
         if name not in self._packed:
             return self._source.read(name, apart=apart)
         weight = self._scheme.dequantise(self._packed[name])
-        return weight.T if self._is_turned(name) else weight
+        return weight.T if self.is_turned(name) else weight
+
+    @property
+    def method(self) -> str:
+        """The name of the way in which weights are quantised."""
+        return self._scheme.name
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether a library computes with such weights as they are stored."""
+        return isinstance(self._scheme, KeepingFormat)
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor of the plain checkpoint is quantised."""
+        return name in self._packed
+
+    def shape_of_map(self, name: str) -> tuple[int, ...]:
+        """The shape of a quantised tensor as it is stored."""
+        shape = self._headers[name].shape
+        return shape[::-1] if self.is_turned(name) else shape
+
+    def why_not_kept(self, name: str, rows: Rows) -> str | None:
+        """Why rows of a quantised tensor cannot be taken as they are stored; None where they can."""
+        assert isinstance(self._scheme, KeepingFormat)
+        return self._scheme.why_not_kept(self._packed[name], rows)
+
+    def keep(self, name: str, rows: Rows) -> QuantisedWeight:
+        """Rows of a quantised tensor as they are stored."""
+        assert isinstance(self._scheme, KeepingFormat)
+        return self._scheme.keep(self._packed[name], rows)
 
     def is_padding(self, name: str) -> bool:
         """Whether a tensor is a bias of zeros that a map was given when it was quantised."""
@@ -179,5 +220,6 @@ class DequantisedTensors:
         of_packed = name.removesuffix(".bias") + self._scheme.plain in self._packed
         return of_packed and not self._source.read(name, apart=True).any()
 
-    def _is_turned(self, name: str) -> bool:
+    def is_turned(self, name: str) -> bool:
+        """Whether a quantised tensor is stored as `[out, in]` and is `[in, out]` in the plain checkpoint."""
         return self._turned and name != self._head

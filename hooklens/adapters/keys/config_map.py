@@ -46,8 +46,9 @@ INERT_KEYS = frozenset(
 
 _QUANTISED = (
     "none: the weights are quantised, and HookLens computes with plain ones. Loading files, it dequantises fp8, mxfp4, "
-    "compressed-tensors of 8 bits, GPTQ, AWQ and bitsandbytes. Take the checkpoint that was quantised, or dequantise "
-    "this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), which goes to HookedCausalLM.from_hf"
+    "compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes and torchao's int8. Take the checkpoint that was quantised, "
+    "or dequantise this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), which goes to "
+    "HookedCausalLM.from_hf"
 )
 # Under one of these the several ways to quantise say which one it was (`quantization` is that of MLX).
 QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")

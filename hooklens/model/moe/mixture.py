@@ -12,6 +12,7 @@ from hooklens.model.moe.shared import SharedExpert
 from hooklens.model.moe.spec import CHOICE_BIASED, EXPERTS_BIASED, ROUTER_BIASED, SHARES, mixture_of
 from hooklens.model.parts.declared import When, inner, point, weight
 from hooklens.model.parts.part import Part, apply_linear
+from hooklens.model.parts.quantised import dense_weight
 from hooklens.model.parts.stacked import StackedLinear
 from hooklens.precision import widen
 
@@ -88,4 +89,4 @@ class MoE(Part, place="blocks.{i}.mlp", kind="moe"):
             return apply_linear(linear, x)
         assert isinstance(linear, nn.Linear)
         bias = linear.bias
-        return F.linear(widen(x), widen(linear.weight), None if bias is None else widen(bias))
+        return F.linear(widen(x), widen(dense_weight(linear)), None if bias is None else widen(bias))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hooklens.axes import HookSite
 from hooklens.errors import ConfigError
+from hooklens.model.parts.quantised import dense_weight, is_quantised
 from hooklens.model.parts.stacked import StackedLinear
 from hooklens.weights.layout import logical_view, parse_stored, stored_view
 
@@ -169,6 +170,8 @@ class Weight(Declared):
                 "not the map that it computes (an adapter, a quantised weight); merge the adapter or dequantise first "
                 "to read or change it"
             )
+        if not self.is_bias and is_quantised(holder):
+            return logical_view(dense_weight(holder), self.layout, self.axes.split(), shape)
         stored, axes = getattr(holder, self.held_as), self.axes.split()
         if self.layout == tuple((axis,) for axis in axes):
             return stored
@@ -189,6 +192,11 @@ class Weight(Declared):
         stored = stored_view(value.detach(), self.layout, self.axes.split()).contiguous()
         holder = part if self.module is None else part._modules[self.module]
         assert holder is not None
+        if not self.is_bias and is_quantised(holder):
+            raise ConfigError(
+                f"{self.name} = {list(value.shape)}: the weight of {self.module} is quantised, and would hold other "
+                "numbers than these; assign it in the model that model.dequantize() gives"
+            )
         # A parameter brings its own requires_grad; a tensor takes over the old one's.
         old = holder._parameters.get(self.held_as, stored)
         trains = value.requires_grad if isinstance(value, nn.Parameter) or old is None else old.requires_grad

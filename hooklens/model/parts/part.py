@@ -35,6 +35,7 @@ from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfi
 from hooklens.errors import ConfigError
 from hooklens.hooks import HookedModule, HookPoint
 from hooklens.model.parts.declared import Declared, Point, Slot, Spec, Weight
+from hooklens.model.parts.quantised import is_quantised
 from hooklens.model.parts.stacked import StackedLinear
 
 
@@ -274,8 +275,8 @@ def is_bare(state: dict[str, Any]) -> bool:
 
 
 def is_plain(linear: nn.Module | None) -> bool:
-    """Whether a linear map is nothing but its weight and bias: nothing hooked on, put around or in its place."""
-    return type(linear) is nn.Linear and is_bare(linear.__dict__)
+    """Whether a linear map is nothing but its plain weight and bias: nothing hooked on, put around or in its place."""
+    return type(linear) is nn.Linear and is_bare(linear.__dict__) and not is_quantised(linear)
 
 
 def apply_linear(linear: nn.Module | None, x: Float[Tensor, "*axes into"]) -> Float[Tensor, "*axes out_of"]:

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.arguments import read_flag, read_int, read_one_of, reads
 from hooklens.config import HookedConfig, LearnedPositions, MoEConfig, ShortformerPositions
 from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
+from hooklens.model.parts.quantised import quantised_maps
 from hooklens.weights.composition import all_composition_scores
 from hooklens.weights.factored import FactoredMatrix
 
@@ -224,5 +225,11 @@ class WeightViews:
 
     @property
     def n_params_total(self) -> int:
-        """Number of parameters, a tied unembedding counted once."""
-        return sum(parameter.numel() for parameter in self.as_decoder().parameters())
+        """Number of parameters, a tied unembedding counted once, and quantised ones as many as they stand for."""
+        decoder = self.as_decoder()
+        counts = {id(parameter): parameter.numel() for parameter in decoder.parameters()}
+        for linear in quantised_maps(decoder).values():
+            # Several numbers may lie in one byte.
+            assert isinstance(linear, nn.Linear)
+            counts[id(linear.weight)] = linear.in_features * linear.out_features
+        return sum(counts.values())

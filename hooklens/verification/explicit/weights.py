@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.model.parts.part import Part
+from hooklens.model.parts.quantised import dense_weight, is_quantised, quantised_maps
 from hooklens.model.parts.stacked import StackedLinear
 
 # What a part of a known kind may be made of, and nothing put around it.
@@ -15,6 +16,8 @@ _PLAIN = (nn.Linear, nn.Embedding, StackedLinear)
 class ExplicitWeights:
     """Parameters by name, widened when they are read: a large network is not copied as a whole.
 
+    Quantised ones are what they are dequantised.
+
     Args:
         network: whose.
     """
@@ -23,6 +26,7 @@ class ExplicitWeights:
         self._parameters: Mapping[str, Tensor] = {
             name: parameter.detach() for name, parameter in network.named_parameters(remove_duplicate=False)
         }
+        self._quantised = {f"{name}.weight": linear for name, linear in quantised_maps(network).items()}
 
     def find(self, name: str) -> Tensor | None:
         """A parameter, or None where the network has none of that name."""
@@ -30,7 +34,8 @@ class ExplicitWeights:
         return None if parameter is None else parameter.double()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._parameters[name].double()
+        linear = self._quantised.get(name)
+        return (self._parameters[name] if linear is None else dense_weight(linear)).double()
 
     def apply(self, linear: str, x: Float[Tensor, "*axes into"]) -> Float[Tensor, "*axes out_of"]:
         """`x W^T + b` of a stored linear map."""
@@ -53,7 +58,7 @@ def why_unknown(part: Part | nn.Module, kinds: tuple[type[Part], ...]) -> str | 
     if type(part) not in kinds:
         return f"a part of one's own stands there ({type(part).__name__})"
     for name, module in part.named_modules():
-        if isinstance(module, _PLAIN) and type(module) not in _PLAIN:
+        if isinstance(module, _PLAIN) and type(module) not in _PLAIN and not is_quantised(module):
             return f"a {type(module).__name__} stands at {name}"
         if isinstance(module, nn.Linear) and (module._forward_hooks or module._forward_pre_hooks):
             return f"hooks of torch's own are attached to {name}"
@@ -62,7 +67,9 @@ def why_unknown(part: Part | nn.Module, kinds: tuple[type[Part], ...]) -> str | 
         for inside in part.modules()
         if isinstance(inside, Part)
         for weight, _ in inside.weight_table()
-        if weight.module is not None and type(inside._modules.get(weight.module)) not in _PLAIN
+        if weight.module is not None
+        and type(inside._modules.get(weight.module)) not in _PLAIN
+        and not is_quantised(inside._modules.get(weight.module))
     ]
     if replaced:
         return f"something stands in the place of {', '.join(sorted(set(replaced)))}"
