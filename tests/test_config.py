@@ -48,7 +48,6 @@ def test_sizes_left_out_are_derived():
         ({"wiring": "parallel", "shared_norm": True, "norm_before": False}, r"shared_norm needs"),
         ({"positions": RotaryPositions(dim=4)}, r"rotary dim 4 is larger than d_head=3"),
         ({"windows": (3,)}, r"windows has 1 entries for 2 layers"),
-        ({"tied_unembed": True, "unembed_bias": True}, r"a tied unembedding has no bias"),
         ({"d_model": True, "d_vocab": 2.5}, r"d_model=True, d_vocab=2.5; expected whole numbers from 1 on"),
         ({"embed_scale": float("inf")}, r"embed_scale=inf; expected finite numbers above 0"),
         ({"embed_scale": 10**400}, r"embed_scale=10+; expected finite numbers above 0"),
@@ -77,11 +76,11 @@ def test_sizes_left_out_are_derived():
         ),
         (
             {
-                "n_kv_heads": 3, "tied_unembed": True, "unembed_bias": True, "windows": (1,), "attn_only": True,
+                "n_kv_heads": 3, "windows": (1,), "attn_only": True,
                 "mlp": MLP, "positions": RotaryPositions(dim=4), "norm": (RMS_NORM, None),
             },
-            r"attn_only=True and mlp=.*\n- norm differs by layer.*\n- n_heads=4 is not .*\n- a tied unembedding has "
-            r"no bias\n- windows has 1 entries for 2 layers\n- rotary dim 4 is larger than d_head=3",
+            r"attn_only=True and mlp=.*\n- norm differs by layer.*\n- n_heads=4 is not .*"
+            r"\n- windows has 1 entries for 2 layers\n- rotary dim 4 is larger than d_head=3",
         ),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@
 - `attribution`: which components, heads and neurons a logit comes from;
 - `sources`: which source tokens a head's share of a logit comes from;
 - `heads`: which heads attend to the previous token, to duplicates, or as induction heads do;
+- `targets`: where such a head attends;
 - `circuits`: what weights read and write, in words of the vocabulary;
 - `copying`: which heads raise the logit of the token that they attend to;
 - `sanity`: losses and tasks that tell whether a model works at all.
@@ -12,7 +13,7 @@ Each module opens with its method: the formula, the paper, and how to read the n
 own tokens everywhere: -1 is its last token, and padding has none.
 """
 
-from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources
-from hooklens.analysis.connection import connect_cache
+from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources, targets
+from hooklens.analysis.reading.connection import connect_cache
 
-__all__ = ["attribution", "circuits", "connect_cache", "copying", "heads", "lens", "sanity", "sources"]
+__all__ = ["attribution", "circuits", "connect_cache", "copying", "heads", "lens", "sanity", "sources", "targets"]

@@ -37,9 +37,9 @@ from hooklens.activation_cache.components import (
 from hooklens.activation_cache.logits import LogitDirections, align_directions, find_directions
 from hooklens.activation_cache.readout import Readout, make_readout
 from hooklens.activation_cache.stream import locate, require, take_positions
-from hooklens.analysis.connection import connect_cache, read_model, read_run
-from hooklens.analysis.token_columns import choose_tokens, list_tokens, take_columns
-from hooklens.analysis.token_names import Tokens, read_outputs
+from hooklens.analysis.reading.connection import connect_cache, read_model, read_run
+from hooklens.analysis.reading.token_columns import choose_tokens, list_tokens, take_columns
+from hooklens.analysis.reading.token_names import Tokens, read_outputs
 from hooklens.arguments import Reader, optional, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.optional import import_package

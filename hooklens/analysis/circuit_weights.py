@@ -12,8 +12,8 @@ from torch import Tensor
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
+from hooklens.model.attention.head_norm import HeadNorm
 from hooklens.model.embed import scale_in
-from hooklens.model.head_norm import HeadNorm
 from hooklens.model.norm import Norm
 from hooklens.precision import widen
 from hooklens.weights.factored import FactoredMatrix

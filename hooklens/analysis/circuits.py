@@ -38,8 +38,8 @@ from hooklens.analysis.circuit_weights import (
     qk_circuit,
     unembedding,
 )
-from hooklens.analysis.connection import read_model
-from hooklens.analysis.token_names import name_tokens
+from hooklens.analysis.reading.connection import read_model
+from hooklens.analysis.reading.token_names import name_tokens
 from hooklens.arguments import read_flag, read_int, read_one_of, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError

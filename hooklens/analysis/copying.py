@@ -25,8 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.analysis.circuit_weights import embedding, ov_circuit, unembedding
-from hooklens.analysis.connection import read_model
-from hooklens.analysis.token_names import read_tokens
+from hooklens.analysis.reading.connection import read_model
+from hooklens.analysis.reading.token_names import read_tokens
 from hooklens.arguments import read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.activation_cache.stream import locate, places_up_to
-from hooklens.analysis.connection import connect_cache, read_model, read_run
-from hooklens.analysis.token_columns import choose_tokens, list_tokens, take_columns
-from hooklens.analysis.token_names import name_tokens, read_token
+from hooklens.analysis.reading.connection import connect_cache, read_model, read_run
+from hooklens.analysis.reading.token_columns import choose_tokens, list_tokens, take_columns
+from hooklens.analysis.reading.token_names import name_tokens, read_token
 from hooklens.arguments import read_flag, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs

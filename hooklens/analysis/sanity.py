@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.analysis.connection import read_model
 from hooklens.analysis.heads import MOST_ROWS, repeated_random_tokens
+from hooklens.analysis.reading.connection import read_model
 from hooklens.arguments import optional, read_flag, read_int, read_seed, reads, refusal
 from hooklens.bundled.corpus import held_out_indirect_objects
 from hooklens.causal_lm import HookedCausalLM

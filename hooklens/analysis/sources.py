@@ -26,7 +26,7 @@ from hooklens.activation_cache.components import of_heads
 from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm
 from hooklens.activation_cache.stream import require_weight
 from hooklens.analysis.attribution import ASKING, Attribution, prepare_attribution
-from hooklens.analysis.token_names import Tokens, name_tokens
+from hooklens.analysis.reading.token_names import Tokens, name_tokens
 from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError

@@ -22,8 +22,8 @@ from hooklens.arguments import (
 )
 from hooklens.errors import HookLensError, InputError, suggest_names
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.documents import read_document_borders, read_document_ids
-from hooklens.model.positions import LogitsAt, TokenPlan
+from hooklens.model.plan.documents import read_document_borders, read_document_ids
+from hooklens.model.plan.positions import LogitsAt, TokenPlan
 from hooklens.tokens import Prompt, is_integer
 
 Input = Prompt | Float[Tensor, "batch pos d_model"]

@@ -38,11 +38,11 @@ from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder
-from hooklens.model.documents import Borders
 from hooklens.model.loss import next_token_loss
-from hooklens.model.part import Part
-from hooklens.model.positions import LogitsAt
-from hooklens.model.weight_views import WeightViews
+from hooklens.model.parts.part import Part
+from hooklens.model.parts.weight_views import WeightViews
+from hooklens.model.plan.documents import Borders
+from hooklens.model.plan.positions import LogitsAt
 from hooklens.optional import import_package
 from hooklens.tokens import PaddingSide, Tokenizer
 

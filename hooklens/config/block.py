@@ -32,7 +32,7 @@ class _Options(dict[str, Option]):
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
-    """Which part stands in a place: attention, an MLP, or one of somebody's own (see `hooklens.model.part.Part`).
+    """Which part stands in a place: attention, an MLP, or one of somebody's own (see `hooklens.model.parts.part.Part`).
 
     A kind may have a subclass of this one, with a typed and checked field for each option (`MoEConfig`). A config
     then holds that class, also where the kind was given with options.

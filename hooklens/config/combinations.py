@@ -62,8 +62,6 @@ def _size_problems(cfg: "HookedConfig") -> list[str]:
             problems.append(f"{name}={sizes!r}; expected a tuple with one for each layer, or None")
         elif sizes is not None:
             check_counts(f"config: {name}", {f"layer {i}": size for i, size in enumerate(sizes)})
-    if cfg.tied_unembed and cfg.unembed_bias:
-        problems.append("a tied unembedding has no bias")
     return problems
 
 

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
+from hooklens.generation.choosing.processors import build_pipeline
+from hooklens.generation.choosing.sampling import RowDraws, sample_tokens, token_log_probs
+from hooklens.generation.choosing.stopping import StopRules
 from hooklens.generation.forward import Forward
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.output import GenerationStep
-from hooklens.generation.processors import build_pipeline
 from hooklens.generation.prompts import Prompts, filling_token_id
-from hooklens.generation.recording import RowLayout
 from hooklens.generation.rows import Rows
-from hooklens.generation.sampling import RowDraws, sample_tokens, token_log_probs
-from hooklens.generation.stopping import StopRules
 from hooklens.generation.text import TextPieces, decode_behind
+from hooklens.generation.watching.recording import RowLayout
 from hooklens.precision import widen
 
 

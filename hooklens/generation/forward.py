@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.generation.edits import StepEdits
 from hooklens.generation.model import GeneratingModel, init_cache
 from hooklens.generation.options import GenerationOptions
 from hooklens.generation.prompts import Prompts
-from hooklens.generation.recording import Recorder
 from hooklens.generation.rows import Rows
+from hooklens.generation.watching.edits import StepEdits
+from hooklens.generation.watching.recording import Recorder
 from hooklens.hooks.call import Call, Phase, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
 

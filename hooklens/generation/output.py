@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.generation.stopping import FinishReason
+from hooklens.generation.choosing.stopping import FinishReason
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.generation.processors import RowIds
+from hooklens.generation.choosing.processors import RowIds
+from hooklens.generation.choosing.stopping import FinishReason
 from hooklens.generation.prompts import Prompts, join_sequences
-from hooklens.generation.stopping import FinishReason
 
 # Rows that have ended leave the batch when they are at least this fraction of it: leaving copies the cache.
 _LEAVING_FRACTION = 1 / 8

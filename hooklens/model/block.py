@@ -8,13 +8,13 @@ from torch import Tensor
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
 from hooklens.kv_cache import HookedKeyValueCacheEntry
-from hooklens.model.attention import Attention
-from hooklens.model.declared import When, inner, point
-from hooklens.model.heads import HeadInput
+from hooklens.model.attention.attention import Attention
+from hooklens.model.attention.heads import HeadInput
 from hooklens.model.mlp import MLP
 from hooklens.model.norm import STREAM, Norm, norm
-from hooklens.model.part import Part, find_part
-from hooklens.model.positions import TokenPlan
+from hooklens.model.parts.declared import When, inner, point
+from hooklens.model.parts.part import Part, find_part
+from hooklens.model.plan.positions import TokenPlan
 
 _ATTENDS = When(lambda block: block.attn is not None, "this layer has no attention")
 _HAS_MLP = When(lambda block: block.mlp is not None, "this layer has no MLP")

@@ -22,10 +22,9 @@ from hooklens.errors import CacheError, InputError
 from hooklens.hooks import HookPoint
 from hooklens.hooks.call import NOBODY, Call, Listeners, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.attention import Attention
+from hooklens.model.attention.attention import Attention
+from hooklens.model.attention.rotary import RotaryTables
 from hooklens.model.block import Block
-from hooklens.model.declared import When, inner, point
-from hooklens.model.documents import Borders
 from hooklens.model.embed import (
     Embed,
     HeadPosEmbed,
@@ -42,11 +41,12 @@ from hooklens.model.embed import (
 from hooklens.model.initialization import initialize
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parameters import read_state
-from hooklens.model.part import Part, describe_parts
-from hooklens.model.planning import Planning, documents_to_keep, new_mask
-from hooklens.model.positions import ChosenColumns, LogitsAt, TokenPlan
+from hooklens.model.parts.declared import When, inner, point
+from hooklens.model.parts.part import Part, describe_parts
+from hooklens.model.plan.documents import Borders
+from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
+from hooklens.model.plan.positions import ChosenColumns, LogitsAt, TokenPlan
 from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
-from hooklens.model.rotary import RotaryTables
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]

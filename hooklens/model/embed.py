@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from hooklens.config import HookedConfig, LearnedPositions, ShortformerPositions, SinusoidalPositions
 from hooklens.errors import InputError
 from hooklens.hooks import Call, HookPoint, open_call
-from hooklens.model.declared import Weight, When, point, weight
 from hooklens.model.norm import STREAM, Norm, norm
-from hooklens.model.part import Part, apply_linear
+from hooklens.model.parts.declared import Weight, When, point, weight
+from hooklens.model.parts.part import Part, apply_linear
 
 _NORMED = When(lambda cfg: cfg.embed_norm is not None, "its embedding has no norm")
 
@@ -156,6 +156,9 @@ def find_position_part(cfg: HookedConfig) -> type[Part]:
     return _POSITION_PARTS[type(cfg.positions)]
 
 
+_UNEMBED_BIASED = When(lambda cfg: cfg.unembed_bias, "its unembedding has no bias")
+
+
 class Unembed(Part, place="unembed"):
     """Logits `(x W_U + b_U) * logits_scale`, before an output soft cap."""
 
@@ -163,9 +166,7 @@ class Unembed(Part, place="unembed"):
     W_U: Float[Tensor, "d_model d_vocab_out"] = weight(
         "d_model d_vocab_out", "d_vocab_out d_model", module="proj", reads=True, bias="b_U"
     )
-    b_U: Float[Tensor, " d_vocab_out"] | None = weight(
-        "d_vocab_out", module="proj", when=When(lambda cfg: cfg.unembed_bias, "its unembedding has no bias")
-    )
+    b_U: Float[Tensor, " d_vocab_out"] | None = weight("d_vocab_out", module="proj", when=_UNEMBED_BIASED)
     # Without a final norm this tensor is the stream itself.
     hook_in: HookPoint = point(STREAM, "input of the unembedding", shared=True)
     hook_out: HookPoint = point("batch pos d_vocab_out", "logits, before an output soft cap")
@@ -212,11 +213,18 @@ class Unembed(Part, place="unembed"):
 
 
 class TiedUnembed(Unembed):
-    """An unembedding whose `W_U` is the embedding's `W_E`, transposed: one parameter, with one gradient."""
+    """An unembedding whose `W_U` is the embedding's `W_E`, transposed: one parameter, with one gradient.
+
+    A bias is its own.
+    """
+
+    b_U: Float[Tensor, " d_vocab_out"] | None = weight("d_vocab_out", when=_UNEMBED_BIASED)
 
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__(cfg)
         self.__dict__["_embed"] = None
+        if "b_U" in self.absent:
+            self.register_parameter("b_U", None)
 
     def _make_weights(self, spec: HookedConfig, present: list[Weight]) -> None:
         # `W_U` is read from the embedding.
@@ -236,7 +244,7 @@ class TiedUnembed(Unembed):
         return embed.W_E.T
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return F.linear(self._narrow(x), self.W_U.T)
+        return F.linear(self._narrow(x), self.W_U.T, self._parameters["b_U"])
 
 
 class ProjectedUnembed(Unembed):
@@ -260,8 +268,6 @@ class ProjectedUnembed(Unembed):
 
 class TiedProjectedUnembed(TiedUnembed, ProjectedUnembed):  # type: ignore[override]
     """The same with the token embedding itself as `W_U`."""
-
-    declared = ProjectedUnembed.declared
 
 
 def embed_class(cfg: HookedConfig) -> type[Embed]:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from hooklens.config import HookedConfig, InitScheme
-from hooklens.model.declared import Weight
-from hooklens.model.part import Part
+from hooklens.model.parts.declared import Weight
+from hooklens.model.parts.part import Part
 
 _BLOCKS = "blocks."
 _HEADS = ("head", "kv_head")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint, open_call
 from hooklens.model.activations import clamp_linear_half, find_activation, xielu
-from hooklens.model.declared import When, point, weight
 from hooklens.model.norm import Norm, norm
-from hooklens.model.part import Part, apply_linear
+from hooklens.model.parts.declared import When, point, weight
+from hooklens.model.parts.part import Part, apply_linear
 
 _GATED = When(lambda block: block.cfg.gated_mlp, "its MLPs are not gated")
 _IN_BIASED = When(lambda block: block.has_bias("mlp_in"), "its MLPs have no such bias")

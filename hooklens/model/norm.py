@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.hooks import Call, HookPoint, open_call
-from hooklens.model.declared import ALWAYS, Weight, When, inner, point, weight
-from hooklens.model.kernels import can_show_rms, rms_norm_with_scale
-from hooklens.model.part import Part
+from hooklens.model.attention.kernels import can_show_rms, rms_norm_with_scale
+from hooklens.model.parts.declared import ALWAYS, Weight, When, inner, point, weight
+from hooklens.model.parts.part import Part
 from hooklens.precision import widen
 
 STREAM = "batch pos d_model"

@@ -13,7 +13,7 @@ from hooklens.hooks import Call
 
 if TYPE_CHECKING:
     from hooklens.model.block import Block
-    from hooklens.model.positions import TokenPlan
+    from hooklens.model.plan.positions import TokenPlan
 
 _ENABLE = "gradient_checkpointing_enable"
 # What each option of torch's function may be.

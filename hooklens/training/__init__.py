@@ -13,8 +13,8 @@ model into Hugging Face's `Trainer`, for everything that a training loop of a fe
 """
 
 from hooklens.training.config import TrainConfig
+from hooklens.training.keeping.sequence import Checkpoints, CurveInterruptedError, checkpoints
 from hooklens.training.result import DivergedError, TrainingInterruptedError, TrainResult
-from hooklens.training.sequence import Checkpoints, CurveInterruptedError, checkpoints
 from hooklens.training.train import train
 from hooklens.training.trainer import TrainerModel, for_trainer
 

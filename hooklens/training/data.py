@@ -25,7 +25,7 @@ from torch import Tensor
 from hooklens.arguments import refusal, show
 from hooklens.errors import CheckpointError, InputError
 from hooklens.optional import import_package
-from hooklens.training.randomness import (
+from hooklens.training.keeping.randomness import (
     States,
     capture_random,
     restore_random,

@@ -14,11 +14,9 @@ from hooklens.optional import import_package
 from hooklens.training.batches import Objective
 from hooklens.training.config import TrainConfig
 from hooklens.training.data import DataStream, Place, place_from_plain, place_to_plain
-from hooklens.training.folder import FORMAT, RunFolder
-from hooklens.training.interrupts import hold_interrupts
-from hooklens.training.metrics import Log, MetricsLog
-from hooklens.training.optimizers import make_optimizer, make_schedule
-from hooklens.training.randomness import (
+from hooklens.training.keeping.folder import FORMAT, RunFolder
+from hooklens.training.keeping.interrupts import hold_interrupts
+from hooklens.training.keeping.randomness import (
     States,
     capture_random,
     keep_random,
@@ -26,6 +24,8 @@ from hooklens.training.randomness import (
     states_from_plain,
     states_to_plain,
 )
+from hooklens.training.metrics import Log, MetricsLog
+from hooklens.training.optimizers import make_optimizer, make_schedule
 from hooklens.training.result import DivergedError, TrainingInterruptedError, TrainResult
 
 

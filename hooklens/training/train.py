@@ -15,9 +15,9 @@ from hooklens.errors import InputError, join_names
 from hooklens.training.batches import FunctionObjective, Loss, NextTokenObjective, Objective
 from hooklens.training.config import TrainConfig
 from hooklens.training.data import DataStream, check_data, gives_once
-from hooklens.training.folder import RunFolder
+from hooklens.training.keeping.folder import RunFolder
+from hooklens.training.keeping.randomness import keep_random, seed_random
 from hooklens.training.metrics import read_logger
-from hooklens.training.randomness import keep_random, seed_random
 from hooklens.training.result import TrainResult
 from hooklens.training.run import TrainingRun
 

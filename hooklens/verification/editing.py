@@ -9,7 +9,7 @@ from torch import Tensor
 from hooklens.axes import find_site
 from hooklens.errors import join_names
 from hooklens.hooks import HookPoint
-from hooklens.model.part import Part
+from hooklens.model.parts.part import Part
 from hooklens.verification.dataflow import downstream_of
 from hooklens.verification.probe import Probe, largest_difference, same_bits
 from hooklens.verification.report import CheckResult

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hooklens.axes import find_site
 from hooklens.hooks import HookPoint
-from hooklens.model.part import Part
+from hooklens.model.parts.part import Part
 from hooklens.verification.probe import PaddingSide, Probe, as_logits, largest_difference, same_bits
 from hooklens.verification.report import CheckResult
 

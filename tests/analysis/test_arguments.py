@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hooklens import analysis
-from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources
+from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources, targets
 from hooklens.errors import HookLensError, InputError
 from tests.annotations import unchecked
 from tests.word_models import make_word_model
@@ -62,9 +62,9 @@ FUNCTIONS = {
     circuits.top_qk_pairs: {"layer": 0, "head": 0, "k": 1},
     circuits.neuron_tokens: {"layer": 0, "neurons": 0, "k": 1},
     copying.copying_scores: {},
-    heads.previous_token_target: {"tokens": TOKENS},
-    heads.duplicate_token_target: {"tokens": TOKENS},
-    heads.induction_target: {"tokens": TOKENS},
+    targets.previous_token_target: {"tokens": TOKENS},
+    targets.duplicate_token_target: {"tokens": TOKENS},
+    targets.induction_target: {"tokens": TOKENS},
     heads.repeated_random_tokens: {"n_rows": 1, "period": 3},
     heads.score_heads: {"input": TOKENS, "target": torch.ones(5, 5).bool().tril()},
     heads.detect_heads: {"input": TOKENS, "target": "previous_token"},
@@ -77,7 +77,7 @@ ARGUMENTS = [(function, name) for function in FUNCTIONS for name in inspect.sign
 
 
 def test_every_public_function_is_tried():
-    modules = (attribution, circuits, copying, heads, lens, sanity, sources)
+    modules = (attribution, circuits, copying, heads, lens, sanity, sources, targets)
     public = {
         one
         for module in modules

@@ -483,7 +483,7 @@ def test_where_only_some_positions_are_computed_the_others_have_nothing_to_edit(
 
 
 class TestQueryHeads:
-    """Where edits of query heads act; what they do there is in tests/model/test_per_head.py."""
+    """Where edits of query heads act; what they do there is in tests/model/attention/test_per_head.py."""
 
     @pytest.mark.parametrize(
         ("name", "expected"),

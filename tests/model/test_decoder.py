@@ -9,7 +9,7 @@ import torch
 from hooklens.config import RotaryPositions
 from hooklens.errors import InputError
 from hooklens.model import Decoder
-from hooklens.model.positions import check_attention_mask, check_positions
+from hooklens.model.plan.positions import check_attention_mask, check_positions
 from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, make_config, make_model, pad_rows, random_tokens
 from tests.weights.reference_network import CONFIGS as REFERENCE_CONFIGS

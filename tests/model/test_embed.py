@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from hooklens.analysis.circuit_weights import embedding
+from hooklens.config import LearnedPositions
 from hooklens.model.embed import Embed
 from tests.model.networks import make_config, make_model, random_tokens
 
@@ -119,11 +120,21 @@ def test_a_tied_unembedding_stays_one_parameter(journey):
         assert torch.equal(model.W_U, model.embed.W_E.T)
 
 
-def test_the_gradient_of_a_tied_unembedding_is_the_sum():
-    tied = make_model("learned, tied")
-    state = {**{name: p.detach() for name, p in tied.named_parameters()}, "unembed.W_U": tied.W_U.detach().clone()}
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("d_embed", [None, 8])
+def test_the_gradient_of_a_tied_unembedding_is_the_sum(bias, d_embed):
+    """A tied unembedding had no bias: checkpoints that keep it where the weight is tied were refused."""
+    tied = make_model(make_config(positions=LearnedPositions(), tied_unembed=True, unembed_bias=bias, d_embed=d_embed))
+    state = {
+        **{name: p.detach() for name, p in tied.named_parameters()},
+        "unembed.W_U": tied.unembed.W_U.detach().clone(),
+    }
     loose = type(tied).from_state_dict(state, tied.cfg.replace(tied_unembed=False))
     for model in (tied, loose):
         model(random_tokens(2, 5), return_type="loss").backward()
+        assert ("unembed.b_U" in model.cfg.description.weights) == bias
+    if bias:
+        assert bool(tied.b_U.all())
+        torch.testing.assert_close(tied.unembed.b_U.grad, loose.unembed.proj.bias.grad, rtol=1e-12, atol=1e-12)
     total = loose.embed.W_E.grad + loose.unembed.W_U.grad.T
     torch.testing.assert_close(tied.embed.W_E.grad, total, rtol=1e-12, atol=1e-12)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from hooklens.model.rotary import rotary_tables
+from hooklens.model.attention.rotary import rotary_tables
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ Peculiarities:
 - Attention and MLP run in parallel and read one norm.
 - Rotary turns the first `rotary_dim` entries of each head in pairs of neighbours; its base is always 10000 and there is
   no scaling.
-- Attention has no biases; the MLP and the unembedding always have. No checkpoint ties the unembedding.
+- Attention has no biases; the MLP and the unembedding always have. The bias stays where `tie_word_embeddings` is on, as
+  in no published model.
 - transformers computes scores in float32 whatever the dtype of the model.
 - Old files hold the causal mask of every layer; it is no weight.
 """
@@ -22,6 +23,7 @@ _CONFIG = ConfigMap(
         ActivationKey("activation_function", default="gelu_new"),
         norm_key("layer_norm_epsilon", "layer", default_eps=1e-5),
         Key("initializer_range", "init_std", float, default=0.02),
+        Key("tie_word_embeddings", "tied_unembed", bool, default=False),
         rotary_dim_keys(n_ctx="n_positions", alias="max_position_embeddings"),
     ),
     fixed={
@@ -31,10 +33,8 @@ _CONFIG = ConfigMap(
         "out_bias": False,
         "mlp_bias": True,
         "unembed_bias": True,
-        "tied_unembed": False,
     },
-    # A tied unembedding would keep its bias, which is no network of HookLens.
-    pinned={"rotary": True, "scale_attn_weights": True, "tie_word_embeddings": False},
+    pinned={"rotary": True, "scale_attn_weights": True},
     # `n_ctx` repeats `n_positions`.
     inert=("n_ctx",),
 )

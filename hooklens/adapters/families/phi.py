@@ -5,8 +5,7 @@ Checkpoints: microsoft/phi-1, phi-1_5, phi-2.
 
 Peculiarities:
 - Attention and MLP read the same stream through one LayerNorm: there is no second norm.
-- Every map has a bias, the unembedding's included. transformers keeps that bias where `tie_word_embeddings` is on; no
-  published model does, and a tied unembedding here has none, so that is refused.
+- Every map has a bias, the unembedding's included. It stays where `tie_word_embeddings` is on, as in no published one.
 - Rotary turns the first half of each head where the config is silent (phi-1 and phi-1_5 say 0.5, phi-2 says 0.4).
 - `qk_layernorm`: a LayerNorm with bias over each head's query and key, one for all heads. No published model has it.
 """

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
-from hooklens.model.declared import point
 from hooklens.model.moe.groups import ExpertGroups
 from hooklens.model.moe.router import Routing
 from hooklens.model.moe.spec import SHARES, gating_of, mixture_of
 from hooklens.model.moe.traced import declare_operations
-from hooklens.model.part import Part
+from hooklens.model.parts.declared import point
+from hooklens.model.parts.part import Part
 
 _NEURONS = "batch pos choice d_expert"
 Pairs = Float[Tensor, "pair d_expert"]

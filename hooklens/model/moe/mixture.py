@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint, open_call
-from hooklens.model.declared import When, inner, point, weight
 from hooklens.model.moe.experts import ExpertMaps, Experts
 from hooklens.model.moe.router import Router
 from hooklens.model.moe.shared import SharedExpert
 from hooklens.model.moe.spec import CHOICE_BIASED, EXPERTS_BIASED, ROUTER_BIASED, SHARES, mixture_of
-from hooklens.model.part import Part, apply_linear
+from hooklens.model.parts.declared import When, inner, point, weight
+from hooklens.model.parts.part import Part, apply_linear
 from hooklens.precision import widen
 
 _ELSEWHERE = When(

@@ -19,9 +19,9 @@ from torch import Tensor
 from hooklens.config import BlockConfig, MoEConfig
 from hooklens.errors import HookOutputError
 from hooklens.hooks import Call, HookPoint
-from hooklens.model.declared import point
 from hooklens.model.moe.spec import mixture_of
-from hooklens.model.part import Part
+from hooklens.model.parts.declared import point
+from hooklens.model.parts.part import Part
 from hooklens.precision import widen
 
 Logits = Float[Tensor, "batch pos expert"]

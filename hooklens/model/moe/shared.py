@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
-from hooklens.model.declared import point, weight
 from hooklens.model.moe.spec import EXPERTS_BIASED, SHARED_GATE_BIASED, SHARED_GATED, gating_of
-from hooklens.model.part import Part, apply_linear
+from hooklens.model.parts.declared import point, weight
+from hooklens.model.parts.part import Part, apply_linear
 
 
 class SharedExpert(Part, place="blocks.{i}.mlp.shared"):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hooklens.config import BlockConfig, MoEConfig
 from hooklens.model.activations import ACTIVATIONS, clamp_linear_half, clamped_swish
-from hooklens.model.declared import When
+from hooklens.model.parts.declared import When
 
 
 def mixture_of(block: BlockConfig) -> MoEConfig:

@@ -30,7 +30,7 @@ from hooklens.hooks import Call
 from hooklens.hooks.call import Hook, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.block import Block
-from hooklens.model.positions import TokenPlan
+from hooklens.model.plan.positions import TokenPlan
 from hooklens.patching.circuits.ground import Ground, stream_name
 from hooklens.patching.circuits.reach import Masks, Wiring
 from hooklens.patching.paths.passes import share_of_mlp

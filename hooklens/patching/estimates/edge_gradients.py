@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.model.attention import Attention
+from hooklens.model.attention.attention import Attention
 from hooklens.model.block import Block
 from hooklens.model.norm import Norm
 from hooklens.patching.estimates.gradients import GradientRuns, Move, pairs_per_graph

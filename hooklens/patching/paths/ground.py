@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.model.part import apply_linear
+from hooklens.model.parts.part import apply_linear
 from hooklens.patching.graph.nodes import Writer
 from hooklens.patching.paths.route import output_of
 from hooklens.patching.runs.baseline import Baseline

@@ -17,7 +17,7 @@ from hooklens.hooks import Call, HookPoint
 from hooklens.hooks.call import Hook, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.block import Block
-from hooklens.model.positions import TokenPlan
+from hooklens.model.plan.positions import TokenPlan
 from hooklens.patching.graph.nodes import Writer
 from hooklens.patching.paths.ground import Ground
 from hooklens.patching.paths.route import BEFORE_ATTENTION, BEFORE_MLP, Place, Route

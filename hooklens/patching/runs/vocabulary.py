@@ -16,8 +16,8 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call
 from hooklens.hooks.call import NOBODY, Listeners, thread_listeners
 from hooklens.model.embed import TiedUnembed
-from hooklens.model.part import is_plain
-from hooklens.model.positions import TokenPlan
+from hooklens.model.parts.part import is_plain
+from hooklens.model.plan.positions import TokenPlan
 from hooklens.patching.metrics.metric import Metric, Runs
 
 # Columns that are picked are copied, so it pays only where most are left out.

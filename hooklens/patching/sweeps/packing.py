@@ -21,8 +21,8 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hooklens.model.positions import TokenPlan
-from hooklens.model.visibility import Hidden, Reach, Rule, Sides, Visibility, reach_rules
+from hooklens.model.plan.positions import TokenPlan
+from hooklens.model.plan.visibility import Hidden, Reach, Rule, Sides, Visibility, reach_rules
 from hooklens.patching.runs.sites import Place
 
 _FILLER = -1

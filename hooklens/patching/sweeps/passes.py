@@ -19,7 +19,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call, HookPoint
 from hooklens.hooks.call import Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
-from hooklens.model.positions import TokenPlan
+from hooklens.model.plan.positions import TokenPlan
 from hooklens.patching.runs.baseline import Baseline
 from hooklens.patching.runs.sites import Cell
 from hooklens.patching.runs.vocabulary import unembed

@@ -18,8 +18,8 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import RotaryPositions
 from hooklens.hooks.edits import Edit
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.attention import Attention
-from hooklens.model.planning import reads_positions
+from hooklens.model.attention.attention import Attention
+from hooklens.model.plan.planning import reads_positions
 from hooklens.verification.explicit import Batch
 from hooklens.verification.probe import Probe, as_logits
 

@@ -15,7 +15,7 @@ from hooklens.config import (
     ShortformerPositions,
     SinusoidalPositions,
 )
-from hooklens.model.attention import Attention
+from hooklens.model.attention.attention import Attention
 from hooklens.model.mlp import MLP
 from hooklens.model.moe import MoE
 from hooklens.verification.explicit.activations import (
@@ -125,7 +125,8 @@ class ExplicitNetwork:
         if self.cfg.d_embed is not None:
             x = self._weights.apply("unembed.proj_out", x)
         if self.cfg.tied_unembed:
-            return x @ self._weights["embed.table.weight"].T * self.cfg.logits_scale
+            made, bias = x @ self._weights["embed.table.weight"].T, self._weights.find("unembed.b_U")
+            return (made if bias is None else made + bias) * self.cfg.logits_scale
         return self._weights.apply("unembed.proj", x) * self.cfg.logits_scale
 
     def _cap(self, logits: Tensor) -> Tensor:

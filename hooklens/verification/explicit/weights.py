@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.model.part import Part
+from hooklens.model.parts.part import Part
 
 # What a part of a known kind may be made of, and nothing put around it.
 _PLAIN = (nn.Linear, nn.Embedding)

@@ -19,6 +19,7 @@ TINY = {
 VARIANTS = {
     "two heads a block": {},
     "one head a block": {"n_head": 4, "n_inner": None, "layer_norm_epsilon": 1e-3, "rotary_dim": 12},
+    "tied": {"tie_word_embeddings": True},
 }
 SMALL = {
     "activation_function": "gelu_new",

@@ -21,6 +21,7 @@ VARIANTS = {
     "part of a head": {},
     "whole heads": {"rotary_dim": 16, "n_inner": None, "layer_norm_epsilon": 1e-3},
     "other activation": {"activation_function": "relu", "n_head": 4},
+    "tied": {"tie_word_embeddings": True},
 }
 EARLY = {
     "activation_function": "gelu_new",
@@ -94,7 +95,7 @@ def test_rotary_is_of_neighbours_and_has_no_setting_but_its_width(tmp_path) -> N
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rotary": False}, {"scale_attn_weights": False}, {"rotary_dim": None}, {"tie_word_embeddings": True}],
+    [{"rotary": False}, {"scale_attn_weights": False}, {"rotary_dim": None}],
 )
 def test_settings_that_nobody_computes_are_refused(wrong, tmp_path) -> None:
     folder = edit_config(save(tmp_path, "gptj", **TINY), **wrong)

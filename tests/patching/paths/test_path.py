@@ -6,7 +6,7 @@ import torch
 
 from hooklens import patching
 from hooklens.errors import InputError
-from hooklens.model.attention import Attention
+from hooklens.model.attention.attention import Attention
 from hooklens.model.mlp import MLP
 from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
 from hooklens.patching.graph.nodes import list_writers

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hooklens.hooks import Call
-from hooklens.model.attention import Attention
-from hooklens.model.positions import TokenPlan
+from hooklens.model.attention.attention import Attention
+from hooklens.model.plan.positions import TokenPlan
 from hooklens.verification.comparing.recomputing import EXPLICIT, SHOWN, check_explicit_logits, check_ways
 from hooklens.verification.comparing.ways import ways_to_run
 from hooklens.verification.probe import make_probe

@@ -8,7 +8,7 @@ from hooklens.config import PartConfig
 from hooklens.verification.explicit import Batch, ExplicitNetwork, ExplicitRun, Unknown
 from tests.checkpoints import build_variant
 from tests.model.networks import make_config, make_model
-from tests.model.test_part import TwoExperts
+from tests.model.parts.test_part import TwoExperts
 from tests.verification.networks import verify_points
 
 

@@ -15,7 +15,7 @@ EQUIVALENT = (
     (
         Mutant(
             "linear biases count keys from 1",
-            "model.alibi:_exact_entries",
+            "model.attention.alibi:_exact_entries",
             (("numbers = (key_positions >> (bits * digit))", "numbers = ((key_positions + 1) >> (bits * digit))"),),
             "alibi",
         ),

@@ -7,51 +7,51 @@ EDITS = "single edits"
 ATTENTION = (
     Mutant(
         "the scores that are shown have another scale",
-        "model.attend:compute_scores",
+        "model.attention.attend:compute_scores",
         (("alpha=score_scale)", "alpha=1.01 * score_scale)"),),
     ),
     Mutant(
         "the cap of the shown scores is not on the argument",
-        "model.attend:compute_scores",
+        "model.attention.attend:compute_scores",
         (("torch.tanh(scores / softcap)", "torch.tanh(scores)"),),
         "attn-softcap",
     ),
     Mutant(
         "shown scores with a linear bias lose the mask",
-        "model.attend:compute_scores",
+        "model.attention.attend:compute_scores",
         (("return scores if mask is None else scores + mask", "return scores"),),
         "alibi",
     ),
     Mutant(
         "the shown pattern sums to 1 over queries",
-        "model.attend:compute_pattern",
+        "model.attention.attend:compute_pattern",
         (("torch.softmax(scores, -1,", "torch.softmax(scores, -2,"),),
     ),
     Mutant(
         "z from a changed pattern has its heads reversed",
-        "model.attend:weigh_values",
+        "model.attention.attend:weigh_values",
         (("v.shape[3]).transpose(1, 2)", "v.shape[3]).transpose(1, 2).flip(2)"),),
         stage=EDITS,
     ),
     Mutant(
         "copies for query heads alternate over key-value heads",
-        "model.attend:repeat_heads",
+        "model.attention.attend:repeat_heads",
         (("heads.repeat_interleave(n_heads // n_kv_heads, dim=2)", "heads.repeat(1, 1, n_heads // n_kv_heads, 1)"),),
         "qk-rms-norm",
     ),
     Mutant(
         "prefix and suffix are merged without their log-sums",
-        "model.attend:_weigh",
+        "model.attention.attend:_weigh",
         (("torch.sigmoid(log_ratio)", "torch.full_like(log_ratio, 0.5)"),),
     ),
     Mutant(
         "prefix and suffix are merged with the shares swapped",
-        "model.attend:_merge_all",
+        "model.attention.attend:_merge_all",
         (("total - log_sum", "log_sum - total"),),
     ),
     Mutant(
         "rows on a shared prefix get each other's results",
-        "model.attend:_merge_all",
+        "model.attention.attend:_merge_all",
         (
             (
                 "z = z.reshape(batch, n_query, n_heads, z.shape[-1])",
@@ -61,58 +61,58 @@ ATTENTION = (
     ),
     Mutant(
         "the fused kernel has another scale",
-        "model.attend:attend",
+        "model.attention.attend:attend",
         (("scale=score_scale,\n        enable_gqa", "scale=1.01 * score_scale,\n        enable_gqa"),),
     ),
     Mutant(
         "what a mask hides is seen a little",
-        "model.attend:additive_mask",
+        "model.attention.attend:additive_mask",
         (("masked_fill(padded, -torch.inf)", "masked_fill(padded, -3.0)"),),
     ),
     Mutant(
         "a query that sees no key of the prefix counts one",
-        "model.kernels:attend_to_part",
+        "model.attention.kernels:attend_to_part",
         (("== -torch.inf, NOTHING)", "== -torch.inf, 0.0)"),),
         "windows",
     ),
     Mutant(
         "capped attention sees what the mask hides",
-        "model.kernels:_attend_in_chunks",
+        "model.attention.kernels:_attend_in_chunks",
         (("scores = scores + mask", "scores = scores + 0 * mask.clamp(min=-1)"),),
         "attn-softcap",
     ),
     Mutant(
         "the cap of the scores is not on the argument",
-        "model.kernels:_score",
+        "model.attention.kernels:_score",
         (("torch.tanh(scores / rule.softcap)", "torch.tanh(scores)"),),
         "attn-softcap",
     ),
     Mutant(
         "the gradient of capped scores is not that of the cap",
-        "model.kernels:_differentiate_in_chunks",
+        "model.attention.kernels:_differentiate_in_chunks",
         (("(1 - (scores / rule.softcap).square())", "(1 - (scores / rule.softcap).abs())"),),
         "attn-softcap",
         "gradients",
     ),
     Mutant(
         "on a frozen prefix later tokens are seen",
-        "model.kernels:_FlashOnCpu.forward",
+        "model.attention.kernels:_FlashOnCpu.forward",
         (("q, k, v, 0.0, is_causal,", "q, k, v, 0.0, False,"),),
     ),
     Mutant(
         "folded query heads come back in another order",
-        "model.grouping:HeadCalls.join",
+        "model.attention.grouping:HeadCalls.join",
         (("members.transpose(2, 3).reshape(batch, rows // self.group", "members.reshape(batch, rows // self.group"),),
         "qk-rms-norm",
     ),
     Mutant(
         "shown scores are those of reversed heads",
-        "model.grouping:by_group",
+        "model.attention.grouping:by_group",
         (("heads = x.transpose(1, 2)", "heads = x.flip(2).transpose(1, 2)"),),
     ),
     Mutant(
         "heads are taken in reverse",
-        "model.heads:project_heads",
+        "model.attention.heads:project_heads",
         (
             (
                 "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head)",
@@ -122,13 +122,13 @@ ATTENTION = (
     ),
     Mutant(
         "edited copies per head lose the bias",
-        "model.heads:project_heads",
+        "model.attention.heads:project_heads",
         (("return heads if bias is None else heads + bias.view(-1, d_head)", "return heads"),),
         stage=EDITS,
     ),
     Mutant(
         "hook_q shows the heads reversed",
-        "model.attention:Attention.forward",
+        "model.attention.attention:Attention.forward",
         (
             (
                 'self.hook_q(self.project("q", q_input, plan), call)',
@@ -138,7 +138,7 @@ ATTENTION = (
     ),
     Mutant(
         "hook_k shows twice its value",
-        "model.attention:Attention.forward",
+        "model.attention.attention:Attention.forward",
         (
             (
                 'self.hook_k(self.project("k", k_input, plan), call)',
@@ -148,7 +148,7 @@ ATTENTION = (
     ),
     Mutant(
         "hook_rot_k shows keys before they are turned",
-        "model.attention:Attention.forward",
+        "model.attention.attention:Attention.forward",
         (
             (
                 "self.hook_rot_k(self.rotary.rotate(k, table), call)",
@@ -159,7 +159,7 @@ ATTENTION = (
     ),
     Mutant(
         "an edit at hook_v is lost for the last head",
-        "model.attention:Attention.forward",
+        "model.attention.attention:Attention.forward",
         (
             (
                 'v = self.hook_v(self.project("v", v_input, plan), call)',
@@ -171,7 +171,7 @@ ATTENTION = (
     ),
     Mutant(
         "an edit at hook_z acts on head 0 only",
-        "model.attention:Attention.forward",
+        "model.attention.attention:Attention.forward",
         (
             (
                 "return self._write(self.hook_z(self._attend(q, k, v, plan, call, entry), call), call)",
@@ -183,7 +183,7 @@ ATTENTION = (
     ),
     Mutant(
         "an edit at hook_k is lost for the first token",
-        "model.attention:Attention.forward",
+        "model.attention.attention:Attention.forward",
         (
             (
                 'k = self.hook_k(self.project("k", k_input, plan), call)',
@@ -195,7 +195,7 @@ ATTENTION = (
     ),
     Mutant(
         "hook_attn_scores shows twice its value",
-        "model.attention:Attention._watch_pattern",
+        "model.attention.attention:Attention._watch_pattern",
         (
             (
                 "scores, scores_changed = self.hook_attn_scores.watch(scores, call)",
@@ -205,7 +205,7 @@ ATTENTION = (
     ),
     Mutant(
         "hook_pattern shows the heads reversed",
-        "model.attention:Attention._watch_pattern",
+        "model.attention.attention:Attention._watch_pattern",
         (
             (
                 "pattern, pattern_changed = self.hook_pattern.watch(pattern, call)",
@@ -216,64 +216,66 @@ ATTENTION = (
     ),
     Mutant(
         "an edit at hook_attn_scores is lost",
-        "model.attention:Attention._watch_pattern",
+        "model.attention.attention:Attention._watch_pattern",
         (("return pattern, scores_changed or pattern_changed", "return pattern, pattern_changed"),),
         stage=EDITS,
     ),
     Mutant(
         "each head's result is another head's map",
-        "model.attention:Attention._results",
+        "model.attention.attention:Attention._results",
         (("z, self.W_O)", "z, self.W_O.flip(0))"),),
     ),
     Mutant(
         "hook_result shows the heads reversed",
-        "model.attention:Attention._write",
+        "model.attention.attention:Attention._write",
         (("self.hook_result.watch(result, call)", "self.hook_result.watch(result.flip(2), call)"),),
     ),
     Mutant(
         "an edit at hook_result loses the output bias",
-        "model.attention:Attention._write",
+        "model.attention.attention:Attention._write",
         (("return summed if bias is None else summed + bias", "return summed"),),
         stage=EDITS,
     ),
     Mutant(
         "a changed pattern weighs a frozen prefix's values in reverse",
-        "model.heads:join_past",
+        "model.attention.heads:join_past",
         (("return past.append(k, v)", "keys, values = past.append(k, v)\n        return keys, values.flip(1)"),),
         stage=EDITS,
     ),
     Mutant(
         "a changed copy of a key is not turned",
-        "model.attention:Attention._watch_per_head",
+        "model.attention.attention:Attention._watch_per_head",
         (("keys = self._place_keys(copies, table)", "keys = copies"),),
         "qk-rms-norm",
         EDITS,
     ),
     Mutant(
         "what listeners made of a turned key is lost where a copy was changed",
-        "model.heads:EditedHeads.take_over",
+        "model.attention.heads:EditedHeads.take_over",
         (("self.keys + repeat_heads(k - self.plain, self.keys.shape[2])", "self.keys"),),
         "qk-rms-norm",
         "pairs of edits",
     ),
     Mutant(
         "a changed copy of a value is lost",
-        "model.attention:Attention._watch_per_head",
+        "model.attention.attention:Attention._watch_per_head",
         (("values = copies", "values = repeat_heads(v, n_heads)"),),
         "qk-rms-norm",
         EDITS,
     ),
     Mutant(
         "a scaled linear bias is not scaled where it is shown",
-        "model.alibi:alibi_term",
+        "model.attention.alibi:alibi_term",
         (("return term * score_scale if alibi.scaled else term", "return term"),),
         "alibi-scaled",
     ),
     Mutant(
         "a scaled linear bias is not scaled in the kernel",
-        "model.alibi:make_alibi_entries",
+        "model.attention.alibi:make_alibi_entries",
         (("1.0 if alibi.scaled else 1 / score_scale", "1 / score_scale"),),
         "alibi-scaled",
     ),
-    Mutant("slopes fall half as fast", "model.alibi:alibi_slopes", (("(-8 / n_even)", "(-4 / n_even)"),), "alibi"),
+    Mutant(
+        "slopes fall half as fast", "model.attention.alibi:alibi_slopes", (("(-8 / n_even)", "(-4 / n_even)"),), "alibi"
+    ),
 )

@@ -7,7 +7,7 @@ CHOICES = "positions and layers"
 POSITIONS = (
     Mutant(
         "rotary is wrong past position 32",
-        "model.rotary:RotaryTables._compute_table",
+        "model.attention.rotary:RotaryTables._compute_table",
         (
             (
                 "torch.arange(n_positions, device=device).float()",
@@ -18,25 +18,25 @@ POSITIONS = (
     ),
     Mutant(
         "heads turn the other way",
-        "model.rotary:RotaryTables._turn",
+        "model.attention.rotary:RotaryTables._turn",
         (("swapped, signed_sin)", "swapped, -signed_sin)"),),
         "interleaved",
     ),
     Mutant(
         "pairs are those of the other layout",
-        "model.rotary:RotaryTables._turn",
+        "model.attention.rotary:RotaryTables._turn",
         (('if self.positions.layout == "half":', 'if self.positions.layout != "half":'),),
         "interleaved",
     ),
     Mutant(
         "entries that stand still are scaled",
-        "model.rotary:RotaryTables.rotate",
+        "model.attention.rotary:RotaryTables.rotate",
         (("table), still), -1)", "table), 1.01 * still), -1)"),),
         "interleaved",
     ),
     Mutant(
         "cached positions are off by one",
-        "model.rotary:RotaryTables._look_up",
+        "model.attention.rotary:RotaryTables._look_up",
         (
             (
                 "columns = slice(plan.n_past, n_positions)",
@@ -47,54 +47,54 @@ POSITIONS = (
     ),
     Mutant(
         "padded rows get each other's angles",
-        "model.rotary:RotaryTables._look_up",
+        "model.attention.rotary:RotaryTables._look_up",
         (("positions = plan.positions", "positions = plan.positions.flip(0)"),),
         "interleaved",
     ),
     Mutant(
         "frequencies fall too slowly",
-        "model.rotary:rotary_frequencies",
+        "model.attention.rotary:rotary_frequencies",
         ((".float() / positions.dim", ".float() / (positions.dim + 1)"),),
         "interleaved",
     ),
     Mutant(
         "linear scaling multiplies",
-        "model.rotary:rotary_frequencies",
+        "model.attention.rotary:rotary_frequencies",
         (("return plain / scaling.factor, 1.0", "return plain * scaling.factor, 1.0"),),
         "rotary-linear",
     ),
     Mutant(
         "waves between long and short are not mixed but extrapolated",
-        "model.rotary:_llama3_frequencies",
+        "model.attention.rotary:_llama3_frequencies",
         (("share = share.clamp(0, 1)", "share = share.clamp(0, 2)"),),
         "rotary-llama3",
     ),
     Mutant(
         "the base of dynamic scaling grows too slowly",
-        "model.rotary:_dynamic_frequencies",
+        "model.attention.rotary:_dynamic_frequencies",
         (("stretch ** (positions.dim / (positions.dim - 2))", "stretch"),),
         "rotary-dynamic",
     ),
     Mutant(
         "YaRN stretches the short waves",
-        "model.rotary:_yarn_frequencies",
+        "model.attention.rotary:_yarn_frequencies",
         (("ramp / (scaling.factor * wave) + (1 - ramp) / wave", "(1 - ramp) / (scaling.factor * wave) + ramp / wave"),),
         "rotary-yarn",
     ),
     Mutant(
         "YaRN's factor on cosines is too large",
-        "model.rotary:_yarn_amplitude",
+        "model.attention.rotary:_yarn_amplitude",
         (("0.1 * mscale", "0.2 * mscale"),),
         "rotary-yarn",
     ),
     Mutant(
         "padded rows begin at position 1",
-        "model.positions:TokenPlan._count_tokens",
+        "model.plan.positions:TokenPlan._count_tokens",
         (("(self.key_mask.cumsum(1) - 1)", "self.key_mask.cumsum(1)"),),
     ),
     Mutant(
         "positions after a cache are off by one",
-        "model.positions:TokenPlan.positions",
+        "model.plan.positions:TokenPlan.positions",
         (
             (
                 "torch.arange(self.n_past, self.n_keys, device=self.device)[None]",
@@ -104,7 +104,7 @@ POSITIONS = (
     ),
     Mutant(
         "padding counts as distance in a window",
-        "model.positions:TokenPlan._place_keys",
+        "model.plan.positions:TokenPlan._place_keys",
         (
             (
                 "return (self.key_mask.cumsum(1) - 1).clamp(min=0) * self.key_mask",
@@ -115,7 +115,7 @@ POSITIONS = (
     ),
     Mutant(
         "padding in the cache is forgotten",
-        "model.positions:TokenPlan._join_masks",
+        "model.plan.positions:TokenPlan._join_masks",
         (
             (
                 "torch.cat([past.expand(self.batch, -1), new], dim=1)",
@@ -125,46 +125,46 @@ POSITIONS = (
     ),
     Mutant(
         "logits_at=-1 reads -2",
-        "model.positions:TokenPlan.choose_columns",
+        "model.plan.positions:TokenPlan.choose_columns",
         (("return ChosenColumns(self, chosen)", "return ChosenColumns(self, [max(one - 1, 0) for one in chosen])"),),
         stage=CHOICES,
     ),
     Mutant(
         "logits_at=-1 reads -2 in padded rows",
-        "model.positions:TokenPlan.choose_columns",
+        "model.plan.positions:TokenPlan.choose_columns",
         (("rows.append(real[places])", "rows.append(real[[max(place - 1, 0) for place in places]])"),),
         stage=CHOICES,
     ),
     Mutant(
         "a token sees the next one where there is a mask",
-        "model.visibility:Causal.hide",
+        "model.plan.visibility:Causal.hide",
         (("(key > query)", "(key > query + 1)"),),
     ),
     Mutant(
         "of two new tokens the first sees the second",
-        "model.visibility:Causal.acts",
+        "model.plan.visibility:Causal.acts",
         (("sides.n_new > 1", "sides.n_new > 2"),),
     ),
     Mutant(
         "a window is one too wide",
-        "model.visibility:Window.hide",
+        "model.plan.visibility:Window.hide",
         (("key <= query - self.size", "key < query - self.size"),),
         "windows",
     ),
     Mutant(
         "a window of the layer is forgotten for the last query",
-        "model.visibility:Window.acts",
+        "model.plan.visibility:Window.acts",
         (("self.size < max(", "self.size + 1 < max("),),
         "windows-of-19",
     ),
     Mutant(
         "padding is seen",
-        "model.visibility:Padding.hide",
+        "model.plan.visibility:Padding.hide",
         (("    return ~sides.key_mask[:, None, None", "    return ~(sides.key_mask | True)[:, None, None"),),
     ),
     Mutant(
         "padding in a frozen prefix is seen",
-        "model.visibility:Padding.hide",
+        "model.plan.visibility:Padding.hide",
         (("    return ~sides.past_mask[:, None, None", "    return ~(sides.past_mask | True)[:, None, None"),),
     ),
     Mutant(

@@ -1,0 +1,1 @@
+"""Choosing the next token, and when a row has had its last."""

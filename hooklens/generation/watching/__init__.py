@@ -1,0 +1,1 @@
+"""Edits and captures while generating: what a position means from step to step."""

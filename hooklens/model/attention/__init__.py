@@ -1,0 +1,1 @@
+"""Attention: how positions enter queries and keys, and the kernels that mix the values."""

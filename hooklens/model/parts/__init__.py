@@ -1,0 +1,1 @@
+"""What a part of the network is: the weights, hook points and inner parts that it declares."""
