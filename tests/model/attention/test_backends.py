@@ -9,7 +9,7 @@ import torch
 from hooklens import patching
 from hooklens.config import AlibiPositions, RotaryPositions
 from hooklens.errors import ConfigError, InputError
-from hooklens.model import backends
+from hooklens.model.attention import backends
 from tests.model.networks import make_config, make_model, pad_rows, random_tokens
 from tests.torch_version import takes_any_width
 
