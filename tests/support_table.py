@@ -22,9 +22,13 @@ padded on both sides, key-value caches, greedy generation, and the way back to d
 and much more, for a checkpoint of yours.
 
 Quantised checkpoints of all of them are dequantised when they are loaded: fp8 with scales of blocks
-(`weight_scale_inv`), compressed-tensors of 8 bits, mxfp4, GPTQ and AWQ (`GEMM`), bitsandbytes of 4 and 8 bits. Folders
-and files in old formats of the field are read and not written: TransformerLens's own (attention-only and SoLU models),
-nanoGPT's `ckpt.pt`, and Meta's `params.json` with `consolidated.*.pth` (Llama 2 and 3).
+(`weight_scale_inv`), compressed-tensors of 8 bits, mxfp4, GPTQ and AWQ (`GEMM`), bitsandbytes of 4 and 8 bits.
+
+Old formats of the field are read, from the same places, and not written: TransformerLens's own (attention-only and
+SoLU models, the first ones and minGPT's as it reads them), nanoGPT's `ckpt.pt`, and Meta's `params.json` with
+`consolidated.*.pth` (Llama 2 and 3). Of TransformerLens's files from several times in training,
+`variant="100000"` is the one whose name ends with that number; any file among several is named by its path or URL, or
+as `subfolder="checkpoints/model_100000.pth"`.
 
 This page is written by `python -m tests.support_table`.
 

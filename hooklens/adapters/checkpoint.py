@@ -211,10 +211,12 @@ def download_checkpoint(source: "str | Path | Repository", **options: Any) -> Pa
     files = open_files(source, **options)
     if isinstance(files, OldFiles):
         files.read_network()
-        return files.folder()
-    read_network(read_json(files.config_folder() / "config.json"), where=files.where)
+    else:
+        read_network(read_json(files.config_folder() / "config.json"), where=files.where)
+    if not isinstance(files.place if isinstance(files, OldFiles) else files, HubFiles | LocalFiles):
+        raise InputError(f"{files.where}: is read where it lies, and no copy is kept; expected a name on the hub")
+    if isinstance(files, OldFiles):
+        return files.download()
     if isinstance(files, HubFiles):
         files.download_weights()
-    elif not isinstance(files, LocalFiles):
-        raise InputError(f"{files.where}: is read where it lies, and no copy is kept; expected a name on the hub")
     return files.folder()

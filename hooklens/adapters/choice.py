@@ -36,6 +36,9 @@ def find_family(config: Mapping[str, Any], families: Sequence[Family], *, where:
     if wrong:
         raise UnsupportedModelError(f"{where}: config.json names no architecture: {'; '.join(wrong)}")
     for family in families:
+        if family.adopts is not None and family.adopts(config):
+            return family
+    for family in families:
         known_type = model_type is None or model_type in (*family.model_types, *family.dialects)
         known_class = not architectures or bool(set(architectures) & set(family.architectures))
         if known_type and known_class and (model_type or architectures):

@@ -89,6 +89,7 @@ class Family:
         renamed: names that transformers uses in memory, with the names on disk.
         dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
             there are files of it that are written in another way.
+        adopts: tells whether a config in another family's words is of this one all the same; None: none is.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Family:
     weightless: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
+    adopts: Callable[[Config], bool] | None = None
 
     @property
     def is_conv1d(self) -> bool:

@@ -123,17 +123,18 @@ class LoadingMethods:
         read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
 
         Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes) are dequantised, one by
-        one. A local folder or file may be in an old format of the field, which is read and not written:
+        one. A source of every kind may be in an old format of the field, which is read and not written:
         TransformerLens's (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and
         `consolidated.*.pth`).
 
         Args:
             source: a name on the hub, a local folder (no network is touched), an fsspec URL (`"s3://bucket/folder"`,
                 `"gs://..."`, `"memory://..."`), a `hooklens.adapters.Repository`, a bundled checkpoint
-                (`"bundled:tiny-llama"`), or a file in an old format.
+                (`"bundled:tiny-llama"`), or the path or URL of a file in an old format.
             revision: branch, tag or commit on the hub.
-            subfolder: folder inside the source that holds the checkpoint.
-            variant: of several weights in one folder, which: `"fp16"` for `model.fp16.safetensors`.
+            subfolder: folder inside the source that holds the checkpoint, or file there in an old format.
+            variant: of several weights in one folder, which: `"fp16"` for `model.fp16.safetensors`; of files of
+                TransformerLens's from several times in training, the number of steps or tokens that the name ends with.
             token: for the hub; None: the one that is logged in, False: none.
             dtype: of the weights, or its name (`"bfloat16"`); `"auto"` is the checkpoint's own.
             device: where to put the weights.

@@ -1,6 +1,6 @@
 """Arcee Foundation Models (Atkins et al. 2025, "AFM-4.5B").
 
-Checkpoints: arcee-ai/AFM-4.5B, AFM-4.5B-Base.
+Checkpoints: arcee-ai/AFM-4.5B, AFM-4.5B-Base, AFM-4.5B-Base-Pre-Anneal, AFM-4.5B-Preview.
 
 Peculiarities:
 - Llama's network and names, but the MLP is plain, with squared ReLU: `up_proj` and `down_proj`.

@@ -69,6 +69,7 @@ _CONFIG = ConfigMap(
         "n_ctx",
         "pad_key_length",
         "pre_allocate_kv_cache",
+        "runner_max_sequence_length",
         "scale_attention_softmax_in_fp32",
         "validate_runner_input",
     ),

@@ -1,6 +1,6 @@
 """Helium (Kyutai 2025, "Helium-1: a modular and multilingual LLM").
 
-Checkpoints: kyutai/helium-1-preview-2b, helium-1-2b.
+Checkpoints: kyutai/helium-1-preview-2b. Those without `preview` in their names are of the Llama family.
 
 Peculiarities:
 - Llama's network and names with rotary that pairs neighbours (interleaved), at a base of 1e5 where the config is

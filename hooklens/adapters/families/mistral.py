@@ -4,8 +4,9 @@ Checkpoints: mistralai/Mistral-7B-v0.1 to v0.3, Mistral-Nemo-Base-2407 (a head s
 and every other checkpoint whose `model_type` is `mistral`.
 
 Peculiarities:
-- Llama's network and names, without any bias and without a key for one.
-- One sliding window for all layers: 4096 where the config is silent, none where it says null (from v0.2 on).
+- Llama's network and names, without any bias; Llama's keys for them stand in merged checkpoints and must say so.
+- One sliding window for all layers: 4096 where the config is silent, none where it says null (from v0.2 on). A config
+  with `layer_types` is Ministral's.
 """
 
 from hooklens.adapters.family import Family
@@ -26,6 +27,7 @@ _CONFIG = ConfigMap(
         WindowKeys(default=4096, typed=False),
     ),
     fixed={"gated_mlp": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False},
+    pinned={"attention_bias": False, "mlp_bias": False},
 )
 
 FAMILY = Family(

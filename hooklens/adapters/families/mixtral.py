@@ -47,6 +47,8 @@ _CONFIG = ConfigMap(
         ),
     ),
     fixed={"gated_mlp": True, "qkv_bias": False, "out_bias": False, "mlp_bias": False},
+    # Of merged checkpoints, whose configs were Llama's.
+    pinned={"attention_bias": False, "mlp_bias": False},
     inert=(*INERT_ROUTER_KEYS, "router_jitter_noise"),
 )
 

@@ -8,7 +8,8 @@ Peculiarities:
   rotation. Files hold no tensor of a norm.
 - Rotary turns the other way: pairs (a, b) become (a cos + b sin, b cos - a sin).
 - The MLP has no gate; its activation is the squared ReLU.
-- Logits have a soft cap, 15 where the config is silent; null is none.
+- Logits have a soft cap, 15 where the config is silent; null is none. transformers reads no other name of it than
+  `final_logit_softcapping`: earlier files' `logits_soft_cap` must be what it takes anyway.
 """
 
 from hooklens.adapters.family import Family
@@ -41,6 +42,7 @@ _CONFIG = ConfigMap(
         Key("initializer_range", "init_std", float, default=0.02),
         PositionKeys(reverse=True),
     ),
+    pinned={"logits_soft_cap": 15.0, "logits_softcap": 15.0},
     fixed={"gated_mlp": False, "mlp_bias": False, "qk_norm_after_rotary": True},
 )
 

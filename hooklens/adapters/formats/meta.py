@@ -15,7 +15,6 @@ Peculiarities:
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from hooklens.adapters.choice import find_family
 from hooklens.adapters.conversion import HubModel
 from hooklens.adapters.disk import TensorHeader, header_of, load_state, read_json
 from hooklens.adapters.families import load_families
+from hooklens.adapters.formats.place import Place
 from hooklens.adapters.keys import ConfigReader
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, UnsupportedModelError, join_names
@@ -120,17 +120,22 @@ class MetaLlama:
     """A folder of Meta's.
 
     Args:
-        folder: which.
-        paths: the files of weights, in order.
+        place: which.
+        weights: names of the files of weights, in order.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
-        self._folder, self._paths = folder, paths
+    def __init__(self, place: Place, weights: Sequence[str]) -> None:
+        self._place, self._weights = place, weights
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Place:
         """The folder."""
-        return self._folder
+        return self._place
+
+    @property
+    def names(self) -> Collection[str]:
+        """`params.json` and the files of weights."""
+        return [_PARAMS, *self._weights]
 
     def read_network(self) -> HookedConfig:
         """The network that `params.json` describes; the vocabulary's size may stand in the weights alone.
@@ -139,7 +144,7 @@ class MetaLlama:
             UnsupportedModelError: values that are missing, of another kind, or not implemented.
         """
         config = self._read_config()[0]
-        return find_family(config, load_families(), where=str(self._folder)).read_config(config, where=self._where)
+        return find_family(config, load_families(), where=self._place.where).read_config(config, where=self._where)
 
     def open(self) -> HubModel:
         """The tensors, held against the network.
@@ -151,18 +156,20 @@ class MetaLlama:
         config, states = self._read_config()
         states = states or self._load()
         config["tie_word_embeddings"] = "output.weight" not in states[0]
-        return HubModel(config, MetaTensors(states, config, where=str(self._folder)), where=str(self._folder))
+        where = self._place.where
+        return HubModel(config, MetaTensors(states, config, where=where), where=where)
 
     @property
     def _where(self) -> str:
-        return str(self._folder / _PARAMS)
+        return f"{self._place.where}/{_PARAMS}"
 
     def _load(self) -> list[Mapping[str, Tensor]]:
-        return [load_state(path) for path in self._paths]
+        folder = self._place.fetch(self._weights)
+        return [load_state(folder / name) for name in self._weights]
 
     def _read_config(self) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
         """The config in the hub's words, and the tensors where they were needed for it."""
-        params = read_json(self._folder / _PARAMS)
+        params = read_json(self._place.fetch([_PARAMS]) / _PARAMS)
         reader = ConfigReader(params)
         d_model = reader.get("dim", int)
         n_heads = reader.get("n_heads", int)
@@ -231,20 +238,19 @@ def _hub_name(name: str) -> str:
     return _OUTSIDE.get(name, name)
 
 
-def find(path: Path) -> MetaLlama | None:
+def find(place: Place, file: str | None) -> MetaLlama | None:
     """The checkpoint in a folder with `params.json`, or of one of its files.
 
     Raises:
         CheckpointError: there is a `params.json`, and no weights, or not all of them.
     """
-    folder = path.parent if re.fullmatch(_FILES, path.name) and path.is_file() else path
-    if not (folder / _PARAMS).is_file():
+    names = place.names()
+    if _PARAMS not in names or (file is not None and not re.fullmatch(_FILES, file)):
         return None
-    paths = sorted(one for one in folder.iterdir() if re.fullmatch(_FILES, one.name))
-    numbers = [int(one.suffixes[0][1:]) for one in paths]
-    if not paths or numbers != list(range(len(paths))):
+    weights = sorted(name for name in names if re.fullmatch(_FILES, name))
+    if not weights or [int(name.split(".")[1]) for name in weights] != list(range(len(weights))):
         raise CheckpointError(
-            f"{folder}: holds {_PARAMS} and {join_names([one.name for one in paths]) or 'no weights'}; expected "
+            f"{place.where}: holds {_PARAMS} and {join_names(weights) or 'no weights'}; expected "
             "consolidated.00.pth and on, none of them missing. Download them again"
         )
-    return MetaLlama(folder, paths)
+    return MetaLlama(place, weights)

@@ -5,9 +5,8 @@ was compiled, and `bias=False` leaves out the biases of maps and norms. The MLP'
 since June 2023; a file does not tell whether it was trained before, with the tanh approximation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from hooklens.adapters.conversion import HubModel, MemoryTensors
 from hooklens.adapters.disk import is_state, load_pickle
 from hooklens.adapters.family import Family
+from hooklens.adapters.formats.place import Place
 from hooklens.adapters.keys import Computed, ConfigMap, ConfigReader, FixedPositionKeys, Key
 from hooklens.adapters.tables import BLOCK, decoder_rules, fused_qkv_rules, mlp_rules, norm_rules, out_rules
 from hooklens.config import HookedConfig, LearnedPositions, NormConfig
@@ -77,18 +77,28 @@ class NanoGpt:
     """One file of nanoGPT.
 
     Args:
-        path: the file.
+        place: the folder that it lies in.
+        file: its name.
         model_args: its sizes.
         state: its tensors.
     """
 
-    def __init__(self, path: Path, model_args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-        self._path, self._args, self._state = path, dict(model_args), state
+    def __init__(self, place: Place, file: str, model_args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+        self._place, self._file, self._args, self._state = place, file, dict(model_args), state
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Place:
         """The folder that the file lies in."""
-        return self._path.parent
+        return self._place
+
+    @property
+    def names(self) -> Collection[str]:
+        """The file."""
+        return [self._file]
+
+    @property
+    def _where(self) -> str:
+        return f"{self._place.where}/{self._file}"
 
     def read_network(self) -> HookedConfig:
         """The network that `model_args` describes.
@@ -96,7 +106,7 @@ class NanoGpt:
         Raises:
             UnsupportedModelError: values that are missing or of another kind.
         """
-        return _family().read_config(self._args, where=str(self._path))
+        return _family().read_config(self._args, where=self._where)
 
     def open(self) -> HubModel:
         """The tensors, held against the network.
@@ -104,28 +114,27 @@ class NanoGpt:
         Raises:
             CheckpointError: they are not those of this network.
         """
-        return HubModel(self._args, MemoryTensors(self._state), where=str(self._path), family=_family())
+        return HubModel(self._args, MemoryTensors(self._state), where=self._where, family=_family())
 
 
-def find(path: Path) -> NanoGpt | None:
+def find(place: Place, file: str | None) -> NanoGpt | None:
     """The checkpoint of a file, or of the `ckpt.pt` in a folder without `config.json`.
 
     Raises:
         CheckpointError: the file is no checkpoint of nanoGPT's, or damaged.
     """
-    if path.is_dir():
-        if (path / "config.json").exists() or not (path / _NAME).is_file():
+    if file is None:
+        names = place.names()
+        if "config.json" in names or _NAME not in names:
             return None
-        path = path / _NAME
-    elif path.suffix not in {".pt", ".pth"}:
-        return None
-    content = load_pickle(path)
+        file = _NAME
+    content = load_pickle(place.fetch([file]) / file)
     model_args = content.get("model_args") if isinstance(content, Mapping) else None
     if not isinstance(content, Mapping) or not isinstance(model_args, Mapping) or not is_state(content.get("model")):
         found = join_names(sorted(map(str, content))[:20]) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
-            f"{path}: is in none of the formats that one file can be in; expected nanoGPT's {{'model': tensors, "
-            "'model_args': sizes}, or a .pth file with TransformerLens's config.json or Meta's params.json beside it, "
-            f"found {found or 'nothing'}"
+            f"{place.where}/{file}: is in none of the formats that one file can be in; expected nanoGPT's {{'model': "
+            "tensors, 'model_args': sizes}, or a .pth file with TransformerLens's config.json or Meta's params.json "
+            f"beside it, found {found or 'nothing'}"
         )
-    return NanoGpt(path, model_args, content["model"])
+    return NanoGpt(place, file, model_args, content["model"])

@@ -1,12 +1,12 @@
 """What an old format gives: a network, and its tensors under HookLens names."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hooklens.adapters.conversion import check_layers, config_of_length, crop_positions
+from hooklens.adapters.formats.place import Place
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 
@@ -28,8 +28,12 @@ class OldCheckpoint(Protocol):
     """A checkpoint in an old format."""
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Place:
         """The folder that it lies in."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of its own files there."""
 
     def read_network(self) -> HookedConfig:
         """The network, by the config alone where the format has one."""

@@ -9,18 +9,22 @@ weights are those of HookLens, the field's. Peculiarities:
 - Every map has a bias; files of before a bias was added to the library lack it, and it is 0.
 - `shortformer_pos`: positions go to what queries and keys read.
 - Masks and rotary tables are buffers, and no weights.
+- The first files have other layouts; see `early_layouts`.
 - Settings of the training run stand in the same file; they are not read.
+- Where weights of earlier in training are there, they are in the folder `checkpoints`, and their names end with the
+  number of steps or tokens.
 """
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from hooklens.adapters.disk import load_state, read_json
+from hooklens.adapters.formats.early_layouts import in_todays_layout
 from hooklens.adapters.formats.opened import FieldModel
+from hooklens.adapters.formats.place import EARLIER, Place
 from hooklens.adapters.keys import ConfigReader
 from hooklens.config import (
     HookedConfig,
@@ -64,16 +68,22 @@ class TransformerLensModel:
     """One state dict of TransformerLens's.
 
     Args:
-        path: the `.pth` file.
+        place: the folder that holds `config.json`.
+        weights: name of the `.pth` file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, place: Place, weights: str) -> None:
+        self._place, self._weights = place, weights
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Place:
         """The folder that holds `config.json`."""
-        return self._path.parent
+        return self._place
+
+    @property
+    def names(self) -> Collection[str]:
+        """`config.json` and the file of weights."""
+        return [_CONFIG, self._weights]
 
     def read_network(self) -> HookedConfig:
         """The network that `config.json` describes, with all biases.
@@ -81,9 +91,9 @@ class TransformerLensModel:
         Raises:
             UnsupportedModelError: values that are missing, of another kind, or not implemented; all are listed.
         """
-        where = str(self.folder / _CONFIG)
+        where = f"{self._place.where}/{_CONFIG}"
         # -1 is its word for what is not given.
-        config = {key: value for key, value in read_json(self.folder / _CONFIG).items() if value not in (-1, -1.0)}
+        config = {key: value for key, value in _read(self._place).items() if value not in (-1, -1.0)}
         reader = ConfigReader(config)
         fields = _read_fields(reader)
         for setting, harmless in _PINNED.items():
@@ -105,8 +115,14 @@ class TransformerLensModel:
             CheckpointError: they are not those of this network.
         """
         cfg = self.read_network()
-        state = _rename(load_state(self._path))
-        return FieldModel(_without_absent_biases(cfg, state), state, where=str(self._path))
+        stored = load_state(self._place.fetch([self._weights]) / self._weights)
+        state = in_todays_layout(_rename(stored), n_heads=cfg.n_heads, n_layers=cfg.n_layers)
+        where = f"{self._place.where}/{self._weights}"
+        return FieldModel(_without_absent_biases(cfg, state), state, where=where)
+
+
+def _read(place: Place) -> dict[str, Any]:
+    return read_json(place.fetch([_CONFIG]) / _CONFIG)
 
 
 def _read_fields(reader: ConfigReader) -> dict[str, Any]:
@@ -180,25 +196,51 @@ def _without_absent_biases(cfg: HookedConfig, state: Mapping[str, Tensor]) -> Ho
     return cfg.replace(**changes) if changes else cfg
 
 
-def find(path: Path) -> TransformerLensModel | None:
-    """The checkpoint of a `.pth` file, or of the last one in a folder, where `config.json` is in its words.
+def find(
+    place: Place, file: str | None, variant: str | None, *, above: Callable[[], Place] | None = None
+) -> TransformerLensModel | None:
+    """The checkpoint of a `.pth` file, or the last one in a folder, where `config.json` is in its words.
+
+    Args:
+        place: the folder.
+        file: name of the file; None: the last one, or that of the variant.
+        variant: what the name ends with: `"final"`, or the number of steps or tokens.
+        above: gives the folder that this one lies in, where its `config.json` is that of the file.
 
     Raises:
         CheckpointError: there is no such file, or there are several of which none is the final one.
     """
-    folder = path if path.is_dir() else path.parent
-    if (path.is_file() and path.suffix not in {".pth", ".pt"}) or not (folder / _CONFIG).is_file():
-        return None
-    config = read_json(folder / _CONFIG)
+    if _CONFIG not in place.names():
+        # Weights of earlier in training lie below the config.
+        return None if above is None else find(above(), f"{EARLIER}/{file}", variant)
+    config = _read(place)
     if any(key in config for key in ("model_type", "architectures")) or not all(key in config for key in _NEEDED):
         return None
-    if path.is_file():
-        return TransformerLensModel(path)
-    found = sorted(folder.glob("*.pth"))
-    final = [one for one in found if one.name.endswith("final.pth")] or found
-    if len(final) != 1:
-        raise CheckpointError(
-            f"{folder}: holds TransformerLens's config.json and {join_names([one.name for one in found]) or 'no .pth'};"
-            " expected one .pth file, or one that ends with 'final.pth'. Give the file itself"
+    return TransformerLensModel(place, _choose(place, variant) if file is None else file)
+
+
+def _choose(place: Place, variant: str | None) -> str:
+    """The name of the file that holds the weights."""
+    every = sorted(name for name in place.names() if name.endswith(".pth"))
+    beside = [name for name in every if "/" not in name]
+    if variant is not None:
+        found = [name for name in every if _is_of(variant, name)]
+        expected = f"one .pth file whose name ends with {variant!r}. Give another variant, or the file itself"
+    else:
+        finals = [[name for name in names if name.endswith("final.pth")] for names in (beside, every)]
+        found = finals[0] or beside or finals[1]
+        expected = (
+            "one .pth file, or one that ends with 'final.pth'. Give the file itself, or what it ends with as variant"
         )
-    return TransformerLensModel(final[0])
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{place.where}: holds TransformerLens's config.json and {join_names(every) or 'no .pth'}; expected "
+            f"{expected}"
+        )
+    return found[0]
+
+
+def _is_of(variant: str, name: str) -> bool:
+    """Whether a file's name ends with a variant; numbers may have zeros in front."""
+    last = name.rpartition("/")[2].removesuffix(".pth").rpartition("_")[2]
+    return last == variant or (last.isdecimal() and variant.isdecimal() and int(last) == int(variant))

@@ -1,11 +1,13 @@
 """A checkpoint's files, wherever they lie: what stands beside the weights is there, and is checked, before them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from hooklens.adapters.conversion import TensorSource
 from hooklens.adapters.disk import DiskTensors
 from hooklens.adapters.folder import finish_replacement
+from hooklens.adapters.formats import EARLIER
 
 COMPANIONS = (
     "config.json",
@@ -66,6 +68,20 @@ class LocalFiles:
         return self._folder
 
     def folder(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    def names(self) -> Collection[str]:
+        """The names of the files in it, and of weights of earlier in training below it."""
+        folders = [folder for folder in (self._folder, self._folder / EARLIER) if folder.is_dir()]
+        files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+        return [path.relative_to(self._folder).as_posix() for path in files]
+
+    def fetch(self, names: Collection[str]) -> Path:
+        """The folder."""
+        return self._folder
+
+    def companions(self) -> Path:
         """The folder."""
         return self._folder
 

@@ -1,9 +1,11 @@
 """From a checkpoint's name to a folder on this machine."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hooklens.adapters.conversion import TensorSource
 from hooklens.adapters.disk import DiskTensors, weight_file
@@ -80,6 +82,38 @@ class HubFiles:
         """The folder of the cache, with all but the weights."""
         return self._fetch(COMPANIONS)
 
+    def names(self) -> Collection[str]:
+        """The names of all files, asked for at the hub; where that cannot be, of those that are in the cache.
+
+        Raises:
+            CheckpointError: there is no such repository or revision, or it is not open to you.
+        """
+        errors = import_package("huggingface_hub.errors")
+        token = self._options["token"]
+        if self._options["local_files_only"]:
+            return self._names_in_cache()
+        with self._told():
+            try:
+                found = (
+                    import_package("huggingface_hub")
+                    .HfApi()
+                    .list_repo_files(self._name, revision=self._revision, token=token)
+                )
+            except (errors.HfHubHTTPError, errors.HFValidationError):
+                raise
+            except Exception:
+                # No network, whatever the error of its client: what has been downloaded before counts.
+                return self._names_in_cache()
+        return [name.removeprefix(self._prefix) for name in found if name.startswith(self._prefix)]
+
+    def fetch(self, names: Collection[str]) -> Path:
+        """The folder of the cache, with these files."""
+        return self._fetch([escape(name) for name in names])
+
+    def companions(self) -> Path:
+        """The folder of the cache, with all but the weights."""
+        return self.folder()
+
     def weights(self) -> TensorSource:
         """The tensors: of safetensors files, or of the PyTorch files where there are none.
 
@@ -98,20 +132,34 @@ class HubFiles:
                 break
         return folder
 
-    def _fetch(self, patterns: Collection[str]) -> Path:
+    @property
+    def _prefix(self) -> str:
+        return f"{self._subfolder}/" if self._subfolder else ""
+
+    def _names_in_cache(self) -> list[str]:
+        folder = self._fetch(["config.json"], local_files_only=True)
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+    def _fetch(self, patterns: Collection[str], **options: Any) -> Path:
         hub = import_package("huggingface_hub")
-        errors = import_package("huggingface_hub.errors")
-        at = f"{self._name!r}" + (f" at revision {self._revision!r}" if self._revision else "")
-        prefix = f"{self._subfolder}/" if self._subfolder else ""
-        try:
+        with self._told():
             folder = Path(
                 hub.snapshot_download(
                     self._name,
                     revision=self._revision,
-                    allow_patterns=[f"{prefix}{pattern}" for pattern in patterns],
-                    **self._options,
+                    allow_patterns=[f"{self._prefix}{pattern}" for pattern in patterns],
+                    **{**self._options, **options},
                 )
             )
+        return folder / self._subfolder if self._subfolder else folder
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the hub's client raises, as errors of this package."""
+        errors = import_package("huggingface_hub.errors")
+        at = f"{self._name!r}" + (f" at revision {self._revision!r}" if self._revision else "")
+        try:
+            yield
         except errors.GatedRepoError as error:
             raise CheckpointError(
                 f"{at}: the repository is gated; accept its terms on the hub and log in with `hf auth login`"
@@ -131,4 +179,3 @@ class HubFiles:
             ) from error
         except OSError as error:
             raise CheckpointError(f"{at}: the download failed ({error}); check the network and try again") from error
-        return folder / self._subfolder if self._subfolder else folder

@@ -51,7 +51,7 @@ class RepositoryFiles:
 
     def __init__(self, repository: Repository, *, subfolder: str | None = None, variant: str | None = None) -> None:
         self._repository, self._variant = repository, variant
-        self._prefix = "" if subfolder is None else subfolder.strip("/") + "/"
+        self._prefix = "" if not subfolder else subfolder.strip("/") + "/"
         # Removed with this object.
         self._copies = tempfile.TemporaryDirectory(prefix="hooklens-")
         self._names: list[str] | None = None
@@ -75,7 +75,19 @@ class RepositoryFiles:
         if not {"config.json", "adapter_config.json"} & set(listing):
             found = join_names(sorted(listing)[:20]) or "nothing"
             raise CheckpointError(f"{self.where}: holds no config.json; expected that and weights, found {found}")
-        return self._copy([name for name in listing if any(fnmatch(name, one) for one in COMPANIONS)])
+        return self.companions()
+
+    def names(self) -> Collection[str]:
+        """The names of all files."""
+        return self._listing()
+
+    def fetch(self, names: Collection[str]) -> Path:
+        """A temporary folder with copies of these files."""
+        return self._copy(names)
+
+    def companions(self) -> Path:
+        """A temporary folder with copies of what stands beside the weights."""
+        return self._copy([name for name in self._listing() if any(fnmatch(name, one) for one in COMPANIONS)])
 
     def weights(self) -> TensorSource:
         """The tensors, each read when it is asked for; pickles are copied first, whole.

@@ -41,20 +41,20 @@ SMALL = {
     "use_cache": True,
     "vocab_size": 42384,
 }
+LARGE = {
+    **SMALL,
+    "hidden_size": 1600,
+    "intermediate_size": 6400,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 25,
+    "num_hidden_layers": 48,
+    "torch_dtype": "float32",
+    "vocab_size": 57717,
+}
 PUBLISHED = {
-    "biogpt": (SMALL, 346_763_264),
-    "BioGPT-Large": (
-        {
-            **SMALL,
-            "hidden_size": 1600,
-            "intermediate_size": 6400,
-            "max_position_embeddings": 2048,
-            "num_attention_heads": 25,
-            "num_hidden_layers": 48,
-            "vocab_size": 57717,
-        },
-        1_571_188_800,
-    ),
+    "biogpt": ({key: value for key, value in SMALL.items() if key != "torch_dtype"}, 346_763_264),
+    "BioGPT-Large": (LARGE, 1_571_188_800),
+    "BioGPT-Large-PubMedQA": ({**LARGE, "vocab_size": 57726}, 1_571_203_200),
 }
 
 

@@ -73,6 +73,7 @@ BASE = {
     "use_cache": True,
     "vocab_size": 100352,
 }
+# There are no others.
 PUBLISHED = {
     "dbrx-base": (BASE, 131_596_523_520),
     # Written by a version that put the defaults of all configs into the nested ones.
@@ -89,6 +90,7 @@ PUBLISHED = {
                 "temperature": 1.0,
                 "tie_word_embeddings": True,
                 "top_k": 50,
+                "top_p": 1.0,
                 "torch_dtype": None,
             },
             "ffn_config": {
@@ -96,6 +98,7 @@ PUBLISHED = {
                 "ffn_act_fn": {"name": "silu"},
                 "moe_normalize_expert_weights": 1,
                 "return_dict": True,
+                "temperature": 1.0,
                 "tie_word_embeddings": True,
                 "uniform_expert_assignment": False,
             },

@@ -50,6 +50,7 @@ OPENAI = {
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     "vocab_size": 50257,
 }
+SINCE = ("activation_function", "bos_token_id", "eos_token_id", "model_type", "task_specific_params")
 PUBLISHED = {
     "gpt2": (OPENAI, 124_439_808),
     "gpt2-xl": (
@@ -63,6 +64,20 @@ PUBLISHED = {
             "id2label": {"0": "LABEL_0"},
             "label2id": {"LABEL_0": 0},
             "n_layer": 6,
+        },
+        81_912_576,
+    ),
+    "distilgpt2, as first released": (
+        {
+            **{key: value for key, value in OPENAI.items() if key not in SINCE},
+            "finetuning_task": None,
+            "n_layer": 6,
+            "num_labels": 1,
+            "output_attentions": False,
+            "output_hidden_states": False,
+            "pruned_heads": {},
+            "torchscript": False,
+            "use_bfloat16": False,
         },
         81_912_576,
     ),

@@ -52,6 +52,14 @@ STARCODER = {
     "validate_runner_input": True,
     "vocab_size": 49152,
 }
+RUNNER = (
+    "inference_runner",
+    "max_batch_size",
+    "max_sequence_length",
+    "pad_key_length",
+    "pre_allocate_kv_cache",
+    "validate_runner_input",
+)
 PUBLISHED = {
     "starcoder": (STARCODER, 15_517_456_384),
     "starcoderbase-1b": (
@@ -60,8 +68,8 @@ PUBLISHED = {
     ),
     "gpt_bigcode-santacoder": (
         {
-            **STARCODER,
-            "activation_function": "gelu_fast",
+            **{key: value for key, value in STARCODER.items() if key not in RUNNER},
+            "activation_function": "gelu_pytorch_tanh",
             "bos_token_id": 49152,
             "eos_token_id": 49152,
             "n_embd": 2048,
@@ -69,9 +77,24 @@ PUBLISHED = {
             "n_inner": 8192,
             "n_layer": 24,
             "n_positions": 2048,
+            "runner_max_sequence_length": None,
+            "transformers_version": "4.28.0.dev0",
             "vocab_size": 49280,
         },
         1_124_886_528,
+    ),
+    "tiny_starcoder_py": (
+        {
+            **STARCODER,
+            "_name_or_path": "/fsx/bigcode/tinystarcoder/saves/large-model",
+            "activation_function": "gelu_pytorch_tanh",
+            "n_embd": 768,
+            "n_head": 12,
+            "n_inner": 3072,
+            "n_layer": 20,
+            "torch_dtype": "float32",
+        },
+        164_144_128,
     ),
 }
 

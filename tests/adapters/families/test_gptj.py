@@ -45,6 +45,7 @@ EARLY = {
     "use_cache": True,
     "vocab_size": 50400,
 }
+# There is one size; fine-tunes repeat its config.
 PUBLISHED = {
     "gpt-j-6b, at first": (EARLY, 6_050_882_784),
     "gpt-j-6b": (

@@ -68,10 +68,16 @@ _GRANITE_2B = {
 PUBLISHED = {
     "granite-3.1-2b-base": (_GRANITE_2B, 2_533_531_648),
     "granite-3.0-2b-base": (
-        {**_GRANITE_2B, "max_position_embeddings": 4096, "rope_theta": 10000.0},
-        2_533_531_648,
+        {
+            **{key: value for key, value in _GRANITE_2B.items() if key != "torch_dtype"},
+            "max_position_embeddings": 4096,
+            "rope_theta": 10000,
+            "transformers_version": "4.45.0.dev0",
+            "vocab_size": 49152,
+        },
+        2_533_525_504,
     ),
-    "granite-3.1-8b-base": (
+    "granite-3.2-8b-instruct": (
         {
             **_GRANITE_2B,
             "attention_multiplier": 0.0078125,
@@ -79,6 +85,7 @@ PUBLISHED = {
             "intermediate_size": 12800,
             "logits_scaling": 16.0,
             "rope_theta": 10000000.0,
+            "transformers_version": "4.47.0",
         },
         8_170_848_256,
     ),

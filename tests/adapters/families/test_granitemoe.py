@@ -38,7 +38,7 @@ VARIANTS = {
 SMALL = {
     "architectures": ["GraniteMoeForCausalLM"],
     "attention_bias": False,
-    "attention_dropout": 0.1,
+    "attention_dropout": 0.0,
     "attention_multiplier": 0.015625,
     "bos_token_id": 0,
     "embedding_multiplier": 12.0,
@@ -61,28 +61,41 @@ SMALL = {
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
     "rope_theta": 10000,
-    "router_aux_loss_coef": 0.0,
+    "router_aux_loss_coef": 0.001,
     "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.0.dev0",
+    "transformers_version": "4.45.0.dev0",
     "use_cache": True,
-    "vocab_size": 49155,
+    "vocab_size": 49152,
 }
 PUBLISHED = {
-    "granite-3.0-1b-a400m-base": (SMALL, 1_334_628_352),
+    "granite-3.0-1b-a400m-base": (SMALL, 1_334_625_280),
     "granite-3.1-1b-a400m-base": (
-        {**SMALL, "max_position_embeddings": 131072, "rope_theta": 1500000.0, "transformers_version": "4.47.0.dev0"},
-        1_334_628_352,
-    ),
-    "granite-3.0-3b-a800m-base": (
         {
             **SMALL,
+            "attention_dropout": 0.1,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1500000.0,
+            "router_aux_loss_coef": 0.0,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.47.0.dev0",
+            "vocab_size": 49155,
+        },
+        1_334_628_352,
+    ),
+    "granite-3.1-3b-a800m-base": (
+        {
+            **SMALL,
+            "attention_dropout": 0.1,
             "hidden_size": 1536,
+            "max_position_embeddings": 131072,
             "num_attention_heads": 24,
             "num_hidden_layers": 32,
             "num_local_experts": 40,
+            "rope_theta": 10000000.0,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.46.0",
         },
-        3_298_793_472,
+        3_298_788_864,
     ),
 }
 

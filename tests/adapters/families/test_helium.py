@@ -32,6 +32,7 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
 }
+# The later Helium models are written as Llama.
 PUBLISHED = {
     "helium-1-preview-2b": (
         {
@@ -61,35 +62,6 @@ PUBLISHED = {
             "vocab_size": 48000,
         },
         2_172_643_840,
-    ),
-    "helium-1-2b": (
-        {
-            "architectures": ["HeliumForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "hidden_size": 2048,
-            "initializer_range": 0.02,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 4096,
-            "mlp_bias": False,
-            "model_type": "helium",
-            "num_attention_heads": 16,
-            "num_hidden_layers": 28,
-            "num_key_value_heads": 8,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-08,
-            "rope_theta": 20000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.50.0",
-            "use_cache": True,
-            "vocab_size": 64000,
-        },
-        2_023_868_416,
     ),
 }
 

@@ -39,7 +39,7 @@ _HUNYUAN_7B = {
     "cla_share_factor": 2,
     "class_num": 0,
     "dense_list": [4096, 0],
-    "eod_token_id": 3,
+    "eod_token_id": 127967,
     "eos_token_id": 127960,
     "head_dim": 128,
     "hidden_act": "silu",
@@ -55,7 +55,6 @@ _HUNYUAN_7B = {
     "model_type": "hunyuan_v1_dense",
     "norm_type": "rms",
     "num_attention_heads": 32,
-    "num_experts": 1,
     "num_hidden_layers": 32,
     "num_key_value_heads": 8,
     "org_vocab_size": 128167,
@@ -86,33 +85,37 @@ _HUNYUAN_7B = {
     "use_rotary_pos_emb": True,
     "vocab_size": 128167,
 }
+_HUNYUAN_2B = {
+    **_HUNYUAN_7B,
+    "attention_dropout": 0.0,
+    "dense_list": [2048, 0],
+    "eod_token_id": 120026,
+    "eos_token_id": 120020,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 262144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "org_vocab_size": 120818,
+    "pad_id": 120002,
+    "pad_token_id": 120002,
+    "sep_token_id": 120007,
+    "vocab_size": 120818,
+}
 PUBLISHED = {
     "Hunyuan-7B-Instruct": (_HUNYUAN_7B, 7_504_568_320),
-    "Hunyuan-0.5B-Instruct": (
+    "Hunyuan-1.8B-Instruct": (_HUNYUAN_2B, 1_791_080_448),
+    "Hunyuan-0.5B-Pretrain": (
         {
-            **_HUNYUAN_7B,
+            **_HUNYUAN_2B,
             "dense_list": [1024, 0],
             "hidden_size": 1024,
             "intermediate_size": 3584,
-            "num_attention_heads": 16,
             "num_hidden_layers": 24,
-            "org_vocab_size": 120818,
-            "vocab_size": 120818,
+            "num_key_value_heads": 8,
+            "transformers_version": "4.52.4",
         },
         539_010_048,
-    ),
-    "Hunyuan-1.8B-Instruct": (
-        {
-            **_HUNYUAN_7B,
-            "dense_list": [2048, 0],
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "org_vocab_size": 120818,
-            "vocab_size": 120818,
-        },
-        1_791_080_448,
     ),
 }
 

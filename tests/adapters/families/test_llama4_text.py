@@ -39,6 +39,18 @@ VARIANTS = {
             "original_max_position_embeddings": 16,
         },
     },
+    # Both limits are one: no wave lies between them, and the share of those that would has no value.
+    "Scout, instruct": {
+        "num_hidden_layers": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "Maverick": {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 2},
     "layers listed": {
         "num_hidden_layers": 3,
@@ -104,7 +116,16 @@ SCOUT = {
 }
 PUBLISHED = {
     "the text of Llama-4-Scout-17B-16E": (SCOUT, 107_769_861_120),
-    "the same, layers by rule": (
+    "the text of Llama-4-Scout-17B-16E-Instruct": (
+        {
+            **SCOUT,
+            "_attn_implementation_autoset": True,
+            "max_position_embeddings": 10485760,
+            "rope_scaling": {**SCOUT["rope_scaling"], "factor": 16.0, "high_freq_factor": 1.0},
+        },
+        107_769_861_120,
+    ),
+    "Llama-4-Scout-17B-16E, layers by rule": (
         {**{key: value for key, value in SCOUT.items() if key != "moe_layers"}, "no_rope_layers": []},
         107_769_861_120,
     ),

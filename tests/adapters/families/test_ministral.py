@@ -1,16 +1,23 @@
 """Ministral against transformers, in every variant."""
 
+import json
+import warnings
+
 import pytest
 
+from hooklens.adapters import open_checkpoint
+from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import (
     D_VOCAB,
     check,
     check_defaults,
+    check_reading,
     read_config,
     read_published,
     save,
     verify_folder,
 )
+from tests.checkpoints import edit_config
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -35,10 +42,11 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
 }
+# There are no others. It is told from Mistral by its `layer_types`.
 PUBLISHED = {
     "Ministral-8B-Instruct-2410": (
         {
-            "architectures": ["MinistralForCausalLM"],
+            "architectures": ["MistralForCausalLM"],
             "attention_dropout": 0.0,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -49,7 +57,7 @@ PUBLISHED = {
             "intermediate_size": 12288,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"] * 9,
             "max_position_embeddings": 32768,
-            "model_type": "ministral",
+            "model_type": "mistral",
             "num_attention_heads": 32,
             "num_hidden_layers": 36,
             "num_key_value_heads": 8,
@@ -99,3 +107,20 @@ def test_window_where_the_config_is_silent_or_says_null(given, windows) -> None:
 def test_head_size_where_the_config_says_null() -> None:
     """transformers cannot build that; the size is what it means elsewhere."""
     assert read_config({"model_type": "ministral", **TINY, "head_dim": None}).d_head == 8
+
+
+def test_mistral_with_types_of_layers_is_ministral(tmp_path) -> None:
+    """The published config names Mistral's type; `layer_types` was warned of, and all layers had the window."""
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    folder = save(tmp_path, "ministral", **TINY, sliding_window=5, layer_types=types)
+    edit_config(folder, model_type="mistral", architectures=["MistralForCausalLM"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = check_reading(folder)
+    assert model.cfg.windows == (None, 5, 5)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "ministral"
+    assert open_checkpoint(tmp_path / "saved").cfg == model.cfg
+    edit_config(folder, architectures=["MistralForSequenceClassification"])
+    with pytest.raises(UnsupportedModelError, match="MistralForSequenceClassification"):
+        open_checkpoint(folder)

@@ -1,9 +1,12 @@
 """Mistral against transformers, in every variant."""
 
+import warnings
+
 import pytest
 
 from hooklens.adapters import open_checkpoint
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from hooklens.errors import UnsupportedModelError
+from tests.adapters.families.checks import D_VOCAB, check, read_config, read_published, save, verify_folder
 from tests.checkpoints import edit_config
 
 TINY = {
@@ -26,31 +29,43 @@ VARIANTS = {
     },
     "tied": {"tie_word_embeddings": True, "sliding_window": 5, "num_key_value_heads": 4},
 }
+FIRST = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+LATER = {**FIRST, "attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None}
 PUBLISHED = {
-    "Mistral-7B-v0.1": (
+    "Mistral-7B-v0.1": (FIRST, 7_241_732_096),
+    "Mistral-7B-v0.2": ({**LATER, "transformers_version": "4.37.2"}, 7_241_732_096),
+    "Mistral-Nemo-Base-2407": (
         {
-            "architectures": ["MistralForCausalLM"],
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "hidden_act": "silu",
-            "hidden_size": 4096,
-            "initializer_range": 0.02,
-            "intermediate_size": 14336,
-            "max_position_embeddings": 32768,
-            "model_type": "mistral",
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 10000.0,
-            "sliding_window": 4096,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.34.0.dev0",
-            "use_cache": True,
-            "vocab_size": 32000,
+            **LATER,
+            "head_dim": 128,
+            "hidden_size": 5120,
+            "max_position_embeddings": 128000,
+            "num_hidden_layers": 40,
+            "transformers_version": "4.43.0.dev0",
+            "vocab_size": 131072,
         },
-        7_241_732_096,
+        12_247_782_400,
     ),
 }
 
@@ -80,3 +95,13 @@ def test_window_where_the_config_is_silent_or_says_null(given, windows, tmp_path
     folder = save(tmp_path, "mistral", **TINY)
     edit_config(folder, remove=["sliding_window"], **given)
     assert open_checkpoint(folder).cfg.windows == windows
+
+
+def test_biases_that_llamas_keys_would_give_are_refused() -> None:
+    """Merged checkpoints keep Llama's keys, and transformers builds no bias whatever they say."""
+    config = {"model_type": "mistral", **TINY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_config({**config, "attention_bias": False, "mlp_bias": False}).qkv_bias is False
+    with pytest.raises(UnsupportedModelError, match=r"attention_bias is True; expected False.*mlp_bias is True"):
+        read_config({**config, "attention_bias": True, "mlp_bias": True})

@@ -1,5 +1,7 @@
 """Mixtral against transformers, in every variant."""
 
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,7 +10,15 @@ from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint, read_hf_model
 from hooklens.config import MoEConfig
 from hooklens.errors import CheckpointError, UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, load_reference, read_published, save, verify_folder
+from tests.adapters.families.checks import (
+    D_VOCAB,
+    check,
+    load_reference,
+    read_config,
+    read_published,
+    save,
+    verify_folder,
+)
 from tests.adapters.families.routers import check_routing
 from tests.checkpoints import edit_config
 
@@ -146,3 +156,13 @@ def test_files_with_the_names_of_memory_are_read(tmp_path) -> None:
     ours, theirs = (dict(open_checkpoint(one).tensors()) for one in (folder, tmp_path / "stacked"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_biases_that_llamas_keys_would_give_are_refused() -> None:
+    """Merged checkpoints keep Llama's keys, and transformers builds no bias whatever they say."""
+    config = {"model_type": "mixtral", **TINY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_config({**config, "attention_bias": False, "mlp_bias": False}).qkv_bias is False
+    with pytest.raises(UnsupportedModelError, match=r"attention_bias is True; expected False.*mlp_bias is True"):
+        read_config({**config, "attention_bias": True, "mlp_bias": True})

@@ -72,6 +72,7 @@ SEVEN = {
 }
 PUBLISHED = {
     "mpt-7b": (SEVEN, 6_649_286_656),
+    "mpt-7b-instruct": (SEVEN, 6_649_286_656),
     "mpt-30b": (
         {**SEVEN, "d_model": 7168, "max_seq_len": 8192, "n_heads": 64, "n_layers": 48},
         29_957_200_896,

@@ -74,13 +74,22 @@ def _of_depth(depth: int) -> dict:
     """The project's models are described by their number of layers."""
     sizes = {"hidden_size": 64 * depth, "intermediate_size": 256 * depth, "num_hidden_layers": depth}
     heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), depth // 2)
-    return {**_NANOCHAT_D20, **sizes, **heads}
+    return {**sizes, **heads}
+
+
+_BEFORE = {
+    **{key: value for key, value in _NANOCHAT_D20.items() if key != "final_logit_softcapping"},
+    "logits_soft_cap": 15.0,
+}
 
 
 PUBLISHED = {
-    "nanochat-d20": (_NANOCHAT_D20, 560_988_160),
-    "nanochat-d32": (_of_depth(32), 1_879_048_192),
-    "nanochat-d34": (_of_depth(34), 2_217_082_880),
+    "nanochat-d20": ({**_BEFORE, "bos_token_id": 0}, 560_988_160),
+    "nanochat-d32": ({**_BEFORE, **_of_depth(32)}, 1_879_048_192),
+    "nanochat-d34": (
+        {**_NANOCHAT_D20, **_of_depth(34), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+        2_217_082_880,
+    ),
 }
 
 

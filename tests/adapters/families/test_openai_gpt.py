@@ -41,7 +41,17 @@ OPENAI = {
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     "vocab_size": 40478,
 }
-PUBLISHED = {"openai-gpt": (OPENAI, 116_534_784)}
+SAVED_AGAIN = {
+    **OPENAI,
+    "_name_or_path": "openai-gpt",
+    "torch_dtype": "float32",
+    "transformers_version": "4.12.5",
+}
+PUBLISHED = {
+    "openai-gpt": (OPENAI, 116_534_784),
+    "gpt1-modest-proposal": (SAVED_AGAIN, 116_534_784),
+    "instruct-generalize/gpt-1": ({**SAVED_AGAIN, "transformers_version": "4.30.2"}, 116_534_784),
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

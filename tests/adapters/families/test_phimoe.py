@@ -87,7 +87,25 @@ LARGE = {
     "use_cache": True,
     "vocab_size": 32064,
 }
-PUBLISHED = {"Phi-3.5-MoE-instruct": (LARGE, 41_873_153_344)}
+SLIM = {
+    **{key: value for key, value in LARGE.items() if key != "original_max_position_embeddings"},
+    "auto_map": {
+        "AutoConfig": "configuration_slimmoe.PhiMoEConfig",
+        "AutoModelForCausalLM": "modeling_slimmoe.PhiMoEForCausalLM",
+    },
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rope_scaling": None,
+    "sliding_window": 2047,
+}
+PUBLISHED = {
+    "Phi-3.5-MoE-instruct": (LARGE, 41_873_153_344),
+    "Phi-mini-MoE-instruct": ({**SLIM, "intermediate_size": 960}, 7_647_632_704),
+    "Phi-tiny-MoE-instruct": (
+        {**SLIM, "intermediate_size": 448, "num_attention_heads": 16, "num_key_value_heads": 4},
+        3_755_220_288,
+    ),
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

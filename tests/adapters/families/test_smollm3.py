@@ -42,7 +42,7 @@ _SMOLLM3_3B = {
     "architectures": ["SmolLM3ForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "bos_token_id": None,
+    "bos_token_id": 128000,
     "eos_token_id": 128012,
     "hidden_act": "silu",
     "hidden_size": 2048,

@@ -9,6 +9,7 @@ import torch
 import hooklens
 from hooklens import HookedCausalLM
 from hooklens.adapters.formats import find_format
+from hooklens.adapters.sources import LocalFiles
 from hooklens.errors import CheckpointError, InputError
 from tests.adapters.formats.test_nanogpt import build, save, state_of
 from tests.checkpoints import save_variant
@@ -19,14 +20,14 @@ def test_the_hubs_layout_goes_first(tmp_path) -> None:
     save_variant("llama-gqa", tmp_path)
     (tmp_path / "params.json").write_text(json.dumps({"dim": 8}))
     torch.save({}, tmp_path / "consolidated.00.pth")
-    assert find_format(tmp_path) is None
+    assert find_format(LocalFiles(tmp_path)) is None
     assert HookedCausalLM.from_pretrained(tmp_path).cfg.n_layers == 3
 
 
 def test_folders_and_files_of_other_things(tmp_path) -> None:
-    assert find_format(tmp_path) is None
+    assert find_format(LocalFiles(tmp_path)) is None
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert find_format(tmp_path / "model.safetensors") is None
+    assert find_format(LocalFiles(tmp_path), file="model.safetensors") is None
     with pytest.raises(CheckpointError, match=r"model.safetensors: is a file; expected the folder"):
         HookedCausalLM.from_pretrained(tmp_path / "model.safetensors")
 

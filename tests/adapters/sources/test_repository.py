@@ -185,6 +185,9 @@ class TestOptions:
                 super().__init__()
                 seen.update(options)
 
+            def find(self, path, **_) -> list[str]:
+                return [f"{path}/config.json"]
+
         fsspec.register_implementation("fake", Fake, clobber=True)
         open_files("fake://bucket", storage_options={"key": "k"})
         assert seen["key"] == "k"
