@@ -24,7 +24,7 @@ from hooklens.arguments import (
 from hooklens.causal_lm.calls import CALLING
 from hooklens.errors import CacheError, InputError
 from tests.annotations import unchecked
-from tests.torch_version import FOUR_BITS
+from tests.torch_version import FOUR_BITS, traces_whole
 
 
 class Runner:
@@ -72,6 +72,7 @@ def test_arguments_that_are_not_there():
         reads(nothing=read_flag)(lambda given: given)
 
 
+@traces_whole
 def test_readers_are_traced_without_a_graph_break():
     """fullgraph=True raises at a graph break; traced as users run it, since beartype draws the items that it checks."""
     keywords = {
