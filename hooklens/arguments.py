@@ -86,19 +86,22 @@ class _Signature:
     """The arguments of a method and their readers."""
 
     def __init__(self, function: Callable[..., Any], readers: Mapping[str, Reader], error: Error) -> None:
-        parameters = inspect.signature(function).parameters
-        hands_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-        assert hands_on or readers.keys() <= parameters.keys(), f"{function} takes no {readers.keys() - parameters}"
+        # Read from the code: `inspect.signature` of all public functions would be a third of what an import takes.
+        code = inspect.unwrap(function).__code__
+        positional = code.co_varnames[: code.co_argcount]
+        parameters = frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        hands_on = bool(code.co_flags & inspect.CO_VARKEYWORDS)
+        assert hands_on or readers.keys() <= parameters, f"{function} takes no {readers.keys() - parameters}"
         self._subject = function.__qualname__
-        self._known = None if hands_on else frozenset(parameters)
+        self._known = None if hands_on else parameters
         self._readers = readers
         self._error = error
         # A method's first argument is the object itself; a function's may have a reader.
-        self.n_unread = 0 if next(iter(parameters), None) in readers else 1
+        self.n_unread = 0 if next(iter(positional), None) in readers else 1
         self._places = [
             (place, name)
-            for place, (name, one) in enumerate(parameters.items())
-            if name in readers and one.kind is one.POSITIONAL_OR_KEYWORD
+            for place, name in enumerate(positional)
+            if place >= code.co_posonlyargcount and name in readers
         ]
 
     def read(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

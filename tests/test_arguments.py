@@ -24,6 +24,7 @@ from hooklens.arguments import (
 from hooklens.causal_lm.calls import CALLING
 from hooklens.errors import CacheError, InputError
 from tests.annotations import unchecked
+from tests.torch_version import FOUR_BITS, traces_whole
 
 
 class Runner:
@@ -71,6 +72,7 @@ def test_arguments_that_are_not_there():
         reads(nothing=read_flag)(lambda given: given)
 
 
+@traces_whole
 def test_readers_are_traced_without_a_graph_break():
     """fullgraph=True raises at a graph break; traced as users run it, since beartype draws the items that it checks."""
     keywords = {
@@ -152,7 +154,7 @@ def test_paths():
 def test_dtypes_by_object_and_name():
     for given in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
         assert read_dtype(given, what="dtype") == torch.bfloat16
-    for given in (torch.int64, "int64", "nn", "", "float99", float, np.float32, torch.float4_e2m1fn_x2, None):
+    for given in (torch.int64, "int64", "nn", "", "float99", float, np.float32, *FOUR_BITS, None):
         with pytest.raises(InputError, match=r"^dtype is .*, expected a floating dtype, as torch.bfloat16$"):
             read_dtype(given, what="dtype")
 

@@ -13,6 +13,7 @@ import torch
 from hooklens import HookedCausalLM, edits
 from hooklens.errors import HookLensError, HookNameError, InputError
 from tests.annotations import unchecked
+from tests.torch_version import FOUR_BITS
 from tests.word_models import make_word_model
 
 IDS = [[5, 7, 9]]
@@ -43,7 +44,7 @@ def odd(model, tmp_path_factory):
         torch.zeros(0, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(1, 3, 8), torch.zeros(0, 3, 8),
         torch.zeros(1, 3, dtype=torch.complex64), ids.bool(), ids.to(torch.uint8), ids.to(torch.int16),
         ids.to(torch.int32), ids.to(torch.uint16), torch.full((1, 3), 10**9), torch.zeros(1, 3, 8, device="meta"),
-        ids.to("meta"), ids.to_sparse(), torch.float64, torch.int64, torch.float4_e2m1fn_x2, torch.device("cpu"),
+        ids.to("meta"), ids.to_sparse(), torch.float64, torch.int64, *FOUR_BITS, torch.device("cpu"),
         torch.device("meta"), model.tokenizer, type(model.tokenizer), model.cfg, model.prefill(ids),
         model.run_with_cache(ids)[1], Path("no", "such"), tmp_path_factory.mktemp("odd"),
     ]  # fmt: skip

@@ -11,3 +11,6 @@ traces_whole = pytest.mark.skipif(
 )
 takes_groups = pytest.mark.skipif(TORCH < (2, 9), reason="earlier kernels on the CPU take no grouped queries")
 multiplies_groups = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="there is no grouped matrix product")
+takes_any_width = pytest.mark.skipif(TORCH < (2, 7), reason="earlier flex attention takes widths of powers of 2 only")
+# Dtypes that nothing computes in; PyTorch 2.6 and 2.7 have none.
+FOUR_BITS = (torch.float4_e2m1fn_x2,) if hasattr(torch, "float4_e2m1fn_x2") else ()

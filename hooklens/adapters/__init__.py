@@ -7,7 +7,7 @@ knows a network: what comes out is a `HookedConfig` and tensors under HookLens n
 from hooklens.adapters.checkpoint import Checkpoint, download_checkpoint, open_checkpoint, open_config
 from hooklens.adapters.export import write_checkpoint
 from hooklens.adapters.family import Family
-from hooklens.adapters.hf_model import build_hf_model, read_hf_generation_config, read_hf_model
+from hooklens.adapters.hf_model import build_hf_model, choose_attention, read_hf_generation_config, read_hf_model
 from hooklens.adapters.kept import QuantisedWeight
 from hooklens.adapters.late import read_xlstm, write_xlstm
 from hooklens.adapters.layout import to_hub
@@ -19,6 +19,7 @@ __all__ = [
     "QuantisedWeight",
     "Repository",
     "build_hf_model",
+    "choose_attention",
     "download_checkpoint",
     "open_checkpoint",
     "open_config",

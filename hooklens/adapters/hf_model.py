@@ -66,6 +66,16 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def choose_attention(cfg: HookedConfig) -> str | None:
+    """What transformers is to attend with, whatever a config came with: the best that computes the network.
+
+    Returns:
+        None, which is `sdpa`, or where transformers has none for the architecture `eager`; or `"eager"` where scores
+        have a soft cap: `sdpa` leaves it out, and transformers before 5.21 takes `sdpa` all the same.
+    """
+    return None if cfg.attn_softcap is None else "eager"
+
+
 def build_hf_model(
     cfg: HookedConfig,
     state: Mapping[str, Tensor],
@@ -75,8 +85,7 @@ def build_hf_model(
 ) -> "PreTrainedModel":
     """The transformers model with the same logits, in eval mode.
 
-    It attends with `sdpa`, or where transformers has none for the architecture with `eager`. Its parameters share
-    memory with `state` where the layout allows.
+    It attends as `choose_attention` says. Its parameters share memory with `state` where the layout allows.
 
     Args:
         cfg: the network.
@@ -98,8 +107,7 @@ def build_hf_model(
         config=hf_config,
         state_dict=tensors,
         dtype=dtype,
-        # The best that there is for the architecture, whatever the config came with.
-        attn_implementation=None,
+        attn_implementation=choose_attention(cfg),
         # The product that runs all experts at once refuses float64.
         experts_implementation="eager" if dtype == torch.float64 else None,
     )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hooklens.adapters import choose_attention, open_config
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import MoEConfig
 from hooklens.model.parts.quantised import quantised_maps
@@ -73,9 +74,9 @@ def reference_loader(source: str | Path | HookedCausalLM, device: torch.device) 
         if isinstance(source, HookedCausalLM):
             model = cast_model(source, dtype).to_hf()
         else:
-            # None: `sdpa`, or where transformers has none for the architecture `eager`.
+            attention = choose_attention(open_config(source))
             model = import_package("transformers").AutoModelForCausalLM.from_pretrained(
-                str(source), dtype=dtype, attn_implementation=None, local_files_only=True
+                str(source), dtype=dtype, attn_implementation=attention, local_files_only=True
             )
         # The model is asked for float64 later, which the product that runs all experts at once refuses.
         model.set_experts_implementation("eager")

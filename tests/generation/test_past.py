@@ -187,7 +187,8 @@ def test_generation_on_a_cached_prefix_gives_what_the_whole_text_gives(
         return
     # Edits of both act behind the prefix.
     options = {**options, **draws, "edits": acting}
-    if acting and model(text, past_kv_cache=kv).shape[1] < 2:
+    # A template's EOS runs in a call, and is no part of a prompt.
+    if acting and model.generate(text, past_kv_cache=kv, max_new_tokens=1, return_type="tokens").shape[1] < 3:
         options["edits"] = ()
     whole, put, streamed, forms = tell_apart(model, prefix, text, None, options)
     part, part_put, part_streamed, part_forms = tell_apart(model, prefix, text, kv, options)

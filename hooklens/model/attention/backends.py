@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from hooklens.errors import InputError
 from hooklens.model.attention.attend import compute_pattern, compute_scores, repeat_heads, weigh_values
@@ -17,6 +18,7 @@ from hooklens.model.plan.visibility import Sight
 from hooklens.optional import import_package
 
 _FLEX = "torch.nn.attention.flex_attention"
+_FLEX_TAKES_ANY_WIDTH = TorchVersion(torch.__version__) >= TorchVersion("2.7")
 
 
 def attend_by_pattern(
@@ -59,13 +61,16 @@ def attend_by_flex(
         sinks: a logit of each head that takes part in the softmax and has no value.
 
     Raises:
-        InputError: gradients on the CPU, where `flex_attention` has none.
+        InputError: gradients on the CPU, where `flex_attention` has none, or heads of a width that the installed
+            PyTorch's takes none of.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v)):
         raise InputError(
             "attention_backend='flex' has no gradients on the CPU (PyTorch's flex_attention): call the model under "
             "torch.no_grad(), on CUDA, or with another backend (model.set_attention_backend('auto'))"
         )
+    if not _FLEX_TAKES_ANY_WIDTH:
+        _check_widths(q.shape[-1], v.shape[-1])
     if not k.shape[1]:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     flex = import_package(_FLEX)
@@ -86,6 +91,17 @@ def attend_by_flex(
         z = z * torch.sigmoid(log_sum - sinks.to(log_sum.dtype)[:, None])[..., None].to(z.dtype)
     out: Tensor = z.transpose(1, 2)
     return out
+
+
+def _check_widths(*widths: int) -> None:
+    """Refuse heads that `flex_attention` of PyTorch 2.6 has no kernel for."""
+    bad = sorted({width for width in widths if width < 2 or width & (width - 1)})
+    if bad:
+        raise InputError(
+            f"attention_backend='flex': heads are {' and '.join(map(str, bad))} wide, and flex_attention of PyTorch "
+            f"{torch.__version__} takes powers of 2 (from 2) only: install PyTorch 2.7 or newer, or take another "
+            "backend (model.set_attention_backend('auto'))"
+        )
 
 
 # PyTorch traces the functions that it is handed and counts their arguments: they are lambdas, which nothing is put

@@ -57,8 +57,12 @@ def save(folder: Path, model_type: str, *, seed: int = 0, spread: float = 0.2, *
 
 
 def attention_of(config: Any) -> str:
-    """`"sdpa"`, or `"eager"` for families that transformers has no other attention for."""
-    for attention in ("sdpa", "eager"):
+    """`"sdpa"`, or `"eager"` for families that transformers has no other attention for.
+
+    Nor has it one for scores with a soft cap: versions before 5.21 take `sdpa` all the same, and leave the cap out.
+    """
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    for attention in ("eager",) if is_capped else ("sdpa", "eager"):
         try:
             with torch.device("meta"):
                 AutoModelForCausalLM.from_config(config, attn_implementation=attention)

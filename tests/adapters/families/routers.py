@@ -109,6 +109,7 @@ def _read(mixture: nn.Module, out: Any) -> Routing:
         gates, logits = out
         return Routing(logits, gates, gates > 0)
     else:
-        logits, gates, choice = out
+        # Some give the three in the other order.
+        logits, gates, choice = out if out[0].is_floating_point() else out[::-1]
     everywhere = torch.zeros_like(logits).scatter(-1, choice, gates.to(logits.dtype))
     return Routing(logits, everywhere, _mark(choice, logits))
