@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hooklens.arguments import read_flag, read_int, require, show
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks import Call
+from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     from hooklens.model.block import Block
@@ -133,5 +133,7 @@ def run_checkpointed(
         return left
 
     entering = block.hook_resid_pre(resid, call)
+    # PyTorch 2.6 loads its tracer, half a million calls, with it.
+    checkpoint = import_package("torch.utils.checkpoint").checkpoint
     left: Tensor = checkpoint(run, entering, use_reentrant=False)
     return block.hook_resid_post(left, call)
