@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.choice import find_family
-from hooklens.adapters.companions import read_generation_config, read_transforms
 from hooklens.adapters.conversion import HubModel, config_of_layers, config_of_length
-from hooklens.adapters.disk import read_json
 from hooklens.adapters.families import load_families
+from hooklens.adapters.files.companions import read_generation_config, read_transforms
+from hooklens.adapters.files.disk import read_json
+from hooklens.adapters.files.tokenizer_files import load_tokenizer
 from hooklens.adapters.formats import OpenedModel
 from hooklens.adapters.kept import QuantisedWeight
 from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, OldFiles, Repository, open_files
-from hooklens.adapters.tokenizer_files import load_tokenizer
 from hooklens.adapters.wrapping import unwrap_config
 from hooklens.arguments import show
 from hooklens.config import HookedConfig

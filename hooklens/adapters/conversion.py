@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.choice import find_family
-from hooklens.adapters.disk import TensorHeader, header_of
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
+from hooklens.adapters.files.disk import TensorHeader, header_of
 from hooklens.adapters.kept import KeptMaps, QuantisedWeight
 from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes, RowPieces, is_stacked

@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooklens.adapters.companions import GENERATION, RECORD, write_generation_config, write_transforms
-from hooklens.adapters.disk import HEADER_DIGEST, digest_headers, header_of
-from hooklens.adapters.folder import replace_files
+from hooklens.adapters.files.companions import GENERATION, RECORD, write_generation_config, write_transforms
+from hooklens.adapters.files.disk import HEADER_DIGEST, digest_headers, header_of
+from hooklens.adapters.files.folder import replace_files
+from hooklens.adapters.files.tokenizer_files import TOKENIZER_FILES, can_be_written
 from hooklens.adapters.layout import HubLayout, with_dtype
-from hooklens.adapters.tokenizer_files import TOKENIZER_FILES, can_be_written
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError
 from hooklens.optional import import_package

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hooklens.adapters.companions import check_generation_config
 from hooklens.adapters.conversion import HubModel, MemoryTensors
+from hooklens.adapters.files.companions import check_generation_config
 from hooklens.adapters.layout import to_hub
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from hooklens.adapters import open_checkpoint
-from hooklens.adapters.disk import DiskTensors
+from hooklens.adapters.files.disk import DiskTensors
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import CheckpointError, UnsupportedModelError
 from hooklens.model.parameters import ModelWeights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.conversion import TensorSource
-from hooklens.adapters.disk import TensorHeader
+from hooklens.adapters.files.disk import TensorHeader
 from hooklens.adapters.kept import QuantisedWeight, Rows
 from hooklens.errors import CheckpointError, join_names
 

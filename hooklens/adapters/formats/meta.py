@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.conversion import HubModel
-from hooklens.adapters.disk import TensorHeader, header_of, load_state, read_json
 from hooklens.adapters.families import load_families
+from hooklens.adapters.files.disk import TensorHeader, header_of, load_state, read_json
 from hooklens.adapters.formats.place import Place
 from hooklens.adapters.keys import ConfigReader
 from hooklens.config import HookedConfig

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from hooklens.adapters.conversion import HubModel, MemoryTensors
-from hooklens.adapters.disk import is_state, load_pickle
 from hooklens.adapters.family import Family
+from hooklens.adapters.files.disk import is_state, load_pickle
 from hooklens.adapters.formats.place import Place
 from hooklens.adapters.keys import Computed, ConfigMap, ConfigReader, FixedPositionKeys, Key
 from hooklens.adapters.tables import BLOCK, decoder_rules, fused_qkv_rules, mlp_rules, norm_rules, out_rules

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooklens.adapters.disk import load_state, read_json
+from hooklens.adapters.files.disk import load_state, read_json
 from hooklens.adapters.formats.early_layouts import in_todays_layout
 from hooklens.adapters.formats.opened import FieldModel
 from hooklens.adapters.formats.place import EARLIER, Place

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hooklens.adapters.disk import read_json
+from hooklens.adapters.files.disk import read_json
 from hooklens.adapters.formats import EARLIER, SUFFIXES, OldFiles, find_format
 from hooklens.adapters.sources.files import CheckpointFiles, LocalFiles
 from hooklens.adapters.sources.fsspec_files import FsspecRepository, is_url

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from hooklens.adapters.conversion import TensorSource
-from hooklens.adapters.disk import DiskTensors
-from hooklens.adapters.folder import finish_replacement
+from hooklens.adapters.files.disk import DiskTensors
+from hooklens.adapters.files.folder import finish_replacement
 from hooklens.adapters.formats import EARLIER
 
 COMPANIONS = (

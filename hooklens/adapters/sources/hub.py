@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooklens.adapters.conversion import TensorSource
-from hooklens.adapters.disk import DiskTensors, weight_file
+from hooklens.adapters.files.disk import DiskTensors, weight_file
 from hooklens.adapters.sources.files import COMPANIONS
 from hooklens.errors import CheckpointError
 from hooklens.optional import import_package

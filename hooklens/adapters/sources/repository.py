@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.conversion import TensorSource
-from hooklens.adapters.disk import DTYPES, HEADER_DIGEST, DiskTensors, TensorHeader, digest_headers, weight_file
+from hooklens.adapters.files.disk import DTYPES, HEADER_DIGEST, DiskTensors, TensorHeader, digest_headers, weight_file
 from hooklens.adapters.sources.files import COMPANIONS
 from hooklens.arguments import show
 from hooklens.errors import CheckpointError, join_names

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hooklens.adapters.disk import DTYPES
+from hooklens.adapters.files.disk import DTYPES
 from hooklens.adapters.sources.repository import _torch_dtype
 
 

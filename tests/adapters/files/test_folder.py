@@ -1,4 +1,4 @@
-"""Tests of hooklens.adapters.folder: whatever ends a save, the folder holds the old checkpoint or the new one."""
+"""Tests of hooklens.adapters.files.folder: whatever ends a save, the folder holds the old checkpoint or the new one."""
 
 import contextlib
 import json
@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hooklens import HookedCausalLM
-from hooklens.adapters import export, folder
-from hooklens.adapters.folder import finish_replacement, replace_files
+from hooklens.adapters import export
+from hooklens.adapters.files import folder
+from hooklens.adapters.files.folder import finish_replacement, replace_files
 from hooklens.errors import CheckpointError
 from tests.checkpoints import build_variant
 from tests.tokens.tokenizers import ALL_SPECIAL, word_tokenizer

@@ -1,4 +1,4 @@
-"""Tests of hooklens.adapters.disk: which file a tensor is read from, and headers checked by their digest."""
+"""Tests of hooklens.adapters.files.disk: which file a tensor is read from, and headers checked by their digest."""
 
 import json
 
@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
-from hooklens.adapters import disk
-from hooklens.adapters.disk import DiskTensors
+from hooklens.adapters.files import disk
+from hooklens.adapters.files.disk import DiskTensors
 from hooklens.errors import CheckpointError
 from tests.checkpoints import build_variant, load_apart, save_variant
 

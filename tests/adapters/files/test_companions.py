@@ -1,4 +1,4 @@
-"""Tests of hooklens.adapters.companions: settings of generation and the record of weight processing travel along."""
+"""Tests of hooklens.adapters.files.companions: settings of generation and the record of processing travel along."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hooklens import HookedCausalLM
-from hooklens.adapters.companions import read_transforms, write_transforms
+from hooklens.adapters.files.companions import read_transforms, write_transforms
 from hooklens.errors import CheckpointError, InputError
 from tests.checkpoints import build_variant, save_variant
 

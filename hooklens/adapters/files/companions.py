@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hooklens.adapters.disk import read_json
+from hooklens.adapters.files.disk import read_json
 from hooklens.arguments import show
 from hooklens.errors import CheckpointError, join_names
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hooklens.adapters.disk import read_json
+from hooklens.adapters.files.disk import read_json
 from hooklens.errors import CheckpointError, join_names, warn_caller
 from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer

@@ -1,0 +1,1 @@
+"""Checkpoint folders as files: read tensor by tensor, and replaced all at once."""
