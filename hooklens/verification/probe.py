@@ -19,7 +19,7 @@ PaddingSide = Literal["left", "right"]
 
 # A tensor computed in another order of operations differs by a few units in the last place where one such
 # unit was tried, and the units of several places add up.
-_ROUNDING_FACTOR = 8.0
+ROUNDING_FACTOR = 8.0
 _MANY_LAYERS = 4
 
 
@@ -127,7 +127,7 @@ class Probe:
         for _ in range(2):
             with self.model.hooks([(writers, add_unit)]):
                 moved = max(moved, largest_difference(self.run(), clean))
-        return _ROUNDING_FACTOR * max(moved, eps * float(clean.abs().max()))
+        return ROUNDING_FACTOR * max(moved, eps * float(clean.abs().max()))
 
 
 def make_probe(

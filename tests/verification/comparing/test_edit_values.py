@@ -40,3 +40,14 @@ def test_an_edit_of_the_token_before_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     assert failed
     assert all("Zero(" in subject and "pos=-1" in subject for subject in failed)
+
+
+def test_what_a_projection_leaves_may_be_next_to_nothing() -> None:
+    """A sound network failed: of a stream along the direction, rounding is most of what a projection leaves."""
+    model = build()
+    with unchecked(), torch.no_grad():
+        direction = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+        last = model.blocks[-2]
+        last.mlp.b_out.add_(3000 * direction / direction.norm())
+        results = list(check_edit_values(make_probe(model)))
+    assert all(result.passed for result in results), [str(result) for result in results if not result.passed]
