@@ -135,7 +135,7 @@ def test_variant_in_other_dtypes(variant: str, dtype: torch.dtype, tmp_path: Pat
 
 
 def test_variants_have_every_kind_of_point_that_the_families_use(tmp_path: Path) -> None:
-    """What no variant has (learned positions, other places of norms, SoLU, mixtures) is in tests/verification."""
+    """What no variant has (learned positions, latents, other norms, SoLU, mixtures) is in tests/verification."""
     seen = set()
     for number, variant in enumerate(("neox-sequential", "llama-gqa", "falcon-7b")):
         model = HookedCausalLM.from_pretrained(save_variant(variant, tmp_path / str(number)))
@@ -146,6 +146,9 @@ def test_variants_have_every_kind_of_point_that_the_families_use(tmp_path: Path)
     unseen = {template for template in every if template not in seen}
     assert {name.removeprefix("blocks.{i}.").partition(".hook")[0] for name in unseen} == {
         "hook_pos_embed",
+        "attn",
+        "attn.q_latent_norm",
+        "attn.kv_latent_norm",
         "attn.q_norm",
         "attn.k_norm",
         "ln1_post",

@@ -84,11 +84,11 @@ _DECODER = "model.decoder"
 _LAYER = f"{_DECODER}.layers.{{i}}"
 
 _BLOCKS: Rules = (
-    Copy(f"{_DECODER}.project_in.weight", "embed.W_proj_in", "m w -> w m"),
+    Copy(f"{_DECODER}.project_in.weight", "embed.W_proj_in", "m d -> d m"),
     *fairseq_block_rules(_LAYER),
     *norm_rules(f"{_LAYER}.self_attn_layer_norm", f"{BLOCK}.ln1_stream"),
     *norm_rules(f"{_LAYER}.final_layer_norm", f"{BLOCK}.ln2_stream"),
-    Copy(f"{_DECODER}.project_out.weight", "unembed.W_proj_out", "w m -> m w"),
+    Copy(f"{_DECODER}.project_out.weight", "unembed.W_proj_out", "d m -> m d"),
 )
 
 FAMILY = Family(

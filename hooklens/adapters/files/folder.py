@@ -8,6 +8,7 @@ under a lock, so any number of processes may open the folder meanwhile.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -88,14 +89,22 @@ def _prepare(draft: Path, folder: Path, stale: Sequence[str]) -> None:
     new = sorted(str(path.relative_to(draft / _FILES)) for path in (draft / _FILES).rglob("*") if path.is_file())
     (draft / _PLAN).write_text(json.dumps({"new": new, "stale": list(stale)}), encoding="utf-8")
     for name in new:
-        written, replaced = draft / _FILES / name, folder / name
-        # Writers differ in the mode they give; a new file has that of any new file.
-        like = replaced if replaced.is_file() else draft / _PLAN
-        written.chmod(stat.S_IMODE(like.stat().st_mode))
+        written = draft / _FILES / name
+        written.chmod(_mode_for(folder / name, new_file=draft / _PLAN))
         force_to_disk(written)
     force_to_disk(draft / _PLAN)
     for place in {draft, *(path for path in draft.rglob("*") if path.is_dir())}:
         force_folder_to_disk(place)
+
+
+def _mode_for(replaced: Path, *, new_file: Path) -> int:
+    """The mode of the file that is replaced; where there is none, that of any new file, since writers differ in it."""
+    # Another process that puts its save in place takes files away at any moment.
+    with contextlib.suppress(OSError):
+        mode = replaced.stat().st_mode
+        if stat.S_ISREG(mode):
+            return stat.S_IMODE(mode)
+    return stat.S_IMODE(new_file.stat().st_mode)
 
 
 def _commit(draft: Path, folder: Path) -> None:
@@ -104,8 +113,9 @@ def _commit(draft: Path, folder: Path) -> None:
         try:
             os.rename(draft, folder / _PENDING)
             return
-        except OSError:
-            if not (folder / _PENDING).is_dir():
+        except OSError as error:
+            # What stood in the way may have been finished by somebody else since.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not (folder / _PENDING).is_dir():
                 raise
             finish_replacement(folder)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,8 +78,11 @@ def run_in_child(work: Callable[[], None]) -> int:
     # Nothing of the test run's may happen in the child.
     code = 1
     with contextlib.suppress(BaseException):
-        work()
-        code = 0
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
     os._exit(code)
 
 
@@ -167,7 +171,11 @@ def test_kill_at_40_moments_of_chance(tmp_path, saves) -> None:
 
 @needs_fork
 def test_savers_and_readers_at_one_time(tmp_path, saves) -> None:
-    """Everybody finishes what is pending, in any order."""
+    """Everybody finishes what is pending, in any order.
+
+    A save failed where another process had taken away the file that it asked for its mode, or had finished the save
+    that stood in its way.
+    """
     saves.save(0, tmp_path)
 
     def work() -> None:
