@@ -13,6 +13,7 @@ from hooklens.model.attention.kernels import Part
 from hooklens.model.plan.positions import TokenPlan
 from tests.annotations import unchecked
 from tests.model.networks import RMS_NORM, Allocations, make_config, make_model, random_tokens
+from tests.torch_version import takes_any_width
 
 LATENT = MLAConfig(q_rank=5, kv_rank=8, d_nope=3, d_rope=2, d_head_v=4)
 ROTARY = RotaryPositions(dim=2, layout="interleaved")
@@ -153,7 +154,7 @@ def test_values_of_another_width_than_queries(d_v, softcap, n_kv_heads):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "explicit", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "explicit", pytest.param("flex", marks=takes_any_width)])
 @torch.no_grad()
 def test_every_backend_gives_the_same(backend):
     ids, mask = random_tokens(2, 7), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
