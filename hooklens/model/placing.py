@@ -1,7 +1,7 @@
 """Making parameters of tensors, several at a time.
 
-Most tensors of a checkpoint are parameters as they lie in the file. Others have to be turned or picked out of larger
-ones; that is copying, which one thread does at a fraction of the speed of the memory.
+Most tensors of a checkpoint are parameters as they lie in the file, or rows of larger ones, which are copied at the
+speed of the memory. Others have to be turned, which one thread does at a fraction of that speed.
 """
 
 import os
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from hooklens.config import DeclaredWeight
-from hooklens.weights.layout import as_contiguous, in_order, to_stored
+from hooklens.weights.layout import as_contiguous, in_order, is_turned, to_stored
 
 Key = TypeVar("Key")
 
 # As many tensors are on the way at a time, each of them beside its source.
 _MOST_THREADS = 4
-# A thread is not worth its while for fewer entries.
-_MANY = 2**16
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,11 @@ class Placing:
     dtype: torch.dtype | None
 
     def is_long(self) -> bool:
-        """Whether it copies much, on the host."""
-        tensor = self.tensor
-        if tensor.numel() < _MANY or not tensor.is_cpu or self.device.type != "cpu":
+        """Whether it turns much, on the host. Other copies are as fast as the memory on one thread."""
+        if self.device.type != "cpu":
             return False
-        ordered = tensor if self.weight is None else in_order(tensor, self.weight.stored, self.weight.axes)
-        return tensor.dtype != (self.dtype or tensor.dtype) or not ordered.is_contiguous()
+        tensor, weight = self.tensor, self.weight
+        return is_turned(tensor if weight is None else in_order(tensor, weight.stored, weight.axes))
 
     def run(self) -> Tensor:
         """The parameter's tensor: as it is stored, contiguous."""

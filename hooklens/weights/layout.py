@@ -93,12 +93,9 @@ def as_contiguous(stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     A matrix that lies the other way round is turned in blocks that the cache holds. torch does so only with a whole
     matrix; of rows or columns of one it would take entry by entry, several times as slow.
     """
-    is_plain = type(stored) is Tensor and stored.is_cpu and not stored.requires_grad
-    if stored.is_contiguous() or not is_plain or stored.nbytes < HUGE_PAGE:
+    if not is_turned(stored):
         return stored.contiguous()
     made = empty_pages(stored.shape, stored.dtype)
-    if stored.ndim < 2 or stored.stride(-1) == 1:
-        return made.copy_(stored)
     n_columns = stored.shape[-1]
     n_held = HUGE_PAGE // stored.element_size()
     n_rows = min(max(n_held // n_columns, _FEWEST_ROWS), stored.shape[-2])
@@ -107,6 +104,12 @@ def as_contiguous(stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     for matrix, into in zip(matrices, made.view(-1, *made.shape[-2:]), strict=True):
         _turn(matrix, into, held, n_rows)
     return made
+
+
+def is_turned(stored: Float[Tensor, "..."]) -> bool:
+    """Whether it is a large tensor on the host whose rows do not lie in one piece each, so that copying it is slow."""
+    is_plain = type(stored) is Tensor and stored.is_cpu and not stored.requires_grad
+    return is_plain and stored.nbytes >= HUGE_PAGE and stored.ndim > 1 and stored.stride(-1) != 1
 
 
 def _turn(stored: Tensor, made: Tensor, held: Tensor, n_rows: int) -> None:

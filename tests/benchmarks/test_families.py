@@ -70,6 +70,9 @@ def _large(config: dict[str, Any]) -> dict[str, Any]:
             made[key] = value
         else:
             made[key] = 640 if is_expert and "moe_intermediate_size" not in config else _SIZES[key]
+    if "kv_lora_rank" in made:
+        # Keys of all heads are made of one latent.
+        made["num_key_value_heads"] = made["num_attention_heads"]
     return made
 
 

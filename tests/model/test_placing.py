@@ -7,6 +7,7 @@ import torch
 
 from hooklens.model import placing
 from hooklens.model.placing import Placing, run_ahead
+from hooklens.weights import layout
 from tests.model.networks import make_config
 
 WEIGHT = make_config(n_layers=1).description.weights["blocks.0.attn.W_Q"]
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 def _many_threads(monkeypatch):
     """Three threads, and tensors of a few entries worth them."""
     monkeypatch.setattr(placing, "_count_cores", lambda: 3)
-    monkeypatch.setattr(placing, "_MANY", 1)
+    monkeypatch.setattr(layout, "HUGE_PAGE", 1)
 
 
 def turned(seed):
@@ -31,6 +32,8 @@ def test_order_and_values():
     given = [(n, turned(n), WEIGHT if n % 3 else None) for n in range(20)]
     assert Placing(given[1][1], WEIGHT, CPU, None).is_long()
     assert not Placing(given[0][1], None, CPU, None).is_long()
+    # Rows of a larger tensor.
+    assert not Placing(torch.zeros(6, 4)[::2], None, CPU, None).is_long()
     found = list(run_ahead((n, Placing(tensor, weight, CPU, None)) for n, tensor, weight in given))
     assert [n for n, _ in found] == list(range(20))
     for n, placed in found:
