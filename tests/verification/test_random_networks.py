@@ -72,7 +72,7 @@ def draw_latents(draw, cfg: HookedConfig) -> HookedConfig:
     at_once = isinstance(cfg.positions, LearnedPositions | SinusoidalPositions | NoPositions)
     return cfg.replace(
         attn=tuple(attn),
-        positions=cfg.positions if at_once else tuple(map(_for_each_layer, positions)),
+        positions=cfg.positions if at_once else tuple(_for_each_layer(one, latent.d_head) for one in positions),
         d_head=latent.d_head,
         n_kv_heads=cfg.n_heads,
         clip_qkv=None,
@@ -87,8 +87,10 @@ def draw_latents(draw, cfg: HookedConfig) -> HookedConfig:
 _OF_LATENTS = (NoPositions(), RotaryPositions(dim=2), RotaryPositions(dim=2, base=20.0, layout="interleaved"))
 
 
-def _for_each_layer(positions: Any) -> Any:
-    """Positions as one layer can have them: shortformer ones are a table for all."""
+def _for_each_layer(positions: Any, d_head: int) -> Any:
+    """Positions as one layer can have them: shortformer ones are a table for all, rotary ones may be too wide."""
+    if isinstance(positions, RotaryPositions) and positions.dim > d_head:
+        return _OF_LATENTS[1]
     return NoPositions() if isinstance(positions, ShortformerPositions) else positions
 
 
