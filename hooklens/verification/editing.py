@@ -79,14 +79,15 @@ def count_ids(probe: Probe, name: str) -> int | None:
 def strong_edit(name: str, tensor: Tensor, n_ids: int | None = None) -> Tensor:
     """A new value that differs everywhere: zero, except where that would not be a number or not an edit.
 
-    A norm's denominator is doubled, since nothing can be divided by 0. Of the scores the finite ones become 0,
+    A norm's denominator is doubled, since nothing can be divided by 0, and its sign turned: of a size alone, a norm
+    behind maps that are homogeneous leaves nothing. Of the scores the finite ones become 0,
     which makes the pattern uniform; what the mask hides stays hidden. Numbers that name one of `n_ids` things name the
     next one.
     """
     if n_ids is not None:
         return (tensor + 1) % n_ids
     if name.endswith("hook_scale"):
-        return tensor * 2
+        return tensor * -2
     if name.endswith("hook_attn_scores"):
         return tensor.masked_fill(tensor.isfinite(), 0)
     return torch.zeros_like(tensor)
@@ -98,7 +99,7 @@ def _edit_in_place(name: str, tensor: Tensor, n_ids: int | None) -> None:
 
 def _describe_edit(name: str) -> str:
     if name.endswith("hook_scale"):
-        return "doubling it"
+        return "doubling it with the other sign"
     if (site := find_site(name)) is not None and site.discrete:
         return "naming the next ones"
     return "setting the finite scores to 0" if name.endswith("hook_attn_scores") else "setting it to 0"

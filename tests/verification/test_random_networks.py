@@ -16,6 +16,7 @@ from hooklens import (
     LearnedPositions,
     MLAConfig,
     NoPositions,
+    NormConfig,
     PartConfig,
     RotaryPositions,
     ShortformerPositions,
@@ -120,3 +121,15 @@ def test_positions_are_given_where_something_reads_them() -> None:
         probe = make_probe(make_model(FOUND[name]), n_tokens=6)
         labels[name] = any("n_ctx" in way.label for way in ways_to_run(probe))
     assert labels == {"a chunk where nothing attends": False, "queries that see one key": True}
+
+
+def test_a_size_that_later_norms_take_out_is_not_missed() -> None:
+    """A sound network failed: a denominator was doubled, and behind maps without biases only its sign moves logits."""
+    cfg = make_config(
+        n_layers=3, attn=None, mlp_bias=False, act_fn="relu", norm_before=False, norm_stream=True,
+        norm=NormConfig(kind="rms", eps=1e-5, bias=False, unit_offset=True), norm_after=(True, True, False),
+        final_norm=NormConfig(kind="layer", eps=1e-5, unit_offset=True), positions=NoPositions(), unembed_bias=False,
+    )  # fmt: skip
+    for seed in range(4):
+        report = verify_points(make_model(cfg, dtype=torch.float32, seed=seed), n_tokens=8)
+        assert report.passed, str(report)
