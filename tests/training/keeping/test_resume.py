@@ -28,7 +28,7 @@ from tests.training.networks import (
     make_rows,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = TrainConfig(
     steps=11, learning_rate=1e-2, schedule="cosine", warmup_steps=2, accumulate=2, seed=4, log_every=2, eval_every=4,
     checkpoint_every=3,
