@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hooklens.patching import Circuit
+from tests.torch_version import TORCH
 
 DEMOS = Path(__file__).parents[1] / "demos"
 
@@ -143,8 +144,9 @@ def test_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert numbers["deepest counting"] == 0
     assert numbers["unevenness"] < 0.15
     for kind in ("balanced", "order"):
-        # Versions of PyTorch train another model in so few steps; what the heads are needed for moves by over 0.3.
-        assert abs(numbers[f"{kind}, ablated"] - numbers[f"{kind}, whole"]) < 0.15
+        # Older versions of PyTorch train another model in so few steps; what the heads are for moves by over 0.3.
+        bound = 0.05 if TORCH >= (2, 13) else 0.15
+        assert abs(numbers[f"{kind}, ablated"] - numbers[f"{kind}, whole"]) < bound
     assert numbers["both, whole"] - numbers["both, ablated"] > 0.3
     assert numbers["count, whole"] - numbers["count, ablated"] > 0.1
     assert {path.name for path in tmp_path.iterdir()} == {

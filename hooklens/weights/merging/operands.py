@@ -20,7 +20,7 @@ _MOST_LISTED = 12
 
 @dataclass(frozen=True)
 class Operands:
-    """Models whose tensors have the same names, shapes and dtypes.
+    """Models whose tensors have the same names and shapes; floating dtypes may differ, and the first model's counts.
 
     Attributes:
         models: the tensors of each.
@@ -43,8 +43,8 @@ class Operands:
             labels: how messages call them.
 
         Raises:
-            InputError: there are none, or they differ in names, shapes or dtypes, or in what is no floating-point
-                tensor; all differences are listed.
+            InputError: there are none, or they differ in names, shapes, in what is a floating-point tensor, or in the
+                values of what is none; all differences are listed.
         """
         if not models:
             raise InputError("there is nothing to merge: no model was given")
