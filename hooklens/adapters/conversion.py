@@ -102,7 +102,7 @@ class HubModel:
         self._family = find_family(config, load_families(), where=where) if family is None else family
         is_wrapped = config is not whole
         inside, others = unwrap_names(source.names()) if is_wrapped else ({name: name for name in source.names()}, [])
-        mapped = _map_names(self._family, inside, where=where)
+        mapped = map_names(self._family, inside, where=where)
         self._stored_names = {name: inside[stored] for name, stored in mapped.items()}
         if others:
             warn_caller(
@@ -353,7 +353,7 @@ def crop_positions(names: Sequence[str], tensors: Sequence[Tensor], cfg: HookedC
     )
 
 
-def _map_names(family: Family, stored: Collection[str], *, where: str) -> dict[str, str]:
+def map_names(family: Family, stored: Collection[str], *, where: str) -> dict[str, str]:
     """Names on disk by the family's rules, with the names under which the source has them.
 
     What wrappers of the model put into names is taken out.

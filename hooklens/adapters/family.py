@@ -96,6 +96,7 @@ class Family:
         weights: the weight map.
         in_memory: rules of parameters that transformers holds otherwise in memory than on disk (experts); they have a
             rule in `weights`, too.
+        turned_experts: transformers says of its experts that it holds their maps as `[in, out]` (`is_transposed`).
         weightless: patterns of names on disk that hold no weight (masks and tables in old checkpoints).
         further_layers: a pattern of the names of tensors in layers, whose first group is the layer, where files have
             layers past those that the config counts, which are no part of the language model. None: they have none.
@@ -114,6 +115,7 @@ class Family:
     config: ConfigMap
     weights: tuple[WeightRule, ...]
     in_memory: tuple[WeightRule, ...] = ()
+    turned_experts: bool = False
     weightless: tuple[str, ...] = ()
     further_layers: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)

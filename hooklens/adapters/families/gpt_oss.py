@@ -104,4 +104,5 @@ FAMILY = Family(
         ),
         mlp=_MIXTURE,
     ),
+    turned_experts=True,
 )

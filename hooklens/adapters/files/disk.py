@@ -284,6 +284,7 @@ class DiskTensors:
     Args:
         folder: which.
         variant: `"fp16"` reads `model.fp16.safetensors`; None: `model.safetensors`.
+        files: the names of the file in safetensors and in PyTorch's format.
 
     Where an index lists tensors, each is read from the file that the index says, whatever other files hold.
 
@@ -291,8 +292,14 @@ class DiskTensors:
         CheckpointError: there are no weights, files are missing or damaged, or they do not hold what the index says.
     """
 
-    def __init__(self, folder: Path, *, variant: str | None = None) -> None:
-        self._reader, listed, paths = _find_files(folder, variant)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        variant: str | None = None,
+        files: tuple[str, str] = ("model.safetensors", "pytorch_model.bin"),
+    ) -> None:
+        self._reader, listed, paths = _find_files(folder, variant, files)
         headers = {path: self._reader.headers(path) for path in paths}
         self._files = dict(listed)
         problems = [f"{name!r} in {path.name}" for name, path in listed.items() if name not in headers[path]]
@@ -327,12 +334,11 @@ class DiskTensors:
         return self._reader.read(self._files[name], name, apart=apart)
 
 
-def _find_files(folder: Path, variant: str | None) -> tuple[_WeightReader, dict[str, Path], list[Path]]:
+def _find_files(
+    folder: Path, variant: str | None, files: tuple[str, str]
+) -> tuple[_WeightReader, dict[str, Path], list[Path]]:
     """The reader for the folder's weights, the file of each tensor that an index lists, and all files."""
-    kinds: list[tuple[_WeightReader, str]] = [
-        (_SafetensorsReader(), "model.safetensors"),
-        (_PickleReader(), "pytorch_model.bin"),
-    ]
+    kinds: list[tuple[_WeightReader, str]] = [(_SafetensorsReader(), files[0]), (_PickleReader(), files[1])]
     for reader, name in kinds:
         whole = folder / weight_file(name, variant)
         if whole.is_file():
@@ -342,10 +348,10 @@ def _find_files(folder: Path, variant: str | None) -> tuple[_WeightReader, dict[
             listed = _read_index(index)
             return reader, listed, list(dict.fromkeys(listed.values()))
     found = sorted(path.name for path in folder.iterdir())
-    of_variant = "" if variant is None else f" of variant {variant!r} (model.{variant}.safetensors)"
+    of_variant = "" if variant is None else f" of variant {variant!r} ({weight_file(files[0], variant)})"
     raise CheckpointError(
-        f"{folder}: holds no weights{of_variant}; expected model.safetensors, model.safetensors.index.json, "
-        f"pytorch_model.bin or pytorch_model.bin.index.json, found {join_names(found) or 'an empty folder'}"
+        f"{folder}: holds no weights{of_variant}; expected {files[0]}, {files[0]}.index.json, {files[1]} or "
+        f"{files[1]}.index.json, found {join_names(found) or 'an empty folder'}"
     )
 
 
