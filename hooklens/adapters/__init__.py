@@ -9,7 +9,7 @@ from hooklens.adapters.export import write_checkpoint
 from hooklens.adapters.family import Family
 from hooklens.adapters.hf_model import build_hf_model, choose_attention, read_hf_generation_config, read_hf_model
 from hooklens.adapters.kept import QuantisedWeight
-from hooklens.adapters.late import read_xlstm, write_xlstm
+from hooklens.adapters.late import open_adapter, read_xlstm, write_xlstm
 from hooklens.adapters.layout import to_hub
 from hooklens.adapters.sources import Repository
 
@@ -21,6 +21,7 @@ __all__ = [
     "build_hf_model",
     "choose_attention",
     "download_checkpoint",
+    "open_adapter",
     "open_checkpoint",
     "open_config",
     "read_hf_generation_config",

@@ -5,7 +5,7 @@ Tensors are handed out one by one, so loading takes about one copy of the model.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,18 @@ from hooklens.adapters.files.companions import read_generation_config, read_tran
 from hooklens.adapters.files.disk import read_json
 from hooklens.adapters.files.tokenizer_files import load_tokenizer
 from hooklens.adapters.formats import OpenedModel
+from hooklens.adapters.formats.place import Place
 from hooklens.adapters.kept import QuantisedWeight
 from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, OldFiles, Repository, open_files
-from hooklens.adapters.wrapping import unwrap_config
+from hooklens.adapters.wrapping import untie_config, unwrap_config
 from hooklens.arguments import show
 from hooklens.config import HookedConfig
-from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names
+from hooklens.errors import CheckpointError, InputError, UnsupportedModelError, join_names, warn_caller
 from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from hooklens.adapters.lora import LoraAdapter
 
 _WEIGHTS = tuple(
     whole + suffix for whole in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
@@ -32,6 +36,8 @@ _WEIGHTS = tuple(
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What only loading needs is imported then.
 _QUANTISED = "hooklens.adapters.dequantised"
+_LORA = "hooklens.adapters.lora"
+_ADAPTER = "adapter_config.json"
 
 
 class Checkpoint:
@@ -39,6 +45,9 @@ class Checkpoint:
 
     Args:
         files: where they lie.
+        adapters: LoRA adapters that are added to its weights, in this order.
+        dtype: in which weights are handed out that adapters are added to; None: the checkpoint's.
+        beside: files whose tokenizer goes before that of the checkpoint, where there is one among them.
 
     Attributes:
         folder: where the files beside the weights lie; a temporary folder where they came from no folder.
@@ -50,15 +59,30 @@ class Checkpoint:
     Raises:
         CheckpointError: files are missing or damaged, or it does not hold the tensors that its config promises.
         UnsupportedModelError: the architecture or a config value is not implemented; no weight has been fetched then.
+            Or its weights cannot have adapters added to them.
     """
 
-    def __init__(self, files: CheckpointFiles) -> None:
+    def __init__(
+        self,
+        files: CheckpointFiles,
+        *,
+        adapters: "Sequence[LoraAdapter]" = (),
+        dtype: torch.dtype | None = None,
+        beside: CheckpointFiles | None = None,
+    ) -> None:
         # What `folder` names exists as long as they do.
-        self._files = files
+        self._files, self._beside = files, beside
         self.folder = folder = files.folder()
-        self._model, dtype = (files.open(), None) if isinstance(files, OldFiles) else _open_model(files)
+        self._adapters = tuple(adapters)
+        if adapters:
+            _check_base(files, read_transforms(folder))
+        own: torch.dtype | None = None
+        if isinstance(files, OldFiles):
+            self._model: OpenedModel = files.open()
+        else:
+            self._model, own = _open_model(files, adapters, dtype)
         self.cfg: HookedConfig = self._model.cfg
-        self.dtype: torch.dtype = dtype or next(self._model.tensors([]))[1].dtype
+        self.dtype: torch.dtype = own or next(self._model.tensors([]))[1].dtype
         self.transforms: tuple[str, ...] = read_transforms(folder)
         self.generation_config: dict[str, Any] = read_generation_config(folder)
 
@@ -99,6 +123,11 @@ class Checkpoint:
             raise UnsupportedModelError(
                 f"{self.folder}: quantize='keep', and no weights are quantised in a checkpoint of an old format"
             )
+        if self._adapters:
+            raise UnsupportedModelError(
+                f"{self.folder}: quantize='keep', and what an adapter is added to would have to be rounded again; "
+                "leave quantize out, and the weights are dequantised, or take quantize='int8' or 'int4'"
+            )
         return self._model.kept_tensors(layers, n_ctx=n_ctx)
 
     def config_for(self, layers: Sequence[int] | None, *, n_ctx: int | None = None) -> HookedConfig:
@@ -110,22 +139,22 @@ class Checkpoint:
         return config_of_length(config_of_layers(self.cfg, layers), n_ctx)
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in the folder, or None where it holds none.
+        """The tokenizer in the folder, or None where it holds none; that of an adapter's folder goes before it.
 
         Raises:
             CheckpointError: its files are damaged.
         """
-        return load_tokenizer(self.folder)
+        beside = None if self._beside is None else load_tokenizer(self._beside.folder())
+        return load_tokenizer(self.folder) if beside is None else beside
 
 
-def _check_contents(folder: Path) -> None:
+def _check_contents(folder: Path, *, has_adapters: bool) -> None:
     """Refuse folders that hold something else than a checkpoint, and say what they hold."""
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if (folder / _ADAPTER).is_file() and not has_adapters:
+        base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
         raise UnsupportedModelError(
-            f"{folder}: holds a PEFT adapter (adapter_config.json) for the model {show(base)}, not a model. Merge them "
-            "with peft: PeftModel.from_pretrained(base, folder).merge_and_unload(), which goes to "
-            "HookedCausalLM.from_hf or, saved, to from_pretrained"
+            f"{folder}: holds a PEFT adapter ({_ADAPTER}) for the model {show(base)} beside a model. Give the folder "
+            "as adapter, too, and it is added to this model; or take it out"
         )
     if any((folder / name).is_file() for name in _WEIGHTS):
         return
@@ -173,26 +202,55 @@ def read_network(config: Mapping[str, Any], *, where: str, warn: bool = True) ->
         raise CheckpointError(f"{where}: config.json holds values nested too deeply to be a config's") from error
 
 
-def _open_model(files: CheckpointFiles) -> tuple[OpenedModel, torch.dtype | None]:
+def _open_model(
+    files: CheckpointFiles, adapters: "Sequence[LoraAdapter]", dtype: torch.dtype | None
+) -> tuple[OpenedModel, torch.dtype | None]:
     """The model of a folder in the hub's layout, the config read before any weight is fetched, and its dtype."""
     where = files.where
-    _check_contents(files.folder())
+    _check_contents(files.folder(), has_adapters=bool(adapters))
     config = read_json(files.folder() / "config.json")
-    read_network(config, where=where, warn=False)
+    cfg = read_network(config, where=where, warn=False)
     quantised = import_package(_QUANTISED)
     plain, scheme = quantised.read_quantisation(config, where=where)
-    weights = files.weights()
+    weights, own = files.weights(), _read_dtype(config, where=where)
+    family = find_family(unwrap_config(plain, load_families()), load_families(), where=where)
     if scheme is not None:
-        family = find_family(unwrap_config(plain, load_families()), load_families(), where=where)
         weights = quantised.DequantisedTensors(weights, scheme, where=where, conv1d=family.is_conv1d, head=family.head)
-    return HubModel(plain, weights, where=where), _read_dtype(config, where=where)
+    if adapters:
+        merged = import_package(_LORA).MergedTensors(weights, adapters, family, cfg, where=where, dtype=dtype or own)
+        plain, weights, own = untie_config(plain) if merged.unties else plain, merged, dtype or own
+    return HubModel(plain, weights, where=where), own
 
 
-def open_checkpoint(source: "str | Path | Repository", **options: Any) -> Checkpoint:
+def _check_base(files: CheckpointFiles, transforms: Sequence[str]) -> None:
+    """Refuse a checkpoint whose weights cannot have adapters added to them."""
+    if isinstance(files, OldFiles):
+        raise UnsupportedModelError(
+            f"{files.where}: is in an old format, whose tensors do not have the names that an adapter's are for; take "
+            "the base in Hugging Face format"
+        )
+    if transforms:
+        raise UnsupportedModelError(
+            f"{files.where}: its weights were processed ({', '.join(transforms)}), which would hold no longer with an "
+            "adapter added; add it to the unprocessed model, and take these steps then, model.process_weights(...)"
+        )
+
+
+def open_checkpoint(
+    source: "str | Path | Repository",
+    *,
+    adapters: "Sequence[LoraAdapter]" = (),
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Checkpoint:
     """Open a checkpoint: a local folder (no network is touched), a name on the hub, a URL, or a repository.
+
+    A source that is an adapter of PEFT gives the base that it names, with the adapter added.
 
     Args:
         source: see `open_files`.
+        adapters: LoRA adapters that are added to its weights, in this order.
+        dtype: in which weights are handed out that adapters are added to; None: the checkpoint's.
         **options: those of `open_files`.
 
     Raises:
@@ -200,11 +258,34 @@ def open_checkpoint(source: "str | Path | Repository", **options: Any) -> Checkp
         UnsupportedModelError: the architecture or a config value is not implemented.
         InputError: an option that this kind of source has not.
     """
-    return Checkpoint(open_files(source, **options))
+    files = open_files(source, **options)
+    if not _is_adapter(files):
+        return Checkpoint(files, adapters=adapters, dtype=dtype)
+    lora = import_package(_LORA)
+    own = lora.read_files(files)
+    base = lora.open_base(files, options)
+    if _is_adapter(base):
+        raise UnsupportedModelError(
+            f"{files.where}: is a PEFT adapter whose base, {base.where}, is one itself; give the model that they are "
+            "for as source, and both as adapter"
+        )
+    warn_caller(f"{files.where}: is a PEFT adapter; its base {base.where} is loaded, with the adapter merged into it")
+    return Checkpoint(base, adapters=(own, *adapters), dtype=dtype, beside=files)
+
+
+def _is_adapter(files: CheckpointFiles) -> bool:
+    """Whether files are those of an adapter of PEFT, without a model beside it."""
+    if isinstance(files, HubFiles):
+        # Of a model nothing more than its config is fetched to tell.
+        if (files.config_folder() / "config.json").is_file():
+            return False
+        return (files.fetch([_ADAPTER]) / _ADAPTER).is_file()
+    names = files.names() if isinstance(files, Place) else ()
+    return _ADAPTER in names and "config.json" not in names
 
 
 def open_config(source: "str | Path | Repository", **options: Any) -> HookedConfig:
-    """The network of a checkpoint, of which nothing but `config.json` is fetched.
+    """The network of a checkpoint, of which nothing but `config.json` is fetched; of an adapter that of its base.
 
     Args:
         source: see `open_files`.
@@ -216,6 +297,13 @@ def open_config(source: "str | Path | Repository", **options: Any) -> HookedConf
         InputError: an option that this kind of source has not.
     """
     files = open_files(source, **options)
+    if _is_adapter(files):
+        files = import_package(_LORA).open_base(files, options)
+    return _read_network(files)
+
+
+def _read_network(files: CheckpointFiles) -> HookedConfig:
+    """The network of a checkpoint, by its config alone."""
     if isinstance(files, OldFiles):
         return files.read_network()
     return read_network(read_json(files.config_folder() / "config.json"), where=files.where)
@@ -234,14 +322,28 @@ def download_checkpoint(source: "str | Path | Repository", **options: Any) -> Pa
         InputError: a URL or a repository, of which no copy is kept.
     """
     files = open_files(source, **options)
-    if isinstance(files, OldFiles):
-        files.read_network()
-    else:
-        read_network(read_json(files.config_folder() / "config.json"), where=files.where)
+    if _is_adapter(files):
+        return _download_adapter(files, options)
+    _read_network(files)
     if not isinstance(files.place if isinstance(files, OldFiles) else files, HubFiles | LocalFiles):
         raise InputError(f"{files.where}: is read where it lies, and no copy is kept; expected a name on the hub")
     if isinstance(files, OldFiles):
         return files.download()
     if isinstance(files, HubFiles):
         files.download_weights()
+    return files.folder()
+
+
+def _download_adapter(files: CheckpointFiles, options: Mapping[str, Any]) -> Path:
+    """Fetch an adapter and its base, and give the adapter's folder."""
+    lora = import_package(_LORA)
+    base = lora.open_base(files, options)
+    _read_network(base)
+    lora.read_files(files)
+    for one in (files, base):
+        if isinstance(one, HubFiles) and one is base:
+            one.download_weights()
+        elif not isinstance(one, HubFiles | LocalFiles):
+            raise InputError(f"{one.where}: is read where it lies, and no copy is kept; expected a name on the hub")
+        one.folder()
     return files.folder()

@@ -238,7 +238,7 @@ class HubModel:
         unexpected = [self._stored_names[name] for name in extra if not _VALUE_HEAD.fullmatch(name)]
         if isinstance(self._source, PaddedSource):
             unexpected = [name for name in unexpected if not self._source.is_padding(name)]
-        adapters = [name for name in unexpected if _ADAPTER.fullmatch(name)]
+        adapters = [name for name in unexpected if is_of_adapter(name)]
         if adapters:
             raise CheckpointError(
                 f"{self._where}: holds the weights of an adapter beside those of the model: {join_names(adapters)}. "
@@ -290,6 +290,11 @@ class HubModel:
                 f"{self.cfg.n_layers} of the language model (they predict further tokens), and are left out"
             )
         return [name for name, layer in layers.items() if layer is None]
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor of this name is one that PEFT has put into a model, or around one of the model's."""
+    return _ADAPTER.fullmatch(name) is not None
 
 
 def _list_some(problems: Sequence[str]) -> str:

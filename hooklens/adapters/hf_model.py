@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hooklens.adapters.conversion import HubModel, MemoryTensors
+from hooklens.adapters.choice import find_family
+from hooklens.adapters.conversion import HubModel, MemoryTensors, TensorSource, is_of_adapter
+from hooklens.adapters.families import load_families
 from hooklens.adapters.files.companions import check_generation_config
 from hooklens.adapters.layout import to_hub
+from hooklens.adapters.wrapping import untie_config, unwrap_config
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 from hooklens.optional import import_package
@@ -18,18 +21,26 @@ from hooklens.weights.quantised import is_quantised_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hooklens.adapters.lora import LoraAdapter
+
+_LORA = "hooklens.adapters.lora"
+
 
 def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, Tensor]]:
     """The config and parameters of a transformers model in memory.
 
     Parameters share the model's memory wherever the layout allows: all but the queries, keys and values of a
-    fused tensor with several key-value heads.
+    fused tensor with several key-value heads, and those that adapters of PEFT in the model are added to.
 
     Raises:
-        UnsupportedModelError: the architecture or a config value is not implemented.
+        UnsupportedModelError: the architecture or a config value is not implemented, or an adapter is of a kind that is
+            not.
         CheckpointError: the tensors are not those that the config promises, are quantised, or hold no values.
     """
     where, state = type(hf_model).__name__, hf_model.state_dict()
+    adapters: list[LoraAdapter] = []
+    if any(map(is_of_adapter, state)):
+        hf_model, state, adapters = import_package(_LORA).take_adapters(hf_model)
     empty = [name for name, tensor in state.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(
@@ -44,8 +55,23 @@ def read_hf_model(hf_model: "PreTrainedModel") -> tuple[HookedConfig, dict[str, 
             "files only: HookedCausalLM.from_pretrained(folder, quantize='keep') takes over those of bitsandbytes, "
             "quantize='int8' or 'int4' makes others; transformers' hf_model.dequantize() gives plain ones"
         )
-    model = HubModel(_plain(hf_model.config.to_dict()), MemoryTensors(state), where=where)
+    config = _plain(hf_model.config.to_dict())
+    tensors: TensorSource = MemoryTensors(state)
+    if adapters:
+        config, tensors = _merge(config, tensors, adapters, where=where)
+    model = HubModel(config, tensors, where=where)
     return model.cfg, dict(model.tensors())
+
+
+def _merge(
+    config: dict[str, Any], tensors: TensorSource, adapters: "list[LoraAdapter]", *, where: str
+) -> tuple[dict[str, Any], TensorSource]:
+    """A model's config and tensors with adapters added."""
+    inside = unwrap_config(config, load_families())
+    family = find_family(inside, load_families(), where=where)
+    cfg = family.read_config(inside, where=where, warn=False)
+    merged = import_package(_LORA).MergedTensors(tensors, adapters, family, cfg, where=where)
+    return untie_config(config) if merged.unties else config, merged
 
 
 def read_hf_generation_config(hf_model: "PreTrainedModel") -> dict[str, Any]:

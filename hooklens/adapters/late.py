@@ -1,14 +1,19 @@
 """Readers and writers of other libraries' formats, imported when they are asked for."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hooklens.adapters.sources import Repository
 from hooklens.config import HookedConfig
 from hooklens.optional import import_package
 
-_XLSTM = "hooklens.adapters.xlstm"
+if TYPE_CHECKING:
+    from hooklens.adapters.lora import LoraAdapter
+
+_XLSTM, _LORA = "hooklens.adapters.xlstm", "hooklens.adapters.lora"
 
 
 def read_xlstm(
@@ -23,3 +28,9 @@ def write_xlstm(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, Any
     """See `hooklens.adapters.xlstm.write_xlstm`."""
     tree: dict[str, Any] = import_package(_XLSTM).write_xlstm(cfg, state)
     return tree
+
+
+def open_adapter(source: "str | Path | Repository", **options: Any) -> "LoraAdapter":
+    """See `hooklens.adapters.lora.open_adapter`."""
+    adapter: LoraAdapter = import_package(_LORA).open_adapter(source, **options)
+    return adapter

@@ -29,6 +29,13 @@ def unwrap_config(config: Mapping[str, Any], families: Sequence[Family]) -> Mapp
     return {**text, **inherited, "architectures": [known[inner].architectures[0]]}
 
 
+def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with an unembedding of its own, for the language model inside as well."""
+    inside = config.get(_INSIDE)
+    untied = {**config, "tie_word_embeddings": False}
+    return {**untied, _INSIDE: {**inside, "tie_word_embeddings": False}} if isinstance(inside, Mapping) else untied
+
+
 def unwrap_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Names of the language model's tensors as it has them alone, with those given; and the names of all others.
 

@@ -71,8 +71,6 @@ def _read_transformers_model(given: object, *, what: str, error: type[HookLensEr
     model: Any = given
     while isinstance(model, nn.Module) and (inside := _find_wrapped(model)) is not None:
         model = inside
-    if isinstance(model, nn.Module) and any(kind.__module__.split(".")[0] == "peft" for kind in type(model).__mro__):
-        raise refusal(given, what, "a model without adapters beside its weights: merge them, merge_and_unload()", error)
     if isinstance(model, nn.Module) and isinstance(getattr(model, "pretrained_model", None), nn.Module):
         raise refusal(given, what, "a transformers model; the one inside this is its pretrained_model", error)
     if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "to_dict") and hasattr(model, "device"):
@@ -125,8 +123,11 @@ class CheckpointMethods:
         In shared memory a change of one model (an optimiser's step, an edit in place) is a change of the other. Never
         is a part of the weights shared, which would leave both models half changed.
 
+        LoRA adapters of PEFT that act in the model are merged, as `from_pretrained(adapter=...)` does; the model that
+        was given keeps them apart. Then all weights are copied.
+
         Args:
-            hf_model: the model; compiled, and in `DataParallel`, too.
+            hf_model: the model; compiled, in `DataParallel`, and a `PeftModel`, too.
             tokenizer: a transformers tokenizer, needed only for text.
             share: True: every weight is shared. False: none is. None: all are where the layout allows it of all, and
                 else none. It does not where queries, keys and values of several key-value heads, or experts, lie in one
@@ -135,7 +136,8 @@ class CheckpointMethods:
         Raises:
             CheckpointError: `share=True`, and some weights cannot be shared; they are named. Or tensors are missing, or
                 hold no values (device `"meta"`).
-            UnsupportedModelError: the architecture, or a value in its config, is not implemented.
+            UnsupportedModelError: the architecture, or a value in its config, is not implemented, or an adapter is of
+                a kind that is not.
         """
         cfg, state = read_hf_model(hf_model)
         model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=find_place(state, cfg))

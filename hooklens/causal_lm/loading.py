@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from hooklens.adapters import Checkpoint, Repository, download_checkpoint, open_checkpoint, open_config
+from hooklens.adapters import Checkpoint, Repository, download_checkpoint, open_adapter, open_checkpoint, open_config
 from hooklens.adapters.conversion import config_of_layers, config_of_length
+from hooklens.adapters.sources.fsspec_files import is_url
 from hooklens.arguments import (
     MOST_ENTRIES,
     optional,
@@ -41,6 +42,9 @@ from hooklens.model.placement.placed import DeviceMap, plan_placement, read_kind
 from hooklens.model.placement.placement import Placement
 from hooklens.tokens import Tokenizer, read_tokenizer
 
+if TYPE_CHECKING:
+    from hooklens.adapters.lora import LoraAdapter
+
 Model = TypeVar("Model")
 Source = str | Path | Repository
 
@@ -55,6 +59,15 @@ def _read_source(given: object, *, what: str, error: type[HookLensError]) -> Sou
     if isinstance(given, str):
         return bundled_path(given.removeprefix(_BUNDLED)) if given.startswith(_BUNDLED) else given
     return path
+
+
+def _read_adapter(given: object, *, what: str, error: type[HookLensError]) -> list[Source]:
+    """One place where an adapter lies, or several."""
+    if isinstance(given, list | tuple):
+        if not given:
+            raise refusal(given, what, "an adapter, or a list of them", error)
+        return [_read_source(one, what=f"{what}[{place}]", error=error) for place, one in enumerate(given)]
+    return [_read_source(given, what=what, error=error)]
 
 
 def _read_token(given: object, *, what: str, error: type[HookLensError]) -> str | bool:
@@ -112,6 +125,8 @@ class LoadingMethods:
         max_memory=read_max_memory,
         tokenizer=optional(read_tokenizer),
         quantize=partial(read_one_of, options=("int8", "int4", "keep", None)),
+        adapter=optional(_read_adapter),
+        merge=read_flag,
     )
     def from_pretrained(
         cls: type[Model],
@@ -129,6 +144,8 @@ class LoadingMethods:
         n_ctx: int | None = None,
         tokenizer: Tokenizer | None = None,
         quantize: Quantisation | None = None,
+        adapter: Source | Sequence[Source] | None = None,
+        merge: bool = True,
         storage_options: Mapping[str, Any] | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -145,6 +162,11 @@ class LoadingMethods:
 
         A source of every kind may be in an old format of the field, which is read and not written: TransformerLens's
         (`config.json` and a `.pth` file), nanoGPT's (`ckpt.pt`), Meta's (`params.json` and `consolidated.*.pth`).
+
+        A source that is a LoRA adapter of PEFT gives the base that it names with the adapter merged, which a warning
+        says. Merging needs no package: weights become `W + s B A` (with DoRA their rows have the lengths that it says),
+        added in float32 or float64 and rounded once, to `dtype`. Where embedding and unembedding are tied and an
+        adapter changes one of them, they part, as they do in PEFT until it merges; PEFT then changes both.
 
         Args:
             source: a name on the hub, a local folder (no network is touched), an fsspec URL (`"s3://bucket/folder"`,
@@ -173,15 +195,20 @@ class LoadingMethods:
                 a scale for each output (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what
                 the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits, torchao's int8). None: all is
                 plain.
+            adapter: a LoRA adapter of PEFT, as a source is given, or a list of them, which are added one after the
+                other. `token`, `cache_dir` and `local_files_only` hold for adapters on the hub, and `storage_options`
+                for URLs.
+            merge: add the adapter to the weights.
             storage_options: what the file system of a URL is made with (credentials, endpoint).
             cache_dir: the hub's cache folder.
             local_files_only: use what the hub's cache holds, and no network.
 
         Raises:
-            CheckpointError: files or tensors are missing, damaged, or too many. Damage inside the entries of a tensor
-                is not seen.
+            CheckpointError: files or tensors are missing, damaged, or too many, or an adapter does not fit the model.
+                Damage inside the entries of a tensor is not seen.
             UnsupportedModelError: the architecture, or a value in its config, is not implemented; or it has experts,
-                which are not quantised, or weights that cannot be kept as they are.
+                which are not quantised, or weights that cannot be kept as they are. Or an adapter is of a kind that is
+                not implemented, or cannot be added to these weights.
             InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this
                 kind of source has not, a dtype in which quantised maps do not compute, or names, devices or memory in
                 `device_map` that do not fit the network; before any weight is read.
@@ -192,8 +219,18 @@ class LoadingMethods:
             raise InputError(f"device={str(device)!r} and device_map both say where weights go; give one of them")
         if max_memory is not None and device_map is None:
             raise InputError("max_memory goes with device_map='auto', and no device_map was given")
+        adapters = _open_adapters(
+            adapter,
+            merge=merge,
+            token=token,
+            storage_options=storage_options,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         checkpoint = open_checkpoint(
             source,
+            adapters=adapters,
+            dtype=dtype if isinstance(dtype, torch.dtype) else None,
             revision=revision,
             subfolder=subfolder,
             variant=variant,
@@ -285,6 +322,43 @@ class LoadingMethods:
                 made = made.to_empty(device=device)
                 made.initialize(seed=seed)
         return made  # type: ignore[no-any-return]
+
+
+def _open_adapters(
+    sources: Source | Sequence[Source] | None,
+    *,
+    merge: bool,
+    token: str | bool | None,
+    storage_options: Mapping[str, Any] | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> "list[LoraAdapter]":
+    """The adapters that are to be merged."""
+    if not merge:
+        raise UnsupportedModelError("merge=False: adapters are not kept apart from the weights; leave it out")
+    if sources is None:
+        return []
+    assert isinstance(sources, list)
+    return [
+        open_adapter(
+            one,
+            **_options_of(
+                one,
+                storage_options=storage_options,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            ),
+        )
+        for one in sources
+    ]
+
+
+def _options_of(source: Source, *, storage_options: Mapping[str, Any] | None, **hub: Any) -> dict[str, Any]:
+    """Of the options for where files lie those that this kind of source has."""
+    if isinstance(source, Repository):
+        return {}
+    return {"storage_options": storage_options} if isinstance(source, str) and is_url(source) else hub
 
 
 def _read_tensors(

@@ -75,38 +75,21 @@ class TestAdapters:
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
         return peft.get_peft_model(build_variant("llama-gqa"), config)
 
-    def test_a_peft_model_is_refused_until_it_is_merged(self) -> None:
+    def test_a_peft_model_and_what_is_inside_of_it(self) -> None:
         model = self.adapted()
-        with pytest.raises(
-            InputError, match=r"hf_model is a PeftModel.*, expected a model without adapters .*merge_and_un"
-        ):
-            HookedCausalLM.from_hf(model)
         with torch.no_grad():
             expected = model(IDS).logits
-        found = logits_of(HookedCausalLM.from_hf(model.merge_and_unload()))
-        # float32, merged weights instead of a sum of two maps.
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-    def test_adapters_inside_a_model(self) -> None:
-        model = self.adapted().base_model.model
-        with pytest.raises(
-            CheckpointError, match=r"weights of an adapter beside those of the model: .*lora_A.*merge_and_un"
-        ):
-            HookedCausalLM.from_hf(model)
-
-    def test_a_folder_of_an_adapter(self, tmp_path) -> None:
-        self.adapted().save_pretrained(tmp_path)
-        assert (tmp_path / "adapter_config.json").exists()
-        with pytest.raises(
-            UnsupportedModelError, match=r"holds a PEFT adapter .*PeftModel\.from_pretrained\(base, folder\)"
-        ):
-            HookedCausalLM.from_pretrained(tmp_path)
+        for given in (model, model.base_model, model.base_model.model):
+            # float32, merged weights instead of a sum of two maps.
+            torch.testing.assert_close(logits_of(HookedCausalLM.from_hf(given)), expected, rtol=1e-4, atol=1e-4)
+        merged = HookedCausalLM.from_hf(model.merge_and_unload())
+        torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
 
     def test_an_adapter_beside_a_model_is_not_passed_over(self, tmp_path) -> None:
         """transformers would put it on the model."""
         save_variant("llama-gqa", tmp_path)
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
-        with pytest.raises(UnsupportedModelError, match="for the model 'owner/base', not a model"):
+        with pytest.raises(UnsupportedModelError, match=r"for the model 'owner/base' beside a model\. Give the folder"):
             HookedCausalLM.from_pretrained(tmp_path)
 
 

@@ -12,7 +12,8 @@ from hooklens.adapters.conversion import TensorSource
 from hooklens.adapters.files.disk import DiskTensors, read_json
 from hooklens.adapters.formats.place import Place
 from hooklens.adapters.lora.settings import LoraSettings, read_settings
-from hooklens.adapters.sources import Repository, open_files
+from hooklens.adapters.sources import CheckpointFiles, LocalFiles, Repository, open_files
+from hooklens.adapters.sources.fsspec_files import is_url
 from hooklens.errors import CheckpointError, join_names
 
 CONFIG = "adapter_config.json"
@@ -25,6 +26,7 @@ _ROLES = {
     "lora_embedding_B": "B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
 _KEY = re.compile(r"(?P<module>.+)\.(?P<role>" + "|".join(map(re.escape, _ROLES)) + ")")
+_OF_THE_HUB = ("token", "cache_dir", "local_files_only")
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -90,7 +92,19 @@ def open_adapter(source: "str | Path | Repository", **options: Any) -> LoraAdapt
         UnsupportedModelError: it is an adapter of another type, or of a kind that is not implemented.
         InputError: an option that this kind of source has not.
     """
-    files = open_files(source, **options)
+    return read_files(open_files(source, **options))
+
+
+def read_files(files: CheckpointFiles) -> LoraAdapter:
+    """The adapter that files hold.
+
+    Args:
+        files: where they lie.
+
+    Raises:
+        CheckpointError: they are no adapter's, or its tensors do not fit together.
+        UnsupportedModelError: it is an adapter of another type, or of a kind that is not implemented.
+    """
     names = files.names() if isinstance(files, Place) else ()
     weights = next((name for name in WEIGHTS if name in names), None)
     if CONFIG not in names or weights is None or not isinstance(files, Place):
@@ -98,11 +112,45 @@ def open_adapter(source: "str | Path | Repository", **options: Any) -> LoraAdapt
         raise CheckpointError(
             f"{files.where}: is no PEFT adapter; expected {CONFIG} and {WEIGHTS[0]} or {WEIGHTS[1]}, found {found}"
         )
-    # Before the weights are fetched.
     config = read_json(files.fetch([CONFIG]) / CONFIG)
+    # Before the weights are fetched.
     read_settings(config, where=files.where)
     tensors = DiskTensors(files.fetch([CONFIG, weights]), files=WEIGHTS)
     return read_adapter(config, tensors, where=files.where)
+
+
+def open_base(files: CheckpointFiles, options: Mapping[str, Any]) -> CheckpointFiles:
+    """The files of the model that an adapter says it was made for.
+
+    A path that is relative is one from where the program runs, as for PEFT, or else from the adapter's folder.
+
+    Args:
+        files: the adapter's.
+        options: those with which they were opened, of `open_files`: what they say of the hub holds for the base.
+
+    Raises:
+        CheckpointError: the adapter does not name its base, or there is none of that name.
+    """
+    assert isinstance(files, Place)
+    settings = read_settings(read_json(files.fetch([CONFIG]) / CONFIG), where=files.where)
+    if settings.base is None:
+        raise CheckpointError(
+            f"{files.where}: is a PEFT adapter, and its {CONFIG} does not say of which model; give that as source, and "
+            "this as adapter"
+        )
+    if is_url(settings.base):
+        return open_files(settings.base, storage_options=options.get("storage_options"))
+    beside = files.folder() / settings.base if isinstance(files, LocalFiles) else None
+    if beside is not None and beside.is_dir() and not Path(settings.base).expanduser().is_dir():
+        return open_files(beside)
+    hub = {name: options[name] for name in _OF_THE_HUB if name in options}
+    try:
+        return open_files(settings.base, revision=settings.base_revision, **hub)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{files.where}: is a PEFT adapter for {settings.base!r}, which cannot be opened ({error}). Give its base "
+            "as source, and this as adapter"
+        ) from error
 
 
 def read_adapter(config: Mapping[str, Any], tensors: TensorSource, *, where: str) -> LoraAdapter:

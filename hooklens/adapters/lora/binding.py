@@ -44,13 +44,13 @@ class BoundAdapter:
     Attributes:
         changes: of tensors on disk, by name. One of the unembedding may be there where it is tied to the embedding.
         in_memory: the same of tensors that only transformers' memory holds so, with the rule that takes them apart.
-        biases: what is added to biases, by name.
+        biases: what is added to biases, by name, and what that is multiplied by.
         whole: what takes the place of tensors, by name.
     """
 
     changes: Mapping[str, LowRankChange]
     in_memory: Mapping[str, tuple[LowRankChange, BoundRule]]
-    biases: Mapping[str, Tensor]
+    biases: Mapping[str, tuple[Tensor, float]]
     whole: Mapping[str, Tensor]
 
     def names(self) -> set[str]:
@@ -102,14 +102,15 @@ class _Binding:
         stored = name_tensors(family, source.names(), where=where)
         self._shapes: dict[str, Callable[[], tuple[int, ...]]] = {}
         self._memory_rules: dict[str, BoundRule] = {}
-        for rule in family.bind_rules(cfg):
+        is_in_memory = family.is_in_memory(stored)
+        for rule in family.bind_rules(cfg, in_memory=is_in_memory):
             for name in rule.hubs:
                 if name in stored:
                     self._shapes[name] = _shape_reader(source, stored[name])
         if family.head not in self._shapes and family.embedding in self._shapes and cfg.tied_unembed:
             self._shapes[family.head] = self._shapes[family.embedding]
         shapes = DiskShapes(weight_shapes(cfg), cfg)
-        for rule in family.bind_rules(cfg, in_memory=True) if family.in_memory else ():
+        for rule in family.bind_rules(cfg, in_memory=True) if family.in_memory and not is_in_memory else ():
             for name in rule.hubs:
                 if name not in self._shapes:
                     self._memory_rules[name] = rule
@@ -124,7 +125,7 @@ class _Binding:
     def bind(self) -> BoundAdapter:
         changes: dict[str, LowRankChange] = {}
         in_memory: dict[str, tuple[LowRankChange, BoundRule]] = {}
-        biases: dict[str, Tensor] = {}
+        biases: dict[str, tuple[Tensor, float]] = {}
         known = self._known_names()
         for module in self._adapter.modules:
             change = self._bind(module, known[f"{module.name}.weight"].removesuffix(".weight"))
@@ -184,12 +185,12 @@ class _Binding:
         B = module.B.reshape(-1, rank, n_experts).permute(2, 0, 1)
         return LowRankChange(name, A, B, settings.scale_of(key), turned)
 
-    def _bind_bias(self, module: LoraModule, change: LowRankChange) -> dict[str, Tensor]:
+    def _bind_bias(self, module: LoraModule, change: LowRankChange) -> dict[str, tuple[Tensor, float]]:
         if module.bias is None:
             return {}
         name = change.tensor.removesuffix("weight") + "bias"
         if name in self._shapes and self._shapes[name]() == tuple(module.bias.shape):
-            return {name: module.bias * change.scale}
+            return {name: (module.bias, change.scale)}
         self._problems.append(f"lora_bias of {module.name!r}: the base has no bias there, or one of another size")
         return {}
 

@@ -51,7 +51,6 @@ class LoraSettings:
         dora: each row's length is a parameter of its own.
         target_parameters: endings of names of parameters that are changed by themselves, without their module being a
             linear map (experts).
-        ties: a tied unembedding is changed with the embedding.
     """
 
     base: str | None
@@ -63,7 +62,6 @@ class LoraSettings:
     rslora: bool
     dora: bool
     target_parameters: tuple[str, ...]
-    ties: bool
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's change.
@@ -125,7 +123,6 @@ def read_settings(config: Mapping[str, Any], *, where: str) -> LoraSettings:
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
         target_parameters=tuple(config.get("target_parameters") or ()),
-        ties=bool(config.get("ensure_weight_tying")),
     )
 
 
