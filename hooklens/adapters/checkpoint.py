@@ -260,6 +260,8 @@ def open_checkpoint(
     """
     files = open_files(source, **options)
     if not _is_adapter(files):
+        for adapter in adapters:
+            _tell_of_other_base(adapter, files)
         return Checkpoint(files, adapters=adapters, dtype=dtype)
     lora = import_package(_LORA)
     own = lora.read_files(files)
@@ -271,6 +273,18 @@ def open_checkpoint(
         )
     warn_caller(f"{files.where}: is a PEFT adapter; its base {base.where} is loaded, with the adapter merged into it")
     return Checkpoint(base, adapters=(own, *adapters), dtype=dtype, beside=files)
+
+
+def _tell_of_other_base(adapter: "LoraAdapter", files: CheckpointFiles) -> None:
+    """Warn of an adapter that was made for a model of another name: a fine-tune of it will do, a stranger will not."""
+    base = adapter.settings.base
+    where = str(Path(files.where).resolve()) if isinstance(files, LocalFiles) else files.where
+    # Wherever it may lie: a path's last part, or the repository's name, which its folder in the hub's cache has, too.
+    if base is not None and Path(base).name.lower() not in where.lower():
+        warn_caller(
+            f"{adapter.where}: was made for {base!r} by its adapter_config.json, and is merged into {where}; that is "
+            "right where the two hold the same weights"
+        )
 
 
 def _is_adapter(files: CheckpointFiles) -> bool:

@@ -107,8 +107,12 @@ class _Binding:
             for name in rule.hubs:
                 if name in stored:
                     self._shapes[name] = _shape_reader(source, stored[name])
-        if family.head not in self._shapes and family.embedding in self._shapes and cfg.tied_unembed:
-            self._shapes[family.head] = self._shapes[family.embedding]
+        if cfg.tied_unembed:
+            # One tensor lies on disk, under either name, for the two that an adapter may tell apart.
+            ends = (family.embedding, family.head)
+            found = [stored[name] for name in ends if name in stored]
+            for name in ends if found else ():
+                self._shapes.setdefault(name, _shape_reader(source, stored.get(name, found[0])))
         shapes = DiskShapes(weight_shapes(cfg), cfg)
         for rule in family.bind_rules(cfg, in_memory=True) if family.in_memory and not is_in_memory else ():
             for name in rule.hubs:
