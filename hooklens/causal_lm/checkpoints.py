@@ -140,7 +140,8 @@ class CheckpointMethods:
                 a kind that is not.
         """
         cfg, state = read_hf_model(hf_model)
-        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=find_place(state, cfg))
+        place = find_place(state, cfg)
+        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=place, by_columns=True)
         model.generation_config = read_hf_generation_config(hf_model)
         _settle_sharing(model.as_decoder(), hf_model, share=share)
         return model
