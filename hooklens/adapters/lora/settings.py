@@ -137,6 +137,8 @@ def _find_misshapen(config: Mapping[str, Any]) -> list[str]:
         if not isinstance(pattern, Mapping) or not all(map(_is_number, pattern.values())):
             wrong.append(f"{key}={show(pattern)}: expected numbers by pattern")
         else:
+            if key == "rank_pattern" and not all(isinstance(one, int) and one > 0 for one in pattern.values()):
+                wrong.append(f"{key}={show(pattern)}: expected positive whole numbers by pattern")
             wrong += [f"{key} holds {show(one)}: is no regular expression" for one in pattern if not _is_pattern(one)]
     targets = config.get("target_parameters") or ()
     if not isinstance(targets, list | tuple) or not all(isinstance(one, str) for one in targets):
