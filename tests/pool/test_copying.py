@@ -180,10 +180,15 @@ def test_weights_with_equal_bits_share_memory() -> None:
 
 def test_what_is_let_go_is_freed() -> None:
     kept = KeptModels(1)
-    model = small(1)
-    seen = weakref.ref(model)
-    kept.get("a", lambda: model)
-    del model
-    assert seen() is not None
-    kept.get("b", lambda: small(2))
-    assert seen() is None
+    seen = []
+
+    def load() -> nn.Module:
+        model = small(1)
+        seen.append(weakref.ref(model))
+        return model
+
+    kept.get("a", load)
+    assert seen[0]() is not None
+    kept.get("b", load)
+    assert seen[0]() is None
+    assert seen[1]() is not None

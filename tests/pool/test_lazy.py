@@ -103,12 +103,12 @@ def test_steps_of_processing_are_told(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     folder = save_variant("llama-gqa", tmp_path)
     pool = CausalLMPool({"a": str(folder), "memory": HookedCausalLM.from_pretrained("bundled:tiny-llama")})
-    with pytest.raises(InputError, match="models.a: tensors read lazily take dtype, device and .* not layers, n_ctx"):
+    with pytest.raises(InputError, match=r"models.a: tensors read lazily take dtype, device and .* not layers, n_ctx"):
         pool.load_model("a", lazy=True, layers=[0], n_ctx=4)
     with pytest.raises(InputError, match="this model is in no file"):
         pool.load_model("memory", lazy=True, hooked=False)
     weights = pool.load_model("a", lazy=True)
-    with pytest.raises(KeyError, match="^'blocks.0.attn.W_q' is no weight of the model. Did you mean "):
+    with pytest.raises(KeyError, match=r"^'blocks.0.attn.W_q' is no weight of the model. Did you mean "):
         weights["blocks.0.attn.W_q"]
     assert "nothing" not in weights
     assert repr(weights) == f"LazyWeights({len(weights)} tensors)"

@@ -121,7 +121,7 @@ TOKENIZER = "bundled:tiny-llama"
 
 def test_a_function_that_gives_no_model() -> None:
     register_target("mine.load", lambda: "model")
-    with pytest.raises(PoolError, match="models.a: its function gave 'model', expected a HookedCausalLM or"):
+    with pytest.raises(PoolError, match=r"models.a: its function gave 'model', expected a HookedCausalLM or"):
         CausalLMPool({"a": {"_target_": "mine.load"}}).load_model("a")
 
 
@@ -152,13 +152,13 @@ def test_adapters_are_loaded_by_their_function(folder: str, monkeypatch: pytest.
         assert calls[-1] == ("b", "p", torch.float32, False, True, False)
         with pytest.raises(InputError, match="load_peft_causal_lm takes no layers"):
             pool.load_model("a", layers=[0])
-        with pytest.raises(PoolError, match="models.a is made by 'fusion_bench|models.a is made by 'hooklens"):
+        with pytest.raises(PoolError, match=r"models.a is made by 'fusion_bench|models.a is made by 'hooklens"):
             pool.get_model_path("a")
 
 
 def test_a_class_that_transformers_does_not_have(folder: str) -> None:
     pool = CausalLMPool({"a": {"_target_": "transformers.NoSuchForCausalLM", "source": folder}})
-    with pytest.raises(PoolError, match="models.a: transformers has no class 'NoSuchForCausalLM'"):
+    with pytest.raises(PoolError, match=r"models.a: transformers has no class 'NoSuchForCausalLM'"):
         pool.load_model("a", hooked=False)
 
 
@@ -175,7 +175,7 @@ def test_arguments_of_both_libraries(folder: str) -> None:
     assert (plain.config._attn_implementation, plain.dtype) == ("eager", torch.bfloat16)
     with pytest.raises(InputError, match="attn_implementation='eager': a hooked model attends"):
         pool.load_model("a", attn_implementation="eager")
-    with pytest.raises(InputError, match="models.a: transformers has no layers"):
+    with pytest.raises(InputError, match=r"models.a: transformers has no layers"):
         pool.load_model("a", hooked=False, layers=[0])
 
 
@@ -187,7 +187,7 @@ def test_a_model_without_tokenizer_gets_the_pools(folder: str) -> None:
     assert pool.load_model("a", tokenizer=mine).tokenizer is mine
     broken = CausalLMPool({"a": folder, "own": TOKENIZER}, tokenizer="/nowhere")
     assert broken.load_model("own").tokenizer is not None
-    with pytest.raises(PoolError, match="a: has no tokenizer, and the pool's fails: .*Give tokenizer= to the call"):
+    with pytest.raises(PoolError, match=r"a: has no tokenizer, and the pool's fails: .*Give tokenizer= to the call"):
         broken.load_model("a")
 
 

@@ -52,7 +52,7 @@ def test_of_lazy_models(tmp_path: Path, hooked: bool) -> None:
     """In FusionBench lazy models gave no task vectors: theirs is no `state_dict`."""
     pool = make_pool(tmp_path, "llama-tied", enable_lazy_loading=True)
     base, vectors = pool.load_pretrained_model_and_task_vectors(hooked=hooked)
-    eager, expected = pool.load_pretrained_model_and_task_vectors(hooked=hooked, lazy=False)
+    _, expected = pool.load_pretrained_model_and_task_vectors(hooked=hooked, lazy=False)
     for vector, other in zip(vectors, expected, strict=True):
         assert list(vector) == list(base)
         assert all(torch.equal(tensor, other[name]) for name, tensor in vector.items())

@@ -55,11 +55,11 @@ def test_a_tokenizer_is_itself() -> None:
 
 
 def test_registered_functions_make_tokenizers() -> None:
-    register_target("mine.tokenizer", lambda path: AutoTokenizer.from_pretrained(path))
-    pool = make_pool({"_target_": "mine.tokenizer", "path": PATH})
+    register_target("mine.tokenizer", AutoTokenizer.from_pretrained)
+    pool = make_pool({"_target_": "mine.tokenizer", "pretrained_model_name_or_path": PATH})
     assert pool.load_tokenizer()(TEXT)["input_ids"]
-    register_target("mine.tokenizer", lambda path: path)
-    with pytest.raises(PoolError, match="the registered function <lambda> gave '.*', expected a tokenizer"):
+    register_target("mine.tokenizer", lambda **given: "text")
+    with pytest.raises(PoolError, match=r"the registered function <lambda> gave '.*', expected a tokenizer"):
         pool.load_tokenizer()
 
 
