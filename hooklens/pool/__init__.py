@@ -14,6 +14,7 @@ from hooklens.pool.causal_lm_pool import CausalLMBackbonePool, CausalLMPool, Mod
 from hooklens.pool.config.targets import register_target
 from hooklens.pool.errors import ModelNameError, PoolError
 from hooklens.pool.lazy import LazyWeights
+from hooklens.pool.peft import load_peft_causal_lm
 
 __all__ = [
     "CausalLMBackbonePool",
@@ -22,5 +23,6 @@ __all__ = [
     "ModelNameError",
     "ModelPool",
     "PoolError",
+    "load_peft_causal_lm",
     "register_target",
 ]

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fused groups, DoRA, biases": ("falcon", {"target_modules": "all-linear", "use_dora": True, "bias": "all"}),
     "[in, out], all biases": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "bias": "all"}),
     "[in, out], DoRA": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "bias": "lora_only"}),
-    "[in, out], bias of its own": ("gpt2", {"target_modules": ["c_attn", "c_proj", "wpe"], "lora_bias": False}),
+    "[in, out], learned positions": ("gpt2", {"target_modules": ["c_attn", "c_proj", "wpe"]}),
     "bias of its own": ("gpt_neox", {"target_modules": ["query_key_value", "dense"], "lora_bias": True}),
     "fused gate": ("phi3", {"target_modules": "all-linear"}),
     "experts by module": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
