@@ -1,8 +1,8 @@
 """Small networks with quantised projections, whose sizes the libraries' kernels take."""
 
-from hooklens import HookedCausalLM
+from hooklens import HookedCausalLM, MoEConfig
 from hooklens.causal_lm.loading import build_from_tensors
-from hooklens.causal_lm.quantising import quantise_tensors
+from hooklens.causal_lm.quantising import quantise_tensors, stored_tensors
 from hooklens.config import AlibiPositions, LearnedPositions, RotaryPositions
 from tests.model.networks import RMS_NORM, make_config, make_model
 
@@ -15,6 +15,13 @@ NETWORKS = {
         qk_norm=RMS_NORM, qkv_bias=False, out_bias=False, mlp_bias=False,
     ),
     "alibi": make_config(**_SIZES, positions=AlibiPositions(), unembed_bias=True),
+    "mixture": make_config(
+        **_SIZES, norm=RMS_NORM, act_fn="silu", positions=RotaryPositions(dim=16), qkv_bias=False, out_bias=False,
+        mlp=MoEConfig(
+            n_experts=5, experts_per_token=2, d_expert=64, d_shared=64, shared_gate=True, router_bias=True,
+            expert_bias=True,
+        ),
+    ),
     "learned, tied": make_config(**_SIZES, positions=LearnedPositions(), tied_unembed=True),
 }  # fmt: skip
 
@@ -23,7 +30,7 @@ def plain(network, *, dtype):
     """The network with weights small enough that logits stay near 1, as those of trained models do."""
     model = make_model(NETWORKS[network], dtype=dtype)
     for name, parameter in model.named_parameters():
-        if name.endswith("proj.weight"):
+        if name.endswith(("proj.weight", "maps.weight")):
             parameter.data.mul_(0.3)
     return model
 
@@ -35,3 +42,11 @@ def quantise(model, kind):
         HookedCausalLM, model.cfg, made, tokenizer=None, device="cpu", dtype=model.dtype
     )
     return quantised
+
+
+def bytes_held(linear):
+    """Bytes of a quantised linear map: of what torchao's tensor is made of, or of bitsandbytes' numbers and scales."""
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    tensors = list(stored_tensors(weight)) if state is None else [weight.data, state.absmax]
+    return sum(one.numel() * one.element_size() for one in tensors)

@@ -168,8 +168,9 @@ class LoadingMethods:
             n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
                 past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
             tokenizer: used in place of the checkpoint's own.
-            quantize: have the projections of attention and MLPs quantised, one by one while they are read; embeddings,
-                unembedding, norms and biases stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits,
+            quantize: have the projections of attention, MLPs and experts quantised, one by one while they are read
+                (the experts of a layer: all that have one name); embeddings, unembedding, norms, biases, routers and
+                gates stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits,
                 a scale for each output (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what
                 the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits, torchao's int8). None: all is
                 plain.
@@ -180,8 +181,8 @@ class LoadingMethods:
         Raises:
             CheckpointError: files or tensors are missing, damaged, or too many. Damage inside the entries of a tensor
                 is not seen.
-            UnsupportedModelError: the architecture, or a value in its config, is not implemented; or it has experts,
-                which are not quantised, or weights that cannot be kept as they are.
+            UnsupportedModelError: the architecture, or a value in its config, is not implemented; or weights cannot be
+                kept as they are.
             InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this
                 kind of source has not, a dtype in which quantised maps do not compute, or names, devices or memory in
                 `device_map` that do not fit the network; before any weight is read.
@@ -299,10 +300,10 @@ def _read_tensors(
     """A checkpoint's weights, and for those that are to be quantised linear maps."""
     if quantize is None:
         return checkpoint.tensors(layers, n_ctx=n_ctx)
-    cfg = checkpoint.config_for(layers, n_ctx=n_ctx)
-    check_quantisation(cfg, quantize, dtype)
+    check_quantisation(quantize, dtype)
     if quantize == "keep":
         return build_kept(checkpoint.kept_tensors(layers, n_ctx=n_ctx), device=device, dtype=dtype)
+    cfg = checkpoint.config_for(layers, n_ctx=n_ctx)
     projections = {name for name, weight in cfg.description.weights.items() if is_projection(weight)}
     dense = checkpoint.tensors(layers, n_ctx=n_ctx, let_go=projections)
     return quantise_tensors(dense, cfg, quantize, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Quantised projections, made while a model is loaded: one weight at a time is dense.
+"""Quantised projections, made while a model is loaded: one weight at a time is dense, of experts those of one name.
 
 | `quantize=` | library | a weight is stored as |
 |---|---|---|
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.adapters import QuantisedWeight
-from hooklens.config import DeclaredWeight, HookedConfig, MoEConfig
-from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError
+from hooklens.config import DeclaredWeight, HookedConfig
+from hooklens.errors import InputError, MissingDependencyError
 from hooklens.model.parts.quantised import UnevenLinear, set_compute_dtype
+from hooklens.model.parts.stacked import QuantisedStack
 from hooklens.model.placement.placement import Placement
 from hooklens.optional import import_package
 from hooklens.weights.layout import stored_view
@@ -31,28 +32,22 @@ Value = Tensor | nn.Module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NF4_BLOCK = 64
+# Outputs of maps that choose and weigh experts.
+_SCORES = (("expert",), ("one",))
 _WAY_OUT = "leave quantize out to load plain weights"
 
 
-def check_quantisation(cfg: HookedConfig, kind: Quantisation, dtype: torch.dtype) -> None:
+def check_quantisation(kind: Quantisation, dtype: torch.dtype) -> None:
     """Refuse what cannot be quantised before a weight is read.
 
     Raises:
         InputError: a dtype in which the libraries do not compute.
-        UnsupportedModelError: the network has experts, whose weights are no linear maps of their own.
         MissingDependencyError: the library is not installed, or goes with another torch.
     """
     if dtype not in _DTYPES:
         raise InputError(
             f"quantize={kind!r} with dtype {dtype}: quantised maps compute in float32, float16 or bfloat16; give one "
             f"of these as dtype, or {_WAY_OUT}"
-        )
-    mixtures = [block.layer for block in cfg.blocks if isinstance(block.mlp, MoEConfig)]
-    # What a checkpoint holds quantised is told by its tensors.
-    if mixtures and kind != "keep":
-        raise UnsupportedModelError(
-            f"quantize={kind!r}: the MLPs of layers {mixtures} are mixtures of experts. Their weights, most of such a "
-            f"model, lie in one tensor each, which are no linear maps that a library could quantise: {_WAY_OUT}"
         )
     if kind != "keep":
         _library(_LIBRARIES[kind])
@@ -66,7 +61,9 @@ def quantise_tensors(
     device: torch.device | str | Placement,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Value]]:
-    """Weights by name, those of the projections of attention and MLPs as quantised linear maps.
+    """Weights by name, those of the projections of attention, MLPs and experts as quantised linear maps.
+
+    Of experts that lie in one tensor, that tensor is dense beside what is made of it.
 
     Args:
         tensors: names and weights in their logical shapes.
@@ -81,9 +78,12 @@ def quantise_tensors(
         if declared is None or not is_projection(declared):
             yield name, tensor
             continue
-        placed = tensor.detach().to(device=_place_of(name, device), dtype=dtype)
-        stored = stored_view(placed, declared.stored, declared.axes).contiguous()
-        yield name, make(stored, dtype)
+        stored, place = stored_view(tensor.detach(), declared.stored, declared.axes), _place_of(name, device)
+
+        def make_map(weight: Tensor, place: torch.device = place) -> nn.Module:
+            return make(weight.to(device=place, dtype=dtype).contiguous(), dtype)
+
+        yield name, QuantisedStack(map(make_map, stored)) if is_stacked(declared) else make_map(stored)
 
 
 def build_kept(
@@ -105,8 +105,17 @@ def _place_of(name: str, device: torch.device | str | Placement) -> torch.device
 
 
 def is_projection(weight: DeclaredWeight) -> bool:
-    """Whether a weight is that of a linear map inside a block."""
-    return weight.parameter.startswith("blocks.") and weight.parameter.endswith(".weight") and len(weight.stored) == 2
+    """Whether a weight is that of a linear map inside a block, or those of all experts there.
+
+    Maps to a score for each expert, or to one gate, are none: their few numbers say what is computed at all.
+    """
+    is_map = weight.parameter.startswith("blocks.") and weight.parameter.endswith(".weight")
+    return is_map and (is_stacked(weight) or (len(weight.stored) == 2 and weight.stored[0] not in _SCORES))
+
+
+def is_stacked(weight: DeclaredWeight) -> bool:
+    """Whether a weight is those of all experts."""
+    return len(weight.stored) == 3
 
 
 def _make_int8(weight: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -171,7 +180,7 @@ def _keep_int8(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     """The linear map of torchao that computes with int8 rows as they lie in a checkpoint."""
     # Made of zeros in float32, the dtype of the scales.
     linear = _make_int8(torch.zeros(weight.shape, dtype=torch.float32, device=device), dtype)
-    stored = list(_stored_tensors(linear.weight))
+    stored = list(stored_tensors(linear.weight))
     (rows,) = (one for one in stored if one.dtype == torch.int8 and one.shape == weight.shape)
     (scales,) = (one for one in stored if one.is_floating_point() and one.numel() == weight.shape[0])
     rows.copy_(weight.tensors["entries"])
@@ -179,13 +188,13 @@ def _keep_int8(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     return linear
 
 
-def _stored_tensors(tensor: Any) -> Iterator[Tensor]:
+def stored_tensors(tensor: Any) -> Iterator[Tensor]:
     """The plain tensors that one of torchao's is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored_tensors(getattr(tensor, name))
+        yield from stored_tensors(getattr(tensor, name))
 
 
 def _empty_4bit(d_out: int, d_in: int, blocksize: int, dtype: torch.dtype) -> nn.Module:

@@ -272,16 +272,6 @@ class TestRefusals:
         ):
             HookedCausalLM.from_pretrained(folders["apart"], quantize="keep")
 
-    def test_experts(self, tmp_path) -> None:
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        config = MixtralConfig(
-            vocab_size=31, num_local_experts=2, num_attention_heads=4, num_key_value_heads=2, **SIZES
-        )
-        MixtralForCausalLM(config).save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match=r"the MLPs of layers \[0, 1\] are mixtures of experts"):
-            HookedCausalLM.from_pretrained(tmp_path, quantize="int8")
-
     def test_formats_that_no_library_computes_with(self, folders, tmp_path) -> None:
         """fp8: each weight with a scale beside it."""
         from safetensors.torch import save_file

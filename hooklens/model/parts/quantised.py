@@ -1,8 +1,8 @@
 """Linear maps whose weights are quantised, and what they multiply with, as plain numbers.
 
 Such a map is the module of the library that reads the format, in the place of a projection and with its call: an
-`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. A network that holds one has
-imported its library; nothing of these is imported here before.
+`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. Those of experts stand side by side
+in a `QuantisedStack`. A network that holds one has imported its library; nothing of these is imported here before.
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hooklens.model.parts.stacked import QuantisedStack
 from hooklens.optional import import_package
 from hooklens.weights.quantised import BITSANDBYTES, TORCHAO, is_quantised_tensor, package_of
 
@@ -29,10 +30,10 @@ class UnevenLinear(nn.Linear):
 
 
 def is_quantised(module: nn.Module | None) -> bool:
-    """Whether a module is a linear map with a quantised weight."""
+    """Whether a module is a linear map with a quantised weight, or a stack of such."""
     weight = None if module is None else module.__dict__["_parameters"].get("weight")
     if weight is None:
-        return False
+        return isinstance(module, QuantisedStack)
     if is_quantised_tensor(weight):
         return True
     # A pickle of one of bitsandbytes' weights is a plain parameter that has all of its attributes.
@@ -41,12 +42,21 @@ def is_quantised(module: nn.Module | None) -> bool:
 
 
 def quantised_maps(network: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps of a network whose weights are quantised, by name."""
-    return {name: module for name, module in network.named_modules() if is_quantised(module)}
+    """The linear maps of a network whose weights are quantised, by name; those of a stack one by one."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if is_quantised(module) and not isinstance(module, QuantisedStack)
+    }
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight `[out, in]` of a linear map; of a quantised one what it multiplies with, a copy in plain numbers."""
+    """The weight `[out, in]` of a linear map; of a quantised one what it multiplies with, a copy in plain numbers.
+
+    That of a stack of quantised maps is `[expert, out, in]`.
+    """
+    if isinstance(linear, QuantisedStack):
+        return torch.stack([dense_weight(one) for one in linear.maps])
     weight: Any = linear.weight
     if not is_quantised(linear):
         return weight  # type: ignore[no-any-return]
