@@ -170,10 +170,12 @@ class LoadingMethods:
             tokenizer: used in place of the checkpoint's own.
             quantize: have the projections of attention, MLPs and experts quantised, one by one while they are read
                 (the experts of a layer: all that have one name); embeddings, unembedding, norms, biases, routers and
-                gates stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits,
-                a scale for each output (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what
-                the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits, torchao's int8). None: all is
-                plain.
+                gates stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits, a scale for each output
+                (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what the checkpoint holds
+                quantised stays as few bits as it has there, in any of the formats that are read, experts too. int8 with
+                a scale for each output is multiplied with by torchao, bitsandbytes' 4 bits by bitsandbytes; all others
+                on any device and without a further package, by what is dequantised at each call: to the bit the
+                weights that None gives. No inputs are rounded to fewer bits. None: all is plain.
             storage_options: what the file system of a URL is made with (credentials, endpoint).
             cache_dir: the hub's cache folder.
             local_files_only: use what the hub's cache holds, and no network.

@@ -4,11 +4,18 @@
 |---|---|---|
 | `"int8"` | torchao | int8 numbers, with a scale for each output |
 | `"int4"` | bitsandbytes | 4-bit numbers that index the NF4 table, with a scale for each 64 of them |
-| `"keep"` | torchao, bitsandbytes | what the checkpoint holds: int8 rows, 4-bit blocks |
+| `"keep"` | torchao | int8 rows that the checkpoint holds |
+| `"keep"` | bitsandbytes | its 4-bit blocks that the checkpoint holds |
+| `"keep"` | none | other numbers and scales that the checkpoint holds: GPTQ, AWQ, fp8, mxfp4, compressed-tensors |
 
 NF4 is that of Dettmers et al. 2023 ("QLoRA"). All are weight-only, on any device: what a map computes is linear in its
 input, as whatever takes a layer apart into heads and directions needs. So a checkpoint of bitsandbytes' 8 bits, which
 have this layout, runs on torchao's: bitsandbytes' own kernels round the inputs of such a map to 8 bits, too.
+
+What the last row names is computed with by a `ScaledLinear`, which dequantises at each call. transformers' kernels for
+fp8 run on GPUs alone, and round inputs to fp8; those of GPTQ and AWQ (gptqmodel 7.7) ask for torch 2.14; the package
+compressed-tensors (0.20) has no linear map that multiplies with packed numbers; torchao's tensor for groups holds 4
+bits in a byte, and in bfloat16 it rounds the scales first, so its numbers are not those of the plain model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +25,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hooklens.adapters import QuantisedWeight
+from hooklens.adapters import Kept, QuantisedWeight
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import InputError, MissingDependencyError
 from hooklens.model.parts.quantised import UnevenLinear, set_compute_dtype
+from hooklens.model.parts.scaled import ScaledLinear
 from hooklens.model.parts.stacked import QuantisedStack
 from hooklens.model.placement.placement import Placement
 from hooklens.optional import import_package
@@ -87,17 +95,22 @@ def quantise_tensors(
 
 
 def build_kept(
-    tensors: Iterable[tuple[str, Tensor | QuantisedWeight]],
+    tensors: Iterable[tuple[str, Tensor | Kept]],
     *,
     device: torch.device | str | Placement,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Value]]:
-    """Weights by name, those that a checkpoint holds quantised as linear maps of the library that reads them."""
+    """Weights by name, those that a checkpoint holds quantised as linear maps that compute with what it holds."""
     for name, value in tensors:
-        if isinstance(value, QuantisedWeight):
-            yield name, _KEEPERS[value.layout](value, _place_of(name, device), dtype)
-        else:
+        if isinstance(value, Tensor):
             yield name, value
+            continue
+        place = _place_of(name, device)
+
+        def keep(weight: QuantisedWeight, place: torch.device = place) -> nn.Module:
+            return _KEEPERS[weight.layout](weight, place, dtype)
+
+        yield name, keep(value) if isinstance(value, QuantisedWeight) else QuantisedStack(map(keep, value))
 
 
 def _place_of(name: str, device: torch.device | str | Placement) -> torch.device:
@@ -188,6 +201,14 @@ def _keep_int8(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     return linear
 
 
+def _keep_scaled(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The linear map that computes with numbers and scales as they lie in a checkpoint."""
+    tensors = {role: tensor.to(device) for role, tensor in weight.tensors.items()}
+    linear = ScaledLinear(weight.settings["kind"], d_in=weight.shape[1], **tensors)
+    set_compute_dtype(linear, dtype)
+    return linear
+
+
 def stored_tensors(tensor: Any) -> Iterator[Tensor]:
     """The plain tensors that one of torchao's is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -214,6 +235,7 @@ _MAKERS: dict[str, Callable[[Tensor, torch.dtype], nn.Module]] = {"int8": _make_
 _KEEPERS: dict[str, Callable[[QuantisedWeight, torch.device, torch.dtype], nn.Module]] = {
     "int8 rows": _keep_int8,
     "4-bit blocks": _keep_4bit,
+    "scaled": _keep_scaled,
 }
 
 

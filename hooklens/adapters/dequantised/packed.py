@@ -6,13 +6,14 @@ GPTQ (Frantar et al. 2022) packs along the inputs, and zero points along the out
 (Lin et al. 2023; AutoAWQ's `GEMM` version) packs both along the outputs, eight in the order 0, 2, 4, 6, 1, 3, 5, 7.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hooklens.adapters.dequantised.tensors import Parts
+from hooklens.adapters.kept import QuantisedWeight, Rows, keep_scaled
 from hooklens.errors import CheckpointError
 
 _WORD = 32
@@ -42,14 +43,35 @@ def _dequantise(read: Callable[[slice], Tensor], zeros: Tensor, scales: Tensor, 
     """
     d_in, d_out = len(groups), scales.shape[1]
     weight = torch.empty(d_in, d_out)
-    step = max(_AT_ONCE // d_in // _WORD, 1) * _WORD
-    for start in range(0, d_out, step):
-        place = slice(start, min(start + step, d_out))
+    for place in _some_at_once(d_in, d_out):
         part = read(place).to(torch.float32)
         part -= zeros[:, place].to(torch.float32)[groups]
         part *= scales[:, place].to(torch.float32)[groups]
         weight[:, place] = part
     return weight.T
+
+
+def _some_at_once(d_in: int, d_out: int) -> Iterator[slice]:
+    """All outputs, so many of them together that each part begins at a whole word."""
+    step = max(_AT_ONCE // d_in // _WORD, 1) * _WORD
+    for start in range(0, d_out, step):
+        yield slice(start, min(start + step, d_out))
+
+
+def _keep(
+    kind: str, rows: Rows, entries: Tensor, zeros: Tensor, parts: Parts, groups: Tensor, d_in: int
+) -> QuantisedWeight:
+    """Rows of numbers with what all rows have on disk: zero points and scales `[groups, out]`."""
+    scales = parts.read("scales")
+    in_order = d_in % len(scales) == 0 and torch.equal(groups, torch.arange(d_in) // (d_in // len(scales)))
+    return keep_scaled(
+        kind,
+        entries,
+        rows.take(scales, dim=1).T,
+        d_in,
+        zeros=rows.take(zeros, dim=1).T.to(torch.uint8),
+        groups=None if in_order else groups,
+    )
 
 
 def _check(parts: Parts, expected: Mapping[str, tuple[int, ...]], integers: tuple[str, ...]) -> None:
@@ -85,7 +107,7 @@ class Gptq:
     extras: ClassVar[Mapping[str, str]] = {"g_idx": ".g_idx"}
     ignored = ()
     dtype = torch.float32
-    is_linear = True
+    is_turned = False
     pads_biases = True
 
     def __init__(self, bits: int, group_size: int, *, zeros_less_one: bool = True) -> None:
@@ -110,26 +132,41 @@ class Gptq:
 
     def dequantise(self, parts: Parts) -> Tensor:
         """The weight, in float32."""
-        d_out, d_in = self.shape(parts)
-        scales = parts.read("scales")
+        d_in = self.shape(parts)[1]
         words = parts.read("qweight")
 
         def read(place: slice) -> Tensor:
             return _unpack(words[:, place], self.bits).transpose(1, 2).reshape(d_in, -1)
 
-        zeros = _unpack_columns(parts.read("qzeros"), self.bits)[:, :d_out]
-        if self.zeros_less_one:
-            zeros = (zeros + 1) & (2**self.bits - 1)
-        if "g_idx" in parts:
-            groups = parts.read("g_idx").long()
-            if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < len(scales):
-                raise CheckpointError(
-                    f"g_idx of a quantised weight names groups from {int(groups.min())} to {int(groups.max())}; there "
-                    f"are {len(scales)}. The file is damaged: download it again"
-                )
-        else:
-            groups = torch.arange(d_in) // _group_of(d_in, self.group_size)
-        return _dequantise(read, zeros, scales, groups)
+        return _dequantise(read, self._read_zeros(parts), parts.read("scales"), self._read_groups(parts))
+
+    def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
+        """Nothing: a row's words hold no others' numbers."""
+        return None
+
+    def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
+        """Rows as they are stored, but one after another: the bytes of a row's words are its numbers, in order."""
+        d_in = self.shape(parts)[1]
+        words = rows.take(parts.read("qweight"), dim=1).T.contiguous()
+        entries = _unpack_columns(words, 8).to(torch.uint8)
+        return _keep(f"uint{self.bits}", rows, entries, self._read_zeros(parts), parts, self._read_groups(parts), d_in)
+
+    def _read_zeros(self, parts: Parts) -> Tensor:
+        zeros = _unpack_columns(parts.read("qzeros"), self.bits)[:, : parts.shape("scales")[1]]
+        return (zeros + 1) & (2**self.bits - 1) if self.zeros_less_one else zeros
+
+    def _read_groups(self, parts: Parts) -> Tensor:
+        """The group of each input."""
+        d_in, n_groups = self.shape(parts)[1], parts.shape("scales")[0]
+        if "g_idx" not in parts:
+            return torch.arange(d_in) // _group_of(d_in, self.group_size)
+        groups = parts.read("g_idx").long()
+        if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < n_groups:
+            raise CheckpointError(
+                f"g_idx of a quantised weight names groups from {int(groups.min())} to {int(groups.max())}; there "
+                f"are {n_groups}. The file is damaged: download it again"
+            )
+        return groups
 
 
 class Awq:
@@ -146,7 +183,7 @@ class Awq:
     extras: ClassVar[Mapping[str, str]] = {}
     ignored = ()
     dtype = torch.float32
-    is_linear = True
+    is_turned = False
     pads_biases = False
 
     def __init__(self, group_size: int) -> None:
@@ -164,15 +201,31 @@ class Awq:
 
     def dequantise(self, parts: Parts) -> Tensor:
         """The weight, in float32."""
-        _, d_in = self.shape(parts)
-        words, zeros = parts.read("qweight"), self._unpack(parts.read("qzeros"))
+        zeros = self._unpack(parts.read("qzeros"))
+        return _dequantise(self._reader(parts), zeros, parts.read("scales"), self._groups(parts))
 
-        def read(place: slice) -> Tensor:
-            per_word = len(_AWQ_ORDER)
-            return self._unpack(words[:, place.start // per_word : place.stop // per_word])
+    def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
+        """Two numbers of a row are to lie in a byte."""
+        d_in = self.shape(parts)[1]
+        return f"its {d_in} inputs are an odd number, and two of them would share a byte" if d_in % 2 else None
 
-        groups = torch.arange(d_in) // _group_of(d_in, self.group_size)
-        return _dequantise(read, zeros, parts.read("scales"), groups)
+    def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
+        """Rows as they are stored, but packed along themselves: words hold numbers of eight of them."""
+        d_out, d_in = self.shape(parts)
+        read, entries = self._reader(parts), torch.empty(d_out, d_in // 2, dtype=torch.uint8)
+        for place in _some_at_once(d_in, d_out):
+            first, second = read(place).view(-1, 2, place.stop - place.start).permute(1, 2, 0)
+            entries[place] = first | second << 4
+        zeros = self._unpack(parts.read("qzeros"))
+        return _keep("uint4", rows, rows.take(entries), zeros, parts, self._groups(parts), d_in)
+
+    def _reader(self, parts: Parts) -> Callable[[slice], Tensor]:
+        words, per_word = parts.read("qweight"), len(_AWQ_ORDER)
+        return lambda place: self._unpack(words[:, place.start // per_word : place.stop // per_word])
+
+    def _groups(self, parts: Parts) -> Tensor:
+        d_in = self.shape(parts)[1]
+        return torch.arange(d_in) // _group_of(d_in, self.group_size)
 
     @staticmethod
     def _unpack(words: Tensor) -> Tensor:

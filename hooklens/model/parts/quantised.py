@@ -1,7 +1,8 @@
 """Linear maps whose weights are quantised, and what they multiply with, as plain numbers.
 
 Such a map is the module of the library that reads the format, in the place of a projection and with its call: an
-`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. Those of experts stand side by side
+`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. What no library multiplies with to
+the bit is a `ScaledLinear`. Those of experts stand side by side
 in a `QuantisedStack`. A network that holds one has imported its library; nothing of these is imported here before.
 """
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hooklens.model.parts.scaled import ScaledLinear
 from hooklens.model.parts.stacked import QuantisedStack
 from hooklens.optional import import_package
 from hooklens.weights.quantised import BITSANDBYTES, TORCHAO, is_quantised_tensor, package_of
@@ -37,7 +39,7 @@ def is_quantised(module: nn.Module | None) -> bool:
     if is_quantised_tensor(weight):
         return True
     # A pickle of one of bitsandbytes' weights is a plain parameter that has all of its attributes.
-    is_theirs = package_of(module) == BITSANDBYTES or isinstance(module, UnevenLinear)
+    is_theirs = package_of(module) == BITSANDBYTES or isinstance(module, UnevenLinear | ScaledLinear)
     return is_theirs and not weight.is_floating_point()
 
 
@@ -61,6 +63,8 @@ def dense_weight(linear: nn.Module) -> Tensor:
     if not is_quantised(linear):
         return weight  # type: ignore[no-any-return]
     with torch.no_grad():
+        if isinstance(linear, ScaledLinear):
+            return linear.dequantise()
         dense = weight.dequantize() if package_of(weight) == TORCHAO else _read_bitsandbytes(linear)
         return dense.to(compute_dtype(linear))
 
@@ -83,9 +87,15 @@ def set_compute_dtype(linear: nn.Module, dtype: torch.dtype) -> None:
 
 
 def describe_maps(maps: dict[str, nn.Module]) -> str:
-    """Quantised maps in words: how many, of which library, and the first of them."""
-    libraries = sorted({TORCHAO if package_of(one.weight) == TORCHAO else BITSANDBYTES for one in maps.values()})
-    return f"the weights of {len(maps)} linear maps are quantised ({', '.join(libraries)}), {next(iter(maps))!r} first"
+    """Quantised maps in words: how many, in which way or of which library, and the first of them."""
+    ways = ", ".join(sorted(set(map(_way_of, maps.values()))))
+    return f"the weights of {len(maps)} linear maps are quantised ({ways}), {next(iter(maps))!r} first"
+
+
+def _way_of(linear: nn.Module) -> str:
+    if isinstance(linear, ScaledLinear):
+        return f"{linear.kind} with scales"
+    return TORCHAO if package_of(linear.weight) == TORCHAO else BITSANDBYTES
 
 
 def _read_bitsandbytes(linear: Any) -> Tensor:

@@ -18,7 +18,7 @@ from hooklens.model.parts.part import is_plain
 from hooklens.model.parts.quantised import compute_dtype, dense_weight, is_quantised, quantised_maps
 from hooklens.weights.quantised import package_of
 from tests.model.networks import activations_of, random_tokens
-from tests.quantised_models import KINDS, NETWORKS, bytes_held, plain, quantise
+from tests.quantised_models import KINDS, NETWORKS, bytes_held, plain, quantise, round_to_groups
 
 PEFT = tuple(map(int, importlib.metadata.version("peft").split(".")[:2]))
 # float32 sums of some hundred terms, in another order, of activations of some ten.
@@ -128,9 +128,13 @@ def test_experts_stand_side_by_side(kind) -> None:
     for name in ("router_proj", "shared.shared_gate_proj"):
         assert is_plain(mlp.get_submodule(name))
     assert torch.equal(mlp.gate_maps.bias, dense.blocks[0].mlp.gate_maps.bias)
-    make = {"int8": quantising._make_int8, "int4": quantising._make_int4}[kind]
+    make = {
+        "int8": lambda weight: quantising._make_int8(weight, torch.float32),
+        "int4": lambda weight: quantising._make_int4(weight, torch.float32),
+        "scaled": lambda weight: quantising._keep_scaled(round_to_groups(weight), torch.device("cpu"), torch.float32),
+    }[kind]
     for expert, linear in enumerate(mlp.in_maps.maps):
-        alone = make(dense.blocks[0].mlp.in_maps.weight[expert].detach().contiguous(), torch.float32)
+        alone = make(dense.blocks[0].mlp.in_maps.weight[expert].detach().contiguous())
         assert torch.equal(mlp.W_in[expert], dense_weight(alone).T)
         linear.register_forward_pre_hook(lambda module, given, expert=expert: called.add(expert))
     _, cache = model.run_with_cache(TOKENS[:1, :2], names_filter="choice")
@@ -148,9 +152,12 @@ def test_no_rows_go_through_quantised_experts(kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_hold_few_bytes(kind) -> None:
-    """int8: a byte, and a scale and maybe a zero for each row (5 bytes); int4: half a byte, and a scale for each 64."""
+    """int8: a byte, and a scale and maybe a zero for each row (5 bytes); int4: half a byte, and a scale for each 64.
+
+    Scaled: half a byte, and a float16 scale and a byte of a zero for each 16.
+    """
     maps = quantise(plain("mixture", dtype=torch.float32), kind).blocks[0].mlp.in_maps.maps
-    assert sum(map(bytes_held, maps)) <= 5 * 64 * {"int8": 64 + 5, "int4": 32 + 4}[kind]
+    assert sum(map(bytes_held, maps)) <= 5 * 64 * {"int8": 64 + 5, "int4": 32 + 4, "scaled": 32 + 4 * 3}[kind]
 
 
 def test_assigning_and_drawing_weights_is_refused(grouped) -> None:
