@@ -138,7 +138,7 @@ class LoadingMethods:
         The config is read and checked before any weight is fetched. From a URL or a `Repository` safetensors files are
         read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
 
-        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes, torchao's int8) are
+        Quantised weights (fp8, mxfp4, compressed-tensors, GPTQ, AWQ, bitsandbytes, torchao's int8) are
         dequantised, one by one, unless `quantize="keep"`. A model with quantised projections runs, and is hooked and
         edited, as any other; its `W_Q` and the field's other names give what they are dequantised, copies that are not
         assigned. `model.dequantize()` is the plain model.

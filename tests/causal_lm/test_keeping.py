@@ -24,7 +24,7 @@ from hooklens import HookedCausalLM, verify
 from hooklens.errors import TransformError, UnsupportedModelError
 from hooklens.model.parts.quantised import quantised_maps
 from hooklens.model.parts.scaled import ScaledLinear
-from tests.adapters.dequantised.packing import awq_state, gptq_state, scaled_state
+from tests.adapters.dequantised.packing import awq_state, compressed_state, gptq_state, scaled_state
 from tests.checkpoints import D_VOCAB, _llama, _neox, _randomise
 from tests.quantised_models import bytes_held
 
@@ -84,11 +84,20 @@ def _scaled(scale, block, dtype=torch.float8_e4m3fn, **settings):
     return make, settings
 
 
-def _compressed(strategy, **weights):
+def _packed(bits, *, zeros, **options):
+    def make(name, weight, seed):
+        d_out, d_in = weight.shape
+        return compressed_state(name, d_in, d_out, bits=bits, group_size=8, zeros=zeros, seed=seed, **options)[0]
+
+    settings = {"num_bits": bits, "group_size": 8, "symmetric": not zeros}
+    return make, _compressed("group", "pack-quantized", **settings)
+
+
+def _compressed(strategy, form="int-quantized", **weights):
     described = {"num_bits": 8, "type": "int", "strategy": strategy, **weights}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": form,
         "config_groups": {"group_0": {"weights": described}},
     }
 
@@ -106,6 +115,9 @@ FORMATS = {
         "weight_scale_inv", (16, 16), torch.float8_e5m2, quant_method="fp8", fmt="e5m2", weight_block_size=[16, 16]
     ),
     "compressed, groups": _scaled("weight_scale", (1, 8), torch.int8, **_compressed("group", group_size=8)),
+    "compressed, 4 bits packed": _packed(4, zeros=False),
+    "compressed, 4 bits packed around zero points": _packed(4, zeros=True, shuffled=True),
+    "compressed, 8 bits packed": _packed(8, zeros=True),
     "compressed, rows": _scaled("weight_scale", None, torch.int8, **_compressed("channel")),
 }
 # Blocks of AWQ's words are eight outputs; a router of Mixtral's has four.

@@ -13,14 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hooklens.adapters.dequantised.packed import OF_ACTIVATIONS
 from hooklens.adapters.dequantised.tensors import Parts
 from hooklens.adapters.kept import QuantisedWeight, Rows, keep_int8, keep_scaled
 from hooklens.errors import CheckpointError
 
-# Of activations and of the cache of keys and values, which are not quantised here.
-_OF_ACTIVATIONS = (
-    ".input_scale", ".activation_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
-)  # fmt: skip
 _ENTRIES = ("float8_e4m3fn", "float8_e5m2", "int8")
 _SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e8m0fnu")
 # The values of the 4-bit floats E2M1 (Rouhani et al. 2023, "OCP Microscaling Formats (MX) Specification", 5.3.3).
@@ -39,7 +36,7 @@ class Scaled:
 
     plain = ".weight"
     extras: ClassVar[Mapping[str, str]] = {"zero_point": ".weight_zero_point"}
-    ignored = _OF_ACTIVATIONS
+    ignored = OF_ACTIVATIONS
     dtype = torch.float32
     is_turned = False
     pads_biases = False
