@@ -14,11 +14,11 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "axes", "arguments", "optional", "precision", "files"),
-    ("config", "hooks"),
+    ("config", "hooks", "figures"),
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
-    ("patching", "analysis", "evaluation", "verification", "training"),
+    ("patching", "analysis", "evaluation", "verification", "training", "pool"),
     ("cli",),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
