@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooklens.errors import InputError
 from hooklens.tokens.batch import read_tokens
+from hooklens.tokens.ids import knows_id
 from hooklens.tokens.inputs import Prompt, is_text
 from hooklens.tokens.tokenizer import Tokenizer, decode_each
 
@@ -56,19 +57,19 @@ def read_prompts(
 
 
 def check_same_tokens(first: Tokenizer, second: Tokenizer, ids: Sequence[int], *, whose: tuple[str, str]) -> None:
-    """Refuse ids that stand for one token in a tokenizer and for another one in a second.
+    """Refuse ids that stand for one token in a tokenizer and for another one, or none, in a second.
 
     Args:
         first: a tokenizer.
         second: another one.
-        ids: those that matter; of an id that a tokenizer does not have nothing is said.
+        ids: those that matter. Rows of an embedding may have none of either's.
         whose: how messages call the two.
 
     Raises:
         InputError: says of which ids the tokens differ.
     """
-    known = [token for token in ids if token < min(len(first), len(second))]
-    pairs = zip(known, _name_each(first, known), _name_each(second, known), strict=True)
+    listed = list(ids)
+    pairs = zip(listed, _name_each(first, listed), _name_each(second, listed), strict=True)
     differing = [f"{token} is {one!r} and {other!r}" for token, one, other in pairs if one != other]
     if differing:
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
@@ -78,7 +79,9 @@ def check_same_tokens(first: Tokenizer, second: Tokenizer, ids: Sequence[int], *
         )
 
 
-def _name_each(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The token of each id as the vocabulary writes it, which takes less time than its text."""
+def _name_each(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:
+    """The token of each id as the vocabulary writes it, which takes less time than its text; None where it has none."""
+    known = [token for token in ids if knows_id(tokenizer, token)]
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
-    return decode_each(tokenizer, ids) if convert is None else convert(ids)
+    names = dict(zip(known, decode_each(tokenizer, known) if convert is None else convert(known), strict=True))
+    return [names.get(token) for token in ids]

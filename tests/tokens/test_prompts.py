@@ -36,5 +36,7 @@ def test_ids_that_mean_other_tokens_are_named():
     check_same_tokens(one, make_tokenizer("byte-level BPE", "BOS"), range(1000), whose=("a", "b"))
     # Special tokens are the same in both; an id that neither has is nobody's.
     check_same_tokens(one, other, [0, 1, 10**6], whose=("a", "b"))
+    with pytest.raises(InputError, match=rf"id {len(one) - 1} is '.*' and None"):
+        check_same_tokens(one, other, [len(one) - 1], whose=("a", "b"))
     with pytest.raises(InputError, match=r"the tokenizers of a and b differ: id 9 is '.*' and '.*'; take models"):
         check_same_tokens(one, other, [0, 9], whose=("a", "b"))

@@ -93,10 +93,11 @@ class ComparedPrompts:
                     f"models {self.name!r} and {name!r} read prompt {number} as different tokens, "
                     f"{_show(own)} and {_show(other)}; {advice}"
                 )
+        # Tokens that were added behind the vocabulary of one of the two stand in no prompt.
+        shared = range(min(model.cfg.d_vocab, len(self.tokenizer), len(model.tokenizer)))
+        whose = (repr(self.name), repr(name))
         try:
-            tokenization.check_same_tokens(
-                self.tokenizer, model.tokenizer, range(model.cfg.d_vocab), whose=(repr(self.name), repr(name))
-            )
+            tokenization.check_same_tokens(self.tokenizer, model.tokenizer, shared, whose=whose)
         except InputError as error:
             raise InputError(f"{error}, or {advice}") from error
 
