@@ -51,6 +51,7 @@ HEAVY = frozenset(
         "plotly",
         "peft",
         "yaml",
+        "omegaconf",
         "accelerate",
     }
 )
