@@ -11,6 +11,8 @@ The keys and methods are those of FusionBench's `CausalLMPool`; `docs/pools.md` 
 """
 
 from hooklens.pool.causal_lm_pool import CausalLMBackbonePool, CausalLMPool, ModelPool
+from hooklens.pool.comparing.compare import compare_models
+from hooklens.pool.comparing.result import ModelComparison
 from hooklens.pool.config.targets import register_target
 from hooklens.pool.errors import ModelNameError, PoolError
 from hooklens.pool.lazy import LazyWeights
@@ -19,8 +21,10 @@ __all__ = [
     "CausalLMBackbonePool",
     "CausalLMPool",
     "LazyWeights",
+    "ModelComparison",
     "ModelNameError",
     "ModelPool",
     "PoolError",
+    "compare_models",
     "register_target",
 ]

@@ -162,6 +162,26 @@ def _order(models: Models, base: str | None) -> Iterable[object]:
     return ((name, models[name]) for name in names)
 
 
+def order_names(names: Sequence[str] | None, base: str | None, there: Sequence[str]) -> list[str]:
+    """The names of the models to compare, the base before all others.
+
+    Args:
+        names: those that were asked for; None: all but `_merged_`.
+        base: the base; None: `_pretrained_` where it is among them, else the first.
+        there: the names that there are.
+
+    Raises:
+        InputError: these are no names, or the base is not among them.
+    """
+    if isinstance(names, str) or not (names is None or all(isinstance(name, str) for name in names)):
+        raise refusal(names, "names", "a list of names, or None", InputError)
+    chosen = [name for name in there if name != "_merged_"] if names is None else list(names)
+    first = base if base is not None else next((name for name in chosen if name == "_pretrained_"), None)
+    if first is not None and first not in chosen:
+        raise InputError(f"base is {first!r}; the models to compare are {chosen}")
+    return chosen if first is None else [first, *(name for name in chosen if name != first)]
+
+
 def _list_models(pairs: Iterable[object]) -> Iterator[tuple[str, HookedCausalLM]]:
     """Names and models.
 
