@@ -521,7 +521,6 @@ class CausalLMPool:
         if push_to_hub:
             upload.run(folder)
 
-
     def compare(
         self,
         prompts: Prompt,

@@ -69,8 +69,7 @@ def test_one_line_for_each_matrix_of_the_blocks_and_expert():
     table = task_vector_directions(base, tuned, n_directions=1, k=1, **QUIET)
     table = table[table["end"] == "+"]
     assert sorted(table[table["layer"] == 0]["weight"]) == sorted(
-        ["attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_router"]
-        + 3 * ["mlp.W_gate", "mlp.W_in", "mlp.W_out"]
+        ["attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_router"] + 3 * ["mlp.W_gate", "mlp.W_in", "mlp.W_out"]
     )
     some = task_vector_directions(base, tuned, layers=-1, weights=["W_O", "W_Q"], **QUIET)
     assert set(zip(some["layer"], some["weight"], strict=True)) == {(1, "attn.W_O"), (1, "attn.W_Q")}

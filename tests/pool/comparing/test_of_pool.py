@@ -20,7 +20,9 @@ def moved(seed):
 
 @pytest.fixture(scope="module")
 def models():
-    return pool.CausalLMPool({"one": moved(1), "_merged_": moved(3), "_pretrained_": "bundled:tiny-llama", "two": moved(2)})
+    return pool.CausalLMPool(
+        {"one": moved(1), "_merged_": moved(3), "_pretrained_": "bundled:tiny-llama", "two": moved(2)}
+    )
 
 
 def test_the_pretrained_model_is_the_base(models):
