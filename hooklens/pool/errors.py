@@ -16,6 +16,12 @@ class ModelNameError(HookLensError, KeyError):
     __str__ = Exception.__str__
 
 
+class WeightNameError(HookLensError, KeyError):
+    """A model has no weight of that name; also a `KeyError`."""
+
+    __str__ = Exception.__str__
+
+
 def unknown_model(name: str, names: Collection[str], *, more: str = "") -> ModelNameError:
     """The error for a name that a pool does not have.
 

@@ -12,6 +12,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig
 from hooklens.errors import InputError, suggest_names
 from hooklens.pool.arguments import Arguments, to_ours
+from hooklens.pool.errors import WeightNameError
 from hooklens.pool.loading import Request
 from hooklens.pool.tokenizer import expand_source
 
@@ -19,7 +20,7 @@ _WHERE = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """The weights of a model by name, read one by one.
+    """The weights of a model by name, read one by one; each is there once, so a tied unembedding is not.
 
     Nothing that was read is kept: each reading gives a tensor of its own, and editing it changes no later one. What
     `hooklens.weights.merging` takes as a model; `HookedCausalLM.from_state_dict(merged, weights.cfg)` is a model again.
@@ -48,7 +49,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
-            raise KeyError(f"{name!r} is no weight of the model.{suggest_names(str(name), self._names)}")
+            raise WeightNameError(f"{name!r} is no weight of the model.{suggest_names(str(name), self._names)}")
         read = self._read(name)
         dtype = self._dtype if read.is_floating_point() else None
         # Of pages of a file, or of a model in memory, a copy.
@@ -95,12 +96,17 @@ def open_lazily(asked: Request) -> LazyWeights:
         return _open_as_stored(source, arguments, what=asked.what, cast=cast)
     checkpoint = open_checkpoint(source, **arguments)
     return LazyWeights(
-        tuple(checkpoint.cfg.description.weights),
+        _names_in(checkpoint.cfg),
         checkpoint.read,
         cfg=checkpoint.cfg,
         transforms=checkpoint.transforms,
         **cast,
     )
+
+
+def _names_in(cfg: HookedConfig) -> tuple[str, ...]:
+    """The names of a network's weights, each weight once."""
+    return tuple(name for name in cfg.description.weights if not (cfg.tied_unembed and name == "unembed.W_U"))
 
 
 def _open_as_stored(source: Any, arguments: Arguments, *, what: str, cast: Mapping[str, Any]) -> LazyWeights:
@@ -114,4 +120,4 @@ def _open_as_stored(source: Any, arguments: Arguments, *, what: str, cast: Mappi
 def lazily_of(model: HookedCausalLM) -> LazyWeights:
     """The weights of a model in memory, as copies."""
     weights = model.named_weights()
-    return LazyWeights(tuple(weights), weights.__getitem__, cfg=model.cfg, transforms=model.transforms)
+    return LazyWeights(_names_in(model.cfg), weights.__getitem__, cfg=model.cfg, transforms=model.transforms)

@@ -52,8 +52,10 @@ def _weights_of(model: Any) -> Mapping[str, Tensor]:
 
 def _twins_of(model: Any) -> dict[str, str]:
     """Second names of weights that a model has under two, each with the first."""
-    if isinstance(model, LazyWeights | HookedCausalLM):
-        return {_UNEMBEDDING: _EMBEDDING} if model.cfg is not None and model.cfg.tied_unembed else {}
+    if isinstance(model, LazyWeights):
+        return {}
+    if isinstance(model, HookedCausalLM):
+        return {_UNEMBEDDING: _EMBEDDING} if model.cfg.tied_unembed else {}
     first: dict[int, str] = {}
     named = {name: first.setdefault(id(one), name) for name, one in model.named_parameters(remove_duplicate=False)}
     return {name: one for name, one in named.items() if name != one}

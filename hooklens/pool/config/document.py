@@ -146,7 +146,8 @@ class _Survey:
                 lines = f"{first[key.tag, key.value]} and {line}"
                 self.problems.append(f"{'.'.join(inside)!r} stands twice, on lines {lines}; keep one")
                 continue
-            first[key.tag, key.value] = self.lines[inside] = line
+            first[key.tag, key.value] = line
+            self.lines.setdefault(inside, line)
             self.visit(value, inside)
         # What stands here takes the place of what is merged in.
         for value in merged:

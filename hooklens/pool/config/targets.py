@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hooklens.arguments import is_function, read_text, refusal, show
-from hooklens.errors import suggest_names
+from hooklens.arguments import is_function, read_text, reads, refusal, show
+from hooklens.errors import HookLensError, suggest_names
 from hooklens.pool.errors import PoolError
 
 Kind = Literal["pool", "backbone_pool", "checkpoint", "adapter", "tokenizer", "registered"]
@@ -64,6 +64,13 @@ class Target:
     function: Callable[..., Any] | None = None
 
 
+def _read_maker(given: object, *, what: str, error: type[HookLensError]) -> Any:
+    if is_function(given) or isinstance(given, type):
+        return given
+    raise refusal(given, what, "a function or class", error)
+
+
+@reads(PoolError, name=read_text, function=_read_maker)
 def register_target(name: str, function: Callable[..., Any]) -> None:
     """Let configurations name a function of yours: `_target_: NAME` in a model's entry calls it.
 
@@ -78,9 +85,6 @@ def register_target(name: str, function: Callable[..., Any]) -> None:
     Raises:
         PoolError: a name that stands for something already, or no function or class.
     """
-    name = read_text(name, what="name", error=PoolError)
-    if not (is_function(function) or isinstance(function, type)):
-        raise refusal(function, "function", "a function or class", PoolError)
     if _find_known(name) is not None:
         raise PoolError(f"name is {name!r}, which stands for what it says already; register another name")
     _registered[name] = function
