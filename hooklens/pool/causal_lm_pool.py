@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hooklens.arguments import optional, read_flag, read_int, read_path, reads, refusal, require
+from hooklens.arguments import optional, read_flag, read_int, read_path, read_text, reads, refusal, require
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names, warn_caller
 from hooklens.optional import import_package
@@ -83,10 +83,17 @@ class CausalLMPool:
         >>> pool.model_names
         ['other']
         >>> pool.load_model("other", dtype="float32").cfg.n_layers
-        2
+        4
     """
 
-    @reads(PoolError, max_loaded=partial(read_int, least=0))
+    @reads(
+        PoolError,
+        enable_lazy_loading=read_flag,
+        max_loaded=partial(read_int, least=0),
+        _recursive_=optional(read_flag),
+        _usage_=optional(read_text),
+        _version_=optional(read_text),
+    )
     def __init__(
         self,
         models: Any,
@@ -249,7 +256,7 @@ class CausalLMPool:
             )
         write_yaml(Path(path), config)
 
-    @reads(PoolError)
+    @reads(PoolError, model_name=read_text)
     def add_model(self, model_name: str, model_or_config: Any) -> None:
         """Add a model: a path or hub name, a mapping of arguments, or a model in memory.
 

@@ -221,7 +221,7 @@ def test_paths_and_mappings_that_are_no_names(family: Path, monkeypatch: pytest.
     # `math` in the working directory is not looked at: the pool has that name.
     for given in (path, str(path), "./math", mapping):
         assert torch.equal(pool.load_model(given)(TOKENS), expected)
-    assert pool.load_model("bundled:tiny-falcon").cfg.n_layers == 2
+    assert pool.load_model("bundled:tiny-falcon").cfg.n_layers == 4
     for wrong in (3, None, ["math"], HookedCausalLM):
         with pytest.raises(InputError, match="expected a name of the pool, a path, or a mapping of arguments"):
             pool.load_model(wrong)
@@ -286,8 +286,8 @@ def test_adding_models(family: Path) -> None:
     assert torch.equal(pool.load_model("memory")(TOKENS), pool.load_model("a")(TOKENS))
     for name, entry, found in (
         ("a", "x", "the pool has a model 'a' already"),
-        ("", "x", "its name is ''"),
-        (3, "x", "its name is 3"),
+        ("", "x", "model_name is '', expected a text"),
+        (3, "x", "model_name is 3, expected a text"),
         ("b", 3, r"models\.b is 3"),
         ("b", {"_target_": "os.system"}, "which a configuration cannot ask for"),
     ):
@@ -413,7 +413,7 @@ def test_what_a_pool_refuses(arguments: dict[str, Any], found: str) -> None:
 
 
 def test_misspelt_keywords() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tokeniser'.*Did you mean 'tokenizer'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'tokeniser'.*Did you mean 'tokenizer'"):
         CausalLMPool({}, tokeniser="x")  # type: ignore[call-arg]
     with pytest.raises(PoolError, match="a file goes to from_yaml"):
         CausalLMPool.from_config("pool.yaml")  # type: ignore[arg-type]
