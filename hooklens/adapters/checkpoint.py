@@ -17,7 +17,7 @@ from hooklens.adapters.files.companions import read_generation_config, read_tran
 from hooklens.adapters.files.disk import read_json
 from hooklens.adapters.files.tokenizer_files import load_tokenizer
 from hooklens.adapters.formats import OpenedModel
-from hooklens.adapters.kept import QuantisedWeight
+from hooklens.adapters.kept import Kept
 from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, OldFiles, Repository, open_files
 from hooklens.adapters.wrapping import unwrap_config
 from hooklens.arguments import show
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def kept_tensors(
         self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
-    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | Kept]]:
         """The same, but for the weights of linear maps that are quantised: these as they are stored.
 
         Args:
