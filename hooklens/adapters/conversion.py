@@ -21,7 +21,7 @@ from hooklens.adapters.rules import DiskShapes, RowPieces, is_stacked
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import CheckpointError, InputError, join_names, warn_caller
-from hooklens.weights.layout import stored_view
+from hooklens.weights.layout import view_to_hold
 from hooklens.weights.names import bare_names
 from hooklens.weights.shapes import weight_shapes
 
@@ -205,15 +205,14 @@ class HubModel:
             yield "unembed.W_U", loaded[0].T
 
     def _is_copied(self, bound: BoundRule) -> bool:
-        """Whether the tensors cannot be parameters as they lie: are split, stacked, or stored the other way round."""
+        """Whether the tensors cannot be parameters as they lie: split or stacked, or read by no matrix product."""
         if len(bound.ours) != 1 or is_stacked(bound.rule) or isinstance(bound.rule, RowPieces):
             return True
         if bound.rule.hub not in self._copied:
             header = self._source.header(self._stored_names[bound.hubs[0]])
             weight = self.cfg.description.weights[bound.rule.ours[0].format(i=bound.source_layer)]
             (loaded,) = bound.rule.load(torch.empty(header.shape, device="meta"), self.cfg)
-            stored = stored_view(loaded, weight.stored, weight.axes)
-            self._copied[bound.rule.hub] = not stored.is_contiguous()
+            self._copied[bound.rule.hub] = view_to_hold(loaded, weight.stored, weight.axes) is None
         return self._copied[bound.rule.hub]
 
     def _read(self, name: str, *, apart: bool) -> Tensor:

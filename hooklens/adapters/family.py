@@ -16,7 +16,6 @@ from hooklens.adapters.rules import Copy, WeightRule, is_stacked, parameters_bes
 from hooklens.config import HookedConfig, Origin
 from hooklens.config.combinations import BY_LAYER
 from hooklens.errors import ConfigError, UnsupportedModelError
-from hooklens.weights.memory import empty_pages
 
 Config = Mapping[str, Any]
 _MLP_OUT = "blocks.{i}.mlp.W_out"
@@ -65,9 +64,7 @@ def _stack(pieces: Sequence[Tensor]) -> Tensor:
     axes = range(pieces[0].ndim)
     order = sorted(axes, key=pieces[0].stride, reverse=True)
     turned = [piece.permute(order) for piece in pieces]
-    stacked = empty_pages((len(pieces), *turned[0].shape), turned[0].dtype)
-    torch.stack(turned, out=stacked)
-    return stacked.permute(0, *(1 + order.index(axis) for axis in axes))
+    return torch.stack(turned).permute(0, *(1 + order.index(axis) for axis in axes))
 
 
 def _shape_in(cfg: HookedConfig, rule: WeightRule, layer: int) -> tuple[int, ...] | None:

@@ -118,8 +118,16 @@ class Fused:
     part: str | None = None
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
-        """The parameters, views where the pattern allows."""
-        return _rearrange(tensor, self.pattern, cfg, s=len(self.ours), b=self.blocks).unbind()
+        """The parameters, views where the pattern allows; else copies that keep the order of the entries on disk."""
+        disk, logical = (side.strip() for side in self.pattern.split("->"))
+        apart = logical.replace("(", "").replace(")", "")
+        sizes = {"s": len(self.ours), "b": self.blocks}
+        pieces = _rearrange(tensor, f"{disk} -> {apart}", cfg, **sizes).unbind()
+        if apart == logical:
+            return pieces
+        merge = f"{apart.removeprefix('s ')} -> {logical.removeprefix('s ')}"
+        # Axes that are merged follow each other in a copy, whose entries lie in the order of the piece's.
+        return tuple(rearrange(piece.clone(), merge) for piece in pieces)
 
     def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """Put the parameters back into one tensor."""

@@ -138,7 +138,8 @@ class CheckpointMethods:
             UnsupportedModelError: the architecture, or a value in its config, is not implemented.
         """
         cfg, state = read_hf_model(hf_model)
-        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=find_place(state, cfg))
+        place = find_place(state, cfg)
+        model = build_from_tensors(cls, cfg, state.items(), tokenizer=tokenizer, device=place, by_columns=True)
         model.generation_config = read_hf_generation_config(hf_model)
         _settle_sharing(model.as_decoder(), hf_model, share=share)
         return model

@@ -217,6 +217,7 @@ class LoadingMethods:
             tokenizer=checkpoint.load_tokenizer() if tokenizer is None else tokenizer,
             device=place,
             dtype=made_in,
+            by_columns=True,
         )
         model.transforms = checkpoint.transforms
         model.generation_config = dict(checkpoint.generation_config)
@@ -316,6 +317,7 @@ def build_from_tensors(
     tokenizer: Tokenizer | None,
     device: torch.device | str | Placement,
     dtype: torch.dtype | None = None,
+    by_columns: bool = False,
 ) -> Model:
     """A model of a class from its weights, read one after another.
 
@@ -326,13 +328,14 @@ def build_from_tensors(
         tokenizer: of the model.
         device: where to put the weights, all of them or each part.
         dtype: of the weights; None: their own.
+        by_columns: see `fill_parameters`.
     """
     with torch.device("meta"):
         model = kind(cfg, tokenizer)  # type: ignore[call-arg]
     assert isinstance(model, Decoder)
     # Also what the tensors are made of is read here.
     with torch.inference_mode(mode=False):
-        fill_parameters(model, tensors, device=device, dtype=dtype)
+        fill_parameters(model, tensors, device=device, dtype=dtype, by_columns=by_columns)
         if isinstance(device, Placement):
             model.settle_placement(device)
     return model

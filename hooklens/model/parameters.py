@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
-from hooklens.model.placing import Placing, run_ahead
-from hooklens.weights.layout import logical_view, to_stored
+from hooklens.weights.layout import hold, logical_view, to_stored
 from hooklens.weights.names import bare_names
 from hooklens.weights.quantised import is_quantised_tensor
 
@@ -59,6 +58,7 @@ def fill_parameters(
     *,
     device: "torch.device | str | Placement" = "cpu",
     dtype: torch.dtype | None = None,
+    by_columns: bool = False,
 ) -> None:
     """Put tensors in the place of a network's parameters, one after another.
 
@@ -71,6 +71,8 @@ def fill_parameters(
             whose weight it has the name of: one of the same call that is quantised, and lies where it is to be.
         device: where to put them.
         dtype: of the weights; None: their own.
+        by_columns: weights that lie by columns become parameters as they lie. Else all parameters lie by rows: two
+            networks of equal weights compute equal numbers then, to the last bit, wherever the weights came from.
 
     Raises:
         CheckpointError: a name the network does not have, a wrong shape, or a parameter left without tensor.
@@ -80,28 +82,29 @@ def fill_parameters(
     missing = set(declared)
     modules = dict(decoder.named_modules())
 
-    def place() -> Iterator[tuple[DeclaredWeight, Placing]]:
-        for name, given in tensors:
-            if name == _TIED and name not in declared:
-                continue
-            weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
-            if weight is None:
-                raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
-            if isinstance(given, nn.Module):
-                path = weight.parameter.rpartition(".")[0]
-                modules[path] = _replace_map(decoder, path, given)
-                missing.discard(weight.name)
-                continue
-            wanted = weight.stored_shape if is_stored else weight.shape
-            if tuple(given.shape) != wanted:
-                raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
-            where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
-            yield weight, Placing(given.detach(), None if is_stored else weight, where, dtype)
-
-    for weight, placed in run_ahead(place()):
+    for name, given in tensors:
+        if name == _TIED and name not in declared:
+            continue
+        weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
+        if weight is None:
+            raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
         path, _, held_as = weight.parameter.rpartition(".")
-        modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
         missing.discard(weight.name)
+        if isinstance(given, nn.Module):
+            modules[path] = _replace_map(decoder, path, given)
+            continue
+        wanted = weight.stored_shape if is_stored else weight.shape
+        if tuple(given.shape) != wanted:
+            raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
+        where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
+        placed = given.detach().to(device=where, dtype=dtype)
+        if placed.is_inference():
+            placed = placed.clone()
+        if not is_stored:
+            placed = (hold if by_columns else to_stored)(placed, weight.stored, weight.axes)
+        elif not placed.is_contiguous():
+            placed = placed.contiguous()
+        modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
 

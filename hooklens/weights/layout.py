@@ -6,7 +6,6 @@ heads. A stored axis may hold several logical ones merged: `W_Q`, logically `[he
 of the stored one, never a copy.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -14,12 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.weights.memory import HUGE_PAGE, empty_pages
-
 Layout = tuple[tuple[str, ...], ...]
 """The stored axes, each with the logical axes merged in it."""
-
-_FEWEST_ROWS = 64
 
 
 def parse_stored(text: str) -> Layout:
@@ -75,52 +70,46 @@ def stored_view(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str
 
 
 def to_stored(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str]) -> Float[Tensor, "..."]:
-    """A logical weight as it is stored, contiguous: a view where it lies so, else a copy, made fast."""
-    ordered = in_order(weight, layout, axes)
-    if ordered.is_contiguous():
-        return stored_view(weight, layout, axes)
-    sizes = dict(zip(axes, weight.shape, strict=True))
-    shape = [math.prod(sizes[axis] for axis in group) for group in layout]
-    with contextlib.suppress(RuntimeError):
-        # Merged where that is a view: fewer and larger matrices.
-        ordered = ordered.view(shape)
-    return as_contiguous(ordered).view(shape)
+    """A logical weight as it is stored, contiguous: a view where it lies so, else a copy."""
+    return stored_view(weight, layout, axes).contiguous()
 
 
-def as_contiguous(stored: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The same tensor in contiguous memory; itself where it lies so.
+def hold(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str]) -> Float[Tensor, "..."]:
+    """A logical weight as it is stored, by rows or by columns: a view where its memory can be a parameter's.
 
-    A matrix that lies the other way round is turned in blocks that the cache holds. torch does so only with a whole
-    matrix; of rows or columns of one it would take entry by entry, several times as slow.
+    A copy keeps the order in which the entries lie, so that rows are copied as rows: none is turned.
     """
-    if not is_turned(stored):
-        return stored.contiguous()
-    made = empty_pages(stored.shape, stored.dtype)
-    n_columns = stored.shape[-1]
-    n_held = HUGE_PAGE // stored.element_size()
-    n_rows = min(max(n_held // n_columns, _FEWEST_ROWS), stored.shape[-2])
-    held = empty_pages([max(n_rows * n_columns, n_held)], stored.dtype)
-    matrices = stored.flatten(0, -3) if stored.ndim > 2 else [stored]
-    for matrix, into in zip(matrices, made.view(-1, *made.shape[-2:]), strict=True):
-        _turn(matrix, into, held, n_rows)
-    return made
+    held = view_to_hold(weight, layout, axes)
+    if held is None:
+        held = view_to_hold(weight.clone(), layout, axes)
+    return to_stored(weight, layout, axes) if held is None else held
 
 
-def is_turned(stored: Float[Tensor, "..."]) -> bool:
-    """Whether it is a large tensor on the host whose rows do not lie in one piece each, so that copying it is slow."""
-    is_plain = type(stored) is Tensor and stored.is_cpu and not stored.requires_grad
-    return is_plain and stored.nbytes >= HUGE_PAGE and stored.ndim > 1 and stored.stride(-1) != 1
+def view_to_hold(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str]) -> Float[Tensor, "..."] | None:
+    """A logical weight as it is stored, without a copy, if that can be a parameter; else None."""
+    sizes = dict(zip(axes, weight.shape, strict=True))
+    try:
+        stored = in_order(weight, layout, axes).view([math.prod(sizes[axis] for axis in group) for group in layout])
+    except RuntimeError:
+        # Axes that are merged do not follow each other in memory.
+        return None
+    return stored if can_be_held(stored) else None
 
 
-def _turn(stored: Tensor, made: Tensor, held: Tensor, n_rows: int) -> None:
-    """Copy a matrix that lies by columns to where it lies by rows, so many rows at a time."""
-    if stored.T.is_contiguous():
-        made.copy_(stored)
-        return
-    for rows, into in zip(torch.split(stored, n_rows), torch.split(made, n_rows), strict=True):
-        # By rows of what lies there, then as a whole matrix.
-        columns = held[: rows.numel()].view(rows.shape[1], rows.shape[0])
-        into.copy_(columns.copy_(rows.T).T)
+def can_be_held(stored: Float[Tensor, "..."]) -> bool:
+    """Whether a tensor can be a parameter as it lies in memory, by rows or by columns.
+
+    Its entries fill their memory without gaps: PyTorch's fused optimizers go through a parameter's memory from its
+    first entry on, whatever its strides, and would change what lies between. And a matrix has one axis of stride 1, as
+    matrix products read it without a copy.
+    """
+    strides = [(stride, size) for stride, size in zip(stored.stride(), stored.shape, strict=True) if size != 1]
+    filled = 1
+    for stride, size in sorted(strides):
+        if stride != filled:
+            return False
+        filled *= size
+    return stored.ndim < 2 or 1 in stored.shape[-2:] or 1 in stored.stride()[-2:]
 
 
 def lay_out(weight: Float[Tensor, "..."], layout: Layout, axes: Sequence[str]) -> Float[Tensor, "..."]:

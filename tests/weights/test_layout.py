@@ -8,8 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.weights import layout as module
-from hooklens.weights.layout import as_contiguous, lay_out, logical_view, parse_stored, stored_view, to_stored
+from hooklens.weights.layout import (
+    can_be_held,
+    hold,
+    lay_out,
+    logical_view,
+    parse_stored,
+    stored_view,
+    to_stored,
+    view_to_hold,
+)
 from tests.model.networks import ALL_CONFIGS
 
 LETTERS = ("a", "b", "c", "d")
@@ -175,13 +183,6 @@ def test_sizes_that_do_not_divide_the_stored_axis_are_refused():
         logical_view(torch.randn(6, 5), parse_stored("(head d_head) d_model"), ["head", "d_model", "d_head"], (4, 5, 1))
 
 
-@pytest.fixture
-def small_pages(monkeypatch):
-    """Tensors of a few entries are copied as large ones are."""
-    monkeypatch.setattr(module, "HUGE_PAGE", 256)
-    monkeypatch.setattr(module, "_FEWEST_ROWS", 3)
-
-
 # What rules of checkpoints make: whole matrices the other way round, columns and every other column of larger ones,
 # stacks of them, rows of each group.
 LYING = {
@@ -201,32 +202,52 @@ LYING = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+# Whose entries fill their memory, with rows or columns in one piece each.
+HELD = {"turned", "turned in a stack", "stacks of stacks", "none", "contiguous"}
+
+
 @pytest.mark.parametrize("lying", LYING)
-@pytest.mark.usefixtures("small_pages")
-def test_as_contiguous(lying, dtype):
-    tensor = torch.randint(0, 200, (4, 17, 22), generator=torch.Generator().manual_seed(0)).to(dtype)
-    given = LYING[lying](tensor)
-    made = as_contiguous(given)
-    assert made.is_contiguous()
+def test_what_can_be_held_as_it_lies(lying):
+    given = LYING[lying](torch.randn(4, 17, 22))
+    assert can_be_held(given) == (lying in HELD)
+
+
+@pytest.mark.parametrize("lying", LYING)
+def test_a_copy_keeps_the_order_of_entries_where_a_matrix_product_reads_it(lying):
+    given = LYING[lying](torch.randint(0, 200, (4, 17, 22)).float())
+    axes = [f"a{i}" for i in range(given.ndim)]
+    made = hold(given, tuple((axis,) for axis in axes), axes)
     assert torch.equal(made, given)
-    assert (made is given or made.data_ptr() == given.data_ptr()) == given.is_contiguous() or not given.numel()
+    assert can_be_held(made)
+    assert (made.data_ptr() == given.data_ptr()) == (lying in HELD)
+    if lying not in {"reversed order", "every other column", "one column", "a vector"}:
+        assert (made.stride(-1) == 1) == (given.stride(-1) == 1)
+    assert lying != "every other column" or made.stride() == (1, 11)
 
 
-def test_as_contiguous_of_what_is_larger_than_a_block():
-    """Pages of their own, and several blocks, the last of them smaller."""
-    fused = torch.randn(1100, 3 * 900)
-    given = fused[:, 900:1800].T
-    made = as_contiguous(given)
-    assert made.is_contiguous()
-    assert torch.equal(made, given)
-
-
-@pytest.mark.usefixtures("small_pages")
-def test_as_contiguous_is_differentiable_where_gradients_are_asked_for():
+def test_hold_is_differentiable():
     weight = torch.randn(30, 40, requires_grad=True)
-    (as_contiguous(weight.T) * 2).sum().backward()
-    assert torch.equal(weight.grad, torch.full_like(weight, 2.0))
+    (hold(weight[:, :20].T, (("a",), ("b",)), ["a", "b"]) * 2).sum().backward()
+    assert torch.equal(weight.grad, torch.cat([torch.full((30, 20), 2.0), torch.zeros(30, 20)], 1))
+
+
+@pytest.mark.parametrize("lying", LYING)
+def test_fused_optimizers_change_what_is_held_and_nothing_else(lying):
+    """Held as it lies, a part of a larger tensor is trained wrong in silence, and its neighbours with it."""
+    whole = torch.randn(4, 17, 22)
+    given = LYING[lying](whole)
+    axes = [f"a{i}" for i in range(given.ndim)]
+    parameter = torch.nn.Parameter(hold(given, tuple((axis,) for axis in axes), axes))
+    plain = torch.nn.Parameter(given.clone(memory_format=torch.contiguous_format))
+    before, is_own = whole.clone(), parameter.data_ptr() != given.data_ptr()
+    for one, options in ((parameter, {"fused": True}), (plain, {"foreach": False})):
+        optimizer = torch.optim.AdamW([one], lr=0.1, **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (one * torch.linspace(-1, 1, one.numel()).view(one.shape)).pow(2).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(parameter, plain)
+    assert torch.equal(whole, before) == (is_own or not given.numel())
 
 
 @given(layouts(), st.integers(0, 23))
@@ -239,3 +260,16 @@ def test_to_stored_is_the_stored_view_made_contiguous(drawn, seed):
     assert torch.equal(found, stored_view(weight, layout, axes))
     logical = logical_view(found, layout, axes, sizes)
     assert to_stored(logical, layout, axes).data_ptr() == found.data_ptr()
+
+
+@given(layouts(), st.integers(0, 23))
+def test_hold_is_the_stored_view_as_a_parameter_can_hold_it(drawn, seed):
+    axes, sizes, text = drawn
+    weight = strided(sizes, seed)
+    layout = parse_stored(text)
+    found = hold(weight, layout, axes)
+    assert can_be_held(found)
+    assert torch.equal(found, stored_view(weight, layout, axes))
+    assert (view_to_hold(weight, layout, axes) is None) == (found.data_ptr() != weight.data_ptr())
+    logical = logical_view(found, layout, axes, sizes)
+    assert hold(logical, layout, axes).data_ptr() == found.data_ptr()

@@ -93,7 +93,7 @@ class PublishedWeights:
             )
         dtype = checkpoint.dtype if self._dtype is None else self._dtype
         with torch.inference_mode(mode=False):
-            fill_parameters(model, checkpoint.tensors(), device=self._device, dtype=dtype)
+            fill_parameters(model, checkpoint.tensors(), device=self._device, dtype=dtype, by_columns=True)
         model.transforms = checkpoint.transforms
         model.generation_config = dict(checkpoint.generation_config)
         return model
