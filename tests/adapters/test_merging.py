@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hooklens import HookedCausalLM
+from hooklens.adapters import export
+from hooklens.adapters import merging as folders
 from hooklens.adapters.files import pieces
 from hooklens.errors import CheckpointError, InputError, UnsupportedModelError
 from hooklens.weights import merging
@@ -151,6 +153,16 @@ def test_what_stands_beside_the_weights_is_the_base_s(llama, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names.isdisjoint({"model-00001-of-00002.safetensors", "vocab.txt"})
     assert {"model.safetensors", "README.md"} <= names
+
+
+def test_large_models_are_written_in_several_files(llama, tmp_path, monkeypatch):
+    """As save_pretrained splits them; files in the middle of which another one is begun, too."""
+    _, *models = llama.folders
+    monkeypatch.setattr(folders, "plan_shards", lambda outlines, _: export.plan_shards(outlines, "30KB"))
+    merging.simple_average(models, out=tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    llama.check(tmp_path, llama.whole[1:].mean(0))
 
 
 def test_writing_into_the_folder_of_a_model_is_safe(llama, tmp_path):
@@ -301,6 +313,8 @@ def test_an_interrupt_leaves_nothing(llama, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal
+from hooklens.adapters import export
+from hooklens.adapters import merging as folders
 from hooklens.adapters.files import pieces
 from hooklens.weights import merging
 write, left = pieces.PiecesFile.write, iter(range(7))

@@ -19,15 +19,17 @@ SHAPE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
 MERGE = """
     import json, re, time
     from pathlib import Path
-    import hooklens
+    import huggingface_hub, tqdm.auto
+    import hooklens.causal_lm.merging
     from hooklens.weights import merging
+    from hooklens.weights.merging.kinds import open_operand
 
     def resident(which):
         # Not ru_maxrss: a process starts with that of the one it was forked from.
         return int(re.search(which + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-    # A merge of small models first: what the interpreter and its packages take is not the merge's.
-    merging.{method}({small!r}, [{small!r}], out={out!r} + "-small", progress=False)
+    # A small model is opened first: what the interpreter and its packages take is not the merge's.
+    open_operand({small!r}, "small")
     before, start = resident("VmRSS"), time.monotonic()
     # Pages of mapped files count, too, while they are mapped. The peak so far is forgotten (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")

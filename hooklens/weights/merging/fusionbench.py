@@ -95,6 +95,16 @@ def dare(
     return merged
 
 
+def cast(state: State, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The floating-point tensors in a dtype, as models are loaded in; those that share memory share it again."""
+    same = shared_names(state)
+    made: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        is_cast = dtype is not None and tensor.is_floating_point()
+        made[name] = made[same[name]] if name in same else tensor.to(dtype) if is_cast else tensor
+    return made
+
+
 def _average(tensors: Sequence[Tensor]) -> Tensor:
     first, *others = tensors
     if not first.is_floating_point():

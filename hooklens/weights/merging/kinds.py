@@ -145,6 +145,11 @@ class StateDict:
                 f"{label} holds what is no plain tensor (none at all, quantised, or without values) under "
                 f"{join_names(wrong, limit=5)}; expected plain tensors by name"
             )
+        if processed := getattr(given, "transforms", ()):
+            raise InputError(
+                f"{label}: its weights have been processed ({', '.join(processed)}), each model's in its own way, so "
+                "that merging them means nothing"
+            )
         # What a lazy mapping has read is gone by now, and its memory may be another tensor's.
         self._same = shared_names(given) if isinstance(given, dict) else {}
 

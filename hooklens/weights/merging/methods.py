@@ -90,7 +90,8 @@ def simple_average(
         models: all in one form: tensors by name, checkpoint folders (or names on the hub), or `HookedCausalLM`s. What
             comes back is of that form. Sums are taken in float64.
         out: the folder to write, of a merge of folders, where it has to be given.
-        dtype: of what comes back; None: of each weight that of the first model.
+        dtype: of what comes back; None: of each weight that of the first model. With `compat` models are brought to it
+            before they are merged, as that library loads them.
         compat: `"fusionbench"`: the numbers of FusionBench 0.2, bit for bit; see `fusionbench`.
         progress: show a bar where it takes long.
 
@@ -353,7 +354,7 @@ def _merge(
         operands = Operands.of(given, labels, bar.update)
         first = operands.models[0]
         first.check_target(target)
-        bar.reset(total=n_reads * operands.n_entries)
+        bar.total = n_reads * operands.n_entries
         return first.build(operands.merged(recipe, target.dtype), target)
 
 
@@ -380,7 +381,6 @@ def _merge_as_there(base: Any, models: Sequence[Any], merge: fusionbench.Merge, 
     first = operands.models[0]
     first.check_target(target)
     with torch.no_grad():
-        states = [operand.transformers_state() for operand in operands.models]
+        states = [fusionbench.cast(operand.transformers_state(), target.dtype) for operand in operands.models]
         merged = merge(states) if base is None else merge(states[1:], states[0])
-        made = {name: one if target.dtype is None else one.to(target.dtype) for name, one in merged.items()}
-        return first.build_transformers(made, target)
+        return first.build_transformers(merged, target)

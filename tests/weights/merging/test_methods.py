@@ -82,6 +82,19 @@ def test_ties_merging_trims_over_all_weights_together(density, agreement):
     torch.testing.assert_close(flat(found), flat(BASE) + 0.7 * expected, **CLOSE)
 
 
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+def test_one_tensor_is_merged_as_peft_merges_adapters(density):
+    """Of one tensor the largest entries of all are the largest of each; drawn numbers have no equal sizes."""
+    theirs = pytest.importorskip("peft.utils.merge_utils")
+    tasks = list(torch.randn(3, 30, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    base, models = {"w": torch.zeros(30, 20, dtype=torch.float64)}, [{"w": task} for task in tasks]
+    ones = torch.ones(3, dtype=torch.float64)
+    found = merging.ties_merging(base, models, density=density)["w"]
+    torch.testing.assert_close(found, theirs.ties(tasks, ones, density), **CLOSE)
+    found = merging.task_arithmetic(base, models, scaling_factor=0.7)["w"]
+    torch.testing.assert_close(found, theirs.task_arithmetic(tasks, 0.7 * ones), **CLOSE)
+
+
 def test_dare_draws_each_weight_of_each_model_by_itself():
     found = merging.dare(BASE, MODELS, sparsity=0.5, scaling_factor=1.0, seed=3)
     backwards = [{name: model[name] for name in reversed(SHAPES)} for model in MODELS]
