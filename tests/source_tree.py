@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "axes", "arguments", "optional", "precision", "files"),
-    ("config", "hooks"),
+    ("config", "hooks", "figures"),
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),

@@ -143,6 +143,24 @@ class Checkpoint:
             )
         return self._model.kept_tensors(layers, n_ctx=n_ctx)
 
+    def plain_model(self) -> HubModel:
+        """The model as its files hold it, tensor by tensor under the family's names on disk.
+
+        Raises:
+            UnsupportedModelError: its weights are quantised, it is in an old format, or lies inside of another model.
+        """
+        model, rest = self._model, "load it with HookedCausalLM.from_pretrained, and save_pretrained a plain checkpoint"
+        if not isinstance(model, HubModel):
+            raise UnsupportedModelError(f"{self.folder}: is in an old format, which is only read: {rest}")
+        config = read_json(self.folder / "config.json")
+        if import_package(_QUANTISED).read_quantisation(config, where=str(self.folder))[1] is not None:
+            raise UnsupportedModelError(f"{self.folder}: its weights are quantised: {rest} of what they stand for")
+        if model.is_wrapped:
+            raise UnsupportedModelError(
+                f"{self.folder}: holds a language model inside of one that also sees or hears: {rest} of it alone"
+            )
+        return model
+
     def config_for(self, layers: Sequence[int] | None, *, n_ctx: int | None = None) -> HookedConfig:
         """The config of the model that `tensors(layers, n_ctx=n_ctx)` fills.
 

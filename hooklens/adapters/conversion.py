@@ -91,6 +91,7 @@ class HubModel:
     Attributes:
         cfg: the network. What the config leaves to the tensors (a tied unembedding that is not, biases of some maps
             only) is settled as transformers settles it.
+        is_wrapped: it lies inside of a model that also sees or hears.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class HubModel:
         self._source = source
         whole, config = config, unwrap_config(config, load_families()) if family is None else config
         self._family = find_family(config, load_families(), where=where) if family is None else family
-        is_wrapped = config is not whole
+        self.is_wrapped = is_wrapped = config is not whole
         inside, others = unwrap_names(source.names()) if is_wrapped else ({name: name for name in source.names()}, [])
         mapped = map_names(self._family, inside, where=where)
         self._stored_names = {name: inside[stored] for name, stored in mapped.items()}
@@ -164,6 +165,23 @@ class HubModel:
         cfg = config_of_length(self.cfg, n_ctx)
         kept = KeptMaps(self._bound, self._source, self._stored_names, self.cfg, where=self._where)
         return self._iterate_kept(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg, kept)
+
+    @property
+    def family(self) -> str:
+        """The name of the family that it is of."""
+        return self._family.name
+
+    def headers(self) -> dict[str, TensorHeader]:
+        """The tensors that hold its weights, each once, under the family's names on disk in the network's order."""
+        return {name: self._source.header(self._stored_names[name]) for bound in self._bound for name in bound.hubs}
+
+    def read_stored(self, name: str) -> Tensor:
+        """A tensor as the files hold it, in memory that does not outlive it.
+
+        Args:
+            name: one of `headers()`.
+        """
+        return self._source.read(self._stored_names[name], apart=True)
 
     def _iterate_kept(
         self, layers: Sequence[int] | None, cfg: HookedConfig, kept: KeptMaps

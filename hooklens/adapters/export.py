@@ -20,8 +20,10 @@ from hooklens.errors import CheckpointError
 from hooklens.optional import import_package
 from hooklens.tokens import Tokenizer
 
-_INDEX = "model.safetensors.index.json"
-_ALWAYS_REPLACED = ("model*.safetensors", _INDEX, GENERATION, RECORD)
+INDEX = "model.safetensors.index.json"
+"""The file that says which of several files a tensor is in."""
+ALWAYS_REPLACED = ("model*.safetensors", INDEX, GENERATION, RECORD)
+"""Patterns of the files of an older checkpoint of which none may stay beside a newer one."""
 
 
 def write_checkpoint(
@@ -56,6 +58,33 @@ def write_checkpoint(
         CheckpointError: the state is not that of `cfg`, or `folder` is a file, holds an adapter, or cannot be written.
     """
     folder = Path(folder)
+    check_folder(folder)
+    layout = HubLayout(cfg, state, transforms=transforms)
+    main_dtype = state["embed.W_E"].dtype if dtype is None else dtype
+    config = with_dtype(layout.config, str(main_dtype).removeprefix("torch."))
+    plan = plan_shards(
+        {name: (dtype or layout.dtype(name), layout.shape(name)) for name in layout.names()}, max_shard_size
+    )
+    with_tokenizer = can_be_written(tokenizer)
+    stale = (*ALWAYS_REPLACED, *TOKENIZER_FILES) if with_tokenizer else ALWAYS_REPLACED
+    with replace_files(folder, stale=stale) as new:
+        for file, names in plan.filename_to_tensors.items():
+            _write_shard(new / file, layout, names, dtype)
+        if plan.is_sharded:
+            write_json(new / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(new / "config.json", config)
+        write_transforms(new, transforms)
+        write_generation_config(new, generation_config or {})
+        if with_tokenizer:
+            tokenizer.save_pretrained(str(new))  # type: ignore[union-attr]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write a checkpoint where transformers would not read it as one.
+
+    Raises:
+        CheckpointError: it is a file, or a folder with an adapter.
+    """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; expected a folder to save into")
     if (folder / "adapter_config.json").exists():
@@ -63,31 +92,21 @@ def write_checkpoint(
             f"{folder}: holds a PEFT adapter (adapter_config.json), which transformers would put on what is saved "
             "here; save into another folder"
         )
-    layout = HubLayout(cfg, state, transforms=transforms)
-    main_dtype = state["embed.W_E"].dtype if dtype is None else dtype
-    config = with_dtype(layout.config, str(main_dtype).removeprefix("torch."))
-    plan = import_package("huggingface_hub").split_torch_state_dict_into_shards(
-        {name: _outline(layout, name, dtype) for name in layout.names()},
+
+
+def plan_shards(outlines: Mapping[str, tuple[torch.dtype, Sequence[int]]], max_shard_size: int | str) -> Any:
+    """Which file each tensor goes to, as huggingface_hub plans it.
+
+    Args:
+        outlines: dtype and shape of each tensor, in the order of the network.
+        max_shard_size: bytes, or `"5GB"`.
+    """
+    return import_package("huggingface_hub").split_torch_state_dict_into_shards(
+        # Tensors without storage are enough.
+        {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, (dtype, shape) in outlines.items()},
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    with_tokenizer = can_be_written(tokenizer)
-    stale = (*_ALWAYS_REPLACED, *TOKENIZER_FILES) if with_tokenizer else _ALWAYS_REPLACED
-    with replace_files(folder, stale=stale) as new:
-        for file, names in plan.filename_to_tensors.items():
-            _write_shard(new / file, layout, names, dtype)
-        if plan.is_sharded:
-            _write_json(new / _INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-        _write_json(new / "config.json", config)
-        write_transforms(new, transforms)
-        write_generation_config(new, generation_config or {})
-        if with_tokenizer:
-            tokenizer.save_pretrained(str(new))  # type: ignore[union-attr]
-
-
-def _outline(layout: HubLayout, name: str, dtype: torch.dtype | None) -> Tensor:
-    """A tensor without storage: enough to plan the shards."""
-    return torch.empty(layout.shape(name), dtype=dtype or layout.dtype(name), device="meta")
 
 
 def _write_shard(path: Path, layout: HubLayout, names: list[str], dtype: torch.dtype | None) -> None:
@@ -108,5 +127,6 @@ def _write_shard(path: Path, layout: HubLayout, names: list[str], dtype: torch.d
         raise OSError(str(error)) from error
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON object, keys sorted."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

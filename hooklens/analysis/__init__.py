@@ -6,6 +6,7 @@
 - `heads`: which heads attend to the previous token, to duplicates, or as induction heads do;
 - `targets`: where such a head attends;
 - `circuits`: what weights read and write, in words of the vocabulary;
+- `task_vectors`: what fine-tuning changed in the weights, in words of the vocabulary;
 - `copying`: which heads raise the logit of the token that they attend to;
 - `sanity`: losses and tasks that tell whether a model works at all.
 
@@ -13,7 +14,18 @@ Each module opens with its method: the formula, the paper, and how to read the n
 own tokens everywhere: -1 is its last token, and padding has none.
 """
 
-from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources, targets
+from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources, targets, task_vectors
 from hooklens.analysis.reading.connection import connect_cache
 
-__all__ = ["attribution", "circuits", "connect_cache", "copying", "heads", "lens", "sanity", "sources", "targets"]
+__all__ = [
+    "attribution",
+    "circuits",
+    "connect_cache",
+    "copying",
+    "heads",
+    "lens",
+    "sanity",
+    "sources",
+    "targets",
+    "task_vectors",
+]

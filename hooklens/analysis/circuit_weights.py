@@ -36,7 +36,7 @@ def ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
         reads = fold_norm(block.ln1, block.attn.W_DKV) @ fold_norm(block.attn.kv_latent_norm, block.attn.W_UV[head])
     else:
         reads = fold_norm(block.ln1, block.attn.W_V[_kv_head(model, head)])
-    writes = _behind_norm(block.ln1_post, widen(block.attn.W_O[head]))
+    writes = behind_norm(block.ln1_post, widen(block.attn.W_O[head]))
     return _together(model, reads, writes * model.cfg.residual_scale)
 
 
@@ -57,8 +57,8 @@ def qk_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
             "product of weights is the score up to the norms' denominators. What does not turn has a circuit between "
             "the normed latents, FactoredMatrix(attn.W_UQ[..., d_rope:], attn.W_UK.mT)"
         )
-    W_Q = _behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]), head)
-    W_K = _behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]), _kv_head(model, head))
+    W_Q = behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]), head)
+    W_K = behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]), _kv_head(model, head))
     return _together(model, W_Q * model.cfg.block(layer).score_scale, W_K.mT)
 
 
@@ -72,7 +72,7 @@ def mlp_reader(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_model d_ml
 def mlp_writer(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """What an MLP's neurons write to the stream."""
     block = model.block_list()[layer]
-    return _behind_norm(block.ln2_post, widen(block.mlp.W_out)).to(model.device) * model.cfg.residual_scale
+    return behind_norm(block.ln2_post, widen(block.mlp.W_out)).to(model.device) * model.cfg.residual_scale
 
 
 def unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:
@@ -100,7 +100,7 @@ def fold_norm(norm: Norm | None, reader: Float[Tensor, "d_model out"]) -> Float[
     return folded - folded.mean(0, keepdim=True) if norm.norm.kind == "layer" else folded
 
 
-def _behind_norm(norm: Norm | None, writer: Float[Tensor, "out size"], head: int = 0) -> Float[Tensor, "out size"]:
+def behind_norm(norm: Norm | None, writer: Float[Tensor, "out size"], head: int = 0) -> Float[Tensor, "out size"]:
     """A map with the centring and the weight of the norm behind it, which may have a weight for each head.
 
     The mean that a LayerNorm over all heads takes out is of them all, and no part of one head's map.

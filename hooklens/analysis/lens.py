@@ -36,8 +36,8 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.hooks.choice import Choice
+from hooklens.model.stream_reader import StreamReader
 from hooklens.optional import import_package
-from hooklens.precision import widen
 
 if TYPE_CHECKING:
     import pandas
@@ -89,8 +89,9 @@ def read_streams(
                 "positions that every row has, or None for all columns, padding included"
             )
         cache = _take(cache, _to_columns(tokens, places), n_captured, sublayers=sublayers)
+    reader = StreamReader(model)
     for label, stream in _label_streams(cache, sublayers=sublayers):
-        yield LensReading(label, _predict(model, stream))
+        yield LensReading(label, reader.read(stream))
 
 
 def _list_tokens(cache: ActivationCache) -> tuple[list[list[int]], int]:
@@ -120,14 +121,6 @@ def _take(
 def _label_streams(cache: ActivationCache, *, sublayers: bool) -> list[tuple[str, Float[Tensor, "batch pos d_model"]]]:
     streams, labels = cache.accumulated_resid(incl_mid=sublayers, return_labels=True)
     return list(zip(labels, streams if cache.has_batch_dim else streams[:, None], strict=True))
-
-
-def _predict(model: HookedCausalLM, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-    """The model's end on a stream; hook points do not fire."""
-    places = model.device_map
-    last = stream.to(places.get("ln_final", model.device), model.dtype)
-    normed = last if model.ln_final is None else model.ln_final.apply_weights(last)
-    return widen(model.unembed.final_logits(normed.to(places["unembed"]))).log_softmax(-1)
 
 
 @reads(
@@ -177,12 +170,13 @@ def logit_lens(
     places = choose_tokens(tokens, pos_slice, what="pos_slice")
     taken = _take(cache, _to_columns(tokens, places), n_captured, sublayers=sublayers)
     streams = _label_streams(taken, sublayers=sublayers)
-    final = _predict(model, streams[-1][1])
+    reader = StreamReader(model)
+    final = reader.read(streams[-1][1])
     records = [
         record
         for label, stream in streams
         for record in _describe(
-            model, LensReading(label, _predict(model, stream)), final, places=places, k=k, target=target_id
+            model, LensReading(label, reader.read(stream)), final, places=places, k=k, target=target_id
         )
     ]
     table: pandas.DataFrame = import_package("pandas").DataFrame(records)

@@ -5,7 +5,7 @@ A new command is a module here with a documented function, and one line below.
 
 import typer
 
-from hooklens.cli import convert, demo, generate, info, patch, score, verify
+from hooklens.cli import convert, demo, generate, info, merge, patch, score, verify
 from hooklens.cli.group import HookLensGroup, describe_exit_codes
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ for command, failed in (
     (info.info, None),
     (verify.verify, "a check failed"),
     (convert.convert, None),
+    (merge.merge, None),
     (generate.generate, None),
     (score.score, "some items could not be scored, the others were"),
     (patch.patch, None),

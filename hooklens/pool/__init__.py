@@ -15,6 +15,8 @@ from typing import Any
 from hooklens.errors import MissingDependencyError
 from hooklens.optional import import_package
 from hooklens.pool.causal_lm_pool import CausalLMBackbonePool, CausalLMPool, ModelPool
+from hooklens.pool.comparing.compare import compare_models
+from hooklens.pool.comparing.result import ModelComparison
 from hooklens.pool.config.targets import register_target
 from hooklens.pool.errors import ModelNameError, PoolError
 from hooklens.pool.lazy import LazyWeights
@@ -24,9 +26,11 @@ __all__ = [
     "CausalLMBackbonePool",
     "CausalLMPool",
     "LazyWeights",
+    "ModelComparison",
     "ModelNameError",
     "ModelPool",
     "PoolError",
+    "compare_models",
     "load_peft_causal_lm",
     "register_target",
 ]

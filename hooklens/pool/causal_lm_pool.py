@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,8 @@ from hooklens.arguments import optional, read_flag, read_int, read_path, read_te
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names, warn_caller
 from hooklens.optional import import_package
+from hooklens.pool.comparing.compare import compare_models, order_names
+from hooklens.pool.comparing.result import ModelComparison
 from hooklens.pool.config.document import Document, as_plain, read_yaml, write_yaml
 from hooklens.pool.config.dtypes import read_pool_dtype
 from hooklens.pool.config.settings import (
@@ -35,7 +37,7 @@ from hooklens.pool.loading import Request, load, request
 from hooklens.pool.saving import Upload, save, write_model_card
 from hooklens.pool.task_vectors import subtract_models
 from hooklens.pool.tokenizer import load_tokenizer
-from hooklens.tokens import Tokenizer, read_tokenizer
+from hooklens.tokens import Prompt, Tokenizer, read_tokenizer
 
 Pool = TypeVar("Pool", bound="CausalLMPool")
 
@@ -525,6 +527,42 @@ class CausalLMPool:
             )
         if push_to_hub:
             upload.run(folder)
+
+    def compare(
+        self,
+        prompts: Prompt,
+        names: Sequence[str] | None = None,
+        *,
+        base: str | None = None,
+        load_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ModelComparison:
+        """Compare the pool's models layer by layer, loading one after another; see `hooklens.pool.compare_models`.
+
+        Args:
+            prompts: text, a list of texts, or token ids.
+            names: which models, special names included; None: all of them but `_merged_`, `_pretrained_` first.
+            base: the one that all others are compared with; None: `_pretrained_` where it is among them, else the
+                first.
+            load_kwargs: arguments of each load, as those of `load_model`.
+            **options: other arguments of `compare_models` (`site`, `measures`, `pos`, `every_pair`, `weights`, ...).
+
+        Returns:
+            The distances as tables, with `plot()` and `plot_weights()`.
+
+        Raises:
+            ModelNameError: the pool has no model of a name (also a `KeyError`).
+            InputError: see `compare_models`.
+
+        Example:
+            >>> pool.compare(["The capital of France is"], site="resid_post").plot()
+        """
+        ordered = order_names(names, base, self.all_model_names)
+        for name in ordered:
+            self._entry(name)
+        given = dict(load_kwargs or {})
+        loads = ((name, self.load_model(name, **{"lazy": False, **given})) for name in ordered)
+        return compare_models(loads, prompts, base=base, **options)
 
 
 ModelPool = CausalLMPool

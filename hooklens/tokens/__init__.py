@@ -16,6 +16,7 @@ from hooklens.tokens.encoding import TokenBatch, check_encoded, to_tokens
 from hooklens.tokens.ids import as_usable, check_has_values, check_range, check_token_ids, is_integer, knows_id
 from hooklens.tokens.inputs import Ids, Prompt, is_text, read_input
 from hooklens.tokens.padding import PaddingSide, dedicated_pad_id, mask_of_ids, padding_token_id
+from hooklens.tokens.prompts import check_same_tokens, read_prompts
 from hooklens.tokens.single import PositionMode, get_token_position, to_single_str_token, to_single_token
 from hooklens.tokens.tokenizer import Tokenizer, read_tokenizer
 from hooklens.tokens.unknown import unknown_token_id
@@ -33,6 +34,7 @@ __all__ = [
     "check_encoded",
     "check_has_values",
     "check_range",
+    "check_same_tokens",
     "check_token_ids",
     "dedicated_pad_id",
     "describe_clash",
@@ -45,6 +47,7 @@ __all__ = [
     "mask_of_ids",
     "padding_token_id",
     "read_input",
+    "read_prompts",
     "read_tokenizer",
     "read_tokens",
     "to_single_str_token",

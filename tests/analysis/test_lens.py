@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from hooklens.activation_cache import MissingActivationError
-from hooklens.analysis import lens
-from hooklens.analysis.lens import _predict, logit_lens, read_streams
+from hooklens.analysis.lens import logit_lens, read_streams
 from hooklens.errors import InputError
+from hooklens.model.stream_reader import StreamReader
 from tests.model.networks import CONFIGS, make_config, make_model, random_tokens
 
 
@@ -89,13 +89,15 @@ def test_one_distribution_at_a_time(monkeypatch):
     _, cache = model.run_with_cache(random_tokens(1, 4))
     made, alive = [], []
 
+    read = StreamReader.read
+
     def predict(*args):
-        logprobs = _predict(*args)
+        logprobs = read(*args)
         made.append(weakref.ref(logprobs))
         alive.append(sum(reference() is not None for reference in made))
         return logprobs
 
-    monkeypatch.setattr(lens, "_predict", predict)
+    monkeypatch.setattr(StreamReader, "read", predict)
     logit_lens(model, cache, pos_slice=None)
     assert len(made) == 8
     # The final one, the one in the loop, and the one that takes its place.

@@ -20,6 +20,7 @@ from torch import Tensor
 from hooklens.arguments import read_int, read_one_of, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
+from hooklens.figures import Backend, draw_curve
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
@@ -29,7 +30,6 @@ from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs
 from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.results.edge_scores import EdgeScores
-from hooklens.patching.results.figures import Backend, draw_curve
 from hooklens.patching.results.over_pairs import Statistic
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing

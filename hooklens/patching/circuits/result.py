@@ -22,10 +22,10 @@ from torch import Tensor
 
 from hooklens.arguments import read_one_of
 from hooklens.errors import HookLensError
+from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.results.figures import CROSS, Backend, draw_heatmaps
 from hooklens.patching.results.file import LABELS, TEXT, Expectation, Expected, ResultFile, expect_numbers_of, is_list
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.result import SweepStats

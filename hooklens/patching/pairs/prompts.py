@@ -154,27 +154,14 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
         InputError: neither text nor ids, text without a tokenizer or with a mask, or a mask of another shape or
             without any token in a row.
     """
-    if attention_mask is not None and tokenization.is_text(prompt):
-        raise InputError("attention_mask goes with token ids; the padding of text is known without it")
-    ids, mask = tokenization.read_tokens(
+    return tokenization.read_prompts(
         prompt,
         model.tokenizer,
         d_vocab=model.cfg.d_vocab,
         n_ctx=model.cfg.n_ctx,
         attention_mask=attention_mask,
-        what="a prompt",
+        device=model.device,
     )
-    ids = ids.to(model.device)
-    if mask is None:
-        return list(ids)
-    if mask.shape != ids.shape:
-        raise InputError(f"attention_mask has shape {list(mask.shape)}; expected that of the ids, {list(ids.shape)}")
-    empty = (mask == 0).all(1).nonzero()[:, 0].tolist()
-    if empty:
-        raise InputError(f"attention_mask hides every token of rows {empty}; leave empty rows out of the batch")
-    # A mask on the CPU says where the tokens are without waiting for an accelerator.
-    real = mask.bool() if mask.device.type == "cpu" else mask.bool().to(ids.device)
-    return [row[tokens] for row, tokens in zip(ids, real, strict=True)]
 
 
 def _pad_right(rows: Sequence[Tensor]) -> Int[Tensor, "pairs pos"]:

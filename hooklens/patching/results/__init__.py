@@ -4,5 +4,5 @@
 - `edge_scores`: the scores of edges, and the circuits that the strongest make up.
 - `statistics`: standard errors, bootstrap intervals, permutation tests; `over_pairs` gives every result them, and
   `moments` keeps sums where the values of single pairs would be too many.
-- `figures` and `file`: drawing, writing and reading.
+- `file`: writing and reading.
 """

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from hooklens.arguments import read_int
 from hooklens.errors import HookLensError, join_names
+from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge, inputs_of, split_writer
-from hooklens.patching.results.figures import CROSS, Backend, draw_heatmaps
 from hooklens.patching.results.file import (
     DIRECTION,
     NUMBER,

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.errors import HookLensError
+from hooklens.figures import CROSS, Backend, LabelledAxis, draw_heatmaps
 from hooklens.optional import import_package
-from hooklens.patching.results.figures import CROSS, Backend, LabelledAxis, draw_heatmaps
 from hooklens.patching.results.file import (
     DIRECTION,
     LABELS,

@@ -1,13 +1,13 @@
 """The two unpatched runs of some pairs, and what patches take from them.
 
-`into` is the run that is patched, `source` the run that activations come from. Prompts are padded on the right, so
-that columns are positions. From `into` come the stream entering each block and
-every block's keys and values, on which patched rows go on; from `source` come the values put in.
+`into` is the run that is patched, `source` the run that activations come from, which another model may make. Prompts
+are padded on the right, so that columns are positions. From `into` come the stream entering each block and every
+block's keys and values, on which patched rows go on; from `source` come the values put in.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,11 +20,12 @@ from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
 from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.other_model import run_other_model, unembed_other_model
 from hooklens.patching.runs.sources import fit_given
 from hooklens.patching.runs.vocabulary import Vocabulary, find_vocabulary, unembed
 
 Direction = Literal["denoise", "noise"]
-Source = Literal["other", "zero"] | Mapping[str, Tensor]
+Source = Literal["other", "zero"] | Mapping[str, Tensor] | HookedCausalLM
 Stage = Literal["stream", "written", "block", "head"]
 
 
@@ -133,7 +134,8 @@ def run_baseline(
         names: the hook points to be patched.
         metric: says which positions are read.
         direction: `"denoise"` patches clean activations into the corrupted run, `"noise"` the other way.
-        source: what is put in: the other run's activation, zeros, or tensors by hook name.
+        source: what is put in: the other run's activation, zeros, or tensors by hook name; or a model, which then
+            makes the other run.
         keep: hook points whose activations in both runs are given back.
         answers_only: unembed only the tokens that the metric reads, where these are few; `baseline.metric` is then
             for logits of `baseline.vocabulary`.
@@ -149,19 +151,18 @@ def run_baseline(
     width = max(lengths)
     clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
     into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    captured, cache = _run_unpatched(model, torch.cat([into, other]), lengths, [*names, *keep])
+    ran = _run_both(model, source, into, other, lengths, [*names, *keep])
 
     n_layers, n_pairs = model.cfg.n_layers, len(chosen)
-    last = captured[f"blocks.{n_layers - 1}.hook_resid_post"]
-    streams = [captured[f"blocks.{layer}.hook_resid_pre"][:n_pairs] for layer in range(n_layers)] + [last[:n_pairs]]
+    last = ran.into[f"blocks.{n_layers - 1}.hook_resid_post"]
+    streams = [ran.into[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)] + [last]
     reads = torch.tensor(metric.find_reads(lengths, width), device=model.device)
-    read_streams = last.take_along_dim(reads.repeat(2, 1)[..., None], dim=1)
-    runs = _describe_runs(model, prompts, chosen, into, unread=read_streams.new_empty(*reads.shape, 0))
+    runs = _describe_runs(model, prompts, chosen, into, unread=last.new_empty(*reads.shape, 0))
     metric = metric.encode(model)
     vocabulary = find_vocabulary(metric, runs, names) if answers_only else None
     if vocabulary is not None:
         metric, runs = vocabulary.narrow(metric, runs)
-    into_logits, other_logits = unembed(model, read_streams, vocabulary=vocabulary).chunk(2)
+    into_logits, other_logits = _read_logits(model, source, (last, ran.other_last), reads, vocabulary)
     ends = (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
     runs = replace(runs, clean_logits=ends[0], corrupted_logits=ends[1])
     clean_values, corrupted_values = metric.measure_ends(runs)
@@ -169,10 +170,10 @@ def run_baseline(
     entries = {name: find_entry(name, model.cfg) for name in names}
     values, replaced, differs = {}, {}, {}
     for name, entry in entries.items():
-        current, new = captured[name].chunk(2)
-        if source == "other":
+        current, new = ran.into[name], ran.other[name]
+        if isinstance(source, str) and source == "other":
             new = _keep_agreeing(name, current, new, (into != other).cumsum(1) > 0)
-        else:
+        elif not isinstance(source, HookedCausalLM):
             new = _value_of(source, name, current, chosen, prompts)
         differs[name] = _find_differences(name, current, new)
         values[name] = streams[entry.layer] + (new - current) if _is_added(name, entry) else new
@@ -182,14 +183,14 @@ def run_baseline(
         pairs=runs.pairs,
         lengths=lengths,
         streams=streams,
-        keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in cache.entries],
+        keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in ran.cache.entries],
         entries=entries,
         values=values,
         replaced=replaced,
         differs=differs,
         reads=reads,
         into_logits=into_logits,
-        kept={name: (captured[name][:n_pairs], captured[name][n_pairs:]) for name in keep},
+        kept={name: (ran.into[name], ran.other[name]) for name in keep},
         metric=prepare_metric(metric, runs),
         vocabulary=vocabulary,
         clean=clean_values,
@@ -239,26 +240,72 @@ def _describe_runs(
     )
 
 
-def _run_unpatched(
-    model: HookedCausalLM, tokens: Int[Tensor, "rows pos"], lengths: tuple[int, ...], names: list[str]
-) -> tuple[dict[str, Tensor], HookedKeyValueCache]:
-    """Run both prompts of each pair as one batch: the streams, what is patched, and keys and values."""
+class _Ran(NamedTuple):
+    """Both unpatched runs: activations by hook name, the stream that left the last block of the run that activations
+    come from, and what `into` has cached (before what the other run has, where the model made both).
+    """
+
+    into: dict[str, Tensor]
+    other: dict[str, Tensor]
+    other_last: Float[Tensor, "pairs pos width"]
+    cache: HookedKeyValueCache
+
+
+def _run_both(
+    model: HookedCausalLM,
+    source: Source,
+    into: Int[Tensor, "pairs pos"],
+    other: Int[Tensor, "pairs pos"],
+    lengths: tuple[int, ...],
+    names: list[str],
+) -> _Ran:
+    """Run both prompts of each pair, as one batch unless another model makes one of the runs."""
     n_layers = model.cfg.n_layers
-    watched = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), *names]
-    watched.append(f"blocks.{n_layers - 1}.hook_resid_post")
+    last = f"blocks.{n_layers - 1}.hook_resid_post"
+    watched = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), *names, last]
     mask = None
     if len(set(lengths)) > 1:
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = columns < torch.tensor(2 * lengths, device=tokens.device)[:, None]
+        columns = torch.arange(into.shape[1], device=into.device)
+        mask = columns < torch.tensor(lengths, device=into.device)[:, None]
+    if isinstance(source, HookedCausalLM):
+        captured, cache = _run_unpatched(model, into, mask, watched)
+        theirs = run_other_model(model, source, other, mask, names)
+        return _Ran(captured, theirs.captured, theirs.last, cache)
+    both = None if mask is None else mask.repeat(2, 1)
+    captured, cache = _run_unpatched(model, torch.cat([into, other]), both, watched)
+    halves = [{name: tensor.chunk(2)[half] for name, tensor in captured.items()} for half in (0, 1)]
+    return _Ran(halves[0], halves[1], halves[1][last], cache)
+
+
+def _run_unpatched(
+    model: HookedCausalLM, tokens: Int[Tensor, "rows pos"], mask: Bool[Tensor, "rows pos"] | None, names: list[str]
+) -> tuple[dict[str, Tensor], HookedKeyValueCache]:
+    """Run prompts: the activations at some hook points, and keys and values."""
     cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(tokens), dtype=model.dtype)
     reads_head = any(find_entry(name, model.cfg).stage == "head" for name in names)
-    with model.capture(list(dict.fromkeys(watched))) as captured:
+    with model.capture(list(dict.fromkeys(names))) as captured:
         model.run(tokens, model.make_plan(tokens, mask, None, cache), past_kv_cache=cache, unembed=reads_head)
     return captured, cache
 
 
+def _read_logits(
+    model: HookedCausalLM,
+    source: Source,
+    last: tuple[Float[Tensor, "pairs pos d_model"], Float[Tensor, "pairs pos width"]],
+    reads: Int[Tensor, "pairs read"],
+    vocabulary: Vocabulary | None,
+) -> tuple[Tensor, Tensor]:
+    """The logits of both unpatched runs at the positions that the metric reads."""
+    own, other = (stream.take_along_dim(reads.to(stream.device)[..., None], dim=1) for stream in last)
+    if isinstance(source, HookedCausalLM):
+        logits = unembed_other_model(source, other, vocabulary)
+        return unembed(model, own, vocabulary=vocabulary), logits.to(model.device, model.dtype)
+    into_logits, other_logits = unembed(model, torch.cat([own, other]), vocabulary=vocabulary).chunk(2)
+    return into_logits, other_logits
+
+
 def _value_of(
-    source: Source, name: str, like: Tensor, pairs: list[int], prompts: PromptPairs
+    source: str | Mapping[str, Tensor], name: str, like: Tensor, pairs: list[int], prompts: PromptPairs
 ) -> Float[Tensor, "pairs pos *rest"]:
     if isinstance(source, str):
         return torch.zeros_like(like)

@@ -40,6 +40,7 @@ from hooklens.patching.runs.baseline import Baseline, Direction, Source, run_bas
 from hooklens.patching.runs.checks import check_source
 from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
 from hooklens.patching.runs.options import RunOptions, refuse_missing
+from hooklens.patching.runs.other_model import check_other_model
 from hooklens.patching.runs.sites import CellArray, Sites, lay_out
 from hooklens.patching.runs.tally import Tally
 from hooklens.patching.sweeps.packing import Segment
@@ -76,15 +77,18 @@ def sweep(
         batch_size: patched prompts per pass; `"auto"` by memory.
         direction: `"denoise"` patches the corrupted run, `"noise"` the clean one.
         source: what is put in: the `"other"` run's activation, `"zero"`, or tensors by hook name that broadcast
-            to `[pairs pos ...]`: means over a data set, or the activations of a resampled example.
+            to `[pairs pos ...]`: means over a data set, or the activations of a resampled example. Or another model,
+            which then makes the other run: with `"denoise"` its activations on the clean prompts go into this model's
+            run on the corrupted ones (which may be the same prompts), and `result.clean` is the metric of its run.
         attention_mask: real tokens (1) of padded ids, the same for both.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Raises:
         InputError: prompts that do not go together, options that are none, or hooks attached to the model.
-        HookNameError, SiteError: a site, layer, position or head that is not there.
-        TransformError: a source that is the cache of a model with other processing.
+        HookNameError, SiteError: a site, layer, position or head that is not there, or a site where a source model
+            has another shape.
+        TransformError: a source that is a model with other processing, or the cache of one.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: the sweep was stopped, or failed on the way; it holds what was measured.
 
@@ -93,6 +97,7 @@ def sweep(
         >>> result.top(5)
         >>> pairs = [patching.Pair.from_text(model, clean, corrupted, answer=" Mary", wrong=" John")]
         >>> result = patching.sweep(model, pairs, sites="z", metric=patching.LogitDiff())
+        >>> result = patching.sweep(base, prompts, prompts, "resid_post", patching.LogitDiff(), source=tuned)
     """
     refuse_missing("sweep", sites=sites, metric=metric)
     assert sites is not None
@@ -109,6 +114,9 @@ def sweep(
             "the pairs as a list, or a metric such as patching.LogitDiff"
         )
     array = lay_out(sites, model, pairs.at_hand.lengths, more_follow=pairs.n_pairs is None)
+    if isinstance(source, HookedCausalLM):
+        names = list(dict.fromkeys(cell.name for cell in array.cells))
+        check_other_model(model, source, names, allow_training=options.allow_training)
     return SweepRun(model, pairs, array, measured, options, source).finish()
 
 
@@ -207,7 +215,7 @@ class SweepRun:
             source=self.source,
             answers_only=True,
         )
-        self.forwards += 1
+        self.forwards += 2 if isinstance(self.source, HookedCausalLM) else 1
         self.token_layers += 2 * len(chosen) * max(baseline.lengths) * self.model.cfg.n_layers
         self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
         return baseline
@@ -297,6 +305,7 @@ class SweepRun:
 
 def _check_activations(model: HookedCausalLM, source: Source) -> None:
     """Refuse what is no source of activations."""
-    if not (isinstance(source, Mapping) or (isinstance(source, str) and source in ("other", "zero"))):
-        raise SiteError(f"source is {show(source)}; expected 'other', 'zero', or tensors by hook name")
+    is_word = isinstance(source, str) and source in ("other", "zero")
+    if not (is_word or isinstance(source, Mapping | HookedCausalLM)):
+        raise SiteError(f"source is {show(source)}; expected 'other', 'zero', tensors by hook name, or another model")
     check_source(model, source)

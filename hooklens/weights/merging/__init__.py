@@ -12,9 +12,17 @@ task vectors:
 | `ties_merging` | task vectors trimmed to their largest entries, a sign elected for each (Yadav et al. 2023) |
 | `dare` | entries of task vectors dropped at random, then one of the above (Yu et al. 2024) |
 
-Models are mappings from names to tensors, under any names that all of them have: the layout of a merge does not matter,
-since all layouts are permutations of one another. A mapping may read its tensors when asked: one weight of each model
-is in memory at a time. All formulas are computed in float64.
+Models come in one of three forms, and what comes back is of that form: **state dicts** (tensors by name), which may
+read their tensors when asked; **checkpoint folders**, or names on the hub, merged into a new folder, `out=`, that
+transformers loads, too; and **`HookedCausalLM`s**. The base, or else the first model, gives dtypes, configuration,
+tokenizer and settings. Refused are models of other networks, with what differs listed, and processed or quantised
+weights.
+
+All formulas are computed in float64, over pieces of weights: of folders no more than a few megabytes are in memory at
+a time. Weights that stand under two names count once. Layouts are permutations of one another, so an entry becomes the
+same in each, but for `slerp`, which takes each tensor as it stands there, the draws of `dare`, and of entries that are
+equal in size, in `ties_merging`, those at the border of what stays. `compat="fusionbench"` gives the numbers of that
+library bit for bit, in memory.
 """
 
 from hooklens.weights.merging.methods import (

@@ -1,5 +1,6 @@
-"""The formulas of merging, for one weight of all models: float64 tensors in, one float64 tensor out."""
+"""The formulas of merging, for a piece of one weight of all models: float64 tensors in, one float64 tensor out."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -22,22 +23,24 @@ def average(tensors: Iterable[Float[Tensor, "*axes"]], shares: Sequence[float]) 
     return total
 
 
-def slerp(first: Float[Tensor, "*axes"], second: Float[Tensor, "*axes"], t: float) -> Float[Tensor, "*axes"]:
-    """`sin((1-t) w) / sin w * first + sin(t w) / sin w * second`, `w` the angle between the two (Shoemake 1985).
+def arc_shares(chord: float, doubled: float, t: float) -> tuple[float, float]:
+    """What to take of each of two vectors to be at a share `t` of the arc between them (Shoemake 1985).
 
-    The two are taken as vectors. Where one is 0, or they point the same or the opposite way, the straight line between
-    them is taken, which is the formula's limit for the same way; for opposite ones there is no shortest arc.
+    The shares are `sin((1-t) w) / sin w` and `sin(t w) / sin w`, `w` the angle between the two. Where they point the
+    same or the opposite way, the straight line between them is taken, which is the formula's limit for the same way;
+    for opposite ones there is no shortest arc.
+
+    Args:
+        chord: the length of the difference of the two, each divided by its length.
+        doubled: the length of their sum.
+        t: how far along the arc.
     """
-    length = first.norm() * second.norm()
-    if float(length) == 0:
-        return torch.lerp(first, second, t)
     # Well-conditioned for small angles too, which the arc cosine is not (Kahan).
-    one, other = first / first.norm(), second / second.norm()
-    angle = 2 * torch.atan2((one - other).norm(), (one + other).norm())
-    sine = torch.sin(angle)
-    if float(sine) < _PARALLEL:
-        return torch.lerp(first, second, t)
-    return (torch.sin((1 - t) * angle) / sine) * first + (torch.sin(t * angle) / sine) * second
+    angle = 2 * math.atan2(chord, doubled)
+    sine = math.sin(angle)
+    if sine < _PARALLEL:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine
 
 
 def merge_agreeing(deltas: Sequence[Float[Tensor, "*axes"]], agreement: Agreement) -> Float[Tensor, "*axes"]:
@@ -68,6 +71,7 @@ def drop(
         generator: draws, on the CPU.
         rescale: divide; else the rest stays as it is.
     """
+    # Draws of one generator come one after another, however many are asked for at once.
     kept = torch.rand(delta.shape, generator=generator, dtype=torch.float64) >= sparsity
     thinned = torch.where(kept.to(delta.device), delta, 0.0)
     return thinned / (1 - sparsity) if rescale and sparsity > 0 else thinned

@@ -1,33 +1,50 @@
 """The methods by name: `simple_average`, `weighted_average`, `slerp`, `task_arithmetic`, `ties_merging`, `dare`."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from hooklens.arguments import Reader, optional, read_flag, read_number, read_one_of, read_seed, reads, require
+from hooklens.arguments import (
+    Reader,
+    optional,
+    read_dtype,
+    read_flag,
+    read_number,
+    read_one_of,
+    read_path,
+    read_seed,
+    reads,
+    require,
+)
 from hooklens.errors import HookLensError, InputError
-from hooklens.weights.merging.formulas import Agreement, average, drop, merge_agreeing
-from hooklens.weights.merging.formulas import slerp as slerp_between
-from hooklens.weights.merging.operands import Operands, Tensors
-from hooklens.weights.merging.trimming import Trim, find_trim
+from hooklens.optional import import_package
+from hooklens.weights.merging import fusionbench
+from hooklens.weights.merging.formulas import Agreement
+from hooklens.weights.merging.kinds import Target, check_kind
+from hooklens.weights.merging.operands import Operands
+from hooklens.weights.merging.recipes import DeltaRecipe, Recipe, add_deltas, add_up, elect, thin, turn, weigh
+from hooklens.weights.merging.trimming import N_LOOKS
 
-Deltas = Callable[[int, str], Float[Tensor, "..."]]
-"""Gives one model's task vector at one weight: what training changed, `theta_i - theta_base`."""
+Merged = Any
+"""What a merge gives, of the kind that was merged: tensors by name, the path of the folder, or a HookedCausalLM."""
 
 Thinned = Literal["simple_average", "task_arithmetic", "ties_merging"]
 """The methods that merge what `dare` has thinned."""
 
+Compat = Literal["fusionbench"]
+"""Libraries whose results can be had bit for bit."""
 
-def _read_models(given: object, *, what: str, error: type[HookLensError] = InputError) -> list[Tensors]:
-    expected = "a list of models: of each the tensors by name"
+# Seconds that a merge takes before it shows its progress.
+_LONG = 3.0
+
+
+def _read_models(given: object, *, what: str, error: type[HookLensError] = InputError) -> list[Any]:
+    expected = "a list of models: of each tensors by name, a checkpoint folder, or a HookedCausalLM"
     listed: list[Any] = list(require(given, what=what, kind=(list, tuple), expected=expected, error=error))
-    return [require(one, what=f"{what}[{i}]", kind=Mapping, expected="tensors by name", error=error)
-            for i, one in enumerate(listed)]  # fmt: skip
+    return [check_kind(one, what=f"{what}[{i}]", error=error) for i, one in enumerate(listed)]
 
 
 def _read_weights(given: object, *, what: str, error: type[HookLensError] = InputError) -> list[float]:
@@ -37,44 +54,79 @@ def _read_weights(given: object, *, what: str, error: type[HookLensError] = Inpu
             for i, one in enumerate(listed)]  # fmt: skip
 
 
-_READ_TENSORS = partial(require, kind=Mapping, expected="tensors by name")
 _READ_FINITE = partial(read_number, expected="a finite number")
+_TARGET: dict[str, Reader] = {
+    "out": optional(read_path),
+    "dtype": optional(read_dtype),
+    "progress": read_flag,
+}
+_COMPAT: dict[str, Reader] = {"compat": partial(read_one_of, options=(*get_args(Compat), None))}
 _READERS: dict[str, Reader] = {
+    **_TARGET,
+    **_COMPAT,
     "models": _read_models,
-    "base": _READ_TENSORS,
-    "scaling_factor": _READ_FINITE,
+    "base": check_kind,
+    "scaling_factor": optional(_READ_FINITE),
 }
 _TIES_READERS: dict[str, Reader] = {
     **_READERS,
     "density": partial(read_number, expected="a number from 0 to 1", allows=lambda number: 0 <= number <= 1),
-    "agreement": partial(read_one_of, options=get_args(Agreement)),
+    "agreement": optional(partial(read_one_of, options=get_args(Agreement))),
 }
 
 
-@reads(models=_read_models)
-def simple_average(models: Sequence[Tensors]) -> dict[str, Tensor]:
+@reads(models=_read_models, **_TARGET, **_COMPAT)
+def simple_average(
+    models: Sequence[Any],
+    *,
+    out: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    compat: Compat | None = None,
+    progress: bool = True,
+) -> Merged:
     """`sum_i theta_i / n`.
 
     Args:
-        models: tensors of each model by name. Sums are taken in float64, and what comes back has the dtypes of the
-            first model.
+        models: all in one form: tensors by name, checkpoint folders (or names on the hub), or `HookedCausalLM`s. What
+            comes back is of that form. Sums are taken in float64.
+        out: the folder to write, of a merge of folders, where it has to be given.
+        dtype: of what comes back; None: of each weight that of the first model. With `compat` models are brought to it
+            before they are merged, as that library loads them.
+        compat: `"fusionbench"`: the numbers of FusionBench 0.2, bit for bit; see `fusionbench`.
+        progress: show a bar where it takes long.
 
     Raises:
-        InputError: the models do not have the same tensors, listed by name and shape.
+        InputError: the models are of several kinds, or do not have the same tensors, listed by name and shape; or
+            what they are cannot be merged: processed or quantised weights.
+        CheckpointError: a folder is no checkpoint, or `out` cannot be written.
     """
-    return _merge(models, lambda operands: partial(_average, operands, [1 / len(models)] * len(models)))
+    target = Target(out, dtype)  # type: ignore[arg-type]  # as read
+    if compat is not None:
+        return _merge_as_there(None, models, fusionbench.simple_average, target)
+    n_models = len(models)
+    recipe = partial(weigh, shares=[1 / max(1, n_models)] * n_models)
+    return _merge(models, recipe, target, n_reads=n_models, progress=progress)
 
 
-@reads(models=_read_models, weights=_read_weights, normalize=read_flag)
+@reads(models=_read_models, weights=_read_weights, normalize=read_flag, **_TARGET)
 def weighted_average(
-    models: Sequence[Tensors], weights: Sequence[float], *, normalize: bool = True
-) -> dict[str, Tensor]:
+    models: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    normalize: bool = True,
+    out: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool = True,
+) -> Merged:
     """`sum_i w_i theta_i`.
 
     Args:
         models: as in `simple_average`.
         weights: one number for each model.
         normalize: divide the weights by their sum.
+        out: as in `simple_average`.
+        dtype: as there.
+        progress: as there.
 
     Raises:
         InputError: the models do not have the same tensors, or there are not as many weights, or these add up to 0.
@@ -84,81 +136,124 @@ def weighted_average(
     total = sum(weights) if normalize else 1.0
     if total == 0:
         raise InputError("weights add up to 0, so they cannot be normalised; give others, or normalize=False")
-    return _merge(models, lambda operands: partial(_average, operands, [weight / total for weight in weights]))
+    recipe = partial(weigh, shares=[weight / total for weight in weights])
+    return _merge(models, recipe, Target(out, dtype), n_reads=len(models), progress=progress)  # type: ignore[arg-type]
 
 
-@reads(first=_READ_TENSORS, second=_READ_TENSORS, t=_READ_FINITE)
-def slerp(first: Tensors, second: Tensors, t: float = 0.5) -> dict[str, Tensor]:
-    """Each weight on the arc from one model's to the other's, see `formulas.slerp`.
+@reads(first=check_kind, second=check_kind, t=_READ_FINITE, **_TARGET)
+def slerp(
+    first: Any,
+    second: Any,
+    t: float = 0.5,
+    *,
+    out: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool = True,
+) -> Merged:
+    """Each weight on the arc from one model's to the other's, see `formulas.arc_shares`.
 
     Args:
-        first: tensors by name; what `t=0` gives.
+        first: a model in one of the forms of `simple_average`; what `t=0` gives.
         second: what `t=1` gives.
         t: how far along the arc.
+        out: as in `simple_average`.
+        dtype: as there.
+        progress: as there.
 
     Raises:
         InputError: the models do not have the same tensors.
     """
-
-    def prepare(operands: Operands) -> Callable[[str], Tensor]:
-        one, other = operands.models
-        return lambda name: slerp_between(one[name].double(), other[name].double(), t)
-
-    return _merge([first, second], prepare)
+    target = Target(out, dtype)  # type: ignore[arg-type]  # as read
+    return _merge([first, second], partial(turn, t=t), target, n_reads=6, progress=progress)
 
 
 @reads(**_READERS)
-def task_arithmetic(base: Tensors, models: Sequence[Tensors], *, scaling_factor: float = 0.3) -> dict[str, Tensor]:
+def task_arithmetic(
+    base: Any,
+    models: Sequence[Any],
+    *,
+    scaling_factor: float | None = None,
+    out: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    compat: Compat | None = None,
+    progress: bool = True,
+) -> Merged:
     """`theta_base + s * sum_i (theta_i - theta_base)` (Ilharco et al. 2023).
 
     Args:
-        base: tensors by name of the model that the others were trained from.
+        base: the model that the others were trained from, in one of the forms of `simple_average`.
         models: those.
-        scaling_factor: `s`; negative to unlearn.
+        scaling_factor: `s`; negative to unlearn. None: 0.3.
+        out: as in `simple_average`.
+        dtype: as there; None: of each weight that of the base.
+        compat: as there.
+        progress: as there.
 
     Raises:
         InputError: the models do not have the same tensors.
     """
-    return _merge_deltas(base, models, scaling_factor, lambda operands, deltas: partial(_add_up, operands, deltas))
+    scale = 0.3 if scaling_factor is None else scaling_factor
+    target = Target(out, dtype)  # type: ignore[arg-type]  # as read
+    if compat is not None:
+        return _merge_as_there(base, models, partial(fusionbench.task_arithmetic, scaling_factor=scale), target)
+    return _merge_deltas(base, models, scale, add_up, target, n_looks=1, progress=progress)
 
 
 @reads(**_TIES_READERS)
 def ties_merging(
-    base: Tensors,
-    models: Sequence[Tensors],
+    base: Any,
+    models: Sequence[Any],
     *,
-    scaling_factor: float = 1.0,
+    scaling_factor: float | None = None,
     density: float = 0.2,
-    agreement: Agreement = "mean",
-) -> dict[str, Tensor]:
+    agreement: Agreement | None = None,
+    out: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    compat: Compat | None = None,
+    progress: bool = True,
+) -> Merged:
     """Task vectors trimmed, a sign elected for each entry, and those that agree put together (Yadav et al. 2023).
 
     Args:
         base: as in `task_arithmetic`.
         models: as there.
-        scaling_factor: of what is added to the base; the paper's lambda.
+        scaling_factor: of what is added to the base; the paper's lambda. None: 1, with `compat` 0.3 as there.
         density: the share of a task vector's entries that stays, over all weights together: exactly
-            `int(density * entries)` of them, the largest in size.
-        agreement: how those that agree are put together.
+            `int(density * entries)` of them, the largest in size, of equal ones the first. With `compat` that
+            library's `threshold / 100`.
+        agreement: how those that agree are put together. None: the `"mean"`, with `compat` the `"sum"` as there.
+        out: as in `simple_average`.
+        dtype: as in `task_arithmetic`.
+        compat: as in `simple_average`.
+        progress: as there.
 
     Raises:
         InputError: the models do not have the same tensors.
     """
-    return _merge_deltas(base, models, scaling_factor, partial(_elect, density=density, agreement=agreement))
+    target = Target(out, dtype)  # type: ignore[arg-type]  # as read
+    if compat is not None:
+        merge = partial(
+            fusionbench.ties_merging,
+            scaling_factor=0.3 if scaling_factor is None else scaling_factor,
+            density=density,
+            agreement=agreement or "sum",
+        )
+        return _merge_as_there(base, models, merge, target)
+    scale = 1.0 if scaling_factor is None else scaling_factor
+    recipe = partial(elect, density=density, agreement=agreement or "mean")
+    return _merge_deltas(base, models, scale, recipe, target, n_looks=N_LOOKS + 1, progress=progress)
 
 
 @reads(
-    models=_read_models,
-    base=_READ_TENSORS,
-    **{name: optional(_TIES_READERS[name]) for name in ("scaling_factor", "density", "agreement")},
+    **{**_TIES_READERS, "density": optional(_TIES_READERS["density"])},
     sparsity=partial(read_number, expected="a number from 0 to below 1", allows=lambda number: 0 <= number < 1),
     rescale=read_flag,
     then=partial(read_one_of, options=get_args(Thinned)),
     seed=read_seed,
 )
 def dare(
-    base: Tensors,
-    models: Sequence[Tensors],
+    base: Any,
+    models: Sequence[Any],
     *,
     sparsity: float = 0.5,
     rescale: bool = True,
@@ -167,7 +262,11 @@ def dare(
     density: float | None = None,
     agreement: Agreement | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
+    out: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    compat: Compat | None = None,
+    progress: bool = True,
+) -> Merged:
     """Entries of task vectors dropped at random before a merge (Yu et al. 2024).
 
     Args:
@@ -176,34 +275,47 @@ def dare(
         sparsity: the chance of an entry to be dropped.
         rescale: divide what stays by `1 - sparsity`, so that the mean stays.
         then: the method that merges the rest; `"simple_average"` adds the mean of the task vectors to the base.
-        scaling_factor: for `"task_arithmetic"` and `"ties_merging"`, as there; None: their own default.
+        scaling_factor: for `"task_arithmetic"` and `"ties_merging"`, as there; None: their own default, with `compat`
+            0.5 for `"ties_merging"` as there.
         density: for `"ties_merging"`, as there.
         agreement: for `"ties_merging"`, as there.
-        seed: of the draws. They are made for each weight and model apart: the order of weights changes none.
+        seed: of the draws. They are made for each weight and model apart: the order of weights changes none, their
+            names and layout do. With `compat` they are those that torch's own generator gives on the CPU after
+            `torch.manual_seed(seed)`.
+        out: as in `simple_average`.
+        dtype: as in `task_arithmetic`.
+        compat: as in `simple_average`.
+        progress: as there.
 
     Raises:
         InputError: the models do not have the same tensors, or an option is none of the chosen method's.
     """
     _refuse_unused(then, scaling_factor=scaling_factor, density=density, agreement=agreement)
-    defaults = {"simple_average": 1 / max(1, len(models)), "task_arithmetic": 0.3, "ties_merging": 1.0}
+    target = Target(out, dtype)  # type: ignore[arg-type]  # as read
+    defaults = {
+        "simple_average": 1 / max(1, len(models)),
+        "task_arithmetic": 0.3,
+        "ties_merging": 1.0 if compat is None else 0.5,
+    }
     scale = defaults[then] if scaling_factor is None else scaling_factor
-
-    def prepare(operands: Operands, deltas: Deltas) -> Callable[[str], Tensor]:
-        def thin(model: int, name: str) -> Tensor:
-            digest = hashlib.sha256(f"{seed} {model} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            return drop(deltas(model, name), sparsity, generator, rescale=rescale)
-
-        if then != "ties_merging":
-            return partial(_add_up, operands, thin)
-        return _elect(
-            operands,
-            thin,
-            density=0.2 if density is None else density,
-            agreement="mean" if agreement is None else agreement,
+    share = 0.2 if density is None else density
+    if compat is not None:
+        merge = partial(
+            fusionbench.dare,
+            sparsity=sparsity,
+            rescale=rescale,
+            scaling_factor=scale,
+            density=share if then == "ties_merging" else None,
+            agreement=agreement or "sum",
+            seed=seed,
         )
-
-    return _merge_deltas(base, models, scale, prepare)
+        return _merge_as_there(base, models, merge, target)
+    rest: DeltaRecipe = add_up
+    if then == "ties_merging":
+        rest = partial(elect, density=share, agreement=agreement or "mean")
+    recipe = partial(thin, sparsity=sparsity, rescale=rescale, seed=seed, then=rest)
+    n_looks = N_LOOKS + 1 if then == "ties_merging" else 1
+    return _merge_deltas(base, models, scale, recipe, target, n_looks=n_looks, progress=progress)
 
 
 def _refuse_unused(then: Thinned, **options: object) -> None:
@@ -213,57 +325,62 @@ def _refuse_unused(then: Thinned, **options: object) -> None:
         raise InputError(f"{', '.join(unused)} is no option of then={then!r}; leave it out, or take another method")
 
 
-def _merge(
-    models: Sequence[Tensors], prepare: Callable[[Operands], Callable[[str], Tensor]], *, base: Tensors | None = None
-) -> dict[str, Tensor]:
-    """All weights merged, one after another."""
-    given = [*models] if base is None else [base, *models]
-    labels = [f"models[{i}]" for i in range(len(models))]
+def _label(models: Sequence[Any], base: Any = None) -> tuple[list[Any], list[str]]:
+    """Everything that is merged, the base first, and what messages call it."""
     if not models:
         raise InputError("models is empty; expected at least one model")
-    operands = Operands.of(given, labels if base is None else ["base", *labels])
-    merge_weight = prepare(operands)
-    with torch.no_grad():
-        return operands.outcome({name: operands.cast(name, merge_weight(name)) for name in operands.names})
+    labels = [f"models[{i}]" for i in range(len(models))]
+    return ([*models], labels) if base is None else ([base, *models], ["base", *labels])
+
+
+def _merge(
+    models: Sequence[Any], recipe: Recipe, target: Target, *, n_reads: int, progress: bool, base: Any = None
+) -> Merged:
+    """All weights merged, one after another, each in pieces.
+
+    Args:
+        models: what is merged.
+        recipe: how.
+        target: what it is to give.
+        n_reads: how many numbers are read for each of the outcome.
+        progress: show a bar where it takes long.
+        base: stands before the models.
+    """
+    given, labels = _label(models, base)
+    bar = import_package("tqdm.auto").tqdm(
+        desc="merging", unit="entry", unit_scale=True, delay=_LONG, disable=not progress, leave=False
+    )
+    with bar, torch.no_grad():
+        operands = Operands.of(given, labels, bar.update)
+        first = operands.models[0]
+        first.check_target(target)
+        bar.total = n_reads * operands.n_entries
+        return first.build(operands.merged(recipe, target.dtype), target)
 
 
 def _merge_deltas(
-    base: Tensors,
-    models: Sequence[Tensors],
+    base: Any,
+    models: Sequence[Any],
     scaling_factor: float,
-    prepare: Callable[[Operands, Deltas], Callable[[str], Tensor]],
-) -> dict[str, Tensor]:
-    """The base with merged task vectors added."""
-
-    def merger(operands: Operands) -> Callable[[str], Tensor]:
-        def delta(model: int, name: str) -> Tensor:
-            return operands.models[model + 1][name].double() - operands.models[0][name].double()
-
-        merge_delta = prepare(operands, delta)
-        return lambda name: operands.models[0][name].double().add(merge_delta(name), alpha=scaling_factor)
-
-    return _merge(models, merger, base=base)
+    recipe: DeltaRecipe,
+    target: Target,
+    *,
+    n_looks: int,
+    progress: bool,
+) -> Merged:
+    """The base with merged task vectors added, each of which is looked at so many times."""
+    whole = partial(add_deltas, scaling_factor=scaling_factor, recipe=recipe)
+    n_reads = 2 * len(models) * n_looks + 1
+    return _merge(models, whole, target, n_reads=n_reads, progress=progress, base=base)
 
 
-def _average(operands: Operands, shares: list[float], name: str) -> Tensor:
-    return average(operands.each(name), shares)
-
-
-def _add_up(operands: Operands, deltas: Deltas, name: str) -> Tensor:
-    n_models = len(operands.models) - 1
-    return average((deltas(model, name) for model in range(n_models)), [1.0] * n_models)
-
-
-def _elect(operands: Operands, deltas: Deltas, *, density: float, agreement: Agreement) -> Callable[[str], Tensor]:
-    """The merge of trimmed task vectors; weights are asked for in the order of `operands.names`."""
-    n_entries = sum(operands.models[0][name].numel() for name in operands.names)
-
-    def all_of(model: int) -> Iterable[Tensor]:
-        return (deltas(model, name) for name in operands.names)
-
-    trims = [find_trim(partial(all_of, model), int(density * n_entries)) for model in range(len(operands.models) - 1)]
-    return lambda name: merge_agreeing(list(_trim_each(trims, deltas, name)), agreement)
-
-
-def _trim_each(trims: Sequence[Trim], deltas: Deltas, name: str) -> Iterator[Tensor]:
-    return (trim(deltas(model, name)) for model, trim in enumerate(trims))
+def _merge_as_there(base: Any, models: Sequence[Any], merge: fusionbench.Merge, target: Target) -> Merged:
+    """All weights merged at once, as another library does."""
+    given, labels = _label(models, base)
+    operands = Operands.of(given, labels)
+    first = operands.models[0]
+    first.check_target(target)
+    with torch.no_grad():
+        states = [fusionbench.cast(operand.transformers_state(), target.dtype) for operand in operands.models]
+        merged = merge(states) if base is None else merge(states[1:], states[0])
+        return first.build_transformers(merged, target)

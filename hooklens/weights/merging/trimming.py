@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_DIGITS, _DIGIT = 4, 16
+N_LOOKS = 4
+"""How often all tensors are looked at, at most."""
+
+_DIGITS, _DIGIT = N_LOOKS, 16
 _VALUES = 1 << _DIGIT
 
 

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooklens.weights.merging.formulas import average, drop, merge_agreeing, slerp
+from hooklens.weights import merging
+from hooklens.weights.merging.formulas import average, drop, merge_agreeing
+
+
+def slerp(first: torch.Tensor, second: torch.Tensor, t: float) -> torch.Tensor:
+    return merging.slerp({"w": first}, {"w": second}, t)["w"]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hooklens.errors import InputError
 from hooklens.weights import merging
+from hooklens.weights.merging import operands
 from tests.model.networks import make_model
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
@@ -79,6 +80,19 @@ def test_ties_merging_trims_over_all_weights_together(density, agreement):
         "max": agreeing.abs().max(0).values * elected,
     }[agreement]
     torch.testing.assert_close(flat(found), flat(BASE) + 0.7 * expected, **CLOSE)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+def test_one_tensor_is_merged_as_peft_merges_adapters(density):
+    """Of one tensor the largest entries of all are the largest of each; drawn numbers have no equal sizes."""
+    theirs = pytest.importorskip("peft.utils.merge_utils")
+    tasks = list(torch.randn(3, 30, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    base, models = {"w": torch.zeros(30, 20, dtype=torch.float64)}, [{"w": task} for task in tasks]
+    ones = torch.ones(3, dtype=torch.float64)
+    found = merging.ties_merging(base, models, density=density)["w"]
+    torch.testing.assert_close(found, theirs.ties(tasks, ones, density), **CLOSE)
+    found = merging.task_arithmetic(base, models, scaling_factor=0.7)["w"]
+    torch.testing.assert_close(found, theirs.task_arithmetic(tasks, 0.7 * ones), **CLOSE)
 
 
 def test_dare_draws_each_weight_of_each_model_by_itself():
@@ -161,6 +175,62 @@ def test_networks_merge_by_their_state_dicts():
     torch.testing.assert_close(network.W_E, expected)
 
 
+def test_one_weight_here_and_two_there_is_refused():
+    """The second of the two was left out without a word."""
+    tied = [{**state, "z": state["a"]} for state in (BASE, *MODELS)]
+    tied[2]["z"] = tied[2]["a"] + 1
+    with pytest.raises(InputError, match=r"'z' and 'a' are one weight in base and two in models\[1\]"):
+        merging.task_arithmetic(tied[0], tied[1:])
+    tied[2]["z"] = tied[2]["a"].clone()
+    assert torch.equal(merging.task_arithmetic(tied[0], tied[1:])["z"], merging.task_arithmetic(BASE, MODELS)["a"])
+
+
+@pytest.mark.parametrize("n_piece", [1, 7, 13])
+def test_results_do_not_depend_on_the_size_of_the_pieces(monkeypatch, n_piece):
+    """Entries of equal size, of which the first stay, and draws, too, are those of whole weights."""
+    base, *models = ({name: (one * 4).round() for name, one in state.items()} for state in (BASE, *MODELS))
+    merges = (
+        lambda: merging.weighted_average(models, [1.0, 2.0, 3.0]),
+        lambda: merging.ties_merging(base, models, density=0.3),
+        lambda: merging.dare(base, models, then="ties_merging", density=0.3),
+        lambda: merging.slerp(MODELS[0], MODELS[1], 0.3),
+    )
+    whole = [merge() for merge in merges]
+    monkeypatch.setattr(operands, "N_PIECE", n_piece)
+    for expected, merge in zip(whole, merges, strict=True):
+        # Only the angle of slerp is a sum over pieces.
+        tolerance = 1e-15 if merge is merges[-1] else 0.0
+        for name, tensor in merge().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance)
+
+
+def test_the_dtype_of_the_outcome():
+    half = [make(seed, dtype=torch.bfloat16) for seed in range(3)]
+    assert merging.simple_average(half)["a"].dtype == torch.bfloat16
+    found = merging.simple_average(half, dtype=torch.float32)
+    assert torch.equal(found["b"], ((half[0]["b"].double() + half[1]["b"] + half[2]["b"]) / 3).float())
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (3, 3)])
+def test_tensors_of_any_shape(shape):
+    models = [{"x": torch.full(shape, float(number)), "y": torch.ones(2)} for number in (1, 2)]
+    for found in (
+        merging.simple_average(models),
+        merging.slerp(*models, 0.5),
+        merging.ties_merging(*models[:1], models[1:]),
+    ):
+        assert found["x"].shape == shape
+    assert torch.equal(merging.simple_average(models)["x"], torch.full(shape, 1.5))
+
+
+def test_tensors_that_lie_otherwise_in_memory():
+    turned = [{name: one.flatten().view(one.shape[::-1]).permute(*range(one.ndim)[::-1]) for name, one in model.items()}
+              for model in MODELS]  # fmt: skip
+    plain = [{name: one.contiguous() for name, one in model.items()} for model in turned]
+    found, expected = merging.simple_average(turned), merging.simple_average(plain)
+    assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
+
+
 def test_whole_numbers_are_kept_and_must_agree():
     numbered = [{**state, "steps": torch.tensor(3)} for state in MODELS]
     assert merging.simple_average(numbered)["steps"] == 3
@@ -174,7 +244,10 @@ def test_whole_numbers_are_kept_and_must_agree():
     [
         (lambda: merging.simple_average([]), r"models is empty"),
         (lambda: merging.simple_average(BASE), r"models is .*expected a list of models"),
-        (lambda: merging.simple_average([BASE, 3]), r"models\[1\] is 3, expected tensors by name"),
+        (lambda: merging.simple_average([BASE, 3]), r"models\[1\] is 3, expected tensors by name, a checkpoint f"),
+        (lambda: merging.simple_average([BASE, {**BASE, "b": "text"}]), r"models\[1\] holds .*no plain tensor .*'b'"),
+        (lambda: merging.simple_average([{"b": BASE["b"].to("meta")}]), r"models\[0\] holds .*no plain tensor .*'b'"),
+        (lambda: merging.simple_average([BASE], out="folder"), r"out='folder' goes with folders"),
         (
             lambda: merging.simple_average([BASE, {"a": BASE["a"], "d": BASE["b"]}]),
             r"models\[1\] and models\[0\] do not .*: models\[1\] lacks 'b', 'c'; models\[1\] alone has 'd'",

@@ -1,9 +1,9 @@
-"""Figures of results: heatmaps of sweeps and curves of circuits, by plotly or matplotlib, neither of them required.
+"""Figures of results: heatmaps, curves, and lines over layers, by plotly or matplotlib, neither of them required.
 
 Figures by matplotlib are none of pyplot's: nothing is kept open, and a notebook shows one that is a cell's value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from typing import Any, Literal
@@ -91,6 +91,75 @@ def draw_curve(
     axes.errorbar(x, y, yerr=None if ends is None else [below, above], marker="o")
     axes.axhline(level, linestyle=":", color="gray")
     axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
+    return figure
+
+
+def draw_lines(
+    x: LabelledAxis,
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    backend: Backend,
+    title: str,
+) -> Any:
+    """Lines over common places, one panel beside the other for each quantity, each on a scale of its own.
+
+    Args:
+        x: the name of the horizontal axis, and what is written at each place.
+        panels: by what is written above, the lines by name, with a value for each place; NaN is a gap.
+        backend: the package that draws.
+        title: what stands above all.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+        HookLensError: an unknown backend.
+    """
+    _check_backend(backend)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    draw = _lines_by_plotly if backend == "plotly" else _lines_by_matplotlib
+    return draw(x, panels, names, title)
+
+
+def _lines_by_plotly(
+    x: LabelledAxis, panels: Mapping[str, Mapping[str, Sequence[float]]], names: list[str], title: str
+) -> Any:
+    figure = import_package("plotly.subplots").make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels))
+    scatter = import_package("plotly.graph_objects").Scatter
+    palette = import_package("plotly.colors").qualitative.Plotly
+    shown: set[str] = set()
+    for column, lines in enumerate(panels.values(), start=1):
+        for name, values in lines.items():
+            colour = palette[names.index(name) % len(palette)]
+            line = scatter(
+                x=list(range(len(x[1]))),
+                y=list(values),
+                name=name,
+                mode="lines+markers",
+                line={"color": colour},
+                legendgroup=name,
+                showlegend=name not in shown,
+            )
+            shown.add(name)
+            figure.add_trace(line, row=1, col=column)
+        figure.update_xaxes(_plotly_axis(x), row=1, col=column)
+    figure.update_layout(title=title)
+    return figure
+
+
+def _lines_by_matplotlib(
+    x: LabelledAxis, panels: Mapping[str, Mapping[str, Sequence[float]]], names: list[str], title: str
+) -> Any:
+    figure = _make_figure(4 * len(panels) + 1, 4)
+    places = list(range(len(x[1])))
+    drawn: dict[str, Any] = {}
+    for number, (panel, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for name, values in lines.items():
+            (line,) = axes.plot(places, list(values), marker="o", label=name, color=f"C{names.index(name)}")
+            drawn.setdefault(name, line)
+        axes.set(title=panel, xlabel=x[0])
+        axes.set_xticks(places, x[1])
+    figure.legend(handles=list(drawn.values()), loc="outside lower center", ncols=len(drawn))
+    figure.suptitle(title)
     return figure
 
 

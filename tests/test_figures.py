@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hooklens.errors import HookLensError
-from hooklens.patching.results.figures import draw_curve, draw_heatmaps
+from hooklens.figures import draw_curve, draw_heatmaps, draw_lines
 from tests.annotations import unchecked
 
 VALUES = torch.tensor([[[0.0, 1.0, -2.0]]])
@@ -120,3 +120,44 @@ def test_unknown_backends_are_named():
         draw_heatmaps(VALUES, **AXES, backend="ascii", title="t")
     with unchecked(), pytest.raises(HookLensError, match="backend is 'ascii'; expected 'plotly' or 'matplotlib'"):
         draw_curve([1], [1.0], labels=("x", "y"), level=0.0, backend="ascii", title="t")
+
+
+LINES = {"cosine": {"a - b": [1.0, 0.5], "a - c": [0.25, float("nan")]}, "kl": {"a - c": [0.0, 2.0]}}
+
+
+def test_lines_by_plotly():
+    figure = draw_lines(("layer", ["0", "7"]), LINES, backend="plotly", title="t")
+    drawn = [(line.name, line.xaxis, list(line.x), line.mode, line.showlegend) for line in figure.data]
+    assert drawn == [
+        ("a - b", "x", [0, 1], "lines+markers", True),
+        ("a - c", "x", [0, 1], "lines+markers", True),
+        ("a - c", "x2", [0, 1], "lines+markers", False),
+    ]
+    assert list(figure.data[0].y) == [1.0, 0.5]
+    # A line has one colour in all panels.
+    assert figure.data[1].line.color == figure.data[2].line.color != figure.data[0].line.color
+    assert (list(figure.layout.xaxis2.ticktext), figure.layout.xaxis2.title.text) == (["0", "7"], "layer")
+    assert [title.text for title in figure.layout.annotations] == ["cosine", "kl"]
+    assert figure.layout.title.text == "t"
+
+
+def test_lines_by_matplotlib():
+    figure = draw_lines(("layer", ["0", "7"]), LINES, backend="matplotlib", title="t")
+    left, right = figure.axes
+    assert [(line.get_label(), line.get_marker()) for line in left.lines] == [("a - b", "o"), ("a - c", "o")]
+    assert list(right.lines[0].get_ydata()) == [0.0, 2.0]
+    assert right.lines[0].get_color() == left.lines[1].get_color() != left.lines[0].get_color()
+    assert (right.get_title(), right.get_xlabel(), figure.get_suptitle()) == ("kl", "layer", "t")
+    assert [label.get_text() for label in right.get_xticklabels()] == ["0", "7"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a - b", "a - c"]
+    with unchecked(), pytest.raises(HookLensError, match="backend is 'ascii'"):
+        draw_lines(("layer", ["0"]), LINES, backend="ascii", title="t")
+
+
+def test_a_line_that_the_first_panel_lacks_is_in_the_legend():
+    """The legend was that of the first panel, which need not have every line."""
+    panels = {"one": {"a": [1.0]}, "two": {"b": [2.0]}}
+    shown = draw_lines(("x", ["0"]), panels, backend="plotly", title="t").data
+    assert [line.name for line in shown if line.showlegend] == ["a", "b"]
+    drawn = draw_lines(("x", ["0"]), panels, backend="matplotlib", title="t")
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["a", "b"]
