@@ -14,6 +14,7 @@ _EXTRA_OF = {
     "torchao": "quant",
     "bitsandbytes": "quant",
     "accelerate": "placement",
+    "omegaconf": "pool",
     "transformer_lens": "bench",
 }
 

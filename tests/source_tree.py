@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
-    ("patching", "analysis", "evaluation", "verification", "training"),
+    ("patching", "analysis", "evaluation", "verification", "training", "pool"),
     ("cli",),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
@@ -51,6 +51,7 @@ HEAVY = frozenset(
         "plotly",
         "peft",
         "yaml",
+        "omegaconf",
         "accelerate",
     }
 )

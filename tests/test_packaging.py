@@ -119,9 +119,9 @@ def test_extras(published: Published) -> None:
     for package, extra in optional._EXTRA_OF.items():
         assert canonicalize_name(package) in names_of(requirements, extra), (package, extra)
     extras = set(published.metadata.get_all("Provides-Extra", []))
-    assert extras == {"all", "bench", "lint", "notebook", "peft", "placement", "plot", "quant", "stats", "test"}
+    assert extras == {"all", "bench", "lint", "notebook", "peft", "placement", "plot", "pool", "quant", "stats", "test"}
     (everything,) = (requirement for requirement in requirements if holds_for(requirement, "all"))
-    assert (everything.name, everything.extras) == ("hooklens", {"notebook", "peft", "placement", "plot", "stats"})
+    assert (everything.name, everything.extras) == ("hooklens", {"notebook", "peft", "placement", "plot", "pool", "stats"})
 
 
 def test_lowest_constraints_are_the_declared_bounds(published: Published) -> None:

@@ -106,6 +106,19 @@ class Checkpoint:
             return self._model.tensors(layers, n_ctx=n_ctx, let_go=let_go)
         return self._model.tensors(layers, n_ctx=n_ctx)
 
+    def read(self, name: str) -> Tensor:
+        """One tensor, by its HookLens name and in its logical shape; `cfg.description.weights` has the names.
+
+        Raises:
+            KeyError: the network has no such weight.
+        """
+        if isinstance(self._model, HubModel):
+            return self._model.read(name)
+        for found, tensor in self._model.tensors():
+            if found == name:
+                return tensor
+        raise KeyError(name)
+
     def kept_tensors(
         self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
     ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:

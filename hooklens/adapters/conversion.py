@@ -116,6 +116,7 @@ class HubModel:
         self._bound = list(self._family.bind_rules(self.cfg, in_memory=self._in_memory))
         # Layers are alike, so most of the answers are known already.
         self._copied: dict[str, bool] = {}
+        self._rules: dict[str, BoundRule] | None = None
         self._check_tensors()
 
     def tensors(
@@ -134,6 +135,18 @@ class HubModel:
         # Checked at the call: a generator would not run until the first tensor is asked for.
         cfg = config_of_length(self.cfg, n_ctx)
         return self._iterate(None if layers is None else check_layers(layers, self.cfg.n_layers), cfg, set(let_go))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, by its HookLens name and in its logical shape.
+
+        Raises:
+            KeyError: the network has no such weight.
+        """
+        if self._rules is None:
+            self._rules = {ours: bound for bound in self._bound for ours in bound.ours}
+            if self.cfg.tied_unembed:
+                self._rules["unembed.W_U"] = self._rules["embed.W_E"]
+        return dict(self._load(self._rules[name], self.cfg, {name, "embed.W_E"}))[name]
 
     def kept_tensors(
         self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None

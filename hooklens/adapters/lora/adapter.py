@@ -201,7 +201,8 @@ def _sort(tensors: TensorSource, problems: list[str]) -> tuple[dict[str, _Found]
     """The tensors of changes by module, and those that replace the base's."""
     found: dict[str, _Found] = {}
     whole: dict[str, Tensor] = {}
-    for name in tensors.names():
+    # Files do not keep an order, and texts of errors are to have one.
+    for name in sorted(tensors.names()):
         path = name.removeprefix(_PREFIX)
         match = _KEY.fullmatch(path)
         if match is None and (".lora_" in path or ".token_adapter" in path):

@@ -90,7 +90,9 @@ def thin(pair: Pair) -> None:
 def test_what_does_not_fit_is_listed(spoil: Callable[[Pair], None], text: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, "llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
     spoil(pair)
-    with pytest.raises(CheckpointError, match=rf"the adapter does not fit .*base: .*{text}.*Take the base .* vocabulary may"):
+    with pytest.raises(
+        CheckpointError, match=rf"the adapter does not fit .*base: .*{text}.*Take the base .* vocabulary may"
+    ):
         HookedCausalLM.from_pretrained(pair.base, adapter=pair.adapter)
 
 

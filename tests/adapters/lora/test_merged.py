@@ -1,5 +1,6 @@
 """Adapters merged on load, held against PEFT: against its merged model, and against the one with the adapter apart."""
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hooklens.adapters.lora import merged as merging
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import load_reference
 from tests.adapters.lora.made import IDS, Pair, adapt, load_adapted, make_pair, save_adapter, save_base
-from tests.checkpoints import load_apart
+from tests.checkpoints import edit_config, load_apart
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fused groups, DoRA, biases": ("falcon", {"target_modules": "all-linear", "use_dora": True, "bias": "all"}),
     "[in, out], all biases": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "bias": "all"}),
     "[in, out], DoRA": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "bias": "lora_only"}),
-    "[in, out], bias of its own": ("gpt2", {"target_modules": ["c_attn", "c_proj", "wpe"], "lora_bias": False}),
+    "[in, out], learned positions": ("gpt2", {"target_modules": ["c_attn", "c_proj", "wpe"]}),
     "bias of its own": ("gpt_neox", {"target_modules": ["query_key_value", "dense"], "lora_bias": True}),
     "fused gate": ("phi3", {"target_modules": "all-linear"}),
     "experts by module": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
@@ -232,3 +233,33 @@ def test_the_change_of_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeyp
         pass
     # Of each layer two projections, and of each expert two maps, of which one is two tensors on disk.
     assert len(made) == 2 * (2 + 4 * 3)
+
+
+def test_merging_needs_no_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["q_proj"])
+    expected = logits_of(HookedCausalLM.from_pretrained(pair.base, adapter=pair.adapter))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert torch.equal(logits_of(HookedCausalLM.from_pretrained(pair.base, adapter=pair.adapter)), expected)
+
+
+def quantise_rows(folder: Path) -> None:
+    """Give the projections of a base 8 bits and a scale for each row, as bitsandbytes stores them."""
+    state = load_apart(folder / "model.safetensors")
+    for name in [name for name in state if name.endswith("proj.weight")]:
+        scale = state[name].abs().amax(dim=1)
+        state[name.removesuffix("weight") + "SCB"] = scale
+        state[name] = (state[name] * 127 / scale[:, None]).round().to(torch.int8)
+    save_file(state, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+
+
+def test_a_quantised_base_is_merged_dequantised(tmp_path: Path) -> None:
+    """As QLoRA's are: the change is added to what the entries stand for, and not rounded to few bits again."""
+    pair = make_pair(tmp_path, "llama", target_modules="all-linear")
+    quantise_rows(pair.base)
+    plain = HookedCausalLM.from_pretrained(pair.base)
+    plain.save_pretrained(tmp_path / "plain" / "base")
+    ours = HookedCausalLM.from_pretrained(pair.base, adapter=pair.adapter)
+    expected = HookedCausalLM.from_pretrained(tmp_path / "plain" / "base", adapter=pair.adapter, dtype=ours.dtype)
+    assert torch.equal(logits_of(ours), logits_of(expected))
+    assert not torch.allclose(logits_of(ours), logits_of(plain))

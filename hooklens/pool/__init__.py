@@ -1,0 +1,28 @@
+"""Pools of models: one YAML file, dict or list names them, and each comes out hooked.
+
+    from hooklens import pool
+
+    models = pool.CausalLMPool.from_yaml("pool.yaml")
+    base = models.load_pretrained_model()
+    for name, model in models.named_models(dtype="float32"):
+        print(name, model("The capital of France is", return_type="loss"))
+
+The keys and methods are those of FusionBench's `CausalLMPool`; `docs/pools.md` lists them, and what differs.
+"""
+
+from hooklens.pool.causal_lm_pool import CausalLMBackbonePool, CausalLMPool, ModelPool
+from hooklens.pool.config.targets import register_target
+from hooklens.pool.errors import ModelNameError, PoolError
+from hooklens.pool.lazy import LazyWeights
+from hooklens.pool.peft import load_peft_causal_lm
+
+__all__ = [
+    "CausalLMBackbonePool",
+    "CausalLMPool",
+    "LazyWeights",
+    "ModelNameError",
+    "ModelPool",
+    "PoolError",
+    "load_peft_causal_lm",
+    "register_target",
+]
