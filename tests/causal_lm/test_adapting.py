@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from hooklens import HookedCausalLM, edits, patching, verify
 from hooklens.errors import CheckpointError, ConfigError, InputError, TransformError, UnsupportedModelError
 from hooklens.model.parts.adapted import adapted_maps
+from hooklens.pool import load_peft_causal_lm
 from hooklens.training import TrainConfig, train
 from tests.adapted_models import CASES, TOKENS, gradients, load, make_adapted, randomise_adapter
 from tests.checkpoints import _neox
@@ -274,6 +275,25 @@ class TestLoading:
         assert cache["blocks.1.attn.v_up_proj.hook_lora_out"].shape == (2, 9, 4, 6)
         attn = model.blocks[1].attn
         assert attn.kv_down_proj.lora_A["one"].weight is attn.k_rope_proj.lora_A["one"].weight
+
+    def test_by_the_pools_loader(self, adapted):
+        one = adapted("neox", dtype=torch.float32)
+        model = load_peft_causal_lm(one.base, one.adapter, torch_dtype="float32")
+        with torch.no_grad():
+            torch.testing.assert_close(model(TOKENS), one.theirs(TOKENS).logits, **CLOSE)
+        assert any(parameter.requires_grad for parameter in model.parameters())
+        frozen = load_peft_causal_lm(one.base, one.adapter, torch_dtype="float32", is_trainable=False)
+        assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+    def test_generation_on_a_cache(self, adapted):
+        one = adapted("llama")
+        asked = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "verbose": False}
+        model = load(one)
+        found = model.generate(TOKENS[:, :4], **asked)
+        assert torch.equal(found, model.merge_adapter().generate(TOKENS[:, :4], **asked))
+        with model.disable_adapter():
+            off = model.generate(TOKENS[:, :4], **asked)
+        assert torch.equal(off, HookedCausalLM.from_pretrained(one.base).generate(TOKENS[:, :4], **asked))
 
     def test_several_by_name(self, adapted):
         one = adapted("neox")
