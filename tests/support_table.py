@@ -22,7 +22,9 @@ padded on both sides, key-value caches, greedy generation, and the way back to d
 and much more, for a checkpoint of yours.
 
 Quantised checkpoints of all of them are dequantised when they are loaded: fp8 with scales of blocks
-(`weight_scale_inv`), compressed-tensors of 8 bits, mxfp4, GPTQ and AWQ (`GEMM`), bitsandbytes of 4 and 8 bits.
+(`weight_scale_inv`), compressed-tensors (4 and 8 bits), mxfp4, GPTQ and AWQ (`GEMM`), bitsandbytes, int8 of
+torchao. With `quantize="keep"` they stay as few bits as they have there, with the same weights to the bit;
+`quantize="int8"` and `"int4"` quantise a plain checkpoint while it is loaded, mixtures of experts too.
 
 Old formats of the field are read, from the same places, and not written: TransformerLens's own (attention-only and
 SoLU models, the first ones and minGPT's as it reads them), nanoGPT's `ckpt.pt`, and Meta's `params.json` with

@@ -8,7 +8,7 @@ from hooklens.adapters.checkpoint import Checkpoint, download_checkpoint, open_c
 from hooklens.adapters.export import write_checkpoint
 from hooklens.adapters.family import Family
 from hooklens.adapters.hf_model import build_hf_model, choose_attention, read_hf_generation_config, read_hf_model
-from hooklens.adapters.kept import QuantisedWeight
+from hooklens.adapters.kept import Kept, QuantisedWeight
 from hooklens.adapters.late import open_adapter, read_xlstm, write_xlstm
 from hooklens.adapters.layout import to_hub
 from hooklens.adapters.sources import Repository
@@ -16,6 +16,7 @@ from hooklens.adapters.sources import Repository
 __all__ = [
     "Checkpoint",
     "Family",
+    "Kept",
     "QuantisedWeight",
     "Repository",
     "build_hf_model",

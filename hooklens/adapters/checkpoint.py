@@ -18,7 +18,7 @@ from hooklens.adapters.files.disk import read_json
 from hooklens.adapters.files.tokenizer_files import load_tokenizer
 from hooklens.adapters.formats import OpenedModel
 from hooklens.adapters.formats.place import Place
-from hooklens.adapters.kept import QuantisedWeight
+from hooklens.adapters.kept import Kept
 from hooklens.adapters.sources import CheckpointFiles, HubFiles, LocalFiles, OldFiles, Repository, open_files
 from hooklens.adapters.wrapping import untie_config, unwrap_config
 from hooklens.arguments import show
@@ -121,7 +121,7 @@ class Checkpoint:
 
     def kept_tensors(
         self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
-    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | Kept]]:
         """The same, but for the weights of linear maps that are quantised: these as they are stored.
 
         Args:

@@ -15,7 +15,7 @@ from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
 from hooklens.adapters.family import BoundRule, Family
 from hooklens.adapters.files.disk import TensorHeader, header_of
-from hooklens.adapters.kept import KeptMaps, QuantisedWeight
+from hooklens.adapters.kept import Kept, KeptMaps
 from hooklens.adapters.keys import BiasFlag
 from hooklens.adapters.rules import DiskShapes, RowPieces, is_stacked
 from hooklens.adapters.wrapping import unwrap_config, unwrap_names
@@ -150,7 +150,7 @@ class HubModel:
 
     def kept_tensors(
         self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None
-    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | Kept]]:
         """The same, but for the weights of linear maps that are quantised: these as they are stored.
 
         Args:
@@ -167,7 +167,7 @@ class HubModel:
 
     def _iterate_kept(
         self, layers: Sequence[int] | None, cfg: HookedConfig, kept: KeptMaps
-    ) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | Kept]]:
         rules = self._bound if layers is None else self._family.bind_rules(self.cfg, layers)
         for bound in rules:
             yield from kept.read(bound) if kept.holds(bound) else self._load(bound, cfg)

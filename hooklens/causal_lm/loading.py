@@ -160,7 +160,7 @@ class LoadingMethods:
         The config is read and checked before any weight is fetched. From a URL or a `Repository` safetensors files are
         read by ranges, tensor by tensor: no copy of them is written, and `layers=` fetches only what those blocks need.
 
-        Quantised weights (fp8, mxfp4, compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes, torchao's int8) are
+        Quantised weights (fp8, mxfp4, compressed-tensors, GPTQ, AWQ, bitsandbytes, torchao's int8) are
         dequantised, one by one, unless `quantize="keep"`. A model with quantised projections runs, and is hooked and
         edited, as any other; its `W_Q` and the field's other names give what they are dequantised, copies that are not
         assigned. `model.dequantize()` is the plain model.
@@ -195,11 +195,14 @@ class LoadingMethods:
             n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
                 past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
             tokenizer: used in place of the checkpoint's own.
-            quantize: have the projections of attention and MLPs quantised, one by one while they are read; embeddings,
-                unembedding, norms and biases stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits,
-                a scale for each output (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what
-                the checkpoint holds quantised stays so (bitsandbytes of 8 and 4 bits, torchao's int8). None: all is
-                plain.
+            quantize: have the projections of attention, MLPs and experts quantised, one by one while they are read
+                (the experts of a layer: all that have one name); embeddings, unembedding, norms, biases, routers and
+                gates stay plain, and `dtype` is the one that is computed in. `"int8"`: 8 bits, a scale for each output
+                (torchao); `"int4"`: 4 bits, NF4 in blocks of 64 (bitsandbytes); `"keep"`: what the checkpoint holds
+                quantised stays as few bits as it has there, in any of the formats that are read, experts too. int8 with
+                a scale for each output is multiplied with by torchao, bitsandbytes' 4 bits by bitsandbytes; all others
+                on any device and without a further package, by what is dequantised at each call: to the bit the
+                weights that None gives. No inputs are rounded to fewer bits. None: all is plain.
             adapter: a LoRA adapter of PEFT, as a source is given, or a list of them, which are added one after the
                 other; with `merge=False` one, which is called `"default"`, or several by name. `token`, `cache_dir` and
                 `local_files_only` hold for adapters on the hub, and `storage_options` for URLs.
@@ -212,9 +215,9 @@ class LoadingMethods:
         Raises:
             CheckpointError: files or tensors are missing, damaged, or too many, or an adapter does not fit the model.
                 Damage inside the entries of a tensor is not seen.
-            UnsupportedModelError: the architecture, or a value in its config, is not implemented; or it has experts,
-                which are not quantised, or weights that cannot be kept as they are. Or an adapter is of a kind that is
-                not implemented, or cannot be added to these weights.
+            UnsupportedModelError: the architecture, or a value in its config, is not implemented; or weights cannot be
+                kept as they are. Or an adapter is of a kind that is not implemented, or cannot be added to these
+                weights.
             InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this
                 kind of source has not, a dtype in which quantised maps do not compute, or names, devices or memory in
                 `device_map` that do not fit the network; before any weight is read.
@@ -397,10 +400,10 @@ def _read_tensors(
     """A checkpoint's weights, and for those that are to be quantised linear maps."""
     if quantize is None:
         return checkpoint.tensors(layers, n_ctx=n_ctx)
-    cfg = checkpoint.config_for(layers, n_ctx=n_ctx)
-    check_quantisation(cfg, quantize, dtype)
+    check_quantisation(quantize, dtype)
     if quantize == "keep":
         return build_kept(checkpoint.kept_tensors(layers, n_ctx=n_ctx), device=device, dtype=dtype)
+    cfg = checkpoint.config_for(layers, n_ctx=n_ctx)
     projections = {name for name, weight in cfg.description.weights.items() if is_projection(weight)}
     dense = checkpoint.tensors(layers, n_ctx=n_ctx, let_go=projections)
     return quantise_tensors(dense, cfg, quantize, device=device, dtype=dtype)

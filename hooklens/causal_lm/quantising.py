@@ -1,14 +1,21 @@
-"""Quantised projections, made while a model is loaded: one weight at a time is dense.
+"""Quantised projections, made while a model is loaded: one weight at a time is dense, of experts those of one name.
 
 | `quantize=` | library | a weight is stored as |
 |---|---|---|
 | `"int8"` | torchao | int8 numbers, with a scale for each output |
 | `"int4"` | bitsandbytes | 4-bit numbers that index the NF4 table, with a scale for each 64 of them |
-| `"keep"` | torchao, bitsandbytes | what the checkpoint holds: int8 rows, 4-bit blocks |
+| `"keep"` | torchao | int8 rows that the checkpoint holds |
+| `"keep"` | bitsandbytes | its 4-bit blocks that the checkpoint holds |
+| `"keep"` | none | other numbers and scales that the checkpoint holds: GPTQ, AWQ, fp8, mxfp4, compressed-tensors |
 
 NF4 is that of Dettmers et al. 2023 ("QLoRA"). All are weight-only, on any device: what a map computes is linear in its
 input, as whatever takes a layer apart into heads and directions needs. So a checkpoint of bitsandbytes' 8 bits, which
 have this layout, runs on torchao's: bitsandbytes' own kernels round the inputs of such a map to 8 bits, too.
+
+What the last row names is computed with by a `ScaledLinear`, which dequantises at each call. transformers' kernels for
+fp8 run on GPUs alone, and round inputs to fp8; those of GPTQ and AWQ (gptqmodel 7.7) ask for torch 2.14; the package
+compressed-tensors (0.20) has no linear map that multiplies with packed numbers; torchao's tensor for groups holds 4
+bits in a byte, and in bfloat16 it rounds the scales first, so its numbers are not those of the plain model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hooklens.adapters import QuantisedWeight
-from hooklens.config import DeclaredWeight, HookedConfig, MoEConfig
-from hooklens.errors import InputError, MissingDependencyError, UnsupportedModelError
+from hooklens.adapters import Kept, QuantisedWeight
+from hooklens.config import DeclaredWeight, HookedConfig
+from hooklens.errors import InputError, MissingDependencyError
 from hooklens.model.parts.quantised import UnevenLinear, set_compute_dtype
+from hooklens.model.parts.scaled import ScaledLinear
+from hooklens.model.parts.stacked import QuantisedStack
 from hooklens.model.placement.placement import Placement
 from hooklens.optional import import_package
 from hooklens.weights.layout import stored_view
@@ -31,28 +40,22 @@ Value = Tensor | nn.Module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NF4_BLOCK = 64
+# Outputs of maps that choose and weigh experts.
+_SCORES = (("expert",), ("one",))
 _WAY_OUT = "leave quantize out to load plain weights"
 
 
-def check_quantisation(cfg: HookedConfig, kind: Quantisation, dtype: torch.dtype) -> None:
+def check_quantisation(kind: Quantisation, dtype: torch.dtype) -> None:
     """Refuse what cannot be quantised before a weight is read.
 
     Raises:
         InputError: a dtype in which the libraries do not compute.
-        UnsupportedModelError: the network has experts, whose weights are no linear maps of their own.
         MissingDependencyError: the library is not installed, or goes with another torch.
     """
     if dtype not in _DTYPES:
         raise InputError(
             f"quantize={kind!r} with dtype {dtype}: quantised maps compute in float32, float16 or bfloat16; give one "
             f"of these as dtype, or {_WAY_OUT}"
-        )
-    mixtures = [block.layer for block in cfg.blocks if isinstance(block.mlp, MoEConfig)]
-    # What a checkpoint holds quantised is told by its tensors.
-    if mixtures and kind != "keep":
-        raise UnsupportedModelError(
-            f"quantize={kind!r}: the MLPs of layers {mixtures} are mixtures of experts. Their weights, most of such a "
-            f"model, lie in one tensor each, which are no linear maps that a library could quantise: {_WAY_OUT}"
         )
     if kind != "keep":
         _library(_LIBRARIES[kind])
@@ -66,7 +69,9 @@ def quantise_tensors(
     device: torch.device | str | Placement,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Value]]:
-    """Weights by name, those of the projections of attention and MLPs as quantised linear maps.
+    """Weights by name, those of the projections of attention, MLPs and experts as quantised linear maps.
+
+    Of experts that lie in one tensor, that tensor is dense beside what is made of it.
 
     Args:
         tensors: names and weights in their logical shapes.
@@ -81,23 +86,31 @@ def quantise_tensors(
         if declared is None or not is_projection(declared):
             yield name, tensor
             continue
-        placed = tensor.detach().to(device=_place_of(name, device), dtype=dtype)
-        stored = stored_view(placed, declared.stored, declared.axes).contiguous()
-        yield name, make(stored, dtype)
+        stored, place = stored_view(tensor.detach(), declared.stored, declared.axes), _place_of(name, device)
+
+        def make_map(weight: Tensor, place: torch.device = place) -> nn.Module:
+            return make(weight.to(device=place, dtype=dtype).contiguous(), dtype)
+
+        yield name, QuantisedStack(map(make_map, stored)) if is_stacked(declared) else make_map(stored)
 
 
 def build_kept(
-    tensors: Iterable[tuple[str, Tensor | QuantisedWeight]],
+    tensors: Iterable[tuple[str, Tensor | Kept]],
     *,
     device: torch.device | str | Placement,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Value]]:
-    """Weights by name, those that a checkpoint holds quantised as linear maps of the library that reads them."""
+    """Weights by name, those that a checkpoint holds quantised as linear maps that compute with what it holds."""
     for name, value in tensors:
-        if isinstance(value, QuantisedWeight):
-            yield name, _KEEPERS[value.layout](value, _place_of(name, device), dtype)
-        else:
+        if isinstance(value, Tensor):
             yield name, value
+            continue
+        place = _place_of(name, device)
+
+        def keep(weight: QuantisedWeight, place: torch.device = place) -> nn.Module:
+            return _KEEPERS[weight.layout](weight, place, dtype)
+
+        yield name, keep(value) if isinstance(value, QuantisedWeight) else QuantisedStack(map(keep, value))
 
 
 def _place_of(name: str, device: torch.device | str | Placement) -> torch.device:
@@ -105,8 +118,17 @@ def _place_of(name: str, device: torch.device | str | Placement) -> torch.device
 
 
 def is_projection(weight: DeclaredWeight) -> bool:
-    """Whether a weight is that of a linear map inside a block."""
-    return weight.parameter.startswith("blocks.") and weight.parameter.endswith(".weight") and len(weight.stored) == 2
+    """Whether a weight is that of a linear map inside a block, or those of all experts there.
+
+    Maps to a score for each expert, or to one gate, are none: their few numbers say what is computed at all.
+    """
+    is_map = weight.parameter.startswith("blocks.") and weight.parameter.endswith(".weight")
+    return is_map and (is_stacked(weight) or (len(weight.stored) == 2 and weight.stored[0] not in _SCORES))
+
+
+def is_stacked(weight: DeclaredWeight) -> bool:
+    """Whether a weight is those of all experts."""
+    return len(weight.stored) == 3
 
 
 def _make_int8(weight: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -171,7 +193,7 @@ def _keep_int8(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     """The linear map of torchao that computes with int8 rows as they lie in a checkpoint."""
     # Made of zeros in float32, the dtype of the scales.
     linear = _make_int8(torch.zeros(weight.shape, dtype=torch.float32, device=device), dtype)
-    stored = list(_stored_tensors(linear.weight))
+    stored = list(stored_tensors(linear.weight))
     (rows,) = (one for one in stored if one.dtype == torch.int8 and one.shape == weight.shape)
     (scales,) = (one for one in stored if one.is_floating_point() and one.numel() == weight.shape[0])
     rows.copy_(weight.tensors["entries"])
@@ -179,13 +201,21 @@ def _keep_int8(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype
     return linear
 
 
-def _stored_tensors(tensor: Any) -> Iterator[Tensor]:
+def _keep_scaled(weight: QuantisedWeight, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The linear map that computes with numbers and scales as they lie in a checkpoint."""
+    tensors = {role: tensor.to(device) for role, tensor in weight.tensors.items()}
+    linear = ScaledLinear(weight.settings["kind"], d_in=weight.shape[1], **tensors)
+    set_compute_dtype(linear, dtype)
+    return linear
+
+
+def stored_tensors(tensor: Any) -> Iterator[Tensor]:
     """The plain tensors that one of torchao's is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored_tensors(getattr(tensor, name))
+        yield from stored_tensors(getattr(tensor, name))
 
 
 def _empty_4bit(d_out: int, d_in: int, blocksize: int, dtype: torch.dtype) -> nn.Module:
@@ -205,6 +235,7 @@ _MAKERS: dict[str, Callable[[Tensor, torch.dtype], nn.Module]] = {"int8": _make_
 _KEEPERS: dict[str, Callable[[QuantisedWeight, torch.device, torch.dtype], nn.Module]] = {
     "int8 rows": _keep_int8,
     "4-bit blocks": _keep_4bit,
+    "scaled": _keep_scaled,
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError, suggest_names
+from hooklens.errors import InputError, MissingDependencyError, suggest_names
 from hooklens.optional import import_package
 from hooklens.pool.arguments import Arguments, merge_arguments, to_ours, to_transformers
 from hooklens.pool.config.settings import DTYPES, SOURCES
@@ -113,7 +113,13 @@ def _load_checkpoint(asked: Request) -> Any:
 
 def _load_adapted(asked: Request) -> Any:
     """A base model with an adapter, by `hooklens.pool.load_peft_causal_lm`."""
-    function = import_package(_PEFT).load_peft_causal_lm
+    try:
+        function = import_package(_PEFT).load_peft_causal_lm
+    except MissingDependencyError as error:
+        raise PoolError(
+            f"{asked.what}: this version of HookLens loads no adapters from a pool; merge the adapter with peft "
+            "(merge_and_unload), save the model, and give its folder"
+        ) from error
     taken = inspect.signature(function).parameters
     arguments = dict(asked.arguments)
     if "dtype" in arguments and "dtype" not in taken:

@@ -118,6 +118,17 @@ def test_an_unknown_dtype_is_refused(whole) -> None:
         open_checkpoint(edit_config(whole[0], dtype="int8"))
 
 
+@pytest.mark.parametrize("variant", ["neox-parallel", "llama-tied", "falcon-40b"])
+def test_tensors_are_read_one_by_one_by_name(tmp_path, variant) -> None:
+    checkpoint = open_checkpoint(save_variant(variant, tmp_path))
+    tensors = dict(checkpoint.tensors())
+    assert set(tensors) == set(checkpoint.cfg.description.weights)
+    for name in reversed(tensors):
+        assert torch.equal(checkpoint.read(name), tensors[name]), name
+    with pytest.raises(KeyError, match=r"blocks\.0\.nothing"):
+        checkpoint.read("blocks.0.nothing")
+
+
 def test_layers_are_checked_before_the_first_tensor(whole) -> None:
     with pytest.raises(HookLensError, match=r"layers=\[9\]"):
         open_checkpoint(whole[0]).tensors([9])

@@ -1,6 +1,7 @@
 """Which rows of quantised tensors on disk go into which maps, against what the rules make of plain tensors."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 from hooklens.adapters.conversion import HubModel, MemoryTensors
 from hooklens.adapters.dequantised.bnb import Bnb8Bit
 from hooklens.adapters.dequantised.tensors import DequantisedTensors
-from hooklens.adapters.kept import KeptMaps, QuantisedWeight
+from hooklens.adapters.kept import KeptMaps, QuantisedWeight, _find_rows
+from hooklens.adapters.rules import Copy
 from hooklens.errors import UnsupportedModelError
 from tests.checkpoints import VARIANTS
+from tests.quantised_models import NETWORKS
 
 NAMES = ["neox-full-rotary", "llama-gqa", "falcon-7b", "falcon-40b"]
 
@@ -65,6 +68,41 @@ def test_numbers_in_another_order_are_told() -> None:
     other = replace(written, rule=replace(written.rule, pattern="m (h n) -> n h m"))
     with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.0\..*o_proj\.weight' holds .* another order"):
         KeptMaps([other], model._source, model._stored_names, model.cfg, where="here")
+
+
+def test_rules_that_leave_columns_out_or_order_experts_anew_are_told() -> None:
+    """All numbers of a row have to be there; the experts of one tensor are told by theirs."""
+    cfg, (rule, weight) = _stack()
+    shape = (3, 4, 5)
+    [rows] = _find_rows(rule(lambda tensor: tensor), [weight], cfg, shape, turned=False)
+    assert rows.is_whole
+    [rows] = _find_rows(rule(lambda tensor: tensor[:, [2, 0]]), [weight], cfg, shape, turned=False)
+    assert (rows.numbers.tolist(), rows.is_whole) == ([2, 0], False)
+    for moved in (
+        lambda tensor: tensor[..., :4],
+        lambda tensor: tensor.flip(0),
+        lambda tensor: tensor.flip(2),
+        lambda tensor: tensor[:2],
+        lambda tensor: torch.stack([tensor[0], tensor[1].flip(0), tensor[2]]),
+    ):
+        assert _find_rows(rule(moved), [weight], cfg, shape, turned=False) is None
+    [rows] = _find_rows(rule(lambda tensor: tensor.mT), [weight], cfg, shape, turned=True)
+    assert rows.is_whole
+
+
+def _stack():
+    """A config with experts, and a way to make rules of `W_in`, given what they do to the tensor as it is stored."""
+    cfg = NETWORKS["mixture"]
+    weight = cfg.description.weights["blocks.0.mlp.W_in"]
+
+    @dataclass(frozen=True)
+    class Moved(Copy):
+        move: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+        def load(self, tensor, cfg):
+            return (self.move(tensor).mT,)
+
+    return cfg, (lambda move: Moved("experts", "blocks.{i}.mlp.W_in", move=move), weight)
 
 
 def test_tables_and_experts_are_told() -> None:

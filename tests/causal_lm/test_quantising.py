@@ -272,32 +272,6 @@ class TestRefusals:
         ):
             HookedCausalLM.from_pretrained(folders["apart"], quantize="keep")
 
-    def test_experts(self, tmp_path) -> None:
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        config = MixtralConfig(
-            vocab_size=31, num_local_experts=2, num_attention_heads=4, num_key_value_heads=2, **SIZES
-        )
-        MixtralForCausalLM(config).save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match=r"the MLPs of layers \[0, 1\] are mixtures of experts"):
-            HookedCausalLM.from_pretrained(tmp_path, quantize="int8")
-
-    def test_formats_that_no_library_computes_with(self, folders, tmp_path) -> None:
-        """fp8: each weight with a scale beside it."""
-        from safetensors.torch import save_file
-
-        tensors = load_file(folders["apart"] / "model.safetensors")
-        for name in [name for name in tensors if "proj" in name]:
-            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = torch.ones(())
-        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((folders["apart"] / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3"}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        HookedCausalLM.from_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match="no library that HookLens uses computes with fp8 weights"):
-            HookedCausalLM.from_pretrained(tmp_path, quantize="keep")
-
     @pytest.mark.parametrize(("quantize", "package"), [("int8", "torchao"), ("int4", "bitsandbytes")])
     def test_without_the_library(self, folders, monkeypatch, quantize, package) -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == package]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.dequantised.tensors import Parts
-from hooklens.adapters.kept import QuantisedWeight, Rows
+from hooklens.adapters.kept import QuantisedWeight, Rows, keep_int8
 from hooklens.arguments import show
 from hooklens.errors import CheckpointError
 
@@ -45,7 +45,7 @@ class Bnb4Bit:
     }
     ignored = ()
     dtype = torch.float32
-    is_linear = True
+    is_turned = False
     pads_biases = False
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ class Bnb8Bit:
     extras: ClassVar[Mapping[str, str]] = {"format": ".weight_format"}
     ignored = ()
     dtype = torch.float32
-    is_linear = True
+    is_turned = False
     pads_biases = False
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
@@ -144,11 +144,8 @@ class Bnb8Bit:
 
     def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
         """Rows as they are stored."""
-        entries, scales = parts.read("entries"), parts.read("scales").to(torch.float32) / _LARGEST
-        if not rows.is_whole:
-            entries, scales = entries[rows.numbers], scales[rows.numbers]
-        shape = (len(rows.numbers), parts.shape("entries")[1])
-        return QuantisedWeight("int8 rows", shape, {"entries": entries, "scales": scales}, {})
+        scales = rows.take(parts.read("scales").to(torch.float32) / _LARGEST)
+        return keep_int8(rows.take(parts.read("entries")), scales[:, None])
 
 
 def _read_absmax(parts: Parts, state: Mapping[str, Any]) -> Tensor:

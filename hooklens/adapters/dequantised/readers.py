@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hooklens.adapters.dequantised.bnb import Bnb4Bit, Bnb8Bit
-from hooklens.adapters.dequantised.packed import Awq, Gptq
+from hooklens.adapters.dequantised.packed import Awq, CompressedPacked, Gptq
 from hooklens.adapters.dequantised.scaled import Mxfp4, Scaled
 from hooklens.adapters.dequantised.settings import Settings
 from hooklens.adapters.dequantised.tensors import QuantFormat
 from hooklens.adapters.dequantised.torchao import TorchaoInt8
 from hooklens.errors import UnsupportedModelError
 
+_PACKED = "pack-quantized"
 _PLAIN_SCALES = ("float-quantized", "int-quantized", "naive-quantized")
 
 
@@ -20,12 +21,12 @@ def _read_fp8(settings: Settings) -> QuantFormat:
 
 
 def _read_compressed(settings: Settings) -> QuantFormat:
-    settings.choose("format", _PLAIN_SCALES, "missing")
+    is_packed = settings.choose("format", (*_PLAIN_SCALES, _PACKED), "missing") == _PACKED
     sparsity = settings.get("sparsity_config", {})
     if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format", "dense") == "dense"):
         settings.reject("sparsity_config", sparsity, "none, or a dense one")
     groups = settings.get("config_groups", {})
-    blocks = set()
+    blocks, bits, zeros = set(), set(), set()
     if not isinstance(groups, Mapping):
         settings.reject("config_groups", groups, "an object")
         groups = {}
@@ -35,7 +36,11 @@ def _read_compressed(settings: Settings) -> QuantFormat:
             settings.reject(f"config_groups.{name}", group, "an object that describes weights")
             continue
         weights = Settings(described)
-        strategy = weights.choose("strategy", ("tensor", "channel", "group", "block"), "tensor")
+        strategies = ("tensor", "channel", "group") if is_packed else ("tensor", "channel", "group", "block")
+        strategy = weights.choose("strategy", strategies, "tensor")
+        if is_packed:
+            bits.add(weights.choose("num_bits", (4, 8), 8))
+            zeros.add(weights.choose("symmetric", (True, False), default=True) is False)
         blocks.add(
             weights.block("block_structure") if strategy == "block"
             else (1, weights.group_size()) if strategy == "group"
@@ -44,6 +49,11 @@ def _read_compressed(settings: Settings) -> QuantFormat:
         settings.problems += [f"config_groups.{name}.weights.{problem}" for problem in weights.problems]
     if len(blocks) > 1:
         settings.reject("config_groups", groups, "blocks of one size")
+    if len(bits) > 1:
+        settings.reject("config_groups", groups, "numbers of as many bits")
+    if is_packed:
+        block = next(iter(blocks), None)
+        return CompressedPacked(next(iter(bits), 8), -1 if block is None else block[1], has_zeros=zeros == {True})
     return Scaled("compressed-tensors", "weight_scale", next(iter(blocks), None))
 
 

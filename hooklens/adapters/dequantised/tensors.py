@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooklens.adapters.conversion import TensorSource
 from hooklens.adapters.files.disk import TensorHeader
-from hooklens.adapters.kept import QuantisedWeight, Rows
+from hooklens.adapters.kept import Kept, Rows
 from hooklens.errors import CheckpointError, join_names
 
 # Entries of a tensor that is worth giving its memory back.
@@ -81,33 +81,28 @@ class QuantFormat(Protocol):
         """Of dequantised weights; the weights are exact in it, or as exact as float32 makes them."""
 
     @property
-    def is_linear(self) -> bool:
-        """Whether weights are those of `nn.Linear`, `[out, in]`."""
+    def is_turned(self) -> bool:
+        """Whether the plain checkpoint always has inputs before outputs."""
 
     @property
     def pads_biases(self) -> bool:
         """Whether maps without bias are given one of zeros."""
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
-        """The shape of the weight.
+        """The shape of the weight: outputs and inputs, before them experts where it holds those of all.
 
         Raises:
             CheckpointError: its tensors do not fit together; the text begins with what is wrong.
         """
 
     def dequantise(self, parts: Parts) -> Tensor:
-        """The weight."""
-
-
-@runtime_checkable
-class KeepingFormat(QuantFormat, Protocol):
-    """One whose weights a library computes with as they are stored."""
+        """The weight, in that shape."""
 
     def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
         """Why rows of a weight cannot be taken as they are stored; None where they can."""
 
-    def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
-        """Rows of a weight as they are stored."""
+    def keep(self, parts: Parts, rows: Rows) -> Kept:
+        """Rows of a weight as they are stored, of every expert where it holds those of all."""
 
 
 class DequantisedTensors:
@@ -128,7 +123,7 @@ class DequantisedTensors:
         self, source: TensorSource, scheme: QuantFormat, *, where: str, conv1d: bool = False, head: str = ""
     ) -> None:
         self._source, self._scheme = source, scheme
-        self._turned = conv1d and scheme.is_linear
+        self._turned = conv1d
         self._head = head
         stored = source.names()
         bases = {name.removesuffix(marker) for marker in scheme.markers for name in stored if name.endswith(marker)}
@@ -158,7 +153,7 @@ class DequantisedTensors:
                 problems.append(f"{name!r}: {error}")
             else:
                 dtype = str(scheme.dtype).removeprefix("torch.")
-                self._headers[name] = TensorHeader(dtype, shape[::-1] if self.is_turned(name) else shape)
+                self._headers[name] = TensorHeader(dtype, _turn(shape) if self.is_turned(name) else shape)
         if problems:
             left_out = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise CheckpointError(
@@ -182,17 +177,12 @@ class DequantisedTensors:
         if name not in self._packed:
             return self._source.read(name, apart=apart)
         weight = self._scheme.dequantise(self._packed[name])
-        return weight.T if self.is_turned(name) else weight
+        return weight.mT if self.is_turned(name) else weight
 
     @property
     def method(self) -> str:
         """The name of the way in which weights are quantised."""
         return self._scheme.name
-
-    @property
-    def can_be_kept(self) -> bool:
-        """Whether a library computes with such weights as they are stored."""
-        return isinstance(self._scheme, KeepingFormat)
 
     def is_quantised(self, name: str) -> bool:
         """Whether a tensor of the plain checkpoint is quantised."""
@@ -201,16 +191,14 @@ class DequantisedTensors:
     def shape_of_map(self, name: str) -> tuple[int, ...]:
         """The shape of a quantised tensor as it is stored."""
         shape = self._headers[name].shape
-        return shape[::-1] if self.is_turned(name) else shape
+        return _turn(shape) if self.is_turned(name) else shape
 
     def why_not_kept(self, name: str, rows: Rows) -> str | None:
         """Why rows of a quantised tensor cannot be taken as they are stored; None where they can."""
-        assert isinstance(self._scheme, KeepingFormat)
         return self._scheme.why_not_kept(self._packed[name], rows)
 
-    def keep(self, name: str, rows: Rows) -> QuantisedWeight:
-        """Rows of a quantised tensor as they are stored."""
-        assert isinstance(self._scheme, KeepingFormat)
+    def keep(self, name: str, rows: Rows) -> Kept:
+        """Rows of a quantised tensor as they are stored, of every expert where it holds those of all."""
         return self._scheme.keep(self._packed[name], rows)
 
     def is_padding(self, name: str) -> bool:
@@ -222,4 +210,8 @@ class DequantisedTensors:
 
     def is_turned(self, name: str) -> bool:
         """Whether a quantised tensor is stored as `[out, in]` and is `[in, out]` in the plain checkpoint."""
-        return self._turned and name != self._head
+        return self._scheme.is_turned or (self._turned and name != self._head)
+
+
+def _turn(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooklens.adapters.dequantised.tensors import Parts
-from hooklens.adapters.kept import QuantisedWeight, Rows
+from hooklens.adapters.kept import QuantisedWeight, Rows, keep_int8
 from hooklens.errors import CheckpointError
 
 
@@ -26,7 +26,7 @@ class TorchaoInt8:
     extras: ClassVar[Mapping[str, str]] = {"zeros": "._weight_zero_point"}
     ignored = ()
     dtype = torch.float32
-    is_linear = True
+    is_turned = False
     pads_biases = False
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
@@ -52,20 +52,14 @@ class TorchaoInt8:
         return weight
 
     def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
-        """Maps are kept that have a scale for each row alone."""
-        if parts.shape("scales")[1] != 1:
-            return f"{parts.shape('scales')[1]} groups of each row's inputs have scales of their own"
-        if "zeros" in parts and bool(parts.read("zeros").any()):
-            return "its zero points are not 0"
+        """Nothing: each row has scales of its own."""
         return None
 
     def keep(self, parts: Parts, rows: Rows) -> QuantisedWeight:
         """Rows as they are stored."""
-        entries, scales = parts.read("entries"), parts.read("scales").flatten().to(torch.float32)
-        if not rows.is_whole:
-            entries, scales = entries[rows.numbers], scales[rows.numbers]
-        shape = (len(rows.numbers), parts.shape("entries")[1])
-        return QuantisedWeight("int8 rows", shape, {"entries": entries, "scales": scales}, {})
+        entries, scales = rows.take(parts.read("entries")), rows.take(parts.read("scales"))
+        zeros = rows.take(parts.read("zeros")) if "zeros" in parts and bool(parts.read("zeros").any()) else None
+        return keep_int8(entries, scales, zeros=zeros)
 
 
 def _spread(numbers: Tensor, size: int) -> Tensor:

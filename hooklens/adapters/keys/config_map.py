@@ -46,7 +46,7 @@ INERT_KEYS = frozenset(
 
 _QUANTISED = (
     "none: the weights are quantised, and HookLens computes with plain ones. Loading files, it dequantises fp8, mxfp4, "
-    "compressed-tensors of 8 bits, GPTQ, AWQ, bitsandbytes and torchao's int8. Take the checkpoint that was quantised, "
+    "compressed-tensors, GPTQ, AWQ, bitsandbytes and torchao's int8. Take the checkpoint that was quantised, "
     "or dequantise this one: AutoModelForCausalLM.from_pretrained(...).dequantize(), which goes to "
     "HookedCausalLM.from_hf"
 )

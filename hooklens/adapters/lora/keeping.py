@@ -247,7 +247,7 @@ class _Keeping:
         shape = (change.B.shape[0], change.A.shape[1])
         asked = (bound.rule.hub, shape, change.turned)
         if asked not in self._rows:
-            self._rows[asked] = find_rows(bound, weights, self._cfg, shape, turned=change.turned)
+            self._rows[asked] = find_rows(bound.rule, weights, self._cfg, shape, turned=change.turned)
         return self._rows[asked]
 
     def _weights(self, bound: BoundRule) -> list[DeclaredWeight]:

@@ -15,18 +15,21 @@ from hooklens.model.moe.spec import SHARES, gating_of, mixture_of
 from hooklens.model.moe.traced import declare_operations
 from hooklens.model.parts.declared import point
 from hooklens.model.parts.part import Part
-from hooklens.model.parts.stacked import StackedLinear
+from hooklens.model.parts.stacked import QuantisedStack, StackedLinear
 
 _NEURONS = "batch pos choice d_expert"
 Pairs = Float[Tensor, "pair d_expert"]
 
 
+Maps = StackedLinear | QuantisedStack
+
+
 class ExpertMaps(NamedTuple):
     """The maps of all experts."""
 
-    gate: StackedLinear
-    linear: StackedLinear
-    out: StackedLinear
+    gate: Maps
+    linear: Maps
+    out: Maps
 
 
 class Experts(Part, place="blocks.{i}.mlp.experts"):
@@ -100,12 +103,12 @@ class Experts(Part, place="blocks.{i}.mlp.experts"):
         read = x.index_select(0, groups.tokens)
         if self.gates_input:
             read = read * gates[:, None]
-        gate = show(self.hook_pre, groups.apply(read, maps.gate.weight, maps.gate.bias))
-        linear = show(self.hook_pre_linear, groups.apply(read, maps.linear.weight, maps.linear.bias))
+        gate = show(self.hook_pre, _apply(groups, read, maps.gate))
+        linear = show(self.hook_pre_linear, _apply(groups, read, maps.linear))
         del read
         post = show(self.hook_post, self.make_neurons(gate, linear))
         del gate, linear
-        made = groups.apply(post, maps.out.weight, maps.out.bias)
+        made = _apply(groups, post, maps.out)
         return made if self.gates_input else made * gates[:, None]
 
     def _add_others(
@@ -124,3 +127,10 @@ class Experts(Part, place="blocks.{i}.mlp.experts"):
         gates = weights.flatten(0, 1)[groups.tokens, groups.experts]
         made = self._run(x, groups, gates, maps, lambda where, neurons: neurons)
         return out.flatten(0, 1).index_add(0, groups.tokens, made.to(out.dtype)).view_as(out)
+
+
+def _apply(groups: ExpertGroups, x: Float[Tensor, "pair into"], maps: Maps) -> Float[Tensor, "pair out_of"]:
+    """What sorted pairs become under the maps of their experts."""
+    if isinstance(maps, QuantisedStack):
+        return groups.apply_each(x, maps.maps, maps.bias)
+    return groups.apply(x, maps.weight, maps.bias)

@@ -6,7 +6,9 @@ The work grows with the pairs of a token and one of its experts, whatever the nu
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from hooklens.model.parts.quantised import dense_weight
 
 # Rows of the fused kernel start at multiples of 16 bytes.
 _ALIGNED = 8
@@ -68,17 +70,29 @@ class ExpertGroups:
             made = self._apply_each(x, weight)
         return made if bias is None else made + bias.index_select(0, self.experts)
 
+    def apply_each(
+        self, x: Float[Tensor, "pair into"], maps: nn.ModuleList, bias: Float[Tensor, "expert out_of"] | None
+    ) -> Float[Tensor, "pair out_of"]:
+        """The same with a module for each expert's map; those that no token sees are not called."""
+        # With no pairs at all, any map gives as many rows of the right size.
+        parts = [maps[expert](part) for expert, part in self._split(x)] or [F.linear(x, dense_weight(maps[0]))]
+        made = torch.cat(parts)
+        return made if bias is None else made + bias.index_select(0, self.experts)
+
     def _apply_each(self, x: Tensor, weight: Tensor) -> Tensor:
+        # One backward for all experts; indexed one by one, each would fill a gradient as large as all of them.
+        maps = weight.unbind(0) if weight.requires_grad and torch.is_grad_enabled() else weight
+        parts = [F.linear(part, maps[expert]) for expert, part in self._split(x)]
+        return torch.cat(parts) if parts else F.linear(x, weight[0])
+
+    def _split(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        """The experts that any token sees, each with its pairs."""
         if self._seeing is None:
             ends = self._ends.tolist()
             sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
             self._seeing = [(expert, size) for expert, size in enumerate(sizes) if size]
-        if not self._seeing:
-            return F.linear(x, weight[0])
-        # One backward for all experts; indexed one by one, each would fill a gradient as large as all of them.
-        maps = weight.unbind(0) if weight.requires_grad and torch.is_grad_enabled() else weight
-        parts = torch.split(x, [size for _, size in self._seeing])
-        return torch.cat([F.linear(part, maps[expert]) for part, (expert, _) in zip(parts, self._seeing, strict=True)])
+        parts = torch.split(x, [size for _, size in self._seeing]) if self._seeing else ()
+        return [(expert, part) for (expert, _), part in zip(self._seeing, parts, strict=True)]
 
 
 def _is_fused(x: Tensor, weight: Tensor) -> bool:

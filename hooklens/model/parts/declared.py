@@ -10,7 +10,7 @@ from hooklens.axes import HookSite
 from hooklens.errors import ConfigError
 from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.quantised import dense_weight, is_quantised
-from hooklens.model.parts.stacked import StackedLinear
+from hooklens.model.parts.stacked import QuantisedStack, StackedLinear
 from hooklens.weights.layout import logical_view, parse_stored, stored_view
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Weight(Declared):
         if shape is None:
             return None if self.is_bias else super().__get__(part, owner)
         holder = part._modules[self.module]
-        if not isinstance(holder, nn.Linear | nn.Embedding | StackedLinear | Adapted):
+        if not isinstance(holder, nn.Linear | nn.Embedding | StackedLinear | QuantisedStack | Adapted):
             raise ConfigError(
                 f"{self.name}: a {type(holder).__name__} stands in the place of {self.module}, and a weight in it is "
                 "not the map that it computes (an adapter, a quantised weight); merge the adapter or dequantise first "

@@ -1,8 +1,9 @@
 """Linear maps whose weights are quantised, and what they multiply with, as plain numbers.
 
 Such a map is the module of the library that reads the format, in the place of a projection and with its call: an
-`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. A network that holds one has
-imported its library; nothing of these is imported here before.
+`nn.Linear` whose weight is a tensor of torchao's, or a linear map of bitsandbytes. What no library multiplies with to
+the bit is a `ScaledLinear`. Those of experts stand side by side
+in a `QuantisedStack`. A network that holds one has imported its library; nothing of these is imported here before.
 """
 
 import copy
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hooklens.model.parts.scaled import ScaledLinear
+from hooklens.model.parts.stacked import QuantisedStack
 from hooklens.optional import import_package
 from hooklens.weights.quantised import BITSANDBYTES, TORCHAO, is_quantised_tensor, package_of
 
@@ -29,28 +32,39 @@ class UnevenLinear(nn.Linear):
 
 
 def is_quantised(module: nn.Module | None) -> bool:
-    """Whether a module is a linear map with a quantised weight."""
+    """Whether a module is a linear map with a quantised weight, or a stack of such."""
     weight = None if module is None else module.__dict__["_parameters"].get("weight")
     if weight is None:
-        return False
+        return isinstance(module, QuantisedStack)
     if is_quantised_tensor(weight):
         return True
     # A pickle of one of bitsandbytes' weights is a plain parameter that has all of its attributes.
-    is_theirs = package_of(module) == BITSANDBYTES or isinstance(module, UnevenLinear)
+    is_theirs = package_of(module) == BITSANDBYTES or isinstance(module, UnevenLinear | ScaledLinear)
     return is_theirs and not weight.is_floating_point()
 
 
 def quantised_maps(network: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps of a network whose weights are quantised, by name."""
-    return {name: module for name, module in network.named_modules() if is_quantised(module)}
+    """The linear maps of a network whose weights are quantised, by name; those of a stack one by one."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if is_quantised(module) and not isinstance(module, QuantisedStack)
+    }
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight `[out, in]` of a linear map; of a quantised one what it multiplies with, a copy in plain numbers."""
+    """The weight `[out, in]` of a linear map; of a quantised one what it multiplies with, a copy in plain numbers.
+
+    That of a stack of quantised maps is `[expert, out, in]`.
+    """
+    if isinstance(linear, QuantisedStack):
+        return torch.stack([dense_weight(one) for one in linear.maps])
     weight: Any = linear.weight
     if not is_quantised(linear):
         return weight  # type: ignore[no-any-return]
     with torch.no_grad():
+        if isinstance(linear, ScaledLinear):
+            return linear.dequantise()
         dense = weight.dequantize() if package_of(weight) == TORCHAO else _read_bitsandbytes(linear)
         return dense.to(compute_dtype(linear))
 
@@ -73,9 +87,15 @@ def set_compute_dtype(linear: nn.Module, dtype: torch.dtype) -> None:
 
 
 def describe_maps(maps: dict[str, nn.Module]) -> str:
-    """Quantised maps in words: how many, of which library, and the first of them."""
-    libraries = sorted({TORCHAO if package_of(one.weight) == TORCHAO else BITSANDBYTES for one in maps.values()})
-    return f"the weights of {len(maps)} linear maps are quantised ({', '.join(libraries)}), {next(iter(maps))!r} first"
+    """Quantised maps in words: how many, in which way or of which library, and the first of them."""
+    ways = ", ".join(sorted(set(map(_way_of, maps.values()))))
+    return f"the weights of {len(maps)} linear maps are quantised ({ways}), {next(iter(maps))!r} first"
+
+
+def _way_of(linear: nn.Module) -> str:
+    if isinstance(linear, ScaledLinear):
+        return f"{linear.kind} with scales"
+    return TORCHAO if package_of(linear.weight) == TORCHAO else BITSANDBYTES
 
 
 def _read_bitsandbytes(linear: Any) -> Tensor:

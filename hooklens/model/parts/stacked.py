@@ -1,4 +1,6 @@
-"""Linear maps beside each other in one parameter."""
+"""Linear maps beside each other: in one parameter, or quantised each on its own."""
+
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -29,3 +31,25 @@ class StackedLinear(nn.Module):
         """The sizes, as `nn.Linear` shows its own."""
         n_maps, out_of, into = self.weight.shape
         return f"n_maps={n_maps}, into={into}, out_of={out_of}, bias={self.bias is not None}"
+
+
+class QuantisedStack(nn.Module):
+    """Quantised linear maps of one size, in the place of a `StackedLinear`: each a map of the library that reads it.
+
+    Like that it holds the maps and does not apply them.
+
+    Args:
+        maps: the maps, without biases.
+
+    Attributes:
+        maps: the maps, in order.
+        bias: of all of them.
+    """
+
+    maps: nn.ModuleList
+    bias: Float[Tensor, "expert out_of"] | None
+
+    def __init__(self, maps: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(maps)
+        self.register_parameter("bias", None)

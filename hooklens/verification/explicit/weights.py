@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.model.parts.part import Part
-from hooklens.model.parts.quantised import dense_weight, is_quantised, quantised_maps
+from hooklens.model.parts.quantised import dense_weight, is_quantised
 from hooklens.model.parts.stacked import StackedLinear
 
 # What a part of a known kind may be made of, and nothing put around it.
@@ -26,7 +26,7 @@ class ExplicitWeights:
         self._parameters: Mapping[str, Tensor] = {
             name: parameter.detach() for name, parameter in network.named_parameters(remove_duplicate=False)
         }
-        self._quantised = {f"{name}.weight": linear for name, linear in quantised_maps(network).items()}
+        self._quantised = {f"{name}.weight": one for name, one in network.named_modules() if is_quantised(one)}
 
     def find(self, name: str) -> Tensor | None:
         """A parameter, or None where the network has none of that name."""

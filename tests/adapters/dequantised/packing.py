@@ -114,3 +114,34 @@ def scaled_state(
         for j in range(columns):
             exact[i, j] = float(stored[i, j]) * float(grid[i // block[0], j // block[1]])
     return {f"{name}.weight": stored, f"{name}.{scale}": grid}, exact
+
+
+def compressed_state(
+    name: str, d_in: int, d_out: int, *, bits: int, group_size: int, zeros: bool, shuffled: bool = False, seed: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight in compressed-tensors' `pack-quantized` layout, and what it is, in float64, `[out, in]`."""
+    n_groups = math.ceil(d_in / group_size)
+    numbers, points = random_rows(d_out, d_in, bits, seed), random_rows(d_out, n_groups, bits, seed + 1)
+    if not zeros:
+        points = [[2 ** (bits - 1)] * n_groups for _ in range(d_out)]
+    scales = (torch.rand(d_out, n_groups, generator=torch.Generator().manual_seed(seed)) / 8).bfloat16()
+    groups = [i // group_size for i in range(d_in)]
+    if shuffled:
+        random.Random(seed).shuffle(groups)
+    weight = torch.tensor(
+        [
+            [float(scales[o, groups[i]]) * (numbers[o][i] - points[o][groups[i]]) for i in range(d_in)]
+            for o in range(d_out)
+        ],
+        dtype=torch.float64,
+    )
+    state = {
+        f"{name}.weight_packed": pack_rows(numbers, bits),
+        f"{name}.weight_scale": scales,
+        f"{name}.weight_shape": torch.tensor([d_out, d_in]),
+    }
+    if zeros:
+        state[f"{name}.weight_zero_point"] = pack_rows(transpose(points), bits).T.contiguous()
+    if shuffled:
+        state[f"{name}.weight_g_idx"] = torch.tensor(groups).int()
+    return state, weight

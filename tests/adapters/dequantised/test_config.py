@@ -4,11 +4,13 @@ import pytest
 
 from hooklens.adapters.dequantised import read_quantisation
 from hooklens.adapters.dequantised.bnb import Bnb4Bit, Bnb8Bit
-from hooklens.adapters.dequantised.packed import Awq, Gptq
+from hooklens.adapters.dequantised.packed import Awq, CompressedPacked, Gptq
 from hooklens.adapters.dequantised.scaled import Mxfp4, Scaled
 from hooklens.errors import UnsupportedModelError
 
 _GROUP = {"weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32}}
+_PACKED = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}}
+_ROWS = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}}
 _BLOCK = {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 64]}}
 
 
@@ -27,6 +29,14 @@ _BLOCK = {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "bloc
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": _BLOCK}},
             Scaled("compressed-tensors", "weight_scale", (128, 64)),
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": _PACKED}},
+            CompressedPacked(4, 32, has_zeros=True),
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": _ROWS}},
+            CompressedPacked(8, -1),
         ),
     ],
 )
@@ -91,8 +101,8 @@ def test_what_is_plain_or_not_known_is_left_as_it_is(config) -> None:
         ({"quant_method": "awq", "bits": 4.0}, ["bits is 4.0; expected 4"]),
         ({"quant_method": "fp8", "weight_block_size": [128]}, ["weight_block_size is [128]; expected two whole"]),
         (
-            {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {"format": "sparse"}},
-            ["format is 'pack-quantized'; expected 'float-quantized'", "sparsity_config is"],
+            {"quant_method": "compressed-tensors", "format": "marlin-24", "sparsity_config": {"format": "sparse"}},
+            ["format is 'marlin-24'; expected 'float-quantized'", "sparsity_config is"],
         ),
         (
             {
@@ -102,6 +112,14 @@ def test_what_is_plain_or_not_known_is_left_as_it_is(config) -> None:
                 "config_groups": {"a": 5, "b": {"weights": None}},
             },
             ["sparsity_config is 3; expected none", "config_groups.a is 5; expected an object", "config_groups.b is {"],
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": _PACKED, "b": _ROWS, "c": {"weights": {"num_bits": 3, "strategy": "block"}}},
+            },
+            ["c.weights.num_bits is 3", "c.weights.strategy is 'block'", "expected numbers of as many bits"],
         ),
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": [1]},

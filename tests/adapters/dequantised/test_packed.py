@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hooklens.adapters.dequantised import packed
-from hooklens.adapters.dequantised.packed import Awq, Gptq
+from hooklens.adapters.dequantised.packed import Awq, CompressedPacked, Gptq
+from hooklens.adapters.kept import Rows
 from hooklens.errors import CheckpointError
-from tests.adapters.dequantised.packing import awq_state, gptq_state, open_tensors, pack_rows
+from tests.adapters.dequantised.packing import awq_state, compressed_state, gptq_state, open_tensors, pack_rows
 
 # One rounding, that of the product to float32.
 EXACT = {"rtol": 2**-24, "atol": 0.0}
@@ -88,3 +89,43 @@ def test_groups_that_do_not_exist() -> None:
     read = open_tensors(state, Gptq(4, 32))
     with pytest.raises(CheckpointError, match="names groups from 0 to 1; there are 1"):
         read.read("x.weight")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 16), (21, 13)])
+def test_compressed_tensors_packed(bits, zeros, d_in, d_out) -> None:
+    """Also rows that fill no whole words, and inputs in any order of groups."""
+    state, weight = compressed_state("a", d_in, d_out, bits=bits, group_size=8, zeros=zeros, shuffled=zeros)
+    read = open_tensors(state, CompressedPacked(bits, 8, has_zeros=zeros))
+    assert read.header("a.weight") == ("float32", (d_out, d_in))
+    torch.testing.assert_close(read.read("a.weight").double(), weight, rtol=2**-24, atol=0)
+    rows = Rows(torch.tensor([5, 0, 12]), is_whole=False)
+    assert (read.why_not_kept("a.weight", rows) is None) == (bits == 8 or d_in % 2 == 0)
+
+
+def test_compressed_tensors_with_one_scale() -> None:
+    state, _ = compressed_state("a", 16, 8, bits=4, group_size=16, zeros=False)
+    whole = {**state, "a.weight_scale": torch.tensor([0.5])}
+    rows = {**state, "a.weight_scale": torch.full((8, 1), 0.5)}
+    found, expected = (open_tensors(one, CompressedPacked(4, -1)).read("a.weight") for one in (whole, rows))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight_shape", torch.tensor([8]), r"weight_shape is \[8\], expected outputs and inputs"),
+        ("weight_shape", torch.tensor([8, 32]), r"its packed is \[8, 2\], expected \[8, 4\]"),
+        ("weight_scale", torch.ones(8, 3), r"its scales is \[8, 3\], expected \[8, 2\]"),
+        ("weight_zero_point", torch.ones(1, 2), r"its zeros is float32, expected int32"),
+        ("weight_zero_point", None, r"missing tensors: 'a\.weight_zero_point'"),
+    ],
+)
+def test_compressed_tensors_that_do_not_fit_together(name, value, message) -> None:
+    state, _ = compressed_state("a", 16, 8, bits=4, group_size=8, zeros=True)
+    changed = {**state, f"a.{name}": value}
+    with pytest.raises(CheckpointError, match=message):
+        open_tensors(
+            {own: one for own, one in changed.items() if one is not None}, CompressedPacked(4, 8, has_zeros=True)
+        )

@@ -10,9 +10,8 @@ from hooklens.adapters.dequantised.config import read_quantisation
 from hooklens.adapters.dequantised.torchao import TorchaoInt8
 from hooklens.adapters.kept import Rows
 from hooklens.errors import CheckpointError, UnsupportedModelError
+from hooklens.model.parts.scaled import ScaledLinear
 from tests.adapters.dequantised.packing import open_tensors, random_rows
-
-ALL = Rows(torch.arange(4), is_whole=True)
 
 
 def a_weight(n_groups: int, *, zeros: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -41,18 +40,22 @@ def test_weights(n_groups, zeros) -> None:
     assert list(read.names()) == ["a.weight"]
     assert read.header("a.weight") == ("float32", (4, 6))
     assert torch.equal(read.read("a.weight"), weight)
-    reason = read.why_not_kept("a.weight", ALL)
-    if n_groups > 1:
-        assert reason == "3 groups of each row's inputs have scales of their own"
+
+
+@pytest.mark.parametrize("n_groups", [1, 3])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_kept_rows(n_groups, zeros) -> None:
+    """The library's own where a row has one scale and no zero point."""
+    state, weight = a_weight(n_groups, zeros=zeros)
+    read, rows = open_tensors(state, TorchaoInt8()), Rows(torch.tensor([3, 1]), is_whole=False)
+    assert read.why_not_kept("a.weight", rows) is None
+    kept = read.keep("a.weight", rows)
+    assert (kept.layout, kept.shape) == ("scaled" if zeros or n_groups > 1 else "int8 rows", (2, 6))
+    if kept.layout == "scaled":
+        made = ScaledLinear(kept.settings["kind"], d_in=6, **kept.tensors).dequantise()
     else:
-        assert reason == ("its zero points are not 0" if zeros else None)
-
-
-def test_kept_rows() -> None:
-    state, weight = a_weight(1, zeros=False)
-    kept = open_tensors(state, TorchaoInt8()).keep("a.weight", Rows(torch.tensor([3, 1]), is_whole=False))
-    assert (kept.layout, kept.shape) == ("int8 rows", (2, 6))
-    assert torch.equal(kept.tensors["entries"].float() * kept.tensors["scales"][:, None], weight[[3, 1]])
+        made = kept.tensors["entries"].float() * kept.tensors["scales"][:, None]
+    assert torch.equal(made, weight[[3, 1]])
 
 
 def test_without_zero_points() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hooklens import HookedCausalLM, is_supported
+from hooklens.adapters import open_checkpoint
 from hooklens.errors import CheckpointError, UnsupportedModelError
 
 ARGS: dict[str, Any] = {
@@ -65,6 +66,14 @@ def test_logits_are_those_of_the_same_gpt2(tmp_path, prefix, bias, as_folder) ->
     part = HookedCausalLM.from_pretrained(source, layers=[1], n_ctx=5, dtype="float64")
     assert torch.equal(part.W_in[0], model.W_in[1].double())
     assert part.pos_embed.W_pos.shape == (5, 16)
+
+
+def test_tensors_are_read_one_by_one_by_name(tmp_path) -> None:
+    checkpoint = open_checkpoint(save(tmp_path / "ckpt.pt", state_of(build())))
+    for name, tensor in checkpoint.tensors():
+        assert torch.equal(checkpoint.read(name), tensor), name
+    with pytest.raises(KeyError, match=r"blocks\.0\.nothing"):
+        checkpoint.read("blocks.0.nothing")
 
 
 def test_it_is_saved_as_the_gpt2_that_it_is(tmp_path) -> None:

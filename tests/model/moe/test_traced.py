@@ -30,4 +30,4 @@ def test_compiled_mixtures():
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=CASES.parents[3], check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
-    assert re.search(r"^\. ", ran.stdout, re.MULTILINE), ran.stdout
+    assert re.search(r"^\.\. ", ran.stdout, re.MULTILINE), ran.stdout

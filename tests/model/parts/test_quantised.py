@@ -11,13 +11,14 @@ import pickle
 import pytest
 import torch
 
-from hooklens import HookedCausalLM, patching
+from hooklens import HookedCausalLM, MoEConfig, patching
+from hooklens.causal_lm import quantising
 from hooklens.errors import CheckpointError, ConfigError, InputError, TransformError
 from hooklens.model.parts.part import is_plain
 from hooklens.model.parts.quantised import compute_dtype, dense_weight, is_quantised, quantised_maps
 from hooklens.weights.quantised import package_of
 from tests.model.networks import activations_of, random_tokens
-from tests.quantised_models import KINDS, NETWORKS, plain, quantise
+from tests.quantised_models import KINDS, NETWORKS, bytes_held, plain, quantise, round_to_groups
 
 PEFT = tuple(map(int, importlib.metadata.version("peft").split(".")[:2]))
 # float32 sums of some hundred terms, in another order, of activations of some ten.
@@ -41,7 +42,8 @@ def grouped(request):
 def test_projections_are_quantised_and_nothing_else(pair) -> None:
     model, dense = pair
     maps = quantised_maps(model)
-    per_block = 7 if model.cfg.gated_mlp else 6
+    # Of a mixture: attention's four, three of each of five experts, the shared expert's three.
+    per_block = 4 + 5 * 3 + 3 if isinstance(model.cfg.mlp, MoEConfig) else 7 if model.cfg.gated_mlp else 6
     assert len(maps) == per_block * model.cfg.n_layers
     assert all(name.startswith("blocks.") for name in maps)
     assert not quantised_maps(dense)
@@ -65,10 +67,13 @@ def test_every_activation_is_that_of_the_plain_network(pair) -> None:
 
 def test_edits_and_gradients_are_those_of_the_plain_network(pair) -> None:
     model, dense = pair
+    neurons = next(
+        name for name in model.hook_points() if name.endswith(("0.mlp.hook_post", "0.mlp.experts.hook_post"))
+    )
     for name in (
         "blocks.0.hook_q_input",
         "blocks.1.attn.hook_result",
-        "blocks.0.mlp.hook_post",
+        neurons,
         "blocks.1.attn.hook_z",
     ):
         scaled = [(name, lambda t, hook: t * torch.linspace(0.5, 1.5, t.shape[-1]))]
@@ -105,8 +110,54 @@ def test_weights_read_as_what_they_are_dequantised(pair) -> None:
     assert torch.equal(model.W_Q[0], attn.W_Q)
     read = dense_weight(attn.q_proj).view(4, 16, 64).transpose(1, 2)
     assert torch.equal(attn.W_Q, read)
-    assert torch.equal(model.named_weights()["blocks.1.mlp.W_out"], dense_weight(model.blocks[1].mlp.out_proj).T)
+    mlp = model.blocks[1].mlp
+    if isinstance(model.cfg.mlp, MoEConfig):
+        written = torch.stack([dense_weight(linear).T for linear in mlp.out_maps.maps])
+    else:
+        written = dense_weight(mlp.out_proj).T
+    assert torch.equal(model.named_weights()["blocks.1.mlp.W_out"], written)
     assert model.OV.AB.shape == (2, 4, 64, 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_stand_side_by_side(kind) -> None:
+    """Each as if it were quantised alone; router and gate stay plain, and nobody calls an expert that no token sees."""
+    dense = plain("mixture", dtype=torch.float32)
+    model = quantise(dense, kind)
+    mlp, called = model.blocks[0].mlp, set()
+    for name in ("router_proj", "shared.shared_gate_proj"):
+        assert is_plain(mlp.get_submodule(name))
+    assert torch.equal(mlp.gate_maps.bias, dense.blocks[0].mlp.gate_maps.bias)
+    make = {
+        "int8": lambda weight: quantising._make_int8(weight, torch.float32),
+        "int4": lambda weight: quantising._make_int4(weight, torch.float32),
+        "scaled": lambda weight: quantising._keep_scaled(round_to_groups(weight), torch.device("cpu"), torch.float32),
+    }[kind]
+    for expert, linear in enumerate(mlp.in_maps.maps):
+        alone = make(dense.blocks[0].mlp.in_maps.weight[expert].detach().contiguous())
+        assert torch.equal(mlp.W_in[expert], dense_weight(alone).T)
+        linear.register_forward_pre_hook(lambda module, given, expert=expert: called.add(expert))
+    _, cache = model.run_with_cache(TOKENS[:1, :2], names_filter="choice")
+    assert called == set(cache["choice", 0].unique().tolist())
+    assert len(called) < 5
+    with pytest.raises(ConfigError, match=r"W_in = .*: the weight of in_maps is quantised"):
+        mlp.W_in = torch.zeros_like(mlp.W_in)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_go_through_quantised_experts(kind) -> None:
+    mlp = quantise(plain("mixture", dtype=torch.float32), kind).blocks[0].mlp
+    assert mlp(torch.zeros(0, 4, 64)).shape == (0, 4, 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_hold_few_bytes(kind) -> None:
+    """int8: a byte, and a scale and maybe a zero for each row (5 bytes); int4: half a byte, and a scale for each 64.
+
+    Scaled: half a byte, and a float16 scale and a byte of a zero for each 16.
+    """
+    maps = quantise(plain("mixture", dtype=torch.float32), kind).blocks[0].mlp.in_maps.maps
+    assert sum(map(bytes_held, maps)) <= 5 * 64 * {"int8": 64 + 5, "int4": 32 + 4, "scaled": 32 + 4 * 3}[kind]
 
 
 def test_assigning_and_drawing_weights_is_refused(grouped) -> None:
