@@ -115,8 +115,8 @@ def declare_site(site: HookSite) -> HookSite:
 
 
 def _plain_width(axis: str) -> str:
-    """What an axis is called where values are as wide as queries and keys."""
-    return "d_head" if axis == "d_head_v" else axis
+    """What an axis is called where values are as wide as queries and keys, and embeddings as the stream."""
+    return {"d_head_v": "d_head", "d_embed": "d_model"}.get(axis, axis)
 
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")

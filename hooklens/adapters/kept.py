@@ -191,7 +191,7 @@ class KeptMaps:
         asked = (bound.rule.hub, shape)
         if asked not in self._rows:
             turned = self._source.is_turned(stored)
-            self._rows[asked] = _find_rows(bound.rule, self._weights(bound), self._cfg, shape, turned=turned)
+            self._rows[asked] = find_rows(bound.rule, self._weights(bound), self._cfg, shape, turned=turned)
         return self._rows[asked]
 
 
@@ -199,7 +199,7 @@ def _is_linear_map(weight: DeclaredWeight) -> bool:
     return weight.parameter.endswith(".weight") and len(weight.stored) >= 2 and ".table." not in weight.parameter
 
 
-def _find_rows(
+def find_rows(
     rule: WeightRule, weights: Sequence[DeclaredWeight], cfg: HookedConfig, shape: tuple[int, ...], *, turned: bool
 ) -> list[Rows] | None:
     """Where a rule takes the rows of its parameters from; None where these are not whole rows, as they are.

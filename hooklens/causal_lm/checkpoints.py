@@ -32,9 +32,17 @@ from hooklens.arguments import (
 )
 from hooklens.causal_lm.loading import build_from_tensors
 from hooklens.config import HookedConfig
-from hooklens.errors import CheckpointError, HookLensError, TransformError, join_names
+from hooklens.errors import (
+    CheckpointError,
+    HookLensError,
+    InputError,
+    TransformError,
+    UnsupportedModelError,
+    join_names,
+)
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights, check_tied, name_as_field
+from hooklens.model.parts.adapted import adapted_maps, refuse_adapters
 from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.model.placement.placement import find_place
 from hooklens.tokens import Tokenizer, read_tokenizer
@@ -215,6 +223,7 @@ class CheckpointMethods:
         Raises:
             UnsupportedModelError: xlstm-jax has no such network; the fields that stand against it are listed.
         """
+        self._require_plain("to_xlstm: such a tree holds weights alone", UnsupportedModelError, "to_xlstm()")
         return write_xlstm(self.cfg, ModelWeights(self.as_decoder()))
 
     @reads(folder=read_path, dtype=optional(read_dtype), max_shard_size=_read_shard_size)
@@ -236,10 +245,15 @@ class CheckpointMethods:
             max_shard_size: files are split at this size.
 
         Raises:
-            UnsupportedModelError: no Hugging Face architecture can hold this network; the text says why and what
-                to do instead.
+            UnsupportedModelError: no Hugging Face architecture can hold this network, or there are adapters beside its
+                weights; the text says why and what to do instead.
             CheckpointError: the folder cannot be written to, is a file, or holds a PEFT adapter.
         """
+        self._require_plain(
+            "save_pretrained: a checkpoint holds weights alone",
+            UnsupportedModelError,
+            "save_pretrained(folder) with the adapters merged, model.save_adapter(folder, name) writes one adapter",
+        )
         write_checkpoint(
             Path(folder),
             self.cfg,
@@ -252,11 +266,16 @@ class CheckpointMethods:
         )
 
     def to_hf(self) -> "PreTrainedModel":
-        """The transformers model with equal logits; of quantised weights, with what they are dequantised.
+        """The transformers model with equal logits: quantised weights dequantised, acting adapters merged.
 
         Raises:
             UnsupportedModelError: no Hugging Face architecture can hold this network.
         """
+        decoder = self.as_decoder()
+        if adapted_maps(decoder):
+            merged: Any = self
+            plain: PreTrainedModel = merged.merge_adapter().to_hf()
+            return plain
         return build_hf_model(
             self.cfg,
             ModelWeights(self.as_decoder()),
@@ -285,8 +304,14 @@ class CheckpointMethods:
         See `hooklens.weights.processing` for what each step does, and what it preserves.
 
         Raises:
-            TransformError: a step cannot hold for this architecture; the text says why. Or weights are quantised.
+            TransformError: a step cannot hold for this architecture; the text says why. Or weights are quantised, or
+                have adapters beside them.
         """
+        self._require_plain(
+            "process_weights: what is folded out of weights would stay in the adapters beside them",
+            TransformError,
+            "process_weights(...)",
+        )
         if maps := quantised_maps(self.as_decoder()):
             raise TransformError(
                 f"process_weights: {describe_maps(maps)}, and what processing makes of them would have to be rounded "
@@ -313,12 +338,23 @@ class CheckpointMethods:
         """A new model with plain weights, those that this one computes with; of other weights, copies.
 
         Without quantised weights it is a copy of the weights alone: hooks stay behind.
+
+        Raises:
+            InputError: there are adapters beside the weights.
         """
+        self._require_plain(
+            "dequantize: adapters would have to be merged, too", InputError, "is the plain model with them merged"
+        )
         weights = {name: weight.clone() for name, weight in ModelWeights(self.as_decoder()).items()}
         model = self.from_state_dict(weights, self.cfg, self.tokenizer)
         model.transforms = self.transforms
         model.generation_config = dict(self.generation_config)
         return model
+
+    def _require_plain(self, what: str, error: type[HookLensError], then: str) -> None:
+        """Refuse what needs plain weights where adapters are beside them."""
+        way_out = f"model.merge_adapter(){' ' if then.startswith('is ') else '.'}{then}"
+        refuse_adapters(self.as_decoder(), what, error, otherwise=way_out)
 
     def _weights_to_process(self) -> Mapping[str, Tensor]:
         """The weights; on several devices with the final norm's beside the unembedding, to be folded into it."""
@@ -328,10 +364,6 @@ class CheckpointMethods:
         if decoder.device_map.get("ln_final", place) == place:
             return weights
         return {name: one.to(place) if name.startswith("ln_final.") else one for name, one in weights.items()}
-
-    def named_weights(self) -> ModelWeights:
-        """The weights by name, read when asked for and shared, not copied; quantised ones dequantised anew."""
-        return ModelWeights(self.as_decoder())
 
 
 def _settle_sharing(model: nn.Module, source: nn.Module, *, share: bool | None) -> None:

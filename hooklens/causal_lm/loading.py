@@ -25,6 +25,8 @@ from hooklens.arguments import (
     require,
 )
 from hooklens.bundled import bundled_path
+from hooklens.causal_lm.adapting import read_adapter_name
+from hooklens.causal_lm.kept_adapters import DEFAULT_ADAPTER, keep_adapters, take_apart
 from hooklens.causal_lm.quantising import (
     Quantisation,
     Value,
@@ -34,7 +36,7 @@ from hooklens.causal_lm.quantising import (
     quantise_tensors,
 )
 from hooklens.config import HookedConfig
-from hooklens.errors import HookLensError, InputError, UnsupportedModelError
+from hooklens.errors import HookLensError, InputError, UnsupportedModelError, join_names
 from hooklens.hooks.choice import read_choice
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import fill_parameters
@@ -61,11 +63,14 @@ def _read_source(given: object, *, what: str, error: type[HookLensError]) -> Sou
     return path
 
 
-def _read_adapter(given: object, *, what: str, error: type[HookLensError]) -> list[Source]:
-    """One place where an adapter lies, or several."""
-    if isinstance(given, list | tuple):
+def _read_adapter(given: object, *, what: str, error: type[HookLensError]) -> list[Source] | dict[str, Source]:
+    """One place where an adapter lies, or several, by name where they have names."""
+    if isinstance(given, list | tuple | Mapping):
         if not given:
-            raise refusal(given, what, "an adapter, or a list of them", error)
+            raise refusal(given, what, "an adapter, a list of them, or adapters by name", error)
+        if isinstance(given, Mapping):
+            names = {read_adapter_name(name, what=f"a name in {what}", error=error): name for name in given}
+            return {name: _read_source(given[key], what=f"{what}[{key!r}]", error=error) for name, key in names.items()}
         return [_read_source(one, what=f"{what}[{place}]", error=error) for place, one in enumerate(given)]
     return [_read_source(given, what=what, error=error)]
 
@@ -144,7 +149,7 @@ class LoadingMethods:
         n_ctx: int | None = None,
         tokenizer: Tokenizer | None = None,
         quantize: Quantisation | None = None,
-        adapter: Source | Sequence[Source] | None = None,
+        adapter: Source | Sequence[Source] | Mapping[str, Source] | None = None,
         merge: bool = True,
         storage_options: Mapping[str, Any] | None = None,
         cache_dir: str | Path | None = None,
@@ -199,9 +204,10 @@ class LoadingMethods:
                 on any device and without a further package, by what is dequantised at each call: to the bit the
                 weights that None gives. No inputs are rounded to fewer bits. None: all is plain.
             adapter: a LoRA adapter of PEFT, as a source is given, or a list of them, which are added one after the
-                other. `token`, `cache_dir` and `local_files_only` hold for adapters on the hub, and `storage_options`
-                for URLs.
-            merge: add the adapter to the weights.
+                other; with `merge=False` one, which is called `"default"`, or several by name. `token`, `cache_dir` and
+                `local_files_only` hold for adapters on the hub, and `storage_options` for URLs.
+            merge: add the adapter to the weights. False: keep it beside them, in layers of peft's, with a hook point at
+                what it adds, trainable and switchable, see `add_adapter`; of several the first acts.
             storage_options: what the file system of a URL is made with (credentials, endpoint).
             cache_dir: the hub's cache folder.
             local_files_only: use what the hub's cache holds, and no network.
@@ -222,7 +228,7 @@ class LoadingMethods:
             raise InputError(f"device={str(device)!r} and device_map both say where weights go; give one of them")
         if max_memory is not None and device_map is None:
             raise InputError("max_memory goes with device_map='auto', and no device_map was given")
-        adapters = _open_adapters(
+        named = _open_adapters(
             adapter,
             merge=merge,
             token=token,
@@ -232,7 +238,7 @@ class LoadingMethods:
         )
         checkpoint = open_checkpoint(
             source,
-            adapters=adapters,
+            adapters=list(named.values()) if merge else [],
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             revision=revision,
             subfolder=subfolder,
@@ -243,6 +249,7 @@ class LoadingMethods:
             local_files_only=local_files_only,
         )
         kept = None if layers is None else list(layers)
+        beside = {} if merge else take_apart(named, checkpoint, kept)
         cfg, made_in = checkpoint.config_for(kept, n_ctx=n_ctx), dtype
         if not isinstance(made_in, torch.dtype):
             made_in = checkpoint.dtype
@@ -261,6 +268,7 @@ class LoadingMethods:
         )
         model.transforms = checkpoint.transforms
         model.generation_config = dict(checkpoint.generation_config)
+        keep_adapters(model, beside, checkpoint.cfg, kept)
         return model  # type: ignore[no-any-return]
 
     @classmethod
@@ -329,22 +337,37 @@ class LoadingMethods:
 
 
 def _open_adapters(
-    sources: Source | Sequence[Source] | None,
+    sources: Source | Sequence[Source] | Mapping[str, Source] | None,
     *,
     merge: bool,
     token: str | bool | None,
     storage_options: Mapping[str, Any] | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
-) -> "list[LoraAdapter]":
-    """The adapters that are to be merged."""
-    if not merge:
-        raise UnsupportedModelError("merge=False: adapters are not kept apart from the weights; leave it out")
+) -> "dict[str, LoraAdapter]":
+    """The adapters that are to be merged, or kept beside the weights, by name.
+
+    Raises:
+        InputError: names of adapters that are merged, several without names that are not, or none that are not.
+    """
+    if merge and isinstance(sources, dict):
+        raise InputError(
+            f"adapter holds adapters by name, {join_names(sources)}, and merged into the weights they have none; give "
+            "a list of them, or merge=False to keep them beside the weights"
+        )
+    if not merge and (sources is None or (isinstance(sources, list) and len(sources) > 1)):
+        found = "no adapter" if sources is None else "adapters without names"
+        raise InputError(
+            f"merge=False and {found} given; expected adapter=, the place of one, or several by name: "
+            "adapter={'one': ..., 'other': ...}. The source is their base"
+        )
     if sources is None:
-        return []
-    assert isinstance(sources, list)
-    return [
-        open_adapter(
+        return {}
+    if isinstance(sources, list):
+        sources = {str(place) if merge else DEFAULT_ADAPTER: one for place, one in enumerate(sources)}
+    assert isinstance(sources, dict)
+    return {
+        name: open_adapter(
             one,
             **_options_of(
                 one,
@@ -354,8 +377,8 @@ def _open_adapters(
                 local_files_only=local_files_only,
             ),
         )
-        for one in sources
-    ]
+        for name, one in sources.items()
+    }
 
 
 def _options_of(source: Source, *, storage_options: Mapping[str, Any] | None, **hub: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens import tokens as tokenization
 from hooklens.activation_cache import ActivationCache
 from hooklens.arguments import optional, read_flag, reads, require
+from hooklens.causal_lm.adapting import AdapterMethods
 from hooklens.causal_lm.calls import (
     CALLING,
     CallKeywords,
@@ -39,6 +40,7 @@ from hooklens.hooks.point import HookPoint
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder
 from hooklens.model.loss import next_token_loss
+from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.part import Part
 from hooklens.model.parts.weight_views import WeightViews
 from hooklens.model.plan.documents import Borders
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
     import pandas
 
 
-class HookedCausalLM(LoadingMethods, CheckpointMethods, TextMethods, TextGeneration, WeightViews, Decoder):
+class HookedCausalLM(
+    LoadingMethods, CheckpointMethods, AdapterMethods, TextMethods, TextGeneration, WeightViews, Decoder
+):
     """A decoder-only language model with a named hook point at every activation.
 
     Args:
@@ -401,7 +405,7 @@ class HookedCausalLM(LoadingMethods, CheckpointMethods, TextMethods, TextGenerat
     def _size(self, name: str, axis: str) -> int:
         """The size of an axis at a hook point, as the part it stands in knows it."""
         part = self.get_submodule(name.rpartition(".")[0])
-        return part.size_of(axis) if isinstance(part, Part) else self.cfg.size(axis)
+        return part.size_of(axis) if isinstance(part, Part | Adapted) else self.cfg.size(axis)
 
 
 _SAYS_DOCUMENTS = ("document_ids", "document_borders", "restart_positions")

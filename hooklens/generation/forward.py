@@ -17,7 +17,7 @@ from hooklens.kv_cache import HookedKeyValueCache
 
 Logits = Float[Tensor, "batch d_vocab"]
 
-_UNEMBED_POINTS = ("unembed.hook_in", "unembed.hook_out")
+_UNEMBED_POINTS = ("unembed.hook_in", "unembed.proj.hook_lora_out", "unembed.hook_out")
 
 
 class Forward:

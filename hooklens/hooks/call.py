@@ -13,7 +13,8 @@ Hooks run in this order, and captures see what they leave.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -174,13 +175,20 @@ class Call:
         listeners: of this call and of the thread's `with` blocks.
         tokens: which tokens the columns of tensors are, at the points that are reached next; None where a module
             has no tokens.
+        switches: what runs of modules that can compute in several ways, as the thread's `with` blocks say it.
     """
 
-    __slots__ = ("listeners", "tokens")
+    __slots__ = ("listeners", "switches", "tokens")
 
-    def __init__(self, listeners: Listeners = NOBODY, tokens: TokenIndex | None = None) -> None:
+    def __init__(
+        self,
+        listeners: Listeners = NOBODY,
+        tokens: TokenIndex | None = None,
+        switches: "Switches | None" = None,
+    ) -> None:
         self.listeners = listeners
         self.tokens = tokens
+        self.switches = thread_switches() if switches is None else switches
 
     def hears(self, point: "HookPoint") -> bool:
         """Whether anybody listens at a hook point."""
@@ -188,7 +196,7 @@ class Call:
 
     def on(self, tokens: TokenIndex) -> "Call":
         """The same call where tensors hold other columns."""
-        return Call(self.listeners, tokens)
+        return Call(self.listeners, tokens, self.switches)
 
 
 def open_call() -> Call:
@@ -287,6 +295,46 @@ class ListeningBlock(Generic[Value]):
         for listening in entry.listeners.values() if self._silences else ():
             for hook in listening.gradient_hooks:
                 hook.removed = True
+
+
+Switches = Mapping[Any, tuple[str, ...]]
+"""Which ways of computing are in use, by whoever has several of them; never changed once it is handed to a call."""
+
+_UNSWITCHED: Switches = {}
+# The blocks that the calling thread is inside of, each with its mark, whose ways it says, and which.
+_switches: ContextVar[tuple[tuple[object, Any, tuple[str, ...]], ...]] = ContextVar("hooklens_switches", default=())
+# The open blocks of all threads: while there are none, no call has to look for its thread's.
+_open_switches: dict[int, object] = {}
+
+
+def thread_switches() -> Switches:
+    """What the `with` blocks that the calling thread is inside of have switched.
+
+    Raises:
+        HookLensError: while `torch.compile` traces; a compiled call would not notice when the block is left.
+    """
+    if not _open_switches:
+        return _UNSWITCHED
+    if torch.compiler.is_compiling():
+        raise HookLensError("a compiled model does not see what a `with` block switches: call the model uncompiled")
+    return {owner: ways for _, owner, ways in _switches.get()}
+
+
+@contextmanager
+def switched(owner: object, ways: tuple[str, ...]) -> Iterator[None]:
+    """A `with` block inside of which the ways of computing of one owner are these in every call that the thread makes.
+
+    Blocks nest, and a call keeps what it was opened with, also in a backward pass that computes it again.
+    """
+    mark = object()
+    _open_switches[id(mark)] = mark
+    try:
+        _switches.set((*_switches.get(), (mark, owner, ways)))
+        yield
+    finally:
+        # A generator may leave its block out of turn.
+        _switches.set(tuple(entry for entry in _switches.get() if entry[0] is not mark))
+        _open_switches.pop(id(mark), None)
 
 
 def _leave(entry: _Entry) -> None:

@@ -41,6 +41,7 @@ from hooklens.model.embed import (
 from hooklens.model.initialization import initialize
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parameters import read_state
+from hooklens.model.parts.adapted import refuse_adapters
 from hooklens.model.parts.declared import When, inner, point
 from hooklens.model.parts.part import Part, describe_parts
 from hooklens.model.parts.quantised import describe_maps, quantised_maps, set_compute_dtype
@@ -115,8 +116,14 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
                 `"kaiming_normal"`, `"muP"`, `"small"`, `"wang"`. None: `cfg.init_scheme`.
 
         Raises:
-            InputError: weights are quantised.
+            InputError: weights are quantised, or have adapters beside them.
         """
+        refuse_adapters(
+            self,
+            "initialize: fresh weights would have adapters beside them that are made for others",
+            InputError,
+            otherwise="make the network of model.cfg anew, or delete the adapters first",
+        )
         if maps := quantised_maps(self):
             raise InputError(
                 f"initialize: {describe_maps(maps)}, and fresh ones would not be: make the network of model.cfg anew"
@@ -252,9 +259,8 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
 
     def listens_past_blocks(self, call: Call) -> bool:
         """Whether somebody listens in the final norm or the unembedding."""
-        unembed = self.unembed
         in_norm = self.ln_final is not None and self.ln_final.listens(call)
-        return in_norm or unembed.hook_in.listens(call) or unembed.hook_out.listens(call)
+        return in_norm or self.unembed.listens(call)
 
     def idle_points(self, *, start_at_layer: int | None = None, stop_at_layer: int | None = None) -> frozenset[str]:
         """The hook points that do not fire in a call that leaves out blocks."""
@@ -287,12 +293,20 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
             assign: use the tensors themselves, where the names are those of `state_dict()`.
 
         Raises:
-            CheckpointError: the field's names with other shapes, or quantised weights, here or there.
+            CheckpointError: the field's names with other shapes, or quantised weights, here or there; or `assign` with
+                adapters beside the weights.
         """
         if maps := quantised_maps(self):
             raise CheckpointError(
                 f"load_state_dict: {describe_maps(maps)}, and take no others; load a checkpoint with quantize=, or "
                 "load into model.dequantize()"
+            )
+        if assign:
+            refuse_adapters(
+                self,
+                "load_state_dict: assign=True would part what several maps have of an adapter in one parameter",
+                CheckpointError,
+                otherwise="leave it out, and the values are copied",
             )
         loaded = super().load_state_dict(read_state(self, state_dict), strict=strict, assign=assign)
         if assign:

@@ -1,6 +1,7 @@
 """Embedding, positions that are vectors, unembedding."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from hooklens.config import HookedConfig, LearnedPositions, ShortformerPositions
 from hooklens.errors import InputError
 from hooklens.hooks import Call, HookPoint, open_call
 from hooklens.model.norm import STREAM, Norm, norm
+from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import Weight, When, point, weight
 from hooklens.model.parts.part import Part, apply_linear
 
@@ -48,8 +50,9 @@ class _Table(Part):
                 self.table = nn.Embedding(sizes[0], sizes[1], _weight=torch.empty(sizes))
         super()._make_weights(spec, [one for one in present if one.module != "table"])
 
-    def _look_up(self, rows: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos width"]:
-        found: Tensor = self.table(rows)
+    def _look_up(self, rows: Int[Tensor, "rows pos"], call: Call | None = None) -> Float[Tensor, "rows pos width"]:
+        table: nn.Module = self.table
+        found: Tensor = table(rows, call) if isinstance(table, Adapted) else table(rows)
         return found
 
 
@@ -67,13 +70,13 @@ class Embed(_Table, place="embed"):
 
     def forward(self, tokens: Int[Tensor, "batch pos"], call: Call | None = None) -> Float[Tensor, "batch pos d_model"]:
         """What each token brings to the stream."""
-        embedded = self._look_up(tokens)
+        embedded = self._look_up(tokens, call)
         if self.cfg.embed_scale is not None:
             embedded = embedded * scale_in(self.cfg.embed_scale, self.cfg, embedded.dtype)
-        embedded = self._widen(embedded)
+        embedded = self._widen(embedded, call)
         return embedded if self.ln is None else self.ln(embedded, call)
 
-    def _widen(self, embedded: Tensor) -> Tensor:
+    def _widen(self, embedded: Tensor, call: Call | None = None) -> Tensor:
         """The embedding in the width of the stream."""
         return embedded
 
@@ -91,8 +94,8 @@ class ProjectedEmbed(Embed):
         "d_embed d_model", "d_model d_embed", module="proj_in", writes=True
     )
 
-    def _widen(self, embedded: Tensor) -> Tensor:
-        return apply_linear(self._modules["proj_in"], embedded)
+    def _widen(self, embedded: Tensor, call: Call | None = None) -> Tensor:
+        return apply_linear(self._modules["proj_in"], embedded, call)
 
     def vectors(self) -> Float[Tensor, "d_vocab d_model"]:
         """`W_E W_proj_in`, computed."""
@@ -176,7 +179,12 @@ class Unembed(Part, place="unembed"):
     ) -> Float[Tensor, "batch pos d_vocab_out"]:
         """The logits at the given positions."""
         call = open_call() if call is None else call
-        return self.hook_out(self._scale(self._multiply(self.hook_in(x, call))), call)
+        return self.hook_out(self._scale(self._multiply(self.hook_in(x, call), call)), call)
+
+    def listens(self, call: Call) -> bool:
+        """Whether somebody listens in the unembedding."""
+        inside = (linear for linear in self._modules.values() if isinstance(linear, Adapted))
+        return self.hook_in.listens(call) or self.hook_out.listens(call) or any(one.listens(call) for one in inside)
 
     def final_logits(
         self, x: Float[Tensor, "*axes d_model"], outputs: Int[Tensor, " output"] | None = None
@@ -204,10 +212,10 @@ class Unembed(Part, place="unembed"):
     def _scale(self, logits: Tensor) -> Tensor:
         return logits if self.cfg.logits_scale == 1 else logits * self.cfg.logits_scale
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        return apply_linear(self._modules["proj"], self._narrow(x))
+    def _multiply(self, x: Tensor, call: Call | None = None) -> Tensor:
+        return apply_linear(self._modules["proj"], self._narrow(x, call), call)
 
-    def _narrow(self, x: Tensor) -> Tensor:
+    def _narrow(self, x: Tensor, call: Call | None = None) -> Tensor:
         """The stream in the width that `W_U` reads."""
         return x
 
@@ -239,12 +247,17 @@ class TiedUnembed(Unembed):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab_out"]:  # type: ignore[override]  # noqa: N802
-        """The transposed embedding."""
+        """The transposed embedding, without what adapters beside it add: these act where tokens are looked up."""
         embed: Embed = self.__dict__["_embed"]
+        table = embed._modules["table"]
+        if isinstance(table, Adapted):
+            base: Any = table.base_layer
+            weight: Tensor = base.weight
+            return weight.T
         return embed.W_E.T
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        return F.linear(self._narrow(x), self.W_U.T, self._parameters["b_U"])
+    def _multiply(self, x: Tensor, call: Call | None = None) -> Tensor:
+        return F.linear(self._narrow(x, call), self.W_U.T, self._parameters["b_U"])
 
 
 class ProjectedUnembed(Unembed):
@@ -262,8 +275,8 @@ class ProjectedUnembed(Unembed):
         """`W_proj_out W_U`, computed."""
         return self.W_proj_out @ self.W_U
 
-    def _narrow(self, x: Tensor) -> Tensor:
-        return apply_linear(self._modules["proj_out"], x)
+    def _narrow(self, x: Tensor, call: Call | None = None) -> Tensor:
+        return apply_linear(self._modules["proj_out"], x, call)
 
 
 class TiedProjectedUnembed(TiedUnembed, ProjectedUnembed):  # type: ignore[override]

@@ -63,16 +63,16 @@ class MLP(Part, place="blocks.{i}.mlp", kind="mlp"):
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP makes of the normed stream."""
         call = open_call() if call is None else call
-        return apply_linear(self._modules["out_proj"], self.hook_post(self._activate(x, call), call))
+        return apply_linear(self._modules["out_proj"], self.hook_post(self._activate(x, call), call), call)
 
     def _activate(self, x: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_mlp"]:
         """The neurons; a function of its own, so that what they are made of is freed before they are read."""
         maps = self._modules
         act = self.act or partial(xielu, alpha_p=self.alpha_p, alpha_n=self.alpha_n)
         if not self.gated:
-            neurons = act(self.hook_pre(apply_linear(maps["in_proj"], x), call))
+            neurons = act(self.hook_pre(apply_linear(maps["in_proj"], x, call), call))
             return neurons if self.ln is None else self.ln(self.hook_mid(neurons, call), call)
-        gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))
-        linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)
+        gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x, call), call))
+        linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x, call), call)
         limit = self.cfg.swiglu_limit
         return gate * (linear if limit is None else clamp_linear_half(linear, limit))

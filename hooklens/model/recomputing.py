@@ -119,7 +119,7 @@ def run_checkpointed(
     Raises:
         HookLensError: in the backward pass, where hooks were attached to the block since.
     """
-    unheard = Call(tokens=plan)
+    unheard = Call(tokens=plan, switches=call.switches)
 
     def run(entering: Tensor) -> Tensor:
         attached = [name for name, point in block.hook_points().items() if point.own is not None]

@@ -10,10 +10,6 @@
 The keys and methods are those of FusionBench's `CausalLMPool`; `docs/pools.md` lists them, and what differs.
 """
 
-from typing import Any
-
-from hooklens.errors import MissingDependencyError
-from hooklens.optional import import_package
 from hooklens.pool.causal_lm_pool import CausalLMBackbonePool, CausalLMPool, ModelPool
 from hooklens.pool.comparing.compare import compare_models
 from hooklens.pool.comparing.result import ModelComparison
@@ -34,15 +30,3 @@ __all__ = [
     "load_peft_causal_lm",
     "register_target",
 ]
-
-# Imported when it is used: it needs packages of its own.
-_LATE = {"load_peft_causal_lm": "hooklens.pool.peft"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        try:
-            return getattr(import_package(_LATE[name]), name)
-        except MissingDependencyError as error:
-            raise AttributeError(f"this version of HookLens has no {__name__}.{name}") from error
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

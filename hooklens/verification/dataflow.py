@@ -7,7 +7,7 @@ what lies downstream of the edited point must change, and nothing else may.
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
-from hooklens.axes import find_site
+from hooklens.axes import find_site, layer_of
 from hooklens.config import BlockConfig, HookedConfig, MLAConfig, MoEConfig, ShortformerPositions
 
 Edge = tuple[str, str]
@@ -15,6 +15,31 @@ Edge = tuple[str, str]
 # What this module has the wiring of; what a part of another kind does inside is known to itself.
 _KNOWN_KINDS = {"attn": ("attention", "mla"), "mlp": ("mlp", "moe")}
 _EXITS = {"attn": "ln1_post.hook_scale", "mlp": "ln2_post.hook_scale"}
+_LORA = ".hook_lora_out"
+# What adapters beside a map add to, in a block and outside of it; and the points that some maps read.
+_ADDED_TO = {
+    **{f"attn.{letter}_proj": f"attn.hook_{letter}" for letter in "qkv"},
+    **{f"attn.{letter}_up_proj": f"attn.hook_{letter}" for letter in "qkv"},
+    **{f"attn.{which}_down_proj": f"attn.hook_{which}_latent" for which in ("q", "kv")},
+    "attn.k_rope_proj": "attn.hook_k_rope",
+    "attn.o_proj": _EXITS["attn"],
+    "mlp.in_proj": "mlp.hook_pre",
+    "mlp.gate_proj": "mlp.hook_pre",
+    "mlp.out_proj": _EXITS["mlp"],
+    "mlp.shared.gate_proj": "mlp.shared.hook_pre",
+    "mlp.shared.in_proj": "mlp.shared.hook_pre_linear",
+    "mlp.shared.out_proj": "mlp.shared.hook_out",
+    "mlp.shared.shared_gate_proj": "mlp.shared.hook_gate",
+    "embed.table": "embed.ln.hook_scale",
+    "embed.proj_in": "embed.ln.hook_scale",
+    "unembed.proj_out": "unembed.hook_out",
+    "unembed.proj": "unembed.hook_out",
+}
+_READ_BY = {
+    "attn.o_proj": "attn.hook_z",
+    "mlp.out_proj": "mlp.hook_post",
+    "mlp.shared.out_proj": "mlp.shared.hook_post",
+}
 
 
 def downstream_of(name: str, names: Collection[str], cfg: HookedConfig, *, possibly: bool = False) -> set[str]:
@@ -28,7 +53,8 @@ def downstream_of(name: str, names: Collection[str], cfg: HookedConfig, *, possi
             choice may turn out differently, or as before.
     """
     readers: dict[str, list[str]] = {}
-    for source, reader in _edges(cfg, names, possibly=possibly):
+    edges = list(_edges(cfg, names, possibly=possibly))
+    for source, reader in (*edges, *_adapter_edges(cfg, names, edges, possibly=possibly)):
         readers.setdefault(source, []).append(reader)
     reached: set[str] = set()
     waiting = [name]
@@ -38,6 +64,34 @@ def downstream_of(name: str, names: Collection[str], cfg: HookedConfig, *, possi
                 reached.add(reader)
                 waiting.append(reader)
     return (reached & set(names)) - {name}
+
+
+def _adapter_edges(
+    cfg: HookedConfig, names: Collection[str], edges: Collection[Edge], *, possibly: bool
+) -> Iterator[Edge]:
+    """Around what adapters add: it reads what the map reads, if one of them acts, and is added to what that gives."""
+    for name in names:
+        if not name.endswith(_LORA):
+            continue
+        layer = layer_of(name)
+        before = "" if layer is None else f"blocks.{layer}."
+        linear = name.removeprefix(before).removesuffix(_LORA)
+        added_to = _ADDED_TO.get(linear)
+        if added_to is None:
+            continue
+        if linear == "mlp.in_proj" and cfg.gated_mlp:
+            added_to = "mlp.hook_pre_linear"
+        # What is far outside of the bounds is the same number behind the clipping, whatever it was.
+        if possibly or cfg.clip_qkv is None or added_to != "attn.hook_v":
+            yield name, before + added_to
+        if possibly and linear in _READ_BY:
+            yield before + _READ_BY[linear], name
+        elif possibly:
+            yield from ((source, name) for source, reader in edges if reader == before + added_to)
+            if linear == "unembed.proj" and f"unembed.proj_out{_LORA}" in names:
+                yield f"unembed.proj_out{_LORA}", name
+            if linear == "embed.proj_in" and f"embed.table{_LORA}" in names:
+                yield f"embed.table{_LORA}", name
 
 
 def _is_discrete(name: str) -> bool:

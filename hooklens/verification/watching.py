@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hooklens.axes import find_site
 from hooklens.hooks import HookPoint
+from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.part import Part
 from hooklens.verification.probe import PaddingSide, Probe, as_logits, largest_difference, same_bits
 from hooklens.verification.report import CheckResult
@@ -39,14 +40,15 @@ def check_firing(probe: Probe) -> list[CheckResult]:
 
 
 def _check_axes(probe: Probe, name: str, found: tuple[int, ...]) -> CheckResult:
-    site = probe.model.cfg.description.points.get(name) or find_site(name)
+    declared = probe.model.cfg.description.points
+    site = declared.get(name) or probe.model.hook_points()[name].site or find_site(name)
     if site is None:
         return CheckResult(
             check=AXES, subject=name, measured=1.0, bound=0.0, message="the name is not in hooklens.axes.HOOK_SITES"
         )
     by_input = {"batch": probe.tokens.shape[0], **dict.fromkeys(("pos", "query", "key"), probe.n_tokens)}
     part = probe.model.get_submodule(name.rpartition(".")[0])
-    size_of = part.size_of if isinstance(part, Part) else probe.model.cfg.size
+    size_of = part.size_of if isinstance(part, Part | Adapted) else probe.model.cfg.size
     expected = tuple(by_input[axis] if axis in by_input else size_of(axis) for axis in site.axes)
     wrong = sum(one != other for one, other in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
     sizes = ", ".join(f"{axis}={size}" for axis, size in zip(site.axes, expected, strict=True))

@@ -9,7 +9,7 @@ import torch
 from hooklens.adapters.conversion import HubModel, MemoryTensors
 from hooklens.adapters.dequantised.bnb import Bnb8Bit
 from hooklens.adapters.dequantised.tensors import DequantisedTensors
-from hooklens.adapters.kept import KeptMaps, QuantisedWeight, _find_rows
+from hooklens.adapters.kept import KeptMaps, QuantisedWeight, find_rows
 from hooklens.adapters.rules import Copy
 from hooklens.errors import UnsupportedModelError
 from tests.checkpoints import VARIANTS
@@ -74,9 +74,9 @@ def test_rules_that_leave_columns_out_or_order_experts_anew_are_told() -> None:
     """All numbers of a row have to be there; the experts of one tensor are told by theirs."""
     cfg, (rule, weight) = _stack()
     shape = (3, 4, 5)
-    [rows] = _find_rows(rule(lambda tensor: tensor), [weight], cfg, shape, turned=False)
+    [rows] = find_rows(rule(lambda tensor: tensor), [weight], cfg, shape, turned=False)
     assert rows.is_whole
-    [rows] = _find_rows(rule(lambda tensor: tensor[:, [2, 0]]), [weight], cfg, shape, turned=False)
+    [rows] = find_rows(rule(lambda tensor: tensor[:, [2, 0]]), [weight], cfg, shape, turned=False)
     assert (rows.numbers.tolist(), rows.is_whole) == ([2, 0], False)
     for moved in (
         lambda tensor: tensor[..., :4],
@@ -85,8 +85,8 @@ def test_rules_that_leave_columns_out_or_order_experts_anew_are_told() -> None:
         lambda tensor: tensor[:2],
         lambda tensor: torch.stack([tensor[0], tensor[1].flip(0), tensor[2]]),
     ):
-        assert _find_rows(rule(moved), [weight], cfg, shape, turned=False) is None
-    [rows] = _find_rows(rule(lambda tensor: tensor.mT), [weight], cfg, shape, turned=True)
+        assert find_rows(rule(moved), [weight], cfg, shape, turned=False) is None
+    [rows] = find_rows(rule(lambda tensor: tensor.mT), [weight], cfg, shape, turned=True)
     assert rows.is_whole
 
 

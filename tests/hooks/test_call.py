@@ -18,7 +18,16 @@ from hooklens import HookedModule, HookPoint, edits
 from hooklens.config import RotaryPositions
 from hooklens.errors import HookLensError
 from hooklens.hooks import call as call_module
-from hooklens.hooks.call import Call, Hook, Listening, join_listeners, open_call, thread_listeners
+from hooklens.hooks.call import (
+    Call,
+    Hook,
+    Listening,
+    join_listeners,
+    open_call,
+    switched,
+    thread_listeners,
+    thread_switches,
+)
 from tests.annotations import unchecked
 from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_tokens
 
@@ -631,3 +640,40 @@ def test_a_call_leaves_the_model_as_it_was(network):
     for name in before:
         assert before[name].keys() == after[name].keys(), name
         assert all(before[name][key] is after[name][key] for key in before[name]), name
+
+
+class TestSwitches:
+    def test_blocks_nest_and_owners_are_apart(self):
+        with switched("one", ("a",)):
+            outer = Call()
+            with switched("one", ()), switched("other", ("b", "c")):
+                assert thread_switches() == {"one": (), "other": ("b", "c")}
+                # A call keeps what it was opened with.
+                assert outer.switches == {"one": ("a",)}
+            assert thread_switches() == {"one": ("a",)}
+        assert not thread_switches()
+        assert not call_module._open_switches
+
+    def test_other_threads_are_outside(self):
+        with switched("one", ("a",)), ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(lambda: Call().switches).result()
+
+    def test_blocks_left_out_of_turn(self):
+        def inside():
+            with switched("one", ("a",)):
+                yield
+
+        first, second = inside(), inside()
+        next(first)
+        with switched("other", ("b",)):
+            next(second)
+            first.close()
+            assert thread_switches() == {"other": ("b",), "one": ("a",)}
+        second.close()
+        assert not thread_switches()
+
+    def test_a_compiled_call_does_not_see_them(self, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not thread_switches()
+        with switched("one", ("a",)), pytest.raises(HookLensError, match="a compiled model does not see"):
+            Call()

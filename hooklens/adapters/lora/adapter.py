@@ -63,12 +63,14 @@ class LoraAdapter:
         modules: what it changes by a product of two matrices.
         whole: tensors that take the place of the base's, by their names in the model that was trained: of modules that
             were trained whole, biases, and an embedding that was saved along.
+        config: the contents of its `adapter_config.json`.
     """
 
     where: str
     settings: LoraSettings
     modules: tuple[LoraModule, ...]
     whole: Mapping[str, Tensor]
+    config: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -192,7 +194,7 @@ def read_adapter(config: Mapping[str, Any], tensors: TensorSource, *, where: str
             f"{where}: the adapter's tensors do not fit together: {_list_some(problems)}. Check that {CONFIG} and the "
             "weights belong together and that the download is whole"
         )
-    return LoraAdapter(where=where, settings=settings, modules=tuple(modules), whole=whole)
+    return LoraAdapter(where=where, settings=settings, modules=tuple(modules), whole=whole, config=dict(config))
 
 
 def _sort(tensors: TensorSource, problems: list[str]) -> tuple[dict[str, _Found], dict[str, Tensor]]:

@@ -26,6 +26,7 @@ from hooklens.model.attention.heads import EditedHeads, HeadSource, join_past, p
 from hooklens.model.attention.kernels import Part as KeyPart
 from hooklens.model.attention.rotary import CosSin, rotary_tables
 from hooklens.model.norm import Norm, norm
+from hooklens.model.parts.adapted import AdaptedMap
 from hooklens.model.parts.declared import When, point, weight
 from hooklens.model.parts.part import Part, apply_linear, is_plain
 from hooklens.model.plan.positions import TokenPlan
@@ -158,15 +159,24 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         """Say which table of positions is added to what queries and keys read."""
         self.__dict__["_pos_embed"] = pos_embed
 
-    def project(self, letter: str, x: HeadSource, plan: TokenPlan) -> Float[Tensor, "batch pos heads d_head"]:
-        """What enters `hook_q`, `hook_k` or `hook_v`, from the normed stream."""
+    def project(
+        self, letter: str, x: HeadSource, plan: TokenPlan, call: Call | None = None
+    ) -> Float[Tensor, "batch pos heads d_head"]:
+        """What enters `hook_q`, `hook_k` or `hook_v`, from the normed stream.
+
+        Args:
+            letter: `"q"`, `"k"` or `"v"`.
+            x: the normed stream.
+            plan: the tokens of the call.
+            call: who listens to what adapters beside the map add; None: nobody.
+        """
         pos_embed = self._pos_embed
         if pos_embed is not None and letter != "v":
             positions = plan.embedded_positions
             if positions is None:
                 positions = plan.remember(pos_embed, pos_embed, plan.positions)
             x = x + (positions if x.ndim == 3 else positions[:, :, None])
-        heads = project_heads(x, self._modules[f"{letter}_proj"], self.cfg.d_head)
+        heads = project_heads(x, self._modules[f"{letter}_proj"], self.cfg.d_head, call)
         return heads.clamp(-self.clip, self.clip) if self.clip is not None and letter == "v" else heads
 
     def forward(
@@ -191,9 +201,9 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         Raises:
             CacheError: keys or values of single query heads were edited, and the entry would store them.
         """
-        q = self.hook_q(self.project("q", q_input, plan), call)
-        k = self.hook_k(self.project("k", k_input, plan), call)
-        v = self.hook_v(self.project("v", v_input, plan), call)
+        q = self.hook_q(self.project("q", q_input, plan, call), call)
+        k = self.hook_k(self.project("k", k_input, plan, call), call)
+        v = self.hook_v(self.project("v", v_input, plan, call), call)
         table = None if self.rotary is None else self.rotary.look_up(plan, q_input.dtype)
         edited = None
         if self.shares_keys and (call.hears(self.hook_k_per_head) or call.hears(self.hook_v_per_head)):
@@ -388,8 +398,12 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             result, changed = self.hook_result.watch(result, call)
             if changed:
                 summed = result.sum(2)
-                return summed if bias is None else summed + bias
-        return apply_linear(o_proj, z.flatten(2))
+                summed = summed if bias is None else summed + bias
+                if isinstance(o_proj, AdaptedMap) and o_proj.listens(call):
+                    # Who changed what adapters add did so beside the heads: the change counts, too.
+                    summed = summed + o_proj.change_by_listeners(z.flatten(2), call)
+                return summed
+        return apply_linear(o_proj, z.flatten(2), call)
 
     def _results(
         self, z: Tensor, o_proj: nn.Module

@@ -1,13 +1,16 @@
 """Queries, keys and values head by head: made by a linear map, edited for single query heads, joined with the past."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooklens.hooks import Call
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.attend import repeat_heads
+from hooklens.model.parts.adapted import AdaptedMap
 from hooklens.model.parts.part import apply_linear, is_plain
 
 # The normed stream, the same for all heads or (edited per head) a copy for each.
@@ -52,19 +55,34 @@ def join_past(past: HookedKeyValueCacheEntry, k: Tensor, v: Tensor) -> tuple[Ten
     return keys, values
 
 
-def project_heads(x: HeadSource, linear: nn.Module | None, d_head: int) -> Float[Tensor, "batch pos heads d_head"]:
-    """`x W + b` for each head, on one input for all heads or a copy for each."""
+def project_heads(
+    x: HeadSource, linear: nn.Module | None, d_head: int, call: Call | None = None
+) -> Float[Tensor, "batch pos heads d_head"]:
+    """`x W + b` for each head, on one input for all heads or a copy for each.
+
+    Args:
+        x: the input.
+        linear: the map.
+        d_head: the width of a head.
+        call: who listens to what adapters beside the map add; None: nobody.
+    """
     assert linear is not None
     if x.ndim == 3:
         batch, n_pos, _ = x.shape
         # In a backward pass the map itself would part rows and positions again: a view more in each direction.
         flat = x.flatten(0, 1) if x.requires_grad and x.is_contiguous() and is_plain(linear) else x
-        return apply_linear(linear, flat).view(batch, n_pos, -1, d_head)
+        return apply_linear(linear, flat, call).view(batch, n_pos, -1, d_head)
     if is_plain(linear):
         own: dict[str, Tensor] = linear.__dict__["_parameters"]
         heads: Tensor = torch.einsum("bpnm,nhm->bpnh", x, own["weight"].view(-1, d_head, x.shape[-1]))
         bias = own["bias"]
         return heads if bias is None else heads + bias.view(-1, d_head)
     # Something stands around the map: all heads of every copy, of which each copy's own is taken.
-    each = torch.unflatten(apply_linear(linear, x), -1, (-1, d_head))
-    return each.diagonal(dim1=2, dim2=3).movedim(-1, 2)
+    take = partial(_take_own_heads, d_head=d_head)
+    return linear(x, call, shape=take) if isinstance(linear, AdaptedMap) else take(apply_linear(linear, x))
+
+
+def _take_own_heads(each: Tensor, d_head: int) -> Float[Tensor, "batch pos heads d_head"]:
+    """Of all heads of every copy, `[batch pos copy (heads d_head)]`, each copy's own."""
+    heads = torch.unflatten(each, -1, (-1, d_head))
+    return heads.diagonal(dim1=2, dim2=3).movedim(-1, 2)

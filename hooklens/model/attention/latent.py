@@ -10,6 +10,7 @@ from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.heads import HeadSource, project_heads
 from hooklens.model.norm import Norm, norm
+from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import When, point, weight
 from hooklens.model.parts.part import apply_linear
 from hooklens.model.plan.positions import TokenPlan
@@ -159,9 +160,11 @@ class LatentAttention(Attention, kind="mla"):
         k_input = torch.cat([compress("rope", k_input), of_keys], -1)
         return super().forward(q_input, k_input, of_values, plan, call, entry)
 
-    def project(self, letter: str, x: HeadSource, plan: TokenPlan) -> Float[Tensor, "batch pos heads width"]:
+    def project(
+        self, letter: str, x: HeadSource, plan: TokenPlan, call: Call | None = None
+    ) -> Float[Tensor, "batch pos heads width"]:
         """What enters `hook_q`, `hook_k` or `hook_v`, from the latents."""
-        return self._project_latent(letter, x)
+        return self._project_latent(letter, x, call)
 
     def project_stream(self, letter: str, normed: HeadSource) -> Float[Tensor, "batch pos heads width"]:
         """What enters `hook_q`, `hook_k` or `hook_v` where all heads, or each, read a stream; no point fires."""
@@ -172,16 +175,16 @@ class LatentAttention(Attention, kind="mla"):
             of_both = torch.cat([self._compress("rope", normed), of_both], -1)
         return self._project_latent(letter, of_both)
 
-    def _project_latent(self, letter: str, x: HeadSource) -> Tensor:
+    def _project_latent(self, letter: str, x: HeadSource, call: Call | None = None) -> Tensor:
         """Heads of the latent of queries or values; of keys, behind what turns of them."""
         latent = self.latent
         if letter == "q":
             module = "q_proj" if latent.q_rank is None else "q_up_proj"
-            return project_heads(x, self._modules[module], latent.d_head)
+            return project_heads(x, self._modules[module], latent.d_head, call)
         if letter == "v":
-            return project_heads(x, self._modules["v_up_proj"], latent.d_head_v)
+            return project_heads(x, self._modules["v_up_proj"], latent.d_head_v, call)
         turning, of_keys = torch.split_with_sizes(x, [latent.d_rope, latent.kv_rank], -1)
-        still = project_heads(of_keys, self._modules["k_up_proj"], latent.d_nope)
+        still = project_heads(of_keys, self._modules["k_up_proj"], latent.d_nope, call)
         turning = turning if x.ndim == 4 else turning[:, :, None]
         return torch.cat([turning.expand(*still.shape[:3], -1), still], -1)
 
@@ -195,13 +198,16 @@ class LatentAttention(Attention, kind="mla"):
     def _show(self, which: str, stream: Float[Tensor, "batch pos d_model"], call: Call) -> Tensor:
         """The same, as listeners leave it."""
         if which == "rope":
-            return self.hook_k_rope(apply_linear(self._modules["k_rope_proj"], stream), call)
+            return self.hook_k_rope(apply_linear(self._modules["k_rope_proj"], stream, call), call)
         point, norm = self._point_and_norm(which)
-        out: Tensor = norm(point(apply_linear(self._modules[f"{which}_down_proj"], stream), call), call)
+        out: Tensor = norm(point(apply_linear(self._modules[f"{which}_down_proj"], stream, call), call), call)
         return out
 
     def _listens(self, which: str, call: Call) -> bool:
         """Whether somebody listens where a latent, or what turns of the keys, is shown."""
+        linear = self._modules["k_rope_proj" if which == "rope" else f"{which}_down_proj"]
+        if isinstance(linear, Adapted) and linear.listens(call):
+            return True
         if which == "rope":
             return self.hook_k_rope.listens(call)
         point, norm = self._point_and_norm(which)

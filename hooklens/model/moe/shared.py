@@ -53,9 +53,9 @@ class SharedExpert(Part, place="blocks.{i}.mlp.shared"):
     def forward(self, x: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What the shared expert adds."""
         maps = self._modules
-        gate = self.hook_pre(apply_linear(maps["gate_proj"], x), call)
-        linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)
-        out = apply_linear(maps["out_proj"], self.hook_post(self.make_neurons(gate, linear), call))
+        gate = self.hook_pre(apply_linear(maps["gate_proj"], x, call), call)
+        linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x, call), call)
+        out = apply_linear(maps["out_proj"], self.hook_post(self.make_neurons(gate, linear), call), call)
         if self.is_gated:
-            out = self.hook_gate(torch.sigmoid(apply_linear(maps["shared_gate_proj"], x)), call) * out
+            out = self.hook_gate(torch.sigmoid(apply_linear(maps["shared_gate_proj"], x, call)), call) * out
         return self.hook_out(out, call)

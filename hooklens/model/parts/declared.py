@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hooklens.axes import HookSite
 from hooklens.errors import ConfigError
+from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.quantised import dense_weight, is_quantised
 from hooklens.model.parts.stacked import QuantisedStack, StackedLinear
 from hooklens.weights.layout import logical_view, parse_stored, stored_view
@@ -164,15 +165,14 @@ class Weight(Declared):
         if shape is None:
             return None if self.is_bias else super().__get__(part, owner)
         holder = part._modules[self.module]
-        if not isinstance(holder, nn.Linear | nn.Embedding | StackedLinear | QuantisedStack):
+        if not isinstance(holder, nn.Linear | nn.Embedding | StackedLinear | QuantisedStack | Adapted):
             raise ConfigError(
                 f"{self.name}: a {type(holder).__name__} stands in the place of {self.module}, and a weight in it is "
                 "not the map that it computes (an adapter, a quantised weight); merge the adapter or dequantise first "
                 "to read or change it"
             )
-        if not self.is_bias and is_quantised(holder):
-            return logical_view(dense_weight(holder), self.layout, self.axes.split(), shape)
-        stored, axes = getattr(holder, self.held_as), self.axes.split()
+        stored, axes = _read_held(holder, self.held_as), self.axes.split()
+        assert stored is not None
         if self.layout == tuple((axis,) for axis in axes):
             return stored
         view = logical_view(stored, self.layout, axes, shape)
@@ -192,6 +192,12 @@ class Weight(Declared):
         stored = stored_view(value.detach(), self.layout, self.axes.split()).contiguous()
         holder = part if self.module is None else part._modules[self.module]
         assert holder is not None
+        if isinstance(holder, Adapted):
+            raise ConfigError(
+                f"{self.name} = {list(value.shape)}: adapters stand beside {self.module}, and what is read under this "
+                f"name is made of its weight and theirs; assign {self.module}.base_layer.{self.held_as}, or the weight "
+                "in the model that model.merge_adapter() gives"
+            )
         if not self.is_bias and is_quantised(holder):
             raise ConfigError(
                 f"{self.name} = {list(value.shape)}: the weight of {self.module} is quantised, and would hold other "
@@ -201,6 +207,16 @@ class Weight(Declared):
         old = holder._parameters.get(self.held_as, stored)
         trains = value.requires_grad if isinstance(value, nn.Parameter) or old is None else old.requires_grad
         setattr(holder, self.held_as, nn.Parameter(stored, requires_grad=trains))
+
+
+def _read_held(holder: nn.Module, held_as: str) -> Tensor | None:
+    """A weight or bias as it is stored; made anew where it is quantised, or adapters beside it have a part in it."""
+    if isinstance(holder, Adapted):
+        return holder.effective_bias() if held_as == "bias" else holder.effective_weight()
+    if held_as == "weight" and is_quantised(holder):
+        return dense_weight(holder)
+    held: Tensor | None = getattr(holder, held_as)
+    return held
 
 
 weight = _declare(Weight)

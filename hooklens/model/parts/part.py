@@ -33,7 +33,8 @@ from torch.nn.modules import module as nn_module
 from hooklens.axes import HookSite, declare_site, find_site
 from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfig
 from hooklens.errors import ConfigError
-from hooklens.hooks import HookedModule, HookPoint
+from hooklens.hooks import Call, HookedModule, HookPoint
+from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import Declared, Point, Slot, Spec, Weight
 from hooklens.model.parts.quantised import is_quantised
 from hooklens.model.parts.stacked import StackedLinear
@@ -279,11 +280,19 @@ def is_plain(linear: nn.Module | None) -> bool:
     return type(linear) is nn.Linear and is_bare(linear.__dict__) and not is_quantised(linear)
 
 
-def apply_linear(linear: nn.Module | None, x: Float[Tensor, "*axes into"]) -> Float[Tensor, "*axes out_of"]:
-    """`x W^T + b`, by the weight itself where nothing has been put around the module: a module call takes longer."""
+def apply_linear(
+    linear: nn.Module | None, x: Float[Tensor, "*axes into"], call: Call | None = None
+) -> Float[Tensor, "*axes out_of"]:
+    """`x W^T + b`, by the weight itself where nothing has been put around the module: a module call takes longer.
+
+    Args:
+        linear: the map.
+        x: its input.
+        call: who listens to what adapters beside the map add; None: nobody.
+    """
     assert linear is not None
     if type(linear) is nn.Linear and is_bare(linear.__dict__):
         parameters = linear.__dict__["_parameters"]
         return F.linear(x, parameters["weight"], parameters["bias"])
-    out: Tensor = linear(x)
+    out: Tensor = linear(x, call) if isinstance(linear, Adapted) else linear(x)
     return out

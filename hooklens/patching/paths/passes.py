@@ -199,7 +199,7 @@ class PathPass:
             (self.route.heads(layer, "v"), "v", attn.hook_v),
         ):
             if heads:
-                received = point(attn.project(letter, normed, plan), call)[:, :, heads]
+                received = point(attn.project(letter, normed, plan, call), call)[:, :, heads]
                 listeners |= _listen(point, partial(_put_in, heads, received))
         return listeners
 

@@ -19,7 +19,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call, HookPoint
 from hooklens.hooks.call import Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
-from hooklens.model.parts.quantised import dense_weight
+from hooklens.model.parts.adapted import whole_weight
 from hooklens.model.plan.positions import TokenPlan
 from hooklens.patching.runs.baseline import Baseline
 from hooklens.patching.runs.sites import Cell
@@ -224,7 +224,7 @@ class Pass:
         if len(at) == 3:
             of_head, change = change, change.new_zeros(len(change), *W_O.shape[:2])
             change[torch.arange(len(change)), at[2]] = of_head
-        written = F.linear(change.flatten(1), dense_weight(self.model.block_list()[layer].attn.o_proj))
+        written = F.linear(change.flatten(1), whole_weight(self.model.block_list()[layer].attn.o_proj))
         return self.baseline.streams[layer + 1][at[:2]] + written * self.model.cfg.residual_scale
 
     def _edit_pattern(self, name: str, members: list[int]) -> tuple[Index, Tensor]:
