@@ -115,8 +115,8 @@ ATTENTION = (
         "model.attention.heads:project_heads",
         (
             (
-                "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head)",
-                "return apply_linear(linear, flat).view(batch, n_pos, -1, d_head).flip(2)",
+                "return apply_linear(linear, flat, call).view(batch, n_pos, -1, d_head)",
+                "return apply_linear(linear, flat, call).view(batch, n_pos, -1, d_head).flip(2)",
             ),
         ),
     ),
@@ -131,8 +131,8 @@ ATTENTION = (
         "model.attention.attention:Attention.forward",
         (
             (
-                'self.hook_q(self.project("q", q_input, plan), call)',
-                'self.hook_q(self.project("q", q_input, plan).flip(2), call).flip(2)',
+                'self.hook_q(self.project("q", q_input, plan, call), call)',
+                'self.hook_q(self.project("q", q_input, plan, call).flip(2), call).flip(2)',
             ),
         ),
     ),
@@ -141,8 +141,8 @@ ATTENTION = (
         "model.attention.attention:Attention.forward",
         (
             (
-                'self.hook_k(self.project("k", k_input, plan), call)',
-                'self.hook_k(2 * self.project("k", k_input, plan), call) / 2',
+                'self.hook_k(self.project("k", k_input, plan, call), call)',
+                'self.hook_k(2 * self.project("k", k_input, plan, call), call) / 2',
             ),
         ),
     ),
@@ -162,8 +162,8 @@ ATTENTION = (
         "model.attention.attention:Attention.forward",
         (
             (
-                'v = self.hook_v(self.project("v", v_input, plan), call)',
-                'v = self.project("v", v_input, plan)\n'
+                'v = self.hook_v(self.project("v", v_input, plan, call), call)',
+                'v = self.project("v", v_input, plan, call)\n'
                 "    v = torch.cat([self.hook_v(v.clone(), call)[:, :, :-1], v[:, :, -1:]], 2)",
             ),
         ),
@@ -186,8 +186,8 @@ ATTENTION = (
         "model.attention.attention:Attention.forward",
         (
             (
-                'k = self.hook_k(self.project("k", k_input, plan), call)',
-                'k = self.project("k", k_input, plan)\n'
+                'k = self.hook_k(self.project("k", k_input, plan, call), call)',
+                'k = self.project("k", k_input, plan, call)\n'
                 "    k = torch.cat([k[:, :1], self.hook_k(k.clone(), call)[:, 1:]], 1)",
             ),
         ),
@@ -233,7 +233,7 @@ ATTENTION = (
     Mutant(
         "an edit at hook_result loses the output bias",
         "model.attention.attention:Attention._write",
-        (("return summed if bias is None else summed + bias", "return summed"),),
+        (("summed = summed if bias is None else summed + bias", "pass"),),
         stage=EDITS,
     ),
     Mutant(

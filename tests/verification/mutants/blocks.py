@@ -118,8 +118,8 @@ BLOCKS = (
         "model.mlp:MLP._activate",
         (
             (
-                'self.hook_pre(apply_linear(maps["in_proj"], x), call))',
-                'self.hook_pre(2 * apply_linear(maps["in_proj"], x), call) / 2)',
+                'self.hook_pre(apply_linear(maps["in_proj"], x, call), call))',
+                'self.hook_pre(2 * apply_linear(maps["in_proj"], x, call), call) / 2)',
             ),
         ),
     ),
@@ -133,8 +133,8 @@ BLOCKS = (
         "model.mlp:MLP._activate",
         (
             (
-                'linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x), call)',
-                'raw = apply_linear(maps["in_proj"], x)\n    edited = self.hook_pre_linear(raw.clone(), call)\n'
+                'linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x, call), call)',
+                'raw = apply_linear(maps["in_proj"], x, call)\n    edited = self.hook_pre_linear(raw.clone(), call)\n'
                 "    linear = edited.clone()\n    linear[..., -1:] = raw[..., -1:]",
             ),
         ),
@@ -146,8 +146,8 @@ BLOCKS = (
         "model.mlp:MLP._activate",
         (
             (
-                'gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x), call))',
-                'gate = act(self.hook_pre(apply_linear(maps["in_proj"], x), call))',
+                'gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x, call), call))',
+                'gate = act(self.hook_pre(apply_linear(maps["in_proj"], x, call), call))',
             ),
         ),
         "gated-sequential",
@@ -218,7 +218,7 @@ BLOCKS = (
     Mutant(
         "an edit at unembed.hook_in is lost",
         "model.embed:Unembed.forward",
-        (("self._multiply(self.hook_in(x, call))", "self._multiply((self.hook_in(x, call), x)[1])"),),
+        (("self._multiply(self.hook_in(x, call), call)", "self._multiply((self.hook_in(x, call), x)[1], call)"),),
         stage=EDITS,
     ),
     Mutant(
