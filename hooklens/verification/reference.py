@@ -13,6 +13,9 @@ Three dtypes, three questions:
   is the mean of one row, whose positions share their rounding (for the same function it is 0.7 to 1.5 times theirs).
   Where a router sends tokens to experts it is the median over positions: between two experts whose logits are nearly
   equal rounding alone decides, in transformers as here, and the few tokens that it sends elsewhere would outweigh all.
+
+Of quantised weights and of adapters the reference has what they come to, in plain numbers that are rounded once more.
+There 2 stands in the place of 1.2, and so 3 in that of 2.2.
 """
 
 import copy

@@ -133,7 +133,7 @@ class _Shapes:
         return TensorHeader("float32", tuple(self._shapes.of(bound.rule, bound.layer)))
 
     def read(self, name: str, *, apart: bool = False) -> Tensor:
-        """There are none."""
+        """There are none: this is the outline of a checkpoint, of which only names and shapes are asked."""
         raise NotImplementedError(name)
 
 
