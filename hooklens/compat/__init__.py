@@ -1,0 +1,1 @@
+"""Other libraries' interfaces and notations, as thin layers on HookLens."""
