@@ -155,11 +155,11 @@ def test_which_of_several_files(tmp_path) -> None:
 
 
 def test_settings_that_are_not_implemented(tmp_path) -> None:
-    changes = {"act_fn": "mish", "gated_mlp": True, "use_local_attn": True, "d_head": "4", "normalization": "BN"}
-    save(tmp_path, {**CONFIG, **changes, "positional_embedding_type": "rotary"}, make_state(CONFIG))
+    changes = {"act_fn": "mish", "load_in_4bit": True, "use_local_attn": True, "d_head": "4", "normalization": "BN"}
+    save(tmp_path, {**CONFIG, **changes, "positional_embedding_type": "rope"}, make_state(CONFIG))
     with pytest.raises(UnsupportedModelError, match=r"config.json: describes a network that HookLens can") as caught:
         HookedCausalLM.from_pretrained(tmp_path)
-    named = (*changes, "positional_embedding_type")
+    named = {*changes, "positional_embedding_type", "attn_types"} - {"use_local_attn"}
     assert [key for key in named if f"{key} is " not in str(caught.value)] == []
 
 
