@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
-    ("patching", "analysis", "evaluation", "verification", "training", "pool"),
+    ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae"),
     ("cli", "compat"),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
@@ -263,11 +263,11 @@ class SourceTree:
         ]
 
     def family_words(self) -> list[str]:
-        """Family names outside the two packages that may know them."""
+        """Family names outside the packages that may know them: `compat` translates the names of other libraries."""
         return [
             f"{module.name}:{line} says {word!r}"
             for module in self.modules.values()
-            if module.part not in ("adapters", "bundled")
+            if module.part not in ("adapters", "bundled", "compat")
             for line, word in module.family_words()
         ]
 

@@ -58,7 +58,9 @@ def test_family_words_know_every_adapter(tree: SourceTree) -> None:
 
 def test_no_file_without_a_concept(tree: SourceTree) -> None:
     nameless = {"utils", "util", "helpers", "helper", "misc", "common"}
-    assert [name for name in tree.modules if nameless & set(name.split("."))] == []
+    # What code written for another library imports has its names there.
+    ours = [name for name in tree.modules if not name.startswith("hooklens.compat.transformer_lens.")]
+    assert [name for name in ours if nameless & set(name.split("."))] == []
 
 
 def test_no_file_outgrows_its_idea(tree: SourceTree) -> None:
