@@ -29,9 +29,13 @@ def install_transformer_lens() -> None:
     layer = importlib.import_module(_LAYER)
     names = [found.name for found in pkgutil.walk_packages(layer.__path__, f"{_LAYER}.")]
     # Each is one module under both names: found here, it is not run a second time, and classes are the same.
-    for name in [_LAYER, *names]:
+    for name in names:
         if name != f"{_LAYER}.install":
-            sys.modules[_NAME + name.removeprefix(_LAYER)] = importlib.import_module(name)
+            importlib.import_module(name)
+    # Some modules have several names.
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{_LAYER}.")]:
+        if name != f"{_LAYER}.install":
+            sys.modules[_NAME + name.removeprefix(_LAYER)] = sys.modules[name]
 
 
 __all__ = ["install_transformer_lens"]

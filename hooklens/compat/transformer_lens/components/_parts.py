@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooklens import hooks
-from hooklens.adapters.formats.transformer_lens_state import read_state
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
@@ -26,6 +25,7 @@ from hooklens.model.attention.alibi import alibi_slopes
 from hooklens.model.initialization import initialize
 from hooklens.model.parts.part import Part
 from hooklens.model.plan.positions import TokenPlan
+from hooklens.weights.transformer_lens import read_state
 
 Config = HookedTransformerConfig | dict[str, Any]
 # Beside HookLens's parts, so that what these declare stands.
