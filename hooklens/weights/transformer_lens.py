@@ -19,18 +19,18 @@ from torch import Tensor
 from hooklens.config import AlibiPositions, HookedConfig
 from hooklens.config.stream import has_bias
 
-_BUFFERS = re.compile(r"(^|\.)(attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)|mlp\.act_fn\.(beta|eps))$")
-_SHARED_HEADS = re.compile(r"(^|\.)attn\._([Wb]_[KV])$")
-_EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.W_(gate|in|out)\.(weight|bias)")
-_ROUTER = re.compile(r"(.*\.mlp)\.W_gate\.(weight|bias)")
+_BUFFERS = r"(^|\.)(attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)|mlp\.act_fn\.(beta|eps))$"
+_SHARED_HEADS = r"(^|\.)attn\._([Wb]_[KV])$"
+_EXPERT = r"(.*\.mlp)\.experts\.(\d+)\.W_(gate|in|out)\.(weight|bias)"
+_ROUTER = r"(.*\.mlp)\.W_gate\.(weight|bias)"
 _LETTERS = {"weight": "W", "bias": "b"}
 
 
 def rename(name: str, cfg: HookedConfig) -> str | None:
     """The name of a weight in HookLens, or what was given; None for what the network does not read."""
-    if _BUFFERS.search(name) or (name == "pos_embed.W_pos" and isinstance(cfg.positions, AlibiPositions)):
+    if re.search(_BUFFERS, name) or (name == "pos_embed.W_pos" and isinstance(cfg.positions, AlibiPositions)):
         return None
-    return _SHARED_HEADS.sub(r"\1attn.\2", name).replace(".mlp.act_fn.", ".mlp.")
+    return re.sub(_SHARED_HEADS, r"\1attn.\2", name).replace(".mlp.act_fn.", ".mlp.")
 
 
 def read_state(state: Mapping[str, Tensor], cfg: HookedConfig) -> dict[str, Tensor]:
@@ -51,15 +51,15 @@ def read_state(state: Mapping[str, Tensor], cfg: HookedConfig) -> dict[str, Tens
 
 def join_experts(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors, those of experts and routers under HookLens names; a state dict without such is given back."""
-    if not any(map(_EXPERT.fullmatch, state)):
+    if not any(re.fullmatch(_EXPERT, name) for name in state):
         return state
     joined: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
-        if found := _EXPERT.fullmatch(name):
+        if found := re.fullmatch(_EXPERT, name):
             mlp, number, which, letter = found.groups()
             experts.setdefault(f"{mlp}.{_LETTERS[letter]}_{which}", {})[int(number)] = tensor.T
-        elif found := _ROUTER.fullmatch(name):
+        elif found := re.fullmatch(_ROUTER, name):
             joined[f"{found[1]}.{_LETTERS[found[2]]}_router"] = tensor.T
         else:
             joined[name] = tensor
