@@ -8,7 +8,7 @@ beginning of a name), the architectures whose texts get no BOS, and which checkp
 import json
 import logging
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,23 +212,14 @@ def fill_missing_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[s
     return state_dict
 
 
-@dataclass
-class Config:
-    """A few sizes of a network."""
-
-    d_model: int = 768
-    debug: bool = True
-    layer_norm_eps: float = 1e-5
-    d_vocab: int = 50257
-    init_range: float = 0.02
-    n_ctx: int = 1024
-    d_head: int = 64
-    d_mlp: int = 3072
-    n_heads: int = 12
-    n_layers: int = 12
+_SIZES = {
+    "d_model": 768, "debug": True, "layer_norm_eps": 1e-5, "d_vocab": 50257, "init_range": 0.02, "n_ctx": 1024,
+    "d_head": 64, "d_mlp": 3072, "n_heads": 12, "n_layers": 12,
+}  # fmt: skip
+Config = make_dataclass("Config", [(name, type(value), value) for name, value in _SIZES.items()])
 
 
-def get_basic_config(model_name: str, **kwargs: Any) -> Config:
+def get_basic_config(model_name: str, **kwargs: Any) -> Any:
     """A few sizes of a model."""
     words = get_pretrained_model_config(model_name, **kwargs).to_dict()
-    return Config(**{spec.name: words[spec.name] for spec in fields(Config) if spec.name in words})
+    return Config(**{name: words[name] for name in _SIZES if name in words})

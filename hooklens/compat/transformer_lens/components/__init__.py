@@ -18,7 +18,7 @@ from hooklens.compat.transformer_lens.components._parts import (
     TransformerBlock,
     Unembed,
     adopt,
-)
+)  # fmt: skip
 
 # There each part is in a module of its own.
 _PARTS = (
@@ -47,28 +47,7 @@ BertBlock, BertEmbed, BertMLMHead, BertNSPHead, BertPooler, T5Attention, T5Block
 )
 
 __all__ = [
-    "MLP",
-    "AbstractAttention",
-    "Attention",
-    "BertBlock",
-    "BertEmbed",
-    "BertMLMHead",
-    "BertNSPHead",
-    "BertPooler",
-    "CanBeUsedAsMLP",
-    "Embed",
-    "GatedMLP",
-    "GroupedQueryAttention",
-    "LayerNorm",
-    "LayerNormPre",
-    "MoE",
-    "PosEmbed",
-    "RMSNorm",
-    "RMSNormPre",
-    "T5Attention",
-    "T5Block",
-    "TokenTypeEmbed",
-    "TransformerBlock",
-    "Unembed",
-    "adopt",
-]
+    "MLP", "AbstractAttention", "Attention", "BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler",
+    "CanBeUsedAsMLP", "Embed", "GatedMLP", "GroupedQueryAttention", "LayerNorm", "LayerNormPre", "MoE", "PosEmbed",
+    "RMSNorm", "RMSNormPre", "T5Attention", "T5Block", "TokenTypeEmbed", "TransformerBlock", "Unembed", "adopt",
+]  # fmt: skip

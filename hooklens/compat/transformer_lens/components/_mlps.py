@@ -57,7 +57,6 @@ def pick_activation(cfg: HookedTransformerConfig) -> Any:
 class _MLP(Component):
     """What MLPs have in common."""
 
-    changes: ClassVar[dict[str, Any]] = {}
     d_mlp = property(lambda self: self.cfg.d_mlp, doc="Neurons.")
     act_fn = property(lambda self: self.act, doc="The activation.")
 
@@ -65,7 +64,7 @@ class _MLP(Component):
         CanBeUsedAsMLP(cfg)
         own = network_of(cfg, attn_only=False, **self.changes).block(0)
         assert own.mlp is not None
-        super().__init__(own.of(own.mlp))
+        super(Component, self).__init__(own.of(own.mlp))
         self.start(cfg)
 
 

@@ -5,11 +5,10 @@
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooklens import hooks
@@ -17,15 +16,14 @@ from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.config import HookedConfig, NormConfig
-from hooklens.hooks import Call, open_call
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
 from hooklens.model.attention import attention
 from hooklens.model.attention.alibi import alibi_slopes
 from hooklens.model.initialization import initialize
+from hooklens.model.parts.alone import load_weights, plan_alone, weights_of
 from hooklens.model.parts.part import Part
 from hooklens.model.plan.positions import TokenPlan
-from hooklens.weights.transformer_lens import read_state
 
 Config = HookedTransformerConfig | dict[str, Any]
 if TYPE_CHECKING:
@@ -65,6 +63,12 @@ def bias_or_zeros(name: str) -> Any:
 class Component(_Base):
     """A part by its names of 2.x, in `load_state_dict` and, of a part by itself, in `state_dict`."""
 
+    changes: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(network_of(cfg, **self.changes))
+        self.start(cfg)
+
     def start(self, cfg: Config) -> None:
         """Draw fresh weights, and give what is inside its class."""
         with torch.no_grad():
@@ -76,17 +80,11 @@ class Component(_Base):
         """`_W_K` and its like are `W_K`, which is of key-value heads in both libraries."""
         return getattr(self, name[1:]) if name in _SHARED else super().__getattr__(name)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights, views of the parameters, under HookLens's names."""
-        for path, part in self.named_modules():
-            for one, _ in part.weight_table() if isinstance(part, Part) else ():
-                yield f"{path}.{one.name}".lstrip("."), getattr(part, one.name)
-
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Weights, biases that are 0, and masks; inside a model's state dict what HookLens has there."""
         if args or destination is not None:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        found = dict(self.named_weights())
+        found = weights_of(self)
         for path, part in self.named_modules():
             at = f"{path}.".lstrip(".")
             held = [name for name in _BESIDE if isinstance(getattr(type(part), name, None), property)]
@@ -96,34 +94,11 @@ class Component(_Base):
         return {prefix + name: tensor if keep_vars else tensor.detach() for name, tensor in found.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copy weights.
-
-        Raises:
-            RuntimeError: names are missing or not known, and `strict`.
-        """
-        at = f"{(self.place or '').replace('{i}', '0')}."
-        given = read_state({at + name: value for name, value in state_dict.items()}, self.cfg)
-        state, own = {name.removeprefix(at): value for name, value in given.items()}, dict(self.named_weights())
-        # A bias of 0 says what its absence says.
-        unknown = [name for name in state if name not in own and (".b_" not in f".{name}" or bool(state[name].any()))]
-        missing = [name for name in own if name not in state]
+        """Copy weights; a `RuntimeError` where names are missing or not known, and `strict`."""
+        missing, unknown = load_weights(self, state_dict)
         if strict and (missing or unknown):
             raise RuntimeError(f"load_state_dict: missing are {missing}, unexpected {unknown}")
-        with torch.no_grad():
-            for name in own.keys() & state:
-                own[name].copy_(state[name])
         return nn.modules.module._IncompatibleKeys(missing, unknown)
-
-
-def _plan(
-    x: Tensor, cfg: HookedConfig, entry: HookedKeyValueCacheEntry | None, attention_mask: Tensor | None
-) -> tuple[TokenPlan, Call]:
-    """The tokens of a call, whose mask spans past and new columns, and who listens to it."""
-    n_past, mask = 0 if entry is None else len(entry), None if attention_mask is None else attention_mask.bool()
-    past, new = (None, None) if mask is None else (mask[:, :n_past] if n_past else None, mask[:, n_past:])
-    tokens: dict[str, Any] = {"batch": len(x), "n_new": x.shape[1], "device": x.device, "causal": cfg.causal}
-    plan = TokenPlan(**tokens, n_past=n_past, past_mask=past, attention_mask=new)
-    return plan, open_call().on(plan)
 
 
 class AnyNorm(Component, norm.Norm):
@@ -206,7 +181,7 @@ class AbstractAttention(Component, attention.Attention):
             raise NotImplementedError(
                 "additive_attention_mask, position_bias: they are of encoders, which are not here"
             )
-        plan, call = _plan(query_input, self.cfg, past_kv_cache_entry, attention_mask)
+        plan, call = plan_alone(query_input, self.cfg, past_kv_cache_entry, attention_mask)
         # Shortformer's positions are in the inputs.
         plan.embedded_positions = query_input.new_zeros(1, 1, 1)
         return super().forward(query_input, key_input, value_input, plan, call, past_kv_cache_entry)
@@ -221,27 +196,23 @@ class AbstractAttention(Component, attention.Attention):
         return weight.repeat_interleave(self.cfg.n_heads // len(weight), dim=0)
 
     @property
-    def mask(self) -> Bool[Tensor, "query key"]:
+    def mask(self) -> Tensor:
         """Which keys each query sees, of the longest sequence."""
         seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
         return seen.triu(1 - self.reach) if isinstance(self.reach, int) else seen
 
     @staticmethod
-    def create_alibi_slope(n_ctx: int, device: Any = None) -> Float[Tensor, "query key"]:
+    def create_alibi_slope(n_ctx: int, device: Any = None) -> Tensor:
         """Minus how far each key lies behind each query."""
         at = torch.arange(n_ctx, device=device)
         return (at[None] - at[:, None]).tril().float()
 
-    @staticmethod
-    def create_alibi_multipliers(n_heads: int, device: Any = None) -> Float[Tensor, " head"]:
-        """The slope of each head."""
-        return alibi_slopes(n_heads, "cpu" if device is None else device)
+    create_alibi_multipliers = staticmethod(alibi_slopes)
 
     @staticmethod
-    def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = None) -> Float[Tensor, "head query key"]:
-        """What linear biases add to the scores of keys that are seen."""
-        slopes = AbstractAttention.create_alibi_multipliers(n_heads, device)
-        return slopes[:, None, None] * AbstractAttention.create_alibi_slope(n_ctx, device)
+    def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = "cpu") -> Tensor:
+        """What linear biases add to the scores of keys that are seen, `[head query key]`."""
+        return alibi_slopes(n_heads, device)[:, None, None] * AbstractAttention.create_alibi_slope(n_ctx, device)
 
 
 class Attention(AbstractAttention):
@@ -259,17 +230,11 @@ class GroupedQueryAttention(AbstractAttention):
 class Embed(Component, embed.Embed):
     """Token embedding."""
 
-    def __init__(self, cfg: Config) -> None:
-        embed.Embed.__init__(self, network_of(cfg))
-        self.start(cfg)
-
 
 class PosEmbed(Component, embed.PosEmbed):
     """Position embedding."""
 
-    def __init__(self, cfg: Config) -> None:
-        embed.PosEmbed.__init__(self, network_of(cfg, positional_embedding_type="standard"))
-        self.start(cfg)
+    changes: ClassVar[dict[str, Any]] = {"positional_embedding_type": "standard"}
 
     def forward(  # type: ignore[override]
         self,
@@ -298,10 +263,6 @@ class Unembed(Component, embed.Unembed):
 
     b_U = bias_or_zeros("b_U")
 
-    def __init__(self, cfg: Config) -> None:
-        embed.Unembed.__init__(self, network_of(cfg))
-        self.start(cfg)
-
 
 class TiedUnembed(Unembed, embed.TiedUnembed):
     """Unembedding by the embedding's own weight."""
@@ -326,7 +287,7 @@ class TransformerBlock(Component, block.Block):
         past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        plan, call = _plan(resid_pre, self.cfg, past_kv_cache_entry, attention_mask)
+        plan, call = plan_alone(resid_pre, self.cfg, past_kv_cache_entry, attention_mask)
         if shortformer_pos_embed is not None and self.attn._pos_embed is None:
             # What is added stands in the plan: nothing is looked up.
             self.attn.read_positions_from(self.attn)

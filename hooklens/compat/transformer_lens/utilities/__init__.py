@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from hooklens.model import activations
 from hooklens.model.activations import ACTIVATIONS
 
-AvailableDeviceMemory = list[tuple[int, int]]
 gelu_new = gelu_fast = gelu_pytorch_tanh = ACTIVATIONS["gelu_tanh"]
 solu = ACTIVATIONS["solu"]
 vanilla_addmm = torch.addmm
@@ -38,16 +37,9 @@ def xielu(input: Tensor) -> Tensor:
 
 
 SUPPORTED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "solu": solu,
-    "solu_ln": solu,
-    "gelu_new": gelu_new,
-    "gelu_fast": gelu_fast,
-    "silu": ACTIVATIONS["silu"],
-    "relu": ACTIVATIONS["relu"],
-    "gelu": ACTIVATIONS["gelu"],
-    "gelu_pytorch_tanh": gelu_pytorch_tanh,
-    "xielu": xielu,
-}
+    "solu": solu, "solu_ln": solu, "gelu_new": gelu_new, "gelu_fast": gelu_fast, "silu": ACTIVATIONS["silu"],
+    "relu": ACTIVATIONS["relu"], "gelu": ACTIVATIONS["gelu"], "gelu_pytorch_tanh": gelu_pytorch_tanh, "xielu": xielu,
+}  # fmt: skip
 
 
 def batch_addmm(bias: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -65,34 +57,9 @@ def complex_attn_linear(input: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("bpnm,nmh->bpnh", input, w) + b
 
 
-def calculate_available_device_cuda_memory(i: int) -> int:
-    """Bytes of a GPU that nothing was allocated of."""
-    return torch.cuda.get_device_properties(i).total_memory - torch.cuda.memory_allocated(i)
-
-
-def determine_available_memory_for_available_devices(max_devices: int) -> AvailableDeviceMemory:
-    """The GPUs by number, and their free bytes."""
-    return [(i, calculate_available_device_cuda_memory(i)) for i in range(max_devices)]
-
-
-def sort_devices_based_on_available_memory(devices: AvailableDeviceMemory) -> AvailableDeviceMemory:
-    """The GPUs, that with most free bytes first."""
-    return sorted(devices, key=lambda one: one[1], reverse=True)
-
-
-def get_best_available_cuda_device(max_devices: int | None = None) -> torch.device:
-    """The GPU with most free bytes; an `EnvironmentError` where there is none."""
-    count = torch.cuda.device_count() if max_devices is None else max_devices
-    devices = sort_devices_based_on_available_memory(determine_available_memory_for_available_devices(count))
-    if not devices:
-        raise OSError("TransformerLens has been configured to use CUDA, but no available devices are present")
-    return torch.device("cuda", devices[0][0])
-
-
 def get_best_available_device(cfg: Any) -> torch.device:
-    """The device of a config; of several GPUs the one with most free bytes."""
-    device = torch.device(cfg.device)
-    return get_best_available_cuda_device(cfg.n_devices) if device.type == "cuda" and cfg.n_devices > 1 else device
+    """The device of a config."""
+    return torch.device(cfg.device)
 
 
 def move_to_and_update_config(model: Any, device_or_dtype: Any, print_details: bool = True) -> Any:
