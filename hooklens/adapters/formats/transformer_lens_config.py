@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from hooklens.adapters.keys import ConfigReader
-from hooklens.arguments import show
 from hooklens.config import (
     AlibiPositions,
     HookedConfig,
@@ -44,6 +43,7 @@ NEEDED = ("d_model", "n_layers", "n_heads", "d_vocab", "n_ctx", "act_fn")
 _SIZES = {"d_head": "d_head", "d_mlp": "d_mlp", "n_key_value_heads": "n_kv_heads", "d_vocab_out": "d_vocab_out"}
 _NORMS = ("LN", "LNPre", "RMS", "RMSPre")
 _POSITIONS = ("standard", "rotary", "shortformer", "alibi")
+_MOST_SHOWN = 120
 _ACTIVATIONS = {
     "relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "solu": "solu", "solu_ln": "solu_ln", "xielu": "xielu",
@@ -357,13 +357,17 @@ def _differences(cfg: HookedConfig, again: HookedConfig) -> list[str]:
         # Its experts are gated anyway, and may have an activation of their own.
         unread |= {"gated_mlp"} | ({"act_fn"} if cfg.mlp.act_fn is not None else set())
     return [
-        f"{spec.name}={show(getattr(cfg, spec.name))}"
+        f"{spec.name}={_shorten(repr(getattr(cfg, spec.name)))}"
         for spec in dataclasses.fields(cfg)
         if spec.compare
         and spec.name not in unread | _IN_WEIGHTS
         and not spec.name.endswith("_bias")
         and _spread(cfg, spec.name) != _spread(again, spec.name)
     ]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _spread(cfg: HookedConfig, name: str) -> Any:
