@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 TOKENS = torch.tensor([[1, 5, 7, 2, 9, 0, 3], [4, 4, 6, 8, 1, 2, 0]])
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
-BUFFERS = ("mask", "IGNORE")
+BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
 
 def make_config(**changes: Any) -> HookedTransformerConfig:
@@ -141,7 +141,7 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
     shapes = {name: list(one.shape) for name, one in make_part("gqa").state_dict().items()}
     assert shapes == {
         "W_Q": [4, 16, 8], "b_Q": [4, 8], "_W_K": [2, 16, 8], "_b_K": [2, 8], "_W_V": [2, 16, 8], "_b_V": [2, 8],
-        "W_O": [4, 8, 16], "b_O": [16], "mask": [12, 12], "IGNORE": [],
+        "W_O": [4, 8, 16], "b_O": [16], "mask": [12, 12], "IGNORE": [], "rotary_sin": [12, 4], "rotary_cos": [12, 4],
     }  # fmt: skip
     gated = make_part("gated")
     assert {name: list(one.shape) for name, one in gated.state_dict().items()} == {
@@ -155,7 +155,26 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
     grouped = make_part("gqa")
     torch.testing.assert_close(grouped.QK[3].AB, grouped.W_Q[3] @ grouped.W_K[1].mT)
     assert torch.equal(grouped._W_K, grouped.W_K)
+    # Position 5, of pairs (0, 2) and (1, 3) with the base 10000.
+    angles = torch.tensor([5.0, 0.05, 5.0, 0.05])
+    torch.testing.assert_close(grouped.rotary_sin[5], angles.sin())
+    torch.testing.assert_close(grouped.rotary_cos[5], angles.cos())
     assert (make_part("LayerNorm24").length, make_part("RMS").eps) == (24, 1e-5)
+
+
+def test_state_dicts_of_models() -> None:
+    model = HookedCausalLM.from_pretrained("bundled:tiny-falcon")
+    weights = model.named_weights()
+    components.adopt(model)
+    state = components.state_of(model)
+    for name in weights:
+        assert torch.equal(state.get(name, state.get(name.replace("attn.", "attn._"))), weights[name])
+    beside = {name.rpartition(".")[2] for name in state.keys() - weights.keys()}
+    shared, zeros = {"_W_K", "_W_V", "_b_K", "_b_V"}, {"b_Q", "b_O", "b_in", "b_out", "b_U"}
+    assert beside == shared | zeros | set(BUFFERS)
+    again = HookedCausalLM(model.cfg)
+    again.load_state_dict(state)
+    assert all(torch.equal(one, weights[name]) for name, one in again.named_weights().items())
 
 
 def test_state_dicts_that_do_not_fit() -> None:

@@ -18,7 +18,8 @@ from hooklens.compat.transformer_lens.components._parts import (
     TransformerBlock,
     Unembed,
     adopt,
-)  # fmt: skip
+    state_of,
+)
 
 # There each part is in a module of its own.
 _PARTS = (
@@ -50,4 +51,5 @@ __all__ = [
     "MLP", "AbstractAttention", "Attention", "BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler",
     "CanBeUsedAsMLP", "Embed", "GatedMLP", "GroupedQueryAttention", "LayerNorm", "LayerNormPre", "MoE", "PosEmbed",
     "RMSNorm", "RMSNormPre", "T5Attention", "T5Block", "TokenTypeEmbed", "TransformerBlock", "Unembed", "adopt",
+    "state_of",
 ]  # fmt: skip

@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,8 +20,9 @@ from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
 from hooklens.model.attention import attention
 from hooklens.model.attention.alibi import alibi_slopes
+from hooklens.model.attention.rotary import rotary_frequencies
 from hooklens.model.initialization import initialize
-from hooklens.model.parts.alone import load_weights, plan_alone, weights_of
+from hooklens.model.parts.alone import load_weights, plan_alone
 from hooklens.model.parts.part import Part
 from hooklens.model.plan.positions import TokenPlan
 
@@ -33,7 +34,7 @@ else:
     _Base = object
 _SHARED = ("_W_K", "_W_V", "_b_K", "_b_V")
 # What a state dict of 2.x holds beside weights that the part has.
-_BESIDE = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U", "mask", "IGNORE")
+_BESIDE = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U", "W_U", "mask", "IGNORE", "rotary_sin", "rotary_cos")
 
 
 def network_of(cfg: Config, **changes: Any) -> HookedConfig:
@@ -54,8 +55,9 @@ def bias_or_zeros(name: str) -> Any:
         held: Tensor | None = None if name in part.absent else declared.__get__(part, type(part))
         if held is not None:
             return held
-        anywhere: Tensor = next(part.parameters())
-        return anywhere.new_zeros([part.size_of(axis) for axis in declared.axes.split()])
+        # A tied unembedding has no parameters of its own.
+        like: Tensor = part.W_U if name == "b_U" else next(part.parameters())
+        return like.new_zeros([part.size_of(axis) for axis in declared.axes.split()])
 
     return property(read, doc=f"`{name}`, zeros where the map has none.")
 
@@ -81,16 +83,10 @@ class Component(_Base):
         return getattr(self, name[1:]) if name in _SHARED else super().__getattr__(name)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Weights, biases that are 0, and masks; inside a model's state dict what HookLens has there."""
+        """`state_of`; inside a model's state dict what HookLens has there."""
         if args or destination is not None:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        found = weights_of(self)
-        for path, part in self.named_modules():
-            at = f"{path}.".lstrip(".")
-            held = [name for name in _BESIDE if isinstance(getattr(type(part), name, None), property)]
-            found |= {at + name: getattr(part, name) for name in held}
-            if isinstance(part, GroupedQueryAttention):
-                found |= {at + name: found.pop(at + name[1:]) for name in _SHARED}
+        found = state_of(self)
         return {prefix + name: tensor if keep_vars else tensor.detach() for name, tensor in found.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -99,6 +95,21 @@ class Component(_Base):
         if strict and (missing or unknown):
             raise RuntimeError(f"load_state_dict: missing are {missing}, unexpected {unknown}")
         return nn.modules.module._IncompatibleKeys(missing, unknown)
+
+
+def state_of(root: nn.Module) -> dict[str, Tensor]:
+    """Weights, biases that are 0, masks and rotary tables of all parts in a module, by their names of 2.x."""
+    found: dict[str, Tensor] = {}
+    for path, part in root.named_modules():
+        if not isinstance(part, Part):
+            continue
+        is_ours = isinstance(part, Component)
+        held = [name for name in _BESIDE if is_ours and isinstance(getattr(type(part), name, None), property)]
+        own = {name: getattr(part, name) for name in (*(one.name for one, _ in part.weight_table()), *held)}
+        if isinstance(part, GroupedQueryAttention):
+            own |= {name: own.pop(name[1:]) for name in _SHARED}
+        found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own.items() if tensor is not None}
+    return found
 
 
 class AnyNorm(Component, norm.Norm):
@@ -191,6 +202,18 @@ class AbstractAttention(Component, attention.Attention):
     QK = property(lambda self: FactoredMatrix(self.W_Q, self._per_head(self.W_K).mT), doc="`W_Q W_K^T` of every head.")
     attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
     IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
+
+    rotary_sin = property(lambda self: self._rotate(torch.sin), doc="`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_cos = property(lambda self: self._rotate(torch.cos), doc="`[n_ctx rotary_dim]`; None without rotary.")
+
+    def _rotate(self, wave: Callable[[Tensor], Tensor]) -> Tensor | None:
+        if self.rotary is None:
+            return None
+        kind, at = self.rotary.positions, torch.arange(self.cfg.n_ctx, device=self.W_O.device)
+        frequencies, amplitude = rotary_frequencies(kind, device=self.W_O.device)
+        angles = at.float()[:, None] * frequencies
+        angles = torch.cat([angles, angles], 1) if kind.layout == "half" else angles.repeat_interleave(2, 1)
+        return (wave(angles) * amplitude).to(self.W_O.dtype)
 
     def _per_head(self, weight: Tensor) -> Tensor:
         return weight.repeat_interleave(self.cfg.n_heads // len(weight), dim=0)
