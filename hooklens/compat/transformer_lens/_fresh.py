@@ -32,7 +32,7 @@ def _in_turn(hooked: HookedCausalLM, cfg: HookedTransformerConfig) -> Iterator[t
     for block in hooked.block_list():
         for name in ("W_Q", "W_O", "W_K", "W_V"):
             yield name, getattr(block.attn, name)
-        if block.mlp is None:
+        if not block.has_mlp:
             continue
         if cfg.num_experts:
             for expert in range(cfg.num_experts):
