@@ -71,15 +71,15 @@ def read_words(words: Mapping[str, Any], *, where: str) -> HookedConfig:
     """
     config = {key: value for key, value in words.items() if value not in (-1, -1.0)}
     reader = ConfigReader(config)
-    fields = _read_fields(reader)
     for setting, harmless in _PINNED.items():
         if config.get(setting) not in (None, harmless):
             reader.reject(setting, f"{harmless!r}, or nothing")
-    if not reader.problems:
-        try:
+    try:
+        fields = _read_fields(reader)
+        if not reader.problems:
             return HookedConfig(**fields)
-        except ConfigError as error:
-            reader.problems.append(str(error))
+    except ConfigError as error:
+        reader.problems.append(str(error))
     raise UnsupportedModelError(
         f"{where}: describes a network that HookLens cannot build: {'; '.join(reader.problems)}"
     )
