@@ -37,8 +37,8 @@ _SETTINGS = {
     "hook_attn_in": "use_attn_in",
     "hook_tokens": "use_hook_tokens",
 }
-# Points of HookLens that 2.x does not have.
-_UNKNOWN = ("unembed.hook_in", "unembed.hook_out", "hook_k_per_head", "hook_v_per_head", "hook_lora_out")
+# Points of HookLens that TransformerLens does not have.
+_UNKNOWN = ("hook_k_per_head", "hook_v_per_head", "hook_lora_out")
 _PARTS = (
     "embed", "hook_embed", "pos_embed", "hook_pos_embed", "hook_tokens", "blocks", "ln_final", "unembed",
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Weights of a `HookedTransformer`: stacked, as a state dict of 2.x, and processed."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.model.attention.rotary import rotary_frequencies
 
 if TYPE_CHECKING:
     from hooklens.compat.transformer_lens.HookedTransformer import HookedTransformer
@@ -59,7 +61,9 @@ class StateMethods(nn.Module):
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """The sum of the biases written to the stream below a layer."""
-        return self.hooked.accumulated_bias(layer, mlp_input=mlp_input, include_mlp_biases=include_mlp_biases)
+        total = torch.zeros(self.cfg.d_model, device=self.hooked.device, dtype=self.hooked.dtype)
+        total = total + self.b_O[: layer + mlp_input].sum(0)
+        return total + self.b_out[:layer].sum(0) if include_mlp_biases and not self.cfg.attn_only else total
 
     def all_composition_scores(self, mode: str) -> Tensor:
         """How much each head writes into what each later head reads."""
@@ -85,8 +89,11 @@ class StateMethods(nn.Module):
     def _weights(self) -> State:
         """All weights of 2.x; biases that the model does not have are zeros."""
         cfg, found = self.cfg, {}
+        folded = (".ln1", ".ln2", "ln_final") if (cfg.normalization_type or "").endswith("Pre") else ()
         for name in self.hooked.named_weights():
             module, _, weight = name.rpartition(".")
+            if module.endswith(folded):
+                continue
             is_shared = cfg.n_key_value_heads is not None and weight in ("W_K", "W_V", "b_K", "b_V")
             found[f"{module}.{'_' if is_shared else ''}{weight}"] = getattr(self.hooked.get_submodule(module), weight)
         for name in list(found):
@@ -110,8 +117,12 @@ class StateMethods(nn.Module):
             found[f"blocks.{layer}.attn.mask"] = mask if window is None else torch.triu(mask, 1 - window)
             found[f"blocks.{layer}.attn.IGNORE"] = torch.tensor(-torch.inf, device=device)
             if block.attn.rotary is not None:
-                cos, sin = block.attn.rotary._table(cfg.n_ctx, device, self.hooked.dtype)
-                found[f"blocks.{layer}.attn.rotary_sin"], found[f"blocks.{layer}.attn.rotary_cos"] = sin, cos
+                positions = block.attn.rotary.positions
+                frequencies, amplitude = rotary_frequencies(positions, device=device)
+                angles = torch.arange(cfg.n_ctx, device=device).float()[:, None] * frequencies
+                angles = torch.cat([angles, angles], 1) if positions.layout == "half" else angles.repeat_interleave(2, 1)
+                for word, table in (("sin", angles.sin()), ("cos", angles.cos())):
+                    found[f"blocks.{layer}.attn.rotary_{word}"] = (table * amplitude).to(self.hooked.dtype)
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -216,16 +227,14 @@ class _Bare(StateMethods):
 
 def _is_absent(hooked: HookedCausalLM, name: str, value: object) -> bool:
     """Whether a norm's weights say what the network's norm, which has none, does anyway."""
-    module, _, weight = name.rpartition(".")
-    if weight not in ("w", "b") or name in hooked.named_weights() or not isinstance(value, Tensor):
-        return False
-    return bool((value == (1 if weight == "w" else 0)).all())
+    is_norms = name.rpartition(".")[2] in ("w", "b") and name not in hooked.named_weights()
+    return is_norms and isinstance(value, Tensor) and _is_trivial({name: value}, name)
 
 
 def process(hooked: HookedCausalLM, cfg: HookedTransformerConfig, **steps: bool) -> HookedCausalLM:
     """A model with its weights processed, as far as 2.x would: what cannot hold is told and left out."""
     reasons = {
-        "fold_ln": "mixtures of experts" if cfg.num_experts else None if cfg.normalization_type else "no norms",
+        "fold_ln": "mixtures of experts" if cfg.num_experts else None if _weighs(hooked) else "no norms with weights",
         "center_writing_weights": None if cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms else "no LayerNorm",
         "center_unembed": "a soft cap on logits" if cfg.output_logits_soft_cap > 0 else None,
     }
@@ -237,4 +246,38 @@ def process(hooked: HookedCausalLM, cfg: HookedTransformerConfig, **steps: bool)
             steps[name] = False
     if not any(steps.values()):
         return hooked
-    return hooked.process_weights(**steps)
+    processed = hooked.process_weights(**steps)
+    return _without_weights(processed) if steps.get("fold_ln") else processed
+
+
+def _weighs(hooked: HookedCausalLM) -> bool:
+    return any(norm.weight for norm in hooked.cfg.description.norms.values())
+
+
+def _without_weights(hooked: HookedCausalLM) -> HookedCausalLM:
+    """The model whose folded norms have no weights, where those behind branches do not need theirs."""
+    cfg, state = hooked.cfg, dict(hooked.named_weights())
+    trivial = {
+        name: all(_is_trivial(state, f"{path}.{end}") for path in paths for end in "wb")
+        for name, paths in {
+            "norm": [path for path in cfg.description.norms if path.endswith((".ln1", ".ln2", "ln1_post", "ln2_post"))],
+            "final_norm": ["ln_final"],
+            "act_norm": [path for path in cfg.description.norms if path.endswith("mlp.ln")],
+        }.items()
+    }
+    bare = {name: _bare(getattr(cfg, name)) for name, is_trivial in trivial.items() if is_trivial}
+    plain = cfg.replace(**bare, origin=None)
+    kept = {name: weight for name, weight in state.items() if name in plain.description.weights}
+    model = HookedCausalLM.from_state_dict(kept, plain, hooked.tokenizer)
+    model.transforms, model.generation_config = hooked.transforms, dict(hooked.generation_config)
+    return model
+
+
+def _is_trivial(state: Mapping[str, Tensor], name: str) -> bool:
+    return name not in state or bool((state[name] == (1 if name.endswith("w") else 0)).all())
+
+
+def _bare(norm: Any) -> Any:
+    if isinstance(norm, tuple):
+        return tuple(map(_bare, norm))
+    return None if norm is None else dataclasses.replace(norm, weight=False, bias=False)
