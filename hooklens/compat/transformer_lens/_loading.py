@@ -67,24 +67,23 @@ class LoadingMethods(nn.Module):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         layers = None if first_n_layers is None else range(first_n_layers)
+        words: dict[str, Any] = {"model_name": model_name.rpartition("/")[2]}
         if hf_model is not None:
             if layers is not None or n_ctx is not None:
-                raise NotImplementedError("first_n_layers, n_ctx: with hf_model= they are not there; give the model's name")
+                raise NotImplementedError("first_n_layers, n_ctx: not with hf_model=; give the model's name or folder")
             # Its weights stay its own, whatever is done to these.
             hooked = copy.deepcopy(HookedCausalLM.from_hf(hf_model, tokenizer)).to(dtype)
         else:
-            place = loading.find_source(model_name, checkpoint_index, checkpoint_value)
+            found = loading.find_source(model_name, checkpoint_index, checkpoint_value)
+            words |= found.words
+            n_ctx = _cap(n_ctx, found.n_ctx, found.source, {**found.keywords, **where})
             hooked = HookedCausalLM.from_pretrained(
-                place.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx, **{**place.keywords, **where}
+                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx, **{**found.keywords, **where}
             )
+        starts_with_bos = loading.prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos
         hooked = bake(hooked)
-        cfg = HookedTransformerConfig.from_hooked_config(
-            hooked.cfg,
-            model_name=model_name.rpartition("/")[2],
-            dtype=dtype,
-            device=str(device),
-            default_prepend_bos=loading.prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos,
-        )
+        words |= {"dtype": dtype, "device": str(device), "default_prepend_bos": starts_with_bos}
+        cfg = HookedTransformerConfig.from_hooked_config(hooked.cfg, **words)
         steps = {
             "fold_ln": fold_ln,
             "center_writing_weights": center_writing_weights,
@@ -98,7 +97,6 @@ class LoadingMethods(nn.Module):
         if processed is not hooked:
             kind = HookedTransformerConfig.from_hooked_config(processed.cfg).normalization_type
             cfg.normalization_type = kind
-        cfg.checkpoint_index, cfg.checkpoint_value = checkpoint_index, checkpoint_value
         tokenizer = processed.tokenizer if tokenizer is None else tokenizer
         model = cls(cfg, tokenizer, move_to_device, default_padding_side, hooked=processed)  # type: ignore[call-arg]
         print(f"Loaded pretrained model {model_name} into HookedTransformer")
@@ -131,6 +129,13 @@ class LoadingMethods(nn.Module):
             default_padding_side=default_padding_side,
             **from_pretrained_kwargs,
         )
+
+
+def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]) -> int | None:
+    """The context asked for, or that of a checkpoint where it is longer than 2.x lets it be."""
+    if n_ctx is not None or most is None:
+        return n_ctx
+    return most if loading.open_config(source, **where).n_ctx > most else None
 
 
 def bake(hooked: HookedCausalLM) -> HookedCausalLM:
