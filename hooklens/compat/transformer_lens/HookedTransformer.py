@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import tqdm
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
@@ -14,7 +14,7 @@ from hooklens.compat.transformer_lens._loading import LoadingMethods
 from hooklens.compat.transformer_lens._state import StateMethods
 from hooklens.compat.transformer_lens._text import TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
-from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
+
 from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
@@ -138,7 +138,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     ) -> None:
         """Refuse hooks where a setting is off."""
         setting = next((word for end, word in _SETTINGS.items() if hook_point_name.endswith(end)), None)
-        assert setting is None or getattr(self.cfg, setting), f"{hook_point_name}: no hook acts while cfg.{setting} is off"
+        assert setting is None or getattr(self.cfg, setting), (
+            f"{hook_point_name}: no hook acts while cfg.{setting} is off"
+        )
 
     def forward(
         self,
@@ -321,7 +323,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             side: Any = "left" if isinstance(input, list) and len(input) > 1 else USE_DEFAULT_VALUE
             tokens = self.to_tokens(input, padding_side=side) if isinstance(input, str | list) else input
             tokens = tokens.to(self.hooked.device)
-            assert tokens.ndim == 2 and not tokens.is_floating_point(), "generate takes texts, or token ids [batch, pos]"
+            assert tokens.ndim == 2 and not tokens.is_floating_point(), (
+                "generate takes texts, or token ids [batch, pos]"
+            )
             mask = torch.ones_like(tokens)
             if side == "left":
                 with utils.LocallyOverridenDefaults(self, padding_side="left"):
@@ -358,7 +362,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     def _stop_tokens(self, given: int | Sequence[int] | None) -> tuple[list[int], int]:
         """The tokens that end a row, and the one that fills it up then."""
         own = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        assert given is not None or own is not None, "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
+        assert given is not None or own is not None, (
+            "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
+        )
         stops = [own if given is None else given] if given is None or isinstance(given, int) else list(given)
         return stops, stops[0] if given is None or isinstance(given, int) or own is None else own
 

@@ -4,7 +4,16 @@ The modules and what they hold are laid out as there. `hooklens.compat.install_t
 `import transformer_lens` mean this package, for code of others. Where it differs stands in docs/transformer_lens.md.
 """
 
-from hooklens.compat.transformer_lens import components, evals, factories, head_detector, hook_points, patching, train, utils
+from hooklens.compat.transformer_lens import (
+    components,
+    evals,
+    factories,
+    head_detector,
+    hook_points,
+    patching,
+    train,
+    utils,
+)
 from hooklens.compat.transformer_lens import loading_from_pretrained as loading
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix

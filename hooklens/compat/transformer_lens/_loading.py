@@ -78,7 +78,12 @@ class LoadingMethods(nn.Module):
             words |= found.words
             n_ctx = _cap(n_ctx, found.n_ctx, found.source, {**found.keywords, **where})
             hooked = HookedCausalLM.from_pretrained(
-                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx, **{**found.keywords, **where}
+                found.source,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                layers=layers,
+                n_ctx=n_ctx,
+                **{**found.keywords, **where},
             )
         starts_with_bos = loading.prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos
         hooked = bake(hooked)

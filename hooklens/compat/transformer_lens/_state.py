@@ -120,7 +120,9 @@ class StateMethods(nn.Module):
                 positions = block.attn.rotary.positions
                 frequencies, amplitude = rotary_frequencies(positions, device=device)
                 angles = torch.arange(cfg.n_ctx, device=device).float()[:, None] * frequencies
-                angles = torch.cat([angles, angles], 1) if positions.layout == "half" else angles.repeat_interleave(2, 1)
+                angles = (
+                    torch.cat([angles, angles], 1) if positions.layout == "half" else angles.repeat_interleave(2, 1)
+                )
                 for word, table in (("sin", angles.sin()), ("cos", angles.cos())):
                     found[f"blocks.{layer}.attn.rotary_{word}"] = (table * amplitude).to(self.hooked.dtype)
         return found
@@ -235,7 +237,9 @@ def process(hooked: HookedCausalLM, cfg: HookedTransformerConfig, **steps: bool)
     """A model with its weights processed, as far as 2.x would: what cannot hold is told and left out."""
     reasons = {
         "fold_ln": "mixtures of experts" if cfg.num_experts else None if _weighs(hooked) else "no norms with weights",
-        "center_writing_weights": None if cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms else "no LayerNorm",
+        "center_writing_weights": None
+        if cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms
+        else "no LayerNorm",
         "center_unembed": "a soft cap on logits" if cfg.output_logits_soft_cap > 0 else None,
     }
     if cfg.positional_embedding_type == "shortformer":

@@ -34,7 +34,9 @@ class TextMethods(nn.Module):
         """Use a tokenizer, with an end token for padding and beginning where it has no other."""
         from_transformers = hasattr(tokenizer, "convert_ids_to_tokens")
         assert from_transformers, f"{type(tokenizer)} is not a supported tokenizer; give one of transformers"
-        assert default_padding_side in ("right", "left"), f"padding_side must be 'right' or 'left', got {default_padding_side}"
+        assert default_padding_side in ("right", "left"), (
+            f"padding_side must be 'right' or 'left', got {default_padding_side}"
+        )
         self.tokenizer = utils.get_tokenizer_with_bos(tokenizer)
         self.tokenizer.padding_side = default_padding_side
         self.cfg.tokenizer_prepends_bos = len(self.tokenizer.encode("")) > 0
