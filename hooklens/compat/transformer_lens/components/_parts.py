@@ -1,0 +1,359 @@
+"""The parts of TransformerLens 2.x: HookLens's, with its names, arguments and calls on top.
+
+`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then. Their
+`cfg` is HookLens's. `W_K` and `W_V` are those of key-value heads.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hooklens import hooks
+from hooklens.adapters.formats.transformer_lens_state import read_state
+from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
+from hooklens.compat.transformer_lens.hook_points import HookPoint
+from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.config import HookedConfig, NormConfig
+from hooklens.hooks import Call, open_call
+from hooklens.kv_cache import HookedKeyValueCacheEntry
+from hooklens.model import block, embed, mlp, norm
+from hooklens.model.attention import attention
+from hooklens.model.attention.alibi import alibi_slopes
+from hooklens.model.initialization import initialize
+from hooklens.model.parts.part import Part
+from hooklens.model.plan.positions import TokenPlan
+
+Config = HookedTransformerConfig | dict[str, Any]
+# Beside HookLens's parts, so that what these declare stands.
+_Base: Any = Part if TYPE_CHECKING else object
+_SHARED = ("_W_K", "_W_V", "_b_K", "_b_V")
+# What a state dict of 2.x holds beside weights that the part has.
+_BESIDE = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U", "mask", "IGNORE")
+
+
+def network_of(cfg: Config, **changes: Any) -> HookedConfig:
+    """HookLens's description of a config with some fields changed; an unknown vocabulary has one entry."""
+    words = copy.copy(HookedTransformerConfig.unwrap(cfg))
+    if words.d_vocab == -1:
+        words.d_vocab = words.d_vocab_out = 1
+    for name, value in changes.items():
+        setattr(words, name, value)
+    return words.to_hooked_config()
+
+
+def bias_or_zeros(name: str) -> Any:
+    """A bias as 2.x has it: zeros where the map has none."""
+
+    def read(part: Any) -> Tensor:
+        declared = part.declared[name]
+        held: Tensor | None = None if name in part.absent else declared.__get__(part, type(part))
+        if held is not None:
+            return held
+        return next(part.parameters()).new_zeros([part.size_of(axis) for axis in declared.axes.split()])
+
+    return property(read, doc=f"`{name}`, zeros where the map has none.")
+
+
+class Component(_Base):
+    """A part by its names of 2.x, in `load_state_dict` and, of a part by itself, in `state_dict`."""
+
+    def start(self, cfg: Config) -> None:
+        """Draw fresh weights, and give what is inside its class."""
+        with torch.no_grad():
+            initialize(self, self.cfg.init_scheme, None)
+        self.to(HookedTransformerConfig.unwrap(cfg).dtype)
+        adopt(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """`_W_K` and its like are `W_K`, which is of key-value heads in both libraries."""
+        return getattr(self, name[1:]) if name in _SHARED else super().__getattr__(name)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights, views of the parameters, under HookLens's names."""
+        for path, part in self.named_modules():
+            for one, _ in part.weight_table() if isinstance(part, Part) else ():
+                yield f"{path}.{one.name}".lstrip("."), getattr(part, one.name)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Weights, biases that are 0, and masks; inside a model's state dict what HookLens has there."""
+        if args or destination is not None:
+            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        found = dict(self.named_weights())
+        for path, part in self.named_modules():
+            at = f"{path}.".lstrip(".")
+            held = [name for name in _BESIDE if isinstance(getattr(type(part), name, None), property)]
+            found |= {at + name: getattr(part, name) for name in held}
+            if isinstance(part, GroupedQueryAttention):
+                found |= {at + name: found.pop(at + name[1:]) for name in _SHARED}
+        return {prefix + name: tensor if keep_vars else tensor.detach() for name, tensor in found.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy weights.
+
+        Raises:
+            RuntimeError: names are missing or not known, and `strict`.
+        """
+        at = f"{(self.place or '').replace('{i}', '0')}."
+        given = read_state({at + name: value for name, value in state_dict.items()}, self.cfg)
+        state, own = {name.removeprefix(at): value for name, value in given.items()}, dict(self.named_weights())
+        # A bias of 0 says what its absence says.
+        unknown = [name for name in state if name not in own and (".b_" not in f".{name}" or bool(state[name].any()))]
+        missing = [name for name in own if name not in state]
+        if strict and (missing or unknown):
+            raise RuntimeError(f"load_state_dict: missing are {missing}, unexpected {unknown}")
+        with torch.no_grad():
+            for name in own.keys() & state:
+                own[name].copy_(state[name])
+        return nn.modules.module._IncompatibleKeys(missing, unknown)
+
+
+def _plan(
+    x: Tensor, cfg: HookedConfig, entry: HookedKeyValueCacheEntry | None, attention_mask: Tensor | None
+) -> tuple[TokenPlan, Call]:
+    """The tokens of a call, whose mask spans past and new columns, and who listens to it."""
+    n_past, mask = 0 if entry is None else len(entry), None if attention_mask is None else attention_mask.bool()
+    past, new = (None, None) if mask is None else (mask[:, :n_past] if n_past else None, mask[:, n_past:])
+    tokens: dict[str, Any] = {"batch": len(x), "n_new": x.shape[1], "device": x.device, "causal": cfg.causal}
+    plan = TokenPlan(**tokens, n_past=n_past, past_mask=past, attention_mask=new)
+    return plan, open_call().on(plan)
+
+
+class AnyNorm(Component, norm.Norm):
+    """A norm over the width of the stream, or another."""
+
+    kind, has_weight = "layer", True
+
+    def __init__(self, cfg: Config, length: int | None = None) -> None:
+        network = network_of(cfg)
+        words: dict[str, Any] = {"kind": self.kind, "eps": float(HookedTransformerConfig.unwrap(cfg).eps)}
+        own = NormConfig(**words, weight=self.has_weight, bias=self.has_weight and self.kind == "layer")
+        size = network.d_model if length is None else length
+        spec = norm.NormSpec(cfg=network, norm=own, axes=norm.STREAM, where="", size_in=lambda axis: size)
+        norm.Norm.__init__(self, spec, place="")
+        self.start(cfg)
+
+    eps = property(lambda self: self.norm.eps)
+    length = property(lambda self: self.size[0])
+
+
+class LayerNorm(AnyNorm):
+    """LayerNorm with weight and bias."""
+
+
+class LayerNormPre(AnyNorm):
+    """LayerNorm without weight and bias."""
+
+    has_weight = False
+
+
+class RMSNorm(AnyNorm):
+    """RMSNorm with a weight."""
+
+    kind = "rms"
+
+
+class RMSNormPre(AnyNorm):
+    """RMSNorm without a weight."""
+
+    kind, has_weight = "rms", False
+
+
+class AbstractAttention(Component, attention.Attention):
+    """What both kinds of attention have."""
+
+    def __init__(self, cfg: Config, attn_type: str = "global", layer_id: int | None = None) -> None:
+        words, layer, is_local = HookedTransformerConfig.unwrap(cfg), layer_id or 0, attn_type == "local"
+        if attn_type not in ("global", "local"):
+            raise ValueError(f"Invalid attention type: {attn_type}")
+        if is_local and not isinstance(words.window_size, int):
+            raise ValueError("Window size must be an integer for local attention")
+        if words.scale_attn_by_inverse_layer_idx and layer_id is None:
+            raise ValueError("Layer ID must be provided to scale attention scores")
+        n_shared = words.n_key_value_heads if isinstance(self, GroupedQueryAttention) else None
+        layers = {"n_layers": layer + 1, "use_local_attn": is_local, "attn_types": [attn_type] * (layer + 1)}
+        own = network_of(cfg, n_key_value_heads=n_shared, **layers).block(layer)
+        assert own.attn is not None
+        attention.Attention.__init__(self, own.of(own.attn))
+        self.start(cfg)
+
+    def forward(self, query_input: Tensor, key_input: Tensor, value_input: Tensor, *rest: Any, **words: Any) -> Tensor:
+        """What attention adds to the stream; a plan behind the inputs makes it a call of HookLens's."""
+        is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
+        run = super().forward if is_planned else self._attend_as_2x
+        return run(query_input, key_input, value_input, *rest, **words)
+
+    def _attend_as_2x(
+        self,
+        query_input: Tensor,
+        key_input: Tensor,
+        value_input: Tensor,
+        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
+        additive_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        if additive_attention_mask is not None or position_bias is not None:
+            raise NotImplementedError(
+                "additive_attention_mask, position_bias: they are of encoders, which are not here"
+            )
+        plan, call = _plan(query_input, self.cfg, past_kv_cache_entry, attention_mask)
+        # Shortformer's positions are in the inputs.
+        plan.embedded_positions = query_input.new_zeros(1, 1, 1)
+        return super().forward(query_input, key_input, value_input, plan, call, past_kv_cache_entry)
+
+    b_Q, b_K, b_V, b_O = map(bias_or_zeros, ("b_Q", "b_K", "b_V", "b_O"))
+    OV = property(lambda self: FactoredMatrix(self._per_head(self.W_V), self.W_O), doc="`W_V W_O` of every head.")
+    QK = property(lambda self: FactoredMatrix(self.W_Q, self._per_head(self.W_K).mT), doc="`W_Q W_K^T` of every head.")
+    attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
+    IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
+
+    def _per_head(self, weight: Tensor) -> Tensor:
+        return weight.repeat_interleave(self.cfg.n_heads // len(weight), dim=0)
+
+    @property
+    def mask(self) -> Bool[Tensor, "query key"]:
+        """Which keys each query sees, of the longest sequence."""
+        seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
+        return seen.triu(1 - self.reach) if isinstance(self.reach, int) else seen
+
+    @staticmethod
+    def create_alibi_slope(n_ctx: int, device: Any = None) -> Float[Tensor, "query key"]:
+        """Minus how far each key lies behind each query."""
+        at = torch.arange(n_ctx, device=device)
+        return (at[None] - at[:, None]).tril().float()
+
+    @staticmethod
+    def create_alibi_multipliers(n_heads: int, device: Any = None) -> Float[Tensor, " head"]:
+        """The slope of each head."""
+        return alibi_slopes(n_heads, "cpu" if device is None else device)
+
+    @staticmethod
+    def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = None) -> Float[Tensor, "head query key"]:
+        """What linear biases add to the scores of keys that are seen."""
+        slopes = AbstractAttention.create_alibi_multipliers(n_heads, device)
+        return slopes[:, None, None] * AbstractAttention.create_alibi_slope(n_ctx, device)
+
+
+class Attention(AbstractAttention):
+    """Attention with keys and values for each head."""
+
+
+class GroupedQueryAttention(AbstractAttention):
+    """Attention whose query heads share keys and values."""
+
+    def __init__(self, cfg: Config, attn_type: str = "global", layer_id: int | None = None) -> None:
+        assert HookedTransformerConfig.unwrap(cfg).n_key_value_heads is not None, "n_key_value_heads must be given"
+        super().__init__(cfg, attn_type, layer_id)
+
+
+class Embed(Component, embed.Embed):
+    """Token embedding."""
+
+    def __init__(self, cfg: Config) -> None:
+        embed.Embed.__init__(self, network_of(cfg))
+        self.start(cfg)
+
+
+class PosEmbed(Component, embed.PosEmbed):
+    """Position embedding."""
+
+    def __init__(self, cfg: Config) -> None:
+        embed.PosEmbed.__init__(self, network_of(cfg, positional_embedding_type="standard"))
+        self.start(cfg)
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor | None = None,
+        past_kv_pos_offset: int = 0,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The vectors of the positions of tokens, 0 at padding; HookLens gives the positions themselves."""
+        if positions is not None or tokens is None:
+            return super().forward(positions=positions)  # type: ignore[arg-type]
+        mask = tokens.new_ones(len(tokens), past_kv_pos_offset + tokens.shape[1])
+        mask = mask if attention_mask is None else attention_mask
+        at = (mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
+        found = super().forward(positions=at)
+        return found * mask[:, past_kv_pos_offset:, None].to(found)
+
+
+class HeadPosEmbed(PosEmbed, embed.HeadPosEmbed):
+    """Position embedding of shortformer's kind."""
+
+
+class Unembed(Component, embed.Unembed):
+    """Unembedding."""
+
+    b_U = bias_or_zeros("b_U")
+
+    def __init__(self, cfg: Config) -> None:
+        embed.Unembed.__init__(self, network_of(cfg))
+        self.start(cfg)
+
+
+class TiedUnembed(Unembed, embed.TiedUnembed):
+    """Unembedding by the embedding's own weight."""
+
+
+class TransformerBlock(Component, block.Block):
+    """Attention and MLP around the residual stream."""
+
+    def __init__(self, cfg: Config, block_index: int) -> None:
+        block.Block.__init__(self, network_of(cfg).block(block_index))
+        self.start(cfg)
+
+    def forward(self, resid_pre: Tensor, *rest: Any, **words: Any) -> Tensor:
+        """The stream leaving the block; a plan behind the stream makes it a call of HookLens's."""
+        is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
+        return super().forward(resid_pre, *rest, **words) if is_planned else self._run_as_2x(resid_pre, *rest, **words)
+
+    def _run_as_2x(
+        self,
+        resid_pre: Tensor,
+        shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        plan, call = _plan(resid_pre, self.cfg, past_kv_cache_entry, attention_mask)
+        if shortformer_pos_embed is not None and self.attn._pos_embed is None:
+            # What is added stands in the plan: nothing is looked up.
+            self.attn.read_positions_from(self.attn)
+        plan.embedded_positions = (
+            resid_pre.new_zeros(1, 1, 1) if shortformer_pos_embed is None else shortformer_pos_embed
+        )
+        return super().forward(resid_pre, plan, call, past_kv_cache_entry)
+
+
+# The classes of HookLens's parts in 2.x, or what chooses one.
+CLASSES: dict[type, Any] = {
+    hooks.HookPoint: HookPoint,
+    embed.Embed: Embed,
+    embed.PosEmbed: PosEmbed,
+    embed.HeadPosEmbed: HeadPosEmbed,
+    embed.Unembed: Unembed,
+    embed.TiedUnembed: TiedUnembed,
+    block.Block: TransformerBlock,
+}
+_NORMS = {"layer": (LayerNorm, LayerNormPre), "rms": (RMSNorm, RMSNormPre)}
+
+
+def adopt(root: nn.Module) -> None:
+    """Give all parts and hook points inside a module the classes of 2.x."""
+    for module in root.modules():
+        part: Any = module
+        if type(part) is norm.Norm:
+            part.__class__ = _NORMS[part.norm.kind][part.w is None]
+            # 2.x shows what a LayerNorm gives, and of other norms what they divide.
+            part.shows_output = type(part) is LayerNorm
+        elif type(part) is attention.Attention:
+            part.__class__ = Attention if part.cfg.n_kv_heads == part.cfg.n_heads else GroupedQueryAttention
+        elif type(part) is mlp.MLP:
+            part.__class__ = CLASSES[mlp.MLP][part.gated]
+        else:
+            part.__class__ = CLASSES.get(type(part), type(part))
