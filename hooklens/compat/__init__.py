@@ -27,11 +27,13 @@ def install_transformer_lens() -> None:
             "before anything imports it (in a notebook: restart the kernel)"
         )
     layer = importlib.import_module(_LAYER)
-    names = [found.name for found in pkgutil.walk_packages(layer.__path__, f"{_LAYER}.")]
+    for found in pkgutil.walk_packages(layer.__path__, f"{_LAYER}."):
+        if found.name != f"{_LAYER}.install":
+            importlib.import_module(found.name)
     # Each is one module under both names: found here, it is not run a second time, and classes are the same.
-    for name in [_LAYER, *names]:
-        if name != f"{_LAYER}.install":
-            sys.modules[_NAME + name.removeprefix(_LAYER)] = importlib.import_module(name)
+    for name, module in list(sys.modules.items()):
+        if name == _LAYER or name.startswith(f"{_LAYER}."):
+            sys.modules[_NAME + name.removeprefix(_LAYER)] = module
 
 
 __all__ = ["install_transformer_lens"]

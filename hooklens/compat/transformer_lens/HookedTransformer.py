@@ -15,11 +15,11 @@ from hooklens.compat.transformer_lens._state import StateMethods
 from hooklens.compat.transformer_lens._text import TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 
+from hooklens.compat.transformer_lens.components import adopt
 from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
-from hooklens.model.norm import Norm
 
 Model = TypeVar("Model", bound="HookedTransformer")
 SingleLoss = Float[Tensor, ""]
@@ -71,7 +71,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     def __init__(
         self,
-        cfg: HookedTransformerConfig | dict[str, Any],
+        cfg: HookedTransformerConfig | dict[str, Any] | str,
         tokenizer: Any = None,
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] = "right",
@@ -105,14 +105,10 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                 setattr(self, name, module)
             else:
                 self._modules.pop(name, None)
+        adopt(hooked)
         for name, point in hooked.hook_points().items():
-            point.__class__ = HookPoint
             setting = next((word for end, word in _SETTINGS.items() if name.endswith(end)), None)
             point.__dict__["turned_on"] = None if setting is None else _Setting(self.cfg, setting)
-        for module in hooked.modules():
-            if isinstance(module, Norm):
-                # 2.x shows what a LayerNorm gives, and of other norms what they divide.
-                module.shows_output = module.norm.kind == "layer" and module.w is not None
         self.train(hooked.training)
         self.setup()
         for name, own in before.items():

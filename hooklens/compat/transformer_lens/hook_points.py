@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from hooklens import hooks
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
 from hooklens.hooks.call import Call, Hook
 
-Dir = Literal["fwd", "bwd", "both"]
+# `"fwd"`, `"bwd"` or, where hooks are removed, `"both"`.
+Dir = str
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
 HookFunction = Callable[..., Any]
 HookList = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -67,7 +68,7 @@ class LensHandle(Hook):
         """What the function makes of a tensor."""
         if isinstance(self.point, HookPoint) and not self.point.is_on():
             return None
-        returned: Any = super().run(tensor, call)
+        returned: Any = self.fn(tensor, hook=self.point)
         # PyTorch takes a gradient as a tuple of one.
         is_wrapped = self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1
         return returned[0] if is_wrapped else returned
