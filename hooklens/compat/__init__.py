@@ -3,11 +3,11 @@
 `hooklens.compat.transformer_lens` has the modules of TransformerLens 2.x.
 """
 
-import importlib
 import pkgutil
 import sys
 
 from hooklens.errors import HookLensError
+from hooklens.optional import import_package
 
 _NAME, _LAYER = "transformer_lens", "hooklens.compat.transformer_lens"
 
@@ -26,14 +26,16 @@ def install_transformer_lens() -> None:
             f"transformer_lens has already been imported from {getattr(known, '__file__', None)}; install the layer "
             "before anything imports it (in a notebook: restart the kernel)"
         )
-    layer = importlib.import_module(_LAYER)
-    for found in pkgutil.walk_packages(layer.__path__, f"{_LAYER}."):
-        if found.name != f"{_LAYER}.install":
-            importlib.import_module(found.name)
+    layer = import_package(_LAYER)
+    names = [found.name for found in pkgutil.walk_packages(layer.__path__, f"{_LAYER}.")]
     # Each is one module under both names: found here, it is not run a second time, and classes are the same.
-    for name, module in list(sys.modules.items()):
-        if name == _LAYER or name.startswith(f"{_LAYER}."):
-            sys.modules[_NAME + name.removeprefix(_LAYER)] = module
+    for name in names:
+        if name != f"{_LAYER}.install":
+            import_package(name)
+    # Some modules have several names.
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{_LAYER}.")]:
+        if name != f"{_LAYER}.install":
+            sys.modules[_NAME + name.removeprefix(_LAYER)] = sys.modules[name]
 
 
 __all__ = ["install_transformer_lens"]

@@ -1,8 +1,8 @@
 """TransformerLens's own checkpoints (Nanda and Bloom 2022): `config.json` in its words, and a `.pth` state dict.
 
 The toy models of the field are such: attention-only and SoLU models of one to twelve layers. What the words of
-`config.json` mean is told in `transformer_lens_config`, and what the tensors are called in `transformer_lens_state`.
-Peculiarities:
+`config.json` mean is told in `transformer_lens_config`, and what tensors are called in
+`hooklens.weights.transformer_lens`. Peculiarities:
 
 - Every map has a bias; files of before a bias was added to the library lack it, and it is 0.
 - The first files have other layouts; see `early_layouts`.
@@ -21,10 +21,10 @@ from hooklens.adapters.formats.early_layouts import in_todays_layout
 from hooklens.adapters.formats.opened import FieldModel
 from hooklens.adapters.formats.place import EARLIER, Place
 from hooklens.adapters.formats.transformer_lens_config import NEEDED, read_words
-from hooklens.adapters.formats.transformer_lens_state import read_state
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 from hooklens.weights.names import bare_names
+from hooklens.weights.transformer_lens import read_state
 
 _CONFIG = "config.json"
 # The flags of biases, by the biases that they give.

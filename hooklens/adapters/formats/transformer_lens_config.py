@@ -50,7 +50,7 @@ _ACTIVATIONS = {
 }  # fmt: skip
 # Its class for this mixture of experts is chosen by the name of the architecture.
 _CLAMPED = "GptOssForCausalLM"
-_CLAMPED_MIXTURE = {"router_bias": True, "expert_bias": True, "act_fn": "clamped_swiglu"}
+_CLAMPED_MIXTURE: Mapping[str, Any] = {"router_bias": True, "expert_bias": True, "act_fn": "clamped_swiglu"}
 # Settings that change the network and that nothing here stands for, with the value that leaves it as it is.
 _PINNED: Mapping[str, Any] = {"load_in_4bit": False, "relative_attention_num_buckets": None}
 # What the words leave open, since TransformerLens has it in its weights: which biases are 0, which weights are one

@@ -11,20 +11,10 @@ import numpy as np
 import torch
 
 from hooklens.adapters.formats.transformer_lens_config import read_words, write_words
+from hooklens.compat.transformer_lens.utilities import SUPPORTED_ACTIVATIONS
 from hooklens.config import HookedConfig, InitScheme
 from hooklens.errors import ConfigError, warn_caller
 
-SUPPORTED_ACTIVATIONS = (
-    "solu",
-    "solu_ln",
-    "gelu_new",
-    "gelu_fast",
-    "silu",
-    "relu",
-    "gelu",
-    "gelu_pytorch_tanh",
-    "xielu",
-)
 _INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "muP")
 
 

@@ -38,7 +38,6 @@ OFFICIAL_MODEL_NAMES: list[str] = list(_TABLES["models"])
 MODEL_ALIASES: dict[str, list[str]] = {name: aliases for name, aliases in _TABLES["models"].items() if aliases}
 NON_HF_HOSTED_MODEL_NAMES: list[str] = _TABLES["not_on_the_hub"]
 DEFAULT_MODEL_ALIASES: list[str] = [MODEL_ALIASES.get(name, [name])[0] for name in OFFICIAL_MODEL_NAMES]
-NEED_REMOTE_CODE_MODELS: tuple[str, ...] = ()
 _BUNDLED = "bundled:"
 _MODEL = "hooklens.compat.transformer_lens.HookedTransformer"
 # Labels beyond it count tokens.
@@ -68,11 +67,7 @@ def make_model_alias_map() -> dict[str, str]:
 
 
 def get_official_model_name(model_name: str) -> str:
-    """The official name of a model by name or alias.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The official name of a model by name or alias; a `ValueError` where there is none."""
     official = make_model_alias_map().get(model_name.lower())
     if official is None:
         raise ValueError(f"{model_name} not found. Valid official model names (excl aliases): {OFFICIAL_MODEL_NAMES}")
@@ -82,18 +77,12 @@ def get_official_model_name(model_name: str) -> str:
 def find_source(
     model_name: str, checkpoint_index: int | None = None, checkpoint_value: int | None = None
 ) -> FoundSource:
-    """Where HookLens finds a model: one of 2.x by name or alias, or any source that HookLens reads itself.
-
-    Raises:
-        ValueError: the name is neither an official one, an alias, a folder, nor of the form `owner/name`.
-        NotImplementedError: a model that nobody hosts.
-        AssertionError: there is no checkpoint of this value.
-    """
+    """Where HookLens finds a model: one of 2.x by name or alias, a folder, or `owner/name` on the hub."""
     official = _find_name(model_name)
     if official in NON_HF_HOSTED_MODEL_NAMES:
         raise NotImplementedError(f"{official} is not hosted on the hub; give hf_model=")
     n_ctx = next((n for beginning, n in _TABLES["n_ctx"].items() if official.startswith(beginning)), None)
-    words = {"model_name": official.rpartition("/")[2], "tokenizer_name": official}
+    words: dict[str, Any] = {"model_name": official.rpartition("/")[2], "tokenizer_name": official}
     if checkpoint_index is None and checkpoint_value is None:
         return FoundSource(source=official, n_ctx=n_ctx, words=words)
     labels, kind = get_checkpoint_labels(official)
@@ -130,11 +119,7 @@ def list_files(official_model_name: str) -> list[str]:
 
 
 def get_checkpoint_labels(model_name: str, **kwargs: Any) -> tuple[list[int], str]:
-    """The labels of the checkpoints of earlier in training, and what they count: `"step"` or `"token"`.
-
-    Raises:
-        ValueError: none are kept.
-    """
+    """The labels of the checkpoints of earlier in training, and what they count: `"step"` or `"token"`."""
     official = _find_name(model_name)
     if (run := _find_run(official)) is not None:
         return run[1], "step"
@@ -166,11 +151,7 @@ def get_pretrained_model_config(
     n_ctx: int | None = None,
     **kwargs: Any,
 ) -> HookedTransformerConfig:
-    """The config of a model, of which `config.json` alone is read.
-
-    Args:
-        kwargs: where to read it: `revision`, `cache_dir`, `token`, `local_files_only`.
-    """
+    """The config of a model, of which `config.json` alone is read; `kwargs` say where (`revision`, `token`, ...)."""
     kwargs.pop("trust_remote_code", None)
     found = find_source(model_name, checkpoint_index, checkpoint_value)
     is_bundled = found.source.startswith(_BUNDLED)
@@ -218,8 +199,7 @@ def get_pretrained_state_dict(
         first_n_layers=None if hf_model is not None else cfg.n_layers,
         **kwargs,
     )
-    state: dict[str, Tensor] = model.state_dict()
-    return state
+    return dict(model.state_dict())
 
 
 def fill_missing_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -147,12 +147,14 @@ def test_networks_compute_what_they_compute_there(tmp_path: Path, name: str) -> 
     state = make_state({**config, "d_mlp": config["d_mlp"] or 24})
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save({**state, **buffers}, tmp_path / "model_final.pth")
-    model = HookedCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        logits = model(IDS).double()
-    found = torch.cat([logits[0, -1, :3], logits.abs().mean()[None]])
-    # The numbers are rounded to five places.
-    torch.testing.assert_close(found, torch.tensor(NUMBERS[name]).double(), rtol=2e-6, atol=1e-5)
+    loaded = HookedCausalLM(read_words(config, where="config"))
+    loaded.load_state_dict({**state, **buffers})
+    for model in (HookedCausalLM.from_pretrained(tmp_path), loaded):
+        with torch.no_grad():
+            logits = model(IDS).double()
+        found = torch.cat([logits[0, -1, :3], logits.abs().mean()[None]])
+        # The numbers are rounded to five places.
+        torch.testing.assert_close(found, torch.tensor(NUMBERS[name]).double(), rtol=2e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

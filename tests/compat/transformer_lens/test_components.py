@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from torch import Tensor
 
 from hooklens import HookedCausalLM, HookedKeyValueCache
 from hooklens.compat.transformer_lens import components, factories, utilities
-from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 
 BASE: dict[str, Any] = {
@@ -149,7 +149,7 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
     }  # fmt: skip
     attn = make_part("attn local")
     assert torch.equal(attn.mask[5], torch.tensor([False] * 3 + [True] * 3 + [False] * 6))
-    assert attn.IGNORE == -torch.inf
+    assert -torch.inf == attn.IGNORE
     assert (attn.attn_scale, attn.b_Q.abs().sum().item()) == (pytest.approx(8**0.5), 0.0)
     torch.testing.assert_close(attn.OV[2].AB, attn.W_V[2] @ attn.W_O[2])
     grouped = make_part("gqa")

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooklens import hooks
-from hooklens.adapters.formats.transformer_lens_state import read_state
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
@@ -26,10 +25,14 @@ from hooklens.model.attention.alibi import alibi_slopes
 from hooklens.model.initialization import initialize
 from hooklens.model.parts.part import Part
 from hooklens.model.plan.positions import TokenPlan
+from hooklens.weights.transformer_lens import read_state
 
 Config = HookedTransformerConfig | dict[str, Any]
-# Beside HookLens's parts, so that what these declare stands.
-_Base: Any = Part if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Part
+else:
+    # Beside HookLens's parts, so that what these declare stands.
+    _Base = object
 _SHARED = ("_W_K", "_W_V", "_b_K", "_b_V")
 # What a state dict of 2.x holds beside weights that the part has.
 _BESIDE = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U", "mask", "IGNORE")
@@ -53,7 +56,8 @@ def bias_or_zeros(name: str) -> Any:
         held: Tensor | None = None if name in part.absent else declared.__get__(part, type(part))
         if held is not None:
             return held
-        return next(part.parameters()).new_zeros([part.size_of(axis) for axis in declared.axes.split()])
+        anywhere: Tensor = next(part.parameters())
+        return anywhere.new_zeros([part.size_of(axis) for axis in declared.axes.split()])
 
     return property(read, doc=f"`{name}`, zeros where the map has none.")
 
@@ -180,7 +184,9 @@ class AbstractAttention(Component, attention.Attention):
         attention.Attention.__init__(self, own.of(own.attn))
         self.start(cfg)
 
-    def forward(self, query_input: Tensor, key_input: Tensor, value_input: Tensor, *rest: Any, **words: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, query_input: Tensor, key_input: Tensor, value_input: Tensor, *rest: Any, **words: Any
+    ) -> Tensor:
         """What attention adds to the stream; a plan behind the inputs makes it a call of HookLens's."""
         is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
         run = super().forward if is_planned else self._attend_as_2x
@@ -308,7 +314,7 @@ class TransformerBlock(Component, block.Block):
         block.Block.__init__(self, network_of(cfg).block(block_index))
         self.start(cfg)
 
-    def forward(self, resid_pre: Tensor, *rest: Any, **words: Any) -> Tensor:
+    def forward(self, resid_pre: Tensor, *rest: Any, **words: Any) -> Tensor:  # type: ignore[override]
         """The stream leaving the block; a plan behind the stream makes it a call of HookLens's."""
         is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
         return super().forward(resid_pre, *rest, **words) if is_planned else self._run_as_2x(resid_pre, *rest, **words)
