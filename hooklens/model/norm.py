@@ -133,24 +133,21 @@ class Norm(Part):
         if not (changed or watches_normalized):
             return self.apply_weights(x) if out is None else out
         if self.shows_output:
-            whole = self._weigh(self._divide(x, mean, scale), x) if changed else out
+            divided = ((widen(x) if mean is None else widen(x) - mean) / scale).to(x.dtype) if changed else None
+            whole = out if divided is None else self._weigh(divided, x)
             whole = self.apply_weights(x) if whole is None else whole
             return self.hook_normalized(whole, call)
         if out is not None and not changed and self.norm.kind == "layer":
             normalized = torch.native_layer_norm(x, self.size, None, None, self.norm.eps)[0]
         else:
-            normalized = self._divide(x, mean, scale)
+            wide = widen(x)
+            normalized = ((wide if mean is None else wide - mean) / scale).to(x.dtype)
         if watches_normalized:
             normalized, normalized_changed = self.hook_normalized.watch(normalized, call)
             changed = changed or normalized_changed
         if not changed:
             return self.apply_weights(x) if out is None else out
         return self._weigh(normalized, x)
-
-    @staticmethod
-    def _divide(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
-        wide = widen(x)
-        return ((wide if mean is None else wide - mean) / scale).to(x.dtype)
 
     def _weigh(self, normalized: Tensor, x: Tensor) -> Tensor:
         """Weight and bias on what was divided, in the dtype of the input."""

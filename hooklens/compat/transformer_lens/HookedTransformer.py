@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-import tqdm
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, 
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
+from hooklens.optional import import_package
 
 Model = TypeVar("Model", bound="HookedTransformer")
 SingleLoss = Float[Tensor, ""]
@@ -106,9 +106,6 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             else:
                 self._modules.pop(name, None)
         adopt(hooked)
-        for name, point in hooked.hook_points().items():
-            setting = next((word for end, word in _SETTINGS.items() if name.endswith(end)), None)
-            point.__dict__["turned_on"] = None if setting is None else _Setting(self.cfg, setting)
         self.train(hooked.training)
         self.setup()
         for name, own in before.items():
@@ -122,6 +119,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         super().setup()
         for name in [name for name in self.hook_dict if name.endswith(_UNKNOWN)]:
             del self.hook_dict[name], self.mod_dict[name]
+        for name, point in self.hook_dict.items():
+            setting = next((word for end, word in _SETTINGS.items() if name.endswith(end)), None)
+            point.__dict__["turned_on"] = None if setting is None else _Setting(self.cfg, setting)
 
     def check_hooks_to_add(
         self,
@@ -333,7 +333,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             self.eval()
             new = tokens
-            for _ in tqdm.tqdm(range(max_new_tokens), disable=not verbose):
+            for _ in import_package("tqdm").tqdm(range(max_new_tokens), disable=not verbose):
                 logits = self.forward(
                     tokens if cache is None else new,
                     attention_mask=mask if cache is None else mask[:, -new.shape[1] :],

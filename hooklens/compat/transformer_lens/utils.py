@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.constants import HUGGINGFACE_HUB_CACHE
 from jaxtyping import Float, Int
 from rich import print as rprint
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from hooklens.optional import import_package
 
 USE_DEFAULT_VALUE: Any = None
-CACHE_DIR = HUGGINGFACE_HUB_CACHE
+CACHE_DIR = import_package("huggingface_hub.constants").HUGGINGFACE_HUB_CACHE
 SliceInput = int | tuple[int, ...] | list[int] | Tensor | np.ndarray | None
 gelu_new = gelu_fast = partial(F.gelu, approximate="tanh")
 
