@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hooklens.hooks.foreign import place
 from hooklens.hooks.names import NamesFilter, select_names
 from hooklens.hooks.point import HookPoint
 
@@ -21,12 +22,35 @@ class HookPointTree(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        was_submodule = name in self.__dict__.get("_modules", ())
+        before = self.__dict__.get("_modules", {}).get(name)
+        if before is not None and isinstance(value, nn.Module):
+            self._check_place(name, value, before)
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self._note_submodule(name, value)
-        elif was_submodule:
+            if before is not None and before is not value:
+                self._fit(name, value, before)
+        elif before is not None:
             self._forget(name)
+
+    def _fit(self, name: str, module: nn.Module, before: nn.Module) -> None:
+        """Make a module fit into the place of another: of a point, or of a part of the network."""
+        declared = self.__dict__.get("_displaced", {}).get(name, before)
+        if isinstance(module, HookPoint):
+            if isinstance(declared, HookPoint) and module.site is None:
+                module.__dict__.update(site=declared.site, shared=declared.shared, name=declared.name)
+        elif isinstance(declared, HookPoint | HookPointTree) and not isinstance(module, type(declared)):
+            if isinstance(declared, HookPoint) or not self._is_own_part(module):
+                self.__dict__.setdefault("_displaced", {})[name] = declared
+                place(module, declared)
+
+    def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
+        """Refuse a module that cannot stand in the place of another."""
+
+    @staticmethod
+    def _is_own_part(module: nn.Module) -> bool:
+        """Whether a module takes calls as those of the network do."""
+        return False
 
     def __delattr__(self, name: str) -> None:
         if name in self._modules:

@@ -18,8 +18,15 @@ from hooklens.errors import ConfigError, warn_caller
 _INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "muP")
 
 
-@dataclass
-class HookedTransformerConfig:
+class _OfModel:
+    """Beside the fields of a config, the network of the model that it belongs to."""
+
+    __slots__ = ("network",)
+    network: HookedConfig
+
+
+@dataclass(repr=False)
+class HookedTransformerConfig(_OfModel):
     """The description of a network in TransformerLens's words, whose documentation tells of each.
 
     `attn_scale` divides. -1 stands for a value that is not given. `to_hooked_config` gives HookLens's description.

@@ -32,8 +32,9 @@ from torch.nn.modules import module as nn_module
 
 from hooklens.axes import HookSite, declare_site, find_site
 from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfig
-from hooklens.errors import ConfigError
+from hooklens.errors import ConfigError, InputError
 from hooklens.hooks import Call, HookedModule, HookPoint
+from hooklens.hooks.foreign import run_in_call, takes_call
 from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import Declared, Point, Slot, Spec, Weight
 from hooklens.model.parts.quantised import is_quantised
@@ -54,8 +55,10 @@ class Part(HookedModule):
         absent: why it lacks what it declares and does not have, by name.
         shapes: logical shapes of the weights that it has.
         size_of: the size of an axis.
+        can_be_replaced: whether a module of others can stand in its place, see `hooklens.hooks.foreign`.
     """
 
+    can_be_replaced: ClassVar[bool] = True
     declared: ClassVar[dict[str, Declared]] = {}
     place: ClassVar[str | None] = None
 
@@ -123,7 +126,21 @@ class Part(HookedModule):
         """Run the part: straight, where nothing has been put around it, since a module call takes longer."""
         if is_bare(self.__dict__):
             return self.forward(*arguments, **keywords)
+        own = self.__dict__.get("forward")
+        if own is not None and not takes_call(own, arguments, keywords):
+            return run_in_call(super().__call__, arguments, keywords)
         return super().__call__(*arguments, **keywords)
+
+    def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
+        if isinstance(before, Part) and not before.can_be_replaced and not isinstance(module, Part):
+            raise InputError(
+                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to change "
+                f"what it gives, put a module in the place of the hook point behind it (hook_{name})"
+            )
+
+    @staticmethod
+    def _is_own_part(module: nn.Module) -> bool:
+        return isinstance(module, Part)
 
     def __setattr__(self, name: str, value: Any) -> None:
         declared = self.declared.get(name)

@@ -1,0 +1,283 @@
+"""`ActivationCache` of 2.x: a dictionary and its model, whose methods are those of `hooklens.ActivationCache`."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hooklens import activation_cache
+from hooklens.compat.transformer_lens import utils
+from hooklens.compat.transformer_lens.utils import Slice, SliceInput
+from hooklens.config import HookedConfig
+
+if TYPE_CHECKING:
+    from hooklens.compat.transformer_lens.HookedTransformer import HookedTransformer
+
+Positions = Slice | SliceInput
+
+
+class ActivationCache:
+    """Activations by hook name, which may be changed.
+
+    Args:
+        cache_dict: them.
+        model: whose they are.
+        has_batch_dim: whether they have a batch axis.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: "HookedTransformer", has_batch_dim: bool = True) -> None:
+        self.cache_dict, self.model, self.has_batch_dim = cache_dict, model, has_batch_dim
+        self.has_embed, self.has_pos_embed = "hook_embed" in cache_dict, "hook_pos_embed" in cache_dict
+
+    def __repr__(self) -> str:
+        return f"ActivationCache with keys {list(self.cache_dict)}"
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """An activation by its name or a shorthand; negative layers count from the end."""
+        if isinstance(key, str):
+            return self.cache_dict[key if key in self.cache_dict else utils.get_act_name(key)]
+        name, *rest = key
+        if rest and isinstance(rest[0], int) and rest[0] < 0:
+            rest[0] += self.model.cfg.n_layers
+        return self.cache_dict[utils.get_act_name(name, *rest)]
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.cache_dict
+
+    def keys(self) -> Any:
+        """The names."""
+        return self.cache_dict.keys()
+
+    def values(self) -> Any:
+        """The tensors."""
+        return self.cache_dict.values()
+
+    def items(self) -> Any:
+        """Names and tensors."""
+        return self.cache_dict.items()
+
+    def remove_batch_dim(self) -> "ActivationCache":
+        """Drop the batch axis of this cache's tensors."""
+        if not self.has_batch_dim:
+            logging.warning("remove_batch_dim: the batch axis has been removed already")
+            return self
+        wrong = {name: tuple(tensor.shape) for name, tensor in self.items() if len(tensor) != 1}
+        assert not wrong, f"Cannot remove a batch dimension of more than one row: {wrong}"
+        for name in self.cache_dict:
+            self.cache_dict[name] = self.cache_dict[name][0]
+        self.has_batch_dim = False
+        return self
+
+    def to(self, device: Any, move_model: bool | None = False) -> "ActivationCache":
+        """Move this cache, and the model if asked to."""
+        self.cache_dict = {name: tensor.to(device) for name, tensor in self.items()}
+        if move_model:
+            self.model.to(device)
+        return self
+
+    def toggle_autodiff(self, mode: bool = False) -> None:
+        """Switch gradients on or off in the whole process."""
+        logging.warning("Changed the global state, set autodiff to %s", mode)
+        torch.set_grad_enabled(mode)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Positions) -> "ActivationCache":
+        """Another cache, of some rows; an int drops the axis."""
+        rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        assert self.has_batch_dim or rows.mode == "identity", "Cannot index into a cache without a batch dim"
+        kept = {name: rows.apply(tensor, dim=0) for name, tensor in self.items()}
+        return ActivationCache(kept, self.model, self.has_batch_dim and rows.mode != "int")
+
+    def _ours(self) -> activation_cache.ActivationCache:
+        """HookLens's cache of the same tensors, of a network as 2.x takes it.
+
+        Norms are folded, and nothing stands between what heads write and the stream.
+        """
+        hooked = self.model.hooked
+        return activation_cache.ActivationCache(
+            self.cache_dict, cfg=_folded(hooked.cfg), weights=hooked.named_weights(), has_batch_dim=self.has_batch_dim
+        )
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        pos_slice: Positions = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Any:
+        """The stream at the entrance of every layer."""
+        return self._ours().accumulated_resid(
+            layer,
+            incl_mid=incl_mid,
+            apply_ln=apply_ln,
+            pos_slice=_choice(pos_slice),
+            mlp_input=mlp_input,
+            return_labels=return_labels,
+        )
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Any = "all",
+        apply_ln: bool = False,
+        pos_slice: Positions = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """Embeddings and the outputs of layers."""
+        return self._ours().decompose_resid(
+            layer,
+            mlp_input=mlp_input,
+            mode=mode,
+            apply_ln=apply_ln,
+            pos_slice=_choice(pos_slice),
+            incl_embeds=incl_embeds,
+            return_labels=return_labels,
+        )
+
+    def compute_head_results(self) -> None:
+        """Put each head's output into this cache, as `hook_result`."""
+        self.cache_dict.update(self._ours().compute_head_results())
+
+    def stack_head_results(
+        self,
+        layer: int = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Positions = None,
+        apply_ln: bool = False,
+    ) -> Any:
+        """What each head adds to the stream."""
+        return self._ours().stack_head_results(
+            layer,
+            return_labels=return_labels,
+            incl_remainder=incl_remainder,
+            pos_slice=_choice(pos_slice),
+            apply_ln=apply_ln,
+        )
+
+    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
+        """One activation of every layer."""
+        n_layers = self.model.cfg.n_layers if layer in (None, -1) else layer
+        return torch.stack([self[activation_name, below, sublayer_type] for below in range(n_layers)])
+
+    def get_neuron_results(self, layer: int, neuron_slice: Positions = None, pos_slice: Positions = None) -> Tensor:
+        """What each neuron of a layer writes, `[*batch_pos neuron d_model]`."""
+        neurons, positions = (one if isinstance(one, Slice) else Slice(one) for one in (neuron_slice, pos_slice))
+        acts = neurons.apply(positions.apply(self["post", layer, "mlp"], dim=-2), dim=-1)
+        return acts[..., None] * neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)  # type: ignore[union-attr]
+
+    def stack_neuron_results(
+        self,
+        layer: int,
+        pos_slice: Positions = None,
+        neuron_slice: Positions = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Any:
+        """What each neuron adds to the stream."""
+        return self._ours().stack_neuron_results(
+            layer,
+            pos_slice=_choice(pos_slice),
+            neuron_slice=_choice(neuron_slice),
+            return_labels=return_labels,
+            incl_remainder=incl_remainder,
+            apply_ln=apply_ln,
+            project_output_onto=project_output_onto,
+        )
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Positions = None,
+        batch_slice: Positions = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """Vectors centred and divided by the scale that the norm at a layer had."""
+        if self.model.cfg.normalization_type is None:
+            return residual_stack
+        return self._ours().apply_ln_to_stack(
+            residual_stack,
+            layer,
+            mlp_input=mlp_input,
+            pos_slice=_choice(pos_slice),
+            batch_slice=_choice(batch_slice),
+            has_batch_dim=has_batch_dim and self.has_batch_dim,
+        )
+
+    def logit_attrs(
+        self,
+        residual_stack: Tensor,
+        tokens: str | int | Tensor,
+        incorrect_tokens: str | int | Tensor | None = None,
+        pos_slice: Positions = None,
+        batch_slice: Positions = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """What each component adds to the logit of tokens, or to its difference to others'."""
+        ids = [self.model.to_single_token(one) if isinstance(one, str) else one for one in (tokens, incorrect_tokens)]
+        if ids[1] is not None:
+            shapes = [tuple(torch.as_tensor(one).shape) for one in ids]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"tokens and incorrect_tokens must have the same shape! (tokens.shape={shapes})")
+        return self._ours().logit_attrs(
+            residual_stack,
+            ids[0],
+            ids[1],
+            pos_slice=_choice(pos_slice),
+            batch_slice=_choice(batch_slice),
+            has_batch_dim=has_batch_dim and self.has_batch_dim,
+        )
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Positions = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Any:
+        """Each head, each neuron or MLP, the embeddings, and the bias."""
+        return self._ours().get_full_resid_decomposition(
+            layer,
+            mlp_input=mlp_input,
+            expand_neurons=expand_neurons,
+            apply_ln=apply_ln,
+            pos_slice=_choice(pos_slice),
+            return_labels=return_labels,
+            project_output_onto=project_output_onto,
+        )
+
+
+def _choice(given: Positions) -> Any:
+    """A choice of entries as HookLens takes it."""
+    chosen = given if isinstance(given, Slice) else Slice(given)
+    return None if chosen.mode == "identity" else chosen.slice
+
+
+def _folded(cfg: HookedConfig) -> HookedConfig:
+    """The network with its norms taken for folded, and none behind the branches."""
+
+    def bare(norm: Any) -> Any:
+        if isinstance(norm, tuple):
+            return tuple(map(bare, norm))
+        return None if norm is None else dataclasses.replace(norm, weight=False, bias=False, unit_offset=False)
+
+    return cfg.replace(norm=bare(cfg.norm), final_norm=bare(cfg.final_norm), norm_after=False)
