@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
+from hooklens.compat.transformer_lens._fresh import draw_weights
 from hooklens.compat.transformer_lens._loading import LoadingMethods
 from hooklens.compat.transformer_lens._state import StateMethods
 from hooklens.compat.transformer_lens._text import TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
-
 from hooklens.compat.transformer_lens.components import adopt
 from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
@@ -86,7 +86,11 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         self._find_tokenizer(tokenizer, default_padding_side)
         if hooked is None:
             assert self.cfg.d_vocab != -1, "Must provide a tokenizer if d_vocab is not provided"
-            hooked = HookedCausalLM(self.cfg.to_hooked_config()).to(self.cfg.dtype)
+            # What is drawn here is none of the numbers that 2.x draws.
+            with torch.random.fork_rng(devices=[]):
+                hooked = HookedCausalLM(self.cfg.to_hooked_config()).to(self.cfg.dtype)
+            if self.cfg.init_weights:
+                draw_weights(hooked, self.cfg)
         self._take_over(hooked)
         if move_to_device and self.cfg.device is not None:
             self.to(self.cfg.device, print_details=False)

@@ -12,7 +12,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import loading_from_pretrained as loading
 from hooklens.compat.transformer_lens._state import process
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
-from hooklens.config import NormConfig
+from hooklens.config import LearnedPositions, NormConfig, ShortformerPositions
 from hooklens.precision import widen
 
 Model = TypeVar("Model", bound="LoadingMethods")
@@ -144,10 +144,14 @@ def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]
 
 
 def bake(hooked: HookedCausalLM) -> HookedCausalLM:
-    """The model with factors in its weights that 2.x has there: of the embedding, and the 1 that a norm's weight lacks."""
+    """The model with what 2.x has in its weights: a factor on the embedding, the 1 that a norm's weight lacks.
+
+    Rows of a position table that no position reads are left out.
+    """
     cfg = hooked.cfg
     offset = {name for name, norm in cfg.description.norms.items() if norm.unit_offset}
-    if cfg.embed_scale is None and not offset:
+    first = cfg.positions.offset if isinstance(cfg.positions, LearnedPositions | ShortformerPositions) else 0
+    if cfg.embed_scale is None and not offset and not first:
         return hooked
     state = {name: weight.detach().clone() for name, weight in hooked.named_weights().items()}
     for name in offset:
@@ -155,8 +159,11 @@ def bake(hooked: HookedCausalLM) -> HookedCausalLM:
         state[f"{name}.w"] = (1 + widen(weight)).to(weight.dtype)
     if cfg.embed_scale is not None:
         state["embed.W_E"] *= torch.tensor(cfg.embed_scale, dtype=state["embed.W_E"].dtype)
+    if first:
+        state["pos_embed.W_pos"] = state["pos_embed.W_pos"][first:]
+    places = {"positions": type(cfg.positions)()} if first else {}
     norms = {name: _without_offset(getattr(cfg, name)) for name in ("norm", "final_norm", "qk_norm", "embed_norm")}
-    plain = cfg.replace(embed_scale=None, embed_scale_rounded=False, tied_unembed=False, origin=None, **norms)
+    plain = cfg.replace(embed_scale=None, embed_scale_rounded=False, tied_unembed=False, origin=None, **norms, **places)
     baked = HookedCausalLM.from_state_dict(state, plain, hooked.tokenizer)
     baked.generation_config = dict(hooked.generation_config)
     return baked

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.compat.transformer_lens._fresh import draw_weights
+from hooklens.compat.transformer_lens.components import state_of
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
-from hooklens.model.attention.rotary import rotary_frequencies
 
 if TYPE_CHECKING:
-    from hooklens.compat.transformer_lens.HookedTransformer import HookedTransformer
+    pass
 
 State = dict[str, Tensor]
 
@@ -40,22 +41,22 @@ class StateMethods(nn.Module):
     W_in, W_out, b_in, b_out = (_stacked(name) for name in ("W_in", "W_out", "b_in", "b_out"))
 
     @property
-    def W_gate(self) -> Tensor | None:  # noqa: N802
+    def W_gate(self) -> Tensor | None:
         """W_gate of all layers; None where MLPs are not gated."""
         return self.hooked.W_gate if self.cfg.gated_mlp else None
 
     @property
-    def W_E_pos(self) -> Tensor:  # noqa: N802
+    def W_E_pos(self) -> Tensor:
         """Token and position embeddings below each other, `[d_vocab+n_ctx d_model]`."""
         return torch.cat([self.W_E, self.W_pos])
 
     @property
-    def QK(self) -> FactoredMatrix:  # noqa: N802
+    def QK(self) -> FactoredMatrix:
         """`W_Q W_K^T` of every head."""
         return FactoredMatrix(self.W_Q, self.W_K.mT)
 
     @property
-    def OV(self) -> FactoredMatrix:  # noqa: N802
+    def OV(self) -> FactoredMatrix:
         """`W_V W_O` of every head."""
         return FactoredMatrix(self.W_V, self.W_O)
 
@@ -77,55 +78,16 @@ class StateMethods(nn.Module):
 
     def init_weights(self) -> None:
         """Draw fresh weights as `cfg.init_mode` says."""
-        self.hooked.initialize(seed=self.cfg.seed)
+        draw_weights(self.hooked, self.cfg)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Weights and buffers under the names of 2.x, which hold the memory of the model's own."""
         state = {} if destination is None else destination
-        for name, tensor in {**self._weights(), **self._buffers_of_2x()}.items():
-            state[prefix + name] = tensor if keep_vars else tensor.detach()
+        is_folded = (self.cfg.normalization_type or "").endswith("Pre")
+        for name, tensor in state_of(self.hooked).items():
+            if not (is_folded and name.rpartition(".")[0].endswith((".ln1", ".ln2", "ln_final"))):
+                state[prefix + name] = tensor if keep_vars else tensor.detach()
         return state
-
-    def _weights(self) -> State:
-        """All weights of 2.x; biases that the model does not have are zeros."""
-        cfg, found = self.cfg, {}
-        folded = (".ln1", ".ln2", "ln_final") if (cfg.normalization_type or "").endswith("Pre") else ()
-        for name in self.hooked.named_weights():
-            module, _, weight = name.rpartition(".")
-            if module.endswith(folded):
-                continue
-            is_shared = cfg.n_key_value_heads is not None and weight in ("W_K", "W_V", "b_K", "b_V")
-            found[f"{module}.{'_' if is_shared else ''}{weight}"] = getattr(self.hooked.get_submodule(module), weight)
-        for name in list(found):
-            module, _, weight = name.rpartition(".")
-            bias = name.replace("W_", "b_")
-            if weight not in ("W_E", "W_pos", "W_gate") and weight.lstrip("_").startswith("W_") and bias not in found:
-                shape = found[name].shape
-                is_head = weight.lstrip("_") in ("W_Q", "W_K", "W_V")
-                found[bias] = found[name].new_zeros([shape[0], shape[-1]] if is_head else [shape[-1]])
-        return found
-
-    def _buffers_of_2x(self) -> State:
-        cfg, found = self.cfg, {}
-        device = self.hooked.device
-        for layer, block in enumerate(self.hooked.block_list()):
-            if not block.has_attn:
-                continue
-            window = self.hooked.cfg.window(layer)
-            mask = torch.ones(cfg.n_ctx, cfg.n_ctx, dtype=torch.bool, device=device)
-            mask = torch.tril(mask) if cfg.attention_dir == "causal" else mask
-            found[f"blocks.{layer}.attn.mask"] = mask if window is None else torch.triu(mask, 1 - window)
-            found[f"blocks.{layer}.attn.IGNORE"] = torch.tensor(-torch.inf, device=device)
-            if block.attn.rotary is not None:
-                positions = block.attn.rotary.positions
-                frequencies, amplitude = rotary_frequencies(positions, device=device)
-                angles = torch.arange(cfg.n_ctx, device=device).float()[:, None] * frequencies
-                angles = (
-                    torch.cat([angles, angles], 1) if positions.layout == "half" else angles.repeat_interleave(2, 1)
-                )
-                for word, table in (("sin", angles.sin()), ("cos", angles.cos())):
-                    found[f"blocks.{layer}.attn.rotary_{word}"] = (table * amplitude).to(self.hooked.dtype)
-        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict of 2.x, or of HookLens."""
@@ -243,7 +205,7 @@ def process(hooked: HookedCausalLM, cfg: HookedTransformerConfig, **steps: bool)
         "center_unembed": "a soft cap on logits" if cfg.output_logits_soft_cap > 0 else None,
     }
     if cfg.positional_embedding_type == "shortformer":
-        reasons = {name: "shortformer positions" for name in reasons}
+        reasons = dict.fromkeys(reasons, "shortformer positions")
     for name, reason in reasons.items():
         if reason and steps.get(name):
             logging.warning(f"{name}: left out, since the network has {reason}")
