@@ -65,9 +65,10 @@ def bias_or_zeros(name: str) -> Any:
 def _derived(read: Callable[[Any], Tensor | None], doc: str) -> Any:
     """A buffer of 2.x that is made when it is read; it may be set to what it is."""
 
-    def check(part: Any, given: Tensor) -> None:
+    def check(part: Any, given: Tensor | None) -> None:
         own = read(part)
-        if own is None or own.shape != given.shape or not torch.equal(own, given.to(own)):
+        is_same = own is given or (own is not None and given is not None and own.shape == given.shape)
+        if not is_same or (own is not None and given is not None and not torch.equal(own, given.to(own))):
             raise NotImplementedError(f"{doc} The layer's own cannot be changed: hook what it is used for")
 
     return property(read, check, doc=doc)
