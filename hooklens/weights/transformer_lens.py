@@ -1,4 +1,4 @@
-"""State dicts of TransformerLens's networks under HookLens names.
+"""State dicts of TransformerLens's networks under HookLens names, and back.
 
 Names and shapes are HookLens's, the field's, but for these:
 
@@ -58,12 +58,17 @@ def join_experts(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for name, tensor in state.items():
         if found := re.fullmatch(_EXPERT, name):
             mlp, number, which, letter = found.groups()
-            experts.setdefault(f"{mlp}.{_LETTERS[letter]}_{which}", {})[int(number)] = tensor.T
+            experts.setdefault(f"{mlp}.{_LETTERS[letter]}_{which}", {})[int(number)] = _turn(tensor)
         elif found := re.fullmatch(_ROUTER, name):
-            joined[f"{found[1]}.{_LETTERS[found[2]]}_router"] = tensor.T
+            joined[f"{found[1]}.{_LETTERS[found[2]]}_router"] = _turn(tensor)
         else:
             joined[name] = tensor
     return joined | {name: torch.stack([each[one] for one in sorted(each)]) for name, each in experts.items()}
+
+
+def _turn(tensor: Tensor) -> Tensor:
+    """A map in the other layout; a bias is what it was."""
+    return tensor.mT if tensor.ndim > 1 else tensor
 
 
 def move_input_biases(state: dict[str, Tensor], cfg: HookedConfig) -> None:
@@ -83,3 +88,24 @@ def move_input_biases(state: dict[str, Tensor], cfg: HookedConfig) -> None:
         if bool(b_in.any()):
             moved = b_out.double() + b_in.double() @ W_out.double()
             state[f"{name.removesuffix('b_in')}b_out"] = moved.to(b_out.dtype)
+
+
+def write_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under HookLens names, but experts, routers and numbers of activations under TransformerLens's; views."""
+    written: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        letter, _, which = name.rpartition(".")[2].partition("_")
+        mlp = name.removesuffix(f"{letter}_{which}")
+        word = {"W": "weight", "b": "bias"}.get(letter, "")
+        if which == "router":
+            written[f"{mlp}W_gate.{word}"] = _turn(tensor)
+        elif f"{mlp}W_router" in state and which in ("gate", "in", "out"):
+            for number, one in enumerate(tensor):
+                written[f"{mlp}experts.{number}.W_{which}.{word}"] = _turn(one)
+        elif letter == "alpha":
+            constants = {"beta": tensor.new_tensor(0.5), "eps": tensor.new_tensor(-1e-6)}
+            written |= {f"{mlp}act_fn.{one}": constant for one, constant in constants.items()}
+            written[f"{mlp}act_fn.alpha_{which}"] = tensor[0]
+        else:
+            written[name] = tensor
+    return written

@@ -116,11 +116,6 @@ def make_part(name: str) -> Any:
 def fill(part: torch.nn.Module) -> None:
     """Weights under TransformerLens's names, in their order."""
     shapes = {name: tuple(one.shape) for name, one in part.state_dict().items()}
-    if isinstance(part, components.MoE):
-        shapes = {"W_gate.weight": (3, 16)}
-        for e in range(3):
-            shapes |= {f"experts.{e}.W_{one}.weight": (24, 16) for one in ("in", "gate")}
-            shapes[f"experts.{e}.W_out.weight"] = (16, 24)
     names = sorted(name for name in shapes if not name.endswith(BUFFERS))
     part.load_state_dict({name: wave(name, shapes[name], i) for i, name in enumerate(names)})
 

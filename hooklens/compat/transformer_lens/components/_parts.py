@@ -25,6 +25,7 @@ from hooklens.model.initialization import initialize
 from hooklens.model.parts.alone import load_weights, plan_alone
 from hooklens.model.parts.part import Part
 from hooklens.model.plan.positions import TokenPlan
+from hooklens.weights.transformer_lens import write_state
 
 Config = HookedTransformerConfig | dict[str, Any]
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def state_of(root: nn.Module) -> dict[str, Tensor]:
         if isinstance(part, GroupedQueryAttention):
             own |= {name: own.pop(name[1:]) for name in _SHARED}
         found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own.items() if tensor is not None}
-    return found
+    return write_state(found)
 
 
 class AnyNorm(Component, norm.Norm):
