@@ -295,9 +295,20 @@ class HeadPosEmbed(PosEmbed, embed.HeadPosEmbed):
 
 
 class Unembed(Component, embed.Unembed):
-    """Unembedding."""
+    """Unembedding.
 
+    Attributes:
+        softcap: the soft cap on logits that the config of the model has now, 0 or less for none; None: the network's.
+    """
+
+    softcap: float | None = None
     b_U = bias_or_zeros("b_U")
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits under the soft cap."""
+        if self.softcap is None:
+            return super().cap(logits)
+        return logits if self.softcap <= 0 else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class TiedUnembed(Unembed, embed.TiedUnembed):
