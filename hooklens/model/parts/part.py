@@ -134,12 +134,12 @@ class Part(HookedModule):
     def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
         if isinstance(before, Part) and not before.can_be_replaced and not isinstance(module, Part):
             raise InputError(
-                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to change "
-                f"what it gives, put a module in the place of the hook point behind it (hook_{name})"
+                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to "
+                f"change what it gives, put a module in the place of the hook point behind it (hook_{name})"
             )
 
     @staticmethod
-    def _is_own_part(module: nn.Module) -> bool:
+    def _takes_calls(module: nn.Module) -> bool:
         return isinstance(module, Part)
 
     def __setattr__(self, name: str, value: Any) -> None:
