@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hooklens.compat.transformer_lens.hook_points import HookPoint
 from torch import Tensor
 
 from hooklens import HookedCausalLM, HookedKeyValueCache
 from hooklens.compat.transformer_lens import components, factories, utilities
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 
 BASE: dict[str, Any] = {
