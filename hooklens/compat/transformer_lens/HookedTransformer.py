@@ -102,6 +102,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         # Past nn.Module: the parts are this module's children, and not those of a child once more.
         self.__dict__["hooked"] = hooked
         self.cfg.network = hooked.cfg
+        self.__dict__["_own_unembed"] = hooked._modules["unembed"]
         for name in _PARTS:
             module = hooked._modules.get(name)
             is_there = module is not None and (name != "hook_tokens" or self.cfg.use_hook_tokens)
@@ -166,6 +167,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             else:
                 assert isinstance(input, Tensor), "start_at_layer takes the residual stream"
                 self._check_positions(input, shortformer_pos_embed, attention_mask)
+            self._own_unembed.softcap = self.cfg.output_logits_soft_cap
             # HookLens takes runs of a pad token for padding where no mask is given; 2.x does not.
             mask = torch.ones(input.shape[:2], device=input.device) if attention_mask is None else attention_mask
             out = self.hooked(

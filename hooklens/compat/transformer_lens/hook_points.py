@@ -45,6 +45,9 @@ class LensHandle(Hook):
         super().__init__(fn, point, permanent=permanent, by_keyword=True)
         self.dir, self.context_level = dir, level
 
+    # PyTorch hands backward hooks to the graph in the forward pass: they act in it, though they are removed since.
+    removed = property(lambda self: False, lambda self, value: None)
+
     @property
     def is_permanent(self) -> bool:
         """Whether `reset_hooks` leaves it."""

@@ -218,13 +218,10 @@ def get_tokenizer_with_bos(tokenizer: Any) -> Any:
     """The tokenizer, made anew so that it puts a BOS first, where it can be found again and says that it does not."""
     settings = deepcopy(tokenizer.init_kwargs)
     name, says = settings.pop("name_or_path", ""), settings.pop("add_bos_token", None)
-    adds = getattr(tokenizer, "add_bos_token", False) if says is None else says
-    if adds or not name or not (hasattr(tokenizer, "add_bos_token") or Path(name).is_dir()):
+    # One that does not say so puts no BOS, however it is made.
+    if says is not False or not name:
         return tokenizer
-    try:
-        return import_package("transformers").AutoTokenizer.from_pretrained(name, add_bos_token=True, **settings)
-    except (OSError, ValueError, TypeError):
-        return tokenizer
+    return import_package("transformers").AutoTokenizer.from_pretrained(name, add_bos_token=True, **settings)
 
 
 def get_input_with_manually_prepended_bos(tokenizer: Any, input: str | list[str]) -> Any:

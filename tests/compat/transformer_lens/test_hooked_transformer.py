@@ -318,3 +318,23 @@ def test_a_new_model_needs_a_vocabulary() -> None:
         HookedTransformer(HookedTransformerConfig(**{**BASE, "d_vocab": -1}))
     model = HookedTransformer(HookedTransformerConfig(**{**BASE, "d_vocab": -1}), bundled().tokenizer)
     assert model.cfg.d_vocab == len(bundled().tokenizer)
+
+
+def test_a_soft_cap_is_the_configs_of_now() -> None:
+    """circuit-tracer sets it to 0 for a while."""
+    model = build("llama", output_logits_soft_cap=2.0)
+    capped = model(tokens())
+    model.cfg.output_logits_soft_cap = 0.0
+    torch.testing.assert_close(2 * torch.tanh(model(tokens()) / 2), capped)
+    model.cfg.output_logits_soft_cap = 2.0
+    assert torch.equal(model(tokens()), capped)
+
+
+def test_backward_hooks_act_in_the_graph_they_were_handed_to() -> None:
+    """Leaving the block that added them changes nothing there, as PyTorch has it; circuit-tracer relies on it."""
+    model, seen = build(), []
+    with model.hooks(bwd_hooks=[("hook_embed", lambda gradient, hook: seen.append(hook.name))]):
+        loss = model(tokens(), return_type="loss")
+    loss.backward()
+    model(tokens(), return_type="loss").backward()
+    assert seen == ["hook_embed"]

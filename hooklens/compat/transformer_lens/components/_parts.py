@@ -63,6 +63,18 @@ def bias_or_zeros(name: str) -> Any:
     return property(read, doc=f"`{name}`, zeros where the map has none.")
 
 
+def _derived(read: Callable[[Any], Tensor | None], doc: str) -> Any:
+    """A buffer of 2.x that is made when it is read; it may be set to what it is."""
+
+    def check(part: Any, given: Tensor | None) -> None:
+        own = read(part)
+        is_same = own is given or (own is not None and given is not None and own.shape == given.shape)
+        if not is_same or (own is not None and given is not None and not torch.equal(own, given.to(own))):
+            raise NotImplementedError(f"{doc} The layer's own cannot be changed: hook what it is used for")
+
+    return property(read, check, doc=doc)
+
+
 class Component(_Base):
     """A part by its names of 2.x, in `load_state_dict` and, of a part by itself, in `state_dict`."""
 
@@ -201,11 +213,13 @@ class AbstractAttention(Component, attention.Attention):
     b_Q, b_K, b_V, b_O = map(bias_or_zeros, ("b_Q", "b_K", "b_V", "b_O"))
     OV = property(lambda self: FactoredMatrix(self._per_head(self.W_V), self.W_O), doc="`W_V W_O` of every head.")
     QK = property(lambda self: FactoredMatrix(self.W_Q, self._per_head(self.W_K).mT), doc="`W_Q W_K^T` of every head.")
+    attn_type = property(lambda self: "local" if isinstance(self.reach, int) else "global", doc="How far it sees.")
     attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
     IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
 
-    rotary_sin = property(lambda self: self._rotate(torch.sin), doc="`[n_ctx rotary_dim]`; None without rotary.")
-    rotary_cos = property(lambda self: self._rotate(torch.cos), doc="`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_sin = _derived(lambda self: self._rotate(torch.sin), "`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_cos = _derived(lambda self: self._rotate(torch.cos), "`[n_ctx rotary_dim]`; None without rotary.")
+    mask = _derived(lambda self: self._mask(), "Which keys each query sees, of the longest sequence.")
 
     def _rotate(self, wave: Callable[[Tensor], Tensor]) -> Tensor | None:
         if self.rotary is None:
@@ -219,9 +233,7 @@ class AbstractAttention(Component, attention.Attention):
     def _per_head(self, weight: Tensor) -> Tensor:
         return weight.repeat_interleave(self.cfg.n_heads // len(weight), dim=0)
 
-    @property
-    def mask(self) -> Tensor:
-        """Which keys each query sees, of the longest sequence."""
+    def _mask(self) -> Tensor:
         seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
         return seen.triu(1 - self.reach) if isinstance(self.reach, int) else seen
 
@@ -283,9 +295,20 @@ class HeadPosEmbed(PosEmbed, embed.HeadPosEmbed):
 
 
 class Unembed(Component, embed.Unembed):
-    """Unembedding."""
+    """Unembedding.
 
+    Attributes:
+        softcap: the soft cap on logits that the config of the model has now, 0 or less for none; None: the network's.
+    """
+
+    softcap: float | None = None
     b_U = bias_or_zeros("b_U")
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits under the soft cap."""
+        if self.softcap is None:
+            return super().cap(logits)
+        return logits if self.softcap <= 0 else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class TiedUnembed(Unembed, embed.TiedUnembed):
@@ -348,3 +371,7 @@ def adopt(root: nn.Module) -> None:
             part.__class__ = CLASSES[mlp.MLP][part.gated]
         else:
             part.__class__ = CLASSES.get(type(part), type(part))
+        if isinstance(part, TransformerBlock) and not part.changes_branches:
+            # Code asks for them by `hasattr`.
+            for name in ("ln1_post", "ln2_post"):
+                part.__dict__.pop(name, None)
