@@ -4,6 +4,7 @@ The numbers are what its classes give with the weights of `fill`.
 """
 
 import copy
+import dataclasses
 import importlib
 import math
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooklens import HookedCausalLM, HookedKeyValueCache
+from hooklens import HookedCausalLM, HookedConfig, HookedKeyValueCache
 from hooklens.compat.transformer_lens import components, factories, utilities
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
@@ -160,7 +161,7 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
 def test_state_dicts_of_models() -> None:
     model = HookedCausalLM.from_pretrained("bundled:tiny-falcon")
     weights = model.named_weights()
-    components.adopt(model)
+    components.adopt(model, make_config())
     state = components.state_of(model)
     for name in weights:
         assert torch.equal(state.get(name, state.get(name.replace("attn.", "attn._"))), weights[name])
@@ -199,7 +200,7 @@ def test_keys_and_values_of_before() -> None:
 def test_parts_of_models(name: str) -> None:
     """Parts of other classes compute what they computed, and can be called as in 2.x."""
     plain, model = (HookedCausalLM.from_pretrained(f"bundled:{name}") for _ in range(2))
-    components.adopt(model)
+    components.adopt(model, make_config())
     ids = torch.arange(3, 20)[None]
     (logits, cache), (wanted, kept) = (one.run_with_cache(ids) for one in (model, plain))
     assert torch.equal(logits, wanted)
@@ -226,11 +227,32 @@ def test_parts_of_models(name: str) -> None:
     assert model.blocks[0].attn.b_Q.shape == (model.cfg.n_heads, model.cfg.d_head)
 
 
+def test_configs_of_parts() -> None:
+    """Code reads and sets fields of 2.x on a part's config: of a model it is that of all parts."""
+    attn = components.GroupedQueryAttention(make_config(n_key_value_heads=2))
+    assert (attn.cfg.d_head, attn.cfg.n_key_value_heads, attn.cfg.use_split_qkv_input) == (8, 2, False)
+    attn.cfg.use_split_qkv_input = True
+    assert attn.cfg.use_split_qkv_input
+    out = attn(X, X, X)
+    copies = (X[:, :, None].expand(-1, -1, n, -1) for n in (4, 2, 2))
+    torch.testing.assert_close(attn(*copies), out)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        attn.cfg.n_heads = 3
+    with pytest.raises(AttributeError, match="n_haeds"):
+        _ = attn.cfg.n_haeds
+    model = HookedCausalLM(make_config().to_hooked_config())
+    words = make_config()
+    components.adopt(model, words)
+    words.use_attn_result = True
+    assert model.blocks[2].mlp.cfg.use_attn_result
+    assert type(model.cfg) is HookedConfig
+
+
 def test_learned_positions_of_models() -> None:
     cfg = make_config().to_hooked_config()
     model = HookedCausalLM(cfg)
     wanted = model(TOKENS)
-    components.adopt(model)
+    components.adopt(model, make_config())
     assert torch.equal(model(TOKENS), wanted)
     assert torch.equal(model.pos_embed(TOKENS), model.W_pos[:7].expand(2, -1, -1))
 

@@ -1,7 +1,7 @@
 """The parts of TransformerLens 2.x: HookLens's, with its names, arguments and calls on top.
 
-`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then. Their
-`cfg` is HookLens's. `W_K` and `W_V` are those of key-value heads.
+`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then. `W_K`
+and `W_V` are those of key-value heads.
 """
 
 import copy
@@ -48,6 +48,22 @@ def network_of(cfg: Config, **changes: Any) -> HookedConfig:
     return words.to_hooked_config()
 
 
+class PartWords(HookedConfig):
+    """What a part's `cfg` is: HookLens's description, and beside its fields those of 2.x, which can be set."""
+
+    words: HookedTransformerConfig
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "words" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.words, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            super().__setattr__(name, value)
+        setattr(self.words, name, value)
+
+
 def bias_or_zeros(name: str) -> Any:
     """A bias as 2.x has it: zeros where the map has none."""
 
@@ -88,8 +104,9 @@ class Component(_Base):
         """Draw fresh weights, and give what is inside its class."""
         with torch.no_grad():
             initialize(self, self.cfg.init_scheme, None)
-        self.to(HookedTransformerConfig.unwrap(cfg).dtype)
-        adopt(self)
+        words = HookedTransformerConfig.unwrap(cfg)
+        self.to(words.dtype)
+        adopt(self, words)
 
     def __getattr__(self, name: str) -> Any:
         """`_W_K` and its like are `W_K`, which is of key-value heads in both libraries."""
@@ -357,10 +374,14 @@ CLASSES: dict[type, Any] = {
 _NORMS = {"layer": (LayerNorm, LayerNormPre), "rms": (RMSNorm, RMSNormPre)}
 
 
-def adopt(root: nn.Module) -> None:
-    """Give all parts and hook points inside a module the classes of 2.x."""
+def adopt(root: Part, words: HookedTransformerConfig) -> None:
+    """Give all parts and hook points inside a network or part the classes of 2.x, and parts its config, too."""
+    cfg = PartWords.__new__(PartWords)
+    cfg.__dict__.update(root.cfg.__dict__, words=words)
     for module in root.modules():
         part: Any = module
+        if isinstance(part, Part) and (part is not root or isinstance(root, Component)):
+            part.cfg = cfg
         if type(part) is norm.Norm:
             part.__class__ = _NORMS[part.norm.kind][part.w is None]
             # 2.x shows what a LayerNorm gives, and of other norms what they divide.
