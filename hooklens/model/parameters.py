@@ -38,7 +38,8 @@ class ModelWeights(Mapping[str, Tensor]):
         if name not in self._decoder.cfg.description.weights:
             raise KeyError(name)
         path, _, part = name.rpartition(".")
-        weight: Tensor = getattr(self._decoder.get_submodule(path), part)
+        owner: Any = self._decoder.get_submodule(path)
+        weight: Tensor = owner.read_weight(part)
         return weight.detach()
 
     def __iter__(self) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hooklens import HookedCausalLM, HookedConfig, HookedKeyValueCache
+from hooklens.analysis import circuit_weights
 from hooklens.compat.transformer_lens import components, factories, utilities
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
@@ -149,8 +150,12 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
     assert (attn.attn_scale, attn.b_Q.abs().sum().item()) == (pytest.approx(8**0.5), 0.0)
     torch.testing.assert_close(attn.OV[2].AB, attn.W_V[2] @ attn.W_O[2])
     grouped = make_part("gqa")
-    torch.testing.assert_close(grouped.QK[3].AB, grouped.W_Q[3] @ grouped.W_K[1].mT)
-    assert torch.equal(grouped._W_K, grouped.W_K)
+    assert (grouped.W_K.shape, grouped.b_V.shape, grouped._W_K.shape) == ((4, 16, 8), (4, 8), (2, 16, 8))
+    assert torch.equal(grouped.W_K, grouped._W_K.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(grouped.QK[3].AB, grouped.W_Q[3] @ grouped._W_K[1].mT)
+    grouped._W_K = torch.ones(2, 16, 8)
+    assert float(grouped.W_K.detach().sum()) == 4 * 16 * 8
+    assert "_W_K" not in dict(grouped.named_parameters())
     # Position 5, of pairs (0, 2) and (1, 3) with the base 10000.
     angles = torch.tensor([5.0, 0.05, 5.0, 0.05])
     torch.testing.assert_close(grouped.rotary_sin[5], angles.sin())
@@ -225,6 +230,13 @@ def test_parts_of_models(name: str) -> None:
         assert torch.equal(again(ids), wanted)
     # Biases that there are not are zeros.
     assert model.blocks[0].attn.b_Q.shape == (model.cfg.n_heads, model.cfg.d_head)
+    # HookLens reads its own weights, where query heads share keys and values.
+    assert block.attn.W_K.shape[0] == model.cfg.n_heads
+    assert model.W_K.shape[1] == model.cfg.n_kv_heads
+    assert all(torch.equal(one, plain.named_weights()[key]) for key, one in model.named_weights().items())
+    for circuit in (circuit_weights.ov_circuit, circuit_weights.qk_circuit):
+        assert torch.equal(circuit(model, 1, 3).AB, circuit(plain, 1, 3).AB)
+    assert torch.equal(model.process_weights(fold_ln=True)(ids), plain.process_weights(fold_ln=True)(ids))
 
 
 def test_configs_of_parts() -> None:

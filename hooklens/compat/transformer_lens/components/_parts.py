@@ -1,7 +1,6 @@
 """The parts of TransformerLens 2.x: HookLens's, with its names, arguments and calls on top.
 
-`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then. `W_K`
-and `W_V` are those of key-value heads.
+`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then.
 """
 
 import copy
@@ -109,8 +108,11 @@ class Component(_Base):
         adopt(self, words)
 
     def __getattr__(self, name: str) -> Any:
-        """`_W_K` and its like are `W_K`, which is of key-value heads in both libraries."""
-        return getattr(self, name[1:]) if name in _SHARED else super().__getattr__(name)
+        """`_W_K` and its like are what key-value heads have."""
+        return self.read_weight(name[1:]) if name in _SHARED else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name[1:] if name in _SHARED else name, value)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """`state_of`; inside a model's state dict what HookLens has there."""
@@ -135,7 +137,7 @@ def state_of(root: nn.Module) -> dict[str, Tensor]:
             continue
         is_ours = isinstance(part, Component)
         held = [name for name in _BESIDE if is_ours and isinstance(getattr(type(part), name, None), property)]
-        own = {name: getattr(part, name) for name in (*(one.name for one, _ in part.weight_table()), *held)}
+        own = {name: part.read_weight(name) for name in (*(one.name for one, _ in part.weight_table()), *held)}
         if isinstance(part, GroupedQueryAttention):
             own |= {name: own.pop(name[1:]) for name in _SHARED}
         found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own.items() if tensor is not None}
@@ -228,8 +230,8 @@ class AbstractAttention(Component, attention.Attention):
         return super().forward(query_input, key_input, value_input, plan, call, past_kv_cache_entry)
 
     b_Q, b_K, b_V, b_O = map(bias_or_zeros, ("b_Q", "b_K", "b_V", "b_O"))
-    OV = property(lambda self: FactoredMatrix(self._per_head(self.W_V), self.W_O), doc="`W_V W_O` of every head.")
-    QK = property(lambda self: FactoredMatrix(self.W_Q, self._per_head(self.W_K).mT), doc="`W_Q W_K^T` of every head.")
+    OV = property(lambda self: FactoredMatrix(self.W_V, self.W_O), doc="`W_V W_O` of every head.")
+    QK = property(lambda self: FactoredMatrix(self.W_Q, self.W_K.mT), doc="`W_Q W_K^T` of every head.")
     attn_type = property(lambda self: "local" if isinstance(self.reach, int) else "global", doc="How far it sees.")
     attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
     IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
@@ -246,9 +248,6 @@ class AbstractAttention(Component, attention.Attention):
         angles = at.float()[:, None] * frequencies
         angles = torch.cat([angles, angles], 1) if kind.layout == "half" else angles.repeat_interleave(2, 1)
         return (wave(angles) * amplitude).to(self.W_O.dtype)
-
-    def _per_head(self, weight: Tensor) -> Tensor:
-        return weight.repeat_interleave(self.cfg.n_heads // len(weight), dim=0)
 
     def _mask(self) -> Tensor:
         seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
@@ -272,12 +271,31 @@ class Attention(AbstractAttention):
     """Attention with keys and values for each head."""
 
 
+def _per_head(name: str) -> Any:
+    """A weight of keys or values with a row for each query head."""
+
+    def read(attn: Any) -> Tensor:
+        weight: Tensor = attn.read_weight(name)
+        return weight.repeat_interleave(attn.cfg.n_heads // len(weight), dim=0)
+
+    return property(read, doc=f"`{name}` of each query head; `_{name}` is what key-value heads have.")
+
+
 class GroupedQueryAttention(AbstractAttention):
     """Attention whose query heads share keys and values."""
 
     def __init__(self, cfg: Config, attn_type: str = "global", layer_id: int | None = None) -> None:
         assert HookedTransformerConfig.unwrap(cfg).n_key_value_heads is not None, "n_key_value_heads must be given"
         super().__init__(cfg, attn_type, layer_id)
+
+    W_K, W_V, b_K, b_V = map(_per_head, ("W_K", "W_V", "b_K", "b_V"))
+
+    def read_weight(self, name: str) -> Any:
+        """A weight; those of keys and values of key-value heads."""
+        if name in ("b_K", "b_V"):
+            return bias_or_zeros(name).fget(self)
+        is_shared = name in ("W_K", "W_V")
+        return self.declared[name].__get__(self, type(self)) if is_shared else super().read_weight(name)
 
 
 class Embed(Component, embed.Embed):
