@@ -181,6 +181,11 @@ class Part(HookedModule):
             )
 
 
+def read_weight(module: nn.Module, name: str) -> Any:
+    """A weight of a part, or of a module of others in its place, which calls it so."""
+    return module.read_weight(name) if isinstance(module, Part) else getattr(module, name)
+
+
 class _BlankLinear(nn.Linear):
     """A linear map whose weights nobody has drawn yet; its class is changed to `nn.Linear` once it is made."""
 

@@ -11,6 +11,7 @@ from hooklens.arguments import read_flag, read_int, read_one_of, reads
 from hooklens.config import HookedConfig, LearnedPositions, MoEConfig, ShortformerPositions
 from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
+from hooklens.model.parts.part import read_weight
 from hooklens.model.parts.quantised import quantised_maps
 from hooklens.weights.composition import all_composition_scores
 from hooklens.weights.factored import FactoredMatrix
@@ -19,7 +20,7 @@ from hooklens.weights.factored import FactoredMatrix
 def _read(part: Any, name: str) -> Any:
     """A weight of a part; None where it has none, or no part stands there."""
     try:
-        return part.read_weight(name)
+        return read_weight(part, name)
     except AttributeError:
         return None
 
