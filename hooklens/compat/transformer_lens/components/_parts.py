@@ -14,12 +14,12 @@ from hooklens import hooks
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.utilities import create_alibi_bias, create_alibi_slope
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
 from hooklens.model.attention import attention
 from hooklens.model.attention.alibi import alibi_slopes
-from hooklens.model.attention.rotary import rotary_frequencies
 from hooklens.model.initialization import initialize
 from hooklens.model.parts.alone import load_weights, plan_alone
 from hooklens.model.parts.part import Part
@@ -221,9 +221,7 @@ class AbstractAttention(Component, attention.Attention):
         position_bias: Tensor | None = None,
     ) -> Tensor:
         if additive_attention_mask is not None or position_bias is not None:
-            raise NotImplementedError(
-                "additive_attention_mask, position_bias: they are of encoders, which are not here"
-            )
+            raise NotImplementedError("additive_attention_mask, position_bias: encoders', which are not here")
         plan, call = plan_alone(query_input, self.cfg, past_kv_cache_entry, attention_mask)
         # Shortformer's positions are in the inputs.
         plan.embedded_positions = query_input.new_zeros(1, 1, 1)
@@ -236,35 +234,19 @@ class AbstractAttention(Component, attention.Attention):
     attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
     IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
 
-    rotary_sin = _derived(lambda self: self._rotate(torch.sin), "`[n_ctx rotary_dim]`; None without rotary.")
-    rotary_cos = _derived(lambda self: self._rotate(torch.cos), "`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_cos = _derived(lambda self: self._wave(0), "`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_sin = _derived(lambda self: self._wave(1), "`[n_ctx rotary_dim]`; None without rotary.")
     mask = _derived(lambda self: self._mask(), "Which keys each query sees, of the longest sequence.")
+    create_alibi_multipliers = staticmethod(alibi_slopes)
+    create_alibi_slope, create_alibi_bias = staticmethod(create_alibi_slope), staticmethod(create_alibi_bias)
 
-    def _rotate(self, wave: Callable[[Tensor], Tensor]) -> Tensor | None:
-        if self.rotary is None:
-            return None
-        kind, at = self.rotary.positions, torch.arange(self.cfg.n_ctx, device=self.W_O.device)
-        frequencies, amplitude = rotary_frequencies(kind, device=self.W_O.device)
-        angles = at.float()[:, None] * frequencies
-        angles = torch.cat([angles, angles], 1) if kind.layout == "half" else angles.repeat_interleave(2, 1)
-        return (wave(angles) * amplitude).to(self.W_O.dtype)
+    def _wave(self, which: int) -> Tensor | None:
+        rotary, like = self.rotary, self.W_O
+        return None if rotary is None else rotary.waves(self.cfg.n_ctx, like.device, like.dtype)[which]
 
     def _mask(self) -> Tensor:
         seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
         return seen.triu(1 - self.reach) if isinstance(self.reach, int) else seen
-
-    @staticmethod
-    def create_alibi_slope(n_ctx: int, device: Any = None) -> Tensor:
-        """Minus how far each key lies behind each query."""
-        at = torch.arange(n_ctx, device=device)
-        return (at[None] - at[:, None]).tril().float()
-
-    create_alibi_multipliers = staticmethod(alibi_slopes)
-
-    @staticmethod
-    def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = "cpu") -> Tensor:
-        """What linear biases add to the scores of keys that are seen, `[head query key]`."""
-        return alibi_slopes(n_heads, device)[:, None, None] * AbstractAttention.create_alibi_slope(n_ctx, device)
 
 
 class Attention(AbstractAttention):
