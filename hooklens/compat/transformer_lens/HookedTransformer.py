@@ -110,7 +110,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                 setattr(self, name, module)
             else:
                 self._modules.pop(name, None)
-        adopt(hooked)
+        adopt(hooked, self.cfg)
         self.train(hooked.training)
         self.setup()
         for name, own in before.items():
