@@ -59,7 +59,7 @@ class TextGeneration:
             eos_token_id: the end token, or several; None: those of `model.generation_config` (the checkpoint's
                 generation_config.json), or else the tokenizer's.
             do_sample: draw from the distribution; False: take the most likely token.
-            temperature: divides the logits, > 0.
+            temperature: divides the logits; 0 takes the most likely token, as `do_sample=False` does.
             top_k: draw from the k most likely tokens.
             top_p: draw from the smallest set of most likely tokens that has this probability, in (0, 1].
             min_p: draw from tokens at least this fraction as likely as the most likely one, in [0, 1].
