@@ -104,7 +104,7 @@ class LoadingMethods(nn.Module):
             kind = HookedTransformerConfig.from_hooked_config(processed.cfg).normalization_type
             cfg.normalization_type = kind
         tokenizer = processed.tokenizer if tokenizer is None else tokenizer
-        model = cls(cfg, tokenizer, move_to_device, default_padding_side, hooked=processed)  # type: ignore[call-arg]
+        model = cls(cfg, tokenizer, move_to_device, default_padding_side, hooked=processed)
         print(f"Loaded pretrained model {model_name} into HookedTransformer")
         return model
 
