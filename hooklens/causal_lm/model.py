@@ -38,6 +38,7 @@ from hooklens.hooks.edits import Edit
 from hooklens.hooks.module import require_gradients, run_backward
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
+from hooklens.hooks.splice import Splice, naming
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder
 from hooklens.model.loss import next_token_loss
@@ -272,6 +273,7 @@ class HookedCausalLM(
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
         **forward_keywords: Any,
     ) -> tuple[Any, ActivationCache]:
         """Run the model and keep activations.
@@ -290,6 +292,7 @@ class HookedCausalLM(
             fwd_hooks: pairs (name or filter, `fn(tensor, hook)`) that last for this call.
             bwd_hooks: the same for gradients.
             edits: values from `hooklens.edits`.
+            splices: sparse autoencoders and the like (`sae.at(name)`); they act after `edits`.
             **forward_keywords: keywords of a call (`return_type`, `attention_mask`, ...).
 
         Returns:
@@ -305,10 +308,12 @@ class HookedCausalLM(
             raise InputError("incl_bwd needs a scalar to run backward from: call with return_type='loss'")
         call = self._prepare(input, **prepare_keywords)
         idle = self._find_idle(forward_keywords)
-        points = self.select_hook_points(names_filter, idle=idle)
+        with naming(self, splices):
+            points = self.select_hook_points(names_filter, idle=idle)
+            own = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices, idle=idle)
         columns = self._choose_columns(pos_slice, run_keywords.get("logits_at"), call, points)
         capture = Capture(points, device=device, dtype=dtype, pos_slice=columns, incl_bwd=incl_bwd)
-        listeners = join_listeners([self.listen(fwd_hooks, bwd_hooks, edits, idle=idle), capture.listeners])
+        listeners = join_listeners([own, capture.listeners])
         output = self._run_call(call, listeners=listeners, **run_keywords)
         if incl_bwd:
             run_backward(output, capture)
@@ -351,6 +356,7 @@ class HookedCausalLM(
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
         **forward_keywords: Any,
     ) -> Any:
         """Run the model with hooks and edits that last for this call; other keywords are a call's.
@@ -362,7 +368,9 @@ class HookedCausalLM(
         """
         prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
         require_gradients(bwd_hooks, "bwd_hooks")
-        listeners = self.listen(fwd_hooks, bwd_hooks, edits, idle=self._find_idle(forward_keywords))
+        with naming(self, splices):
+            idle = self._find_idle(forward_keywords)
+            listeners = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices, idle=idle)
         return self._run_call(self._prepare(input, **prepare_keywords), listeners=listeners, **run_keywords)
 
     @reads(**CALLING)
