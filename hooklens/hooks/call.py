@@ -200,8 +200,14 @@ class Call:
 
 
 def open_call() -> Call:
-    """A call of a part of a network by itself, with the listeners of the thread's `with` blocks."""
-    return Call(thread_listeners())
+    """A call of a part of a network by itself, with the listeners of the thread's `with` blocks.
+
+    Inside a module of others that runs in a call, it is that call.
+    """
+    if not _all_entries:
+        return Call()
+    around = next((entry.call for entry in reversed(_entries.get()) if entry.call is not None), None)
+    return Call(thread_listeners(), None if around is None else around.tokens)
 
 
 def join_listeners(groups: Iterable[Listeners]) -> Listeners:
@@ -218,13 +224,18 @@ def join_listeners(groups: Iterable[Listeners]) -> Listeners:
 
 
 class _Entry:
-    """One way into a `with` block: a block can be entered by several threads, and again while it is open."""
+    """One way into a `with` block: a block can be entered by several threads, and again while it is open.
 
-    __slots__ = ("__weakref__", "block", "listeners")
+    Attributes:
+        call: the call that is in progress inside the block, where a module that hands none down runs in one.
+    """
 
-    def __init__(self, block: "ListeningBlock[Any]", listeners: Listeners) -> None:
+    __slots__ = ("__weakref__", "block", "call", "listeners")
+
+    def __init__(self, block: "ListeningBlock[Any]", listeners: Listeners, call: Call | None = None) -> None:
         self.block = block
         self.listeners = listeners
+        self.call = call
 
 
 # The `with` blocks that the calling thread is inside of; a new thread is inside of none.
@@ -257,15 +268,19 @@ class ListeningBlock(Generic[Value]):
         listeners: who listens, made on entering.
         value: what `with ... as` gives.
         silences: gradient hooks fall silent on leaving, also for backward passes that come later.
+        call: the call that is in progress inside the block.
     """
 
-    def __init__(self, listeners: Callable[[], Listeners], value: Value, *, silences: bool = True) -> None:
+    def __init__(
+        self, listeners: Callable[[], Listeners], value: Value, *, silences: bool = True, call: Call | None = None
+    ) -> None:
         self._make = listeners
         self._value = value
         self._silences = silences
+        self._call = call
 
     def __enter__(self) -> Value:
-        entry = _Entry(self, self._make())
+        entry = _Entry(self, self._make(), self._call)
         key = id(entry)
         _all_entries[key] = weakref.ref(entry, lambda _: _all_entries.pop(key, None))
         try:
@@ -361,6 +376,20 @@ def run_listening(listeners: Listeners, fn: Callable[..., Returned], *arguments:
 
     def inside() -> Returned:
         with ListeningBlock(lambda: listeners, None, silences=False):
+            return fn(*arguments, **keywords)
+
+    return copy_context().run(inside)
+
+
+def run_inside(call: Call, fn: Callable[..., Returned], *arguments: Any, **keywords: Any) -> Returned:
+    """Run a function in a call that it knows nothing of: hook points and parts that it runs belong to the call."""
+    if torch.compiler.is_compiling() and not call.listeners:
+        return fn(*arguments, **keywords)
+
+    def inside() -> Returned:
+        # The listeners of the blocks around are among the call's.
+        _entries.set(())
+        with ListeningBlock(lambda: call.listeners, None, silences=False, call=call):
             return fn(*arguments, **keywords)
 
     return copy_context().run(inside)

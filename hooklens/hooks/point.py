@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hooklens.axes import HookSite, layer_of
 from hooklens.errors import HookLensError, HookNameError, HookOutputError
+from hooklens.hooks.changes import note_change
 from hooklens.hooks.call import (
     Call,
     Direction,
@@ -21,6 +22,7 @@ from hooklens.hooks.call import (
     HookFunction,
     HookHandle,
     Listening,
+    open_call,
     run_apart,
     thread_listeners,
 )
@@ -69,9 +71,9 @@ class HookPoint(nn.Module):
             return tensor
         if own is None and listening is not None and not (listening.hooks or listening.gradient_hooks):
             for watcher in listening.watchers:
-                watcher.keep(tensor, self, _NO_CALL if call is None else call)
+                watcher.keep(tensor, self, open_call() if call is None else call)
             return tensor
-        return self._fire(tensor, call or _NO_CALL, _join(own, listening), needs_verdict=self.shared)[0]
+        return self._fire(tensor, call or open_call(), _join(own, listening), needs_verdict=self.shared)[0]
 
     @property
     def listening(self) -> bool:
@@ -236,6 +238,11 @@ class HookPoint(nn.Module):
                 f"{list(wanted[0])}, {wanted[1]} on {wanted[2]}. Nothing is broadcast, cast or moved: "
                 "return a tensor like the one that came in"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            note_change()
 
     def extra_repr(self) -> str:
         """The name, in the model's printed form."""

@@ -5,13 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from hooklens.hooks.foreign import place
+from hooklens.hooks.changes import count_changes, note_change
+from hooklens.hooks.foreign import Placed, check_placed, place
 from hooklens.hooks.names import NamesFilter, select_names
 from hooklens.hooks.point import HookPoint
 from hooklens.hooks.splice import spliced_points
-
-# Counts changes to any module tree, so that a model's table of hook points is made once and stays true.
-_tree_version = 0
 
 
 class HookPointTree(nn.Module):
@@ -36,17 +34,35 @@ class HookPointTree(nn.Module):
 
     def _fit(self, name: str, module: nn.Module, before: nn.Module) -> None:
         """Make a module fit into the place of another: of a point, or of a part of the network."""
-        declared = self.__dict__.get("_displaced", {}).get(name, before)
+        declared = self._displaced(name, before)
         if isinstance(module, HookPoint):
             if isinstance(declared, HookPoint):
                 site = declared.site if module.site is None else module.site
                 module.__dict__.update(site=site, shared=declared.shared, name=declared.name)
-        elif isinstance(declared, HookPoint) or (self._takes_calls(declared) and not self._takes_calls(module)):
-            self.__dict__.setdefault("_displaced", {})[name] = declared
+        elif self._is_placed(module, declared):
+            self.__dict__.setdefault("_displaced_by_name", {})[name] = declared
             place(module, declared)
 
+    def _displaced(self, name: str, before: nn.Module) -> nn.Module:
+        """What was built for a place; what stands there, where nothing has been put into it."""
+        displaced: nn.Module = self.__dict__.get("_displaced_by_name", {}).get(name, before)
+        return displaced
+
+    def _is_placed(self, module: nn.Module, declared: nn.Module) -> bool:
+        """Whether a module has to be made to fit into a place."""
+        if isinstance(declared, HookPoint):
+            return not isinstance(module, HookPoint)
+        return self._takes_calls(declared) and not self._takes_calls(module)
+
     def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
-        """Refuse a module that cannot stand in the place of another."""
+        """Refuse a module that cannot stand in the place of another.
+
+        Raises:
+            HookLensError: says why.
+        """
+        declared = self._displaced(name, before)
+        if self._is_placed(module, declared):
+            check_placed(f"{type(self).__name__}.{name}", module, declared)
 
     @staticmethod
     def _takes_calls(module: nn.Module) -> bool:
@@ -66,17 +82,12 @@ class HookPointTree(nn.Module):
 
     def _note_submodule(self, name: str, module: nn.Module) -> None:
         self._forget(name)
-        if isinstance(module, HookPointTree | HookPoint):
+        if isinstance(module, HookPointTree | HookPoint | Placed):
             self.__dict__[name] = module
 
     def _forget(self, name: str) -> None:
         self.__dict__.pop(name, None)
-        self._note_change()
-
-    @staticmethod
-    def _note_change() -> None:
-        global _tree_version  # noqa: PLW0603
-        _tree_version += 1
+        note_change()
 
     @property
     def n_hooked_layers(self) -> int | None:
@@ -102,6 +113,14 @@ class HookPointTree(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: the table of hook points is made anew."""
         return {name: value for name, value in self.__dict__.items() if name != "_hook_point_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state, in which modules of others are what they were."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, declared in self.__dict__.get("_displaced_by_name", {}).items():
+            module = self._modules.get(name)
+            if module is not None and self._is_placed(module, declared):
+                place(module, declared)
 
     def select_hook_points(
         self, names_filter: NamesFilter, *, idle: Collection[str] = frozenset()
@@ -144,7 +163,7 @@ class _HookPointTable:
         modules = dict(root.named_modules())
         self.points = {name: module for name, module in modules.items() if isinstance(module, HookPoint)}
         self.selections: dict[str | None, dict[str, HookPoint]] = {}
-        self._version = _tree_version
+        self._version = count_changes()
         self._plain = [
             (module._modules, tuple(module._modules.items()))
             for module in modules.values()
@@ -153,7 +172,7 @@ class _HookPointTable:
 
     def is_current(self) -> bool:
         """Whether the tree is as it was when the table was made."""
-        return self._version == _tree_version and all(tuple(now.items()) == then for now, then in self._plain)
+        return self._version == count_changes() and all(tuple(now.items()) == then for now, then in self._plain)
 
     def name_of(self, point: HookPoint) -> str:
         """The name of a point here; of one from elsewhere its own."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.foreign import Placed
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.heads import HeadInput
@@ -207,7 +208,7 @@ class Block(Part, place="blocks.{i}"):
             mlp_out = self._leave_branch(mlp_out, self.ln2_post, call)
         return self.hook_mlp_out(mlp_out, call)
 
-    def _leave_branch(self, out: Tensor, norm: Norm | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
+    def _leave_branch(self, out: Tensor, norm: Norm | Placed | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What a branch adds to the stream, given what it made."""
         if norm is not None:
             out = norm(out, call)
@@ -254,7 +255,7 @@ class Block(Part, place="blocks.{i}"):
         return renormed + made_by_listeners
 
 
-def _add(stream: Tensor, out: Tensor, norm: Norm | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
+def _add(stream: Tensor, out: Tensor, norm: Norm | Placed | None, call: Call) -> Float[Tensor, "batch pos d_model"]:
     """The stream behind a branch."""
     added = stream + out
     return added if norm is None else norm(added, call)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hooklens.config import HookedConfig, LearnedPositions, ShortformerPositions, SinusoidalPositions
 from hooklens.errors import InputError
 from hooklens.hooks import Call, HookPoint, open_call
+from hooklens.hooks.foreign import Placed
 from hooklens.model.norm import STREAM, Norm, norm
 from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import Weight, When, point, weight
@@ -20,7 +21,7 @@ _NORMED = When(lambda cfg: cfg.embed_norm is not None, "its embedding has no nor
 
 
 def watch_tokens(
-    point: HookPoint, tokens: Int[Tensor, "batch pos"], call: Call, d_vocab: int
+    point: HookPoint | Placed, tokens: Int[Tensor, "batch pos"], call: Call, d_vocab: int
 ) -> Int[Tensor, "batch pos"]:
     """The ids as listeners leave them.
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.arguments import read_flag, read_int, require, show
 from hooklens.errors import HookLensError, InputError
-from hooklens.hooks import Call
+from hooklens.hooks import Call, HookPoint
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
@@ -132,8 +132,11 @@ def run_checkpointed(
         left: Tensor = block(entering, plan, unheard)
         return left
 
-    entering = block.hook_resid_pre(resid, call)
+    # A hook point that nobody hears passes its tensor on, so that it can fire here; another module acts only once.
+    ends: list[nn.Module] = [block.hook_resid_pre, block.hook_resid_post]
+    first, last = (end if isinstance(end, HookPoint) else None for end in ends)
+    entering = resid if first is None else first(resid, call)
     # PyTorch 2.6 loads its tracer, half a million calls, with it.
     checkpoint = import_package("torch.utils.checkpoint").checkpoint
     left: Tensor = checkpoint(run, entering, use_reentrant=False)
-    return block.hook_resid_post(left, call)
+    return left if last is None else last(left, call)

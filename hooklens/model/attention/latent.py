@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from hooklens.config import BlockConfig, MLAConfig
 from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.foreign import Placed
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.heads import HeadSource, project_heads
@@ -213,7 +214,7 @@ class LatentAttention(Attention, kind="mla"):
         point, norm = self._point_and_norm(which)
         return point.listens(call) or norm.listens(call)
 
-    def _point_and_norm(self, which: str) -> tuple[HookPoint, Norm]:
+    def _point_and_norm(self, which: str) -> tuple[HookPoint | Placed, Norm | Placed]:
         """Where a latent is shown, and its norm."""
         if which == "kv":
             return self.hook_kv_latent, self.kv_latent_norm

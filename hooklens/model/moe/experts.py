@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.foreign import Placed
 from hooklens.model.moe.groups import ExpertGroups
 from hooklens.model.moe.router import Routing
 from hooklens.model.moe.spec import SHARES, gating_of, mixture_of
@@ -77,7 +78,7 @@ class Experts(Part, place="blocks.{i}.mlp.experts"):
         choice = routing.choice
         groups = ExpertGroups.of_choice(choice.flatten(0, 1), self.n_experts)
 
-        def show(where: HookPoint, neurons: Pairs) -> Pairs:
+        def show(where: HookPoint | Placed, neurons: Pairs) -> Pairs:
             """Neurons sorted by expert, as listeners leave them, who see them by token."""
             if not where.listens(call):
                 return neurons

@@ -123,20 +123,34 @@ class Part(HookedModule):
         return holder
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the part: straight, where nothing has been put around it, since a module call takes longer."""
+        """Run the part: straight, where nothing has been put around it, since a module call takes longer.
+
+        A `forward` of the part's own (`mlp.forward = lambda x: ...`) is given the call where it has a parameter `call`,
+        or takes whatever it is given.
+        """
         if is_bare(self.__dict__):
             return self.forward(*arguments, **keywords)
         own = self.__dict__.get("forward")
-        if own is not None and not takes_call(own, arguments, keywords):
+        if own is not None and not takes_call(own):
             return run_in_call(super().__call__, arguments, keywords)
         return super().__call__(*arguments, **keywords)
 
     def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
-        if isinstance(before, Part) and not before.can_be_replaced and not isinstance(module, Part):
+        super()._check_place(name, module, before)
+        if self._is_fixed(before) and not (isinstance(module, Part) or takes_call(module.forward)):
             raise InputError(
-                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to "
-                f"change what it gives, put a module in the place of the hook point behind it (hook_{name})"
+                f"{name}: only a part of the network's own kind can stand there, or a module whose forward takes all "
+                f"that such a part takes, the `call` among it; got a {type(module).__name__}. To change what it gives, "
+                "put a module in the place of the hook point behind it"
             )
+
+    def _is_placed(self, module: nn.Module, declared: nn.Module) -> bool:
+        return super()._is_placed(module, declared) and not self._is_fixed(declared)
+
+    @staticmethod
+    def _is_fixed(part: nn.Module) -> bool:
+        """Whether a part is called with more than a tensor."""
+        return isinstance(part, Part) and not part.can_be_replaced
 
     @staticmethod
     def _takes_calls(module: nn.Module) -> bool:

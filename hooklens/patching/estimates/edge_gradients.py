@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.hooks.foreign import Placed
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.block import Block
@@ -158,7 +159,7 @@ class EdgeGradients:
             normed = ln1.apply_weights(copies)
         return torch.autograd.grad(normed, copies, felt)[0]
 
-    def _attention(self, layer: int) -> tuple[Attention, Norm | None]:
+    def _attention(self, layer: int) -> tuple[Attention, Norm | Placed | None]:
         """The attention of a layer, and the norm of the stream that it reads."""
         block = self.model.blocks[layer]
         assert isinstance(block, Block)
