@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import sys
 
+from hooklens.compat.names import Translation, translate
 from hooklens.errors import HookLensError
 
 _NAME, _LAYER = "transformer_lens", "hooklens.compat.transformer_lens"
@@ -34,4 +35,4 @@ def install_transformer_lens() -> None:
             sys.modules[_NAME + name.removeprefix(_LAYER)] = importlib.import_module(name)
 
 
-__all__ = ["install_transformer_lens"]
+__all__ = ["Translation", "install_transformer_lens", "translate"]
