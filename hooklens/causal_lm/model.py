@@ -22,6 +22,7 @@ from hooklens.causal_lm.calls import (
     check_stream,
 )
 from hooklens.causal_lm.checkpoints import CheckpointMethods
+from hooklens.causal_lm.embedding import EmbeddingMethods
 from hooklens.causal_lm.loading import LoadingMethods
 from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig, refuse_other_outputs
@@ -54,7 +55,14 @@ if TYPE_CHECKING:
 
 
 class HookedCausalLM(
-    LoadingMethods, CheckpointMethods, AdapterMethods, TextMethods, TextGeneration, WeightViews, Decoder
+    LoadingMethods,
+    CheckpointMethods,
+    AdapterMethods,
+    TextMethods,
+    EmbeddingMethods,
+    TextGeneration,
+    WeightViews,
+    Decoder,
 ):
     """A decoder-only language model with a named hook point at every activation.
 
@@ -65,6 +73,7 @@ class HookedCausalLM(
     Attributes:
         cfg: the network's configuration.
         tokenizer: the tokenizer, or None.
+        default_prepend_bos: whether text gets a BOS where a call does not say; None: the tokenizer's own rule.
         transforms: the weight-processing steps that were done, in order.
         generation_config: the checkpoint's settings of generation, of which `generate` takes the end tokens.
 
@@ -118,7 +127,7 @@ class HookedCausalLM(
                 somebody listens there.
             loss_per_token: the losses themselves, `[batch pos-1]`; `[batch pos]` on a cached prefix whose
                 `last_logits` are known, which predict the first token.
-            prepend_bos: for text; None is the tokenizer's own rule. On a cache that holds tokens text goes on from
+            prepend_bos: for text; None is `default_prepend_bos`. On a cache that holds tokens text goes on from
                 them: it is encoded together with them, and there is no BOS to prepend.
             padding_side: for texts of different length; None is the tokenizer's own.
             attention_mask: `[batch pos]`, 1 for tokens and 0 for padding. None: for text, the padding that was
@@ -231,6 +240,7 @@ class HookedCausalLM(
             plan = self.make_plan(stream, attention_mask, positions, past_kv_cache, marks=marks)
             return PreparedCall(stream, plan, past_kv_cache, start_at_layer)
         # Document ids say which columns are padding: it is not guessed from the tokens.
+        past = read_past(self, input, past_kv_cache)
         said = document_ids is not None and attention_mask is None and not tokenization.is_text(input)
         ids, attention_mask = tokenization.read_tokens(
             input,
@@ -238,9 +248,9 @@ class HookedCausalLM(
             d_vocab=self.cfg.d_vocab,
             n_ctx=self.cfg.n_ctx,
             attention_mask=document_ids != NO_DOCUMENT if said else attention_mask,
-            prepend_bos=prepend_bos,
+            prepend_bos=self.bos_rule(prepend_bos=prepend_bos, begins=past is None),
             padding_side=padding_side,
-            past=read_past(self, input, past_kv_cache),
+            past=past,
             closed=end == "closed",
         )
         tokenization.check_has_values(ids, self.device)

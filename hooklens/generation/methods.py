@@ -74,8 +74,8 @@ class TextGeneration:
                 another one is appended to: all tokens but each row's last. The new tokens are those of the whole
                 sequence under every option, since the cache knows its tokens; the result and the streamer have the
                 prompts and what follows, not what came before.
-            prepend_bos: for text; None is the tokenizer's own rule. On a cache that holds tokens text goes on from
-                them: it is encoded together with them, and there is no BOS to prepend.
+            prepend_bos: for text; None is the model's `default_prepend_bos`. On a cache that holds tokens text goes on
+                from them: it is encoded together with them, and there is no BOS to prepend.
             seed: of the draws; None: from torch's global generator. A row's draws depend on the seed and on its
                 place only, not on other rows.
             logits_processor: functions (ids `[batch pos]`, scores `[batch d_vocab]`) to scores, as in

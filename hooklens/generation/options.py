@@ -66,7 +66,7 @@ class GenerationOptions:
         num_return_sequences: samples of each prompt.
         use_past_kv_cache: keep keys and values; False runs the whole sequence at every step.
         past_kv_cache: what came before the prompts.
-        prepend_bos: for text; None: the tokenizer's own rule.
+        prepend_bos: for text; None: `model.default_prepend_bos`.
         seed: of the draws; None: from torch's global generator.
         logits_processor: processors of the caller's own, run after the penalties and before temperature.
         stopping_criteria: functions that end rows.

@@ -118,10 +118,17 @@ class HookedModule(HookPointTree):
             ]
         )
 
-    def list_hooks(self, names_filter: NamesFilter = "*") -> dict[str, list[object]]:
-        """What `add_hook` and `add_edit` attached, by hook point: functions and edits, backward ones last."""
+    def list_hooks(self, names_filter: NamesFilter = None) -> dict[str, list[object]]:
+        """What `add_hook` and `add_edit` attached, by hook point: functions and edits, backward ones last.
+
+        Args:
+            names_filter: which hook points; None: all, those on request, too.
+
+        Raises:
+            HookNameError: some part of the filter selects nothing.
+        """
         attached = {}
-        for name, point in self.select_hook_points(names_filter).items():
+        for name, point in self.select_hook_points("*" if names_filter is None else names_filter).items():
             if point.own is not None:
                 attached[name] = [hook.source for hook in (*point.own.hooks, *point.own.gradient_hooks)]
         return attached
