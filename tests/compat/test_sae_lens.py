@@ -1,6 +1,6 @@
 """SAELens on the import layer: its models with autoencoders, its store of activations, a short training.
 
-Needs `pip install --no-deps -r requirements-sae.txt`. In a process of its own, in which the layer is installed.
+Needs `pip install --no-deps -r tests/compat/requirements-sae.txt`. In a process of its own, in which the layer is installed.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ plain = model(tokens)
 """
 
 if importlib.util.find_spec("sae_lens") is None:
-    pytest.skip("needs SAELens: pip install --no-deps -r requirements-sae.txt", allow_module_level=True)
+    pytest.skip("needs SAELens: pip install --no-deps -r tests/compat/requirements-sae.txt", allow_module_level=True)
 
 
 def run(code: str, folder: Path) -> None:
