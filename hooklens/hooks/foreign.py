@@ -59,7 +59,7 @@ class Placed(nn.Module):
 
 
 @cache
-def _placed_class(own: type[nn.Module]) -> type[nn.Module]:
+def _placed_class(own: Any) -> Any:
     return type(own.__name__, (Placed, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
 
 
@@ -71,7 +71,8 @@ def place(module: nn.Module, before: nn.Module) -> None:
         before: what has stood there.
     """
     if not isinstance(module, Placed):
-        module.__class__ = _placed_class(type(module))
+        own: Any = type(module)
+        module.__class__ = _placed_class(own)
     # Past nn.Module, which would make it a child.
     module.__dict__[_PLACED] = before
 

@@ -134,7 +134,7 @@ class Norm(Part):
             return self.apply_weights(x) if out is None else out
         if self.shows_output:
             divided = ((widen(x) if mean is None else widen(x) - mean) / scale).to(x.dtype) if changed else None
-            whole = out if divided is None else self._weigh(divided, x)
+            whole = out if divided is None else self._weigh_divided(divided, x)
             whole = self.apply_weights(x) if whole is None else whole
             return self.hook_normalized(whole, call)
         if out is not None and not changed and self.norm.kind == "layer":
@@ -147,9 +147,9 @@ class Norm(Part):
             changed = changed or normalized_changed
         if not changed:
             return self.apply_weights(x) if out is None else out
-        return self._weigh(normalized, x)
+        return self._weigh_divided(normalized, x)
 
-    def _weigh(self, normalized: Tensor, x: Tensor) -> Tensor:
+    def _weigh_divided(self, normalized: Tensor, x: Tensor) -> Tensor:
         """Weight and bias on what was divided, in the dtype of the input."""
         gain, bias = self._gain(), self._bias()
         scaled = normalized if gain is None else normalized * gain

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
+from hooklens.model.parts.part import read_weight
 from hooklens.weights.layout import hold, logical_view, to_stored
 from hooklens.weights.names import bare_names
 from hooklens.weights.quantised import is_quantised_tensor
@@ -38,7 +39,7 @@ class ModelWeights(Mapping[str, Tensor]):
         if name not in self._decoder.cfg.description.weights:
             raise KeyError(name)
         path, _, part = name.rpartition(".")
-        weight: Tensor = getattr(self._decoder.get_submodule(path), part)
+        weight: Tensor = read_weight(self._decoder.get_submodule(path), part)
         return weight.detach()
 
     def __iter__(self) -> Iterator[str]:

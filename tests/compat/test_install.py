@@ -54,5 +54,7 @@ except HookLensError as error:
 
 
 def test_nothing_of_the_layer_is_imported_with_hooklens() -> None:
-    code = "import hooklens, hooklens.patching\nprint([name for name in sys.modules if name.startswith('hooklens.compat')])"
+    code = (
+        "import hooklens, hooklens.patching\nprint([one for one in sys.modules if one.startswith('hooklens.compat')])"
+    )
     assert run(code).stdout == "[]\n"

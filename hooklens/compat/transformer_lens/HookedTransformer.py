@@ -1,6 +1,7 @@
 """`HookedTransformer` of TransformerLens 2.x: its calls and settings, on a `hooklens.HookedCausalLM`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -110,7 +111,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                 setattr(self, name, module)
             else:
                 self._modules.pop(name, None)
-        adopt(hooked)
+        adopt(hooked, self.cfg)
         self.train(hooked.training)
         self.setup()
         for name, own in before.items():
@@ -126,7 +127,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             del self.hook_dict[name], self.mod_dict[name]
         for name, point in self.hook_dict.items():
             setting = next((word for end, word in _SETTINGS.items() if name.endswith(end)), None)
-            point.__dict__["turned_on"] = None if setting is None else _Setting(self.cfg, setting)
+            point.__dict__["turned_on"] = None if setting is None else partial(_is_on, self.cfg, setting)
 
     def check_hooks_to_add(
         self,
@@ -167,7 +168,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             else:
                 assert isinstance(input, Tensor), "start_at_layer takes the residual stream"
                 self._check_positions(input, shortformer_pos_embed, attention_mask)
-            self._own_unembed.softcap = self.cfg.output_logits_soft_cap
+            self.__dict__["_own_unembed"].softcap = self.cfg.output_logits_soft_cap
             # HookLens takes runs of a pad token for padding where no mask is given; 2.x does not.
             mask = torch.ones(input.shape[:2], device=input.device) if attention_mask is None else attention_mask
             out = self.hooked(
@@ -214,7 +215,8 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             return None
         mask = torch.ones(stream.shape[:2], device=stream.device) if attention_mask is None else attention_mask
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        return self.W_pos[positions] * mask[..., None].to(self.W_pos)
+        found: Tensor = self.W_pos[positions] * mask[..., None].to(self.W_pos)
+        return found
 
     def input_to_embed(
         self,
@@ -227,7 +229,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         """The stream entering block 0, token ids, shortformer's position embeddings, and the mask."""
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             tokens, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
-            frozen = None if past_kv_cache is None else past_kv_cache.clone().freeze()
+            frozen: Any = None if past_kv_cache is None else past_kv_cache.clone().freeze()
             stream = self.forward(tokens, attention_mask=attention_mask, past_kv_cache=frozen, stop_at_layer=0)
             is_short = self.cfg.positional_embedding_type == "shortformer"
             return stream, tokens, self._embed_positions(stream, attention_mask) if is_short else None, attention_mask
@@ -242,7 +244,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         """The cross-entropy of the next token."""
         return utils.lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
-    def run_with_cache(  # type: ignore[override]
+    def run_with_cache(
         self, *model_args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Run, and keep activations in an `ActivationCache`."""
@@ -270,7 +272,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         self.hooked.to(device_or_dtype)
         return self
 
-    def cuda(self: Model, device: int | str | torch.device | None = None) -> Model:  # type: ignore[override]
+    def cuda(self: Model, device: int | str | torch.device | None = None) -> Model:
         """Move to a GPU."""
         return self.to("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
 
@@ -363,7 +365,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     def _stop_tokens(self, given: int | Sequence[int] | None) -> tuple[list[int], int]:
         """The tokens that end a row, and the one that fills it up then."""
-        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        own: Any = None if self.tokenizer is None else self.tokenizer.eos_token_id
         assert given is not None or own is not None, (
             "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
         )
@@ -371,11 +373,5 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         return stops, stops[0] if given is None or isinstance(given, int) or own is None else own
 
 
-class _Setting:
-    """Whether a setting of a config is on."""
-
-    def __init__(self, cfg: HookedTransformerConfig, name: str) -> None:
-        self._cfg, self._name = cfg, name
-
-    def __call__(self) -> bool:
-        return bool(getattr(self._cfg, self._name))
+def _is_on(cfg: HookedTransformerConfig, setting: str) -> bool:
+    return bool(getattr(cfg, setting))

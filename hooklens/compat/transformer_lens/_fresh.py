@@ -31,7 +31,7 @@ def _in_turn(hooked: HookedCausalLM, cfg: HookedTransformerConfig) -> Iterator[t
         yield "pos_embed.W_pos", table if hooked.pos_embed is None else hooked.pos_embed.W_pos
     for block in hooked.block_list():
         for name in ("W_Q", "W_O", "W_K", "W_V"):
-            yield name, getattr(block.attn, name)
+            yield name, block.attn.read_weight(name)
         if not block.has_mlp:
             continue
         if cfg.num_experts:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from hooklens.adapters import open_config
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import loading_from_pretrained as loading
 from hooklens.compat.transformer_lens._state import process
@@ -103,7 +104,7 @@ class LoadingMethods(nn.Module):
             kind = HookedTransformerConfig.from_hooked_config(processed.cfg).normalization_type
             cfg.normalization_type = kind
         tokenizer = processed.tokenizer if tokenizer is None else tokenizer
-        model = cls(cfg, tokenizer, move_to_device, default_padding_side, hooked=processed)  # type: ignore[call-arg]
+        model = cls(cfg, tokenizer, move_to_device, default_padding_side, hooked=processed)
         print(f"Loaded pretrained model {model_name} into HookedTransformer")
         return model
 
@@ -140,7 +141,7 @@ def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]
     """The context asked for, or that of a checkpoint where it is longer than 2.x lets it be."""
     if n_ctx is not None or most is None:
         return n_ctx
-    return most if loading.open_config(source, **where).n_ctx > most else None
+    return most if open_config(source, **where).n_ctx > most else None
 
 
 def bake(hooked: HookedCausalLM) -> HookedCausalLM:
@@ -150,7 +151,8 @@ def bake(hooked: HookedCausalLM) -> HookedCausalLM:
     """
     cfg = hooked.cfg
     offset = {name for name, norm in cfg.description.norms.items() if norm.unit_offset}
-    first = cfg.positions.offset if isinstance(cfg.positions, LearnedPositions | ShortformerPositions) else 0
+    table = cfg.positions if isinstance(cfg.positions, LearnedPositions | ShortformerPositions) else None
+    first = 0 if table is None else table.offset
     if cfg.embed_scale is None and not offset and not first:
         return hooked
     state = {name: weight.detach().clone() for name, weight in hooked.named_weights().items()}
@@ -159,9 +161,9 @@ def bake(hooked: HookedCausalLM) -> HookedCausalLM:
         state[f"{name}.w"] = (1 + widen(weight)).to(weight.dtype)
     if cfg.embed_scale is not None:
         state["embed.W_E"] *= torch.tensor(cfg.embed_scale, dtype=state["embed.W_E"].dtype)
-    if first:
+    if table is not None:
         state["pos_embed.W_pos"] = state["pos_embed.W_pos"][first:]
-    places = {"positions": type(cfg.positions)()} if first else {}
+    places: dict[str, Any] = {"positions": dataclasses.replace(table, offset=0)} if table is not None else {}
     norms = {name: _without_offset(getattr(cfg, name)) for name in ("norm", "final_norm", "qk_norm", "embed_norm")}
     plain = cfg.replace(embed_scale=None, embed_scale_rounded=False, tied_unembed=False, origin=None, **norms, **places)
     baked = HookedCausalLM.from_state_dict(state, plain, hooked.tokenizer)

@@ -62,8 +62,7 @@ class StateMethods(nn.Module):
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """The sum of the biases written to the stream below a layer."""
-        total = torch.zeros(self.cfg.d_model, device=self.hooked.device, dtype=self.hooked.dtype)
-        total = total + self.b_O[: layer + mlp_input].sum(0)
+        total: Tensor = self.b_O[: layer + mlp_input].sum(0)
         return total + self.b_out[:layer].sum(0) if include_mlp_biases and not self.cfg.attn_only else total
 
     def all_composition_scores(self, mode: str) -> Tensor:

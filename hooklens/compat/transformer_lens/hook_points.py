@@ -13,8 +13,8 @@ from hooklens import hooks
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
 from hooklens.hooks.call import Call, Hook
 
-# `"fwd"`, `"bwd"` or, where hooks are removed, `"both"`.
-Dir = str
+# "fwd", "bwd" or, where hooks are removed, "both".
+Dir = Any
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
 HookFunction = Callable[..., Any]
 HookList = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
@@ -120,9 +120,7 @@ class HookPoint(hooks.HookPoint):
             raise ValueError(f"Invalid direction {dir}")
         self.attach(LensHandle(hook, self, dir=dir, permanent=is_permanent, level=level), dir=dir, prepend=prepend)
 
-    def remove_hooks(  # type: ignore[override]
-        self, dir: Dir = "fwd", including_permanent: bool = False, level: int | None = None
-    ) -> None:
+    def remove_hooks(self, dir: Dir = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
         """Remove the hooks of a direction and level; of all levels where permanent ones go, too."""
         if dir not in ("fwd", "bwd", "both"):
             raise ValueError(f"Invalid direction {dir}")
@@ -178,7 +176,7 @@ class HookedRootModule(nn.Module):
         self.mod_dict, self.hook_dict = {}, {}
         for name, module in self.named_modules():
             if name:
-                module.name = name  # type: ignore[assignment]
+                module.name = name
                 self.mod_dict[name] = module
                 if isinstance(module, HookPoint):
                     self.hook_dict[name] = module
@@ -288,7 +286,7 @@ class HookedRootModule(nn.Module):
             self.context_level += 1
             for dir, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                 for name, hook in pairs:
-                    self._enable_hook(name, hook, dir)  # type: ignore[arg-type]
+                    self._enable_hook(name, hook, dir)
             yield self
         finally:
             if reset_hooks_end:
@@ -388,7 +386,7 @@ class HookedRootModule(nn.Module):
         cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for dir, pairs in (("fwd", fwd), ("bwd", bwd)):
             for name, hook in pairs:
-                self.hook_dict[name].add_hook(hook, dir)  # type: ignore[arg-type]
+                self.hook_dict[name].add_hook(hook, dir)
         return cache
 
     def cache_all(

@@ -17,7 +17,7 @@ from hooklens.weights.transformer_lens import read_state
 def weights_of(part: Part) -> dict[str, Tensor]:
     """The weights of a part and of the parts inside it, under the field's names, which are views of the parameters."""
     return {
-        f"{path}.{one.name}".lstrip("."): getattr(inner, one.name)
+        f"{path}.{one.name}".lstrip("."): inner.read_weight(one.name)
         for path, inner in part.named_modules()
         if isinstance(inner, Part)
         for one, _ in inner.weight_table()

@@ -134,12 +134,12 @@ class Part(HookedModule):
     def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
         if isinstance(before, Part) and not before.can_be_replaced and not isinstance(module, Part):
             raise InputError(
-                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to change "
-                f"what it gives, put a module in the place of the hook point behind it (hook_{name})"
+                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to "
+                f"change what it gives, put a module in the place of the hook point behind it (hook_{name})"
             )
 
     @staticmethod
-    def _is_own_part(module: nn.Module) -> bool:
+    def _takes_calls(module: nn.Module) -> bool:
         return isinstance(module, Part)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -159,6 +159,10 @@ class Part(HookedModule):
                 raise
         raise AttributeError(f"{type(self).__name__} has no {name} here: {self.absent.get(name, 'it was deleted')}")
 
+    def read_weight(self, name: str) -> Any:
+        """A weight as the network has it; a subclass may show something else under its name."""
+        return getattr(self, name)
+
     def weight_table(self) -> Iterator[tuple[Weight, tuple[int, ...]]]:
         """The weights that this part has, with their logical shapes."""
         for one in self.declared.values():
@@ -172,7 +176,14 @@ class Part(HookedModule):
         """
         for one, shape in self.weight_table():
             value = 0.0 if one.is_bias and one.fresh is None else one.fresh
-            getattr(self, one.name).copy_(draw(one, shape) if value is None else torch.full(shape, value, device="cpu"))
+            self.read_weight(one.name).copy_(
+                draw(one, shape) if value is None else torch.full(shape, value, device="cpu")
+            )
+
+
+def read_weight(module: nn.Module, name: str) -> Any:
+    """A weight of a part, or of a module of others in its place, which calls it so."""
+    return module.read_weight(name) if isinstance(module, Part) else getattr(module, name)
 
 
 class _BlankLinear(nn.Linear):

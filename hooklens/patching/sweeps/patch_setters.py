@@ -23,7 +23,7 @@ def _set(corrupted: Tensor, index: Sequence[int], clean: Tensor, axes: tuple[str
     """Set the entries of an index, whose first number is the layer and the others stand from an axis on."""
     if len(index) != len(axes):
         raise InputError(f"the index {list(index)} has {len(index)} numbers; expected {len(axes)}: {', '.join(axes)}")
-    place: tuple[slice | int, ...] = (*[slice(None)] * axis, *index[1:])
+    place: tuple[slice | int, ...] = (*(slice(None),) * axis, *index[1:])
     corrupted[place] = clean[place]
     return corrupted
 

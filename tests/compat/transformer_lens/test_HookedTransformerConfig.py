@@ -59,7 +59,7 @@ def test_what_follows_from_other_fields(changes: dict[str, Any], derived: dict[s
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"act_fn": None}, "act_fn must be given"),
+        ({"act_fn": None}, "act_fn=None must be one of"),
         ({"act_fn": "mish"}, "act_fn='mish' must be one of"),
         ({"use_local_attn": True}, "needs window_size; use_local_attn needs attn_types"),
         ({"num_experts": 2}, "go together"),

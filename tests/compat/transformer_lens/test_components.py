@@ -4,6 +4,7 @@ The numbers are what its classes give with the weights of `fill`.
 """
 
 import copy
+import dataclasses
 import importlib
 import math
 import pickle
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from hooklens.compat.transformer_lens.hook_points import HookPoint
 from torch import Tensor
 
-from hooklens import HookedCausalLM, HookedKeyValueCache
+from hooklens import HookedCausalLM, HookedConfig, HookedKeyValueCache
+from hooklens.analysis import circuit_weights
 from hooklens.compat.transformer_lens import components, factories, utilities
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 
 BASE: dict[str, Any] = {
@@ -148,8 +150,12 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
     assert (attn.attn_scale, attn.b_Q.abs().sum().item()) == (pytest.approx(8**0.5), 0.0)
     torch.testing.assert_close(attn.OV[2].AB, attn.W_V[2] @ attn.W_O[2])
     grouped = make_part("gqa")
-    torch.testing.assert_close(grouped.QK[3].AB, grouped.W_Q[3] @ grouped.W_K[1].mT)
-    assert torch.equal(grouped._W_K, grouped.W_K)
+    assert (grouped.W_K.shape, grouped.b_V.shape, grouped._W_K.shape) == ((4, 16, 8), (4, 8), (2, 16, 8))
+    assert torch.equal(grouped.W_K, grouped._W_K.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(grouped.QK[3].AB, grouped.W_Q[3] @ grouped._W_K[1].mT)
+    grouped._W_K = torch.ones(2, 16, 8)
+    assert float(grouped.W_K.detach().sum()) == 4 * 16 * 8
+    assert "_W_K" not in dict(grouped.named_parameters())
     # Position 5, of pairs (0, 2) and (1, 3) with the base 10000.
     angles = torch.tensor([5.0, 0.05, 5.0, 0.05])
     torch.testing.assert_close(grouped.rotary_sin[5], angles.sin())
@@ -160,7 +166,7 @@ def test_weights_have_the_shapes_that_they_have_there() -> None:
 def test_state_dicts_of_models() -> None:
     model = HookedCausalLM.from_pretrained("bundled:tiny-falcon")
     weights = model.named_weights()
-    components.adopt(model)
+    components.adopt(model, make_config())
     state = components.state_of(model)
     for name in weights:
         assert torch.equal(state.get(name, state.get(name.replace("attn.", "attn._"))), weights[name])
@@ -199,7 +205,7 @@ def test_keys_and_values_of_before() -> None:
 def test_parts_of_models(name: str) -> None:
     """Parts of other classes compute what they computed, and can be called as in 2.x."""
     plain, model = (HookedCausalLM.from_pretrained(f"bundled:{name}") for _ in range(2))
-    components.adopt(model)
+    components.adopt(model, make_config())
     ids = torch.arange(3, 20)[None]
     (logits, cache), (wanted, kept) = (one.run_with_cache(ids) for one in (model, plain))
     assert torch.equal(logits, wanted)
@@ -224,13 +230,41 @@ def test_parts_of_models(name: str) -> None:
         assert torch.equal(again(ids), wanted)
     # Biases that there are not are zeros.
     assert model.blocks[0].attn.b_Q.shape == (model.cfg.n_heads, model.cfg.d_head)
+    # HookLens reads its own weights, where query heads share keys and values.
+    assert block.attn.W_K.shape[0] == model.cfg.n_heads
+    assert model.W_K.shape[1] == model.cfg.n_kv_heads
+    assert all(torch.equal(one, plain.named_weights()[key]) for key, one in model.named_weights().items())
+    for circuit in (circuit_weights.ov_circuit, circuit_weights.qk_circuit):
+        assert torch.equal(circuit(model, 1, 3).AB, circuit(plain, 1, 3).AB)
+    assert torch.equal(model.process_weights(fold_ln=True)(ids), plain.process_weights(fold_ln=True)(ids))
+
+
+def test_configs_of_parts() -> None:
+    """Code reads and sets fields of 2.x on a part's config: of a model it is that of all parts."""
+    attn = components.GroupedQueryAttention(make_config(n_key_value_heads=2))
+    assert (attn.cfg.d_head, attn.cfg.n_key_value_heads, attn.cfg.use_split_qkv_input) == (8, 2, False)
+    attn.cfg.use_split_qkv_input = True
+    assert attn.cfg.use_split_qkv_input
+    out = attn(X, X, X)
+    copies = (X[:, :, None].expand(-1, -1, n, -1) for n in (4, 2, 2))
+    torch.testing.assert_close(attn(*copies), out)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        attn.cfg.n_heads = 3
+    with pytest.raises(AttributeError, match="n_haeds"):
+        _ = attn.cfg.n_haeds
+    model = HookedCausalLM(make_config().to_hooked_config())
+    words = make_config()
+    components.adopt(model, words)
+    words.use_attn_result = True
+    assert model.blocks[2].mlp.cfg.use_attn_result
+    assert type(model.cfg) is HookedConfig
 
 
 def test_learned_positions_of_models() -> None:
     cfg = make_config().to_hooked_config()
     model = HookedCausalLM(cfg)
     wanted = model(TOKENS)
-    components.adopt(model)
+    components.adopt(model, make_config())
     assert torch.equal(model(TOKENS), wanted)
     assert torch.equal(model.pos_embed(TOKENS), model.W_pos[:7].expand(2, -1, -1))
 

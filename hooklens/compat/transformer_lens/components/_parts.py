@@ -1,7 +1,6 @@
 """The parts of TransformerLens 2.x: HookLens's, with its names, arguments and calls on top.
 
-`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then. Their
-`cfg` is HookLens's. `W_K` and `W_V` are those of key-value heads.
+`adopt` gives a model's parts these classes, and each can be made by itself of a config, with fresh weights then.
 """
 
 import copy
@@ -15,12 +14,12 @@ from hooklens import hooks
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.utilities import create_alibi_bias, create_alibi_slope
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
 from hooklens.model.attention import attention
 from hooklens.model.attention.alibi import alibi_slopes
-from hooklens.model.attention.rotary import rotary_frequencies
 from hooklens.model.initialization import initialize
 from hooklens.model.parts.alone import load_weights, plan_alone
 from hooklens.model.parts.part import Part
@@ -46,6 +45,22 @@ def network_of(cfg: Config, **changes: Any) -> HookedConfig:
     for name, value in changes.items():
         setattr(words, name, value)
     return words.to_hooked_config()
+
+
+class PartWords(HookedConfig):
+    """What a part's `cfg` is: HookLens's description, and beside its fields those of 2.x, which can be set."""
+
+    words: HookedTransformerConfig
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "words" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.words, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            super().__setattr__(name, value)
+        setattr(self.words, name, value)
 
 
 def bias_or_zeros(name: str) -> Any:
@@ -88,12 +103,16 @@ class Component(_Base):
         """Draw fresh weights, and give what is inside its class."""
         with torch.no_grad():
             initialize(self, self.cfg.init_scheme, None)
-        self.to(HookedTransformerConfig.unwrap(cfg).dtype)
-        adopt(self)
+        words = HookedTransformerConfig.unwrap(cfg)
+        self.to(words.dtype)
+        adopt(self, words)
 
     def __getattr__(self, name: str) -> Any:
-        """`_W_K` and its like are `W_K`, which is of key-value heads in both libraries."""
-        return getattr(self, name[1:]) if name in _SHARED else super().__getattr__(name)
+        """`_W_K` and its like are what key-value heads have."""
+        return self.read_weight(name[1:]) if name in _SHARED else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name[1:] if name in _SHARED else name, value)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """`state_of`; inside a model's state dict what HookLens has there."""
@@ -118,7 +137,7 @@ def state_of(root: nn.Module) -> dict[str, Tensor]:
             continue
         is_ours = isinstance(part, Component)
         held = [name for name in _BESIDE if is_ours and isinstance(getattr(type(part), name, None), property)]
-        own = {name: getattr(part, name) for name in (*(one.name for one, _ in part.weight_table()), *held)}
+        own = {name: part.read_weight(name) for name in (*(one.name for one, _ in part.weight_table()), *held)}
         if isinstance(part, GroupedQueryAttention):
             own |= {name: own.pop(name[1:]) for name in _SHARED}
         found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own.items() if tensor is not None}
@@ -202,57 +221,46 @@ class AbstractAttention(Component, attention.Attention):
         position_bias: Tensor | None = None,
     ) -> Tensor:
         if additive_attention_mask is not None or position_bias is not None:
-            raise NotImplementedError(
-                "additive_attention_mask, position_bias: they are of encoders, which are not here"
-            )
+            raise NotImplementedError("additive_attention_mask, position_bias: encoders', which are not here")
         plan, call = plan_alone(query_input, self.cfg, past_kv_cache_entry, attention_mask)
         # Shortformer's positions are in the inputs.
         plan.embedded_positions = query_input.new_zeros(1, 1, 1)
         return super().forward(query_input, key_input, value_input, plan, call, past_kv_cache_entry)
 
     b_Q, b_K, b_V, b_O = map(bias_or_zeros, ("b_Q", "b_K", "b_V", "b_O"))
-    OV = property(lambda self: FactoredMatrix(self._per_head(self.W_V), self.W_O), doc="`W_V W_O` of every head.")
-    QK = property(lambda self: FactoredMatrix(self.W_Q, self._per_head(self.W_K).mT), doc="`W_Q W_K^T` of every head.")
+    OV = property(lambda self: FactoredMatrix(self.W_V, self.W_O), doc="`W_V W_O` of every head.")
+    QK = property(lambda self: FactoredMatrix(self.W_Q, self.W_K.mT), doc="`W_Q W_K^T` of every head.")
     attn_type = property(lambda self: "local" if isinstance(self.reach, int) else "global", doc="How far it sees.")
     attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
     IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
 
-    rotary_sin = _derived(lambda self: self._rotate(torch.sin), "`[n_ctx rotary_dim]`; None without rotary.")
-    rotary_cos = _derived(lambda self: self._rotate(torch.cos), "`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_cos = _derived(lambda self: self._wave(0), "`[n_ctx rotary_dim]`; None without rotary.")
+    rotary_sin = _derived(lambda self: self._wave(1), "`[n_ctx rotary_dim]`; None without rotary.")
     mask = _derived(lambda self: self._mask(), "Which keys each query sees, of the longest sequence.")
+    create_alibi_multipliers = staticmethod(alibi_slopes)
+    create_alibi_slope, create_alibi_bias = staticmethod(create_alibi_slope), staticmethod(create_alibi_bias)
 
-    def _rotate(self, wave: Callable[[Tensor], Tensor]) -> Tensor | None:
-        if self.rotary is None:
-            return None
-        kind, at = self.rotary.positions, torch.arange(self.cfg.n_ctx, device=self.W_O.device)
-        frequencies, amplitude = rotary_frequencies(kind, device=self.W_O.device)
-        angles = at.float()[:, None] * frequencies
-        angles = torch.cat([angles, angles], 1) if kind.layout == "half" else angles.repeat_interleave(2, 1)
-        return (wave(angles) * amplitude).to(self.W_O.dtype)
-
-    def _per_head(self, weight: Tensor) -> Tensor:
-        return weight.repeat_interleave(self.cfg.n_heads // len(weight), dim=0)
+    def _wave(self, which: int) -> Tensor | None:
+        rotary, like = self.rotary, self.W_O
+        return None if rotary is None else rotary.waves(self.cfg.n_ctx, like.device, like.dtype)[which]
 
     def _mask(self) -> Tensor:
         seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
         return seen.triu(1 - self.reach) if isinstance(self.reach, int) else seen
 
-    @staticmethod
-    def create_alibi_slope(n_ctx: int, device: Any = None) -> Tensor:
-        """Minus how far each key lies behind each query."""
-        at = torch.arange(n_ctx, device=device)
-        return (at[None] - at[:, None]).tril().float()
-
-    create_alibi_multipliers = staticmethod(alibi_slopes)
-
-    @staticmethod
-    def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = "cpu") -> Tensor:
-        """What linear biases add to the scores of keys that are seen, `[head query key]`."""
-        return alibi_slopes(n_heads, device)[:, None, None] * AbstractAttention.create_alibi_slope(n_ctx, device)
-
 
 class Attention(AbstractAttention):
     """Attention with keys and values for each head."""
+
+
+def _per_head(name: str) -> Any:
+    """A weight of keys or values with a row for each query head."""
+
+    def read(attn: Any) -> Tensor:
+        weight: Tensor = attn.read_weight(name)
+        return weight.repeat_interleave(attn.cfg.n_heads // len(weight), dim=0)
+
+    return property(read, doc=f"`{name}` of each query head; `_{name}` is what key-value heads have.")
 
 
 class GroupedQueryAttention(AbstractAttention):
@@ -261,6 +269,15 @@ class GroupedQueryAttention(AbstractAttention):
     def __init__(self, cfg: Config, attn_type: str = "global", layer_id: int | None = None) -> None:
         assert HookedTransformerConfig.unwrap(cfg).n_key_value_heads is not None, "n_key_value_heads must be given"
         super().__init__(cfg, attn_type, layer_id)
+
+    W_K, W_V, b_K, b_V = map(_per_head, ("W_K", "W_V", "b_K", "b_V"))
+
+    def read_weight(self, name: str) -> Any:
+        """A weight; those of keys and values of key-value heads."""
+        if name in ("b_K", "b_V"):
+            return bias_or_zeros(name).fget(self)
+        is_shared = name in ("W_K", "W_V")
+        return self.declared[name].__get__(self, type(self)) if is_shared else super().read_weight(name)
 
 
 class Embed(Component, embed.Embed):
@@ -357,10 +374,14 @@ CLASSES: dict[type, Any] = {
 _NORMS = {"layer": (LayerNorm, LayerNormPre), "rms": (RMSNorm, RMSNormPre)}
 
 
-def adopt(root: nn.Module) -> None:
-    """Give all parts and hook points inside a module the classes of 2.x."""
+def adopt(root: Part, words: HookedTransformerConfig) -> None:
+    """Give all parts and hook points inside a network or part the classes of 2.x, and parts its config, too."""
+    cfg = PartWords.__new__(PartWords)
+    cfg.__dict__.update(root.cfg.__dict__, words=words)
     for module in root.modules():
         part: Any = module
+        if isinstance(part, Part) and (part is not root or isinstance(root, Component)):
+            part.cfg = cfg
         if type(part) is norm.Norm:
             part.__class__ = _NORMS[part.norm.kind][part.w is None]
             # 2.x shows what a LayerNorm gives, and of other norms what they divide.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hooklens.model import activations
 from hooklens.model.activations import ACTIVATIONS
+from hooklens.model.attention.alibi import alibi_slopes
 
 gelu_new = gelu_fast = gelu_pytorch_tanh = ACTIVATIONS["gelu_tanh"]
 solu = ACTIVATIONS["solu"]
@@ -55,6 +56,17 @@ def simple_attn_linear(input: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def complex_attn_linear(input: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`x W + b` of each head, each with an input of its own."""
     return torch.einsum("bpnm,nmh->bpnh", input, w) + b
+
+
+def create_alibi_slope(n_ctx: int, device: Any = None) -> Tensor:
+    """Minus how far each key lies behind each query, `[query key]`."""
+    at = torch.arange(n_ctx, device=device)
+    return (at[None] - at[:, None]).tril().float()
+
+
+def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = "cpu") -> Tensor:
+    """What linear biases add to the scores of keys that are seen, `[head query key]`."""
+    return alibi_slopes(n_heads, device)[:, None, None] * create_alibi_slope(n_ctx, device)
 
 
 def get_best_available_device(cfg: Any) -> torch.device:
