@@ -155,7 +155,7 @@ class ActivationCache:
 
     def stack_head_results(
         self,
-        layer: int = -1,
+        layer: int | None = -1,
         return_labels: bool = False,
         incl_remainder: bool = False,
         pos_slice: Positions = None,
@@ -171,7 +171,9 @@ class ActivationCache:
             apply_ln=apply_ln,
         )  # fmt: skip
 
-    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
+    def stack_activation(
+        self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
+    ) -> Tensor:
         """One activation of every layer."""
         n_layers = self.model.cfg.n_layers if layer in (None, -1) else layer
         return torch.stack([self[activation_name, below, sublayer_type] for below in range(n_layers)])
@@ -180,11 +182,13 @@ class ActivationCache:
         """What each neuron of a layer writes, `[*batch_pos neuron d_model]`."""
         neurons, positions = _slice(neuron_slice), _slice(pos_slice)
         acts = neurons.apply(positions.apply(self["post", layer, "mlp"], dim=-2), dim=-1)
-        return acts[..., None] * neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)  # type: ignore[union-attr]
+        weights = self.model.hooked.named_weights()
+        W_out = weights[f"blocks.{range(self.model.cfg.n_layers)[layer]}.mlp.W_out"]
+        return acts[..., None] * neurons.apply(W_out, dim=0)
 
     def stack_neuron_results(
         self,
-        layer: int,
+        layer: int | None,
         pos_slice: Positions = None,
         neuron_slice: Positions = None,
         return_labels: bool = False,
@@ -221,7 +225,7 @@ class ActivationCache:
             residual_stack = rows.apply(residual_stack, dim=row_axis)
         is_final = layer in (None, -1, cfg.n_layers)
         if recompute_ln and is_final:
-            normed: Tensor = self.model.ln_final(residual_stack)
+            normed: Tensor = self.model.get_submodule("ln_final")(residual_stack)
             return normed
         ours = self._ours()
         name = locate(ours.cfg, layer, mlp_input=mlp_input and not is_final).norm

@@ -20,7 +20,7 @@ from hooklens.optional import import_package
 
 USE_DEFAULT_VALUE: Any = None
 CACHE_DIR = import_package("huggingface_hub.constants").HUGGINGFACE_HUB_CACHE
-SliceInput = int | tuple[int, ...] | list[int] | Tensor | np.ndarray | None
+SliceInput = int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
 gelu_new = gelu_fast = partial(F.gelu, approximate="tanh")
 
 _DATASETS = {
