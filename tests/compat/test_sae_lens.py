@@ -1,6 +1,7 @@
 """SAELens on the import layer: its models with autoencoders, its store of activations, a short training.
 
-Needs `pip install --no-deps -r tests/compat/requirements-sae.txt`. In a process of its own, in which the layer is installed.
+Needs `pip install --no-deps -r tests/compat/requirements-sae.txt`. In a process of its own, in which the layer is
+installed.
 """
 
 import importlib.util
@@ -39,7 +40,7 @@ def run(code: str, folder: Path) -> None:
 
 
 def test_models_with_autoencoders(tmp_path: Path) -> None:
-    """In the place of a hook point: its own points are cached and edited, gradients flow, and resetting brings all back."""
+    """In the place of a hook point: its own points are cached and edited, gradients flow, resetting brings all back."""
     code = """
 sae = StandardSAE(StandardSAEConfig(
     d_in=128, d_sae=64, metadata=SAEMetadata(model_name="tiny", hook_name=PLACE, prepend_bos=True)))
@@ -74,7 +75,8 @@ def test_its_store_and_training(tmp_path: Path) -> None:
 import datasets
 from sae_lens import (
     SAE, ActivationsStore, LanguageModelSAERunnerConfig, LoggingConfig, SAETrainingRunner, StandardTrainingSAEConfig)
-texts = datasets.Dataset.from_dict({"text": ["When Mary and John went to the store , John gave a drink to Mary ."] * 300})
+text = "When Mary and John went to the store , John gave a drink to Mary ."
+texts = datasets.Dataset.from_dict({"text": [text] * 300})
 cfg = LanguageModelSAERunnerConfig(
     sae=StandardTrainingSAEConfig(d_in=128, d_sae=96, l1_coefficient=1.0), model_name="tiny", hook_name=PLACE,
     dataset_path="given", is_dataset_tokenized=False, streaming=False, context_size=12, training_tokens=2000,

@@ -327,9 +327,8 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             side: Any = "left" if isinstance(input, list) and len(input) > 1 else USE_DEFAULT_VALUE
             tokens = self.to_tokens(input, padding_side=side) if isinstance(input, str | list) else input
             tokens = tokens.to(self.hooked.device)
-            assert tokens.ndim == 2 and not tokens.is_floating_point(), (
-                "generate takes texts, or token ids [batch, pos]"
-            )
+            are_ids = tokens.ndim == 2 and not tokens.is_floating_point()
+            assert are_ids, "generate takes texts, or token ids [batch, pos]"
             mask = torch.ones_like(tokens)
             if side == "left":
                 with utils.LocallyOverridenDefaults(self, padding_side="left"):

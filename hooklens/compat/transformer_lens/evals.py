@@ -74,7 +74,7 @@ def evaluate_on_dataset(model: Any, data_loader: Any, truncate: int = 100, devic
         losses.append(model(batch["tokens"].to(device), return_type="loss").mean().item())
         if len(losses) > truncate:
             break
-    return sum(losses) / len(losses)
+    return float(sum(losses) / len(losses))
 
 
 @torch.inference_mode()

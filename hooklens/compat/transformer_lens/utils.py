@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from rich import print as rprint
 from torch import Tensor, nn
 
+from hooklens import analysis, generation
 from hooklens.optional import import_package
 
 USE_DEFAULT_VALUE: Any = None
@@ -143,20 +144,14 @@ def sample_logits(
     """Draw a token for each row from torch's own generator; at temperature 0 the likeliest."""
     if temperature == 0.0:
         return final_logits.argmax(-1)
-    scores = final_logits / temperature
     if freq_penalty > 0:
         assert tokens is not None, "Must provide input_tokens if applying a frequency penalty"
         assert tokens.ndim == 2, "Frequency penalty needs tokens [batch, pos]"
-        counts = torch.stack([torch.bincount(row, minlength=scores.shape[-1]) for row in tokens])
-        scores = scores - freq_penalty * counts
-    generation = import_package("transformers").generation
-    if top_k is not None:
-        assert top_k > 0, "top_k has to be greater than 0"
-        scores = generation.TopKLogitsWarper(top_k)(None, scores)
-    elif top_p is not None:
-        assert 1.0 >= top_p > 0.0, "top_p has to be in (0, 1]"
-        scores = scores if top_p == 1.0 else generation.TopPLogitsWarper(top_p)(None, scores)
-    return torch.distributions.Categorical(logits=scores.float()).sample()
+    assert top_k is None or top_k > 0, "top_k has to be greater than 0"
+    assert top_k is not None or top_p is None or 1.0 >= top_p > 0.0, "top_p has to be in (0, 1]"
+    chosen: dict[str, Any] = {"top_k": top_k} if top_k is not None else {"top_p": top_p}
+    penalty: dict[str, Any] = {"freq_penalty": freq_penalty, "tokens": tokens} if freq_penalty > 0 else {}
+    return generation.sample_logits(final_logits, temperature=temperature, **chosen, **penalty)
 
 
 def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
@@ -192,7 +187,7 @@ class LocallyOverridenDefaults:
     _VALID = {"prepend_bos": (True, False), "padding_side": ("left", "right")}  # noqa: RUF012
 
     def __init__(self, model: Any, **overrides: Any) -> None:
-        for name, value in overrides.items():
+        for name in overrides:
             assert name in self._VALID, f"{name} is not a valid parameter to override: {', '.join(self._VALID)} are"
         places = {"prepend_bos": (model.cfg, "default_prepend_bos"), "padding_side": (model.tokenizer, "padding_side")}
         self._changes = [
@@ -301,7 +296,7 @@ def test_prompt(
     prepend_bos: bool | None = USE_DEFAULT_VALUE,
     top_k: int = 10,
 ) -> None:
-    """Print the rank, logit and probability of an answer, or of the first tokens of several, and the likeliest tokens."""
+    """Print the rank, logit and probability of an answer, or of the first tokens of several, and the best tokens."""
     answers = [answer] if isinstance(answer, str) else list(answer)
     if prepend_space_to_answer:
         answers = [one if one.startswith(" ") else f" {one}" for one in answers]
@@ -351,13 +346,10 @@ def composition_scores(left: Any, right: Any, broadcast_dims: bool = True) -> Te
     return norms
 
 
-def logits_to_df(model: Any, logits: Tensor, k: int = 10) -> Any:
-    """The likeliest tokens of one position, with their logits and probabilities."""
-    best = logits.topk(k)
-    log_probs = logits.log_softmax(-1)[best.indices]
-    columns = {"token": [model.to_string(one) for one in best.indices], "logit": to_numpy(best.values)}
-    columns |= {"log_prob": to_numpy(log_probs), "probability": to_numpy(log_probs.exp())}
-    return import_package("pandas").DataFrame(columns)
+def logits_to_df(logits: Float[Tensor, " d_vocab"], tokenizer: Any = None, top_k: int | None = None) -> Any:
+    """The tokens of one position, the likeliest first."""
+    table = analysis.logits_to_frame(logits, tokenizer, k=top_k)
+    return table.rename(columns={"token": "token_index", "text": "token_string", "logprob": "log_prob"})
 
 
 def get_corner(tensor: Any, n: int = 3) -> Any:
@@ -434,9 +426,13 @@ def get_dataset(dataset_name: str, **kwargs: Any) -> Any:
 
 
 def download_file_from_hf(
-    repo_name: str, file_name: str, subfolder: str = ".", cache_dir: str | None = CACHE_DIR, force_is_torch: bool = False,
+    repo_name: str,
+    file_name: str,
+    subfolder: str = ".",
+    cache_dir: str | None = CACHE_DIR,
+    force_is_torch: bool = False,
     **kwargs: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """A file of the hub, read where it is JSON or holds tensors; else its path."""
     hub = import_package("huggingface_hub")
     path = hub.hf_hub_download(repo_name, file_name, subfolder=subfolder, cache_dir=cache_dir, **kwargs)
