@@ -69,6 +69,8 @@ ALLOWED_PHRASES = re.compile(
     r"bundled:tiny-[a-z-]+"
     # The field's own word for one way to stretch rotary frequencies, and the release that brought it.
     r"|(?<![a-zA-Z])llama3(?![0-9])|\bLlama 3\.1\b"
+    # A collection of sparse autoencoders, by its name.
+    r"|\bGemma Scope\b|\bgemma[_-]scope\b|_gemma_scope\b"
     # Public names that say which library's parameters and configurations they read and write.
     r"|\b(from|to|read|write)_xlstm\b|\bxlstm-jax\b"
     # The field's own word for a way to draw fresh weights.

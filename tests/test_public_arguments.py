@@ -3,6 +3,7 @@
 A torch or Python error from inside says nothing about the argument that was wrong.
 """
 
+import copy
 import inspect
 from pathlib import Path
 
@@ -106,6 +107,10 @@ METHODS = {
     "list_hooks": (None, {}, ["names_filter"]),
     "process_weights": (None, {}, ["fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
                                    "refactor_factored_attn_matrices"]),
+    "input_to_embed": (None, {"input": TOKENS},
+                       ["input", "prepend_bos", "padding_side", "attention_mask", "positions", "past_kv_cache"]),
+    "set_tokenizer": (lambda model, **given: copy.copy(model).set_tokenizer(**given), {"tokenizer": None},
+                      ["tokenizer"]),
     "to_tokens": (None, {"text": "the"}, ["text", "prepend_bos", "padding_side", "truncate", "return_attention_mask"]),
     "to_string": (None, {}, ["tokens"]),
     "to_str_tokens": (None, {"input": "the"}, ["input", "prepend_bos"]),

@@ -35,8 +35,8 @@ def ov_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
     if isinstance(block.attn, LatentAttention):
         reads = fold_norm(block.ln1, block.attn.W_DKV) @ fold_norm(block.attn.kv_latent_norm, block.attn.W_UV[head])
     else:
-        reads = fold_norm(block.ln1, block.attn.W_V[_kv_head(model, head)])
-    writes = behind_norm(block.ln1_post, widen(block.attn.W_O[head]))
+        reads = fold_norm(block.ln1, block.attn.read_weight("W_V")[_kv_head(model, head)])
+    writes = behind_norm(block.exit_norm("attn"), widen(block.attn.W_O[head]))
     return _together(model, reads, writes * model.cfg.residual_scale)
 
 
@@ -58,7 +58,9 @@ def qk_circuit(model: HookedCausalLM, layer: int, head: int) -> FactoredMatrix:
             "the normed latents, FactoredMatrix(attn.W_UQ[..., d_rope:], attn.W_UK.mT)"
         )
     W_Q = behind_norm(attn.q_norm, fold_norm(block.ln1, attn.W_Q[head]), head)
-    W_K = behind_norm(attn.k_norm, fold_norm(block.ln1, attn.W_K[_kv_head(model, head)]), _kv_head(model, head))
+    W_K = behind_norm(
+        attn.k_norm, fold_norm(block.ln1, attn.read_weight("W_K")[_kv_head(model, head)]), _kv_head(model, head)
+    )
     return _together(model, W_Q * model.cfg.block(layer).score_scale, W_K.mT)
 
 
@@ -72,7 +74,7 @@ def mlp_reader(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_model d_ml
 def mlp_writer(model: HookedCausalLM, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """What an MLP's neurons write to the stream."""
     block = model.block_list()[layer]
-    return behind_norm(block.ln2_post, widen(block.mlp.W_out)).to(model.device) * model.cfg.residual_scale
+    return behind_norm(block.exit_norm("mlp"), widen(block.mlp.W_out)).to(model.device) * model.cfg.residual_scale
 
 
 def unembedding(model: HookedCausalLM) -> Float[Tensor, "d_model d_vocab"]:

@@ -131,7 +131,7 @@ def corpus_loss(
         model: a model with a tokenizer.
         texts: at least one of two tokens or more.
         batch_size: texts run at a time; any size gives the same number.
-        prepend_bos: None is the tokenizer's own rule.
+        prepend_bos: None is the model's `default_prepend_bos`.
 
     Raises:
         InputError: no tokenizer, one text in the place of a list, nothing to predict, or a batch size below 1.

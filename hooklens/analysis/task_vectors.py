@@ -187,7 +187,7 @@ def _list_matrices(model: HookedCausalLM, weight: DeclaredWeight) -> Iterator[_M
         if weight.writes:
             _, layer, part = weight.name.split(".")[:3]
             block = model.block_list()[int(layer)]
-            norm = block.ln1_post if part == "attn" else block.ln2_post
+            norm = block.exit_norm(part)
             yield _Matrix(behind_norm(norm, stream_first.T).T * model.cfg.residual_scale, expert)
         else:
             before: Any = None if weight.reads is None else model.get_submodule(weight.reads)

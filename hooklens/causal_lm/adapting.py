@@ -24,6 +24,7 @@ from hooklens.causal_lm.kept_adapters import (
     path_of,
     refuse_processed,
 )
+from hooklens.causal_lm.settings import hand_on_settings
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, HookLensError, InputError, join_names, suggest_names
 from hooklens.files import write_safetensors
@@ -190,7 +191,7 @@ class AdapterMethods:
             cfg = cfg.replace(tied_unembed=False)
         made: Any = type(self)
         model = made.from_state_dict(weights, cfg, state["tokenizer"])
-        model.generation_config = dict(state["generation_config"])
+        hand_on_settings(self, model)
         return model  # type: ignore[no-any-return]
 
     def named_weights(self) -> ModelWeights:

@@ -31,6 +31,7 @@ from hooklens.arguments import (
     show,
 )
 from hooklens.causal_lm.loading import build_from_tensors
+from hooklens.causal_lm.settings import hand_on_settings
 from hooklens.config import HookedConfig
 from hooklens.errors import (
     CheckpointError,
@@ -331,7 +332,7 @@ class CheckpointMethods:
         place = decoder.device if decoder.placement is None else decoder.placement
         model = build_from_tensors(type(self), processed.cfg, copied.items(), tokenizer=self.tokenizer, device=place)
         model.transforms = (*self.transforms, *processed.steps)
-        model.generation_config = dict(self.generation_config)
+        hand_on_settings(self, model)
         return model
 
     def dequantize(self: Model) -> Model:
@@ -348,7 +349,7 @@ class CheckpointMethods:
         weights = {name: weight.clone() for name, weight in ModelWeights(self.as_decoder()).items()}
         model = self.from_state_dict(weights, self.cfg, self.tokenizer)
         model.transforms = self.transforms
-        model.generation_config = dict(self.generation_config)
+        hand_on_settings(self, model)
         return model
 
     def _require_plain(self, what: str, error: type[HookLensError], then: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from hooklens.adapters import merging as folders
 from hooklens.causal_lm.loading import build_from_tensors
 from hooklens.causal_lm.model import HookedCausalLM
+from hooklens.causal_lm.settings import hand_on_settings
 from hooklens.errors import InputError, join_names
 from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.weights.merging.kinds import MergedTensors, Outline, Target, collect, open_operand
@@ -84,7 +85,7 @@ class HookedModel:
             tokenizer=self._model.tokenizer,
             device=decoder.device if decoder.placement is None else decoder.placement,
         )
-        made.generation_config = dict(self._model.generation_config)
+        hand_on_settings(self._model, made)
         return made
 
     def transformers_state(self) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ class HookedModel:
         self._transformers.load_state_dict(copied, assign=True)
         self._transformers.tie_weights()
         made = type(self._model).from_hf(self._transformers, self._model.tokenizer)
-        made.generation_config = dict(self._model.generation_config)
+        hand_on_settings(self._model, made)
         return made.to(decoder.device)
 
 

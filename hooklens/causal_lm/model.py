@@ -22,6 +22,7 @@ from hooklens.causal_lm.calls import (
     check_stream,
 )
 from hooklens.causal_lm.checkpoints import CheckpointMethods
+from hooklens.causal_lm.embedding import EmbeddingMethods
 from hooklens.causal_lm.loading import LoadingMethods
 from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig, refuse_other_outputs
@@ -37,6 +38,7 @@ from hooklens.hooks.edits import Edit
 from hooklens.hooks.module import require_gradients, run_backward
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
+from hooklens.hooks.splice import Splice, naming
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder
 from hooklens.model.loss import next_token_loss
@@ -53,7 +55,14 @@ if TYPE_CHECKING:
 
 
 class HookedCausalLM(
-    LoadingMethods, CheckpointMethods, AdapterMethods, TextMethods, TextGeneration, WeightViews, Decoder
+    LoadingMethods,
+    CheckpointMethods,
+    AdapterMethods,
+    TextMethods,
+    EmbeddingMethods,
+    TextGeneration,
+    WeightViews,
+    Decoder,
 ):
     """A decoder-only language model with a named hook point at every activation.
 
@@ -64,6 +73,7 @@ class HookedCausalLM(
     Attributes:
         cfg: the network's configuration.
         tokenizer: the tokenizer, or None.
+        default_prepend_bos: whether text gets a BOS where a call does not say; None: the tokenizer's own rule.
         transforms: the weight-processing steps that were done, in order.
         generation_config: the checkpoint's settings of generation, of which `generate` takes the end tokens.
 
@@ -117,7 +127,7 @@ class HookedCausalLM(
                 somebody listens there.
             loss_per_token: the losses themselves, `[batch pos-1]`; `[batch pos]` on a cached prefix whose
                 `last_logits` are known, which predict the first token.
-            prepend_bos: for text; None is the tokenizer's own rule. On a cache that holds tokens text goes on from
+            prepend_bos: for text; None is `default_prepend_bos`. On a cache that holds tokens text goes on from
                 them: it is encoded together with them, and there is no BOS to prepend.
             padding_side: for texts of different length; None is the tokenizer's own.
             attention_mask: `[batch pos]`, 1 for tokens and 0 for padding. None: for text, the padding that was
@@ -230,6 +240,7 @@ class HookedCausalLM(
             plan = self.make_plan(stream, attention_mask, positions, past_kv_cache, marks=marks)
             return PreparedCall(stream, plan, past_kv_cache, start_at_layer)
         # Document ids say which columns are padding: it is not guessed from the tokens.
+        past = read_past(self, input, past_kv_cache)
         said = document_ids is not None and attention_mask is None and not tokenization.is_text(input)
         ids, attention_mask = tokenization.read_tokens(
             input,
@@ -237,9 +248,9 @@ class HookedCausalLM(
             d_vocab=self.cfg.d_vocab,
             n_ctx=self.cfg.n_ctx,
             attention_mask=document_ids != NO_DOCUMENT if said else attention_mask,
-            prepend_bos=prepend_bos,
+            prepend_bos=self.bos_rule(prepend_bos=prepend_bos, begins=past is None),
             padding_side=padding_side,
-            past=read_past(self, input, past_kv_cache),
+            past=past,
             closed=end == "closed",
         )
         tokenization.check_has_values(ids, self.device)
@@ -262,6 +273,7 @@ class HookedCausalLM(
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
         **forward_keywords: Any,
     ) -> tuple[Any, ActivationCache]:
         """Run the model and keep activations.
@@ -280,6 +292,7 @@ class HookedCausalLM(
             fwd_hooks: pairs (name or filter, `fn(tensor, hook)`) that last for this call.
             bwd_hooks: the same for gradients.
             edits: values from `hooklens.edits`.
+            splices: sparse autoencoders and the like (`sae.at(name)`); they act after `edits`.
             **forward_keywords: keywords of a call (`return_type`, `attention_mask`, ...).
 
         Returns:
@@ -295,10 +308,12 @@ class HookedCausalLM(
             raise InputError("incl_bwd needs a scalar to run backward from: call with return_type='loss'")
         call = self._prepare(input, **prepare_keywords)
         idle = self._find_idle(forward_keywords)
-        points = self.select_hook_points(names_filter, idle=idle)
+        with naming(self, splices):
+            points = self.select_hook_points(names_filter, idle=idle)
+            own = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices, idle=idle)
         columns = self._choose_columns(pos_slice, run_keywords.get("logits_at"), call, points)
         capture = Capture(points, device=device, dtype=dtype, pos_slice=columns, incl_bwd=incl_bwd)
-        listeners = join_listeners([self.listen(fwd_hooks, bwd_hooks, edits, idle=idle), capture.listeners])
+        listeners = join_listeners([own, capture.listeners])
         output = self._run_call(call, listeners=listeners, **run_keywords)
         if incl_bwd:
             run_backward(output, capture)
@@ -341,6 +356,7 @@ class HookedCausalLM(
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
         **forward_keywords: Any,
     ) -> Any:
         """Run the model with hooks and edits that last for this call; other keywords are a call's.
@@ -352,7 +368,9 @@ class HookedCausalLM(
         """
         prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
         require_gradients(bwd_hooks, "bwd_hooks")
-        listeners = self.listen(fwd_hooks, bwd_hooks, edits, idle=self._find_idle(forward_keywords))
+        with naming(self, splices):
+            idle = self._find_idle(forward_keywords)
+            listeners = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices, idle=idle)
         return self._run_call(self._prepare(input, **prepare_keywords), listeners=listeners, **run_keywords)
 
     @reads(**CALLING)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from hooklens import tokens as tokenization
-from hooklens.arguments import read_tensor, refusal
+from hooklens.arguments import optional, read_tensor, reads, refusal
 from hooklens.config import HookedConfig
 from hooklens.errors import InputError
 from hooklens.tokens import Ids, PaddingSide, TokenBatch, Tokenizer
@@ -22,6 +22,40 @@ class TextMethods:
     tokenizer: Tokenizer | None
     device: torch.device
     W_U: Float[Tensor, "d_model d_vocab"]
+    _default_prepend_bos: bool | None = None
+
+    @property
+    def default_prepend_bos(self) -> bool | None:
+        """What `prepend_bos=None` means, wherever this model reads text that begins a sequence.
+
+        True and False are as the argument, None is the tokenizer's own rule. It may be set at any time, and goes with
+        the model: to copies, and to models made of its weights, but into no file.
+        """
+        return self._default_prepend_bos
+
+    @default_prepend_bos.setter
+    def default_prepend_bos(self, default: bool | None) -> None:
+        self._default_prepend_bos = tokenization.read_prepend_bos(default, what="default_prepend_bos")
+
+    def bos_rule(self, *, prepend_bos: bool | None = None, begins: bool = True) -> bool | None:
+        """The BOS rule for a text, given what a caller says; see `hooklens.tokens.encoding`.
+
+        Args:
+            prepend_bos: the caller's word; None: `default_prepend_bos`.
+            begins: a sequence begins with the text. One that goes on from tokens has no BOS, whatever the default.
+        """
+        return self._default_prepend_bos if prepend_bos is None and begins else prepend_bos
+
+    @reads(tokenizer=optional(tokenization.read_tokenizer))
+    def set_tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        """Use a tokenizer from here on; None: the model takes token ids alone.
+
+        The tokenizer is taken as it is, and its padding side stays.
+
+        Raises:
+            InputError: it is none.
+        """
+        self.tokenizer = tokenizer
 
     @overload
     def to_tokens(
@@ -62,7 +96,7 @@ class TextMethods:
         batch = tokenization.to_tokens(
             self._need_tokenizer(),
             text,
-            prepend_bos=prepend_bos,
+            prepend_bos=self.bos_rule(prepend_bos=prepend_bos),
             padding_side=padding_side,
             truncate=truncate,
             n_ctx=self.cfg.n_ctx,
@@ -79,7 +113,9 @@ class TextMethods:
 
     def to_str_tokens(self, input: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """The text of each token of a prompt or row of ids."""
-        return tokenization.to_str_tokens(self._need_tokenizer(), input, prepend_bos=prepend_bos)
+        return tokenization.to_str_tokens(
+            self._need_tokenizer(), input, prepend_bos=self.bos_rule(prepend_bos=prepend_bos)
+        )
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token inside a row: `" word"` with its space, `"word"` without.
@@ -106,7 +142,9 @@ class TextMethods:
         Raises:
             InputError: it does not occur.
         """
-        return tokenization.get_token_position(self._need_tokenizer(), token, input, mode=mode, prepend_bos=prepend_bos)
+        return tokenization.get_token_position(
+            self._need_tokenizer(), token, input, mode=mode, prepend_bos=self.bos_rule(prepend_bos=prepend_bos)
+        )
 
     def tokens_to_residual_directions(self, tokens: str | int | Integer[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
         """The unembedding direction of each token: the column of `W_U` whose product with the stream is its logit.

@@ -13,7 +13,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.", callback=read_text)],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 50,
-    temperature: Annotated[float, typer.Option(help="Divides the logits, > 0.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the most likely token, as --greedy does.")
+    ] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many most likely tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the most likely tokens with this probability together.")

@@ -48,7 +48,7 @@ def score_continuations(
         continuations: texts or rows of token ids, mixed as you like.
         batch_size: rows at once; `"auto"` by memory, see `batching.estimate_bytes_per_token`.
         edits: values from `hooklens.edits`; they name no rows.
-        prepend_bos: for a prefix that is text; None is the tokenizer's own rule.
+        prepend_bos: for a prefix that is text; None is the model's `default_prepend_bos`.
         progress: show a progress bar.
 
     Returns:

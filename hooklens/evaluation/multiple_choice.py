@@ -72,7 +72,7 @@ def multiple_choice(
             harness's task files; `""` counts all.
         batch_size: choices at once.
         edits: values from `hooklens.edits`, as in `score_continuations`.
-        prepend_bos: for the text a sequence begins with; None is the tokenizer's own rule.
+        prepend_bos: for the text a sequence begins with; None is the model's `default_prepend_bos`.
         progress: show a progress bar.
 
     Returns:

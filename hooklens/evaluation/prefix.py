@@ -246,7 +246,7 @@ def _read_row(
         model.tokenizer,
         d_vocab=model.cfg.d_vocab,
         n_ctx=model.cfg.n_ctx,
-        prepend_bos=prepend_bos,
+        prepend_bos=model.bos_rule(prepend_bos=prepend_bos),
         closed=False,
         what=what,
     )

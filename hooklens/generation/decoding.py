@@ -52,7 +52,7 @@ class Decoding:
             keeps_all=self._forward.keeps_all_rows,
             needs_table=self._reads_ids or not options.use_past_kv_cache or self._forward.may_start_anew,
         )
-        self._draws = RowDraws(len(self.rows), options.seed, prompts.ids.device) if options.do_sample else None
+        self._draws = RowDraws(len(self.rows), options.seed, prompts.ids.device) if options.samples else None
         self._newest: Tensor | None = None
         self._logprobs: list[tuple[list[int], Tensor]] | None = [] if keeps_logprobs else None
 

@@ -59,7 +59,7 @@ class TextGeneration:
             eos_token_id: the end token, or several; None: those of `model.generation_config` (the checkpoint's
                 generation_config.json), or else the tokenizer's.
             do_sample: draw from the distribution; False: take the most likely token.
-            temperature: divides the logits, > 0.
+            temperature: divides the logits; 0 takes the most likely token, as `do_sample=False` does.
             top_k: draw from the k most likely tokens.
             top_p: draw from the smallest set of most likely tokens that has this probability, in (0, 1].
             min_p: draw from tokens at least this fraction as likely as the most likely one, in [0, 1].
@@ -74,8 +74,8 @@ class TextGeneration:
                 another one is appended to: all tokens but each row's last. The new tokens are those of the whole
                 sequence under every option, since the cache knows its tokens; the result and the streamer have the
                 prompts and what follows, not what came before.
-            prepend_bos: for text; None is the tokenizer's own rule. On a cache that holds tokens text goes on from
-                them: it is encoded together with them, and there is no BOS to prepend.
+            prepend_bos: for text; None is the model's `default_prepend_bos`. On a cache that holds tokens text goes on
+                from them: it is encoded together with them, and there is no BOS to prepend.
             seed: of the draws; None: from torch's global generator. A row's draws depend on the seed and on its
                 place only, not on other rows.
             logits_processor: functions (ids `[batch pos]`, scores `[batch d_vocab]`) to scores, as in

@@ -43,6 +43,10 @@ class GeneratingModel(Protocol):
     def run(self) -> Callable[..., Tensor]:
         """`run(ids, plan, listeners=..., past_kv_cache=..., logits_at=...)` gives logits `[batch chosen d_vocab]`."""
 
+    @property
+    def bos_rule(self) -> Callable[..., bool | None]:
+        """`bos_rule(prepend_bos=..., begins=...)`: what the argument is for a text, whatever a caller said."""
+
     def depends_on_length(self, n_tokens: int) -> bool:
         """Whether a sequence of this length has rotary frequencies of its own."""
 

@@ -55,7 +55,7 @@ class GenerationOptions:
         eos_token_id: the end tokens; None: those of the checkpoint's generation_config.json, or the tokenizer's.
         do_sample: draw from the distribution; False: take the most likely token, which temperature, top-k, top-p
             and min-p do not change.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits; 0 takes the most likely token, as `do_sample=False` does.
         top_k: keep the k most likely tokens (ties are kept).
         top_p: keep the smallest set of most likely tokens with at least this probability, in (0, 1].
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
@@ -66,7 +66,7 @@ class GenerationOptions:
         num_return_sequences: samples of each prompt.
         use_past_kv_cache: keep keys and values; False runs the whole sequence at every step.
         past_kv_cache: what came before the prompts.
-        prepend_bos: for text; None: the tokenizer's own rule.
+        prepend_bos: for text; None: `model.default_prepend_bos`.
         seed: of the draws; None: from torch's global generator.
         logits_processor: processors of the caller's own, run after the penalties and before temperature.
         stopping_criteria: functions that end rows.
@@ -106,6 +106,11 @@ class GenerationOptions:
             raise InputError("generate: " + "; ".join(problems))
 
     @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn. The limit of lower and lower temperatures is the most likely token."""
+        return self.do_sample and self.temperature > 0
+
+    @property
     def stop_texts(self) -> list[str]:
         """The stop strings as a list."""
         if self.stop_strings is None:
@@ -124,9 +129,10 @@ class GenerationOptions:
 
     def _clashes(self) -> list[str]:
         problems = []
-        if not self.do_sample and self.num_return_sequences != 1:
+        if not self.samples and self.num_return_sequences != 1:
+            greedy = "temperature=0" if self.do_sample else "do_sample=False"
             problems.append(
-                f"num_return_sequences={self.num_return_sequences} with do_sample=False would give the same row again "
+                f"num_return_sequences={self.num_return_sequences} with {greedy} would give the same row again "
                 "and again, leave one of them out"
             )
         if not self.stop_at_eos and self.eos_token_id is not None:
@@ -177,7 +183,7 @@ _READERS: dict[str, Reader] = {
     "stop_at_eos": read_flag,
     "eos_token_id": optional(read_end_tokens),
     "do_sample": read_flag,
-    "temperature": _number("a number > 0 (do_sample=False takes the most likely token)", lambda number: number > 0),
+    "temperature": _number("a number >= 0 (0 takes the most likely token)", lambda number: number >= 0),
     "top_k": optional(_COUNT),
     "top_p": optional(_number("a probability in (0, 1]", lambda number: 0 < number <= 1)),
     "min_p": optional(_number("a fraction in [0, 1]", lambda number: 0 <= number <= 1)),

@@ -131,15 +131,16 @@ def _encode(model: GeneratingModel, input: Input, options: GenerationOptions) ->
         raise InputError(
             "generate: text was given, but the model has no tokenizer; pass token ids, or load with tokenizer=..."
         )
+    past = read_past(model, input, cache)
     ids, mask = tokenization.read_tokens(
         input,
         tokenizer,
         d_vocab=model.cfg.d_vocab,
         n_ctx=model.cfg.n_ctx,
-        prepend_bos=prepend_bos,
+        prepend_bos=model.bos_rule(prepend_bos=prepend_bos, begins=past is None),
         # Ids may be padded at both ends.
         padding_side="left" if is_text else None,
-        past=read_past(model, input, cache),
+        past=past,
         closed=False,
     )
     tokenization.check_has_values(ids, model.device)

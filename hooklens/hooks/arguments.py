@@ -16,6 +16,7 @@ from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.call import HookFunction
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
+from hooklens.hooks.splice import read_splices
 
 HookList = Sequence[tuple[NamesFilter, HookFunction]]
 
@@ -63,7 +64,12 @@ def _list_entries(entries: Mapping[int, object], *, limit: int = 5) -> str:
     return ", ".join(shown) + more
 
 
-LISTENING: dict[str, Reader] = {"fwd_hooks": read_pairs, "bwd_hooks": read_pairs, "edits": read_edits}
+LISTENING: dict[str, Reader] = {
+    "fwd_hooks": read_pairs,
+    "bwd_hooks": read_pairs,
+    "edits": read_edits,
+    "splices": read_splices,
+}
 """Readers of what listens to a call."""
 
 CAPTURING: dict[str, Reader] = {"device": optional(read_device), "dtype": optional(read_dtype), "incl_bwd": read_flag}

@@ -1,6 +1,6 @@
 """The base class of every module with hook points: attaching, capturing, calling."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
 from hooklens.hooks.region import place_query_heads
+from hooklens.hooks.splice import Splice, SplicedBlock, SpliceHook, naming
 from hooklens.hooks.tree import HookPointTree
 
 
@@ -117,10 +118,17 @@ class HookedModule(HookPointTree):
             ]
         )
 
-    def list_hooks(self, names_filter: NamesFilter = "*") -> dict[str, list[object]]:
-        """What `add_hook` and `add_edit` attached, by hook point: functions and edits, backward ones last."""
+    def list_hooks(self, names_filter: NamesFilter = None) -> dict[str, list[object]]:
+        """What `add_hook` and `add_edit` attached, by hook point: functions and edits, backward ones last.
+
+        Args:
+            names_filter: which hook points; None: all, those on request, too.
+
+        Raises:
+            HookNameError: some part of the filter selects nothing.
+        """
         attached = {}
-        for name, point in self.select_hook_points(names_filter).items():
+        for name, point in self.select_hook_points("*" if names_filter is None else names_filter).items():
             if point.own is not None:
                 attached[name] = [hook.source for hook in (*point.own.hooks, *point.own.gradient_hooks)]
         return attached
@@ -149,12 +157,15 @@ class HookedModule(HookPointTree):
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
         *,
+        splices: Sequence[Splice] = (),
         idle: Collection[str] = frozenset(),
     ) -> Listeners:
-        """Hooks and edits as listeners, which a call or a `with` block takes.
+        """Hooks, edits and splices as listeners, which a call or a `with` block takes.
+
+        The points of splices have to be named already, see `hooklens.hooks.splice.naming`.
 
         Args:
-            fwd_hooks, bwd_hooks, edits: as in `hooks`.
+            fwd_hooks, bwd_hooks, edits, splices: as in `hooks`.
             idle: names of points that do not fire in the call to come.
 
         Raises:
@@ -163,7 +174,7 @@ class HookedModule(HookPointTree):
         """
         hooks = {"fwd": read_pairs(fwd_hooks, what="fwd_hooks"), "bwd": read_pairs(bwd_hooks, what="bwd_hooks")}
         edits = read_edits(edits)
-        if not (fwd_hooks or bwd_hooks or edits):
+        if not (fwd_hooks or bwd_hooks or edits or splices):
             return {}
         made: dict[HookPoint, Listening] = {}
         problems: list[str] = []
@@ -185,13 +196,34 @@ class HookedModule(HookPointTree):
                 continue
             for name, point in places.items():
                 made.setdefault(point, Listening()).hooks.append(_EditHook(edit, point.called(name)))
+        for point, hook in self._splice_hooks(splices, idle, problems):
+            made.setdefault(point, Listening()).hooks.append(hook)
         if problems:
             raise HookNameError("; ".join(dict.fromkeys(problems)))
         return made
 
+    def _splice_hooks(
+        self, splices: Sequence[Splice], idle: Collection[str], problems: list[str]
+    ) -> Iterator[tuple[HookPoint, SpliceHook]]:
+        """What splices do at which points; names that select nothing go to the problems."""
+        for splice in splices:
+            splice.check(self)
+            for name, fn in splice.start():
+                try:
+                    places = self._find_points(name, idle)
+                except HookNameError as error:
+                    problems.append(str(error))
+                    continue
+                for point in places.values():
+                    yield point, SpliceHook(fn, point, splice)
+
     @reads(**LISTENING)
     def hooks(
-        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), edits: Sequence[Edit] = ()
+        self,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
     ) -> "ListeningBlock[HookedModule]":
         """Hooks for all calls that the thread makes inside a `with` block.
 
@@ -202,7 +234,11 @@ class HookedModule(HookPointTree):
             fwd_hooks: pairs (name or filter, function).
             bwd_hooks: the same for gradients; they fall silent on leaving the block.
             edits: values from `hooklens.edits`; they act after `fwd_hooks`.
+            splices: sparse autoencoders and the like (`sae.at(name)`); they act after `edits`. Their hook points are
+                named inside the block.
         """
+        if splices:
+            return SplicedBlock(lambda: self.listen(fwd_hooks, bwd_hooks, edits, splices=splices), self, self, splices)
         return ListeningBlock(lambda: self.listen(fwd_hooks, bwd_hooks, edits), self)
 
     @reads(**CAPTURING)
@@ -236,6 +272,7 @@ class HookedModule(HookPointTree):
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
         **forward_keywords: Any,
     ) -> Any:
         """Call the model with hooks for this call; other keywords go to `forward`.
@@ -243,7 +280,9 @@ class HookedModule(HookPointTree):
         Backward hooks act in every backward pass from the output, also later ones.
         """
         require_gradients(bwd_hooks, "bwd_hooks")
-        return run_listening(self.listen(fwd_hooks, bwd_hooks, edits), self, *args, **forward_keywords)
+        with naming(self, splices):
+            listeners = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices)
+        return run_listening(listeners, self, *args, **forward_keywords)
 
     @reads(**LISTENING, **CAPTURING)
     def run_with_cache(
@@ -257,6 +296,7 @@ class HookedModule(HookPointTree):
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
+        splices: Sequence[Splice] = (),
         **forward_keywords: Any,
     ) -> tuple[Any, Mapping[str, Tensor]]:
         """Call the model and keep activations by hook name; other keywords go to `forward`.
@@ -269,7 +309,7 @@ class HookedModule(HookPointTree):
             incl_bwd: also run backward from the output, which must be a scalar, and keep gradients under
                 `"<name>_grad"`.
             pos_slice: positions to keep, at points whose axes are known.
-            fwd_hooks, bwd_hooks, edits: as in `hooks`, for this call.
+            fwd_hooks, bwd_hooks, edits, splices: as in `hooks`, for this call.
             **forward_keywords: keywords of `forward`.
 
         Returns:
@@ -280,10 +320,11 @@ class HookedModule(HookPointTree):
             HookLensError: `incl_bwd` with an output that is no scalar.
         """
         require_gradients(incl_bwd or bwd_hooks, "incl_bwd" if incl_bwd else "bwd_hooks")
-        capture = Capture(
-            self.select_hook_points(names_filter), device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd
-        )
-        listeners = join_listeners([self.listen(fwd_hooks, bwd_hooks, edits), capture.listeners])
+        with naming(self, splices):
+            points = self.select_hook_points(names_filter)
+            own = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices)
+        capture = Capture(points, device=device, dtype=dtype, pos_slice=pos_slice, incl_bwd=incl_bwd)
+        listeners = join_listeners([own, capture.listeners])
         output = run_listening(listeners, self, *args, **forward_keywords)
         if incl_bwd:
             run_backward(output, capture)

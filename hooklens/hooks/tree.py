@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from hooklens.hooks.foreign import place
 from hooklens.hooks.names import NamesFilter, select_names
 from hooklens.hooks.point import HookPoint
+from hooklens.hooks.splice import spliced_points
 
 # Counts changes to any module tree, so that a model's table of hook points is made once and stays true.
 _tree_version = 0
@@ -21,12 +23,35 @@ class HookPointTree(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        was_submodule = name in self.__dict__.get("_modules", ())
+        before = self.__dict__.get("_modules", {}).get(name)
+        if before is not None and isinstance(value, nn.Module):
+            self._check_place(name, value, before)
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self._note_submodule(name, value)
-        elif was_submodule:
+            if before is not None and before is not value:
+                self._fit(name, value, before)
+        elif before is not None:
             self._forget(name)
+
+    def _fit(self, name: str, module: nn.Module, before: nn.Module) -> None:
+        """Make a module fit into the place of another: of a point, or of a part of the network."""
+        declared = self.__dict__.get("_displaced", {}).get(name, before)
+        if isinstance(module, HookPoint):
+            if isinstance(declared, HookPoint):
+                site = declared.site if module.site is None else module.site
+                module.__dict__.update(site=site, shared=declared.shared, name=declared.name)
+        elif isinstance(declared, HookPoint) or (self._takes_calls(declared) and not self._takes_calls(module)):
+            self.__dict__.setdefault("_displaced", {})[name] = declared
+            place(module, declared)
+
+    def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
+        """Refuse a module that cannot stand in the place of another."""
+
+    @staticmethod
+    def _takes_calls(module: nn.Module) -> bool:
+        """Whether a module is called with the call, as parts of a network are."""
+        return False
 
     def __delattr__(self, name: str) -> None:
         if name in self._modules:
@@ -91,6 +116,10 @@ class HookPointTree(nn.Module):
             HookNameError: some part of the filter selects nothing, or nothing that fires.
         """
         table = self._hook_point_table()
+        if spliced := spliced_points(self):
+            known = {**table.points, **spliced}
+            names = select_names(names_filter, known, n_layers=self.n_hooked_layers, idle=idle)
+            return {name: known[name] for name in names}
         is_text = names_filter is None or isinstance(names_filter, str)
         if is_text and not idle and names_filter in table.selections:
             return table.selections[names_filter]

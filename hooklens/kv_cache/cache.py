@@ -114,6 +114,12 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
     ) -> "HookedKeyValueCache":
         """An empty cache for any model of this config, however its weights were processed.
 
+        Args:
+            cfg: the network.
+            device: where it lies; None: torch's default.
+            batch_size: rows.
+            dtype: of the empty tensors; None: torch's default. Keys and values keep their own, the model's.
+
         Raises:
             CacheError: an argument of the wrong kind, or a network that is not causal.
         """

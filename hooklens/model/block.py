@@ -159,6 +159,11 @@ class Block(Part, place="blocks.{i}"):
             resid_pre = resid_pre if out is None else _add(resid_pre, out, ln, call)
         return self.hook_resid_post(resid_pre, call)
 
+    def exit_norm(self, part: str) -> Norm | None:
+        """The norm behind a branch, `"attn"` or `"mlp"`; None: there is none."""
+        norm: Norm | None = getattr(self, "ln1_post" if part == "attn" else "ln2_post", None)
+        return norm
+
     def run_mlp(self, stream: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds when it reads a stream, without attention: `resid_mid`, in parallel blocks `resid_pre`."""
         normed = self.ln1(stream, call) if self.cfg.shared_norm and self.ln1 is not None else None

@@ -338,7 +338,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
         positions = plan.positions
         if self.placement is not None:
             positions = positions.to(self.placement["pos_embed"])
-        embedded = self.pos_embed(positions).to(stream).expand_as(stream).contiguous()
+        embedded = self.pos_embed(positions=positions).to(stream).expand_as(stream).contiguous()
         return self.hook_pos_embed(embedded if kept is None else embedded * kept, call)
 
     def _run_blocks(

@@ -41,6 +41,8 @@ def watch_tokens(
 class _Table(Part):
     """A part that looks rows up in a table, an `nn.Embedding`."""
 
+    can_be_replaced = False
+
     table: nn.Embedding
 
     def _make_weights(self, spec: HookedConfig, present: list[Weight]) -> None:
@@ -125,6 +127,8 @@ class HeadPosEmbed(PosEmbed):
 
 class SinusoidalPosEmbed(Part, place="pos_embed"):
     """Sines and cosines of positions; see `SinusoidalPositions`. Made in float32, as models are trained with."""
+
+    can_be_replaced = False
 
     def __init__(self, cfg: HookedConfig) -> None:
         super().__init__(cfg)

@@ -58,7 +58,13 @@ class Norm(Part):
     The fused kernel does the work. With a listener the scale and the normalized tensor are computed
     beside it, in float32 for half-precision inputs, and the output is recomputed from them only when a
     listener changed one. `hook_scale` carries float32 for half-precision inputs.
+
+    Attributes:
+        shows_output: `hook_normalized` carries what weight and bias leave, the norm's output, as TransformerLens 2.x's
+            LayerNorm has it. Set on a norm, it holds for all calls to come.
     """
+
+    shows_output: bool = False
 
     w: nn.Parameter | None = weight("...", when=When(lambda spec: spec.norm.weight, "its norms have no weight"))
     b: nn.Parameter | None = weight("...", when=When(lambda spec: spec.norm.bias, "its norms have no bias"))
@@ -126,6 +132,11 @@ class Norm(Part):
             scale, changed = self.hook_scale.watch(scale, call)
         if not (changed or watches_normalized):
             return self.apply_weights(x) if out is None else out
+        if self.shows_output:
+            divided = ((widen(x) if mean is None else widen(x) - mean) / scale).to(x.dtype) if changed else None
+            whole = out if divided is None else self._weigh_divided(divided, x)
+            whole = self.apply_weights(x) if whole is None else whole
+            return self.hook_normalized(whole, call)
         if out is not None and not changed and self.norm.kind == "layer":
             normalized = torch.native_layer_norm(x, self.size, None, None, self.norm.eps)[0]
         else:
@@ -136,6 +147,10 @@ class Norm(Part):
             changed = changed or normalized_changed
         if not changed:
             return self.apply_weights(x) if out is None else out
+        return self._weigh_divided(normalized, x)
+
+    def _weigh_divided(self, normalized: Tensor, x: Tensor) -> Tensor:
+        """Weight and bias on what was divided, in the dtype of the input."""
         gain, bias = self._gain(), self._bias()
         scaled = normalized if gain is None else normalized * gain
         return (scaled if bias is None else scaled + bias).to(x.dtype)

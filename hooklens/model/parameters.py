@@ -5,7 +5,6 @@ holds it (`blocks.0.attn.q_proj.weight`, `[out, in]`). `named_weights()` has the
 PyTorch's tools expect. Whatever reads weights takes both, and what TransformerLens 2.x saved.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +13,16 @@ from torch import Tensor, nn
 
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
+from hooklens.model.parts.part import read_weight
 from hooklens.weights.layout import hold, logical_view, to_stored
 from hooklens.weights.names import bare_names
 from hooklens.weights.quantised import is_quantised_tensor
+from hooklens.weights.transformer_lens import join_experts, move_input_biases, rename
 
 if TYPE_CHECKING:
     from hooklens.model.decoder import Decoder
     from hooklens.model.placement.placement import Placement
 
-# What TransformerLens keeps in its state dicts beside weights: masks, and tables of rotary positions.
-_BUFFERS = re.compile(r"\.attn\.(mask|IGNORE|rotary_sin|rotary_cos|alibi)$")
-# There, keys and values that query heads share stand under these names.
-_SHARED_HEADS = re.compile(r"\.attn\._([Wb]_[KV])$")
 _TIED = "unembed.W_U"
 
 
@@ -42,7 +39,7 @@ class ModelWeights(Mapping[str, Tensor]):
         if name not in self._decoder.cfg.description.weights:
             raise KeyError(name)
         path, _, part = name.rpartition(".")
-        weight: Tensor = getattr(self._decoder.get_submodule(path), part)
+        weight: Tensor = read_weight(self._decoder.get_submodule(path), part)
         return weight.detach()
 
     def __iter__(self) -> Iterator[str]:
@@ -157,8 +154,8 @@ def read_state(decoder: "Decoder", state: Mapping[str, Any]) -> dict[str, Any]:
 def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under the field's names and in its shapes; shared, not copied.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`), TransformerLens's buffers, its names of weights that several heads
-    share, and its biases of 0, which say what their absence says, are understood.
+    Prefixes of wrappers (`module.`, `_orig_mod.`), TransformerLens's names (`hooklens.weights.transformer_lens`), and
+    its biases of 0, which say what their absence says, are understood.
 
     Raises:
         CheckpointError: a weight under two names, or quantised ones.
@@ -175,18 +172,24 @@ def name_as_field(cfg: HookedConfig, state: Mapping[str, Tensor]) -> dict[str, T
     named: dict[str, Tensor] = {}
     doubled = []
     bare = bare_names(state)
+    if len(set(bare.values())) == len(bare):
+        state = join_experts({bare[given]: value for given, value in state.items()})
     for given, value in state.items():
-        name, tensor = _SHARED_HEADS.sub(r".attn.\1", bare[given]), value
+        known = rename(bare.get(given, given), cfg)
+        if known is None:
+            continue
+        name, tensor = known, value.reshape(1) if ".act_fn." in given else value
         weight = by_parameter.get(name)
         if weight is not None and tuple(value.shape) == weight.stored_shape:
             name, tensor = weight.name, logical_view(value, weight.stored, weight.axes, weight.shape)
-        elif weight is None and name not in declared and (_BUFFERS.search(name) or _is_zero_bias(name, value)):
+        elif weight is None and name not in declared and _is_zero_bias(name, value):
             continue
         if name in named:
             doubled.append(f"{name!r} (also as {given!r})" if given != name else repr(name))
         named[name] = tensor
     if doubled:
         raise CheckpointError(f"given under two names: {join_names(doubled)}; give each weight once")
+    move_input_biases(named, cfg)
     return named
 
 

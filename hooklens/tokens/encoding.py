@@ -226,7 +226,8 @@ def _apply_bos_rule(tokenizer: Tokenizer, texts: list[str], *, prepend_bos: bool
     if bos is None:
         if prepend_bos:
             raise InputError(
-                "prepend_bos=True: this tokenizer has no BOS token; set tokenizer.bos_token, or leave it None"
+                "prepend_bos=True: this tokenizer has no BOS token; set tokenizer.bos_token, or leave it None (so also "
+                "model.default_prepend_bos, which is asked where a call does not say)"
             )
         return rows
     if prepend_bos is None and not any(row[:2] == [bos, bos] for row in rows):

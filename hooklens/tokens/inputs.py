@@ -140,7 +140,7 @@ def read_id_rows(given: object, *, what: str = "the tokens") -> tuple[list[list[
     return rows, is_batch
 
 
-def read_prepend_bos(given: object) -> bool | None:
+def read_prepend_bos(given: object, *, what: str = "prepend_bos") -> bool | None:
     """The argument of the BOS rule: True, False or None.
 
     Raises:
@@ -149,7 +149,7 @@ def read_prepend_bos(given: object) -> bool | None:
     if given is None:
         return None
     try:
-        return read_flag(given, what="prepend_bos")
+        return read_flag(given, what=what)
     except InputError as refusal:
         raise InputError(f"{refusal}, or None (the tokenizer's own rule)") from None
 

@@ -22,6 +22,7 @@ def read_prompts(
     d_vocab: int,
     n_ctx: int,
     attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
     device: torch.device | None = None,
 ) -> list[Int[Tensor, " _"]]:
     """The real tokens of each prompt.
@@ -32,6 +33,7 @@ def read_prompts(
         d_vocab: how many ids the model has.
         n_ctx: the longest prompt of text allowed, in tokens.
         attention_mask: real tokens (1) and padding (0) of padded ids.
+        prepend_bos: the BOS rule for text.
         device: where the ids are to lie; None: where they were given.
 
     Raises:
@@ -41,7 +43,13 @@ def read_prompts(
     if attention_mask is not None and is_text(prompts):
         raise InputError("attention_mask goes with token ids; the padding of text is known without it")
     ids, mask = read_tokens(
-        prompts, tokenizer, d_vocab=d_vocab, n_ctx=n_ctx, attention_mask=attention_mask, what="a prompt"
+        prompts,
+        tokenizer,
+        d_vocab=d_vocab,
+        n_ctx=n_ctx,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+        what="a prompt",
     )
     ids = ids if device is None else ids.to(device)
     if mask is None:

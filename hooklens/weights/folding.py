@@ -29,14 +29,19 @@ def _fold_norms(draft: WeightDraft, cfg: HookedConfig, prefix: str) -> None:
         if weight.reads is not None:
             readers.setdefault(weight.reads, []).append(weight)
     for name, maps in readers.items():
-        _fold_norm(draft, cfg.description.norms[name], name, maps)
+        _fold_norm(draft, cfg.description.norms[name], name, maps, over="d_model")
+    for name, weight in draft.declared.items():
+        # The norm of the neurons, which one map reads.
+        norm = cfg.description.norms.get(f"{name.removesuffix('W_out')}ln") if name.endswith("mlp.W_out") else None
+        if norm is not None:
+            _fold_norm(draft, norm, f"{name.removesuffix('W_out')}ln", [weight], over="d_mlp")
 
 
-def _fold_norm(draft: WeightDraft, norm: NormConfig, name: str, readers: list[DeclaredWeight]) -> None:
+def _fold_norm(draft: WeightDraft, norm: NormConfig, name: str, readers: list[DeclaredWeight], *, over: str) -> None:
     weight = draft.read(f"{name}.w") if norm.weight else None
     bias = draft.read(f"{name}.b") if norm.bias else None
     for reader in readers:
-        W, axis = draft.read(reader.name), reader.axes.index("d_model")
+        W, axis = draft.read(reader.name), reader.axes.index(over)
         if bias is not None:
             assert reader.bias is not None
             moved = torch.tensordot(bias, W, dims=([0], [axis]))
@@ -85,6 +90,7 @@ def _config_with_folded_norms(cfg: HookedConfig) -> HookedConfig:
         **_with_biases(
             ("mlp_bias", "mlp_in_bias", "mlp_gate_bias"), any(block.mlp_norm is not None for block in biased)
         ),
+        **({"mlp_out_bias": True} if cfg.act_norm is not None and cfg.act_norm.bias and not cfg.attn_only else {}),
         mlp=_mlps_with_biases(cfg, [block.layer for block in biased if block.mlp_norm is not None]),
         unembed_bias=cfg.unembed_bias or (cfg.final_norm is not None and cfg.final_norm.bias),
     )
@@ -141,7 +147,7 @@ fold_ln = ProcessingStep(
     change_config=_config_with_folded_norms,
     change=_fold_norms,
 )
-"""Moves weight and bias of `ln1`, `ln2` and `ln_final` into the maps that read them.
+"""Moves weight and bias of `ln1`, `ln2`, `ln_final` and of the norm of neurons into the maps that read them.
 
 The norms are left with weight 1 (0 with `unit_offset`) and bias 0, where they have these. Biases come into being where
 a norm had one: `qkv_bias`, `mlp_bias` and `unembed_bias` are switched on, with zeros for the maps of a flag that read

@@ -14,6 +14,12 @@ def test_text_is_that_of_the_method(run: Run, checkpoint: Path) -> None:
     assert result.stdout == f"{expected}\n"
 
 
+def test_a_temperature_of_0_is_greedy(run: Run, checkpoint: Path) -> None:
+    arguments = ("generate", checkpoint, "Mary went to", "--max-new-tokens", 6)
+    greedy = run(*arguments, "--greedy")
+    assert run(*arguments, "--temperature", 0).stdout == greedy.stdout
+
+
 def test_options_reach_the_method(run: Run, checkpoint: Path) -> None:
     model = hl.HookedCausalLM.from_pretrained(checkpoint)
     arguments = "--max-new-tokens 9 --temperature 0.8 --top-k 50 --top-p 0.9 --min-p 0.001 --repetition-penalty 1.2"
@@ -36,7 +42,7 @@ def test_options_reach_the_method(run: Run, checkpoint: Path) -> None:
 
 
 def test_bad_values_are_a_message(run: Run, checkpoint: Path) -> None:
-    result = run("generate", checkpoint, "Mary", "--temperature", 0)
+    result = run("generate", checkpoint, "Mary", "--temperature", -1)
     assert result.exit_code == 2
-    assert "temperature is 0.0" in result.stderr
+    assert "temperature is -1.0" in result.stderr
     assert result.stdout == ""

@@ -36,6 +36,22 @@ def test_greedy_generation_of_ragged_prompts_equals_transformers(name):
     assert [row.tolist() for row in ours.new_tokens] == theirs[:, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("temperature", [0, 0.0, -0.0])
+@pytest.mark.parametrize("more", [{}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}, {"repetition_penalty": 1.7}], ids=str)
+def test_a_temperature_of_0_is_greedy(temperature, more):
+    """It had been refused, so that code which turns sampling off by it did not run."""
+    model, _ = pair()
+    ids = torch.tensor([RAGGED[0], RAGGED[0][::-1]])
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False, return_type="output", verbose=False, **more)
+    state = torch.get_rng_state()
+    cold = model.generate(ids, max_new_tokens=8, temperature=temperature, return_type="output", verbose=False, **more)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(cold.tokens, greedy.tokens)
+    assert torch.equal(cold.logprobs, greedy.logprobs)
+    steps = model.generate_stream(ids, max_new_tokens=8, temperature=0, **more)
+    assert torch.equal(torch.stack([step.tokens for step in steps], 1), greedy.tokens[:, ids.shape[1] :])
+
+
 @pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}])
 def test_penalised_greedy_generation_equals_transformers(penalty):
     model, hf_model = pair()

@@ -19,9 +19,7 @@ def test_defaults_are_those_of_the_public_surface():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"temperature": 0.0}, r"temperature is 0.0, expected a number > 0 \(do_sample=False takes"),
-        ({"temperature": 0}, "temperature is 0, expected"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": -1.0}, r"temperature is -1.0, expected a number >= 0 \(0 takes the most likely token\)"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_p": 0.0}, r"top_p is 0.0, expected a probability in \(0, 1\]"),
@@ -35,6 +33,10 @@ def test_defaults_are_those_of_the_public_surface():
         ({"stop_strings": ""}, "stop_strings is '', expected strings that are not empty"),
         ({"stop_strings": ["a", ""]}, "stop_strings is"),
         ({"do_sample": False, "num_return_sequences": 2}, "would give the same row again"),
+        (
+            {"temperature": 0, "num_return_sequences": 2},
+            "num_return_sequences=2 with temperature=0 would give the same",
+        ),
         ({"stop_at_eos": False, "eos_token_id": 3}, "eos_token_id=3 is given and stop_at_eos=False"),
     ],
     ids=str,
@@ -60,12 +62,12 @@ def test_values_of_other_types_are_refused():
 
 
 def test_all_problems_are_named_at_once():
-    with pytest.raises(InputError, match=r"temperature is 0.*top_k is 0.*top_p is 2"):
-        GenerationOptions(top_k=0, temperature=0, top_p=2)
+    with pytest.raises(InputError, match=r"temperature is -1.*top_k is 0.*top_p is 2"):
+        GenerationOptions(top_k=0, temperature=-1, top_p=2)
 
 
 def test_edges_of_the_ranges_are_accepted():
-    GenerationOptions(top_p=1.0, min_p=0.0, temperature=1e-6, top_k=1, max_new_tokens=1, stop_strings=["a"])
+    GenerationOptions(top_p=1.0, min_p=0.0, temperature=0, top_k=1, max_new_tokens=1, stop_strings=["a"])
 
 
 def test_caches_that_exclude_other_values_are_refused():

@@ -258,3 +258,22 @@ def test_an_edit_moves_to_the_copy_of_its_model():
     model.add_edit(edits.Zero("resid_post", pos=0), is_permanent=True)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(ids, attention_mask=mask), model(ids, attention_mask=mask))
+
+
+def test_list_hooks_lists_what_is_attached_to_any_point():
+    """With None, as other filters read it, hooks at points on request were left out."""
+    model = make_model("rotary")
+
+    def watch(tensor, hook):
+        return None
+
+    model.add_hook("blocks.0.attn.hook_result", watch)
+    model.add_hook("blocks.1.hook_resid_post", watch, dir="bwd")
+    edit = edits.Zero("blocks.1.hook_resid_post")
+    model.add_edit(edit)
+    expected = {"blocks.0.attn.hook_result": [watch], "blocks.1.hook_resid_post": [edit, watch]}
+    assert model.list_hooks() == model.list_hooks(None) == model.list_hooks("*") == expected
+    assert model.list_hooks("result") == {"blocks.0.attn.hook_result": [watch]}
+    assert model.list_hooks("blocks.0.hook_resid_post") == {}
+    with pytest.raises(HookNameError, match="hook_nothing"):
+        model.list_hooks("hook_nothing")

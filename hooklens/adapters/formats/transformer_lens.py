@@ -1,18 +1,16 @@
 """TransformerLens's own checkpoints (Nanda and Bloom 2022): `config.json` in its words, and a `.pth` state dict.
 
-The toy models of the field are such: attention-only and SoLU models of one to twelve layers. Names and shapes of
-weights are those of HookLens, the field's. Peculiarities:
+The toy models of the field are such: attention-only and SoLU models of one to twelve layers. What the words of
+`config.json` mean is told in `transformer_lens_config`, and what tensors are called in
+`hooklens.weights.transformer_lens`. Peculiarities:
 
-- What the words of `config.json` mean is told in `transformer_lens_config`.
 - Every map has a bias; files of before a bias was added to the library lack it, and it is 0.
-- Masks and rotary tables are buffers, and no weights.
 - The first files have other layouts; see `early_layouts`.
 - Settings of the training run stand in the same file; they are not read.
 - Where weights of earlier in training are there, they are in the folder `checkpoints`, and their names end with the
   number of steps or tokens.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -26,10 +24,9 @@ from hooklens.adapters.formats.transformer_lens_config import NEEDED, read_words
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError, join_names
 from hooklens.weights.names import bare_names
+from hooklens.weights.transformer_lens import read_state
 
 _CONFIG = "config.json"
-_BUFFERS = r"blocks\.\d+\.attn\.(mask|IGNORE|rotary_sin|rotary_cos)"
-_SHARED_HEADS = r"\.attn\._([Wb]_[KV])$"
 # The flags of biases, by the biases that they give.
 _BIASES = {
     "q_bias": "b_Q", "k_bias": "b_K", "v_bias": "b_V", "out_bias": "b_O", "mlp_in_bias": "b_in",
@@ -74,26 +71,17 @@ class TransformerLensModel:
         """
         cfg = self.read_network()
         stored = load_state(self._place.fetch([self._weights]) / self._weights)
-        state = in_todays_layout(_rename(stored), n_heads=cfg.n_heads, n_layers=cfg.n_layers)
+        bare = {name: stored[full] for full, name in bare_names(stored).items()}
+        state = in_todays_layout(read_state(bare, cfg), n_heads=cfg.n_heads, n_layers=cfg.n_layers)
         where = f"{self._place.where}/{self._weights}"
-        return FieldModel(_without_absent_biases(cfg, state), state, where=where)
+        return FieldModel(without_absent_biases(cfg, state), state, where=where)
 
 
 def _read(place: Place) -> dict[str, Any]:
     return read_json(place.fetch([_CONFIG]) / _CONFIG)
 
 
-def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under HookLens names, without buffers."""
-    bare = bare_names(state)
-    return {
-        re.sub(_SHARED_HEADS, r".attn.\1", bare[name]): tensor
-        for name, tensor in state.items()
-        if not re.fullmatch(_BUFFERS, bare[name])
-    }
-
-
-def _without_absent_biases(cfg: HookedConfig, state: Mapping[str, Tensor]) -> HookedConfig:
+def without_absent_biases(cfg: HookedConfig, state: Mapping[str, Tensor]) -> HookedConfig:
     """The network without the biases that no layer has in the file: they are 0."""
     declared, present = ({name.rpartition(".")[2] for name in names} for names in (cfg.description.weights, state))
     changes = {field: False for field, bias in _BIASES.items() if bias in declared - present}

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from hooklens.adapters.keys import ConfigReader
-from hooklens.arguments import show
 from hooklens.config import (
     AlibiPositions,
     HookedConfig,
@@ -44,18 +43,20 @@ NEEDED = ("d_model", "n_layers", "n_heads", "d_vocab", "n_ctx", "act_fn")
 _SIZES = {"d_head": "d_head", "d_mlp": "d_mlp", "n_key_value_heads": "n_kv_heads", "d_vocab_out": "d_vocab_out"}
 _NORMS = ("LN", "LNPre", "RMS", "RMSPre")
 _POSITIONS = ("standard", "rotary", "shortformer", "alibi")
+_MOST_SHOWN = 120
 _ACTIVATIONS = {
     "relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "solu": "solu", "solu_ln": "solu_ln", "xielu": "xielu",
 }  # fmt: skip
 # Its class for this mixture of experts is chosen by the name of the architecture.
 _CLAMPED = "GptOssForCausalLM"
-_CLAMPED_MIXTURE = {"router_bias": True, "expert_bias": True, "act_fn": "clamped_swiglu"}
+_CLAMPED_MIXTURE: Mapping[str, Any] = {"router_bias": True, "expert_bias": True, "act_fn": "clamped_swiglu"}
 # Settings that change the network and that nothing here stands for, with the value that leaves it as it is.
 _PINNED: Mapping[str, Any] = {"load_in_4bit": False, "relative_attention_num_buckets": None}
-# What the words leave open: which biases are 0, which weights are one tensor, how fresh ones are drawn.
-_UNSAID_ON_PURPOSE = frozenset(
-    {"tied_unembed", "init_std", "shared_norm", "document_mask", "d_mlp", "embed_scale_rounded"}
+# What the words leave open, since TransformerLens has it in its weights: which biases are 0, which weights are one
+# tensor, a factor on the embedding, the 1 of a norm's weight, how fresh weights are drawn.
+_IN_WEIGHTS = frozenset(
+    {"tied_unembed", "init_std", "shared_norm", "document_mask", "d_mlp", "embed_scale", "embed_scale_rounded"}
 )
 
 
@@ -71,15 +72,15 @@ def read_words(words: Mapping[str, Any], *, where: str) -> HookedConfig:
     """
     config = {key: value for key, value in words.items() if value not in (-1, -1.0)}
     reader = ConfigReader(config)
-    fields = _read_fields(reader)
     for setting, harmless in _PINNED.items():
         if config.get(setting) not in (None, harmless):
             reader.reject(setting, f"{harmless!r}, or nothing")
-    if not reader.problems:
-        try:
+    try:
+        fields = _read_fields(reader)
+        if not reader.problems:
             return HookedConfig(**fields)
-        except ConfigError as error:
-            reader.problems.append(str(error))
+    except ConfigError as error:
+        reader.problems.append(str(error))
     raise UnsupportedModelError(
         f"{where}: describes a network that HookLens cannot build: {'; '.join(reader.problems)}"
     )
@@ -243,8 +244,9 @@ def _read_rotary(reader: ConfigReader, sizes: Mapping[str, Any], is_local: list[
 def write_words(cfg: HookedConfig) -> tuple[dict[str, Any], list[str]]:
     """TransformerLens's fields that describe a network, or come nearest to it, and what they do not say.
 
-    They do not say which biases are 0, which weights are one tensor, and how fresh ones are drawn. All else that
-    `read_words` would read otherwise is listed: `field=value`.
+    They do not say what TransformerLens has in its weights: which biases are 0, which weights are one tensor, a factor
+    on the embedding, the 1 that is added to a norm's weight, how fresh weights are drawn. All else that `read_words`
+    would read otherwise is listed: `field=value`.
     """
     norm = _first(cfg.norm)
     shown = norm or cfg.final_norm
@@ -271,6 +273,7 @@ def write_words(cfg: HookedConfig) -> tuple[dict[str, Any], list[str]]:
         "scale_attn_by_inverse_layer_idx": by_layer,
         "attn_scores_soft_cap": cfg.attn_softcap or -1.0,
         "output_logits_soft_cap": cfg.logits_softcap or -1.0,
+        "original_architecture": next(iter(_original(cfg).get("architectures") or ()), None),
         **_name_windows(cfg),
         **_name_positions(cfg),
     }
@@ -299,9 +302,14 @@ def _name_norm(norm: NormConfig) -> str:
 def _name_activation(cfg: HookedConfig) -> str:
     """The word for the activation; one function has several, of which the config it was read from used one."""
     names = [word for word, meant in _ACTIVATIONS.items() if meant == cfg.act_fn]
-    original = json.loads(cfg.origin.hub_config) if cfg.origin is not None else {}
+    original = _original(cfg)
     used = [original.get(key) for key in ("hidden_activation", "hidden_act", "activation_function")]
     return next((name for name in names if name in used), names[0] if names else cfg.act_fn)
+
+
+def _original(cfg: HookedConfig) -> dict[str, Any]:
+    """The config that this one was read from."""
+    return json.loads(cfg.origin.hub_config) if cfg.origin is not None else {}
 
 
 def _name_windows(cfg: HookedConfig) -> dict[str, Any]:
@@ -349,13 +357,17 @@ def _differences(cfg: HookedConfig, again: HookedConfig) -> list[str]:
         # Its experts are gated anyway, and may have an activation of their own.
         unread |= {"gated_mlp"} | ({"act_fn"} if cfg.mlp.act_fn is not None else set())
     return [
-        f"{spec.name}={show(getattr(cfg, spec.name))}"
+        f"{spec.name}={_shorten(repr(getattr(cfg, spec.name)))}"
         for spec in dataclasses.fields(cfg)
         if spec.compare
-        and spec.name not in unread | _UNSAID_ON_PURPOSE
+        and spec.name not in unread | _IN_WEIGHTS
         and not spec.name.endswith("_bias")
         and _spread(cfg, spec.name) != _spread(again, spec.name)
     ]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _spread(cfg: HookedConfig, name: str) -> Any:
@@ -369,7 +381,7 @@ def _spread(cfg: HookedConfig, name: str) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, NormConfig):
-        return dataclasses.replace(value, wide_weight=False)
+        return dataclasses.replace(value, wide_weight=False, unit_offset=False)
     if isinstance(value, MoEConfig):
         return dataclasses.replace(value, router_float32=False)
     if isinstance(value, PartConfig | RotaryPositions):

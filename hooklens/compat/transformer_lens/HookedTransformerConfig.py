@@ -5,31 +5,28 @@ import logging
 import pprint
 import random
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
 from hooklens.adapters.formats.transformer_lens_config import read_words, write_words
-from hooklens.config import HookedConfig, InitScheme
+from hooklens.compat.transformer_lens.utilities import SUPPORTED_ACTIVATIONS
+from hooklens.config import HookedConfig
 from hooklens.errors import ConfigError, warn_caller
 
-SUPPORTED_ACTIVATIONS = (
-    "solu",
-    "solu_ln",
-    "gelu_new",
-    "gelu_fast",
-    "silu",
-    "relu",
-    "gelu",
-    "gelu_pytorch_tanh",
-    "xielu",
-)
 _INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "muP")
 
 
-@dataclass
-class HookedTransformerConfig:
+class _OfModel:
+    """Beside the fields of a config, the network of the model that it belongs to."""
+
+    __slots__ = ("network",)
+    network: HookedConfig
+
+
+@dataclass(repr=False)
+class HookedTransformerConfig(_OfModel):
     """The description of a network in TransformerLens's words, whose documentation tells of each.
 
     `attn_scale` divides. -1 stands for a value that is not given. `to_hooked_config` gives HookLens's description.
@@ -129,19 +126,17 @@ class HookedTransformerConfig:
 
     def _check(self) -> None:
         """Refuse what 2.x refuses, with its class of errors."""
+        mixture, local = self.num_experts, self.use_local_attn
         needs = {
-            "use_local_attn needs window_size": not self.use_local_attn or self.window_size is not None,
-            "use_local_attn needs attn_types": not self.use_local_attn or self.attn_types is not None,
-            "act_fn must be given, but in a model of attention only": self.attn_only or self.act_fn is not None,
-            f"act_fn={self.act_fn!r} must be one of {', '.join(SUPPORTED_ACTIVATIONS)}": self.attn_only
-            or self.act_fn in (None, *SUPPORTED_ACTIVATIONS),
-            "num_experts and experts_per_token go together": (self.num_experts is None)
-            == (self.experts_per_token is None),
-            f"n_devices={self.n_devices} are more than there are": self.n_devices <= 1
-            or torch.cuda.device_count() >= self.n_devices,
-            f"default_prepend_bos={self.default_prepend_bos!r} must be True or False": self.default_prepend_bos
-            in (True, False),
+            "use_local_attn needs window_size": not local or self.window_size is not None,
+            "use_local_attn needs attn_types": not local or self.attn_types is not None,
+            "num_experts and experts_per_token go together": (mixture is None) == (self.experts_per_token is None),
+            f"there are fewer than n_devices={self.n_devices}": self.n_devices <= max(1, torch.cuda.device_count()),
+            f"default_prepend_bos={self.default_prepend_bos!r}, not a bool": self.default_prepend_bos in (True, False),
         }
+        if not self.attn_only:
+            known = ", ".join(SUPPORTED_ACTIVATIONS)
+            needs[f"act_fn={self.act_fn!r} must be one of {known}"] = self.act_fn in SUPPORTED_ACTIVATIONS
         if wrong := [need for need, is_met in needs.items() if not is_met]:
             raise AssertionError("; ".join(wrong))
 
@@ -211,6 +206,5 @@ class HookedTransformerConfig:
                 f"TransformerLens's config has no words for {'; '.join(unsaid)}: its fields are the nearest, and a new "
                 "model made from them is another network"
             )
-        if cfg.init_scheme in set(_INIT_MODES) & set(get_args(InitScheme)):
-            words |= {"init_mode": cfg.init_scheme}
+        words |= {"init_mode": cfg.init_scheme} if cfg.init_scheme in _INIT_MODES else {}
         return cls(**{**words, "initializer_range": cfg.init_std if cfg.init_scheme == "gpt2" else -1.0, **more})

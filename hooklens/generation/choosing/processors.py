@@ -110,7 +110,7 @@ def build_pipeline(options: GenerationOptions) -> LogitsPipeline:
     reading_ids.extend(options.logits_processor)
 
     warpers: list[tuple[str, int | float]] = []
-    if options.do_sample:
+    if options.samples:
         if options.temperature != 1:
             warpers.append(("TemperatureLogitsWarper", float(options.temperature)))
         if options.top_k is not None:

@@ -1,5 +1,6 @@
 """Attention: projections, positions, the pattern where somebody watches it, and the write to the stream."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         if pos_embed is not None and letter != "v":
             positions = plan.embedded_positions
             if positions is None:
-                positions = plan.remember(pos_embed, pos_embed, plan.positions)
+                positions = plan.remember(pos_embed, partial(pos_embed, positions=plan.positions))
             x = x + (positions if x.ndim == 3 else positions[:, :, None])
         heads = project_heads(x, self._modules[f"{letter}_proj"], self.cfg.d_head, call)
         return heads.clamp(-self.clip, self.clip) if self.clip is not None and letter == "v" else heads

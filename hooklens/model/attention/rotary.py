@@ -168,6 +168,16 @@ class RotaryTables:
             sin = torch.stack([-sin, sin], -1).flatten(-2)
         return cos.to(dtype), sin.to(dtype)
 
+    def waves(
+        self, n_positions: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "pos dim"], Float[Tensor, "pos dim"]]:
+        """The cosine and the sine of each entry's angle at each position, from 0 on."""
+        cos, signed = self._compute_table(n_positions, None, device, dtype)
+        firsts = slice(self.positions.dim // 2) if self.positions.layout == "half" else slice(None, None, 2)
+        sin = signed.clone()
+        sin[:, firsts] = -sin[:, firsts]
+        return cos, sin
+
     def rotate(
         self, heads: Float[Tensor, "batch pos heads d_head"], table: CosSin
     ) -> Float[Tensor, "batch pos heads d_head"]:

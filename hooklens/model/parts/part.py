@@ -32,8 +32,9 @@ from torch.nn.modules import module as nn_module
 
 from hooklens.axes import HookSite, declare_site, find_site
 from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfig
-from hooklens.errors import ConfigError
+from hooklens.errors import ConfigError, InputError
 from hooklens.hooks import Call, HookedModule, HookPoint
+from hooklens.hooks.foreign import run_in_call, takes_call
 from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import Declared, Point, Slot, Spec, Weight
 from hooklens.model.parts.quantised import is_quantised
@@ -54,8 +55,10 @@ class Part(HookedModule):
         absent: why it lacks what it declares and does not have, by name.
         shapes: logical shapes of the weights that it has.
         size_of: the size of an axis.
+        can_be_replaced: whether a module of others can stand in its place, see `hooklens.hooks.foreign`.
     """
 
+    can_be_replaced: ClassVar[bool] = True
     declared: ClassVar[dict[str, Declared]] = {}
     place: ClassVar[str | None] = None
 
@@ -123,7 +126,21 @@ class Part(HookedModule):
         """Run the part: straight, where nothing has been put around it, since a module call takes longer."""
         if is_bare(self.__dict__):
             return self.forward(*arguments, **keywords)
+        own = self.__dict__.get("forward")
+        if own is not None and not takes_call(own, arguments, keywords):
+            return run_in_call(super().__call__, arguments, keywords)
         return super().__call__(*arguments, **keywords)
+
+    def _check_place(self, name: str, module: nn.Module, before: nn.Module) -> None:
+        if isinstance(before, Part) and not before.can_be_replaced and not isinstance(module, Part):
+            raise InputError(
+                f"{name}: only a part of the network's own kind can stand there, got a {type(module).__name__}; to "
+                f"change what it gives, put a module in the place of the hook point behind it (hook_{name})"
+            )
+
+    @staticmethod
+    def _takes_calls(module: nn.Module) -> bool:
+        return isinstance(module, Part)
 
     def __setattr__(self, name: str, value: Any) -> None:
         declared = self.declared.get(name)
@@ -142,6 +159,10 @@ class Part(HookedModule):
                 raise
         raise AttributeError(f"{type(self).__name__} has no {name} here: {self.absent.get(name, 'it was deleted')}")
 
+    def read_weight(self, name: str) -> Any:
+        """A weight as the network has it; a subclass may show something else under its name."""
+        return getattr(self, name)
+
     def weight_table(self) -> Iterator[tuple[Weight, tuple[int, ...]]]:
         """The weights that this part has, with their logical shapes."""
         for one in self.declared.values():
@@ -155,7 +176,14 @@ class Part(HookedModule):
         """
         for one, shape in self.weight_table():
             value = 0.0 if one.is_bias and one.fresh is None else one.fresh
-            getattr(self, one.name).copy_(draw(one, shape) if value is None else torch.full(shape, value, device="cpu"))
+            self.read_weight(one.name).copy_(
+                draw(one, shape) if value is None else torch.full(shape, value, device="cpu")
+            )
+
+
+def read_weight(module: nn.Module, name: str) -> Any:
+    """A weight of a part, or of a module of others in its place, which calls it so."""
+    return module.read_weight(name) if isinstance(module, Part) else getattr(module, name)
 
 
 class _BlankLinear(nn.Linear):

@@ -11,9 +11,18 @@ from hooklens.arguments import read_flag, read_int, read_one_of, reads
 from hooklens.config import HookedConfig, LearnedPositions, MoEConfig, ShortformerPositions
 from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
+from hooklens.model.parts.part import read_weight
 from hooklens.model.parts.quantised import quantised_maps
 from hooklens.weights.composition import all_composition_scores
 from hooklens.weights.factored import FactoredMatrix
+
+
+def _read(part: Any, name: str) -> Any:
+    """A weight of a part; None where it has none, or no part stands there."""
+    try:
+        return read_weight(part, name)
+    except AttributeError:
+        return None
 
 
 class _Stacked:
@@ -36,7 +45,7 @@ class _Stacked:
             return self
         decoder, name = views.as_decoder(), self._name
         parts = [getattr(block, self._module) for block in decoder.block_list()]
-        found = [getattr(part, name, None) for part in parts]
+        found = [_read(part, name) for part in parts]
         declared = [decoder.cfg.description.weights.get(f"blocks.{i}.{self._module}.{name}") for i in range(len(parts))]
         axes = self._axes
         if declared and all(one is not None and list(one.axes) == self._other_axes for one in declared):

@@ -142,7 +142,7 @@ class EdgeGradients:
         if isinstance(attn, LatentAttention):
             return _felt_by_latents(attn, ln1, stream, [gradients.get(name) for name in names])
         behind_norm = []
-        for name, weight in zip(names, (attn.W_Q, attn.W_K, attn.W_V), strict=True):
+        for name, weight in zip(names, map(attn.read_weight, ("W_Q", "W_K", "W_V")), strict=True):
             if name in gradients:
                 gradient = gradients[name]
                 if attn.clip is not None and name in now:

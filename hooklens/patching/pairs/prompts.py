@@ -160,6 +160,7 @@ def read_prompts(model: HookedCausalLM, prompt: Prompt, attention_mask: Tensor |
         d_vocab=model.cfg.d_vocab,
         n_ctx=model.cfg.n_ctx,
         attention_mask=attention_mask,
+        prepend_bos=model.bos_rule(),
         device=model.device,
     )
 

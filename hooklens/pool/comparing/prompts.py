@@ -123,6 +123,7 @@ def _encode(model: HookedCausalLM, prompts: Prompt, attention_mask: Tensor | Non
         d_vocab=model.cfg.d_vocab,
         n_ctx=model.cfg.n_ctx,
         attention_mask=attention_mask,
+        prepend_bos=model.bos_rule(),
         device=torch.device("cpu"),
     )
 

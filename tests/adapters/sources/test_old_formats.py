@@ -184,8 +184,8 @@ def test_weights_of_earlier_in_training(hub, upload, where) -> None:
 
 def test_nothing_of_weights_that_cannot_be_loaded(hub) -> None:
     save_transformer_lens(hub.files)
-    (hub.files / "config.json").write_text(json.dumps({**transformer_lens.CONFIG, "gated_mlp": True}))
-    with pytest.raises(UnsupportedModelError, match="gated_mlp is True"):
+    (hub.files / "config.json").write_text(json.dumps({**transformer_lens.CONFIG, "load_in_4bit": True}))
+    with pytest.raises(UnsupportedModelError, match="load_in_4bit is True"):
         HookedCausalLM.from_pretrained(NAME, revision="v1")
     assert hub.fetched() == {"config.json"}
 

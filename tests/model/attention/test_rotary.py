@@ -136,3 +136,11 @@ def test_tables_grow_and_serve_autograd_after_inference_mode():
     assert torch.equal(model(tokens), expected)
     long = model(random_tokens(1, 30))
     assert torch.equal(make_model("rotary")(random_tokens(1, 30)), long)
+
+
+@pytest.mark.parametrize(("layout", "pairs"), [("half", [0, 1, 2, 0, 1, 2]), ("interleaved", [0, 0, 1, 1, 2, 2])])
+def test_waves_are_those_of_each_entrys_angle(layout, pairs):
+    cos, sin = RotaryTables(RotaryPositions(dim=6, base=100.0, layout=layout), 8).waves(5, CPU, torch.float64)
+    angles = torch.arange(5.0)[:, None] * torch.tensor([100.0 ** (-pair / 3) for pair in pairs])
+    torch.testing.assert_close(cos.float(), angles.cos())
+    torch.testing.assert_close(sin.float(), angles.sin())

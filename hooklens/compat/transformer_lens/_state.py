@@ -1,0 +1,248 @@
+"""Weights of a `HookedTransformer`: stacked, as a state dict of 2.x, and processed."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hooklens.causal_lm import HookedCausalLM
+from hooklens.compat.transformer_lens._fresh import draw_weights
+from hooklens.compat.transformer_lens.components import state_of
+from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
+from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+
+if TYPE_CHECKING:
+    pass
+
+State = dict[str, Tensor]
+
+
+def _stacked(name: str, per_query_head: bool = False) -> Any:
+    def read(self: Any) -> Tensor:
+        weight: Tensor = getattr(self.hooked, name)
+        group = self.cfg.n_heads // weight.shape[1] if per_query_head else 1
+        return weight if group == 1 else weight.repeat_interleave(group, dim=1)
+
+    return property(read, doc=f"{name} of all layers.")
+
+
+class StateMethods(nn.Module):
+    """What reads, writes and processes weights."""
+
+    cfg: HookedTransformerConfig
+    hooked: HookedCausalLM
+
+    W_U, b_U, W_E, W_pos = (_stacked(name) for name in ("W_U", "b_U", "W_E", "W_pos"))
+    W_Q, W_O, b_Q, b_O = (_stacked(name) for name in ("W_Q", "W_O", "b_Q", "b_O"))
+    W_K, W_V, b_K, b_V = (_stacked(name, per_query_head=True) for name in ("W_K", "W_V", "b_K", "b_V"))
+    W_in, W_out, b_in, b_out = (_stacked(name) for name in ("W_in", "W_out", "b_in", "b_out"))
+
+    @property
+    def W_gate(self) -> Tensor | None:
+        """W_gate of all layers; None where MLPs are not gated."""
+        return self.hooked.W_gate if self.cfg.gated_mlp else None
+
+    @property
+    def W_E_pos(self) -> Tensor:
+        """Token and position embeddings below each other, `[d_vocab+n_ctx d_model]`."""
+        return torch.cat([self.W_E, self.W_pos])
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """`W_Q W_K^T` of every head."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """`W_V W_O` of every head."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
+        """The sum of the biases written to the stream below a layer."""
+        total: Tensor = self.b_O[: layer + mlp_input].sum(0)
+        return total + self.b_out[:layer].sum(0) if include_mlp_biases and not self.cfg.attn_only else total
+
+    def all_composition_scores(self, mode: str) -> Tensor:
+        """How much each head writes into what each later head reads."""
+        if mode not in ("Q", "K", "V"):
+            raise ValueError(f"mode must be one of ['Q', 'K', 'V'] not {mode}")
+        return self.hooked.all_composition_scores(mode)
+
+    def all_head_labels(self) -> list[str]:
+        """`["L0H0", ...]`."""
+        return self.hooked.all_head_labels()
+
+    def init_weights(self) -> None:
+        """Draw fresh weights as `cfg.init_mode` says."""
+        draw_weights(self.hooked, self.cfg)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Weights and buffers under the names of 2.x, which hold the memory of the model's own."""
+        state = {} if destination is None else destination
+        is_folded = (self.cfg.normalization_type or "").endswith("Pre")
+        for name, tensor in state_of(self.hooked).items():
+            if not (is_folded and name.rpartition(".")[0].endswith((".ln1", ".ln2", "ln_final"))):
+                state[prefix + name] = tensor if keep_vars else tensor.detach()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of 2.x, or of HookLens."""
+        given = {name: value for name, value in state_dict.items() if not _is_absent(self.hooked, name, value)}
+        return self.hooked.load_state_dict(given, strict=strict, assign=assign)
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: State,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Load a state dict and process what it holds; steps that cannot hold for the network are left out, told."""
+        self._become(
+            self._from_state(state_dict),
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = True,
+    ) -> None:
+        """Process the weights in place; parameters are new ones then, hooks stay."""
+        self._become(
+            self.hooked,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    def _from_state(self, state_dict: State) -> HookedCausalLM:
+        """A model of the weights, which may have norms that this network has without weights."""
+        cfg = self.hooked.cfg
+        kind = self.cfg.normalization_type
+        if kind in ("LNPre", "RMSPre") and any(name.endswith("ln_final.w") for name in state_dict):
+            unfolded = HookedTransformerConfig.unwrap({**self.cfg.to_dict(), "normalization_type": kind[:-3]})
+            cfg = unfolded.to_hooked_config()
+        model = HookedCausalLM(cfg).to(self.hooked.device, self.hooked.dtype)
+        given = {name: value for name, value in state_dict.items() if not _is_absent(model, name, value)}
+        model.load_state_dict(given)
+        return model
+
+    def _become(self: Any, hooked: HookedCausalLM, **steps: bool) -> None:
+        """Take over a model with its weights processed."""
+        processed = process(hooked, self.cfg, **steps)
+        if steps.get("fold_ln") and not self.cfg.num_experts and self.cfg.normalization_type in ("LN", "RMS"):
+            self.cfg.normalization_type += "Pre"
+        self._take_over(processed)
+
+    def fill_missing_keys(self, state_dict: State) -> State:
+        """The state dict with this model's values for what it lacks."""
+        return {**self.state_dict(), **state_dict}
+
+    def _process_state(self, state_dict: State, **step: bool) -> State:
+        other: Any = _Bare(self.cfg, process(self._from_state(state_dict), self.cfg, **step))
+        return {**state_dict, **other.state_dict()}
+
+    def fold_layer_norm(self, state_dict: State, fold_biases: bool = True, center_weights: bool = True) -> State:
+        """The state dict with norms folded."""
+        folded = self._process_state(state_dict, fold_ln=True)
+        return {name: one for name, one in folded.items() if not name.endswith((".w", ".b"))}
+
+    def center_writing_weights(self, state_dict: State) -> State:
+        """The state dict with the weights centred that write to the stream."""
+        return self._process_state(state_dict, center_writing_weights=True)
+
+    def center_unembed(self, state_dict: State) -> State:
+        """The state dict with the unembedding centred."""
+        return self._process_state(state_dict, center_unembed=True)
+
+    def fold_value_biases(self, state_dict: State) -> State:
+        """The state dict with value biases folded into `b_O`."""
+        return self._process_state(state_dict, fold_value_biases=True)
+
+    def refactor_factored_attn_matrices(self, state_dict: State) -> State:
+        """The state dict with `W_Q W_K^T` and `W_V W_O` factored evenly."""
+        return self._process_state(state_dict, refactor_factored_attn_matrices=True)
+
+
+class _Bare(StateMethods):
+    """A model of which the weights are wanted only."""
+
+    def __init__(self, cfg: HookedTransformerConfig, hooked: HookedCausalLM) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.__dict__["hooked"] = hooked
+
+
+def _is_absent(hooked: HookedCausalLM, name: str, value: object) -> bool:
+    """Whether a norm's weights say what the network's norm, which has none, does anyway."""
+    is_norms = name.rpartition(".")[2] in ("w", "b") and name not in hooked.named_weights()
+    return is_norms and isinstance(value, Tensor) and _is_trivial({name: value}, name)
+
+
+def process(hooked: HookedCausalLM, cfg: HookedTransformerConfig, **steps: bool) -> HookedCausalLM:
+    """A model with its weights processed, as far as 2.x would: what cannot hold is told and left out."""
+    reasons = {
+        "fold_ln": "mixtures of experts" if cfg.num_experts else None if _weighs(hooked) else "no norms with weights",
+        "center_writing_weights": None
+        if cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms
+        else "no LayerNorm",
+        "center_unembed": "a soft cap on logits" if cfg.output_logits_soft_cap > 0 else None,
+    }
+    if cfg.positional_embedding_type == "shortformer":
+        reasons = dict.fromkeys(reasons, "shortformer positions")
+    for name, reason in reasons.items():
+        if reason and steps.get(name):
+            logging.warning(f"{name}: left out, since the network has {reason}")
+            steps[name] = False
+    if not any(steps.values()):
+        return hooked
+    processed = hooked.process_weights(**steps)
+    return _without_weights(processed) if steps.get("fold_ln") else processed
+
+
+def _weighs(hooked: HookedCausalLM) -> bool:
+    return any(norm.weight for norm in hooked.cfg.description.norms.values())
+
+
+def _without_weights(hooked: HookedCausalLM) -> HookedCausalLM:
+    """The model whose folded norms have no weights, where those behind branches do not need theirs."""
+    cfg, state = hooked.cfg, dict(hooked.named_weights())
+    trivial = {
+        name: all(_is_trivial(state, f"{path}.{end}") for path in paths for end in "wb")
+        for name, paths in {
+            "norm": [path for path in cfg.description.norms if path.endswith((".ln1", ".ln2", "ln1_post", "ln2_post"))],
+            "final_norm": ["ln_final"],
+            "act_norm": [path for path in cfg.description.norms if path.endswith("mlp.ln")],
+        }.items()
+    }
+    bare = {name: _bare(getattr(cfg, name)) for name, is_trivial in trivial.items() if is_trivial}
+    plain = cfg.replace(**bare, origin=None)
+    kept = {name: weight for name, weight in state.items() if name in plain.description.weights}
+    model = HookedCausalLM.from_state_dict(kept, plain, hooked.tokenizer)
+    model.transforms, model.generation_config = hooked.transforms, dict(hooked.generation_config)
+    return model
+
+
+def _is_trivial(state: Mapping[str, Tensor], name: str) -> bool:
+    return name not in state or bool((state[name] == (1 if name.endswith("w") else 0)).all())
+
+
+def _bare(norm: Any) -> Any:
+    if isinstance(norm, tuple):
+        return tuple(map(_bare, norm))
+    return None if norm is None else dataclasses.replace(norm, weight=False, bias=False)

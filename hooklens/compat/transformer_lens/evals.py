@@ -1,0 +1,191 @@
+"""`transformer_lens.evals` of 2.x. `hooklens.evaluation` is more than this."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hooklens.compat.transformer_lens import utils
+from hooklens.optional import import_package
+
+_TEXT = (
+    "Many important transition points in the history of science have been moments when science 'zoomed in.' At these "
+    "points, we develop a visualization or tool that allows us to see the world in a new level of detail, and a new "
+    "field of science develops to study the world through this lens."
+)
+_CORPORA = {
+    "wiki": (("wikitext", "wikitext-2-v1"), "text"),
+    "owt": (("stas/openwebtext-10k",), "text"),
+    "pile": (("NeelNanda/pile-10k",), "text"),
+    "code": (("codeparrot/codeparrot-valid-v2-near-dedup",), "content"),
+}
+DATASET_NAMES = list(_CORPORA)
+_TEMPLATES = [
+    "[A] and [B] went to the [LOCATION] to buy [OBJECT]. [B] handed the [OBJECT] to [A]",
+    "Then, [B] and [A] went to the [LOCATION]. [B] gave the [OBJECT] to [A]",
+]
+_NOUNS = {"LOCATION": ["store", "market"], "OBJECT": ["milk", "eggs", "bread"]}
+
+
+def sanity_check(model: Any) -> Tensor:
+    """The loss on a paragraph of Olah et al. 2020: below 5 for a sound model, above 7 for a broken one."""
+    loss: Tensor = model(_TEXT, return_type="loss")
+    return loss
+
+
+def _make_loader(name: str, tokenizer: Any, batch_size: int) -> DataLoader[Any]:
+    where, column = _CORPORA[name]
+    texts = import_package("datasets").load_dataset(*where, split="train")
+    print(len(texts))
+    rows = utils.tokenize_and_concatenate(texts, tokenizer, column_name=column)
+    return DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=True)
+
+
+def make_wiki_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
+    """Batches of Wikitext 2."""
+    return _make_loader("wiki", tokenizer, batch_size)
+
+
+def make_owt_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
+    """Batches of OpenWebText."""
+    return _make_loader("owt", tokenizer, batch_size)
+
+
+def make_pile_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
+    """Batches of the Pile."""
+    return _make_loader("pile", tokenizer, batch_size)
+
+
+def make_code_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
+    """Batches of CodeParrot."""
+    return _make_loader("code", tokenizer, batch_size)
+
+
+DATASET_LOADERS = [make_wiki_data_loader, make_owt_data_loader, make_pile_data_loader, make_code_data_loader]
+
+
+@torch.inference_mode()
+def evaluate_on_dataset(model: Any, data_loader: Any, truncate: int = 100, device: Any = "cuda") -> float:
+    """The mean loss of batches."""
+    losses = []
+    for batch in import_package("tqdm").auto.tqdm(data_loader):
+        losses.append(model(batch["tokens"].to(device), return_type="loss").mean().item())
+        if len(losses) > truncate:
+            break
+    return float(sum(losses) / len(losses))
+
+
+@torch.inference_mode()
+def induction_loss(
+    model: Any,
+    tokenizer: Any = None,
+    batch_size: int = 4,
+    subseq_len: int = 384,
+    prepend_bos: bool | None = None,
+    device: Any = "cuda",
+) -> Tensor:
+    """The loss on the second half of random tokens that are repeated, which induction heads make small."""
+    tokens = torch.randint(100, 20000, (batch_size, subseq_len)).to(device).repeat(1, 2)
+    if utils.override_or_use_default_value(model.cfg.default_prepend_bos, override=prepend_bos):
+        tokens[:, 0] = (model.tokenizer if tokenizer is None else tokenizer).bos_token_id
+    losses = utils.lm_cross_entropy_loss(model(tokens, return_type="logits"), tokens, per_token=True)
+    return losses[:, subseq_len + 1 :].mean()
+
+
+@torch.inference_mode()
+def evaluate(model: Any, truncate: int = 100, batch_size: int = 8, tokenizer: Any = None) -> dict[str, float]:
+    """The mean loss on each of four corpora."""
+    losses = {}
+    for name, make in zip(DATASET_NAMES, DATASET_LOADERS, strict=True):
+        loader = make(model.tokenizer if tokenizer is None else tokenizer, batch_size)
+        losses[f"{name}_loss"] = evaluate_on_dataset(model, loader, truncate=truncate, device=model.cfg.device)
+        print(f"{name}: {losses[f'{name}_loss']}")
+    return losses
+
+
+class IOIDataset(Dataset[dict[str, Tensor]]):
+    """Prompts of indirect object identification (Wang et al. 2022)."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        templates: list[str] | None = None,
+        names: list[str] | None = None,
+        nouns: dict[str, list[str]] | None = None,
+        num_samples: int = 1000,
+        symmetric: bool = False,
+        prepend_bos: bool = True,
+    ) -> None:
+        self.tokenizer, self.prepend_bos = tokenizer, prepend_bos
+        self.templates = self.get_default_templates() if templates is None else templates
+        self.names = self.get_default_names() if names is None else names
+        self.nouns = self.get_default_nouns() if nouns is None else nouns
+        rounds = num_samples // 2 if symmetric else num_samples
+        self.samples = [sample for _ in range(rounds) for sample in self.get_sample(symmetric=symmetric)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        sample = self.samples[idx]
+        first = [self.tokenizer.bos_token_id] if self.prepend_bos else []
+        ids = {"prompt": first + self.tokenizer.encode(sample["text"])}
+        ids |= {who: self.tokenizer.encode(sample[who]) for who in ("IO", "S")}
+        return {name: torch.tensor(value) for name, value in ids.items()}
+
+    def get_sample(self, symmetric: bool = False) -> list[dict[str, str]]:
+        """One prompt, or two with the names exchanged; always the same, as in 2.x, which seeds before each."""
+        draw = random.Random(42)
+        template = draw.choice(self.templates)
+        for noun, several in self.nouns.items():
+            template = template.replace(f"[{noun}]", draw.choice(several))
+        first, second = draw.sample(self.names, 2)
+        pairs = [(first, second), (second, first)][: 2 if symmetric else 1]
+        return [
+            {"text": template.replace("[A]", one).replace("[B]", other), "IO": f" {one}", "S": f" {other}"}
+            for one, other in pairs
+        ]
+
+    @staticmethod
+    def get_default_names() -> list[str]:
+        """Names of persons."""
+        return ["John", "Mary"]
+
+    @staticmethod
+    def get_default_templates() -> list[str]:
+        """Templates of prompts."""
+        return list(_TEMPLATES)
+
+    @staticmethod
+    def get_default_nouns() -> dict[str, list[str]]:
+        """What stands in the templates."""
+        return {name: list(several) for name, several in _NOUNS.items()}
+
+
+@torch.inference_mode()
+def ioi_eval(
+    model: Any,
+    dataset: Any = None,
+    batch_size: int = 8,
+    num_samples: int = 1000,
+    tokenizer: Any = None,
+    symmetric: bool = False,
+) -> dict[str, float]:
+    """How often, and by how much, the indirect object is likelier than the subject."""
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    if dataset is None:
+        dataset = IOIDataset(tokenizer, num_samples=num_samples, symmetric=symmetric)
+    differences = []
+    for start in import_package("tqdm").auto.tqdm(range(0, len(dataset), batch_size)):
+        rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
+        prompts = torch.nn.utils.rnn.pad_sequence([row["prompt"] for row in rows], batch_first=True)
+        for row, logits in zip(rows, model(prompts, return_type="logits"), strict=True):
+            # The names end the prompt; what counts is the first token in which they differ.
+            pairs = zip(row["IO"].tolist(), row["S"].tolist(), strict=False)
+            place, (io, s) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+            scores = logits[len(row["prompt"]) - len(row["IO"]) + place - 1]
+            differences.append(float(scores[io] - scores[s]))
+    hits = sum(difference > 0 for difference in differences)
+    return {"Logit Difference": sum(differences) / len(differences), "Accuracy": hits / len(differences)}

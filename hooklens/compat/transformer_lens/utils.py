@@ -1,0 +1,491 @@
+"""`transformer_lens.utils` of 2.x."""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from rich import print as rprint
+from torch import Tensor, nn
+
+from hooklens import analysis, generation
+from hooklens.optional import import_package
+
+USE_DEFAULT_VALUE: Any = None
+CACHE_DIR = import_package("huggingface_hub.constants").HUGGINGFACE_HUB_CACHE
+SliceInput = int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
+gelu_new = gelu_fast = partial(F.gelu, approximate="tanh")
+
+_DATASETS = {
+    "openwebtext": "stas/openwebtext-10k", "owt": "stas/openwebtext-10k", "pile": "NeelNanda/pile-10k",
+    "c4": "NeelNanda/c4-10k", "code": "NeelNanda/code-10k", "python": "NeelNanda/code-10k",
+    "c4_code": "NeelNanda/c4-code-20k", "c4-code": "NeelNanda/c4-code-20k", "wiki": "NeelNanda/wiki-10k",
+}  # fmt: skip
+_LAYER_TYPES = {"a": "attn", "m": "mlp", "b": "", "block": "", "blocks": "", "attention": "attn"}
+_ACT_NAMES = {
+    "attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v", "mlp_pre": "pre",
+    "mlp_mid": "mid", "mlp_post": "post",
+}  # fmt: skip
+_IN_ATTN = ("k", "v", "q", "z", "rot_k", "rot_q", "result", "pattern", "attn_scores")
+_IN_MLP = ("pre", "post", "mid", "pre_linear")
+
+
+class Slice:
+    """Part of an axis: an int drops it, a tuple is the arguments of `slice`, a list or tensor chooses, None is all."""
+
+    slice: Any
+
+    def __init__(self, input_slice: SliceInput | slice = None) -> None:
+        if isinstance(input_slice, tuple | slice):
+            self.slice = slice(*input_slice) if isinstance(input_slice, tuple) else input_slice
+            self.mode = "slice"
+        elif isinstance(input_slice, int):
+            self.slice, self.mode = input_slice, "int"
+        elif isinstance(input_slice, list | Tensor | np.ndarray):
+            self.slice, self.mode = to_numpy(input_slice), "array"
+        elif input_slice is None:
+            self.slice, self.mode = slice(None), "identity"
+        else:
+            raise ValueError(f"Invalid input_slice {input_slice}")
+
+    def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The part of a tensor."""
+        index: list[Any] = [slice(None)] * tensor.ndim
+        index[dim] = self.slice
+        return tensor[tuple(index)]
+
+    def indices(self, max_ctx: int | None = None) -> Any:
+        """The numbers of the entries chosen."""
+        if self.mode == "int":
+            return np.array([self.slice], dtype=np.int64)
+        if max_ctx is None:
+            raise ValueError("max_ctx must be specified if slice is not an integer")
+        return np.arange(max_ctx, dtype=np.int64)[self.slice]
+
+    def __repr__(self) -> str:
+        return f"Slice: {self.slice} Mode: {self.mode} "
+
+    @classmethod
+    def unwrap(cls, slice_input: "Slice | SliceInput") -> "Slice":
+        """A slice of itself or of its input; an int keeps the axis."""
+        if isinstance(slice_input, Slice):
+            return slice_input
+        return cls([slice_input] if isinstance(slice_input, int) else slice_input)
+
+
+def to_numpy(tensor: Any) -> Any:
+    """An array of a tensor, a list, an array or a number."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    if isinstance(tensor, list | tuple):
+        return np.array(tensor)
+    if isinstance(tensor, Tensor):
+        return tensor.detach().cpu().numpy()
+    if isinstance(tensor, bool | int | float | str):
+        return np.array(tensor)
+    raise ValueError(f"Input to to_numpy has invalid type: {type(tensor)}")
+
+
+def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
+    """The name of a hook point by its shorthand: `("k", 6, "a")`, `"k6a"`, `("scale", 4, "ln1")`, `"embed"`."""
+    if ("." in name or name.startswith("hook_")) and layer is None and layer_type is None:
+        return name
+    if (found := re.match(r"([a-z]+)(\d+)([a-z]?.*)", name)) is not None:
+        name, layer, layer_type = found.groups(0)  # type: ignore[assignment]
+    name = _ACT_NAMES.get(name, name)
+    block = "" if layer is None else f"blocks.{layer}."
+    part = "attn" if name in _IN_ATTN else "mlp" if name in _IN_MLP else _LAYER_TYPES.get(layer_type or "", layer_type)
+    full = f"{block}{part}.hook_{name}" if part else f"{block}hook_{name}"
+    return f"ln_final.{full}" if name in ("scale", "normalized") and layer is None else full
+
+
+def solu(input: Tensor) -> Tensor:
+    """The softmax linear unit (Elhage et al. 2022)."""
+    return input * input.softmax(-1)
+
+
+def lm_cross_entropy_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Tensor | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """The cross-entropy of the next token; pairs of which one is masked count 0."""
+    losses = -logits.log_softmax(-1)[..., :-1, :].gather(-1, tokens[..., 1:, None])[..., 0]
+    count: Any = losses.numel()
+    if attention_mask is not None:
+        counts = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
+        losses, count = losses * counts, counts.sum()
+    return losses if per_token else losses.sum() / count
+
+
+def lm_accuracy(logits: Tensor, tokens: Tensor, per_token: bool = False) -> Tensor:
+    """Where the next token is the likeliest one, or how often."""
+    hits = logits[..., :-1, :].argmax(-1) == tokens[..., 1:]
+    return hits if per_token else hits.sum() / hits.numel()
+
+
+def sample_logits(
+    final_logits: Float[Tensor, "batch d_vocab"],
+    top_k: int | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    freq_penalty: float = 0.0,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+) -> Int[Tensor, " batch"]:
+    """Draw a token for each row from torch's own generator; at temperature 0 the likeliest."""
+    if temperature == 0.0:
+        return final_logits.argmax(-1)
+    if freq_penalty > 0:
+        assert tokens is not None, "Must provide input_tokens if applying a frequency penalty"
+        assert tokens.ndim == 2, "Frequency penalty needs tokens [batch, pos]"
+    assert top_k is None or top_k > 0, "top_k has to be greater than 0"
+    assert top_k is not None or top_p is None or 1.0 >= top_p > 0.0, "top_p has to be in (0, 1]"
+    chosen: dict[str, Any] = {"top_k": top_k} if top_k is not None else {"top_p": top_p}
+    penalty: dict[str, Any] = {"freq_penalty": freq_penalty, "tokens": tokens} if freq_penalty > 0 else {}
+    return generation.sample_logits(final_logits, temperature=temperature, **chosen, **penalty)
+
+
+def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
+    """Positions of tokens, counted without padding."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
+
+
+def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Tensor:
+    """Sums along an axis, from its start or its end."""
+    return tensor.flip(dim).cumsum(dim).flip(dim) if reverse else tensor.cumsum(dim)
+
+
+def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:
+    """1 for tokens, 0 for runs of pads on the side that the tokenizer pads on; a BOS that is one stays."""
+    if tokenizer is None:
+        return torch.ones_like(tokens)
+    pads_left = tokenizer.padding_side == "left"
+    is_pad = get_cumsum_along_dim(tokens.ne(tokenizer.pad_token_id), -1, reverse=not pads_left) == 0
+    mask = torch.ones_like(tokens).masked_fill(is_pad, 0)
+    if pads_left and prepend_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:
+        mask[torch.arange(len(mask)), is_pad.sum(-1) - 1] = 1
+    return mask
+
+
+def override_or_use_default_value(default_flag: Any, override: Any = None) -> Any:
+    """The override, where there is one."""
+    return default_flag if override is USE_DEFAULT_VALUE else override
+
+
+class LocallyOverridenDefaults:
+    """A block in which a model's defaults are others; `USE_DEFAULT_VALUE` leaves one as it is."""
+
+    _VALID = {"prepend_bos": (True, False), "padding_side": ("left", "right")}  # noqa: RUF012
+
+    def __init__(self, model: Any, **overrides: Any) -> None:
+        for name in overrides:
+            assert name in self._VALID, f"{name} is not a valid parameter to override: {', '.join(self._VALID)} are"
+        places = {"prepend_bos": (model.cfg, "default_prepend_bos"), "padding_side": (model.tokenizer, "padding_side")}
+        self._changes = [
+            (*places[name], name, value)
+            for name, value in overrides.items()
+            if value is not USE_DEFAULT_VALUE and places[name][0] is not None
+        ]
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        for _, _, name, value in self._changes:
+            assert value in self._VALID[name], f"{name} must be one of {self._VALID[name]}, but got {value}."
+        self._before = [getattr(owner, attribute) for owner, attribute, _, _ in self._changes]
+        for owner, attribute, _, value in self._changes:
+            setattr(owner, attribute, value)
+
+    def __exit__(self, *error: object) -> None:
+        for (owner, attribute, _, _), value in zip(self._changes, self._before, strict=True):
+            setattr(owner, attribute, value)
+
+
+def get_tokenizer_with_bos(tokenizer: Any) -> Any:
+    """The tokenizer, made anew so that it puts a BOS first, where it can be found again and says that it does not."""
+    settings = deepcopy(tokenizer.init_kwargs)
+    name, says = settings.pop("name_or_path", ""), settings.pop("add_bos_token", None)
+    # One that does not say so puts no BOS, however it is made.
+    if says is not False or not name:
+        return tokenizer
+    return import_package("transformers").AutoTokenizer.from_pretrained(name, add_bos_token=True, **settings)
+
+
+def get_input_with_manually_prepended_bos(tokenizer: Any, input: str | list[str]) -> Any:
+    """Text with the BOS token's text before it."""
+    return tokenizer.bos_token + input if isinstance(input, str) else [tokenizer.bos_token + one for one in input]
+
+
+def get_tokens_with_bos_removed(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+    """Ids without the BOS that each row starts with."""
+    if tokenizer.padding_side == "right":
+        return tokens[..., 1:]
+    if tokenizer.bos_token_id == tokenizer.pad_token_id:
+        places = (get_cumsum_along_dim(tokens.ne(tokenizer.pad_token_id), -1) == 0).sum(-1) - 1
+    else:
+        places = (tokens == tokenizer.bos_token_id).int().argmax(-1)
+    stays = torch.arange(tokens.shape[1], device=tokens.device) != places[:, None]
+    return tokens[stays].view(tokens.shape[0], -1)
+
+
+def keep_single_column(dataset: Any, col_name: str) -> Any:
+    """The data set without its other columns."""
+    return dataset.remove_columns([name for name in dataset.features if name != col_name])
+
+
+def tokenize_and_concatenate(
+    dataset: Any,
+    tokenizer: Any,
+    streaming: bool = False,
+    max_length: int = 1024,
+    column_name: str = "text",
+    add_bos_token: bool = True,
+    num_proc: int = 10,
+) -> Any:
+    """Rows of `max_length` tokens of all texts, one after another with an EOS between them, in a column `tokens`."""
+    pad = tokenizer.pad_token
+    if pad is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    length = max_length - add_bos_token
+
+    def tokenize(examples: dict[str, list[str]]) -> dict[str, Any]:
+        text = tokenizer.eos_token.join(examples[column_name])
+        if not text.strip():
+            return {"tokens": np.array([], dtype=np.int64)}
+        ids = tokenizer(list(_chunks(text)), return_tensors="np", padding=True)["input_ids"].flatten()
+        ids = ids[ids != tokenizer.pad_token_id]
+        if len(ids) < length:
+            filler = tokenizer.eos_token_id if pad is None else tokenizer.pad_token_id
+            ids = np.concatenate([ids, np.full(length - len(ids), filler)])
+        rows = ids[: len(ids) // length * length].reshape(-1, length)
+        first = np.full((len(rows), 1 if add_bos_token else 0), tokenizer.bos_token_id)
+        return {"tokens": np.concatenate([first, rows], axis=1)}
+
+    workers = {} if streaming else {"num_proc": num_proc}
+    one_column = keep_single_column(dataset, column_name)
+    tokenized = one_column.map(tokenize, batched=True, remove_columns=[column_name], **workers)
+    return tokenized.with_format(type="torch") if streaming else tokenized.with_format(type="torch", columns=["tokens"])
+
+
+def _chunks(text: str, count: int = 20) -> Iterator[str]:
+    """Some twenty pieces of a text, cut at white space where there is some soon."""
+    size, start = (len(text) - 1) // count + 1, 0
+    for _ in range(count):
+        end = min(start + size, len(text))
+        latest = min(end + size // 10, len(text))
+        while end < latest and not text[end].isspace():
+            end += 1
+        yield text[start:end]
+        start = end
+
+
+def test_prompt(
+    prompt: str,
+    answer: str | list[str],
+    model: Any,
+    prepend_space_to_answer: bool = True,
+    print_details: bool = True,
+    prepend_bos: bool | None = USE_DEFAULT_VALUE,
+    top_k: int = 10,
+) -> None:
+    """Print the rank, logit and probability of an answer, or of the first tokens of several, and the best tokens."""
+    answers = [answer] if isinstance(answer, str) else list(answer)
+    if prepend_space_to_answer:
+        answers = [one if one.startswith(" ") else f" {one}" for one in answers]
+    several = len(answers) > 1
+    words = [model.to_str_tokens(one, prepend_bos=False) for one in answers]
+    asked = model.to_str_tokens(prompt, prepend_bos=prepend_bos)
+    behind = model.to_tokens(answers, prepend_bos=False)[:, : 1 if several else None]
+    tokens = torch.cat([model.to_tokens(prompt, prepend_bos=prepend_bos).repeat(len(answers), 1), behind], 1)
+    if print_details:
+        print("Tokenized prompt:", asked)
+        print("Tokenized answers:" if several else "Tokenized answer:", words if several else words[0])
+    logits = model(tokens)
+    probs, ranks, rows = logits.softmax(-1), [], range(len(answers))
+    for index in range(len(asked), len(asked) + (1 if several else len(words[0]))):
+        ids, texts = tokens[:, index], [one[index - len(asked)] for one in words]
+        order = probs[:, index - 1].argsort(descending=True, stable=False)
+        places = order.argsort(-1)[list(rows), ids.cpu()].tolist()
+        ranks.append(list(zip(texts, places, strict=True)))
+        if not print_details:
+            continue
+        lines = [
+            f"[b]Rank: {places[row]: <8} Logit: {logits[row, index - 1, ids[row]].item():5.2f} "
+            f"Prob: {probs[row, index - 1, ids[row]].item():6.2%} Token: |{texts[row]}|[/b]"
+            for row in rows
+        ]
+        rprint("\n".join([f"Performance on answer token{'s' if several else ''}:", *lines]))
+        for place, best in enumerate(order[0, :top_k]):
+            logit, prob = logits[0, index - 1, best].item(), probs[0, index - 1, best].item()
+            print(f"Top {place}th token. Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{model.to_string(best)}|")
+    rprint(f"[b]Ranks of the answer tokens:[/b] {ranks if several else [one[0] for one in ranks]}")
+
+
+test_prompt.__test__ = False  # type: ignore[attr-defined]
+
+
+def composition_scores(left: Any, right: Any, broadcast_dims: bool = True) -> Tensor:
+    """The norm of a product over the product of the norms, of two factored matrices."""
+    if broadcast_dims:
+        n_left, n_right = left.ndim - 2, right.ndim - 2
+        for axis in range(n_left):
+            right = right.unsqueeze(axis)
+        for axis in range(n_right):
+            left = left.unsqueeze(axis + n_left)
+    assert left.rdim == right.ldim, f"Composition scores need left.rdim == right.ldim, got {left.shape}, {right.shape}"
+    first, second = left.collapse_l(), right.collapse_r()
+    norms: Tensor = (first @ second).norm(dim=[-2, -1]) / second.norm(dim=[-2, -1]) / first.norm(dim=[-2, -1])
+    return norms
+
+
+def logits_to_df(logits: Float[Tensor, " d_vocab"], tokenizer: Any = None, top_k: int | None = None) -> Any:
+    """The tokens of one position, the likeliest first."""
+    table = analysis.logits_to_frame(logits, tokenizer, k=top_k)
+    return table.rename(columns={"token": "token_index", "text": "token_string", "logprob": "log_prob"})
+
+
+def get_corner(tensor: Any, n: int = 3) -> Any:
+    """The first entries of every axis."""
+    return tensor[tuple(slice(n) for _ in range(tensor.ndim))] if isinstance(tensor, Tensor) else tensor.get_corner(n)
+
+
+def remove_batch_dim(tensor: Tensor) -> Tensor:
+    """The tensor without a first axis of size 1."""
+    return tensor.squeeze(0) if tensor.shape[0] == 1 else tensor
+
+
+def transpose(tensor: Tensor) -> Tensor:
+    """The last two axes exchanged."""
+    return tensor.transpose(-1, -2)
+
+
+def is_square(x: Tensor) -> bool:
+    """Whether it is a square matrix."""
+    return x.ndim == 2 and x.shape[0] == x.shape[1]
+
+
+def is_lower_triangular(x: Tensor) -> bool:
+    """Whether it is a square matrix with zeros above its diagonal."""
+    return is_square(x) and x.equal(x.tril())
+
+
+def repeat_along_head_dimension(tensor: Tensor, n_heads: int, clone_tensor: bool = True) -> Tensor:
+    """A copy for each head, `[batch pos n_heads d_model]`; without `clone_tensor` one memory."""
+    repeated = tensor[:, :, None].expand(-1, -1, n_heads, -1)
+    return repeated.clone() if clone_tensor else repeated
+
+
+def filter_dict_by_prefix(dictionary: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a prefix, without it and the dot behind it."""
+    dotted = f"{prefix.removesuffix('.')}."
+    return {name[len(dotted) :]: value for name, value in dictionary.items() if name.startswith(dotted)}
+
+
+def get_nested_attr(obj: Any, attr_str: str) -> Any:
+    """An attribute of an attribute."""
+    for name in attr_str.split("."):
+        obj = getattr(obj, name)
+    return obj
+
+
+def set_nested_attr(obj: Any, attr_str: str, value: Any) -> None:
+    """Set an attribute of an attribute."""
+    *path, last = attr_str.split(".")
+    setattr(get_nested_attr(obj, ".".join(path)) if path else obj, last, value)
+
+
+def get_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def warn_if_mps(device: Any) -> None:
+    """Say that PyTorch's results on Apple's GPUs may be wrong."""
+    if str(device).startswith("mps"):
+        logging.warning("mps: PyTorch's results there may be silently wrong")
+
+
+def print_gpu_mem(step_name: str = "") -> None:
+    """Print how much memory of the GPU is in use."""
+    print(f"{step_name} ~ {np.round(torch.cuda.memory_allocated() / 2e30, 2)} GiB allocated on GPU.")
+
+
+def get_dataset(dataset_name: str, **kwargs: Any) -> Any:
+    """A small data set of texts by its short name."""
+    if dataset_name not in _DATASETS:
+        raise ValueError(f"Dataset {dataset_name} not supported")
+    return import_package("datasets").load_dataset(_DATASETS[dataset_name], split="train", **kwargs)
+
+
+def download_file_from_hf(
+    repo_name: str,
+    file_name: str,
+    subfolder: str = ".",
+    cache_dir: str | None = CACHE_DIR,
+    force_is_torch: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A file of the hub, read where it is JSON or holds tensors; else its path."""
+    hub = import_package("huggingface_hub")
+    path = hub.hf_hub_download(repo_name, file_name, subfolder=subfolder, cache_dir=cache_dir, **kwargs)
+    if file_name.endswith(".pth") or force_is_torch:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return import_package("json").loads(Path(path).read_text(encoding="utf-8")) if file_name.endswith(".json") else path
+
+
+def clear_huggingface_cache() -> None:
+    """Delete what was downloaded from the hub."""
+    print("Deleting Hugging Face cache directory and all its contents.")
+    shutil.rmtree(CACHE_DIR)
+
+
+def calc_fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
+    """Inputs and outputs of a map, `[n_heads d_in d_out]` or `[d_in d_out]`; of a vector its size both."""
+    if tensor.ndim == 1:
+        return tensor.shape[0], tensor.shape[0]
+    if tensor.ndim == 2:
+        return tensor.shape[0], tensor.shape[1]
+    if tensor.ndim == 3:
+        return tensor.shape[1], tensor.shape[0] * tensor.shape[2]
+    raise ValueError(f"Invalid shape {tuple(tensor.shape)}")
+
+
+def _init(param: Tensor, gain: float, over: float, kind: Literal["uniform", "normal"]) -> Tensor:
+    std = gain / np.sqrt(over)
+    if kind == "normal":
+        return nn.init.normal_(param, mean=0.0, std=std)
+    return nn.init.uniform_(param, -np.sqrt(3.0) * std, np.sqrt(3.0) * std)
+
+
+def init_xavier_uniform_(param: Tensor, gain: float = 1.0) -> Tensor:
+    """Glorot and Bengio 2010, uniform."""
+    return _init(param, gain, sum(calc_fan_in_and_fan_out(param)) / 2, "uniform")
+
+
+def init_xavier_normal_(param: Tensor, gain: float = 1.0) -> Tensor:
+    """Glorot and Bengio 2010, normal."""
+    return _init(param, gain, sum(calc_fan_in_and_fan_out(param)) / 2, "normal")
+
+
+def init_kaiming_uniform_(
+    param: Tensor, a: float = 0, nonlinearity: Any = "relu", gain: float = 1.0, mode: str = "fan_in"
+) -> Tensor:
+    """He et al. 2015, uniform."""
+    over = calc_fan_in_and_fan_out(param)[mode == "fan_out"]
+    return _init(param, gain * nn.init.calculate_gain(nonlinearity, a), over, "uniform")
+
+
+def init_kaiming_normal_(
+    param: Tensor, a: float = 0, nonlinearity: Any = "relu", gain: float = 1.0, mode: str = "fan_in"
+) -> Tensor:
+    """He et al. 2015, normal."""
+    over = calc_fan_in_and_fan_out(param)[mode == "fan_out"]
+    return _init(param, gain * nn.init.calculate_gain(nonlinearity, a), over, "normal")
