@@ -1,28 +1,39 @@
 """`transformer_lens.utils` of 2.x."""
 
+import importlib.util
+import inspect
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from rich import print as rprint
 from torch import Tensor, nn
 
 from hooklens import analysis, generation
+from hooklens.compat.transformer_lens.utilities import (
+    SUPPORTED_ACTIVATIONS as ACTIVATION_FN_DICT,  # noqa: F401
+)
+from hooklens.compat.transformer_lens.utilities import (  # noqa: F401
+    XIELU,
+    gelu_fast,
+    gelu_new,
+    gelu_pytorch_tanh,
+    solu,
+    xielu,
+)
 from hooklens.optional import import_package
 
 USE_DEFAULT_VALUE: Any = None
 CACHE_DIR = import_package("huggingface_hub.constants").HUGGINGFACE_HUB_CACHE
 SliceInput = int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
-gelu_new = gelu_fast = partial(F.gelu, approximate="tanh")
 
 _DATASETS = {
     "openwebtext": "stas/openwebtext-10k", "owt": "stas/openwebtext-10k", "pile": "NeelNanda/pile-10k",
@@ -105,11 +116,6 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     part = "attn" if name in _IN_ATTN else "mlp" if name in _IN_MLP else _LAYER_TYPES.get(layer_type or "", layer_type)
     full = f"{block}{part}.hook_{name}" if part else f"{block}hook_{name}"
     return f"ln_final.{full}" if name in ("scale", "normalized") and layer is None else full
-
-
-def solu(input: Tensor) -> Tensor:
-    """The softmax linear unit (Elhage et al. 2022)."""
-    return input * input.softmax(-1)
 
 
 def lm_cross_entropy_loss(
@@ -402,6 +408,31 @@ def set_nested_attr(obj: Any, attr_str: str, value: Any) -> None:
     setattr(get_nested_attr(obj, ".".join(path)) if path else obj, last, value)
 
 
+def check_structure(t1: Tensor, t2: Tensor, *, verbose: bool = False) -> None:
+    """Print whether neighbouring rows, and columns, of two matrices compare alike."""
+    assert t1.ndim == 2
+    assert t1.shape == t2.shape
+    wrong = {}
+    for axis, what in enumerate(("row", "column")):
+        one, other = (t.movedim(axis, 0) for t in (t1, t2))
+        differs = ((one[:-1] >= one[1:]) != (other[:-1] >= other[1:])).any(1)
+        wrong[what] = differs.nonzero().flatten().tolist()
+        if verbose:
+            print(f"{what}s that differ: {wrong[what]}")
+    found = next((f"{what} mismatch: {places}" for what, places in wrong.items() if places), "PASSED")
+    print(found)
+
+
+def is_library_available(name: str) -> bool:
+    """Whether a package can be imported."""
+    return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def select_compatible_kwargs(kwargs_dict: dict[str, Any], callable: Any) -> dict[str, Any]:
+    """The arguments that a function has."""
+    return {name: value for name, value in kwargs_dict.items() if name in inspect.getfullargspec(callable).args}
+
+
 def get_device() -> torch.device:
     """The GPU, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -448,14 +479,11 @@ def clear_huggingface_cache() -> None:
 
 
 def calc_fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
-    """Inputs and outputs of a map, `[n_heads d_in d_out]` or `[d_in d_out]`; of a vector its size both."""
-    if tensor.ndim == 1:
-        return tensor.shape[0], tensor.shape[0]
-    if tensor.ndim == 2:
-        return tensor.shape[0], tensor.shape[1]
-    if tensor.ndim == 3:
-        return tensor.shape[1], tensor.shape[0] * tensor.shape[2]
-    raise ValueError(f"Invalid shape {tuple(tensor.shape)}")
+    """Inputs and outputs of a map, `[n_heads d_in d_out]` or `[d_in d_out]`; a vector has one input."""
+    if not 1 <= tensor.ndim <= 3:
+        raise ValueError(f"Fan in and fan out are those of 1 to 3 axes, not of shape {tuple(tensor.shape)}")
+    heads, fan_in, fan_out = (1, 1, 1, *tensor.shape)[-3:]
+    return fan_in, heads * fan_out
 
 
 def _init(param: Tensor, gain: float, over: float, kind: Literal["uniform", "normal"]) -> Tensor:
