@@ -113,14 +113,9 @@ class ActivationCache:
         return (none, []) if return_labels else none
 
     def accumulated_resid(
-        self,
-        layer: int | None = None,
-        incl_mid: bool = False,
-        apply_ln: bool = False,
-        pos_slice: Positions = None,
-        mlp_input: bool = False,
-        return_labels: bool = False,
-    ) -> Any:
+        self, layer: int | None = None, incl_mid: bool = False, apply_ln: bool = False, pos_slice: Positions = None,
+        mlp_input: bool = False, return_labels: bool = False,
+    ) -> Any:  # fmt: skip
         """The stream at the entrance of every layer."""
         return self._ours().accumulated_resid(
             layer, incl_mid=incl_mid, apply_ln=apply_ln, pos_slice=_choice(pos_slice), mlp_input=mlp_input,
@@ -128,15 +123,9 @@ class ActivationCache:
         )  # fmt: skip
 
     def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: Any = "all",
-        apply_ln: bool = False,
-        pos_slice: Positions = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ) -> Any:
+        self, layer: int | None = None, mlp_input: bool = False, mode: Any = "all", apply_ln: bool = False,
+        pos_slice: Positions = None, incl_embeds: bool = True, return_labels: bool = False,
+    ) -> Any:  # fmt: skip
         """Embeddings and the outputs of layers."""
         return self._ours().decompose_resid(
             layer, mlp_input=mlp_input, mode=mode, apply_ln=apply_ln, pos_slice=_choice(pos_slice),
@@ -154,13 +143,9 @@ class ActivationCache:
         return "blocks.0.attn.hook_result" in self.cache_dict
 
     def stack_head_results(
-        self,
-        layer: int | None = -1,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        pos_slice: Positions = None,
-        apply_ln: bool = False,
-    ) -> Any:
+        self, layer: int | None = -1, return_labels: bool = False, incl_remainder: bool = False,
+        pos_slice: Positions = None, apply_ln: bool = False,
+    ) -> Any:  # fmt: skip
         """What each head adds to the stream; their results are in the cache then."""
         if not self._has_results():
             self.compute_head_results()
@@ -187,15 +172,10 @@ class ActivationCache:
         return acts[..., None] * neurons.apply(W_out, dim=0)
 
     def stack_neuron_results(
-        self,
-        layer: int | None,
-        pos_slice: Positions = None,
-        neuron_slice: Positions = None,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        apply_ln: bool = False,
+        self, layer: int | None, pos_slice: Positions = None, neuron_slice: Positions = None,
+        return_labels: bool = False, incl_remainder: bool = False, apply_ln: bool = False,
         project_output_onto: Tensor | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """What each neuron adds to the stream."""
         if layer == 0 and not incl_remainder:
             return self._no_components(pos_slice, return_labels)
@@ -205,15 +185,9 @@ class ActivationCache:
         )  # fmt: skip
 
     def apply_ln_to_stack(
-        self,
-        residual_stack: Tensor,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        pos_slice: Positions = None,
-        batch_slice: Positions = None,
-        has_batch_dim: bool = True,
-        recompute_ln: bool = False,
-    ) -> Tensor:
+        self, residual_stack: Tensor, layer: int | None = None, mlp_input: bool = False, pos_slice: Positions = None,
+        batch_slice: Positions = None, has_batch_dim: bool = True, recompute_ln: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Vectors centred and divided by the scale that the norm at a layer had; what fits by broadcasting fits."""
         cfg = self.model.cfg
         if cfg.normalization_type is None:
@@ -222,6 +196,7 @@ class ActivationCache:
         # Counted from the end, so that there may be any number of axes of components.
         row_axis = -2 if positions.mode == "int" else -3
         if has_batch_dim and rows.mode != "identity":
+            assert self.has_batch_dim, f"batch_slice={rows.slice}: this cache has no batch axis"
             residual_stack = rows.apply(residual_stack, dim=row_axis)
         is_final = layer in (None, -1, cfg.n_layers)
         if recompute_ln and is_final:
@@ -238,14 +213,9 @@ class ActivationCache:
         return dataclasses.replace(norm, scale=scale).apply(residual_stack)
 
     def logit_attrs(
-        self,
-        residual_stack: Tensor,
-        tokens: str | int | Tensor,
-        incorrect_tokens: str | int | Tensor | None = None,
-        pos_slice: Positions = None,
-        batch_slice: Positions = None,
-        has_batch_dim: bool = True,
-    ) -> Tensor:
+        self, residual_stack: Tensor, tokens: str | int | Tensor, incorrect_tokens: str | int | Tensor | None = None,
+        pos_slice: Positions = None, batch_slice: Positions = None, has_batch_dim: bool = True,
+    ) -> Tensor:  # fmt: skip
         """What each component adds to the logit of tokens, or to its difference to others'."""
         directions = self.model.tokens_to_residual_directions(tokens)
         if incorrect_tokens is not None:
@@ -258,15 +228,9 @@ class ActivationCache:
         return (read * directions).sum(-1)
 
     def get_full_resid_decomposition(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        expand_neurons: bool = True,
-        apply_ln: bool = False,
-        pos_slice: Positions = None,
-        return_labels: bool = False,
-        project_output_onto: Tensor | None = None,
-    ) -> Any:
+        self, layer: int | None = None, mlp_input: bool = False, expand_neurons: bool = True, apply_ln: bool = False,
+        pos_slice: Positions = None, return_labels: bool = False, project_output_onto: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         """Each head, each neuron or MLP, the embeddings, and the bias."""
         return self._ours().get_full_resid_decomposition(
             layer, mlp_input=mlp_input, expand_neurons=expand_neurons, apply_ln=apply_ln,

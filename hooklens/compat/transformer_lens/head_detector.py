@@ -22,16 +22,10 @@ DET_PAT_NOT_SQUARE_ERR = (
 
 
 def detect_head(
-    model: Any,
-    seq: str | list[str],
-    detection_pattern: Tensor | str,
-    heads: list[tuple[int, int]] | dict[int, list[int]] | None = None,
-    cache: Any = None,
-    *,
-    exclude_bos: bool = False,
-    exclude_current_token: bool = False,
-    error_measure: str = "mul",
-) -> Tensor:
+    model: Any, seq: str | list[str], detection_pattern: Tensor | str,
+    heads: list[tuple[int, int]] | dict[int, list[int]] | None = None, cache: Any = None, *,
+    exclude_bos: bool = False, exclude_current_token: bool = False, error_measure: str = "mul",
+) -> Tensor:  # fmt: skip
     """A score for each head, `[layer head]`, -1 for those not asked for; of several texts the mean.
 
     `"mul"`: the share of attention on the pattern's ones. `"abs"`: 1 less the mean absolute difference of a row.
@@ -100,13 +94,9 @@ def get_supported_heads() -> None:
 
 
 def compute_head_attention_similarity_score(
-    attention_pattern: Tensor,
-    detection_pattern: Tensor,
-    *,
-    exclude_bos: bool,
-    exclude_current_token: bool,
+    attention_pattern: Tensor, detection_pattern: Tensor, *, exclude_bos: bool, exclude_current_token: bool,
     error_measure: str,
-) -> float:
+) -> float:  # fmt: skip
     """How close an attention pattern comes to another; neither is changed."""
     assert is_square(attention_pattern), f"Attention pattern is not square; got shape {attention_pattern.shape}"
     is_mul = error_measure == "mul"

@@ -25,39 +25,22 @@ from hooklens.patching.sweeps.patch_setters import (
 Logits = CorruptedActivation = PatchedActivation = Tensor
 AxisNames = str
 
-_KINDS: dict[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]] = {
-    "resid_pre": ("resid_pre", layer_pos_patch_setter, ("layer", "pos")),
-    "resid_mid": ("resid_mid", layer_pos_patch_setter, ("layer", "pos")),
-    "attn_out": ("attn_out", layer_pos_patch_setter, ("layer", "pos")),
-    "mlp_out": ("mlp_out", layer_pos_patch_setter, ("layer", "pos")),
-    "attn_head_out_by_pos": ("z", layer_pos_head_vector_patch_setter, ("layer", "pos", "head")),
-    "attn_head_q_by_pos": ("q", layer_pos_head_vector_patch_setter, ("layer", "pos", "head")),
-    "attn_head_k_by_pos": ("k", layer_pos_head_vector_patch_setter, ("layer", "pos", "head")),
-    "attn_head_v_by_pos": ("v", layer_pos_head_vector_patch_setter, ("layer", "pos", "head")),
-    "attn_head_out_all_pos": ("z", layer_head_vector_patch_setter, ("layer", "head")),
-    "attn_head_q_all_pos": ("q", layer_head_vector_patch_setter, ("layer", "head")),
-    "attn_head_k_all_pos": ("k", layer_head_vector_patch_setter, ("layer", "head")),
-    "attn_head_v_all_pos": ("v", layer_head_vector_patch_setter, ("layer", "head")),
-    "attn_head_pattern_all_pos": ("pattern", layer_head_pattern_patch_setter, ("layer", "head_index")),
-    "attn_head_pattern_by_pos": ("pattern", layer_head_pos_pattern_patch_setter, ("layer", "head_index", "dest_pos")),
-    "attn_head_pattern_dest_src_pos": (
-        "pattern", layer_head_dest_src_pos_pattern_patch_setter, ("layer", "head_index", "dest_pos", "src_pos"),
-    ),
-}  # fmt: skip
-_SWEEPS = {kind: getattr(act_patch, f"get_act_patch_{name}") for name, kind in _KINDS.items()}
+_SWEEPS: dict[Any, Callable[..., Tensor]] = {}
+_SETTERS: dict[str, Callable[..., Tensor]] = {
+    "layer pos": layer_pos_patch_setter,
+    "layer pos head": layer_pos_head_vector_patch_setter,
+    "layer head": layer_head_vector_patch_setter,
+    "layer head_index": layer_head_pattern_patch_setter,
+    "layer head_index dest_pos": layer_head_pos_pattern_patch_setter,
+    "layer head_index dest_pos src_pos": layer_head_dest_src_pos_pattern_patch_setter,
+}
 
 
 def generic_activation_patch(
-    model: Any,
-    corrupted_tokens: Tensor,
-    clean_cache: Any,
-    patching_metric: Callable[[Tensor], Any],
-    patch_setter: Callable[[Tensor, Sequence[int], Tensor], Tensor],
-    activation_name: str,
-    index_axis_names: Sequence[Any] | None = None,
-    index_df: Any = None,
-    return_index_df: bool = False,
-) -> Any:
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, patching_metric: Callable[[Tensor], Any],
+    patch_setter: Callable[[Tensor, Sequence[int], Tensor], Tensor], activation_name: str,
+    index_axis_names: Sequence[Any] | None = None, index_df: Any = None, return_index_df: bool = False,
+) -> Any:  # fmt: skip
     """The metric with each index of an activation patched; one sweep, where there is one of this kind."""
     assert (index_axis_names is None) != (index_df is None), "give either index_axis_names or index_df"
     tokens, mask = model._read_input(corrupted_tokens, None, None)
@@ -86,32 +69,35 @@ def _can_sweep(hooked: Any, activation_name: str, cache: Any, mask: Tensor) -> b
     return bool(mask.all()) and len(held) == len(names) and all((s[0], s[pos_axis]) == mask.shape for s in held)
 
 
-def _ready(name: str) -> Callable[..., Any]:
-    word, setter, axes = _KINDS[name]
-    return partial(generic_activation_patch, patch_setter=setter, activation_name=word, index_axis_names=axes)
+def _ready(name: str, word: str, axes: str) -> Callable[..., Any]:
+    kind = (word, _SETTERS[axes], tuple(axes.split()))
+    _SWEEPS[kind] = getattr(act_patch, f"get_act_patch_{name}")
+    return partial(generic_activation_patch, activation_name=word, patch_setter=kind[1], index_axis_names=kind[2])
 
 
-get_act_patch_resid_pre = _ready("resid_pre")
-get_act_patch_resid_mid = _ready("resid_mid")
-get_act_patch_attn_out = _ready("attn_out")
-get_act_patch_mlp_out = _ready("mlp_out")
-get_act_patch_attn_head_out_by_pos = _ready("attn_head_out_by_pos")
-get_act_patch_attn_head_q_by_pos = _ready("attn_head_q_by_pos")
-get_act_patch_attn_head_k_by_pos = _ready("attn_head_k_by_pos")
-get_act_patch_attn_head_v_by_pos = _ready("attn_head_v_by_pos")
-get_act_patch_attn_head_pattern_by_pos = _ready("attn_head_pattern_by_pos")
-get_act_patch_attn_head_pattern_dest_src_pos = _ready("attn_head_pattern_dest_src_pos")
-get_act_patch_attn_head_out_all_pos = _ready("attn_head_out_all_pos")
-get_act_patch_attn_head_q_all_pos = _ready("attn_head_q_all_pos")
-get_act_patch_attn_head_k_all_pos = _ready("attn_head_k_all_pos")
-get_act_patch_attn_head_v_all_pos = _ready("attn_head_v_all_pos")
-get_act_patch_attn_head_pattern_all_pos = _ready("attn_head_pattern_all_pos")
+get_act_patch_resid_pre = _ready("resid_pre", "resid_pre", "layer pos")
+get_act_patch_resid_mid = _ready("resid_mid", "resid_mid", "layer pos")
+get_act_patch_attn_out = _ready("attn_out", "attn_out", "layer pos")
+get_act_patch_mlp_out = _ready("mlp_out", "mlp_out", "layer pos")
+get_act_patch_attn_head_out_by_pos = _ready("attn_head_out_by_pos", "z", "layer pos head")
+get_act_patch_attn_head_q_by_pos = _ready("attn_head_q_by_pos", "q", "layer pos head")
+get_act_patch_attn_head_k_by_pos = _ready("attn_head_k_by_pos", "k", "layer pos head")
+get_act_patch_attn_head_v_by_pos = _ready("attn_head_v_by_pos", "v", "layer pos head")
+get_act_patch_attn_head_pattern_by_pos = _ready("attn_head_pattern_by_pos", "pattern", "layer head_index dest_pos")
+get_act_patch_attn_head_pattern_dest_src_pos = _ready(
+    "attn_head_pattern_dest_src_pos", "pattern", "layer head_index dest_pos src_pos"
+)
+get_act_patch_attn_head_out_all_pos = _ready("attn_head_out_all_pos", "z", "layer head")
+get_act_patch_attn_head_q_all_pos = _ready("attn_head_q_all_pos", "q", "layer head")
+get_act_patch_attn_head_k_all_pos = _ready("attn_head_k_all_pos", "k", "layer head")
+get_act_patch_attn_head_v_all_pos = _ready("attn_head_v_all_pos", "v", "layer head")
+get_act_patch_attn_head_pattern_all_pos = _ready("attn_head_pattern_all_pos", "pattern", "layer head_index")
 
 
-def _stack(names: Sequence[str], *given: Any) -> Tensor:
-    """The results of several kinds; of key-value heads with zeros for the rest of the heads."""
-    results = [_ready(name)(*given) for name in names]
-    if names[-1] == "attn_head_pattern_by_pos":
+def _stack(functions: Sequence[Callable[..., Any]], *given: Any) -> Tensor:
+    """The results of several; of key-value heads with zeros for the rest of the heads."""
+    results = [function(*given) for function in functions]
+    if functions[-1] is get_act_patch_attn_head_pattern_by_pos:
         results[-1] = results[-1].transpose(1, 2)
     most = max(result.shape[-1] for result in results)
     return torch.stack([F.pad(result, (0, most - result.shape[-1])) for result in results])
@@ -121,16 +107,23 @@ def get_act_patch_attn_head_all_pos_every(
     model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any
 ) -> Tensor:
     """Every head: output, query, key, value and pattern, `[5 layer head]`."""
-    names = [f"attn_head_{word}_all_pos" for word in ("out", "q", "k", "v", "pattern")]
-    return _stack(names, model, corrupted_tokens, clean_cache, metric)
+    functions = (
+        get_act_patch_attn_head_out_all_pos, get_act_patch_attn_head_q_all_pos, get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos, get_act_patch_attn_head_pattern_all_pos,
+    )  # fmt: skip
+    return _stack(functions, model, corrupted_tokens, clean_cache, metric)
 
 
 def get_act_patch_attn_head_by_pos_every(model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any) -> Tensor:
     """Every head at each position: output, query, key, value and pattern by destination, `[5 layer pos head]`."""
-    names = [f"attn_head_{word}_by_pos" for word in ("out", "q", "k", "v", "pattern")]
-    return _stack(names, model, corrupted_tokens, clean_cache, metric)
+    functions = (
+        get_act_patch_attn_head_out_by_pos, get_act_patch_attn_head_q_by_pos, get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_v_by_pos, get_act_patch_attn_head_pattern_by_pos,
+    )  # fmt: skip
+    return _stack(functions, model, corrupted_tokens, clean_cache, metric)
 
 
 def get_act_patch_block_every(model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any) -> Tensor:
     """The stream entering each block, attention's output and the MLP's at each position, `[3 layer pos]`."""
-    return _stack(("resid_pre", "attn_out", "mlp_out"), model, corrupted_tokens, clean_cache, metric)
+    functions = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
+    return _stack(functions, model, corrupted_tokens, clean_cache, metric)

@@ -294,6 +294,9 @@ def test_logit_attributions_of_text_and_of_a_cache_without_rows() -> None:
     torch.testing.assert_close(other, (logits - model.b_U)[7] - (logits - model.b_U)[9], rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="same shape"):
         cache.logit_attrs(stack, 7, torch.tensor([8]), pos_slice=-1)
+    # There, a row that is asked of a cache without rows is taken of another axis.
+    with pytest.raises(AssertionError, match="no batch axis"):
+        cache.logit_attrs(stack, 7, pos_slice=-1, batch_slice=0)
 
 
 def test_choices_of_positions_are_2x_s() -> None:
