@@ -5,7 +5,7 @@ SAELens: `cfg.json` and `sae_weights.safetensors`. Peculiarities: what an autoen
 its heads beside each other.
 
 Gemma Scope (Lieberum et al. 2024): `params.npz`; its folder says the layer and the point. JumpReLU, `b_dec` is not
-subtracted from what is read.
+subtracted from what is read. Transcoders read the MLP's normed input before the norm's weight.
 
 dictionary_learning (Marks et al. 2024): `ae.pt` and `config.json`, linear maps as `[out, in]`. Batch top-k with a
 threshold is JumpReLU with one threshold for all.
@@ -42,7 +42,8 @@ _ARCHITECTURES = {
 _STEPS = (
     "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
 )  # fmt: skip
-_SCOPE_POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_SCOPE_POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z",
+                 "transcoders": "ln2.hook_normalized"}  # fmt: skip
 _MODULES = {"resid_post": "hook_resid_post", "resid": "hook_resid_post", "mlp_out": "hook_mlp_out",
             "mlp": "hook_mlp_out", "attention_out": "hook_attn_out", "attn_out": "hook_attn_out",
             "attn": "hook_attn_out"}  # fmt: skip
@@ -151,17 +152,20 @@ def _read_sae_lens(given: Mapping[str, Any], where: str) -> SAEConfig:
             f"{where}/cfg.json: architecture {kind!r} is not implemented; known are {', '.join(_ARCHITECTURES)}"
         )
     norm = given.get("normalize_activations") or "none"
+    # Before there were several kinds it was yes or no.
+    norm = "expected_average_only_in" if norm is True else norm
     steps = said.get("model_from_pretrained_kwargs")
+    is_transcoder = "transcoder" in kind
     training = SAETraining(
         model_name=said.get("model_name"),
         hook_name=said.get("hook_name", said.get("hook_point")),
-        hook_name_out=said.get("hook_name_out"),
-        head=said.get("hook_head_index"),
+        # The architecture says whether it writes elsewhere.
+        hook_name_out=said.get("hook_name_out") if is_transcoder else None,
+        head=said.get("hook_head_index", said.get("hook_point_head_index")),
         prepend_bos=said.get("prepend_bos"),
         context_size=said.get("context_size"),
         processing=None if steps is None else tuple(step for step in _STEPS if steps.get(step)),
     )
-    is_transcoder = "transcoder" in kind
     return SAEConfig(
         d_in=given["d_in"],
         d_sae=given["d_sae"],
@@ -180,11 +184,23 @@ def _open_gemma_scope(folder: _Folder) -> tuple[SAEConfig, State]:
     with import_package("numpy").load(io.BytesIO(folder.read("params.npz"))) as arrays:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     layer = re.search(r"layer_(\d+)", folder.where)
-    kind = re.search(r"-(res|mlp|att)(?:$|[-/@])", folder.where)
-    name = f"blocks.{layer[1]}.{_SCOPE_POINTS[kind[1]]}" if layer and kind else None
-    d_in, d_sae = state["W_enc"].shape
-    training = SAETraining(hook_name=name, prepend_bos=True)
-    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, architecture="jumprelu", apply_b_dec_to_input=False, training=training)
+    kind = re.search(r"-(res|mlp|att|transcoders)(?:$|[-/@])", folder.where)
+    is_transcoder = kind is not None and kind[1] == "transcoders"
+    name, name_out = None, None
+    if layer and kind:
+        name = f"blocks.{layer[1]}.{_SCOPE_POINTS[kind[1]]}"
+        name_out = f"blocks.{layer[1]}.hook_mlp_out" if is_transcoder else None
+    elif kind and kind[1] == "res" and "/embedding/" in folder.where:
+        name = "hook_embed"
+    (d_in, d_sae), d_out = state["W_enc"].shape, state["W_dec"].shape[-1]
+    cfg = SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out if is_transcoder else None,
+        architecture="jumprelu",
+        apply_b_dec_to_input=False,
+        training=SAETraining(hook_name=name, hook_name_out=name_out, prepend_bos=True),
+    )
     return cfg, state
 
 
@@ -224,11 +240,19 @@ def _open_dictionary(folder: _Folder, names: list[str]) -> tuple[SAEConfig, Stat
 
 
 def write_sae(folder: str, cfg: SAEConfig, state: State) -> None:
-    """Write an autoencoder as SAELens reads it."""
+    """Write an autoencoder as SAELens reads it.
+
+    Raises:
+        ConfigError: SAELens has none of this kind.
+    """
     trained, kind = cfg.training, cfg.architecture
     if cfg.is_transcoder:
+        if kind not in ("standard", "jumprelu"):
+            raise ConfigError(f"save: SAELens has no {kind} transcoders; it reads standard and jumprelu ones")
         kind = {"standard": "", "jumprelu": "jumprelu_"}[kind] + ("skip_" if cfg.has_skip else "") + "transcoder"
     metadata = {
+        # Of the layout: without it SAELens takes the file for an older one, and does not read what stands here.
+        "sae_lens_version": "6.0.0",
         "model_name": trained.model_name,
         "hook_name": trained.hook_name,
         "hook_name_out": trained.hook_name_out,
@@ -244,7 +268,7 @@ def write_sae(folder: str, cfg: SAEConfig, state: State) -> None:
         "d_sae": cfg.d_sae,
         "dtype": str(state["W_enc"].dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input and not cfg.is_transcoder,
         "normalize_activations": cfg.normalize_activations,
         "reshape_activations": "hook_z" if reads_heads else "none",
         "metadata": {name: value for name, value in metadata.items() if value is not None},
