@@ -184,6 +184,37 @@ def test_transcoders_of_gemma_scope(tmp_path: Path) -> None:
     assert found.cfg.training.hook_name_out == "blocks.7.hook_mlp_out"
 
 
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "affine"])
+def test_gemma_scope_2(kind: str, tmp_path: Path) -> None:
+    sae = make({"sae": "jumprelu", "transcoder": "skip", "affine": "skip"}[kind])
+    weights = {name.replace("W_", "w_"): one.detach().clone() for name, one in sae.named_parameters()}
+    skip = weights.pop("w_skip", torch.zeros(0))
+    if kind == "affine":
+        weights["affine_skip_connection"] = skip.T.contiguous()
+    save_file(weights, str(tmp_path / "params.safetensors"))
+    config = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt", "type": "sae",
+              "hf_hook_point_in": "model.layers.5.output"}  # fmt: skip
+    if kind != "sae":
+        config |= {"type": "transcoder", "hf_hook_point_in": "model.layers.5.pre_feedforward_layernorm.output",
+                   "hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, x = SAE.load(str(tmp_path)), vectors()
+    pre = x @ sae.W_enc + sae.b_enc
+    expected = pre.relu() * (pre > sae.threshold) @ sae.W_dec + sae.b_dec
+    torch.testing.assert_close(found(x), expected + x @ skip.T if kind == "affine" else expected)
+    trained = found.cfg.training
+    assert trained.hook_name == ("blocks.5.hook_resid_post" if kind == "sae" else None)
+    assert trained.hook_name_out == (None if kind == "sae" else "blocks.5.hook_mlp_out")
+
+
+def test_cross_layer_ones_of_gemma_scope_2_are_refused(tmp_path: Path) -> None:
+    weights = {"w_enc": torch.zeros(2, 3), "w_dec": torch.zeros(3, 4, 2)}
+    save_file(weights, str(tmp_path / "params.safetensors"))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "jump_relu"}))
+    with pytest.raises(ConfigError, match="several layers at once"):
+        SAE.load(str(tmp_path))
+
+
 def test_gemma_scope(tmp_path: Path) -> None:
     folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
     folder.mkdir(parents=True)
