@@ -70,7 +70,7 @@ DATASET_LOADERS = [make_wiki_data_loader, make_owt_data_loader, make_pile_data_l
 def evaluate_on_dataset(model: Any, data_loader: Any, truncate: int = 100, device: Any = "cuda") -> float:
     """The mean loss of batches."""
     losses: list[float] = []
-    for batch in import_package("tqdm").auto.tqdm(data_loader):
+    for batch in import_package("tqdm.auto").tqdm(data_loader):
         losses.append(model(batch["tokens"].to(device), return_type="loss").mean().item())
         if len(losses) > truncate:
             break
@@ -165,7 +165,7 @@ def ioi_eval(
     if dataset is None:
         dataset = IOIDataset(tokenizer, num_samples=num_samples, symmetric=symmetric)
     differences = []
-    for start in import_package("tqdm").auto.tqdm(range(0, len(dataset), batch_size)):
+    for start in import_package("tqdm.auto").tqdm(range(0, len(dataset), batch_size)):
         rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
         prompts = torch.nn.utils.rnn.pad_sequence([row["prompt"] for row in rows], batch_first=True)
         for row, logits in zip(rows, model(prompts, return_type="logits"), strict=True):
