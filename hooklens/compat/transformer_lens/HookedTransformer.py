@@ -162,6 +162,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         """Run the model; `tokens` are for the loss of a call that starts at a layer."""
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; expected 'logits', 'loss', 'both' or None")
+        self._check_groups()
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             if start_at_layer is None:
                 input, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
@@ -302,6 +303,24 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         """Turn `hook_attn_in` on or off."""
         assert self.cfg.n_key_value_heads is None, "Can't use attn_in where query heads share keys and values"
         self.cfg.use_attn_in = use_attn_in
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Refuse a head axis of query heads at `hook_k` and `hook_v` where query heads share keys and values."""
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.cfg.ungroup_grouped_query_attention and self.cfg.n_key_value_heads not in (None, self.cfg.n_heads):
+            self.cfg.ungroup_grouped_query_attention = False
+            raise NotImplementedError(
+                "ungroup_grouped_query_attention: hook_k and hook_v have the heads that there are; an edit of what one "
+                "query head reads is hooklens.Replace(..., query_head=) on model.hooked"
+            )
+
+    def move_model_modules_to_device(self) -> None:
+        """Move to `cfg.device`."""
+        if self.cfg.device is not None:
+            self.to(self.cfg.device, print_details=False)
 
     @torch.inference_mode()
     def generate(
