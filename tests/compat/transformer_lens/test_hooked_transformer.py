@@ -12,6 +12,9 @@ from torch import Tensor
 from hooklens import HookedCausalLM
 from hooklens.compat.transformer_lens import (
     ActivationCache,
+    BertNextSentencePrediction,
+    HookedEncoder,
+    HookedEncoderDecoder,
     HookedTransformer,
     HookedTransformerConfig,
     HookedTransformerKeyValueCache,
@@ -364,3 +367,11 @@ def test_data_points_are_drawn_from_the_data_set() -> None:
     model.dataset, model.cfg.original_architecture = None, "Nobody"
     with pytest.raises(ValueError, match="Nobody"):
         model.sample_datapoint()
+
+
+def test_models_that_are_no_decoders_can_be_named_and_not_used() -> None:
+    """Code that imported them beside what it used did not run."""
+    for kind in (HookedEncoder, HookedEncoderDecoder, BertNextSentencePrediction):
+        for use in (kind, kind.from_pretrained):
+            with pytest.raises(NotImplementedError, match="decoders only"):
+                use("bert-base-cased")
