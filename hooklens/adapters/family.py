@@ -101,6 +101,8 @@ class Family:
         dialects: older `model_type`s, each with the function that rewrites its config; the family's own one, where
             there are files of it that are written in another way.
         adopts: tells whether a config in another family's words is of this one all the same; None: none is.
+        peculiar: what of transformers' modules is not what their weights tell, as `"<module>.input"` or `.output` with
+            `{i}` in the place of the layer, with the reason in a clause.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     dialects: Mapping[str, Callable[[Config], dict[str, Any]]] = field(default_factory=dict)
     adopts: Callable[[Config], bool] | None = None
+    peculiar: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_conv1d(self) -> bool:

@@ -7,6 +7,7 @@
 - `targets`: where such a head attends;
 - `circuits`: what weights read and write, in words of the vocabulary;
 - `task_vectors`: what fine-tuning changed in the weights, in words of the vocabulary;
+- `tokens_of_logits`: the likeliest next tokens;
 - `copying`: which heads raise the logit of the token that they attend to;
 - `sanity`: losses and tasks that tell whether a model works at all.
 
@@ -16,6 +17,7 @@ own tokens everywhere: -1 is its last token, and padding has none.
 
 from hooklens.analysis import attribution, circuits, copying, heads, lens, sanity, sources, targets, task_vectors
 from hooklens.analysis.reading.connection import connect_cache
+from hooklens.analysis.tokens_of_logits import logits_to_frame
 
 __all__ = [
     "attribution",
@@ -24,6 +26,7 @@ __all__ = [
     "copying",
     "heads",
     "lens",
+    "logits_to_frame",
     "sanity",
     "sources",
     "targets",

@@ -6,6 +6,7 @@
 import pkgutil
 import sys
 
+from hooklens.compat.names import Translation, translate
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 
@@ -38,4 +39,4 @@ def install_transformer_lens() -> None:
             sys.modules[_NAME + name.removeprefix(_LAYER)] = sys.modules[name]
 
 
-__all__ = ["install_transformer_lens"]
+__all__ = ["Translation", "install_transformer_lens", "translate"]

@@ -4,6 +4,7 @@
 is whatever can plan a call and run it (`GeneratingModel`).
 """
 
+from hooklens.generation.choosing.drawing import sample_logits
 from hooklens.generation.methods import TextGeneration
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions
@@ -16,4 +17,5 @@ __all__ = [
     "GenerationStep",
     "GenerationTiming",
     "TextGeneration",
+    "sample_logits",
 ]

@@ -41,6 +41,15 @@ from hooklens.patching.sweeps.act_patch import (
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
 )
+from hooklens.patching.sweeps.patch_setters import (
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+    make_df_from_ranges,
+)
 from hooklens.patching.sweeps.sweep import sweep
 
 __all__ = [
@@ -96,6 +105,13 @@ __all__ = [
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
     "grid",
+    "layer_head_dest_src_pos_pattern_patch_setter",
+    "layer_head_pattern_patch_setter",
+    "layer_head_pos_pattern_patch_setter",
+    "layer_head_vector_patch_setter",
+    "layer_pos_head_vector_patch_setter",
+    "layer_pos_patch_setter",
+    "make_df_from_ranges",
     "mean_activations",
     "path_patch",
     "stack_pairs",

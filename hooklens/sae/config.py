@@ -47,8 +47,9 @@ class SAEConfig:
         k: of `"topk"`.
         apply_b_dec_to_input: `b_dec` is subtracted from what is read; never of a transcoder.
         normalize_activations: what is read is brought to norm `sqrt(d_in)` (`"constant_norm_rescale"`), or to mean 0
-            and standard deviation 1 (`"layer_norm"`), each vector for itself, and what comes out back. What was divided
-            by a number in training has that in its weights (`"expected_average_only_in"`).
+            and standard deviation 1 (`"layer_norm"`), each vector for itself, and what comes out back, except of a
+            transcoder. What was divided by a number in training has that in its weights
+            (`"expected_average_only_in"`).
         rescale_acts_by_decoder_norm: of `"topk"`: latents are chosen, and given, times the norm of what they write.
         has_skip: a transcoder adds `x W_skip^T`.
         training: what it was trained on.

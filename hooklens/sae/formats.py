@@ -5,7 +5,10 @@ SAELens: `cfg.json` and `sae_weights.safetensors`. Peculiarities: what an autoen
 its heads beside each other.
 
 Gemma Scope (Lieberum et al. 2024): `params.npz`; its folder says the layer and the point. JumpReLU, `b_dec` is not
-subtracted from what is read.
+subtracted from what is read. Transcoders read the MLP's normed input before the norm's weight.
+
+Gemma Scope 2: `config.json`, which names modules of transformers, and `params.safetensors`. Its transcoders read the
+norm's output behind its weight, which is no hook point.
 
 dictionary_learning (Marks et al. 2024): `ae.pt` and `config.json`, linear maps as `[out, in]`. Batch top-k with a
 threshold is JumpReLU with one threshold for all.
@@ -42,7 +45,14 @@ _ARCHITECTURES = {
 _STEPS = (
     "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
 )  # fmt: skip
-_SCOPE_POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_SCOPE_POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z",
+                 "transcoders": "ln2.hook_normalized"}  # fmt: skip
+_SCOPE_2_POINTS = {
+    "output": "hook_resid_post",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+    "post_attention_layernorm.output": "hook_attn_out",
+    "self_attn.o_proj.input": "attn.hook_z",
+}
 _MODULES = {"resid_post": "hook_resid_post", "resid": "hook_resid_post", "mlp_out": "hook_mlp_out",
             "mlp": "hook_mlp_out", "attention_out": "hook_attn_out", "attn_out": "hook_attn_out",
             "attn": "hook_attn_out"}  # fmt: skip
@@ -117,22 +127,21 @@ def open_sae(
         return _open_sae_lens(folder)
     if "params.npz" in names:
         return _open_gemma_scope(folder)
+    if "params.safetensors" in names and "config.json" in names:
+        return _open_second_gemma_scope(folder)
     if "ae.pt" in names:
         return _open_dictionary(folder, names)
     below = [name for name in names if "." not in name]
     hint = f"; its folders are {join_names(below, limit=5)}: name one as subfolder=" if below else ""
     raise CheckpointError(
         f"{folder.where}: holds {join_names(names, limit=6) or 'nothing'}; expected cfg.json and "
-        f"sae_weights.safetensors (SAELens), params.npz (Gemma Scope), or ae.pt and config.json "
-        f"(dictionary_learning){hint}"
+        f"sae_weights.safetensors (SAELens), params.npz (Gemma Scope), config.json and params.safetensors "
+        f"(Gemma Scope 2), or ae.pt and config.json (dictionary_learning){hint}"
     )
 
 
 def _open_sae_lens(folder: _Folder) -> tuple[SAEConfig, State]:
-    try:
-        state: State = import_package("safetensors.torch").load(folder.read("sae_weights.safetensors"))
-    except Exception as error:
-        raise CheckpointError(f"{folder.where}/sae_weights.safetensors: cannot be read: {error}") from error
+    state = _load_safetensors(folder, "sae_weights.safetensors")
     given = folder.read_json("cfg.json")
     cfg = _read_sae_lens(given, folder.where)
     scale = state.pop("scaling_factor", None)
@@ -151,17 +160,20 @@ def _read_sae_lens(given: Mapping[str, Any], where: str) -> SAEConfig:
             f"{where}/cfg.json: architecture {kind!r} is not implemented; known are {', '.join(_ARCHITECTURES)}"
         )
     norm = given.get("normalize_activations") or "none"
+    # Before there were several kinds it was yes or no.
+    norm = "expected_average_only_in" if norm is True else norm
     steps = said.get("model_from_pretrained_kwargs")
+    is_transcoder = "transcoder" in kind
     training = SAETraining(
         model_name=said.get("model_name"),
         hook_name=said.get("hook_name", said.get("hook_point")),
-        hook_name_out=said.get("hook_name_out"),
-        head=said.get("hook_head_index"),
+        # The architecture says whether it writes elsewhere.
+        hook_name_out=said.get("hook_name_out") if is_transcoder else None,
+        head=said.get("hook_head_index", said.get("hook_point_head_index")),
         prepend_bos=said.get("prepend_bos"),
         context_size=said.get("context_size"),
         processing=None if steps is None else tuple(step for step in _STEPS if steps.get(step)),
     )
-    is_transcoder = "transcoder" in kind
     return SAEConfig(
         d_in=given["d_in"],
         d_sae=given["d_sae"],
@@ -180,12 +192,76 @@ def _open_gemma_scope(folder: _Folder) -> tuple[SAEConfig, State]:
     with import_package("numpy").load(io.BytesIO(folder.read("params.npz"))) as arrays:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     layer = re.search(r"layer_(\d+)", folder.where)
-    kind = re.search(r"-(res|mlp|att)(?:$|[-/@])", folder.where)
-    name = f"blocks.{layer[1]}.{_SCOPE_POINTS[kind[1]]}" if layer and kind else None
-    d_in, d_sae = state["W_enc"].shape
-    training = SAETraining(hook_name=name, prepend_bos=True)
-    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, architecture="jumprelu", apply_b_dec_to_input=False, training=training)
+    kind = re.search(r"-(res|mlp|att|transcoders)(?:$|[-/@])", folder.where)
+    is_transcoder = kind is not None and kind[1] == "transcoders"
+    name, name_out = None, None
+    if layer and kind:
+        name = f"blocks.{layer[1]}.{_SCOPE_POINTS[kind[1]]}"
+        name_out = f"blocks.{layer[1]}.hook_mlp_out" if is_transcoder else None
+    elif kind and kind[1] == "res" and "/embedding/" in folder.where:
+        name = "hook_embed"
+    (d_in, d_sae), d_out = state["W_enc"].shape, state["W_dec"].shape[-1]
+    cfg = SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out if is_transcoder else None,
+        architecture="jumprelu",
+        apply_b_dec_to_input=False,
+        training=SAETraining(hook_name=name, hook_name_out=name_out, prepend_bos=True),
+    )
     return cfg, state
+
+
+def _open_second_gemma_scope(folder: _Folder) -> tuple[SAEConfig, State]:
+    given = folder.read_json("config.json")
+    if given.get("architecture") != "jump_relu":
+        raise ConfigError(
+            f"{folder.where}/config.json: architecture {given.get('architecture')!r} is not implemented; Gemma Scope 2 "
+            "has 'jump_relu'"
+        )
+    stored = _load_safetensors(folder, "params.safetensors")
+    names = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
+    state = {names.get(name, name): one for name, one in stored.items() if name != "affine_skip_connection"}
+    if missing := sorted({"W_enc", "W_dec"} - state.keys()):
+        raise CheckpointError(f"{folder.where}/params.safetensors: {join_names(missing)} are missing")
+    if state["W_enc"].ndim != 2 or state["W_dec"].ndim != 2:
+        raise ConfigError(f"{folder.where}: it reads or gives several layers at once, which is not implemented")
+    if "affine_skip_connection" in stored:
+        # It stands as [in, out].
+        state["W_skip"] = stored["affine_skip_connection"].T
+    (d_in, d_sae), d_out = state["W_enc"].shape, state["W_dec"].shape[-1]
+    is_transcoder = given.get("type") == "transcoder"
+    training = SAETraining(
+        model_name=given.get("model_name"),
+        hook_name=_read_module(given.get("hf_hook_point_in")),
+        hook_name_out=_read_module(given.get("hf_hook_point_out")) if is_transcoder else None,
+        prepend_bos=True,
+    )
+    cfg = SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out if is_transcoder else None,
+        architecture="jumprelu",
+        apply_b_dec_to_input=False,
+        has_skip="W_skip" in state,
+        training=training,
+    )
+    return cfg, state
+
+
+def _read_module(name: str | None) -> str | None:
+    """The hook point at a module's output or input; None where there is none, as behind a norm's weight."""
+    found = re.search(r"layers\.(\d+)\.(.+)$", name or "")
+    point = _SCOPE_2_POINTS.get(found[2]) if found else None
+    return f"blocks.{found[1]}.{point}" if found and point else None
+
+
+def _load_safetensors(folder: _Folder, name: str) -> State:
+    try:
+        state: State = import_package("safetensors.torch").load(folder.read(name))
+    except Exception as error:
+        raise CheckpointError(f"{folder.where}/{name}: cannot be read: {error}") from error
+    return state
 
 
 def _open_dictionary(folder: _Folder, names: list[str]) -> tuple[SAEConfig, State]:
@@ -224,11 +300,19 @@ def _open_dictionary(folder: _Folder, names: list[str]) -> tuple[SAEConfig, Stat
 
 
 def write_sae(folder: str, cfg: SAEConfig, state: State) -> None:
-    """Write an autoencoder as SAELens reads it."""
+    """Write an autoencoder as SAELens reads it.
+
+    Raises:
+        ConfigError: SAELens has none of this kind.
+    """
     trained, kind = cfg.training, cfg.architecture
     if cfg.is_transcoder:
+        if kind not in ("standard", "jumprelu"):
+            raise ConfigError(f"save: SAELens has no {kind} transcoders; it reads standard and jumprelu ones")
         kind = {"standard": "", "jumprelu": "jumprelu_"}[kind] + ("skip_" if cfg.has_skip else "") + "transcoder"
     metadata = {
+        # Of the layout: without it SAELens takes the file for an older one, and does not read what stands here.
+        "sae_lens_version": "6.0.0",
         "model_name": trained.model_name,
         "hook_name": trained.hook_name,
         "hook_name_out": trained.hook_name_out,
@@ -244,7 +328,7 @@ def write_sae(folder: str, cfg: SAEConfig, state: State) -> None:
         "d_sae": cfg.d_sae,
         "dtype": str(state["W_enc"].dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input and not cfg.is_transcoder,
         "normalize_activations": cfg.normalize_activations,
         "reshape_activations": "hook_z" if reads_heads else "none",
         "metadata": {name: value for name, value in metadata.items() if value is not None},

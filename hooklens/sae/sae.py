@@ -153,7 +153,8 @@ class SAE(nn.Module):
         Raises:
             InputError: it is needed and missing.
         """
-        needs_x = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm") or self.cfg.has_skip
+        has_norm = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        needs_x = self.cfg.has_skip or (has_norm and not self.cfg.is_transcoder)
         if needs_x and x is None:
             raise InputError("decode: what the latents were read of is needed (norms or a skip connection); give x=")
         undo = _nothing if x is None else self._norm(x.to(self.dtype))[1]
@@ -224,15 +225,16 @@ class SAE(nn.Module):
         return pre * self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
 
     def _norm(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Normed vectors, and what takes the norm back from others."""
+        """Normed vectors, and what takes the norm back from others; a transcoder gives what has another norm."""
+        keeps = self.cfg.is_transcoder
         if self.cfg.normalize_activations == "constant_norm_rescale":
             factor = self.cfg.d_in**0.5 / x.norm(dim=-1, keepdim=True)
-            return x * factor, lambda out: out / factor
+            return x * factor, _nothing if keeps else lambda out: out / factor
         if self.cfg.normalize_activations == "layer_norm":
             mean = x.mean(-1, keepdim=True)
             # As SAELens computes it: the sample's deviation, and eps beside it.
             std = (x - mean).std(-1, keepdim=True)
-            return (x - mean) / (std + 1e-5), lambda out: out * std + mean
+            return (x - mean) / (std + 1e-5), _nothing if keeps else lambda out: out * std + mean
         return x, _nothing
 
 

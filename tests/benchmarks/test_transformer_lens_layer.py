@@ -28,7 +28,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2_folded": {"normalization_type": "LNPre"},
     "neox": {"positional_embedding_type": "rotary", "rotary_dim": 4, "parallel_attn_mlp": True, "act_fn": "gelu"},
-    "gptj": {"positional_embedding_type": "rotary", "rotary_dim": 4, "rotary_adjacent_pairs": True, "parallel_attn_mlp": True},
+    "gptj": {
+        "positional_embedding_type": "rotary", "rotary_dim": 4, "rotary_adjacent_pairs": True,
+        "parallel_attn_mlp": True,
+    },
     "llama": {
         "normalization_type": "RMS", "positional_embedding_type": "rotary", "gated_mlp": True, "act_fn": "silu",
         "final_rms": True,
@@ -48,7 +51,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "solu": {"act_fn": "solu_ln"},
     "bracket": {"attention_dir": "bidirectional", "d_vocab_out": 2, "use_hook_tokens": True, "act_fn": "relu"},
     "no_norm": {"normalization_type": None, "act_fn": "relu"},
-    "neo": {"use_attn_scale": False, "use_local_attn": True, "window_size": 4, "attn_types": ["global", "local", "global"]},
+    "neo": {
+        "use_attn_scale": False, "use_local_attn": True, "window_size": 4, "attn_types": ["global", "local", "global"],
+    },
 }  # fmt: skip
 # Networks whose outputs are of the vocabulary, so that there is a loss of the next token.
 _LANGUAGE = [name for name in NETWORKS if name != "bracket"]
@@ -250,7 +255,7 @@ def test_cache_methods(name: str, method: str) -> None:
     try:
         expected: Any = run(peer, real)
     except Exception as error:
-        # What is not there raises here, too, or is taken from where it stands: in parallel blocks MLPs read `resid_pre`.
+        # What is not there raises here, too, or is taken from where it stands: MLPs beside attention read `resid_pre`.
         with contextlib.suppress(type(error), HookLensError):
             run(model, layer)
         return
@@ -264,8 +269,8 @@ def _diff(logits: Tensor) -> Tensor:
 _PATCHES = [
     "resid_pre", "resid_mid", "attn_out", "mlp_out", "attn_head_out_by_pos", "attn_head_q_by_pos", "attn_head_k_by_pos",
     "attn_head_v_by_pos", "attn_head_out_all_pos", "attn_head_q_all_pos", "attn_head_k_all_pos", "attn_head_v_all_pos",
-    "attn_head_pattern_all_pos", "attn_head_pattern_by_pos", "attn_head_pattern_dest_src_pos", "attn_head_all_pos_every",
-    "attn_head_by_pos_every", "block_every",
+    "attn_head_pattern_by_pos", "attn_head_pattern_dest_src_pos", "attn_head_all_pos_every",
+    "attn_head_pattern_all_pos", "attn_head_by_pos_every", "block_every",
 ]  # fmt: skip
 
 

@@ -168,7 +168,6 @@ class TestEqualsPeft:
             torch.testing.assert_close(model.W_out, HookedCausalLM.from_pretrained(one.base).W_out, rtol=0, atol=0)
 
 
-_PEFT = tuple(int(number) for number in peft.__version__.split(".")[:2])
 SETTINGS = {
     "rslora": {"use_rslora": True},
     "DoRA": {"use_dora": True},
@@ -183,10 +182,7 @@ SETTINGS = {
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("case", ["neox", "llama"])
 def test_kinds_of_adapters(adapted, case, kind, tmp_path):
-    if kind == "biases of the maps" and _PEFT < (0, 21):
-        pytest.skip("peft 0.18 does not save these biases")
-    # peft 0.18 has another gradient of the lengths of an embedding.
-    one = adapted(case, embedding=kind == "rslora" or (kind == "DoRA" and _PEFT >= (0, 21)), **SETTINGS[kind])
+    one = adapted(case, embedding=kind in ("rslora", "DoRA"), **SETTINGS[kind])
     model = load(one)
     plain = HookedCausalLM.from_pretrained(one.base)(TOKENS)
     with torch.no_grad():

@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rescaled": {"normalize_activations": "constant_norm_rescale"},
     "layer_norm": {"normalize_activations": "layer_norm"},
     "transcoder": {"d_out": 5, "training": SAETraining(hook_name="a", hook_name_out="b")},
+    "normed_transcoder": {"d_out": 5, "normalize_activations": "layer_norm"},
+    "rescaled_transcoder": {"d_out": 5, "normalize_activations": "constant_norm_rescale"},
     "skip": {"d_out": 5, "has_skip": True, "architecture": "jumprelu"},
 }
 
@@ -76,7 +78,8 @@ def by_hand(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     for latent in range(D_SAE):
         size = acts[latent] / (sae.W_dec[latent].norm() if cfg.rescale_acts_by_decoder_norm else 1)
         out = out + size * sae.W_dec[latent]
-    out = out * scale + mean
+    if not cfg.is_transcoder:
+        out = out * scale + mean
     return acts, out + sae.W_skip @ x if cfg.has_skip else out
 
 
@@ -101,7 +104,7 @@ def test_what_latents_were_read_of_is_asked_for(kind: str) -> None:
         make(kind).decode(torch.zeros(1, D_SAE))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "transcoder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_go_round(kind: str, tmp_path: Path) -> None:
     sae = make(kind)
     sae.save(str(tmp_path))
@@ -138,6 +141,78 @@ def test_older_files_of_sae_lens(tmp_path: Path) -> None:
     assert found.cfg.training.hook_name == "blocks.8.hook_resid_pre"
     assert found.cfg.training.processing == ("center_writing_weights",)
     assert torch.equal(found(vectors()), sae(vectors()))
+
+
+def test_the_architecture_of_sae_lens_says_what_a_file_holds(tmp_path: Path) -> None:
+    """An autoencoder whose metadata names an output point was taken for a transcoder, and not centred."""
+    sae = make("standard")
+    sae.save(str(tmp_path))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    config["metadata"]["hook_name_out"] = "blocks.1.hook_mlp_out"
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, "normalize_activations": False}))
+    found = SAE.load(str(tmp_path))
+    assert not found.cfg.is_transcoder
+    assert torch.equal(found(vectors()), sae(vectors()))
+
+
+def test_files_say_of_which_layout_they_are(tmp_path: Path) -> None:
+    """SAELens takes a file without its version for one of before 6.0, and loses what it was trained on."""
+    make("skip").save(str(tmp_path))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["metadata"]["sae_lens_version"].startswith("6.")
+    assert config["architecture"] == "jumprelu_skip_transcoder"
+    # It refuses a transcoder that says otherwise.
+    assert config["apply_b_dec_to_input"] is False
+
+
+def test_a_transcoder_that_sae_lens_lacks_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SAELens has no topk transcoders"):
+        SAE(SAEConfig(d_in=3, d_sae=4, d_out=5, architecture="topk", k=2)).save(str(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+def test_transcoders_of_gemma_scope(tmp_path: Path) -> None:
+    """They were loaded as autoencoders of no known place."""
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_7" / "width_16k" / "average_l0_9"
+    folder.mkdir(parents=True)
+    weights = {name: one.detach().numpy() for name, one in make("skip").named_parameters() if name != "W_skip"}
+    np.savez(folder / "params.npz", **weights)
+    found = SAE.load(str(folder))
+    assert found.cfg.is_transcoder
+    assert found.cfg.width_out == 5
+    assert found.cfg.training.hook_name == "blocks.7.ln2.hook_normalized"
+    assert found.cfg.training.hook_name_out == "blocks.7.hook_mlp_out"
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "affine"])
+def test_gemma_scope_2(kind: str, tmp_path: Path) -> None:
+    sae = make({"sae": "jumprelu", "transcoder": "skip", "affine": "skip"}[kind])
+    weights = {name.replace("W_", "w_"): one.detach().clone() for name, one in sae.named_parameters()}
+    skip = weights.pop("w_skip", torch.zeros(0))
+    if kind == "affine":
+        weights["affine_skip_connection"] = skip.T.contiguous()
+    save_file(weights, str(tmp_path / "params.safetensors"))
+    config = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt", "type": "sae",
+              "hf_hook_point_in": "model.layers.5.output"}  # fmt: skip
+    if kind != "sae":
+        config |= {"type": "transcoder", "hf_hook_point_in": "model.layers.5.pre_feedforward_layernorm.output",
+                   "hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, x = SAE.load(str(tmp_path)), vectors()
+    pre = x @ sae.W_enc + sae.b_enc
+    expected = pre.relu() * (pre > sae.threshold) @ sae.W_dec + sae.b_dec
+    torch.testing.assert_close(found(x), expected + x @ skip.T if kind == "affine" else expected)
+    trained = found.cfg.training
+    assert trained.hook_name == ("blocks.5.hook_resid_post" if kind == "sae" else None)
+    assert trained.hook_name_out == (None if kind == "sae" else "blocks.5.hook_mlp_out")
+
+
+def test_cross_layer_ones_of_gemma_scope_2_are_refused(tmp_path: Path) -> None:
+    weights = {"w_enc": torch.zeros(2, 3), "w_dec": torch.zeros(3, 4, 2)}
+    save_file(weights, str(tmp_path / "params.safetensors"))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "jump_relu"}))
+    with pytest.raises(ConfigError, match="several layers at once"):
+        SAE.load(str(tmp_path))
 
 
 def test_gemma_scope(tmp_path: Path) -> None:

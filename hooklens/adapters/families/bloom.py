@@ -79,4 +79,7 @@ FAMILY = Family(
     head="lm_head.weight",
     config=_CONFIG,
     weights=decoder_rules(_BLOCKS, embed="transformer.word_embeddings", final_norm="transformer.ln_f"),
+    peculiar=dict.fromkeys(
+        (f"{_LAYER}.self_attention.output", f"{_LAYER}.mlp.output"), "the module adds the stream and gives the sum"
+    ),
 )

@@ -105,4 +105,5 @@ FAMILY = Family(
     head="lm_head.weight",
     config=_CONFIG,
     weights=decoder_rules(_BLOCKS, embed="transformer.wte", final_norm="transformer.norm_f"),
+    peculiar={f"{_LAYER}.ffn.output": "the module adds the stream and gives the sum"},
 )

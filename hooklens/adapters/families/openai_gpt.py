@@ -61,4 +61,5 @@ FAMILY = Family(
         _BLOCKS, embed="transformer.tokens_embed", pos_embed="transformer.positions_embed", final_norm=None
     ),
     weightless=(r"transformer\.h\.\d+\.attn\.bias",),
+    peculiar=dict.fromkeys((f"{_LAYER}.mlp.act.input", f"{_LAYER}.mlp.act.output"), "all layers share this module"),
 )

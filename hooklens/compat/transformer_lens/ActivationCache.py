@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hooklens import activation_cache
+from hooklens.activation_cache.readout import freeze_norm
+from hooklens.activation_cache.stream import locate
 from hooklens.compat.transformer_lens import utils
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
 from hooklens.config import HookedConfig
@@ -91,7 +93,7 @@ class ActivationCache:
 
     def apply_slice_to_batch_dim(self, batch_slice: Positions) -> "ActivationCache":
         """Another cache, of some rows; an int drops the axis."""
-        rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        rows = _slice(batch_slice)
         assert self.has_batch_dim or rows.mode == "identity", "Cannot index into a cache without a batch dim"
         kept = {name: rows.apply(tensor, dim=0) for name, tensor in self.items()}
         return ActivationCache(kept, self.model, self.has_batch_dim and rows.mode != "int")
@@ -106,169 +108,143 @@ class ActivationCache:
             self.cache_dict, cfg=_folded(hooked.cfg), weights=hooked.named_weights(), has_batch_dim=self.has_batch_dim
         )
 
+    def _no_components(self, pos_slice: Positions, return_labels: bool) -> Any:
+        none = _slice(pos_slice).apply(self["hook_embed"], dim=-2)[None][:0]
+        return (none, []) if return_labels else none
+
     def accumulated_resid(
-        self,
-        layer: int | None = None,
-        incl_mid: bool = False,
-        apply_ln: bool = False,
-        pos_slice: Positions = None,
-        mlp_input: bool = False,
-        return_labels: bool = False,
-    ) -> Any:
+        self, layer: int | None = None, incl_mid: bool = False, apply_ln: bool = False, pos_slice: Positions = None,
+        mlp_input: bool = False, return_labels: bool = False,
+    ) -> Any:  # fmt: skip
         """The stream at the entrance of every layer."""
         return self._ours().accumulated_resid(
-            layer,
-            incl_mid=incl_mid,
-            apply_ln=apply_ln,
-            pos_slice=_choice(pos_slice),
-            mlp_input=mlp_input,
+            layer, incl_mid=incl_mid, apply_ln=apply_ln, pos_slice=_choice(pos_slice), mlp_input=mlp_input,
             return_labels=return_labels,
-        )
+        )  # fmt: skip
 
     def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: Any = "all",
-        apply_ln: bool = False,
-        pos_slice: Positions = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ) -> Any:
+        self, layer: int | None = None, mlp_input: bool = False, mode: Any = "all", apply_ln: bool = False,
+        pos_slice: Positions = None, incl_embeds: bool = True, return_labels: bool = False,
+    ) -> Any:  # fmt: skip
         """Embeddings and the outputs of layers."""
         return self._ours().decompose_resid(
-            layer,
-            mlp_input=mlp_input,
-            mode=mode,
-            apply_ln=apply_ln,
-            pos_slice=_choice(pos_slice),
-            incl_embeds=incl_embeds,
-            return_labels=return_labels,
-        )
+            layer, mlp_input=mlp_input, mode=mode, apply_ln=apply_ln, pos_slice=_choice(pos_slice),
+            incl_embeds=incl_embeds and self.has_embed, return_labels=return_labels,
+        )  # fmt: skip
 
     def compute_head_results(self) -> None:
         """Put each head's output into this cache, as `hook_result`."""
+        if self._has_results():
+            logging.warning("compute_head_results: they are in the cache already")
+            return
         self.cache_dict.update(self._ours().compute_head_results())
 
-    def stack_head_results(
-        self,
-        layer: int = -1,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        pos_slice: Positions = None,
-        apply_ln: bool = False,
-    ) -> Any:
-        """What each head adds to the stream."""
-        return self._ours().stack_head_results(
-            layer,
-            return_labels=return_labels,
-            incl_remainder=incl_remainder,
-            pos_slice=_choice(pos_slice),
-            apply_ln=apply_ln,
-        )
+    def _has_results(self) -> bool:
+        return "blocks.0.attn.hook_result" in self.cache_dict
 
-    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
+    def stack_head_results(
+        self, layer: int | None = -1, return_labels: bool = False, incl_remainder: bool = False,
+        pos_slice: Positions = None, apply_ln: bool = False,
+    ) -> Any:  # fmt: skip
+        """What each head adds to the stream; their results are in the cache then."""
+        if not self._has_results():
+            self.compute_head_results()
+        if layer == 0 and not incl_remainder:
+            return self._no_components(pos_slice, return_labels)
+        return self._ours().stack_head_results(
+            layer, return_labels=return_labels, incl_remainder=incl_remainder, pos_slice=_choice(pos_slice),
+            apply_ln=apply_ln,
+        )  # fmt: skip
+
+    def stack_activation(
+        self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
+    ) -> Tensor:
         """One activation of every layer."""
         n_layers = self.model.cfg.n_layers if layer in (None, -1) else layer
         return torch.stack([self[activation_name, below, sublayer_type] for below in range(n_layers)])
 
     def get_neuron_results(self, layer: int, neuron_slice: Positions = None, pos_slice: Positions = None) -> Tensor:
         """What each neuron of a layer writes, `[*batch_pos neuron d_model]`."""
-        neurons, positions = (one if isinstance(one, Slice) else Slice(one) for one in (neuron_slice, pos_slice))
+        neurons, positions = _slice(neuron_slice), _slice(pos_slice)
         acts = neurons.apply(positions.apply(self["post", layer, "mlp"], dim=-2), dim=-1)
-        return acts[..., None] * neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0)  # type: ignore[union-attr]
+        weights = self.model.hooked.named_weights()
+        W_out = weights[f"blocks.{range(self.model.cfg.n_layers)[layer]}.mlp.W_out"]
+        return acts[..., None] * neurons.apply(W_out, dim=0)
 
     def stack_neuron_results(
-        self,
-        layer: int,
-        pos_slice: Positions = None,
-        neuron_slice: Positions = None,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        apply_ln: bool = False,
+        self, layer: int | None, pos_slice: Positions = None, neuron_slice: Positions = None,
+        return_labels: bool = False, incl_remainder: bool = False, apply_ln: bool = False,
         project_output_onto: Tensor | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """What each neuron adds to the stream."""
+        if layer == 0 and not incl_remainder:
+            return self._no_components(pos_slice, return_labels)
         return self._ours().stack_neuron_results(
-            layer,
-            pos_slice=_choice(pos_slice),
-            neuron_slice=_choice(neuron_slice),
-            return_labels=return_labels,
-            incl_remainder=incl_remainder,
-            apply_ln=apply_ln,
-            project_output_onto=project_output_onto,
-        )
+            layer, pos_slice=_choice(pos_slice), neuron_slice=_choice(neuron_slice), return_labels=return_labels,
+            incl_remainder=incl_remainder, apply_ln=apply_ln, project_output_onto=project_output_onto,
+        )  # fmt: skip
 
     def apply_ln_to_stack(
-        self,
-        residual_stack: Tensor,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        pos_slice: Positions = None,
-        batch_slice: Positions = None,
-        has_batch_dim: bool = True,
-    ) -> Tensor:
-        """Vectors centred and divided by the scale that the norm at a layer had."""
-        if self.model.cfg.normalization_type is None:
+        self, residual_stack: Tensor, layer: int | None = None, mlp_input: bool = False, pos_slice: Positions = None,
+        batch_slice: Positions = None, has_batch_dim: bool = True, recompute_ln: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Vectors centred and divided by the scale that the norm at a layer had; what fits by broadcasting fits."""
+        cfg = self.model.cfg
+        if cfg.normalization_type is None:
             return residual_stack
-        return self._ours().apply_ln_to_stack(
-            residual_stack,
-            layer,
-            mlp_input=mlp_input,
-            pos_slice=_choice(pos_slice),
-            batch_slice=_choice(batch_slice),
-            has_batch_dim=has_batch_dim and self.has_batch_dim,
-        )
+        positions, rows = _slice(pos_slice), _slice(batch_slice)
+        # Counted from the end, so that there may be any number of axes of components.
+        row_axis = -2 if positions.mode == "int" else -3
+        if has_batch_dim and rows.mode != "identity":
+            assert self.has_batch_dim, f"batch_slice={rows.slice}: this cache has no batch axis"
+            residual_stack = rows.apply(residual_stack, dim=row_axis)
+        is_final = layer in (None, -1, cfg.n_layers)
+        if recompute_ln and is_final:
+            normed: Tensor = self.model.get_submodule("ln_final")(residual_stack)
+            return normed
+        ours = self._ours()
+        name = locate(ours.cfg, layer, mlp_input=mlp_input and not is_final).norm
+        if name is None:
+            return residual_stack
+        norm = freeze_norm(ours, name, purpose="apply_ln_to_stack")
+        scale = positions.apply(norm.scale, dim=-2)
+        if self.has_batch_dim:
+            scale = rows.apply(scale, dim=0)
+        return dataclasses.replace(norm, scale=scale).apply(residual_stack)
 
     def logit_attrs(
-        self,
-        residual_stack: Tensor,
-        tokens: str | int | Tensor,
-        incorrect_tokens: str | int | Tensor | None = None,
-        pos_slice: Positions = None,
-        batch_slice: Positions = None,
-        has_batch_dim: bool = True,
-    ) -> Tensor:
+        self, residual_stack: Tensor, tokens: str | int | Tensor, incorrect_tokens: str | int | Tensor | None = None,
+        pos_slice: Positions = None, batch_slice: Positions = None, has_batch_dim: bool = True,
+    ) -> Tensor:  # fmt: skip
         """What each component adds to the logit of tokens, or to its difference to others'."""
-        ids = [self.model.to_single_token(one) if isinstance(one, str) else one for one in (tokens, incorrect_tokens)]
-        if ids[1] is not None:
-            shapes = [tuple(torch.as_tensor(one).shape) for one in ids]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"tokens and incorrect_tokens must have the same shape! (tokens.shape={shapes})")
-        return self._ours().logit_attrs(
-            residual_stack,
-            ids[0],
-            ids[1],
-            pos_slice=_choice(pos_slice),
-            batch_slice=_choice(batch_slice),
-            has_batch_dim=has_batch_dim and self.has_batch_dim,
-        )
+        directions = self.model.tokens_to_residual_directions(tokens)
+        if incorrect_tokens is not None:
+            both = [one if isinstance(one, Tensor) else torch.tensor(0) for one in (tokens, incorrect_tokens)]
+            if both[0].shape != both[1].shape:
+                shapes = " and ".join(str(tuple(one.shape)) for one in both)
+                raise ValueError(f"tokens and incorrect_tokens must have the same shape; found {shapes}")
+            directions = directions - self.model.tokens_to_residual_directions(incorrect_tokens)
+        read = self.apply_ln_to_stack(residual_stack, -1, False, pos_slice, batch_slice, has_batch_dim)
+        return (read * directions).sum(-1)
 
     def get_full_resid_decomposition(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        expand_neurons: bool = True,
-        apply_ln: bool = False,
-        pos_slice: Positions = None,
-        return_labels: bool = False,
-        project_output_onto: Tensor | None = None,
-    ) -> Any:
+        self, layer: int | None = None, mlp_input: bool = False, expand_neurons: bool = True, apply_ln: bool = False,
+        pos_slice: Positions = None, return_labels: bool = False, project_output_onto: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         """Each head, each neuron or MLP, the embeddings, and the bias."""
         return self._ours().get_full_resid_decomposition(
-            layer,
-            mlp_input=mlp_input,
-            expand_neurons=expand_neurons,
-            apply_ln=apply_ln,
-            pos_slice=_choice(pos_slice),
-            return_labels=return_labels,
-            project_output_onto=project_output_onto,
-        )
+            layer, mlp_input=mlp_input, expand_neurons=expand_neurons, apply_ln=apply_ln,
+            pos_slice=_choice(pos_slice), return_labels=return_labels, project_output_onto=project_output_onto,
+        )  # fmt: skip
+
+
+def _slice(given: Positions) -> Slice:
+    return given if isinstance(given, Slice) else Slice(given)
 
 
 def _choice(given: Positions) -> Any:
     """A choice of entries as HookLens takes it."""
-    chosen = given if isinstance(given, Slice) else Slice(given)
+    chosen = _slice(given)
     return None if chosen.mode == "identity" else chosen.slice
 
 

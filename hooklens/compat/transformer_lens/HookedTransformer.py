@@ -11,12 +11,13 @@ from torch import Tensor
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
 from hooklens.compat.transformer_lens._fresh import draw_weights
+from hooklens.compat.transformer_lens._hook_point import Dir, HookPoint
 from hooklens.compat.transformer_lens._loading import LoadingMethods
 from hooklens.compat.transformer_lens._state import StateMethods
 from hooklens.compat.transformer_lens._text import TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 from hooklens.compat.transformer_lens.components import adopt
-from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
+from hooklens.compat.transformer_lens.hook_points import HookedRootModule
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
@@ -161,6 +162,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         """Run the model; `tokens` are for the loss of a call that starts at a layer."""
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; expected 'logits', 'loss', 'both' or None")
+        self._check_groups()
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             if start_at_layer is None:
                 input, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
@@ -302,6 +304,24 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         assert self.cfg.n_key_value_heads is None, "Can't use attn_in where query heads share keys and values"
         self.cfg.use_attn_in = use_attn_in
 
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Refuse a head axis of query heads at `hook_k` and `hook_v` where query heads share keys and values."""
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.cfg.ungroup_grouped_query_attention and self.cfg.n_key_value_heads not in (None, self.cfg.n_heads):
+            self.cfg.ungroup_grouped_query_attention = False
+            raise NotImplementedError(
+                "ungroup_grouped_query_attention: hook_k and hook_v have the heads that there are; an edit of what one "
+                "query head reads is hooklens.Replace(..., query_head=) on model.hooked"
+            )
+
+    def move_model_modules_to_device(self) -> None:
+        """Move to `cfg.device`."""
+        if self.cfg.device is not None:
+            self.to(self.cfg.device, print_details=False)
+
     @torch.inference_mode()
     def generate(
         self,
@@ -327,9 +347,8 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             side: Any = "left" if isinstance(input, list) and len(input) > 1 else USE_DEFAULT_VALUE
             tokens = self.to_tokens(input, padding_side=side) if isinstance(input, str | list) else input
             tokens = tokens.to(self.hooked.device)
-            assert tokens.ndim == 2 and not tokens.is_floating_point(), (
-                "generate takes texts, or token ids [batch, pos]"
-            )
+            are_ids = tokens.ndim == 2 and not tokens.is_floating_point()
+            assert are_ids, "generate takes texts, or token ids [batch, pos]"
             mask = torch.ones_like(tokens)
             if side == "left":
                 with utils.LocallyOverridenDefaults(self, padding_side="left"):

@@ -30,4 +30,5 @@ class SVDInterpreter:
             matrix = self.model.W_in[layer_index].T if vector_type == "w_in" else self.model.W_out[layer_index]
             norm = self.model.state_dict().get(f"blocks.{layer_index}.ln2.w")
             directions = torch.linalg.svd(matrix * norm if vector_type == "w_in" and norm is not None else matrix)[2]
-        return (directions[:num_vectors].float() @ self.model.W_U).T[:, None]
+        vectors: Tensor = (directions[:num_vectors].float() @ self.model.W_U).T[:, None]
+        return vectors

@@ -15,6 +15,7 @@ from hooklens.compat.transformer_lens import (
     utils,
 )
 from hooklens.compat.transformer_lens import loading_from_pretrained as loading
+from hooklens.compat.transformer_lens._absent import BertNextSentencePrediction, HookedEncoder, HookedEncoderDecoder
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformer import HookedTransformer
@@ -31,7 +32,10 @@ EasyTransformerKeyValueCacheEntry = HookedTransformerKeyValueCacheEntry
 
 __all__ = [
     "ActivationCache",
+    "BertNextSentencePrediction",
     "FactoredMatrix",
+    "HookedEncoder",
+    "HookedEncoderDecoder",
     "HookedTransformer",
     "HookedTransformerConfig",
     "HookedTransformerKeyValueCache",

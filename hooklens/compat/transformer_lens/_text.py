@@ -15,6 +15,12 @@ from hooklens.optional import import_package
 
 Side = Literal["left", "right"] | None
 
+# Texts like those that checkpoints of an architecture were trained on.
+_TRAINED_ON = {
+    "neel": "c4_code", "neel-solu-old": "pile", "GPT2LMHeadModel": "openwebtext", "GPTNeoForCausalLM": "pile",
+    "GPTNeoXForCausalLM": "pile", "GPTJForCausalLM": "pile", "OPTForCausalLM": "pile",
+}  # fmt: skip
+
 
 class TextMethods(nn.Module):
     """What a tokenizer adds."""
@@ -22,6 +28,7 @@ class TextMethods(nn.Module):
     cfg: HookedTransformerConfig
     hooked: HookedCausalLM
     tokenizer: Any
+    dataset: Any
 
     def _find_tokenizer(self, tokenizer: Any, default_padding_side: str) -> None:
         """Set the tokenizer given, or that of the config."""
@@ -137,6 +144,25 @@ class TextMethods(nn.Module):
         if mode not in ("first", "last"):
             raise ValueError(f"mode must be 'first' or 'last', not {mode}")
         return int(places[0 if mode == "first" else -1])
+
+    def load_sample_training_dataset(self, **kwargs: Any) -> Any:
+        """Set `dataset` to ten thousand or more texts like those the model was trained on, from the hub."""
+        kind = self.cfg.original_architecture
+        if kind not in _TRAINED_ON:
+            raise ValueError(f"We do not have an available dataset for the relevant model: {kind}")
+        self.dataset = utils.get_dataset(_TRAINED_ON[kind], **kwargs)
+        return self.dataset
+
+    def sample_datapoint(
+        self,
+        tokenize: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Side = USE_DEFAULT_VALUE,
+    ) -> str | Int[Tensor, "1 pos"]:
+        """A text of `dataset`, drawn from numpy's generator, or its tokens; loads the data set where there is none."""
+        data = self.load_sample_training_dataset() if self.dataset is None else self.dataset
+        text: str = data[np.random.randint(0, len(data))]["text"]
+        return self.to_tokens(text, prepend_bos, padding_side) if tokenize else text
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
         """The unembedding direction of each token."""

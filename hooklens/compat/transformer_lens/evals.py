@@ -69,23 +69,19 @@ DATASET_LOADERS = [make_wiki_data_loader, make_owt_data_loader, make_pile_data_l
 @torch.inference_mode()
 def evaluate_on_dataset(model: Any, data_loader: Any, truncate: int = 100, device: Any = "cuda") -> float:
     """The mean loss of batches."""
-    losses = []
-    for batch in import_package("tqdm").auto.tqdm(data_loader):
+    losses: list[float] = []
+    for batch in import_package("tqdm.auto").tqdm(data_loader):
         losses.append(model(batch["tokens"].to(device), return_type="loss").mean().item())
         if len(losses) > truncate:
             break
-    return sum(losses) / len(losses)
+    return float(sum(losses) / len(losses))
 
 
 @torch.inference_mode()
 def induction_loss(
-    model: Any,
-    tokenizer: Any = None,
-    batch_size: int = 4,
-    subseq_len: int = 384,
-    prepend_bos: bool | None = None,
+    model: Any, tokenizer: Any = None, batch_size: int = 4, subseq_len: int = 384, prepend_bos: bool | None = None,
     device: Any = "cuda",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The loss on the second half of random tokens that are repeated, which induction heads make small."""
     tokens = torch.randint(100, 20000, (batch_size, subseq_len)).to(device).repeat(1, 2)
     if utils.override_or_use_default_value(model.cfg.default_prepend_bos, override=prepend_bos):
@@ -109,15 +105,10 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
     """Prompts of indirect object identification (Wang et al. 2022)."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        templates: list[str] | None = None,
-        names: list[str] | None = None,
-        nouns: dict[str, list[str]] | None = None,
-        num_samples: int = 1000,
-        symmetric: bool = False,
+        self, tokenizer: Any, templates: list[str] | None = None, names: list[str] | None = None,
+        nouns: dict[str, list[str]] | None = None, num_samples: int = 1000, symmetric: bool = False,
         prepend_bos: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokenizer, self.prepend_bos = tokenizer, prepend_bos
         self.templates = self.get_default_templates() if templates is None else templates
         self.names = self.get_default_names() if names is None else names
@@ -166,19 +157,15 @@ class IOIDataset(Dataset[dict[str, Tensor]]):
 
 @torch.inference_mode()
 def ioi_eval(
-    model: Any,
-    dataset: Any = None,
-    batch_size: int = 8,
-    num_samples: int = 1000,
-    tokenizer: Any = None,
+    model: Any, dataset: Any = None, batch_size: int = 8, num_samples: int = 1000, tokenizer: Any = None,
     symmetric: bool = False,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """How often, and by how much, the indirect object is likelier than the subject."""
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if dataset is None:
         dataset = IOIDataset(tokenizer, num_samples=num_samples, symmetric=symmetric)
     differences = []
-    for start in import_package("tqdm").auto.tqdm(range(0, len(dataset), batch_size)):
+    for start in import_package("tqdm.auto").tqdm(range(0, len(dataset), batch_size)):
         rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
         prompts = torch.nn.utils.rnn.pad_sequence([row["prompt"] for row in rows], batch_first=True)
         for row, logits in zip(rows, model(prompts, return_type="logits"), strict=True):

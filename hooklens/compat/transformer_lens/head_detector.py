@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from hooklens.compat.transformer_lens.utils import is_lower_triangular, is_squar
 
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 ErrorMeasure = Literal["abs", "mul"]
-HEAD_NAMES = ["previous_token_head", "duplicate_token_head", "induction_head"]
+HEAD_NAMES: tuple[str, ...] = get_args(HeadName)
+LayerHeadTuple, LayerToHead = tuple[int, int], dict[int, list[int]]
 INVALID_HEAD_NAME_ERR = f"detection_pattern must be a Tensor or one of head names: {HEAD_NAMES}; got %s"
 SEQ_LEN_ERR = "The sequence must be non-empty and must fit within the model's context window."
 DET_PAT_NOT_SQUARE_ERR = (
@@ -21,16 +22,10 @@ DET_PAT_NOT_SQUARE_ERR = (
 
 
 def detect_head(
-    model: Any,
-    seq: str | list[str],
-    detection_pattern: Tensor | str,
-    heads: list[tuple[int, int]] | dict[int, list[int]] | None = None,
-    cache: Any = None,
-    *,
-    exclude_bos: bool = False,
-    exclude_current_token: bool = False,
-    error_measure: str = "mul",
-) -> Tensor:
+    model: Any, seq: str | list[str], detection_pattern: Tensor | str,
+    heads: list[tuple[int, int]] | dict[int, list[int]] | None = None, cache: Any = None, *,
+    exclude_bos: bool = False, exclude_current_token: bool = False, error_measure: str = "mul",
+) -> Tensor:  # fmt: skip
     """A score for each head, `[layer head]`, -1 for those not asked for; of several texts the mean.
 
     `"mul"`: the share of attention on the pattern's ones. `"abs"`: 1 less the mean absolute difference of a row.
@@ -95,17 +90,13 @@ _PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def get_supported_heads() -> None:
     """Print the names of patterns."""
-    print(f"Supported heads: {tuple(HEAD_NAMES)}")
+    print(f"Supported heads: {HEAD_NAMES}")
 
 
 def compute_head_attention_similarity_score(
-    attention_pattern: Tensor,
-    detection_pattern: Tensor,
-    *,
-    exclude_bos: bool,
-    exclude_current_token: bool,
+    attention_pattern: Tensor, detection_pattern: Tensor, *, exclude_bos: bool, exclude_current_token: bool,
     error_measure: str,
-) -> float:
+) -> float:  # fmt: skip
     """How close an attention pattern comes to another; neither is changed."""
     assert is_square(attention_pattern), f"Attention pattern is not square; got shape {attention_pattern.shape}"
     is_mul = error_measure == "mul"

@@ -1,4 +1,4 @@
-"""Hook points and the modules that hold them, as TransformerLens 2.x has them: hooks stay on the points, in levels."""
+"""Modules that hold hook points, as TransformerLens 2.x has them: hooks stay on the points, in levels."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hooklens import hooks
+from hooklens.compat.transformer_lens._hook_point import Dir, HookFunction, HookPoint, LensHandle  # noqa: F401
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
-from hooklens.hooks.call import Call, Hook
 
-# "fwd", "bwd" or, where hooks are removed, "both".
-Dir = Any
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
-HookFunction = Callable[..., Any]
 HookList = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 Root = TypeVar("Root", bound="HookedRootModule")
 DeviceType = torch.device | str | None
@@ -25,140 +21,6 @@ DeviceType = torch.device | str | None
 _POSITIONS = ("pos", "query")
 # Points of modules of one's own say it by their name: these have a head axis behind their positions.
 _PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
-
-
-class LensHandle(Hook):
-    """A hook with its level; that of a point which a setting turns off (`use_attn_result`) is silent meanwhile."""
-
-    __slots__ = ("context_level", "dir")
-
-    def __init__(
-        self,
-        fn: HookFunction,
-        point: "HookPoint",
-        *,
-        dir: str = "fwd",
-        permanent: bool = False,
-        level: int | None = None,
-    ) -> None:
-        # 2.x calls every hook so.
-        super().__init__(fn, point, permanent=permanent, by_keyword=True)
-        self.dir, self.context_level = dir, level
-
-    # PyTorch hands backward hooks to the graph in the forward pass: they act in it, though they are removed since.
-    removed = property(lambda self: False, lambda self, value: None)
-
-    @property
-    def is_permanent(self) -> bool:
-        """Whether `reset_hooks` leaves it."""
-        return self.permanent
-
-    @property
-    def user_hook(self) -> HookFunction:
-        """The function."""
-        return self.fn
-
-    @property
-    def hook(self) -> "LensHandle":
-        """What has `remove()`."""
-        return self
-
-    def remove(self) -> None:
-        """Remove the hook."""
-        self.point._keep_hooks(lambda one: one is not self)
-
-    def run(self, tensor: Tensor, call: Call) -> Any:
-        """What the function makes of a tensor."""
-        if isinstance(self.point, HookPoint) and not self.point.is_on():
-            return None
-        returned: Any = self.fn(tensor, hook=self.point)
-        # PyTorch takes a gradient as a tuple of one.
-        is_wrapped = self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1
-        return returned[0] if is_wrapped else returned
-
-
-class HookPoint(hooks.HookPoint):
-    """A hook point with the methods of 2.x.
-
-    Attributes:
-        turned_on: says whether the model's settings let hooks act here; None: they do.
-    """
-
-    turned_on: Callable[[], bool] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def is_on(self) -> bool:
-        """Whether the model's settings let hooks act here."""
-        return self.turned_on is None or self.turned_on()
-
-    @property
-    def fwd_hooks(self) -> list[Any]:
-        """The hooks on the activation."""
-        return list(self.own.hooks) if self.own else []
-
-    @property
-    def bwd_hooks(self) -> list[Any]:
-        """The hooks on its gradient."""
-        return list(self.own.gradient_hooks) if self.own else []
-
-    def add_perma_hook(self, hook: HookFunction, dir: Dir = "fwd") -> None:
-        """Attach a hook that `reset_hooks` leaves."""
-        self.add_hook(hook, dir=dir, is_permanent=True)
-
-    def add_hook(  # type: ignore[override]
-        self,
-        hook: HookFunction,
-        dir: Dir = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> None:
-        """Attach `hook(tensor, hook=point)`."""
-        if dir not in ("fwd", "bwd"):
-            raise ValueError(f"Invalid direction {dir}")
-        self.attach(LensHandle(hook, self, dir=dir, permanent=is_permanent, level=level), dir=dir, prepend=prepend)
-
-    def remove_hooks(self, dir: Dir = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
-        """Remove the hooks of a direction and level; of all levels where permanent ones go, too."""
-        if dir not in ("fwd", "bwd", "both"):
-            raise ValueError(f"Invalid direction {dir}")
-
-        def stays(hook: Hook) -> bool:
-            is_of_level = level is None or getattr(hook, "context_level", None) == level
-            return not including_permanent and (hook.permanent or not is_of_level)
-
-        self._keep_hooks(stays, dir=dir)
-
-    def has_hooks(self, dir: Dir = "both", including_permanent: bool = True, level: int | None = None) -> bool:
-        """Whether there are hooks of a direction and level."""
-        if dir not in ("fwd", "bwd", "both"):
-            raise ValueError(f"Invalid direction {dir}")
-        return bool(self.select_hooks(dir, including_permanent, level))
-
-    def select_hooks(self, dir: Dir = "both", including_permanent: bool = True, level: int | None = None) -> list[Any]:
-        """The hooks of a direction and level."""
-        return [
-            one
-            for one in [*(self.fwd_hooks if dir != "bwd" else ()), *(self.bwd_hooks if dir != "fwd" else ())]
-            if (including_permanent or not one.is_permanent) and (level is None or one.context_level == level)
-        ]
-
-    def _check_replacement(self, returned: Any, expected: Tensor, hook: Hook, *, source: str) -> None:
-        # Modules of one's own may change shapes.
-        if self.site is not None:
-            super()._check_replacement(returned, expected, hook, source=source)
-
-    def clear_context(self) -> None:
-        """Empty `ctx`."""
-        self.__dict__["ctx"] = {}
-
-    def layer(self) -> int:
-        """The layer in the name."""
-        if self.name is None:
-            raise ValueError("Name cannot be None")
-        return int(self.name.split(".")[1])
 
 
 class HookedRootModule(nn.Module):

@@ -57,8 +57,10 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Any) -> Any
     config.device = config.device or utils.get_device()
     model.to(config.device)
     optimizer = _make_optimizer(model, config)
-    warm_up = optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / max(1, config.warmup_steps)))
-    tqdm = import_package("tqdm").auto.tqdm
+    warmup = config.warmup_steps
+    # Making one sets the rate to that of step 0, which is 0.
+    warm_up = optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / warmup)) if warmup > 0 else None
+    tqdm = import_package("tqdm.auto").tqdm
     loader = DataLoader(dataset, batch_size=config.batch_size, shuffle=True)
     for epoch in tqdm(range(1, config.num_epochs + 1)):
         samples = 0
@@ -69,7 +71,7 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Any) -> Any
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
-            if config.warmup_steps > 0:
+            if warm_up is not None:
                 warm_up.step()
             optimizer.zero_grad()
             samples += len(tokens)

@@ -1,27 +1,41 @@
 """`transformer_lens.utils` of 2.x."""
 
+import importlib.util
+import inspect
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from copy import deepcopy
-from functools import partial
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from rich import print as rprint
 from torch import Tensor, nn
 
+from hooklens import analysis, generation
+from hooklens.compat.transformer_lens import _tokenizing, utilities
 from hooklens.optional import import_package
+from hooklens.weights import composition
 
-USE_DEFAULT_VALUE: Any = None
+# What stands elsewhere has its name here, too.
+USE_DEFAULT_VALUE = _tokenizing.USE_DEFAULT_VALUE
+LocallyOverridenDefaults = _tokenizing.LocallyOverridenDefaults
+get_attention_mask, get_cumsum_along_dim = _tokenizing.get_attention_mask, _tokenizing.get_cumsum_along_dim
+get_input_with_manually_prepended_bos = _tokenizing.get_input_with_manually_prepended_bos
+get_tokenizer_with_bos = _tokenizing.get_tokenizer_with_bos
+get_tokens_with_bos_removed = _tokenizing.get_tokens_with_bos_removed
+keep_single_column = _tokenizing.keep_single_column
+override_or_use_default_value = _tokenizing.override_or_use_default_value
+tokenize_and_concatenate = _tokenizing.tokenize_and_concatenate
+ACTIVATION_FN_DICT, XIELU, xielu = utilities.SUPPORTED_ACTIVATIONS, utilities.XIELU, utilities.xielu
+gelu_new = gelu_fast = gelu_pytorch_tanh = utilities.gelu_new
+solu = utilities.solu
+
 CACHE_DIR = import_package("huggingface_hub.constants").HUGGINGFACE_HUB_CACHE
-SliceInput = int | tuple[int, ...] | list[int] | Tensor | np.ndarray | None
-gelu_new = gelu_fast = partial(F.gelu, approximate="tanh")
+SliceInput = int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
 
 _DATASETS = {
     "openwebtext": "stas/openwebtext-10k", "owt": "stas/openwebtext-10k", "pile": "NeelNanda/pile-10k",
@@ -106,17 +120,10 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     return f"ln_final.{full}" if name in ("scale", "normalized") and layer is None else full
 
 
-def solu(input: Tensor) -> Tensor:
-    """The softmax linear unit (Elhage et al. 2022)."""
-    return input * input.softmax(-1)
-
-
 def lm_cross_entropy_loss(
-    logits: Float[Tensor, "batch pos d_vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    attention_mask: Tensor | None = None,
-    per_token: bool = False,
-) -> Tensor:
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"],
+    attention_mask: Tensor | None = None, per_token: bool = False,
+) -> Tensor:  # fmt: skip
     """The cross-entropy of the next token; pairs of which one is masked count 0."""
     losses = -logits.log_softmax(-1)[..., :-1, :].gather(-1, tokens[..., 1:, None])[..., 0]
     count: Any = losses.numel()
@@ -133,30 +140,20 @@ def lm_accuracy(logits: Tensor, tokens: Tensor, per_token: bool = False) -> Tens
 
 
 def sample_logits(
-    final_logits: Float[Tensor, "batch d_vocab"],
-    top_k: int | None = None,
-    top_p: float | None = None,
-    temperature: float = 1.0,
-    freq_penalty: float = 0.0,
-    tokens: Int[Tensor, "batch pos"] | None = None,
-) -> Int[Tensor, " batch"]:
+    final_logits: Float[Tensor, "batch d_vocab"], top_k: int | None = None, top_p: float | None = None,
+    temperature: float = 1.0, freq_penalty: float = 0.0, tokens: Int[Tensor, "batch pos"] | None = None,
+) -> Int[Tensor, " batch"]:  # fmt: skip
     """Draw a token for each row from torch's own generator; at temperature 0 the likeliest."""
     if temperature == 0.0:
         return final_logits.argmax(-1)
-    scores = final_logits / temperature
     if freq_penalty > 0:
         assert tokens is not None, "Must provide input_tokens if applying a frequency penalty"
         assert tokens.ndim == 2, "Frequency penalty needs tokens [batch, pos]"
-        counts = torch.stack([torch.bincount(row, minlength=scores.shape[-1]) for row in tokens])
-        scores = scores - freq_penalty * counts
-    generation = import_package("transformers").generation
-    if top_k is not None:
-        assert top_k > 0, "top_k has to be greater than 0"
-        scores = generation.TopKLogitsWarper(top_k)(None, scores)
-    elif top_p is not None:
-        assert 1.0 >= top_p > 0.0, "top_p has to be in (0, 1]"
-        scores = scores if top_p == 1.0 else generation.TopPLogitsWarper(top_p)(None, scores)
-    return torch.distributions.Categorical(logits=scores.float()).sample()
+    assert top_k is None or top_k > 0, "top_k has to be greater than 0"
+    assert top_k is not None or top_p is None or 1.0 >= top_p > 0.0, "top_p has to be in (0, 1]"
+    chosen: dict[str, Any] = {"top_k": top_k} if top_k is not None else {"top_p": top_p}
+    penalty: dict[str, Any] = {"freq_penalty": freq_penalty, "tokens": tokens} if freq_penalty > 0 else {}
+    return generation.sample_logits(final_logits, temperature=temperature, **chosen, **penalty)
 
 
 def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
@@ -164,144 +161,11 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
     return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
 
 
-def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Tensor:
-    """Sums along an axis, from its start or its end."""
-    return tensor.flip(dim).cumsum(dim).flip(dim) if reverse else tensor.cumsum(dim)
-
-
-def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:
-    """1 for tokens, 0 for runs of pads on the side that the tokenizer pads on; a BOS that is one stays."""
-    if tokenizer is None:
-        return torch.ones_like(tokens)
-    pads_left = tokenizer.padding_side == "left"
-    is_pad = get_cumsum_along_dim(tokens.ne(tokenizer.pad_token_id), -1, reverse=not pads_left) == 0
-    mask = torch.ones_like(tokens).masked_fill(is_pad, 0)
-    if pads_left and prepend_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:
-        mask[torch.arange(len(mask)), is_pad.sum(-1) - 1] = 1
-    return mask
-
-
-def override_or_use_default_value(default_flag: Any, override: Any = None) -> Any:
-    """The override, where there is one."""
-    return default_flag if override is USE_DEFAULT_VALUE else override
-
-
-class LocallyOverridenDefaults:
-    """A block in which a model's defaults are others; `USE_DEFAULT_VALUE` leaves one as it is."""
-
-    _VALID = {"prepend_bos": (True, False), "padding_side": ("left", "right")}  # noqa: RUF012
-
-    def __init__(self, model: Any, **overrides: Any) -> None:
-        for name, value in overrides.items():
-            assert name in self._VALID, f"{name} is not a valid parameter to override: {', '.join(self._VALID)} are"
-        places = {"prepend_bos": (model.cfg, "default_prepend_bos"), "padding_side": (model.tokenizer, "padding_side")}
-        self._changes = [
-            (*places[name], name, value)
-            for name, value in overrides.items()
-            if value is not USE_DEFAULT_VALUE and places[name][0] is not None
-        ]
-        self._before: list[Any] = []
-
-    def __enter__(self) -> None:
-        for _, _, name, value in self._changes:
-            assert value in self._VALID[name], f"{name} must be one of {self._VALID[name]}, but got {value}."
-        self._before = [getattr(owner, attribute) for owner, attribute, _, _ in self._changes]
-        for owner, attribute, _, value in self._changes:
-            setattr(owner, attribute, value)
-
-    def __exit__(self, *error: object) -> None:
-        for (owner, attribute, _, _), value in zip(self._changes, self._before, strict=True):
-            setattr(owner, attribute, value)
-
-
-def get_tokenizer_with_bos(tokenizer: Any) -> Any:
-    """The tokenizer, made anew so that it puts a BOS first, where it can be found again and says that it does not."""
-    settings = deepcopy(tokenizer.init_kwargs)
-    name, says = settings.pop("name_or_path", ""), settings.pop("add_bos_token", None)
-    # One that does not say so puts no BOS, however it is made.
-    if says is not False or not name:
-        return tokenizer
-    return import_package("transformers").AutoTokenizer.from_pretrained(name, add_bos_token=True, **settings)
-
-
-def get_input_with_manually_prepended_bos(tokenizer: Any, input: str | list[str]) -> Any:
-    """Text with the BOS token's text before it."""
-    return tokenizer.bos_token + input if isinstance(input, str) else [tokenizer.bos_token + one for one in input]
-
-
-def get_tokens_with_bos_removed(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
-    """Ids without the BOS that each row starts with."""
-    if tokenizer.padding_side == "right":
-        return tokens[..., 1:]
-    if tokenizer.bos_token_id == tokenizer.pad_token_id:
-        places = (get_cumsum_along_dim(tokens.ne(tokenizer.pad_token_id), -1) == 0).sum(-1) - 1
-    else:
-        places = (tokens == tokenizer.bos_token_id).int().argmax(-1)
-    stays = torch.arange(tokens.shape[1], device=tokens.device) != places[:, None]
-    return tokens[stays].view(tokens.shape[0], -1)
-
-
-def keep_single_column(dataset: Any, col_name: str) -> Any:
-    """The data set without its other columns."""
-    return dataset.remove_columns([name for name in dataset.features if name != col_name])
-
-
-def tokenize_and_concatenate(
-    dataset: Any,
-    tokenizer: Any,
-    streaming: bool = False,
-    max_length: int = 1024,
-    column_name: str = "text",
-    add_bos_token: bool = True,
-    num_proc: int = 10,
-) -> Any:
-    """Rows of `max_length` tokens of all texts, one after another with an EOS between them, in a column `tokens`."""
-    pad = tokenizer.pad_token
-    if pad is None:
-        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-    length = max_length - add_bos_token
-
-    def tokenize(examples: dict[str, list[str]]) -> dict[str, Any]:
-        text = tokenizer.eos_token.join(examples[column_name])
-        if not text.strip():
-            return {"tokens": np.array([], dtype=np.int64)}
-        ids = tokenizer(list(_chunks(text)), return_tensors="np", padding=True)["input_ids"].flatten()
-        ids = ids[ids != tokenizer.pad_token_id]
-        if len(ids) < length:
-            filler = tokenizer.eos_token_id if pad is None else tokenizer.pad_token_id
-            ids = np.concatenate([ids, np.full(length - len(ids), filler)])
-        rows = ids[: len(ids) // length * length].reshape(-1, length)
-        first = np.full((len(rows), 1 if add_bos_token else 0), tokenizer.bos_token_id)
-        return {"tokens": np.concatenate([first, rows], axis=1)}
-
-    workers = {} if streaming else {"num_proc": num_proc}
-    one_column = keep_single_column(dataset, column_name)
-    tokenized = one_column.map(tokenize, batched=True, remove_columns=[column_name], **workers)
-    return tokenized.with_format(type="torch") if streaming else tokenized.with_format(type="torch", columns=["tokens"])
-
-
-def _chunks(text: str, count: int = 20) -> Iterator[str]:
-    """Some twenty pieces of a text, cut at white space where there is some soon."""
-    size, start = (len(text) - 1) // count + 1, 0
-    for _ in range(count):
-        end = min(start + size, len(text))
-        latest = min(end + size // 10, len(text))
-        while end < latest and not text[end].isspace():
-            end += 1
-        yield text[start:end]
-        start = end
-
-
 def test_prompt(
-    prompt: str,
-    answer: str | list[str],
-    model: Any,
-    prepend_space_to_answer: bool = True,
-    print_details: bool = True,
-    prepend_bos: bool | None = USE_DEFAULT_VALUE,
-    top_k: int = 10,
-) -> None:
-    """Print the rank, logit and probability of an answer, or of the first tokens of several, and the likeliest tokens."""
+    prompt: str, answer: str | list[str], model: Any, prepend_space_to_answer: bool = True,
+    print_details: bool = True, prepend_bos: bool | None = USE_DEFAULT_VALUE, top_k: int = 10,
+) -> None:  # fmt: skip
+    """Print rank, logit and probability of an answer (of several: of their first tokens), and the likeliest tokens."""
     answers = [answer] if isinstance(answer, str) else list(answer)
     if prepend_space_to_answer:
         answers = [one if one.startswith(" ") else f" {one}" for one in answers]
@@ -346,18 +210,13 @@ def composition_scores(left: Any, right: Any, broadcast_dims: bool = True) -> Te
         for axis in range(n_right):
             left = left.unsqueeze(axis + n_left)
     assert left.rdim == right.ldim, f"Composition scores need left.rdim == right.ldim, got {left.shape}, {right.shape}"
-    first, second = left.collapse_l(), right.collapse_r()
-    norms: Tensor = (first @ second).norm(dim=[-2, -1]) / second.norm(dim=[-2, -1]) / first.norm(dim=[-2, -1])
-    return norms
+    return composition.composition_scores(left, right)
 
 
-def logits_to_df(model: Any, logits: Tensor, k: int = 10) -> Any:
-    """The likeliest tokens of one position, with their logits and probabilities."""
-    best = logits.topk(k)
-    log_probs = logits.log_softmax(-1)[best.indices]
-    columns = {"token": [model.to_string(one) for one in best.indices], "logit": to_numpy(best.values)}
-    columns |= {"log_prob": to_numpy(log_probs), "probability": to_numpy(log_probs.exp())}
-    return import_package("pandas").DataFrame(columns)
+def logits_to_df(logits: Float[Tensor, " d_vocab"], tokenizer: Any = None, top_k: int | None = None) -> Any:
+    """The tokens of one position, the likeliest first."""
+    table = analysis.logits_to_frame(logits, tokenizer, k=top_k)
+    return table.rename(columns={"token": "token_index", "text": "token_string", "logprob": "log_prob"})
 
 
 def get_corner(tensor: Any, n: int = 3) -> Any:
@@ -410,6 +269,31 @@ def set_nested_attr(obj: Any, attr_str: str, value: Any) -> None:
     setattr(get_nested_attr(obj, ".".join(path)) if path else obj, last, value)
 
 
+def check_structure(t1: Tensor, t2: Tensor, *, verbose: bool = False) -> None:
+    """Print whether neighbouring rows, and columns, of two matrices compare alike."""
+    assert t1.ndim == 2
+    assert t1.shape == t2.shape
+    wrong = {}
+    for axis, what in enumerate(("row", "column")):
+        one, other = (t.movedim(axis, 0) for t in (t1, t2))
+        differs = ((one[:-1] >= one[1:]) != (other[:-1] >= other[1:])).any(1)
+        wrong[what] = differs.nonzero().flatten().tolist()
+        if verbose:
+            print(f"{what}s that differ: {wrong[what]}")
+    found = next((f"{what} mismatch: {places}" for what, places in wrong.items() if places), "PASSED")
+    print(found)
+
+
+def is_library_available(name: str) -> bool:
+    """Whether a package can be imported."""
+    return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def select_compatible_kwargs(kwargs_dict: dict[str, Any], callable: Any) -> dict[str, Any]:
+    """The arguments that a function has."""
+    return {name: value for name, value in kwargs_dict.items() if name in inspect.getfullargspec(callable).args}
+
+
 def get_device() -> torch.device:
     """The GPU, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -434,8 +318,8 @@ def get_dataset(dataset_name: str, **kwargs: Any) -> Any:
 
 
 def download_file_from_hf(
-    repo_name: str, file_name: str, subfolder: str = ".", cache_dir: str | None = CACHE_DIR, force_is_torch: bool = False,
-    **kwargs: Any,
+    repo_name: str, file_name: str, subfolder: str = ".", cache_dir: str | None = CACHE_DIR,
+    force_is_torch: bool = False, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """A file of the hub, read where it is JSON or holds tensors; else its path."""
     hub = import_package("huggingface_hub")
@@ -452,14 +336,11 @@ def clear_huggingface_cache() -> None:
 
 
 def calc_fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
-    """Inputs and outputs of a map, `[n_heads d_in d_out]` or `[d_in d_out]`; of a vector its size both."""
-    if tensor.ndim == 1:
-        return tensor.shape[0], tensor.shape[0]
-    if tensor.ndim == 2:
-        return tensor.shape[0], tensor.shape[1]
-    if tensor.ndim == 3:
-        return tensor.shape[1], tensor.shape[0] * tensor.shape[2]
-    raise ValueError(f"Invalid shape {tuple(tensor.shape)}")
+    """Inputs and outputs of a map, `[n_heads d_in d_out]` or `[d_in d_out]`; a vector has one input."""
+    if not 1 <= tensor.ndim <= 3:
+        raise ValueError(f"Fan in and fan out are those of 1 to 3 axes, not of shape {tuple(tensor.shape)}")
+    heads, fan_in, fan_out = (1, 1, 1, *tensor.shape)[-3:]
+    return fan_in, heads * fan_out
 
 
 def _init(param: Tensor, gain: float, over: float, kind: Literal["uniform", "normal"]) -> Tensor:

@@ -10,8 +10,7 @@ number, or is a metric of this package, whose values are averaged over the batch
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +20,28 @@ from torch import Tensor
 from hooklens import tokens as tokenization
 from hooklens.axes import get_act_name
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError
+from hooklens.errors import InputError, join_names
 from hooklens.hooks import HookPoint
+from hooklens.hooks.call import thread_listeners
 from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.metric import Cells, Metric, Positions, Values
 from hooklens.patching.runs.checks import check_source
 from hooklens.patching.runs.sites import Grid, grid, lay_out
+from hooklens.patching.sweeps.patch_setters import make_df_from_ranges
 from hooklens.patching.sweeps.sweep import sweep
 from hooklens.precision import wide_dtype
 
 if TYPE_CHECKING:
     import pandas
 
-AxisName = Literal["layer", "pos", "head", "head_index", "src_pos", "dest_pos"]
 PatchingMetric = Metric | Callable[[Tensor], Tensor | float]
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 Tokens = Int[Tensor, "batch pos"]
 Cache = Mapping[str, Tensor]
+Mask = Int[Tensor, "batch pos"]
 
+_AXES = ("layer", "pos", "head", "head_index", "src_pos", "dest_pos")
 _OF_HEADS = ("z", "q", "k", "v", "pattern")
 
 
@@ -56,16 +58,20 @@ class _OfBatch(Metric):
         return True
 
     def measure(self, logits: Cells) -> Values:
-        values = [torch.as_tensor(self.fn(cell)) for cell in logits]
-        wrong = next((value for value in values if value.numel() != 1), None)
-        if wrong is not None:
-            raise MetricError(
-                f"patching_metric returned shape {list(wrong.shape)} for logits {list(logits.shape[1:])} "
-                "[batch pos d_vocab]; expected a single number: average over the batch"
-            )
+        values = [_read_number(self.fn(cell), cell) for cell in logits]
         dtype = wide_dtype(logits.dtype)
-        stacked = torch.stack([value.reshape(()).to(logits.device, dtype) for value in values])
+        stacked = torch.stack([value.to(logits.device, dtype) for value in values])
         return stacked[:, None].expand(-1, logits.shape[1])
+
+
+def _read_number(value: Tensor | float, logits: Tensor) -> Float[Tensor, ""]:
+    number = torch.as_tensor(value)
+    if number.numel() != 1:
+        raise MetricError(
+            f"patching_metric returned shape {list(number.shape)} for logits {list(logits.shape)} [batch pos d_vocab]; "
+            "expected a single number: average over the batch"
+        )
+    return number.reshape(())
 
 
 def generic_activation_patch(
@@ -75,11 +81,15 @@ def generic_activation_patch(
     patching_metric: PatchingMetric,
     patch_setter: PatchSetter,
     activation_name: str,
-    index_axis_names: Sequence[AxisName] | None = None,
+    index_axis_names: Sequence[str] | None = None,
     index_df: "pandas.DataFrame | None" = None,
     return_index_df: bool = False,  # noqa: FBT001, FBT002
+    *,
+    attention_mask: Mask | None = None,
 ) -> "Tensor | tuple[Tensor, pandas.DataFrame]":
     """Patch by a function of one's own: one run per index, from the patched layer on.
+
+    Where hooks are attached to the model, they act in each run, which is whole then.
 
     Args:
         model: the model.
@@ -89,15 +99,18 @@ def generic_activation_patch(
         patch_setter: `patch_setter(corrupted_activation, index, clean_activation)` gives the patched activation;
             it may write into the one it is handed.
         activation_name: a hook word such as `"resid_pre"`.
-        index_axis_names: the axes to run over, `"layer"` first.
+        index_axis_names: the axes to run over, `"layer"` first: `"pos"`, `"head"` or `"head_index"`, `"dest_pos"`,
+            `"src_pos"`.
         index_df: the indices, one per row, in place of all of them.
         return_index_df: give the table of indices, too.
+        attention_mask: real tokens (1) of padded ids; None: as in a call of the model.
 
     Returns:
         The metric, one axis per index axis; with `index_df` one value per row.
 
     Raises:
-        InputError: both or neither of `index_axis_names` and `index_df`.
+        InputError: both or neither of `index_axis_names` and `index_df`, or an axis that is none.
+        MetricError: the metric gives several numbers.
         TransformError: the cache of a model with other processing.
     """
     if (index_axis_names is None) == (index_df is None):
@@ -105,30 +118,33 @@ def generic_activation_patch(
     if index_df is None:
         assert index_axis_names is not None
         sizes = [_size(axis, model, corrupted_tokens, activation_name) for axis in index_axis_names]
-        indices = [list(index) for index in product(*(range(size) for size in sizes))]
-        index_df = import_package("pandas").DataFrame(indices, columns=list(index_axis_names))
+        index_df = make_df_from_ranges(sizes, index_axis_names)
         shape = sizes
     else:
-        indices = index_df.to_numpy().tolist()
-        shape = [len(indices)]
+        shape = [len(index_df)]
+    indices = index_df.to_numpy().tolist()
     check_source(model, clean_cache)
     layers = sorted({index[0] for index in indices})
     measure = _as_function(patching_metric)
-    mask = _mask_of(model, corrupted_tokens)
+    mask = _mask_of(model, corrupted_tokens) if attention_mask is None else attention_mask
+    # A hook at the stream that a run starts from would have acted in it already.
+    starts = not thread_listeners() and all(point.own is None for point in model.hook_points().values())
     values = []
     with torch.no_grad():
-        entering = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
-        _, streams = model.run_with_cache(corrupted_tokens, names_filter=entering, attention_mask=mask)
+        entering = [f"blocks.{layer}.hook_resid_pre" for layer in layers if starts]
+        streams = (
+            model.run_with_cache(corrupted_tokens, names_filter=entering, attention_mask=mask)[1] if starts else {}
+        )
         for index in import_package("tqdm").tqdm(indices, desc="patching"):
             name = get_act_name(activation_name, index[0])
             hook = _Setter(patch_setter, index, clean_cache[name])
             logits = model.run_with_hooks(
-                streams["resid_pre", index[0]],
+                streams[f"blocks.{index[0]}.hook_resid_pre"] if starts else corrupted_tokens,
                 fwd_hooks=[(name, hook)],
-                start_at_layer=index[0],
+                start_at_layer=index[0] if starts else None,
                 attention_mask=mask,
             )
-            values.append(float(measure(logits)))
+            values.append(float(_read_number(measure(logits), logits)))
     result = torch.tensor(values, device=model.device).view(*shape)
     return (result, index_df) if return_index_df else result
 
@@ -155,7 +171,9 @@ def _mask_of(model: HookedCausalLM, tokens: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(model.device)
 
 
-def _size(axis: AxisName, model: HookedCausalLM, tokens: Tensor, activation_name: str) -> int:
+def _size(axis: str, model: HookedCausalLM, tokens: Tensor, activation_name: str) -> int:
+    if axis not in _AXES:
+        raise InputError(f"index_axis_names: no axis is called {axis!r}; expected {join_names(_AXES)}")
     if axis == "layer":
         return model.cfg.n_layers
     if axis in ("head", "head_index"):
@@ -164,10 +182,15 @@ def _size(axis: AxisName, model: HookedCausalLM, tokens: Tensor, activation_name
 
 
 def _patch(
-    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric, sites: Sequence[Grid]
+    model: HookedCausalLM,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    metric: PatchingMetric,
+    sites: Sequence[Grid],
+    mask: Mask | None,
 ) -> list[Float[Tensor, "..."]]:
     """The values of several grids, all on the same unpatched runs."""
-    mask = _mask_of(model, corrupted_tokens)
+    mask = _mask_of(model, corrupted_tokens) if mask is None else mask
     if mask is not None and not bool(mask[:, 0].all()):
         raise InputError(
             "corrupted_tokens are padded on the left: columns are no positions; pad both prompts on the right, "
@@ -188,16 +211,36 @@ def _patch(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _make(word: str, index: str, **spans: str) -> Callable[[HookedCausalLM, Tokens, Cache, PatchingMetric], Tensor]:
+@runtime_checkable
+class _Patch(Protocol):
+    """The metric with one kind of activation patched over a grid."""
+
+    def __call__(
+        self,
+        model: HookedCausalLM,
+        corrupted_tokens: Tokens,
+        clean_cache: Cache,
+        patching_metric: PatchingMetric,
+        *,
+        attention_mask: Mask | None = None,
+    ) -> Float[Tensor, "..."]: ...
+
+
+def _make(word: str, index: str, **spans: str) -> _Patch:
     """A function that patches one kind of activation over a grid."""
     site = grid(word, **spans)  # type: ignore[arg-type]
     # Patterns list heads before positions.
     heads_first = word == "pattern" and "dest_pos" in index
 
     def patch(
-        model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, patching_metric: PatchingMetric
+        model: HookedCausalLM,
+        corrupted_tokens: Tokens,
+        clean_cache: Cache,
+        patching_metric: PatchingMetric,
+        *,
+        attention_mask: Mask | None = None,
     ) -> Tensor:
-        [values] = _patch(model, corrupted_tokens, clean_cache, patching_metric, [site])
+        [values] = _patch(model, corrupted_tokens, clean_cache, patching_metric, [site], attention_mask)
         return values.transpose(1, 2) if heads_first else values
 
     patch.__doc__ = f"""The metric with the clean `{word}` patched in, `[{index}]`.
@@ -207,6 +250,7 @@ def _make(word: str, index: str, **spans: str) -> Callable[[HookedCausalLM, Toke
         corrupted_tokens: ids of the run that is patched, `[batch pos]`.
         clean_cache: activations of the clean run.
         patching_metric: from logits to a number.
+        attention_mask: real tokens (1) of padded ids; None: as in a call of the model.
     """
     return patch
 
@@ -231,33 +275,48 @@ get_act_patch_attn_head_pattern_all_pos = _make("pattern", "layer head")
 
 
 def get_act_patch_attn_head_all_pos_every(
-    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
+    model: HookedCausalLM,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    metric: PatchingMetric,
+    *,
+    attention_mask: Mask | None = None,
 ) -> Float[Tensor, "patch_type layer head"]:
     """Every head over all positions: output, query, key, value and pattern, in this order.
 
     With fewer key-value heads than heads the rest of the rows of keys and values is 0.
     """
     sites = [grid(word) for word in _OF_HEADS]
-    return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites))
+    return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites, attention_mask))
 
 
 def get_act_patch_attn_head_by_pos_every(
-    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
+    model: HookedCausalLM,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    metric: PatchingMetric,
+    *,
+    attention_mask: Mask | None = None,
 ) -> Float[Tensor, "patch_type layer pos head"]:
     """Every head at each position: output, query, key, value and pattern (by destination), in this order.
 
     With fewer key-value heads than heads the rest of the rows of keys and values is 0.
     """
     sites = [grid(word, positions="each") for word in _OF_HEADS]
-    return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites))
+    return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites, attention_mask))
 
 
 def get_act_patch_block_every(
-    model: HookedCausalLM, corrupted_tokens: Tokens, clean_cache: Cache, metric: PatchingMetric
+    model: HookedCausalLM,
+    corrupted_tokens: Tokens,
+    clean_cache: Cache,
+    metric: PatchingMetric,
+    *,
+    attention_mask: Mask | None = None,
 ) -> Float[Tensor, "patch_type layer pos"]:
     """Every block at each position: the stream entering it, attention's output and the MLP's, in this order."""
     sites = [grid(word) for word in ("resid_pre", "attn_out", "mlp_out")]
-    return torch.stack(_patch(model, corrupted_tokens, clean_cache, metric, sites))
+    return torch.stack(_patch(model, corrupted_tokens, clean_cache, metric, sites, attention_mask))
 
 
 def _stack_heads(results: list[Tensor]) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 from hooklens import HookedCausalLM
 from hooklens.compat.transformer_lens import (
     ActivationCache,
+    BertNextSentencePrediction,
+    HookedEncoder,
+    HookedEncoderDecoder,
     HookedTransformer,
     HookedTransformerConfig,
     HookedTransformerKeyValueCache,
@@ -338,3 +341,37 @@ def test_backward_hooks_act_in_the_graph_they_were_handed_to() -> None:
     loss.backward()
     model(tokens(), return_type="loss").backward()
     assert seen == ["hook_embed"]
+
+
+def test_sharing_keys_cannot_be_undone() -> None:
+    """The setting was accepted and did nothing."""
+    config = {"n_layers": 1, "d_model": 16, "n_ctx": 8, "d_head": 4, "n_heads": 4, "d_vocab": 9, "act_fn": "silu"}
+    grouped = HookedTransformer({**config, "n_key_value_heads": 2, "device": "cpu"})
+    for turn_on in (
+        lambda: grouped.set_ungroup_grouped_query_attention(True),
+        lambda: (setattr(grouped.cfg, "ungroup_grouped_query_attention", True), grouped(torch.ones(1, 2).long())),
+    ):
+        with pytest.raises(NotImplementedError, match="query_head="):
+            turn_on()
+        assert grouped(torch.ones(1, 2).long()).shape == (1, 2, 9)
+    plain = HookedTransformer({**config, "device": "cpu"})
+    plain.set_ungroup_grouped_query_attention(True)
+    assert plain(torch.ones(1, 2).long()).shape == (1, 2, 9)
+
+
+def test_data_points_are_drawn_from_the_data_set() -> None:
+    model = build("gpt2")
+    model.dataset = [{"text": "a b"}, {"text": "b"}]
+    drawn = {model.sample_datapoint() for _ in range(30)}
+    assert drawn == {"a b", "b"}
+    model.dataset, model.cfg.original_architecture = None, "Nobody"
+    with pytest.raises(ValueError, match="Nobody"):
+        model.sample_datapoint()
+
+
+def test_models_that_are_no_decoders_can_be_named_and_not_used() -> None:
+    """Code that imported them beside what it used did not run."""
+    for kind in (HookedEncoder, HookedEncoderDecoder, BertNextSentencePrediction):
+        for use in (kind, kind.from_pretrained):
+            with pytest.raises(NotImplementedError, match="decoders only"):
+                use("bert-base-cased")

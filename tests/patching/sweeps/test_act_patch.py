@@ -134,3 +134,76 @@ def test_metrics_of_this_package_are_averaged(setting):
     torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
     with pytest.raises(MetricError, match="expected a single number"):
         patching.get_act_patch_resid_pre(model, corrupted, cache, lambda logits: logits[:, -1, 0])
+
+
+def test_generic_refuses_axes_that_are_none_and_several_numbers(setting):
+    """A misspelt axis was taken for positions; a metric of two numbers ended in torch's own error."""
+    model, corrupted, cache = setting
+    arguments = (model, corrupted, cache, metric, patching.layer_pos_patch_setter, "resid_pre")
+    with pytest.raises(InputError, match="no axis is called 'poss'"):
+        patching.generic_activation_patch(*arguments, ("layer", "poss"))
+    several = (*arguments[:3], lambda logits: logits[:, -1, 0], *arguments[4:])
+    with pytest.raises(MetricError, match="expected a single number"):
+        patching.generic_activation_patch(*several, ("layer", "pos"))
+
+
+@pytest.mark.parametrize("attached", ["to the model", "in a with block"])
+def test_generic_runs_with_the_hooks_that_there_are(setting, attached):
+    """A hook at the stream that runs started from acted twice: in the stream kept, and at the start of each run."""
+    model, corrupted, cache = setting
+
+    def halve(tensor, hook):
+        return tensor * 0.5
+
+    def run():
+        return patching.generic_activation_patch(
+            model, corrupted, cache, metric, patching.layer_pos_patch_setter, "attn_out", ("layer", "pos")
+        )
+
+    name = "blocks.1.hook_resid_pre"
+    if attached == "to the model":
+        model.add_hook(name, halve)
+        try:
+            values = run()
+        finally:
+            model.reset_hooks()
+    else:
+        with model.hooks(fwd_hooks=[(name, halve)]):
+            values = run()
+
+    def patch(tensor, hook):
+        return patching.layer_pos_patch_setter(tensor.clone(), (1, 2), cache["blocks.1.hook_attn_out"])
+
+    with torch.no_grad():
+        hooks = [(name, halve), ("blocks.1.hook_attn_out", patch)]
+        expected = metric(model.run_with_hooks(corrupted, fwd_hooks=hooks))
+    # 1e-6: the values are of the default dtype.
+    torch.testing.assert_close(values[1, 2].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_mask_of_padded_ids_is_the_callers():
+    """Without one, a run of pad tokens at a row's end is padding."""
+    model = make_model("alibi")
+    clean, corrupted = random_tokens(2, 5), random_tokens(2, 5, seed=9)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    _, cache = model.run_with_cache(clean, attention_mask=mask)
+
+    def last_real(logits):
+        return logits[0, 2, 3] + logits[1, 4, 3]
+
+    def patch(tensor, hook):
+        return patching.layer_head_vector_patch_setter(tensor.clone(), (1, 2), cache["z", 1])
+
+    def expected(**options):
+        with torch.no_grad():
+            return last_real(model.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.attn.hook_z", patch)], **options))
+
+    generic = (patching.layer_head_vector_patch_setter, "z", ("layer", "head"))
+    for given in (mask, torch.ones_like(mask)):
+        options = {"attention_mask": given}
+        values = patching.generic_activation_patch(model, corrupted, cache, last_real, *generic, **options)
+        # 1e-6: the values are of the default dtype.
+        torch.testing.assert_close(values[1, 2].double(), expected(**options), rtol=0, atol=1e-6)
+    ones = torch.ones_like(mask)
+    values = patching.get_act_patch_attn_head_out_all_pos(model, corrupted, cache, last_real, attention_mask=ones)
+    torch.testing.assert_close(values[1, 2], expected(attention_mask=ones), rtol=0, atol=1e-10)

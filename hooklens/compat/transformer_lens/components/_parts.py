@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hooklens import hooks
+from hooklens.compat.transformer_lens._hook_point import HookPoint
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
-from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.utilities import create_alibi_bias, create_alibi_slope
 from hooklens.config import HookedConfig, NormConfig
