@@ -110,7 +110,8 @@ def place(module: nn.Module, before: nn.Module) -> None:
         before: what has stood there.
     """
     if not isinstance(module, Placed):
-        module.__class__ = _placed_class(type(module))
+        own: Any = type(module)
+        module.__class__ = _placed_class(own)
     # Past nn.Module, which would make it a child.
     module.__dict__[_PLACED] = before
 
@@ -141,8 +142,9 @@ def check_placed(name: str, module: nn.Module, before: nn.Module) -> None:
             f"{name}: a {called} has {taken}, which mean something else to the network in the place of a {kind}; wrap "
             "it in a torch.nn.Module whose forward(x) calls it, and set that"
         )
+    own: Any = type(module)
     try:
-        _placed_class(type(module))
+        _placed_class(own)
     except TypeError as error:
         raise HookLensError(
             f"{name}: a {called} cannot stand in the place of a {kind} ({error}); wrap it in a torch.nn.Module whose "

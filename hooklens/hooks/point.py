@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hooklens.axes import HookSite, layer_of
 from hooklens.errors import HookLensError, HookNameError, HookOutputError
-from hooklens.hooks.changes import note_change
 from hooklens.hooks.call import (
     Call,
     Direction,
@@ -26,6 +25,7 @@ from hooklens.hooks.call import (
     run_apart,
     thread_listeners,
 )
+from hooklens.hooks.changes import note_change
 
 _NO_CALL = Call()
 

@@ -1,6 +1,8 @@
 """Modules of others in the place of hook points and parts of a network."""
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens import HookedCausalLM, HookPoint, edits
-from hooklens.errors import InputError
+from hooklens.errors import HookLensError, HookOutputError, InputError
 
 MODELS = ("tiny-gpt-neox", "tiny-llama", "tiny-falcon")
 IDS = torch.tensor([[0, 27, 99, 12, 5, 40]])
@@ -159,3 +161,81 @@ def test_another_shape_at_a_side_tensor_is_refused() -> None:
     model.blocks[0].attn.hook_pattern = Cut()
     with pytest.raises(Exception, match=r"Cut in the place of a hook point gave \[1, 1, 6, 6\]"):
         model(IDS)
+
+
+class Wrapped(nn.Module):
+    """A part, doubled."""
+
+    def __init__(self, old: nn.Module) -> None:
+        super().__init__()
+        self.old = old
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * self.old(x)
+        return out
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_it_is_pickled_as_it_was(way: str) -> None:
+    """Its class, made for the place, could not be found again."""
+    model = fresh("tiny-gpt-neox")
+    model.blocks[0].hook_resid_post, model.blocks[1].mlp = Times(1.5), Wrapped(model.blocks[1].mlp)
+    if way == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert torch.equal(again(IDS), model(IDS))
+    assert list(again.hook_points()) == list(model.hook_points())
+    alone = pickle.loads(pickle.dumps(model.blocks[0].hook_resid_post))
+    assert type(alone) is Times
+    again.blocks[0].hook_resid_post = HookPoint()
+    again.blocks[1].mlp = again.blocks[1].mlp.old
+    assert torch.equal(again(IDS), _load("tiny-gpt-neox")(IDS))
+
+
+def test_another_dtype_is_refused() -> None:
+    """Its half precision went on unseen, and was cast where the next sum was taken."""
+
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.half()
+
+    model = fresh("tiny-gpt-neox")
+    model.blocks[0].hook_mlp_out = Half()
+    with pytest.raises(HookOutputError, match=r"Half .* gave \[1, 6, 128\], torch.float16 .* Nothing is broadcast"):
+        model(IDS)
+
+
+def test_an_edit_in_place_reaches_what_follows_only() -> None:
+    """It reached what had been captured before it."""
+    class Cleared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.zero_()
+
+    model = fresh("tiny-gpt-neox")
+    name = "blocks.0.hook_resid_post"
+    _, expected = model.run_with_cache(IDS, names_filter=name)
+    model.blocks[1].hook_resid_pre = Cleared()
+    _, cache = model.run_with_cache(IDS, names_filter=name)
+    assert torch.equal(cache[name], expected[name])
+
+
+def test_what_cannot_stand_in_a_place_is_refused() -> None:
+    """It ended in an error of Python's inside the call, or was called otherwise than it says."""
+
+    class Listening(nn.Module):
+        def listens(self) -> bool:
+            return True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = fresh("tiny-gpt-neox")
+    with pytest.raises(HookLensError, match=r"Block.mlp: a Listening has \['listens'\]"):
+        model.blocks[0].mlp = Listening()
+    model.blocks[0].hook_mlp_out = both = nn.Identity()
+    with pytest.raises(HookLensError, match="already stands in the place of a HookPoint"):
+        model.blocks[1].mlp = both
+    assert model(IDS).isfinite().all()

@@ -168,7 +168,7 @@ class EdgeGradients:
 
 
 def _felt_by_latents(
-    attn: LatentAttention, ln1: Norm | None, stream: Tensor, gradients: Sequence[Tensor | None]
+    attn: LatentAttention, ln1: Norm | Placed | None, stream: Tensor, gradients: Sequence[Tensor | None]
 ) -> NodeVectors:
     """The gradients at heads' copies of the stream, each of which has latents of its own."""
     n_heads, felt = attn.cfg.n_heads, []
