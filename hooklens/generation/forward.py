@@ -17,8 +17,6 @@ from hooklens.kv_cache import HookedKeyValueCache
 
 Logits = Float[Tensor, "batch d_vocab"]
 
-_UNEMBED_POINTS = ("unembed.hook_in", "unembed.proj.hook_lora_out", "unembed.hook_out")
-
 
 class Forward:
     """Runs the model for one generation, with its edits and captures.
@@ -64,7 +62,7 @@ class Forward:
             and not self._listens
             and model.depends_on_length(longest + options.max_new_tokens)
         )
-        self._unembed_points = [points[name] for name in _UNEMBED_POINTS if name in points]
+        self._unembed_points = [point for name, point in points.items() if name.startswith("unembed.")]
 
     def _open_cache(self, given: HookedKeyValueCache | None) -> HookedKeyValueCache:
         n_prompts = len(self._prompts.lengths)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hooklens import HookedCausalLM, HookPoint, edits
 from hooklens.errors import HookLensError, HookOutputError, InputError
+from hooklens.hooks import Call
 
 MODELS = ("tiny-gpt-neox", "tiny-llama", "tiny-falcon")
 IDS = torch.tensor([[0, 27, 99, 12, 5, 40]])
@@ -128,6 +129,30 @@ def test_the_embedding_stays() -> None:
     assert torch.equal(model(IDS), _load("tiny-llama")(IDS))
 
 
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama"])
+def test_attention_takes_more_than_a_tensor(name: str) -> None:
+    """It was called with all that attention takes, and failed there."""
+
+    class Around(nn.Module):
+        def __init__(self, old: nn.Module) -> None:
+            super().__init__()
+            self.old, self.hook_given = old, HookPoint()
+
+        def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+            call = next(one for one in (*arguments, *keywords.values()) if isinstance(one, Call))
+            out: Tensor = self.hook_given(self.old(*arguments, **keywords), call)
+            return out
+
+    model = fresh(name)
+    with pytest.raises(InputError, match=r"attn: only a part .* got a Identity"):
+        model.blocks[0].attn = nn.Identity()
+    assert torch.equal(model(IDS), _load(name)(IDS))
+    model.blocks[0].attn = Around(model.blocks[0].attn)
+    assert torch.equal(model(IDS), _load(name)(IDS))
+    doubled = model.run_with_hooks(IDS, edits=[edits.Scale("blocks.0.attn.hook_given", 2)])
+    assert torch.equal(doubled, _load(name).run_with_hooks(IDS, edits=[edits.Scale("blocks.0.hook_attn_out", 2)]))
+
+
 def test_a_forward_of_ones_own() -> None:
     model = fresh("tiny-llama")
     expected = model(IDS)
@@ -210,6 +235,7 @@ def test_another_dtype_is_refused() -> None:
 
 def test_an_edit_in_place_reaches_what_follows_only() -> None:
     """It reached what had been captured before it."""
+
     class Cleared(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.zero_()

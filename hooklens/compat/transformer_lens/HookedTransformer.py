@@ -100,7 +100,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     def _take_over(self, hooked: HookedCausalLM) -> None:
         """Make another HookLens model this one's; hooks stay with the names of their points."""
         before = {name: point.own for name, point in getattr(self, "hook_dict", {}).items() if point.own}
-        hooked.tokenizer = self.tokenizer
+        hooked.tokenizer, hooked.default_prepend_bos = self.tokenizer, self.cfg.default_prepend_bos
         # Past nn.Module: the parts are this module's children, and not those of a child once more.
         self.__dict__["hooked"] = hooked
         self.cfg.network = hooked.cfg

@@ -81,6 +81,8 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     goes on with keys and values of as many heads as queries.
     """
 
+    can_be_replaced = False
+
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear

@@ -47,6 +47,8 @@ class Experts(Part, place="blocks.{i}.mlp.experts"):
     was not chosen, and that an edit of `hook_weights` sent to it all the same, is in the layer's output only.
     """
 
+    can_be_replaced = False
+
     hook_pre: HookPoint = point(_NEURONS, "gates of the neurons of each token's experts, before the activation")
     hook_pre_linear: HookPoint = point(_NEURONS, "the linear half of the neurons of each token's experts")
     hook_post: HookPoint = point(_NEURONS, "neurons of each token's experts: the input of their W_out")

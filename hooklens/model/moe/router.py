@@ -55,6 +55,8 @@ class Router(Part, place="blocks.{i}.mlp.router"):
     what that expert would have changed, so whoever asks for gradients there has all experts run on all tokens.
     """
 
+    can_be_replaced = False
+
     hook_logits: HookPoint = point("batch pos expert", "the router's logits; an edit to -inf forbids an expert")
     hook_choice: HookPoint = point(
         "batch pos choice", "numbers of the chosen experts (int64); an edit forces experts", discrete=True

@@ -375,3 +375,11 @@ def test_models_that_are_no_decoders_can_be_named_and_not_used() -> None:
         for use in (kind, kind.from_pretrained):
             with pytest.raises(NotImplementedError, match="decoders only"):
                 use("bert-base-cased")
+
+
+def test_functions_of_hooklens_read_texts_as_the_layer_does() -> None:
+    """They left out the BOS that the layer puts first."""
+    model = bundled()
+    text = "the cat"
+    assert torch.equal(model.hooked.to_tokens(text), model.to_tokens(text))
+    assert torch.equal(model.hooked(text), model(text))
