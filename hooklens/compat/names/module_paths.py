@@ -158,7 +158,7 @@ def _explain_unknown(path: str, modules: HubModules) -> str:
     around = max((one for one in known if path.startswith(f"{one}.")), key=len, default="")
     if around in ("", modules.prefix.removesuffix(".")):
         return (
-            f"the {modules.family} family has no module {path!r} with weights{suggest_names(path, known).rstrip('?')}"
+            f"the {modules.family} family has no module {path!r} with weights.{suggest_names(path, known)}"
         )
     inside = [one for one in known if one.startswith(f"{around}.") and one.count(".") == around.count(".") + 1]
     told = f"; what holds weights in {around!r}: {join_names(inside)}" if inside else ""

@@ -98,6 +98,8 @@ def _find(name: str | tuple[str | int, ...], cfg: HookedConfig, notation: str | 
     """Whose name it is, and what it stands for."""
     if notation is not None and notation != "transformers":
         return notation, find_transformer_lens(name, cfg, notation)
+    if not isinstance(name, str) and notation is not None:
+        return notation, Differs("a tuple is a shorthand of TransformerLens's; the text of a module path is expected")
     if not isinstance(name, str) or (notation is None and is_transformer_lens(name)):
         return "transformer_lens", find_transformer_lens(name, cfg, None)
     if is_module_path(name):

@@ -114,3 +114,10 @@ def test_arguments_are_read(model: HookedCausalLM) -> None:
         translate("hook_embed", model)  # type: ignore[arg-type]
     with pytest.raises(HookNameError, match=f"notation is 'nnsight', expected '{NOTATIONS[0]}'"):
         translate("hook_embed", model.cfg, notation="nnsight")
+
+
+def test_a_shorthand_is_no_module_path(model: HookedCausalLM) -> None:
+    """The notation was not heeded."""
+    assert translate(("k", 1), model.cfg) == "blocks.1.attn.hook_k"
+    with pytest.raises(HookNameError, match=r"\(transformers\) has no hook point here: a tuple is a shorthand"):
+        translate(("k", 1), model.cfg, notation="transformers")
