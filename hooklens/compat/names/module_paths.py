@@ -157,9 +157,7 @@ def _explain_unknown(path: str, modules: HubModules) -> str:
     known = [one for one in modules.modules if one]
     around = max((one for one in known if path.startswith(f"{one}.")), key=len, default="")
     if around in ("", modules.prefix.removesuffix(".")):
-        return (
-            f"the {modules.family} family has no module {path!r} with weights.{suggest_names(path, known)}"
-        )
+        return f"the {modules.family} family has no module {path!r} with weights.{suggest_names(path, known)}"
     inside = [one for one in known if one.startswith(f"{around}.") and one.count(".") == around.count(".") + 1]
     told = f"; what holds weights in {around!r}: {join_names(inside)}" if inside else ""
     return f"the {modules.family} family has no weights in a module {path!r}, and modules are known by theirs{told}"

@@ -70,7 +70,7 @@ class Operand(Protocol):
         """All of its tensors."""
 
     def same(self) -> Mapping[str, str]:
-        """For a name under which a weight stands once more: the name under which it counts."""
+        """For a name under which a weight, or its transpose, stands once more: the name under which it counts."""
 
     def read(self, name: str, span: slice) -> Tensor:
         """Some entries of a tensor, flat, in the order of rows."""
@@ -151,14 +151,14 @@ class StateDict:
                 "that merging them means nothing"
             )
         # What a lazy mapping has read is gone by now, and its memory may be another tensor's.
-        self._same = shared_names(given) if isinstance(given, dict) else {}
+        self._same = shared_names(given, transposed=True) if isinstance(given, dict) else {}
 
     def outlines(self) -> Mapping[str, Outline]:
         """All tensors, in the order of the mapping."""
         return self._outlines
 
     def same(self) -> Mapping[str, str]:
-        """Names of tensors that share their memory with an earlier one."""
+        """Names of tensors that share their memory with an earlier one, or with its transpose."""
         return self._same
 
     def read(self, name: str, span: slice) -> Tensor:
@@ -186,7 +186,10 @@ class StateDict:
     def build(self, merged: MergedTensors, target: Target) -> dict[str, Tensor]:
         """A state dict of the same names in the same order; those that share memory share it again."""
         made = {name: collect(outline, pieces) for name, outline, pieces in merged}
-        return {name: made[self._same.get(name, name)] for name in self._outlines}
+        return {name: self._as_shaped(made[self._same.get(name, name)], name) for name in self._outlines}
+
+    def _as_shaped(self, merged: Tensor, name: str) -> Tensor:
+        return merged if tuple(merged.shape) == self._outlines[name].shape else merged.T
 
     def transformers_state(self) -> dict[str, Tensor]:
         """The tensors themselves."""
@@ -214,13 +217,20 @@ def _has_no_entries(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized
 
 
-def shared_names(state: Tensors) -> dict[str, str]:
-    """For names of tensors that share their memory with an earlier one: the name of that one."""
+def shared_names(state: Tensors, *, transposed: bool = False) -> dict[str, str]:
+    """For names of tensors that share their memory with an earlier one: the name of that one.
+
+    Args:
+        state: tensors by name.
+        transposed: also where one is the transpose of the other, as `W_U` of a tied `W_E`; square ones are taken for
+            two.
+    """
     seen: dict[tuple[object, ...], str] = {}
     same = {}
     for name, tensor in state.items():
         if tensor.numel() and tensor.is_floating_point():
-            twin = seen.setdefault(_memory_of(tensor), name)
+            is_wide = transposed and tensor.ndim == 2 and tensor.shape[0] < tensor.shape[1]
+            twin = seen.setdefault(_memory_of(tensor.T if is_wide else tensor), name)
             if twin != name:
                 same[name] = twin
     return same

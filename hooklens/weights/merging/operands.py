@@ -144,9 +144,18 @@ def _differing_tensors(first: Operand, other: Operand, first_label: str, label: 
         elif not ours.dtype.is_floating_point and not _are_equal((first, name), (other, name)):
             problems.append(f"{name!r} holds {ours.dtype} and differs between {first_label} and {label}")
     for name, twin in first.same().items():
-        if not problems and other.same().get(name) != twin and not _are_equal((other, name), (other, twin)):
+        if not problems and other.same().get(name) != twin and not _are_one(other, name, twin):
             problems.append(f"{name!r} and {twin!r} are one weight in {first_label} and two in {label}")
     return problems
+
+
+def _are_one(model: Operand, name: str, twin: str) -> bool:
+    """Whether two tensors of a model hold the same numbers, or one those of the other's transpose."""
+    outline, other = model.outlines()[name], model.outlines()[twin]
+    if outline.shape == other.shape:
+        return _are_equal((model, name), (model, twin))
+    whole = slice(0, other.n_entries)
+    return torch.equal(model.read(twin, whole).view(other.shape).T.flatten(), model.read(name, whole))
 
 
 def _are_equal(one: tuple[Operand, str], other: tuple[Operand, str]) -> bool:

@@ -175,6 +175,23 @@ def test_networks_merge_by_their_state_dicts():
     torch.testing.assert_close(network.W_E, expected)
 
 
+def test_a_tied_unembedding_counts_once_in_the_unified_layout():
+    """`W_U` is the transpose of `W_E` in the same memory; it took the places of other entries in a task vector."""
+    models = [make_model("learned, tied", seed=seed) for seed in range(3)]
+    states = [dict(model.named_weights()) for model in models]
+    found = merging.ties_merging(states[0], states[1:], density=0.3)
+    single = [{name: one for name, one in state.items() if name != "unembed.W_U"} for state in states]
+    expected = merging.ties_merging(single[0], single[1:], density=0.3)
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+    assert torch.equal(found["unembed.W_U"], found["embed.W_E"].T)
+    assert found["unembed.W_U"].data_ptr() == found["embed.W_E"].data_ptr()
+    states[2]["unembed.W_U"] = states[2]["unembed.W_U"].clone()
+    assert torch.equal(merging.ties_merging(states[0], states[1:], density=0.3)["embed.W_E"], found["embed.W_E"])
+    states[2]["unembed.W_U"] = states[2]["unembed.W_U"] + 1
+    with pytest.raises(InputError, match=r"'unembed.W_U' and 'embed.W_E' are one weight in base and two in models"):
+        merging.ties_merging(states[0], states[1:], density=0.3)
+
+
 def test_one_weight_here_and_two_there_is_refused():
     """The second of the two was left out without a word."""
     tied = [{**state, "z": state["a"]} for state in (BASE, *MODELS)]
