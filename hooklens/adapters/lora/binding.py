@@ -183,7 +183,8 @@ class _Binding:
         if not fitting or module.A.shape[0] != rank * n_experts:
             self._refuse_shapes(module, name, shape, rank * n_experts)
             return None
-        turned = self._family.turned_experts if len(fitting) == 2 else fitting[0]
+        is_turned = settings.turns_experts or self._family.turned_experts
+        turned = is_turned if len(fitting) == 2 else fitting[0]
         # As PEFT has them: experts stand before the rank in one, and behind it in the other.
         A = module.A.reshape(n_experts, rank, -1)
         B = module.B.reshape(-1, rank, n_experts).permute(2, 0, 1)

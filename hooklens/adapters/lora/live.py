@@ -39,7 +39,10 @@ def take_adapters(model: "PreTrainedModel | nn.Module") -> tuple[Any, dict[str, 
     # `PeftModel` is around a tuner, and that around the model.
     while _is_of_peft(inside):
         inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside.model
-    configs = {name: _plain(config) for name, config in inside.peft_config.items()}
+    # What is in memory acts as the PEFT that is there has it, whichever one wrote the file that it came from.
+    configs = {
+        name: {**_plain(config), "peft_version": peft.__version__} for name, config in inside.peft_config.items()
+    }
     for name, config in configs.items():
         read_settings(config, where=f"{where}, adapter {name!r}")
     status = peft.get_model_status(inside)

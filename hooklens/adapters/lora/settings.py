@@ -28,11 +28,13 @@ _INERT = frozenset(
         "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
         "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
         "layers_to_transform", "lora_bias", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_core",
-        "modules_to_save", "modules_to_tie", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-        "runtime_config", "target_modules", "target_modules_to_tie", "task_type",
+        "modules_to_save", "modules_to_tie", "peft_type", "qalora_group_size", "r", "revision", "runtime_config",
+        "target_modules", "target_modules_to_tie", "task_type",
     }
 )  # fmt: skip
-_READ = frozenset({"alpha_pattern", "lora_alpha", "rank_pattern", "target_parameters", "use_dora", "use_rslora"})
+_READ = frozenset(
+    {"alpha_pattern", "lora_alpha", "peft_version", "rank_pattern", "target_parameters", "use_dora", "use_rslora"}
+)
 # Ways to draw the first values that leave the base's weights alone. Others move a part of them into the adapter.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 _MERGE = "Merge it with peft, PeftModel.from_pretrained(base, adapter).merge_and_unload(), and load what that saves"
@@ -51,6 +53,8 @@ class LoraSettings:
         dora: each row's length is a parameter of its own.
         target_parameters: endings of names of parameters that are changed by themselves, without their module being a
             linear map (experts).
+        turns_experts: PEFT took each tensor of experts to hold their maps as `[in, out]`, whatever transformers says of
+            it: versions before 0.19 do. Those before 0.18 do not write which they are.
     """
 
     base: str | None
@@ -62,6 +66,7 @@ class LoraSettings:
     rslora: bool
     dora: bool
     target_parameters: tuple[str, ...]
+    turns_experts: bool
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's change.
@@ -123,6 +128,7 @@ def read_settings(config: Mapping[str, Any], *, where: str) -> LoraSettings:
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
         target_parameters=tuple(config.get("target_parameters") or ()),
+        turns_experts=_version(config.get("peft_version") or "0") < (0, 19),
     )
 
 
@@ -143,10 +149,18 @@ def _find_misshapen(config: Mapping[str, Any]) -> list[str]:
     targets = config.get("target_parameters") or ()
     if not isinstance(targets, list | tuple) or not all(isinstance(one, str) for one in targets):
         wrong.append(f"target_parameters={show(targets)}: expected a list of names")
+    version = config.get("peft_version")
+    if version is not None and not (isinstance(version, str) and re.match(r"\d+\.\d+", version)):
+        wrong.append(f"peft_version={show(version)}: expected a version, as '0.21.0'")
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), str | None):
             wrong.append(f"{key}={show(config[key])}: expected a text")
     return wrong
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version, `"0.18.1.dev0@..."` for one."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def _is_number(value: object) -> bool:

@@ -1,5 +1,6 @@
 """Adapters merged on load, held against PEFT: against its merged model, and against the one with the adapter apart."""
 
+import json
 import sys
 import weakref
 from pathlib import Path
@@ -146,6 +147,47 @@ def test_experts_one_by_one_as_adapters_of_older_transformers_name_them(tmp_path
     (folder / "adapter_config.json").write_text(targets, encoding="utf-8")
     ours = logits_of(HookedCausalLM.from_pretrained(base, adapter=folder))
     assert_near(ours, logits_of(load_adapted(Pair(base, folder), torch.float32)), 1e-5)
+
+
+def set_version(pair: Pair, version: str | None) -> None:
+    path = pair.adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "peft_version": version}))
+
+
+def test_a_version_that_is_none_is_refused(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", target_modules=["q_proj"])
+    set_version(pair, "newest")
+    with pytest.raises(UnsupportedModelError, match=r"peft_version='newest': expected a version"):
+        HookedCausalLM.from_pretrained(pair.base, adapter=pair.adapter)
+
+
+def test_in_memory_the_peft_that_is_there_says_how_experts_lie(tmp_path: Path) -> None:
+    """It goes on with the version in the file, and computes in its own way."""
+    pair = make_pair(tmp_path, "qwen3_moe", target_modules=[], target_parameters=EXPERTS[:1])
+    set_version(pair, "0.18.0")
+    live = load_adapted(pair, torch.float32)
+    assert_near(logits_of(HookedCausalLM.from_hf(live)), logits_of(live), 1e-5)
+
+
+@pytest.mark.parametrize("version", [None, "0.18.0", "0.18.1.dev0"])
+def test_square_experts_as_peft_before_0_19_writes_them(version: str | None, tmp_path: Path) -> None:
+    """Such files have the right shapes either way, and were read as those of later versions, so transposed."""
+    pair = make_pair(tmp_path, "qwen3_moe", target_modules=[], target_parameters=EXPERTS[:1])
+    set_version(pair, version)
+    changes = load_file(pair.adapter / "adapter_model.safetensors")
+    model = load_reference(pair.base, torch.float64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_up_proj"):
+                place = f"base_model.model.{name.removesuffix('.gate_up_proj')}."
+                A = changes[f"{place}lora_A.weight"].double().reshape(4, 4, 32)
+                B = changes[f"{place}lora_B.weight"].double().reshape(32, 4, 4)
+                # As ParamWrapper.get_delta_weight of 0.18 has it; the scale is 6 / 4.
+                parameter.add_(torch.einsum("ore,eri->eio", B, A) * 1.5)
+    expected = HookedCausalLM.from_hf(model).named_weights()
+    ours = HookedCausalLM.from_pretrained(pair.base, adapter=pair.adapter, dtype=torch.float64).named_weights()
+    for name, weight in ours.items():
+        assert_near(weight, expected[name], 1e-13)
 
 
 def test_several_adapters_are_added_one_after_the_other(tmp_path: Path) -> None:
