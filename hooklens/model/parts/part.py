@@ -195,8 +195,12 @@ class Part(HookedModule):
             )
 
 
-def read_weight(module: nn.Module, name: str) -> Any:
-    """A weight of a part, or of a module of others in its place, which calls it so."""
+def read_weight(module: nn.Module | None, name: str) -> Any:
+    """A weight of a part, or of a module of others in its place, which calls it so.
+
+    Raises:
+        AttributeError: it has no weight of that name, or there is no part.
+    """
     return module.read_weight(name) if isinstance(module, Part) else getattr(module, name)
 
 

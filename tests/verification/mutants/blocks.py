@@ -92,7 +92,7 @@ BLOCKS = (
     ),
     Mutant(
         "an edited norm loses its bias",
-        "model.norm:Norm._forward_watched",
+        "model.norm:Norm._weigh_divided",
         (("scaled if bias is None else scaled + bias", "scaled"),),
         stage=EDITS,
     ),
