@@ -134,12 +134,15 @@ class StateDict:
         self._tensors: Tensors = given
         self._held: tuple[str, Tensor] | None = None
         self._outlines: dict[str, Outline] = {}
-        wrong: list[str] = []
+        self._same: dict[str, str] = {}
+        wrong, twins = [], _Twins(given, transposed=True)
         for name, tensor in given.items():
             if not isinstance(tensor, Tensor) or is_quantised_tensor(tensor) or _has_no_entries(tensor):
                 wrong.append(name)
                 continue
             self._outlines[name] = Outline(tensor.dtype, tuple(tensor.shape), tensor.device)
+            if (twin := twins.find(name, tensor)) is not None:
+                self._same[name] = twin
         if wrong:
             raise InputError(
                 f"{label} holds what is no plain tensor (none at all, quantised, or without values) under "
@@ -150,8 +153,6 @@ class StateDict:
                 f"{label}: its weights have been processed ({', '.join(processed)}), each model's in its own way, so "
                 "that merging them means nothing"
             )
-        # What a lazy mapping has read is gone by now, and its memory may be another tensor's.
-        self._same = shared_names(given, transposed=True) if isinstance(given, dict) else {}
 
     def outlines(self) -> Mapping[str, Outline]:
         """All tensors, in the order of the mapping."""
@@ -217,23 +218,38 @@ def _has_no_entries(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized
 
 
-def shared_names(state: Tensors, *, transposed: bool = False) -> dict[str, str]:
-    """For names of tensors that share their memory with an earlier one: the name of that one.
+def shared_names(state: Tensors) -> dict[str, str]:
+    """For names of tensors that share their memory with an earlier one: the name of that one."""
+    twins = _Twins(state)
+    found = {name: twins.find(name, tensor) for name, tensor in state.items()}
+    return {name: twin for name, twin in found.items() if twin is not None}
+
+
+class _Twins:
+    """Finds tensors that share their memory with an earlier one of a mapping.
 
     Args:
         state: tensors by name.
         transposed: also where one is the transpose of the other, as `W_U` of a tied `W_E`; square ones are taken for
             two.
     """
-    seen: dict[tuple[object, ...], str] = {}
-    same = {}
-    for name, tensor in state.items():
-        if tensor.numel() and tensor.is_floating_point():
-            is_wide = transposed and tensor.ndim == 2 and tensor.shape[0] < tensor.shape[1]
-            twin = seen.setdefault(_memory_of(tensor.T if is_wide else tensor), name)
-            if twin != name:
-                same[name] = twin
-    return same
+
+    def __init__(self, state: Tensors, *, transposed: bool = False) -> None:
+        self._state, self._transposed = state, transposed
+        self._seen: dict[tuple[object, ...], str] = {}
+
+    def find(self, name: str, tensor: Tensor) -> str | None:
+        """The earlier tensor's name; None if there is none."""
+        if not (tensor.numel() and tensor.is_floating_point()):
+            return None
+        memory = self._memory_of(tensor)
+        twin = self._seen.setdefault(memory, name)
+        # What a lazy mapping has read may be gone, and its memory this tensor's; read anew it lies elsewhere.
+        return twin if twin != name and self._memory_of(self._state[twin]) == memory else None
+
+    def _memory_of(self, tensor: Tensor) -> tuple[object, ...]:
+        is_wide = self._transposed and tensor.ndim == 2 and tensor.shape[0] < tensor.shape[1]
+        return _memory_of(tensor.T if is_wide else tensor)
 
 
 def _memory_of(tensor: Tensor) -> tuple[object, ...]:

@@ -175,11 +175,13 @@ def test_networks_merge_by_their_state_dicts():
     torch.testing.assert_close(network.W_E, expected)
 
 
-def test_a_tied_unembedding_counts_once_in_the_unified_layout():
+@pytest.mark.parametrize("kind", [dict, lambda weights: weights], ids=["dict", "the mapping itself"])
+def test_a_tied_unembedding_counts_once_in_the_unified_layout(kind):
     """`W_U` is the transpose of `W_E` in the same memory; it took the places of other entries in a task vector."""
     models = [make_model("learned, tied", seed=seed) for seed in range(3)]
     states = [dict(model.named_weights()) for model in models]
-    found = merging.ties_merging(states[0], states[1:], density=0.3)
+    given = [kind(model.named_weights()) for model in models]
+    found = merging.ties_merging(given[0], given[1:], density=0.3)
     single = [{name: one for name, one in state.items() if name != "unembed.W_U"} for state in states]
     expected = merging.ties_merging(single[0], single[1:], density=0.3)
     assert all(torch.equal(found[name], one) for name, one in expected.items())
