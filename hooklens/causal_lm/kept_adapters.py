@@ -143,7 +143,7 @@ def keep(model: Decoder, kept: KeptAdapters, name: str, adapter: "KeptAdapter") 
     ]
     if not kept.by_name:
         model.requires_grad_(requires_grad=False)
-    shared: dict[tuple[int, torch.dtype, torch.device], nn.Parameter] = {}
+    shared: dict[tuple[int, torch.dtype, torch.device], nn.Linear] = {}
     with torch.inference_mode(mode=False):
         for change in adapter.changes:
             layer = _layer_at(model, weights[change.weight], kept.switch)
@@ -220,7 +220,7 @@ def _make_parameters(
     layer: Adapted,
     change: "KeptChange",
     adapter: "KeptAdapter",
-    shared: dict[tuple[int, torch.dtype, torch.device], nn.Parameter],
+    shared: dict[tuple[int, torch.dtype, torch.device], nn.Linear],
 ) -> "LoraTensors":
     """An adapter's parameters beside one map; `A` is the same one beside all maps that share it."""
     layers = import_package(LAYERS)
@@ -231,7 +231,7 @@ def _make_parameters(
 
     key = (id(change.A), dtype, device)
     if key not in shared:
-        shared[key] = make(change.A)
+        shared[key] = layers.make_linear(make(change.A))
     made: LoraTensors = layers.LoraTensors(
         A=shared[key],
         B=make(change.B),

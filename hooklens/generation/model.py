@@ -24,6 +24,10 @@ class GeneratingModel(Protocol):
     generation_config: dict[str, Any]
 
     @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The adapters beside the weights that act."""
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
 

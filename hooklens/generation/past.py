@@ -17,6 +17,11 @@ def read_past(model: GeneratingModel, input: object, cache: HookedKeyValueCache 
         return None
     n_texts = 1 if isinstance(input, str) else len(input)  # type: ignore[arg-type]
     cache.check_fits(
-        model.cfg, transforms=model.transforms, device=model.cache_device, dtype=model.dtype, batch=n_texts
+        model.cfg,
+        transforms=model.transforms,
+        adapters=model.active_adapters,
+        device=model.cache_device,
+        dtype=model.dtype,
+        batch=n_texts,
     )
     return cache.token_rows()

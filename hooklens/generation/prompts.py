@@ -65,7 +65,12 @@ def read_prompts(model: GeneratingModel, input: Input, options: GenerationOption
     ids, mask = _encode(model, input, options)
     if cache is not None:
         cache.check_fits(
-            model.cfg, transforms=model.transforms, device=model.cache_device, dtype=model.dtype, batch=len(ids)
+            model.cfg,
+            transforms=model.transforms,
+            adapters=model.active_adapters,
+            device=model.cache_device,
+            dtype=model.dtype,
+            batch=len(ids),
         )
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     if mask is not None:

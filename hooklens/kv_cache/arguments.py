@@ -94,6 +94,17 @@ def read_transforms(given: object) -> tuple[str, ...]:
     return tuple(given)
 
 
+def read_adapters(given: object) -> tuple[str, ...]:
+    """The names of adapters.
+
+    Raises:
+        CacheError: something else than a tuple or list of strings.
+    """
+    if not isinstance(given, tuple | list) or not all(isinstance(name, str) for name in given):
+        raise arguments.refusal(given, "adapters", "a tuple of names, model.active_adapters", CacheError)
+    return tuple(given)
+
+
 def read_mask(given: object, *, what: str) -> Tensor:
     """A mask as booleans `[rows columns]`; one of numbers is looked at, because it may hold others than 0 and 1.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hooklens.config import HookedConfig
 from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import (
+    read_adapters,
     read_count,
     read_mask,
     read_transforms,
@@ -22,6 +23,7 @@ from hooklens.kv_cache.derived import DerivedCaches
 from hooklens.kv_cache.documents import ColumnDocuments, read_documents
 from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
 from hooklens.kv_cache.fit import (
+    Origin,
     check_batch,
     check_entries,
     check_model,
@@ -52,12 +54,14 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
         document_ids: `[batch pos]`, int64, the document of each column; None: rows are one document each.
         restarts_positions: with `document_ids`, positions were counted within each document.
         token_ids: `[batch pos]`, the token in each column; None: not known.
+        adapters: the names of the adapters beside the weights that acted, `model.active_adapters`.
 
     Attributes:
         entries: as above.
         fingerprint: as above.
         transforms: as above. A model that fills the cache writes its own record here; while the cache is empty,
             any model may.
+        adapters: likewise.
 
     Raises:
         CacheError: entries of different lengths, rows or frozenness, or a mask or documents that do not fit them.
@@ -74,6 +78,7 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
         document_ids: Int[Tensor, "batch pos"] | None = None,
         restarts_positions: bool = True,
         token_ids: Int[Tensor, "batch pos"] | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> None:
         require(entries, (list, tuple), what="entries", expected="a list of HookedKeyValueCacheEntry, one per layer")
         require(frozen, bool, what="frozen", expected="True or False")
@@ -81,7 +86,7 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
         mask = ColumnMask(read_mask(previous_attention_mask, what="previous_attention_mask"))
         documents = read_documents(document_ids, restarts_positions, columns=mask.columns.shape)
         super().__init__(mask, documents)
-        self._hold(entries, fingerprint, read_transforms(transforms))
+        self._hold(entries, Origin(fingerprint, read_transforms(transforms), read_adapters(adapters)))
         self.token_ids = token_ids
         before = [entry.frozen for entry in self.entries]
         if frozen:
@@ -93,13 +98,10 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
                 entry.frozen = was
             raise
 
-    def _hold(
-        self, entries: Sequence[HookedKeyValueCacheEntry], fingerprint: str | None, transforms: tuple[str, ...]
-    ) -> None:
+    def _hold(self, entries: Sequence[HookedKeyValueCacheEntry], origin: Origin) -> None:
         check_entries(entries)
         self.entries = list(entries)
-        self.fingerprint = fingerprint
-        self.transforms = transforms
+        self.fingerprint, self.transforms, self.adapters = origin
         self._logits: Float[Tensor, "batch d_vocab"] | None = None
         self._logits_length = 0
 
@@ -319,8 +321,8 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> "HookedKeyValueCache":
-        """Read what `save` wrote. A file without a record of weight processing counts as an unprocessed model's; from
-        one without token ids, which tokens it holds is not known. For a model on several devices:
+        """Read what `save` wrote. A file without a record of weight processing or adapters counts as that of a model
+        without them; from one without token ids, which tokens it holds is not known. For a model on several devices:
         `HookedKeyValueCache.load(path).to(model.layer_devices)`.
 
         Raises:
@@ -336,6 +338,7 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
         device: torch.device | tuple[torch.device, ...],
         dtype: torch.dtype,
         batch: int,
+        adapters: tuple[str, ...] = (),
     ) -> None:
         """Check that a model can run `batch` rows on this cache; nothing is read from the device.
 
@@ -347,10 +350,11 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
             dtype: of the model's weights. Under `torch.autocast` the call computes in another one, which is asked for
                 here. An empty cache takes any.
             batch: rows of the call.
+            adapters: the names of the adapters beside the weights that act, in their order, `model.active_adapters`.
 
         Raises:
-            CacheError: another model's, another record, device or dtype, rows that it cannot serve, or a network that
-                is not causal.
+            CacheError: another model's, another record, other adapters, another device or dtype, rows that it cannot
+                serve, or a network that is not causal.
         """
         require(batch, (int, np.integer, torch.SymInt), what="batch", expected="the number of rows")
         # Before every decoding step: entries that are alike, as they nearly always are, are checked as one.
@@ -360,8 +364,8 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
         check_same_tokens(entries, self._mask.columns)
         check_model(entries, cfg, n_layers=len(self.entries))
         check_origin(
-            (self.fingerprint, self.transforms),
-            (cfg.fingerprint, read_transforms(transforms)),
+            Origin(self.fingerprint, self.transforms, self.adapters),
+            Origin(cfg.fingerprint, read_transforms(transforms), read_adapters(adapters)),
             holds_tokens=len(self) > 0,
         )
         check_place(entries if isinstance(device, torch.device) else self.entries, device=device, dtype=dtype)

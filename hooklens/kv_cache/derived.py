@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import Rows, read_count, read_dtype, read_layer_devices, read_rows
 from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
+from hooklens.kv_cache.fit import Origin
 from hooklens.kv_cache.inference import lasting_tensors
 from hooklens.kv_cache.mask import ColumnMask
 
@@ -23,6 +24,7 @@ class _Whole(Protocol):
     entries: list[HookedKeyValueCacheEntry]
     fingerprint: str | None
     transforms: tuple[str, ...]
+    adapters: tuple[str, ...]
     last_logits: Tensor | None
 
     @property
@@ -39,9 +41,7 @@ class _Whole(Protocol):
 
     def _derive_columns(self, derived: Any, mask: Any, ids: Any) -> None: ...
 
-    def _hold(
-        self, entries: Sequence[HookedKeyValueCacheEntry], fingerprint: str | None, transforms: tuple[str, ...]
-    ) -> None: ...
+    def _hold(self, entries: Sequence[HookedKeyValueCacheEntry], origin: Origin) -> None: ...
 
 
 class DerivedCaches:
@@ -70,7 +70,7 @@ class DerivedCaches:
                 for layer, entry in enumerate(self.entries)
             ]
             self._derive_columns(derived, mask, ids or change)
-            derived._hold(entries, self.fingerprint, self.transforms)
+            derived._hold(entries, Origin(self.fingerprint, self.transforms, self.adapters))
             last = self.last_logits
             if last is not None and logits is not None:
                 derived.last_logits = logits(last)

@@ -1,6 +1,7 @@
 """What goes together: the entries of one cache, and a cache with a model. Nothing is read from the device."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -12,8 +13,19 @@ from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import require
 from hooklens.kv_cache.entry import HookedKeyValueCacheEntry
 
-Origin = tuple[str | None, tuple[str, ...]]
-"""The fingerprint of a configuration, and a record of weight processing."""
+
+class Origin(NamedTuple):
+    """What keys and values are of.
+
+    Attributes:
+        fingerprint: of the model's configuration; None: not known.
+        transforms: the weight-processing steps that were done.
+        adapters: the names of the adapters beside the weights that acted, in their order.
+    """
+
+    fingerprint: str | None
+    transforms: tuple[str, ...]
+    adapters: tuple[str, ...]
 
 
 def check_entries(entries: Sequence[object]) -> None:
@@ -98,20 +110,26 @@ def require_causal(cfg: HookedConfig) -> None:
 
 
 def check_origin(cache: Origin, model: Origin, *, holds_tokens: bool) -> None:
-    """Check that the cache was filled by a model with this configuration and weight processing.
+    """Check that the cache was filled by a model with this configuration, weight processing and acting adapters.
 
     Raises:
         CacheError: by another one.
     """
-    (cache_fingerprint, cache_transforms), (model_fingerprint, model_transforms) = cache, model
     # Before the fingerprint: processing may change the config, too, and is then what there is to tell.
-    if holds_tokens and cache_transforms != model_transforms:
+    if holds_tokens and cache.transforms != model.transforms:
         raise CacheError(
-            f"the cache was filled by a model with weight processing {_describe_record(cache_transforms)}, the "
-            f"weight processing of this model is {_describe_record(model_transforms)}: their keys and values do not go "
+            f"the cache was filled by a model with weight processing {_describe_record(cache.transforms)}, the "
+            f"weight processing of this model is {_describe_record(model.transforms)}: their keys and values do not go "
             "together. Make a cache with this model's model.prefill(prefix), or call the model that filled it"
         )
-    if cache_fingerprint is not None and cache_fingerprint != model_fingerprint:
+    if holds_tokens and cache.adapters != model.adapters:
+        raise CacheError(
+            f"the cache was filled with adapters {_describe_record(cache.adapters)} acting, and those that act now are "
+            f"{_describe_record(model.adapters)}: their keys and values do not go together. Make a cache with "
+            "model.prefill(prefix) while the adapters act that are to go on, or have those act that filled it "
+            "(model.set_adapter)"
+        )
+    if cache.fingerprint is not None and cache.fingerprint != model.fingerprint:
         raise CacheError(
             "the cache was made by a model with another configuration (their fingerprints differ); "
             "make one with model.prefill(prefix)"

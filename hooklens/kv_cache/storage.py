@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "hooklens-kv-cache-1"
 _OPTIONAL = ("last_logits", "token_ids", "document_ids")
-_KEYS = frozenset({"format", "n_layers", "frozen", "fingerprint", "transforms", "restarts_positions"})
+_KEYS = frozenset({"format", "n_layers", "frozen", "fingerprint", "transforms", "restarts_positions", "adapters"})
 
 
 def write_cache(path: str | os.PathLike[str], cache: "HookedKeyValueCache") -> None:
@@ -40,6 +40,7 @@ def write_cache(path: str | os.PathLike[str], cache: "HookedKeyValueCache") -> N
         "fingerprint": cache.fingerprint or "",
         "transforms": json.dumps(cache.transforms),
         "restarts_positions": str(int(cache.restarts_positions)),
+        "adapters": json.dumps(cache.adapters),
     }
     try:
         write_safetensors(path, tensors, metadata)
@@ -83,15 +84,13 @@ def _check_path(path: object) -> None:
 
 def _interpret(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[int, dict[str, Any]]:
     """The number of layers and keywords of a cache, all contents checked; `ValueError` says what is wrong."""
-    # The record of weight processing and the documents are the younger parts of the format.
-    metadata = {"transforms": "[]", "restarts_positions": "1", **metadata}
+    # The records of weight processing and adapters and the documents are the younger parts of the format.
+    metadata = {"transforms": "[]", "adapters": "[]", "restarts_positions": "1", **metadata}
     if metadata.keys() != _KEYS:
         raise ValueError(f"its metadata are {join_names(sorted(metadata))}; expected {join_names(sorted(_KEYS))}")
     if not metadata["n_layers"].isdecimal() or len(metadata["n_layers"]) > 6 or metadata["frozen"] not in ("0", "1"):
         raise ValueError(f"n_layers is {metadata['n_layers']!r} and frozen {metadata['frozen']!r}; expected numbers")
-    transforms = json.loads(metadata["transforms"])
-    if not isinstance(transforms, list) or not all(isinstance(step, str) for step in transforms):
-        raise ValueError(f"transforms are {metadata['transforms']}; expected a list of names")
+    records = {name: _read_record(metadata, name) for name in ("transforms", "adapters")}
     if metadata["restarts_positions"] not in ("0", "1"):
         raise ValueError(f"restarts_positions is {metadata['restarts_positions']!r}; expected 0 or 1")
     layers = range(int(metadata["n_layers"]))
@@ -108,8 +107,15 @@ def _interpret(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[in
     return len(layers), {
         "frozen": metadata["frozen"] == "1",
         "fingerprint": metadata["fingerprint"] or None,
-        "transforms": tuple(transforms),
+        **records,
         "restarts_positions": metadata["restarts_positions"] == "1",
         "document_ids": tensors.get("document_ids"),
         "token_ids": ids,
     }
+
+
+def _read_record(metadata: dict[str, str], name: str) -> tuple[str, ...]:
+    record = json.loads(metadata[name])
+    if not isinstance(record, list) or not all(isinstance(one, str) for one in record):
+        raise ValueError(f"{name} are {metadata[name]}; expected a list of names")
+    return tuple(record)

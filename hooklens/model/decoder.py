@@ -248,7 +248,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
                     documents=documents_to_keep(plan),
                     token_ids=input if start_at_layer is None else None,
                 )
-                past_kv_cache.transforms = self.transforms
+                past_kv_cache.transforms, past_kv_cache.adapters = self.transforms, self.active_adapters
             if stop_at_layer is not None or not (unembed or self.listens_past_blocks(call)):
                 return stream
             return self._unembed_stream(stream, call, chosen)

@@ -10,7 +10,8 @@
 The keys and methods are those of FusionBench's `CausalLMPool`; `docs/pools.md` lists them, and what differs.
 """
 
-from hooklens.pool.causal_lm_pool import CausalLMBackbonePool, CausalLMPool, ModelPool
+from hooklens.pool.backbone import CausalLMBackbonePool
+from hooklens.pool.causal_lm_pool import CausalLMPool, ModelPool
 from hooklens.pool.comparing.compare import compare_models
 from hooklens.pool.comparing.result import ModelComparison
 from hooklens.pool.config.targets import register_target

@@ -1,10 +1,14 @@
 """Loading one of a pool's models: what its entry says, as a hooked model or as transformers'."""
 
 import inspect
+import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hooklens.arguments import show
@@ -51,6 +55,16 @@ class Request:
         if not isinstance(source, str):
             raise InputError(f"{self.what}: its path is {show(source)}, expected a path or hub name")
         return source
+
+    def key(self) -> str | None:
+        """What tells the model from others that may be asked for; None: nothing does, and it is loaded anew."""
+        if isinstance(self.entry, nn.Module) or self.target.kind == "registered":
+            return None
+        if not _is_simple(self.arguments):
+            return None
+        said = json.dumps(self.arguments, default=str, sort_keys=True)
+        texts = [value for value in self.arguments.values() if isinstance(value, str)]
+        return f"{self.target.name} {self.hooked} {said} {[_stamp(text) for text in texts]}"
 
 
 def request(entry: Any, *, pool: Mapping[str, Any], call: Mapping[str, Any], hooked: bool, what: str) -> Request:
@@ -163,6 +177,20 @@ def _as_wanted(model: Any, asked: Request) -> Any:
     if isinstance(model, nn.Module):
         return HookedCausalLM.from_hf(model) if asked.hooked else model
     raise PoolError(f"{asked.what}: its function gave {show(model)}, expected a HookedCausalLM or a transformers model")
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_simple, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | bool | int | float | torch.dtype | torch.device)
+
+
+def _stamp(path: str) -> list[tuple[str, int, int]]:
+    """The files in a folder with their times and sizes, so that a folder that was written anew is loaded anew."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return []
+    return sorted((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in os.scandir(folder))
 
 
 _PEFT = "hooklens.pool.peft"

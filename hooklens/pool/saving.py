@@ -1,4 +1,4 @@
-"""Writing one of a pool's models: its folder, its card, and its upload."""
+"""Writing one of a pool's models: its folder, its card, and its upload; the pool's method for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from hooklens.adapters import write_checkpoint
 from hooklens.adapters.files.folder import replace_files
-from hooklens.arguments import refusal
+from hooklens.arguments import optional, read_flag, read_path, reads, refusal
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.files import replace_file
 from hooklens.optional import import_package
+from hooklens.pool.config.document import as_plain
+from hooklens.pool.config.dtypes import read_pool_dtype
 from hooklens.pool.config.settings import SOURCES, is_special
 from hooklens.pool.copying import copy_with
 from hooklens.pool.errors import PoolError
-from hooklens.tokens import Tokenizer
+from hooklens.tokens import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +73,104 @@ def save(
 def _cast(tensor: Tensor, *, dtype: torch.dtype | None) -> Tensor:
     """The tensor in a dtype: itself, not a copy, where it has it."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+class SaveMethods:
+    """Writing a model of a pool."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> dict[str, Any]:
+            """The pool's configuration."""
+
+        def load_tokenizer(self, **overrides: Any) -> Tokenizer:
+            """The pool's tokenizer."""
+
+    @reads(
+        PoolError,
+        path=read_path,
+        push_to_hub=read_flag,
+        model_dtype=read_pool_dtype,
+        dtype=read_pool_dtype,
+        save_tokenizer=read_flag,
+        tokenizer=optional(read_tokenizer),
+        base_model_in_modelcard=read_flag,
+    )
+    def save_model(
+        self,
+        model: Any,
+        path: str | Path,
+        *,
+        push_to_hub: bool = False,
+        model_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        save_tokenizer: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
+        algorithm_config: Mapping[str, Any] | None = None,
+        description: str | None = None,
+        base_model_in_modelcard: bool = True,
+        max_shard_size: int | str = "5GB",
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; the model stays as it is.
+
+        Args:
+            model: a `HookedCausalLM`, or a transformers model.
+            path: the folder; `~` is the home folder.
+            push_to_hub: upload the folder then.
+            model_dtype: of the written weights; None: the model's.
+            dtype: another name of that.
+            save_tokenizer: write the pool's tokenizer. A `HookedCausalLM` is written with its own where neither this
+                nor `tokenizer` says another.
+            tokenizer_kwargs: arguments of `load_tokenizer`.
+            tokenizer: written in any case.
+            algorithm_config: what made the model; with it a model card, `README.md`, is written.
+            description: its first paragraph.
+            base_model_in_modelcard: name `_pretrained_` in it.
+            max_shard_size: files are split at this size.
+            repo_id: on the hub; None: the folder's name.
+            token: for the hub; None: the one that is logged in.
+            private: whether a new repository is.
+            commit_message: of the upload.
+
+        Raises:
+            PoolError: no such model, two dtypes, arguments that need another one, or the pool has no tokenizer.
+            HookLensError: what `HookedCausalLM.save_pretrained` raises.
+        """
+        if model_dtype is not None and dtype is not None and model_dtype != dtype:
+            raise PoolError(f"model_dtype={model_dtype} and dtype={dtype} say one thing in two ways; give one of them")
+        upload = Upload(repo_id, token=token, private=private, commit_message=commit_message)
+        upload.check(push_to_hub=push_to_hub)
+        if algorithm_config is None and description is not None:
+            raise PoolError("description goes into the model card, which is written with algorithm_config=; give both")
+        if tokenizer_kwargs is not None and (tokenizer is not None or not save_tokenizer):
+            raise PoolError("tokenizer_kwargs goes with save_tokenizer=True, and without a tokenizer")
+        if save_tokenizer and tokenizer is None:
+            tokenizer = self.load_tokenizer(**(tokenizer_kwargs or {}))
+        folder = Path(path).expanduser()
+        wanted = dtype if model_dtype is None else model_dtype
+        save(
+            model,
+            folder,
+            dtype=wanted if isinstance(wanted, torch.dtype) else None,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+        )
+        if algorithm_config is not None:
+            write_model_card(
+                folder,
+                config=self.config,
+                algorithm_config=as_plain(algorithm_config),
+                description=description,
+                with_base=base_model_in_modelcard,
+            )
+        if push_to_hub:
+            upload.run(folder)
 
 
 @dataclass(frozen=True)

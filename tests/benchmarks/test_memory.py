@@ -49,7 +49,7 @@ LOAD = """
     # A small model first: what the interpreter and its packages take is not the model's.
     hooklens.HookedCausalLM.from_pretrained({first!r})
     before = peak()
-    model = hooklens.HookedCausalLM.from_pretrained({source!r})
+    model = hooklens.HookedCausalLM.from_pretrained({source!r}, adapter={adapter!r})
     # Mapped files count once their pages are read, as a forward does.
     total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -64,5 +64,21 @@ def test_peak_resident_memory_of_loading(family: str, record: Any, tmp_path: Pat
     reference.save_pretrained(tmp_path / "big", max_shard_size="60MB")
     small, _ = build_pair(family, n_layers=1, d_model=32, n_heads=2)
     small.save_pretrained(tmp_path / "small")
-    ratio = float(run_fresh(LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"))).splitlines()[-1])
+    code = LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"), adapter=None)
+    ratio = float(run_fresh(code).splitlines()[-1])
     record(f"peak resident memory of loading, {family}: / bytes of the model", ratio, at_most=1.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peak_resident_memory_of_merging_an_adapter_on_load(family: str, record: Any, tmp_path: Path) -> None:
+    """The same with an adapter of rank 16 beside every linear map, in bfloat16, merged in float32."""
+    peft = pytest.importorskip("peft")
+    reference, _ = build_pair(family, n_layers=28, d_model=768, n_heads=12, d_vocab=8000)
+    reference.bfloat16().save_pretrained(tmp_path / "big")
+    adapted = peft.get_peft_model(reference, peft.LoraConfig(r=16, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    small, _ = build_pair(family, n_layers=1, d_model=32, n_heads=2)
+    small.save_pretrained(tmp_path / "small")
+    places = {"source": str(tmp_path / "big"), "first": str(tmp_path / "small"), "adapter": str(tmp_path / "adapter")}
+    ratio = float(run_fresh(LOAD.format(**places)).splitlines()[-1])
+    record(f"peak resident memory of merging an adapter on load, {family}: / bytes of the model", ratio, at_most=1.3)

@@ -376,6 +376,12 @@ class TestBelongsToTheModel:
         assert attn.q_proj.lora_A["one"].weight is attn.k_proj.lora_A["one"].weight
         assert narrow(TOKENS).dtype == torch.bfloat16
 
+    def test_what_maps_share_stays_shared_where_torch_makes_new_parameters(self, adapted):
+        """They were three from there on, trained each on its own, and only one of them was saved."""
+        attn = load(adapted("neox")).to("meta").blocks[0].attn
+        assert attn.q_proj.lora_A["one"].weight is attn.k_proj.lora_A["one"].weight
+        assert attn.q_proj.lora_A["one"].weight is attn.v_proj.lora_A["one"].weight
+
     def test_other_threads_are_outside_of_a_block(self, adapted):
         model = load(adapted("neox"))
         other_model = load(adapted("neox"))

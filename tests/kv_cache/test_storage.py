@@ -22,12 +22,13 @@ from tests.model.networks import make_model, random_tokens
 def test_what_was_saved_comes_back(tmp_path, frozen, dtype):
     cache = fill(frozen=frozen).to(dtype=dtype)
     cache.transforms = ("fold_ln", "fold_value_biases")
+    cache.adapters = ("one",)
     cache.save(tmp_path / "prefix.safetensors")
     loaded = HookedKeyValueCache.load(tmp_path / "prefix.safetensors")
     assert_same(read(loaded), read(cache))
     assert torch.equal(loaded.last_logits, cache.last_logits)
     assert (loaded.frozen, loaded.fingerprint) == (frozen, cache.fingerprint)
-    assert loaded.transforms == cache.transforms
+    assert (loaded.transforms, loaded.adapters) == (cache.transforms, cache.adapters)
     loaded.check_consistent()
 
 
@@ -93,12 +94,12 @@ def test_a_file_without_a_record_of_processing_counts_as_unprocessed(tmp_path):
     path = tmp_path / "file"
     cache = make_model("grouped").prefill(random_tokens(1, 4))
     cache.save(path)
-    young = {"transforms", "digest"}
+    young = {"transforms", "adapters", "digest"}
     with safe_open(path, framework="pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key not in young}
     save_file(load_apart(path), path, metadata=metadata)
     loaded = HookedKeyValueCache.load(path)
-    assert loaded.transforms == ()
+    assert (loaded.transforms, loaded.adapters) == ((), ())
     assert_same(read(loaded), read(cache))
     metadata["transforms"] = "[fold"
     save_file(load_apart(path), path, metadata=metadata)
@@ -136,6 +137,8 @@ def rewrite(path, *, tensors=None, metadata=None):
         {"metadata": {"transforms": '"fold_ln"'}},
         {"metadata": {"transforms": "{}"}},
         {"metadata": {"transforms": "[" * 5000}},
+        {"metadata": {"adapters": "[1]"}},
+        {"metadata": {"adapters": "{}"}},
         {"metadata": {"format": "hooklens-kv-cache-9"}},
         {"metadata": {"another": "key"}},
         {"tensors": {"attention_mask": None}},

@@ -1,11 +1,12 @@
 """The tensors of a checkpoint with adapters added to them, one by one, when they are asked for.
 
 `W + s B A` is computed in float32, or in float64 where the weights, the adapter or the model that is loaded are of it,
-and rounded once, to the dtype of the model. PEFT merges so, too, where it has loaded the base in that dtype. Of several
-adapters one is added after the other; what DoRA measures lengths of is the base with its own change alone.
+and rounded once, to the dtype of the model: some outputs of a map at a time, so that little is in memory in that dtype.
+PEFT merges in it, too, where it has loaded the base so. Of several adapters one is added after the other; what DoRA
+measures lengths of is the base with its own change alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -19,6 +20,9 @@ from hooklens.adapters.lora.binding import BoundAdapter, LowRankChange, bind_ada
 from hooklens.config import HookedConfig
 from hooklens.errors import UnsupportedModelError, join_names
 from hooklens.weights.lora import dora_factor, lora_delta
+
+_MOST_AT_ONCE = 2**16
+"""Entries of a tensor that are merged at once."""
 
 
 class MergedTensors:
@@ -111,13 +115,41 @@ class MergedTensors:
             *(matrix for change in changes for matrix in (change.low_rank.A, change.low_rank.B)),
         ]
         made_in = reduce(torch.promote_types, [dtype, torch.float32, *(part.dtype for part in parts)])
-        base = tensor.to(made_in)
-        merged = base
-        for bias, scale in added:
-            merged = merged + bias.to(made_in) * scale
-        for change in changes:
-            merged = change.add_to(merged, base, made_in, self._cfg)
+        steps = [_add(bias.to(made_in) * scale) for bias, scale in added]
+        steps += [change.prepare(made_in, self._cfg) for change in changes]
+        merged = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        out_axis = _out_axis(tensor, turned=any(change.low_rank.turned for change in changes))
+        for outputs in _blocks_of(tensor, out_axis):
+            base = tensor[outputs].to(made_in)
+            block = base
+            for step in steps:
+                block = step(block, base, outputs)
+            merged[outputs] = block
         return merged
+
+
+Outputs = tuple[slice, ...]
+"""Some of the outputs of a map, as an index of the tensor that holds it."""
+
+Step = Callable[[Tensor, Tensor, Outputs], Tensor]
+"""Adds a change to some outputs of a map: what they are by now, what they are in the base, and which they are."""
+
+
+def _add(change: Tensor) -> Step:
+    return lambda merged, base, outputs: merged + change[outputs]
+
+
+def _out_axis(tensor: Tensor, *, turned: bool) -> int:
+    """The axis of a tensor along which the outputs of its map lie."""
+    return tensor.ndim - 1 if turned or tensor.ndim == 1 else tensor.ndim - 2
+
+
+def _blocks_of(tensor: Tensor, axis: int) -> Iterator[Outputs]:
+    """The outputs of a map in blocks, of which each is small: what is computed on the way is as small."""
+    size = tensor.shape[axis]
+    n_outputs = max(1, _MOST_AT_ONCE * size // max(1, tensor.numel()))
+    for start in range(0, size, n_outputs):
+        yield (slice(None),) * axis + (slice(start, start + n_outputs),)
 
 
 class _Change:
@@ -132,23 +164,28 @@ class _Change:
     def __init__(self, low_rank: LowRankChange, rules: tuple[BoundRule, BoundRule, int] | None = None) -> None:
         self.low_rank, self._rules = low_rank, rules
 
-    def add_to(self, merged: Tensor, base: Tensor, dtype: torch.dtype, cfg: HookedConfig) -> Tensor:
-        """A tensor with the change added.
+    def prepare(self, dtype: torch.dtype, cfg: HookedConfig) -> Step:
+        """What adds the change, to some outputs of the map at a time.
 
         Args:
-            merged: the tensor, to which other adapters may have been added.
-            base: the tensor without any.
             dtype: in which to compute.
             cfg: the whole checkpoint's config.
         """
         change = self.low_rank
         if self._rules is not None:
-            return merged + self._take_apart(dtype, cfg)
-        delta = lora_delta(change.A.to(dtype), change.B.to(dtype), change.scale)
-        if change.magnitude is None:
-            return merged + (delta.mT if change.turned else delta)
-        factor = dora_factor((base.mT if change.turned else base) + delta, change.magnitude.to(dtype))
-        return (merged + delta.mT) * factor.mT if change.turned else (merged + delta) * factor
+            return _add(self._take_apart(dtype, cfg))
+        A, B = change.A.to(dtype), change.B.to(dtype)
+        magnitude = None if change.magnitude is None else change.magnitude.to(dtype)
+
+        def add(merged: Tensor, base: Tensor, outputs: Outputs) -> Tensor:
+            chosen = outputs[-1]
+            delta = lora_delta(A, B[..., chosen, :], change.scale)
+            if magnitude is None:
+                return merged + (delta.mT if change.turned else delta)
+            factor = dora_factor((base.mT if change.turned else base) + delta, magnitude[chosen])
+            return (merged + delta.mT) * factor.mT if change.turned else (merged + delta) * factor
+
+        return add
 
     def _take_apart(self, dtype: torch.dtype, cfg: HookedConfig) -> Tensor:
         """The change of the tensor on disk: one expert's, of which alone the product is computed."""

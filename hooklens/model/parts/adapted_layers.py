@@ -26,7 +26,8 @@ class LoraTensors:
     """What an adapter adds beside one map.
 
     Attributes:
-        A: `[rank d_in]`, a parameter that several maps may share.
+        A: the map that reads the input, weight `[rank d_in]`. Several maps may share it: the module, so that it stays
+            one wherever torch puts new parameters in the place of old ones.
         B: `[d_out rank]`.
         scale: what their product is multiplied by.
         rslora: the scale is `alpha / sqrt(rank)`.
@@ -35,7 +36,7 @@ class LoraTensors:
         bias: what is added, scaled, to the map's bias; None: nothing.
     """
 
-    A: nn.Parameter
+    A: nn.Linear
     B: nn.Parameter
     scale: float
     rslora: bool = False
@@ -61,9 +62,8 @@ class AdaptedLinear(AdaptedMap, _layers.Linear):  # type: ignore[misc]
 
     def add(self, name: str, tensors: LoraTensors) -> None:
         """Keep one more adapter, which does not act yet."""
-        rank, into = tensors.A.shape
-        self.lora_A[name] = _linear(into, rank, tensors.A)
-        self.lora_B[name] = _linear(rank, tensors.B.shape[0], tensors.B, tensors.bias)
+        self.lora_A[name] = tensors.A
+        self.lora_B[name] = make_linear(tensors.B, tensors.bias)
         self.lora_dropout[name] = nn.Dropout(tensors.dropout) if tensors.dropout else nn.Identity()
         if tensors.magnitude is not None:
             lengths = _dora.DoraLinearLayer(fan_in_fan_out=False)
@@ -92,7 +92,7 @@ class AdaptedEmbedding(AdaptedTable, _layers.Embedding):  # type: ignore[misc]
 
     def add(self, name: str, tensors: LoraTensors) -> None:
         """Keep one more adapter, which does not act yet."""
-        self.lora_embedding_A[name] = tensors.A
+        self.lora_embedding_A[name] = tensors.A.weight
         self.lora_embedding_B[name] = tensors.B
         # As peft has it: nothing of a table's inputs, which are token ids, is dropped.
         self.lora_dropout[name] = nn.Identity()
@@ -116,7 +116,9 @@ def _begin(layer: Any, base_layer: nn.Module, switch: AdapterSwitch, out_sizes: 
     layer.train(base_layer.training)
 
 
-def _linear(into: int, out_of: int, weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+def make_linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+    """A linear map with these parameters."""
+    out_of, into = weight.shape
     with torch.device("meta"):
         made = nn.Linear(into, out_of, bias=False)
     made.weight, made.bias = weight, bias  # type: ignore[assignment]
@@ -124,7 +126,7 @@ def _linear(into: int, out_of: int, weight: nn.Parameter, bias: nn.Parameter | N
 
 
 def _note(layer: Any, name: str, tensors: LoraTensors) -> None:
-    rank = tensors.A.shape[0]
+    rank = tensors.A.out_features
     layer.r[name] = rank
     layer.lora_alpha[name] = tensors.scale * (rank**0.5 if tensors.rslora else rank)
     layer.scaling[name] = tensors.scale

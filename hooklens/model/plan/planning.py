@@ -40,6 +40,11 @@ class Planning:
         def dtype(self) -> torch.dtype:
             """The dtype of the weights."""
 
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters beside the weights that act; a network alone has none."""
+        return ()
+
     @staticmethod
     def read_documents(
         input: Tokens | Stream,
@@ -82,7 +87,12 @@ class Planning:
         n_past, past_mask = 0, None
         if cache is not None:
             cache.check_fits(
-                self.cfg, transforms=self.transforms, device=self.cache_device, dtype=self.dtype, batch=batch
+                self.cfg,
+                transforms=self.transforms,
+                adapters=self.active_adapters,
+                device=self.cache_device,
+                dtype=self.dtype,
+                batch=batch,
             )
             n_past = len(cache)
             past_mask = cache.previous_attention_mask.to(input.device) if cache.has_padding else None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hooklens import HookedCausalLM
@@ -63,6 +64,12 @@ def logits_of(model: Any) -> torch.Tensor:
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert (found - expected).abs().max().item() < tolerance
+
+
+@pytest.fixture(autouse=True)
+def _in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of some thousand entries are merged in blocks of several, as those of real models are."""
+    monkeypatch.setattr(merging, "_MOST_AT_ONCE", 300)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -271,10 +278,43 @@ def test_the_change_of_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeyp
         return delta
 
     monkeypatch.setattr(merging, "lora_delta", watched)
+    monkeypatch.setattr(merging, "_MOST_AT_ONCE", 2**18)
     for _ in open_checkpoint(pair.base, adapters=[open_adapter(pair.adapter)]).tensors():
         pass
     # Of each layer two projections, and of each expert two maps, of which one is two tensors on disk.
     assert len(made) == 2 * (2 + 4 * 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
+    ],
+    ids=["LoRA", "DoRA", "[in, out], DoRA"],
+)
+def test_no_map_is_in_memory_in_the_dtype_that_it_is_merged_in(
+    model: str, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    """Loading a model in bfloat16 took more than twice its size: what its maps were on the way, in float32."""
+    pair = make_pair(tmp_path, model, **lora)
+    state = {name: one.bfloat16() for name, one in load_apart(pair.base / "model.safetensors").items()}
+    save_file(state, pair.base / "model.safetensors")
+    checkpoint = open_checkpoint(pair.base, adapters=[open_adapter(pair.adapter)], dtype=torch.bfloat16)
+    sizes = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and not out.is_meta:
+                sizes.append(out.numel())
+            return out
+
+    with Watching():
+        assert {tensor.dtype for _, tensor in checkpoint.tensors()} == {torch.bfloat16}
+    assert 200 < max(sizes) <= merging._MOST_AT_ONCE
+    assert len(sizes) > 100
 
 
 def test_merging_needs_no_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
