@@ -314,7 +314,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             self.cfg.ungroup_grouped_query_attention = False
             raise NotImplementedError(
                 "ungroup_grouped_query_attention: hook_k and hook_v have the heads that there are; an edit of what one "
-                "query head reads is hooklens.Replace(..., query_head=) on model.hooked"
+                "query head reads is hooklens.edits.Replace(..., query_head=) on model.hooked"
             )
 
     def move_model_modules_to_device(self) -> None:
