@@ -153,6 +153,11 @@ def is_below_blocks(name: str) -> bool:
     return name in ("hook_tokens", *EMBEDDINGS) or name.startswith("embed.")
 
 
+def is_past_blocks(name: str) -> bool:
+    """Whether a hook point stands behind the last block: in the final norm or the unembedding."""
+    return layer_of(name) is None and not is_below_blocks(name)
+
+
 # Words of the field that stand for a hook point's own word.
 ALIASES = {
     "attn": "pattern",

@@ -25,9 +25,11 @@ from hooklens.hooks.call import TokenIndex
 from hooklens.hooks.choice import Choice, Index, read_choice, resolve_choice
 from hooklens.hooks.names import NamesFilter
 from hooklens.hooks.point import HookPoint
-from hooklens.hooks.region import Selection, axes_in_canonical_order, choose_tokens, query_head_hint
+from hooklens.hooks.region import Region, Selection, axes_in_canonical_order, choose_tokens, query_head_hint
 from hooklens.hooks.values import TensorValue
 from hooklens.precision import widen
+
+Reach = Literal["token", "row", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Edit(TensorValue, ABC):
     counts_padding: ClassVar[bool] = True
     # Whether it computes with the activation, which nobody can do with numbers that name something.
     computes: ClassVar[bool] = True
+    # What the new value of a token is made of: of this token's activation alone (and of `value`, where the kind has
+    # one), of all tokens of its row, or of more than this class can say, such as what a function remembers.
+    reach: ClassVar[Reach] = "unknown"
 
     name: NamesFilter
     _: KW_ONLY
@@ -95,11 +100,7 @@ class Edit(TensorValue, ABC):
         """
         if tokens is not None and self.when not in ("all", tokens.phase):
             return None
-        if self.computes and point.site is not None and point.site.discrete:
-            raise EditError(
-                f"{self._subject(point.name)}: the numbers there name something ({point.site.description}), so none is "
-                "more than another; use Replace or Custom"
-            )
+        self.check_computable(point)
         chooses = not (self.pos is None and self._heads is None and self.rows is None)
         is_unpadded = tokens is None or tokens.positions_by_column is not None
         if not chooses and (self.counts_padding or is_unpadded or point.site is None):
@@ -109,7 +110,38 @@ class Edit(TensorValue, ABC):
             return self.compute(tensor, axes, whole)
         return self._apply_to_region(tensor, point, tokens)
 
+    def check_computable(self, point: HookPoint) -> None:
+        """Refuse arithmetic with numbers that name something.
+
+        Raises:
+            EditError: the point holds such numbers, and the edit computes with them.
+        """
+        if self.computes and point.site is not None and point.site.discrete:
+            raise EditError(
+                f"{self._subject(point.name)}: the numbers there name something ({point.site.description}), so none is "
+                "more than another; use Replace or Custom"
+            )
+
     def _apply_to_region(self, tensor: Tensor, point: HookPoint, tokens: TokenIndex | None) -> Tensor | None:
+        region = self.find_region(tensor, point, tokens)
+        if region is None:
+            return None
+        canonical = tensor.permute(region.order)
+        edited = canonical.clone()
+        edited[region.index] = self.compute(canonical[region.index], region.axes, region.selection)
+        return edited.permute([region.order.index(i) for i in range(len(region.order))])
+
+    def find_region(self, tensor: Tensor, point: HookPoint, tokens: TokenIndex | None) -> Region | None:
+        """The part of a tensor that the edit touches; None where this call runs no token of it.
+
+        Args:
+            tensor: what passes the point; its entries are not read.
+            point: the hook point.
+            tokens: which tokens the columns are; None: token `i` stands in column `i`.
+
+        Raises:
+            EditError: the edit's positions, heads or rows do not fit the tensor, or its axes are not known.
+        """
         subject = self._subject(point.name)
         if point.site is None:
             raise EditError(
@@ -128,11 +160,6 @@ class Edit(TensorValue, ABC):
         chosen = choose_tokens(pos, rows, canonical.shape[1], tokens, subject=subject, device=tensor.device)
         if chosen is None:
             return None
-        batch_index = torch.as_tensor(rows, device=tensor.device)[chosen.row]
-        index: tuple[Tensor, ...] = (batch_index, chosen.column)
-        if heads is not None:
-            head_index = torch.as_tensor(heads, device=tensor.device)
-            index = (batch_index[:, None], chosen.column[:, None], head_index[None, :])
         selection = Selection(
             subject=subject,
             tensor_shape=tuple(tensor.shape),
@@ -143,9 +170,14 @@ class Edit(TensorValue, ABC):
             pair_row=chosen.row,
             layouts=chosen.layouts,
         )
-        edited = canonical.clone()
-        edited[index] = self.compute(canonical[index], ("token", *axes[2:]), selection)
-        return edited.permute([order.index(i) for i in range(len(order))])
+        return Region(
+            order=order,
+            axes=("token", *axes[2:]),
+            row=torch.as_tensor(rows, device=tensor.device)[chosen.row],
+            column=chosen.column,
+            heads=heads,
+            selection=selection,
+        )
 
     @property
     def _heads_field(self) -> str:
@@ -186,6 +218,7 @@ class Replace(Edit):
         `Replace("blocks.3.hook_resid_pre", clean_cache["resid_pre", 3][:, -1], pos=-1)`
     """
 
+    reach: ClassVar[Reach] = "token"
     computes: ClassVar[bool] = False
 
     value: Tensor | float
@@ -199,6 +232,8 @@ class Replace(Edit):
 class Add(Edit):
     """Add `value` to the activation, as in activation steering."""
 
+    reach: ClassVar[Reach] = "token"
+
     value: Tensor | float
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
@@ -210,6 +245,8 @@ class Add(Edit):
 class Scale(Edit):
     """Multiply the activation by `factor`."""
 
+    reach: ClassVar[Reach] = "token"
+
     factor: float
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
@@ -220,6 +257,8 @@ class Scale(Edit):
 @dataclass(frozen=True)
 class Zero(Edit):
     """Set the activation to zero."""
+
+    reach: ClassVar[Reach] = "token"
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
         """Zeros."""
@@ -234,6 +273,7 @@ class Mean(Edit):
     first axis.
     """
 
+    reach: ClassVar[Reach] = "row"
     counts_padding: ClassVar[bool] = False
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
@@ -256,6 +296,8 @@ class Project(Edit):
         directions: `[d]` or `[k d]`.
         keep: False removes the span (directional ablation), True removes everything else.
     """
+
+    reach: ClassVar[Reach] = "token"
 
     directions: Tensor
     keep: bool = False

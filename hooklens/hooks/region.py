@@ -99,6 +99,34 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """The part of a tensor that an edit touches.
+
+    Attributes:
+        order: the tensor's axes in canonical order: batch, position, heads, the rest.
+        axes: the names of the part's axes: `token`, and those behind it.
+        row, column: of each token.
+        heads: the heads; None: all, or there are none.
+        selection: the same, for what lays a value over it.
+    """
+
+    order: list[int]
+    axes: tuple[str, ...]
+    row: Tensor
+    column: Tensor
+    heads: list[int] | None
+    selection: Selection
+
+    @property
+    def index(self) -> tuple[Tensor, ...]:
+        """Where the part stands in the tensor, its axes in canonical order."""
+        if self.heads is None:
+            return (self.row, self.column)
+        heads = torch.as_tensor(self.heads, device=self.row.device)
+        return (self.row[:, None], self.column[:, None], heads[None, :])
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChosenTokens:
     """The tokens that rows and positions choose in one call, one entry each.
 

@@ -6,7 +6,7 @@ damaged file is an error that names what is wrong in it.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,14 +41,15 @@ def is_list(found: Any, holds: Callable[[Any], bool]) -> bool:
 
 
 def expect_numbers_of(kind: type) -> Expected:
-    """A mapping with the fields of a dataclass of numbers."""
+    """A mapping with the fields of a dataclass of numbers; those with a default may be missing, as in older files."""
     types = {field.name: field.type for field in fields(kind)}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
 
     def holds(found: Any) -> bool:
         return (
             isinstance(found, dict)
-            and found.keys() == types.keys()
-            and all(_is_number(found[name], expected) for name, expected in types.items())
+            and needed <= found.keys() <= types.keys()
+            and all(_is_number(number, types[name]) for name, number in found.items())
         )
 
     return Expected(f"the numbers {', '.join(types)}", holds)

@@ -46,6 +46,7 @@ class SweepStats:
         tokens: tokens run through all layers, or as many through some as comes to the same.
         naive_forwards: one per cell and pair, and the two unpatched runs.
         naive_tokens: the tokens of those.
+        unplanned: values that took one full forward each, since no more is known of the edits that act in them.
     """
 
     cells: int
@@ -55,6 +56,7 @@ class SweepStats:
     tokens: float
     naive_forwards: int
     naive_tokens: int
+    unplanned: int = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

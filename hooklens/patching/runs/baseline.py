@@ -5,9 +5,9 @@ are padded on the right, so that columns are positions. From `into` come the str
 block's keys and values, on which patched rows go on; from `source` come the values put in.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,16 +16,16 @@ from torch import Tensor
 from hooklens.axes import EMBEDDINGS, find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig, ShortformerPositions
-from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
 from hooklens.patching.pairs.prompts import PromptPairs
-from hooklens.patching.runs.other_model import run_other_model, unembed_other_model
+from hooklens.patching.runs.acting import GroupEdits, act_on_pairs
+from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.sources import fit_given
-from hooklens.patching.runs.vocabulary import Vocabulary, find_vocabulary, unembed
+from hooklens.patching.runs.unpatched import Source, read_logits, run_both, run_both_alone
+from hooklens.patching.runs.vocabulary import Vocabulary, find_vocabulary
 
 Direction = Literal["denoise", "noise"]
-Source = Literal["other", "zero"] | Mapping[str, Tensor] | HookedCausalLM
 Stage = Literal["stream", "written", "block", "head"]
 
 
@@ -43,12 +43,18 @@ class Entry:
     stage: Stage
 
 
-def find_entry(name: str, cfg: HookedConfig) -> Entry:
+def find_entry(name: str, cfg: HookedConfig, edited: Collection[str] = ()) -> Entry:
     """Where rows patched at a hook point start: as late as the hook point allows.
 
     What is only added to the stream (an MLP's output, in parallel blocks also attention's, the embeddings)
     changes nothing else, so its difference is added to the stream, and the block that wrote it does not run. The
-    same goes in parallel blocks for the heads' `z`, whose difference goes through `W_O` first.
+    same goes in parallel blocks for the heads' `z`, whose difference goes through `W_O` first. Where an edit acts on
+    the way from there to the next block, the block runs, so that it acts on the patched tensor.
+
+    Args:
+        name: the hook point.
+        cfg: the network's sizes.
+        edited: hook points at which edits act in every run.
 
     Raises:
         SiteError: positions that enter in every layer.
@@ -66,10 +72,26 @@ def find_entry(name: str, cfg: HookedConfig) -> Entry:
         return Entry(layer, "stream")
     is_last = word == "hook_mlp_out" and not cfg.norm_stream
     if word == "hook_resid_post" or is_last or (word == "hook_attn_out" and cfg.wiring == "parallel"):
-        return Entry(layer + 1, "stream")
+        return Entry(layer, "block") if _is_edited_behind(name, layer, edited) else Entry(layer + 1, "stream")
     if word == "hook_z" and cfg.wiring == "parallel" and not cfg.block(layer).norm_after:
-        return Entry(layer + 1, "written")
+        return Entry(layer, "block") if _is_edited_behind(name, layer, edited) else Entry(layer + 1, "written")
     return Entry(layer, "block")
+
+
+# What attention computes before the heads' output; an edit of that does not act on a patched output.
+_BEFORE_Z = ("hook_q", "hook_k", "hook_v", "hook_k_per_head", "hook_v_per_head", "hook_rot_q", "hook_rot_k", "hook_z")
+
+
+def _is_edited_behind(name: str, layer: int, edited: Collection[str]) -> bool:
+    """Whether an edit acts between a hook point at a block's end and the next block's beginning."""
+    behind = {f"blocks.{layer}.hook_resid_post", f"blocks.{layer + 1}.hook_resid_pre"}
+    if name.endswith("hook_z"):
+        behind.add(f"blocks.{layer}.hook_attn_out")
+        in_attention = f"blocks.{layer}.attn."
+        behind |= {
+            one for one in edited if one.startswith(in_attention) and one.removeprefix(in_attention) not in _BEFORE_Z
+        }
+    return bool((behind - {name}) & set(edited))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +101,13 @@ class Baseline:
     Attributes:
         pairs: which pairs of the experiment these are.
         lengths: tokens of each pair.
+        into: the prompts of the run that is patched, padded on the right.
+        edits: what acts in every run; None: nothing does.
+        is_planned: patched rows go on from these runs. If not, each is a full forward: `streams` and `keys_values`
+            are empty, and `values` are activations.
         streams: the stream of `into` entering each block, and the one leaving the last, `[pairs pos d_model]`.
-        keys_values: keys and values of `into` in each layer, `[pairs pos kv_head d_head]`.
+        keys_values: keys and values of `into` in each layer, `[pairs pos kv_head d_head]`; empty where edits need
+            whole rows.
         entries: by hook name, where patched rows leave the unpatched run.
         values: by hook name, what a patch puts in: the activation's new value, or for what enters with the stream
             the stream's.
@@ -98,6 +125,9 @@ class Baseline:
 
     pairs: tuple[int, ...]
     lengths: tuple[int, ...]
+    into: Int[Tensor, "pairs pos"]
+    edits: GroupEdits | None
+    is_planned: bool
     streams: list[Float[Tensor, "pairs pos d_model"]]
     keys_values: list[tuple[Tensor, Tensor]]
     entries: dict[str, Entry]
@@ -112,6 +142,16 @@ class Baseline:
     clean: Float[Tensor, " pairs"]
     corrupted: Float[Tensor, " pairs"]
 
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether edits make all columns of a patched run depend on each other."""
+        return self.edits is not None and self.edits.of_run.needs_whole_rows
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a patch changes nothing before its position."""
+        return self.edits is None or self.edits.of_run.is_causal
+
 
 def run_baseline(
     model: HookedCausalLM,
@@ -124,6 +164,7 @@ def run_baseline(
     source: Source,
     keep: Iterable[str] = (),
     answers_only: bool = False,
+    edits: RunEdits = NO_EDITS,
 ) -> Baseline:
     """Run both prompts of some pairs.
 
@@ -139,8 +180,10 @@ def run_baseline(
         keep: hook points whose activations in both runs are given back.
         answers_only: unembed only the tokens that the metric reads, where these are few; `baseline.metric` is then
             for logits of `baseline.vocabulary`.
+        edits: what acts in both runs, but for that of another model.
 
     Raises:
+        EditError: an edit does not fit the model's activations.
         SiteError: a source lacks a hook point or has another shape.
         InputError: a position that the metric reads is outside a prompt.
         MetricError: the metric of a run is NaN or infinite.
@@ -151,39 +194,49 @@ def run_baseline(
     width = max(lengths)
     clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
     into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    ran = _run_both(model, source, into, other, lengths, [*names, *keep])
-
-    n_layers, n_pairs = model.cfg.n_layers, len(chosen)
-    last = ran.into[f"blocks.{n_layers - 1}.hook_resid_post"]
-    streams = [ran.into[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)] + [last]
+    acting = _act(model, prompts, chosen, edits)
+    is_planned = edits.is_planned(names)
     reads = torch.tensor(metric.find_reads(lengths, width), device=model.device)
-    runs = _describe_runs(model, prompts, chosen, into, unread=last.new_empty(*reads.shape, 0))
+    if is_planned:
+        ran = run_both(model, source, into, other, lengths, [*names, *keep], acting)
+    else:
+        ran = run_both_alone(model, source, into, other, lengths, [*names, *keep], acting, reads)
+
+    n_pairs = len(chosen)
+    unread = ran.other_last.new_empty(*reads.shape, 0, device=model.device, dtype=model.dtype)
+    runs = _describe_runs(model, prompts, chosen, into, unread=unread)
     metric = metric.encode(model)
-    vocabulary = find_vocabulary(metric, runs, names) if answers_only else None
+    vocabulary = None
+    if answers_only and is_planned:
+        vocabulary = find_vocabulary(metric, runs, [*names, *edits.names])
     if vocabulary is not None:
         metric, runs = vocabulary.narrow(metric, runs)
-    into_logits, other_logits = _read_logits(model, source, (last, ran.other_last), reads, vocabulary)
+    into_logits, other_logits = read_logits(model, source, ran, reads, vocabulary, acting)
     ends = (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
     runs = replace(runs, clean_logits=ends[0], corrupted_logits=ends[1])
     clean_values, corrupted_values = metric.measure_ends(runs)
     _check_ends(metric, runs.pairs, torch.stack([clean_values, corrupted_values]))
-    entries = {name: find_entry(name, model.cfg) for name in names}
+    entries = {name: find_entry(name, model.cfg, edits.names) for name in names}
     values, replaced, differs = {}, {}, {}
     for name, entry in entries.items():
         current, new = ran.into[name], ran.other[name]
         if isinstance(source, str) and source == "other":
-            new = _keep_agreeing(name, current, new, (into != other).cumsum(1) > 0)
+            new = _keep_agreeing(name, current, new, (into != other).cumsum(1) > 0) if edits.is_causal else new
         elif not isinstance(source, HookedCausalLM):
             new = _value_of(source, name, current, chosen, prompts)
         differs[name] = _find_differences(name, current, new)
-        values[name] = streams[entry.layer] + (new - current) if _is_added(name, entry) else new
+        is_added = is_planned and _is_added(name, entry)
+        values[name] = ran.streams[entry.layer] + (new - current) if is_added else new
         if entry.stage == "written":
             replaced[name] = current
     return Baseline(
         pairs=runs.pairs,
         lengths=lengths,
-        streams=streams,
-        keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in ran.cache.entries],
+        into=into,
+        edits=acting,
+        is_planned=is_planned,
+        streams=ran.streams,
+        keys_values=[(entry.past_keys[:n_pairs], entry.past_values[:n_pairs]) for entry in ran.cached],
         entries=entries,
         values=values,
         replaced=replaced,
@@ -240,68 +293,18 @@ def _describe_runs(
     )
 
 
-class _Ran(NamedTuple):
-    """Both unpatched runs: activations by hook name, the stream that left the last block of the run that activations
-    come from, and what `into` has cached (before what the other run has, where the model made both).
-    """
-
-    into: dict[str, Tensor]
-    other: dict[str, Tensor]
-    other_last: Float[Tensor, "pairs pos width"]
-    cache: HookedKeyValueCache
-
-
-def _run_both(
-    model: HookedCausalLM,
-    source: Source,
-    into: Int[Tensor, "pairs pos"],
-    other: Int[Tensor, "pairs pos"],
-    lengths: tuple[int, ...],
-    names: list[str],
-) -> _Ran:
-    """Run both prompts of each pair, as one batch unless another model makes one of the runs."""
-    n_layers = model.cfg.n_layers
-    last = f"blocks.{n_layers - 1}.hook_resid_post"
-    watched = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), *names, last]
-    mask = None
-    if len(set(lengths)) > 1:
-        columns = torch.arange(into.shape[1], device=into.device)
-        mask = columns < torch.tensor(lengths, device=into.device)[:, None]
-    if isinstance(source, HookedCausalLM):
-        captured, cache = _run_unpatched(model, into, mask, watched)
-        theirs = run_other_model(model, source, other, mask, names)
-        return _Ran(captured, theirs.captured, theirs.last, cache)
-    both = None if mask is None else mask.repeat(2, 1)
-    captured, cache = _run_unpatched(model, torch.cat([into, other]), both, watched)
-    halves = [{name: tensor.chunk(2)[half] for name, tensor in captured.items()} for half in (0, 1)]
-    return _Ran(halves[0], halves[1], halves[1][last], cache)
-
-
-def _run_unpatched(
-    model: HookedCausalLM, tokens: Int[Tensor, "rows pos"], mask: Bool[Tensor, "rows pos"] | None, names: list[str]
-) -> tuple[dict[str, Tensor], HookedKeyValueCache]:
-    """Run prompts: the activations at some hook points, and keys and values."""
-    cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(tokens), dtype=model.dtype)
-    reads_head = any(find_entry(name, model.cfg).stage == "head" for name in names)
-    with model.capture(list(dict.fromkeys(names))) as captured:
-        model.run(tokens, model.make_plan(tokens, mask, None, cache), past_kv_cache=cache, unembed=reads_head)
-    return captured, cache
-
-
-def _read_logits(
-    model: HookedCausalLM,
-    source: Source,
-    last: tuple[Float[Tensor, "pairs pos d_model"], Float[Tensor, "pairs pos width"]],
-    reads: Int[Tensor, "pairs read"],
-    vocabulary: Vocabulary | None,
-) -> tuple[Tensor, Tensor]:
-    """The logits of both unpatched runs at the positions that the metric reads."""
-    own, other = (stream.take_along_dim(reads.to(stream.device)[..., None], dim=1) for stream in last)
-    if isinstance(source, HookedCausalLM):
-        logits = unembed_other_model(source, other, vocabulary)
-        return unembed(model, own, vocabulary=vocabulary), logits.to(model.device, model.dtype)
-    into_logits, other_logits = unembed(model, torch.cat([own, other]), vocabulary=vocabulary).chunk(2)
-    return into_logits, other_logits
+def _act(model: HookedCausalLM, prompts: PromptPairs, chosen: list[int], edits: RunEdits) -> GroupEdits | None:
+    """The edits in runs of some pairs."""
+    if not edits:
+        return None
+    return act_on_pairs(
+        edits,
+        [prompts.first + pair for pair in chosen],
+        [prompts.lengths[pair] for pair in chosen],
+        n_pairs=prompts.n_pairs,
+        width=max(prompts.lengths),
+        device=model.device,
+    )
 
 
 def _value_of(

@@ -36,7 +36,8 @@ def check_model(model: HookedCausalLM, *, allow_training: bool) -> None:
     if attached:
         raise InputError(
             f"hooks are attached to {len(attached)} hook points, such as {attached[0]!r}, which a sweep would show "
-            "parts of sequences and rows of other cells; remove them: model.reset_hooks(including_permanent=True)"
+            "parts of sequences and rows of other cells; remove them (model.reset_hooks(including_permanent=True)) and "
+            "give the experiment what they do as edits=[...]; a function of the tensor is edits.Custom(name, fn)"
         )
     if isinstance(model.cfg.positions, ShortformerPositions) and model.hook_pos_embed in thread_listeners():
         raise InputError(

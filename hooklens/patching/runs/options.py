@@ -9,6 +9,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.runs.baseline import Direction
 from hooklens.patching.runs.checks import check_model
+from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.memory import BatchSize, read_batch_size
 
 
@@ -21,12 +22,14 @@ class RunOptions:
         direction: `"denoise"` patches clean activations into the corrupted run, `"noise"` the other way.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
+        edits: what acts in every run.
     """
 
     batch_size: BatchSize = "auto"
     direction: Direction = "denoise"
     progress: bool = True
     allow_training: bool = False
+    edits: RunEdits = NO_EDITS
 
     @classmethod
     def read(
@@ -37,11 +40,13 @@ class RunOptions:
         direction: object = "denoise",
         progress: object = True,
         allow_training: object = False,
+        edits: object = (),
     ) -> "RunOptions":
         """The options, and a model whose runs are the plain ones.
 
         Raises:
             InputError: options that are none, all of which are named; a model in training mode, or with hooks.
+            HookNameError, EditError: edits that do not go with the model.
         """
         given = {
             "batch_size": batch_size,
@@ -57,7 +62,7 @@ class RunOptions:
                 problems.append(str(problem))
         if problems:
             raise InputError("; ".join(problems))
-        options = cls(**read)
+        options = cls(**read, edits=RunEdits.read(model, edits))
         check_model(model, allow_training=options.allow_training)
         return options
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens import tokens as tokenization
-from hooklens.axes import is_below_blocks, layer_of
+from hooklens.axes import is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, TransformError
 from hooklens.patching.errors import SiteError
@@ -103,7 +103,7 @@ def run_other_model(
     tokens = tokens.to(other.device)
     with torch.no_grad(), other.capture([*dict.fromkeys([*names, last])]) as captured:
         plan = other.make_plan(tokens, None if mask is None else mask.to(other.device))
-        other.run(tokens, plan, unembed=any(layer_of(name) is None and not is_below_blocks(name) for name in names))
+        other.run(tokens, plan, unembed=any(map(is_past_blocks, names)))
     return OtherRun({name: captured[name].to(model.device, model.dtype) for name in names}, captured[last])
 
 

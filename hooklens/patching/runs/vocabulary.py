@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.axes import is_below_blocks, layer_of
+from hooklens.axes import is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call
 from hooklens.hooks.call import NOBODY, Listeners, thread_listeners
@@ -52,7 +52,7 @@ def find_vocabulary(metric: Metric, runs: Runs, names: Sequence[str]) -> Vocabul
     """
     model = runs.model
     unembedding = model.unembed
-    changes_logits = any(layer_of(name) is None and not is_below_blocks(name) for name in names)
+    changes_logits = any(map(is_past_blocks, names))
     is_own = isinstance(unembedding, TiedUnembed) or is_plain(unembedding.get_submodule("proj"))
     call = Call(thread_listeners(), TokenPlan(batch=1, n_new=1, device=model.device))
     if changes_logits or not is_own or model.listens_past_blocks(call):

@@ -17,10 +17,11 @@ from torch import Tensor
 from hooklens.axes import find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call, HookPoint
-from hooklens.hooks.call import Hook, Listeners, Listening, join_listeners, thread_listeners
+from hooklens.hooks.call import NOBODY, Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.parts.adapted import whole_weight
 from hooklens.model.plan.positions import TokenPlan
+from hooklens.patching.runs.acting import Places, is_behind_attention
 from hooklens.patching.runs.baseline import Baseline
 from hooklens.patching.runs.sites import Cell
 from hooklens.patching.runs.vocabulary import unembed
@@ -28,9 +29,6 @@ from hooklens.patching.sweeps.packing import Packing, Segment, count_up
 
 # Up to so many keys a copy for each row and one attention call take less time than two calls put together.
 _SHORT_PAST = 64
-_BEHIND_ATTENTION = frozenset(
-    {"hook_resid_mid", "hook_mlp_in", "hook_mlp_out", "ln1_stream", "ln2", "mlp", "ln2_post", "ln2_stream"}
-)
 
 
 class Index(NamedTuple):
@@ -87,11 +85,13 @@ class Pass:
         outside = thread_listeners()
         reads = self._find_reads()
         for layer in range(packing.layers[0], n_layers):
+            n_inside = n_rows
             stream = self._join(stream, layer)
             n_rows = len(stream)
             plan = plans.of(n_rows)
             wanted = reads.places(reads.row < n_rows) if layer == n_layers - 1 and self._may_narrow(layer) else None
-            call = Call(join_listeners([outside, self._listeners_in(layer)]), plan)
+            standing = self._edits_in(layer, n_rows, n_inside)
+            call = Call(join_listeners([outside, standing, self._listeners_in(layer)]), plan)
             stream = self.model.block_list()[layer](stream, plan, call, self._past(layer, n_rows), wanted=wanted)
             self.token_layers += n_rows * packing.width
         return self._read_logits(reads, self._gather(reads, stream, n_rows))
@@ -114,9 +114,19 @@ class Pass:
         return Reads(segment, read, column, rows[segment], column + (offsets - starts)[segment])
 
     def _may_narrow(self, layer: int) -> bool:
-        """Whether nothing is patched in a block behind its attention, where only tokens that are read go on."""
+        """Whether nothing is changed in a block behind its attention, where only tokens that are read go on."""
         inside = [name for at, name in self._edits if at == layer and name != "stream"]
-        return not any(name.split(".")[2] in _BEHIND_ATTENTION for name in inside)
+        edits = self.baseline.edits
+        is_edited = edits is not None and edits.acts_behind_attention(layer)
+        return not is_edited and not any(map(is_behind_attention, inside))
+
+    def _edits_in(self, layer: int, n_rows: int, n_inside: int) -> Listeners:
+        """What the experiment's edits do in a block, to rows of which the first come from the block below."""
+        edits = self.baseline.edits
+        if edits is None:
+            return NOBODY
+        places = Places(self.pairs[:n_rows], self.packing.column[:n_rows])
+        return edits.in_layer(self.model, layer, places, n_inside)
 
     def _gather(self, reads: "Reads", stream: Tensor | None, n_rows: int) -> Float[Tensor, "token one d_model"]:
         """The last stream of the tokens that are read, from the `n_rows` rows that went through blocks and the rest."""
@@ -272,12 +282,12 @@ class Pass:
         self, reads: "Reads", stream: Float[Tensor, "token one d_model"]
     ) -> Float[Tensor, "segments read d_vocab"]:
         """Logits where the metric reads; before its start a segment's are those of the unpatched run."""
-        logits = unembed(
-            self.model,
-            stream,
-            listeners=self._put_in(self._edits_of_head(reads)),
-            vocabulary=self.baseline.vocabulary,
-        )[:, 0]
+        patched, edits = self._put_in(self._edits_of_head(reads)), self.baseline.edits
+        if edits is not None:
+            pairs = self.pairs[torch.tensor(self.packing.row, device=self.model.device)[reads.segment]]
+            standing = edits.listeners(self.model, Places(pairs, reads.column[:, None]), edits.names_in_head)
+            patched = join_listeners([standing, patched])
+        logits = unembed(self.model, stream, listeners=patched, vocabulary=self.baseline.vocabulary)[:, 0]
         shape = (len(self.segments), self.baseline.reads.shape[1])
         if len(logits) == shape[0] * shape[1]:
             return logits.view(*shape, -1)

@@ -29,7 +29,7 @@ def plan_segments(model: HookedCausalLM, cells: Sequence[Cell], baseline: Baseli
             at = places[length]
             start = _first_change(differs[cell.name][pair, :length], at)
             stop = length if whole or has_keys[cell.name] else last_read[pair]
-            if start is not None and start < last_read[pair]:
+            if start is not None and (start < last_read[pair] or not baseline.is_causal):
                 segments.append(Segment(index, pair, 0 if whole else start, stop, layer, at))
     return segments
 
@@ -47,8 +47,11 @@ def _first_change(differs: np.ndarray, at: Place) -> int | None:
 
 
 def can_share(model: HookedCausalLM, baseline: Baseline) -> bool:
-    """Whether columns keep their keys in a shorter run: not where rotary frequencies depend on the length."""
-    return not model.depends_on_length(max(baseline.lengths))
+    """Whether some columns can run without the others.
+
+    They cannot where rotary frequencies depend on the length, or edits make columns depend on each other.
+    """
+    return not model.depends_on_length(max(baseline.lengths)) and not baseline.needs_whole_rows
 
 
 def axes_of(name: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ What is run is planned, and every shortcut gives what one full forward per cell 
 - a patch that puts in what was there already is not run at all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -29,6 +29,7 @@ from torch import Tensor
 from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.function import MetricFunction, as_metric
@@ -36,13 +37,15 @@ from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import GroupSize, Pairs, PairSource, read_source
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
 from hooklens.patching.results.result import SweepResult, SweepStats
-from hooklens.patching.runs.baseline import Baseline, Direction, Source, run_baseline
+from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.checks import check_source
 from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.other_model import check_other_model
 from hooklens.patching.runs.sites import CellArray, Sites, lay_out
 from hooklens.patching.runs.tally import Tally
+from hooklens.patching.runs.unpatched import Source
+from hooklens.patching.sweeps.in_full import run_in_full
 from hooklens.patching.sweeps.packing import Segment
 from hooklens.patching.sweeps.passes import Pass
 from hooklens.patching.sweeps.plan import axes_of, can_share, plan_segments
@@ -60,6 +63,7 @@ def sweep(
     direction: Direction = "denoise",
     source: Source = "other",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
 ) -> SweepResult:
@@ -81,6 +85,9 @@ def sweep(
             which then makes the other run: with `"denoise"` its activations on the clean prompts go into this model's
             run on the corrupted ones (which may be the same prompts), and `result.clean` is the metric of its run.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        edits: values from `hooklens.edits` that act in every run, the unpatched ones included (but for that of another
+            model); the patch acts last at its own hook point. `hooklens.patching.runs.edits` says what their rows and
+            positions mean; `result.stats.unplanned` counts the full forwards that functions of one's own take.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
@@ -88,6 +95,7 @@ def sweep(
         InputError: prompts that do not go together, options that are none, or hooks attached to the model.
         HookNameError, SiteError: a site, layer, position or head that is not there, or a site where a source model
             has another shape.
+        EditError: an edit that does not fit the model or the prompts.
         TransformError: a source that is a model with other processing, or the cache of one.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: the sweep was stopped, or failed on the way; it holds what was measured.
@@ -98,12 +106,23 @@ def sweep(
         >>> pairs = [patching.Pair.from_text(model, clean, corrupted, answer=" Mary", wrong=" John")]
         >>> result = patching.sweep(model, pairs, sites="z", metric=patching.LogitDiff())
         >>> result = patching.sweep(base, prompts, prompts, "resid_post", patching.LogitDiff(), source=tuned)
+
+        Self-repair: with the heads that move names ablated, which heads take over?
+
+        >>> movers = [edits.Zero("blocks.9.attn.hook_z", head=[6, 9])]
+        >>> repaired = patching.sweep(model, pairs, sites="z", metric=patching.LogitDiff(), edits=movers)
+        >>> (repaired.values - result.values).abs()
     """
     refuse_missing("sweep", sites=sites, metric=metric)
     assert sites is not None
     assert metric is not None
     options = RunOptions.read(
-        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+        model,
+        batch_size=batch_size,
+        direction=direction,
+        progress=progress,
+        allow_training=allow_training,
+        edits=edits,
     )
     _check_activations(model, source)
     measured = as_metric(metric).encode(model)
@@ -113,6 +132,7 @@ def sweep(
             f"metric {measured.name} is a function that sees all pairs at once, so it cannot go through a loader; give "
             "the pairs as a list, or a metric such as patching.LogitDiff"
         )
+    options.edits.check_pairs(pairs.at_hand.lengths, pairs.n_pairs)
     array = lay_out(sites, model, pairs.at_hand.lengths, more_follow=pairs.n_pairs is None)
     if isinstance(source, HookedCausalLM):
         names = list(dict.fromkeys(cell.name for cell in array.cells))
@@ -145,7 +165,7 @@ class SweepRun:
         self.options, self.source = options, source
         self.names = list(dict.fromkeys(cell.name for cell in array.cells))
         self.tally = Tally(len(array.cells), pairs.n_pairs, dtype=wide_dtype(model.dtype), device=model.device)
-        self.forwards, self.token_layers, self.unchanged = 0, 0, 0
+        self.forwards, self.token_layers, self.unchanged, self.unplanned = 0, 0, 0, 0
 
     def finish(self) -> SweepResult:
         """Run all cells of all pairs.
@@ -163,7 +183,9 @@ class SweepRun:
         ):
             for prompts, chosen in self.pairs.groups(self._group_size()):
                 self.array.check_lengths(prompts.lengths, prompts.first)
-                for done in self._run_group(self._run_baseline(prompts, chosen)):
+                baseline = self._run_baseline(prompts, chosen)
+                run_group = self._run_group if baseline.is_planned else self._run_unplanned
+                for done in run_group(baseline):
                     bar.update(done)
 
     def result(self) -> SweepResult:
@@ -179,6 +201,7 @@ class SweepRun:
             tokens=self.token_layers / self.model.cfg.n_layers,
             naive_forwards=(n_cells + 2) * n_pairs,
             naive_tokens=(n_cells + 2) * n_tokens,
+            unplanned=self.unplanned,
         )
         clean, corrupted = self.tally.ends()
         return SweepResult(
@@ -214,8 +237,9 @@ class SweepRun:
             direction=self.options.direction,
             source=self.source,
             answers_only=True,
+            edits=self.options.edits,
         )
-        self.forwards += 2 if isinstance(self.source, HookedCausalLM) else 1
+        self.forwards += self._n_unpatched(baseline)
         self.token_layers += 2 * len(chosen) * max(baseline.lengths) * self.model.cfg.n_layers
         self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
         return baseline
@@ -233,13 +257,32 @@ class SweepRun:
 
         for chunk in self._chunks(segments, baseline):
             cells = list(dict.fromkeys(segment.cell for segment in chunk))
-            logits = self._run_chunk(chunk, cells, baseline)
-            measured = baseline.metric.measure(logits)
-            if bool(measured.isnan().any()):
-                cell = cells[int(measured.isnan().any(1).nonzero()[0])]
-                raise MetricError(f"metric {self.metric.name} is NaN for the patch at {self.array.cells[cell]}")
-            self.tally.store(cells, measured)
-            yield measured.numel()
+            yield self._measure(cells, self._run_chunk(chunk, cells, baseline), baseline)
+
+    def _run_unplanned(self, baseline: Baseline) -> Iterator[int]:
+        """Run all cells of a group of pairs in full, each prompt by itself."""
+        for index, cell in enumerate(self.array.cells):
+            logits = [run_in_full(self.model, baseline, cell, pair) for pair in range(len(baseline.pairs))]
+            self.forwards += len(logits)
+            self.unplanned += len(logits)
+            self.token_layers += sum(baseline.lengths) * self.model.cfg.n_layers
+            yield self._measure([index], torch.stack(logits)[None], baseline)
+
+    def _measure(self, cells: list[int], logits: Tensor, baseline: Baseline) -> int:
+        """Measure cells and keep their values; gives how many these are."""
+        measured = baseline.metric.measure(logits)
+        if bool(measured.isnan().any()):
+            cell = cells[int(measured.isnan().any(1).nonzero()[0])]
+            raise MetricError(f"metric {self.metric.name} is NaN for the patch at {self.array.cells[cell]}")
+        self.tally.store(cells, measured)
+        return measured.numel()
+
+    def _n_unpatched(self, baseline: Baseline) -> int:
+        """Passes that the unpatched runs took."""
+        of_other = isinstance(self.source, HookedCausalLM)
+        if baseline.is_planned:
+            return 2 if of_other else 1
+        return len(baseline.pairs) + (1 if of_other else len(baseline.pairs))
 
     def _chunks(self, segments: list[Segment], baseline: Baseline) -> Iterator[list[Segment]]:
         """Whole cells, as many as run at once, in the order in which they enter."""
