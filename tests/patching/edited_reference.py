@@ -38,11 +38,16 @@ def mix(region: Tensor) -> Tensor:
 
 
 @st.composite
-def edits_of(draw, model: HookedCausalLM, n_pairs: int, kinds: Sequence[str], names: Sequence[str] | None = None):
+def edits_of(
+    draw, model: HookedCausalLM, lengths: Sequence[int], kinds: Sequence[str], names: Sequence[str] | None = None
+):
     """An edit of some kind at some hook point, with all that it can choose."""
     name = draw(st.sampled_from(list(names or activations_of(model))))
     site = find_site(name)
-    kind = draw(st.sampled_from(list(kinds)))
+    kind, n_pairs = draw(st.sampled_from(list(kinds))), len(lengths)
+    if kind == "Project" and "key" in site.axes and len(set(lengths)) > 1:
+        # No directions fit prompts with other numbers of keys.
+        kind = "Scale"
     pos = draw(st.sampled_from(POSITIONS))
     rows = draw(st.sampled_from([None, None, 0, [-1], slice(1, None)]))
     chooses: dict = {"pos": pos}

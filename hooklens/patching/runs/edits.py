@@ -32,7 +32,7 @@ from hooklens.errors import EditError, HookNameError
 from hooklens.hooks import HookPoint
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.choice import resolve_choice
-from hooklens.hooks.edits import Edit, Reach
+from hooklens.hooks.edits import Edit, Project, Reach
 
 _PER_HEAD = ("hook_k_per_head", "hook_v_per_head")
 
@@ -120,11 +120,16 @@ class RunEdits:
         Raises:
             EditError: pairs or positions that are not there, or rows where pairs come from a loader.
         """
-        for edit in self.edits:
+        for edit, names in zip(self.edits, self.points, strict=True):
             if edit.rows is not None and n_pairs is None:
                 raise EditError(
                     f"edits: {edit!r} chooses rows, which are pairs of the experiment, but they come from a loader, so "
                     "their number is not known; give the pairs as a list"
+                )
+            if isinstance(edit, Project) and len(set(lengths)) > 1 and any(map(has_keys, names)):
+                raise EditError(
+                    f"edits: {edit!r}: directions among the keys of prompts of {min(lengths)} to {max(lengths)} tokens, "
+                    "which have other numbers of keys; use prompts of one length"
                 )
             pos = edit._read("pos")
             if pos is None or isinstance(pos, slice):

@@ -83,7 +83,7 @@ class Pass:
         plans = _Plans(packing, self.model.device)
         stream, n_rows = None, 0
         outside = thread_listeners()
-        reads = self._find_reads()
+        reads, wanted = self._find_reads(), None
         for layer in range(packing.layers[0], n_layers):
             n_inside = n_rows
             stream = self._join(stream, layer)
@@ -94,7 +94,7 @@ class Pass:
             call = Call(join_listeners([outside, standing, self._listeners_in(layer)]), plan)
             stream = self.model.block_list()[layer](stream, plan, call, self._past(layer, n_rows), wanted=wanted)
             self.token_layers += n_rows * packing.width
-        return self._read_logits(reads, self._gather(reads, stream, n_rows))
+        return self._read_logits(reads, self._gather(reads, stream, n_rows, narrow=wanted is not None))
 
     def _find_reads(self) -> "Reads":
         """The tokens of the batch that the metric reads; before its start a segment has none."""
@@ -128,12 +128,16 @@ class Pass:
         places = Places(self.pairs[:n_rows], self.packing.column[:n_rows])
         return edits.in_layer(self.model, layer, places, n_inside)
 
-    def _gather(self, reads: "Reads", stream: Tensor | None, n_rows: int) -> Float[Tensor, "token one d_model"]:
-        """The last stream of the tokens that are read, from the `n_rows` rows that went through blocks and the rest."""
+    def _gather(
+        self, reads: "Reads", stream: Tensor | None, n_rows: int, *, narrow: bool
+    ) -> Float[Tensor, "token one d_model"]:
+        """The last stream of the tokens that are read, from the `n_rows` rows that went through blocks and the rest.
+
+        Where it is `narrow`, the first holds those tokens and no others.
+        """
         ran = reads.row < n_rows
         parts = []
         if stream is not None:
-            narrow = stream.shape[:2] == (int(ran.sum()), 1)
             parts.append(stream if narrow else stream[reads.places(ran)][:, None])
         if n_rows < len(self.packing.layers):
             entering = self._enter(n_rows, len(self.packing.layers), self.model.cfg.n_layers)
