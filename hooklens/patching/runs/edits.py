@@ -131,10 +131,10 @@ class RunEdits:
                     f"edits: {edit!r}: directions among the keys of prompts of {min(lengths)} to {max(lengths)} tokens, "
                     "which have other numbers of keys; use prompts of one length"
                 )
-            pos = edit._read("pos")
+            chosen, pos = chosen_pairs(edit, len(lengths) if n_pairs is None else n_pairs), edit._read("pos")
             if pos is None or isinstance(pos, slice):
                 continue
-            for pair in chosen_pairs(edit, len(lengths) if n_pairs is None else n_pairs):
+            for pair in chosen:
                 numbers = (pos,) if isinstance(pos, int) else pos
                 resolve_choice(
                     numbers, lengths[pair], what=f"edits: {edit!r}: pos", noun=f"tokens in pair {pair}", error=EditError
