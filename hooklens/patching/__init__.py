@@ -18,6 +18,7 @@ from hooklens.patching.pairs.template import Pair, stack_pairs
 from hooklens.patching.paths.path import path_patch
 from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.result import SweepResult, SweepStats
+from hooklens.patching.results.several import Results
 from hooklens.patching.runs.sites import Cell, Grid, grid
 from hooklens.patching.runs.sources import draw_activations, mean_activations
 from hooklens.patching.sweeps.act_patch import (
@@ -74,6 +75,7 @@ __all__ = [
     "MetricError",
     "Pair",
     "Probability",
+    "Results",
     "SiteError",
     "SmallDifferenceWarning",
     "SweepInterruptedError",

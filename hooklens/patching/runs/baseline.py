@@ -17,7 +17,8 @@ from hooklens.axes import EMBEDDINGS, find_site, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig, ShortformerPositions
 from hooklens.patching.errors import MetricError, SiteError
-from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
+from hooklens.patching.metrics.group import MetricGroup
+from hooklens.patching.metrics.metric import Ends, Metric, Runs
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import GroupEdits, act_on_pairs
 from hooklens.patching.runs.edits import NO_EDITS, RunEdits
@@ -117,10 +118,9 @@ class Baseline:
         reads: `[pairs read]`, columns whose logits the metric reads.
         into_logits: `[pairs read d_vocab]` of the unpatched run.
         kept: by hook name, activations of both runs that were asked for, `into` and then `source`.
-        metric: the metric, prepared for these pairs.
+        metrics: the metrics, prepared for these pairs.
         vocabulary: the tokens whose logits the metric takes; None: all.
-        clean: the metric's values of the clean run, `[pairs]`.
-        corrupted: the metric's values of the corrupted run, `[pairs]`.
+        ends: the values of each metric for the clean and the corrupted run, `[pairs]`.
     """
 
     pairs: tuple[int, ...]
@@ -137,10 +137,24 @@ class Baseline:
     reads: Int[Tensor, "pairs read"]
     into_logits: Float[Tensor, "pairs read d_vocab"]
     kept: dict[str, tuple[Tensor, Tensor]]
-    metric: Metric
+    metrics: MetricGroup
     vocabulary: Vocabulary | None
-    clean: Float[Tensor, " pairs"]
-    corrupted: Float[Tensor, " pairs"]
+    ends: list[Ends]
+
+    @property
+    def metric(self) -> Metric:
+        """The metric, of several the first."""
+        return next(iter(self.metrics.metrics.values()))
+
+    @property
+    def clean(self) -> Float[Tensor, " pairs"]:
+        """The metric's values of the clean run, of several metrics the first's."""
+        return self.ends[0][0]
+
+    @property
+    def corrupted(self) -> Float[Tensor, " pairs"]:
+        """The same of the corrupted run."""
+        return self.ends[0][1]
 
     @property
     def needs_whole_rows(self) -> bool:
@@ -158,7 +172,7 @@ def run_baseline(
     prompts: PromptPairs,
     pairs: Sequence[int],
     names: Iterable[str],
-    metric: Metric,
+    metric: Metric | MetricGroup,
     *,
     direction: Direction,
     source: Source,
@@ -173,12 +187,12 @@ def run_baseline(
         prompts: all pairs.
         pairs: the pairs to run.
         names: the hook points to be patched.
-        metric: says which positions are read.
+        metric: says which positions are read; several are a group.
         direction: `"denoise"` patches clean activations into the corrupted run, `"noise"` the other way.
         source: what is put in: the other run's activation, zeros, or tensors by hook name; or a model, which then
             makes the other run.
         keep: hook points whose activations in both runs are given back.
-        answers_only: unembed only the tokens that the metric reads, where these are few; `baseline.metric` is then
+        answers_only: unembed only the tokens that the metrics read, where these are few; `baseline.metrics` are then
             for logits of `baseline.vocabulary`.
         edits: what acts in both runs, but for that of another model.
 
@@ -194,9 +208,10 @@ def run_baseline(
     width = max(lengths)
     clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
     into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    metrics = metric if isinstance(metric, MetricGroup) else MetricGroup.read(metric)
     acting = _act(model, prompts, chosen, edits)
     is_planned = edits.is_planned(names)
-    reads = torch.tensor(metric.find_reads(lengths, width), device=model.device)
+    reads = torch.tensor(metrics.find_reads(lengths, width), device=model.device)
     if is_planned:
         ran = run_both(model, source, into, other, lengths, [*names, *keep], acting)
     else:
@@ -205,17 +220,18 @@ def run_baseline(
     n_pairs = len(chosen)
     unread = ran.other_last.new_empty(*reads.shape, 0, device=model.device, dtype=model.dtype)
     runs = _describe_runs(model, prompts, chosen, into, unread=unread)
-    metric = metric.encode(model)
+    metrics = metrics.encode(model)
     vocabulary = None
     if answers_only and is_planned:
-        vocabulary = find_vocabulary(metric, runs, [*names, *edits.names])
+        vocabulary = find_vocabulary(metrics, runs, [*names, *edits.names])
     if vocabulary is not None:
-        metric, runs = vocabulary.narrow(metric, runs)
+        metrics, runs = vocabulary.narrow(metrics, runs)
     into_logits, other_logits = read_logits(model, source, ran, reads, vocabulary, acting)
     ends = (other_logits, into_logits) if direction == "denoise" else (into_logits, other_logits)
     runs = replace(runs, clean_logits=ends[0], corrupted_logits=ends[1])
-    clean_values, corrupted_values = metric.measure_ends(runs)
-    _check_ends(metric, runs.pairs, torch.stack([clean_values, corrupted_values]))
+    measured = metrics.measure_ends(runs)
+    for one, both in zip(metrics.metrics.values(), measured, strict=True):
+        _check_ends(one, runs.pairs, torch.stack(both))
     entries = {name: find_entry(name, model.cfg, edits.names) for name in names}
     values, replaced, differs = {}, {}, {}
     for name, entry in entries.items():
@@ -244,10 +260,9 @@ def run_baseline(
         reads=reads,
         into_logits=into_logits,
         kept={name: (ran.into[name], ran.other[name]) for name in keep},
-        metric=prepare_metric(metric, runs),
+        metrics=metrics.prepare(runs),
         vocabulary=vocabulary,
-        clean=clean_values,
-        corrupted=corrupted_values,
+        ends=measured,
     )
 
 

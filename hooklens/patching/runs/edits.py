@@ -37,7 +37,7 @@ from hooklens.hooks.edits import Edit, Project, Reach
 _PER_HEAD = ("hook_k_per_head", "hook_v_per_head")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class RunEdits:
     """The edits of an experiment, and the hook points at which they act.
 
@@ -101,7 +101,7 @@ class RunEdits:
 
     @property
     def is_causal(self) -> bool:
-        """Whether what tokens read is still in earlier ones, and of the same prompt's beginning."""
+        """Whether a token still reads nothing but itself and earlier ones."""
         kinds = zip(self.edits, self.points, strict=True)
         return not any(reach_of(edit) != "token" or any(map(has_keys, points)) for edit, points in kinds)
 
@@ -128,16 +128,15 @@ class RunEdits:
                 )
             if isinstance(edit, Project) and len(set(lengths)) > 1 and any(map(has_keys, names)):
                 raise EditError(
-                    f"edits: {edit!r}: directions among the keys of prompts of {min(lengths)} to {max(lengths)} tokens, "
+                    f"edits: {edit!r}: directions among keys, in prompts of {min(lengths)} to {max(lengths)} tokens, "
                     "which have other numbers of keys; use prompts of one length"
                 )
             chosen, pos = chosen_pairs(edit, len(lengths) if n_pairs is None else n_pairs), edit._read("pos")
             if pos is None or isinstance(pos, slice):
                 continue
             for pair in chosen:
-                numbers = (pos,) if isinstance(pos, int) else pos
                 resolve_choice(
-                    numbers, lengths[pair], what=f"edits: {edit!r}: pos", noun=f"tokens in pair {pair}", error=EditError
+                    pos, lengths[pair], what=f"edits: {edit!r}: pos", noun=f"tokens in pair {pair}", error=EditError
                 )
 
 

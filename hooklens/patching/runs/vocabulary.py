@@ -18,7 +18,8 @@ from hooklens.hooks.call import NOBODY, Listeners, thread_listeners
 from hooklens.model.embed import TiedUnembed
 from hooklens.model.parts.part import is_plain
 from hooklens.model.plan.positions import TokenPlan
-from hooklens.patching.metrics.metric import Metric, Runs
+from hooklens.patching.metrics.group import MetricGroup
+from hooklens.patching.metrics.metric import Runs
 
 # Columns that are picked are copied, so it pays only where most are left out.
 _FEW = 0.25
@@ -36,17 +37,17 @@ class Vocabulary:
     tokens: Int[Tensor, " token"]
     places: Int[Tensor, " d_vocab"]
 
-    def narrow(self, metric: Metric, runs: Runs) -> tuple[Metric, Runs]:
-        """A metric, and the answers that pairs bring along, for logits of these tokens."""
+    def narrow(self, metrics: MetricGroup, runs: Runs) -> tuple[MetricGroup, Runs]:
+        """Metrics, and the answers that pairs bring along, for logits of these tokens."""
         answers, wrongs = (None if one is None else one.among(self.places) for one in (runs.answers, runs.wrongs))
-        return metric.among(self.places), replace(runs, answers=answers, wrongs=wrongs)
+        return metrics.among(self.places), replace(runs, answers=answers, wrongs=wrongs)
 
 
-def find_vocabulary(metric: Metric, runs: Runs, names: Sequence[str]) -> Vocabulary | None:
-    """The tokens that a metric reads, where they are few and nothing else is to happen to logits.
+def find_vocabulary(metrics: MetricGroup, runs: Runs, names: Sequence[str]) -> Vocabulary | None:
+    """The tokens that metrics read, where they are few and nothing else is to happen to logits.
 
     Args:
-        metric: encoded, and not prepared.
+        metrics: encoded, and not prepared.
         runs: some pairs; their logits are not read.
         names: the hook points to be patched.
     """
@@ -57,7 +58,7 @@ def find_vocabulary(metric: Metric, runs: Runs, names: Sequence[str]) -> Vocabul
     call = Call(thread_listeners(), TokenPlan(batch=1, n_new=1, device=model.device))
     if changes_logits or not is_own or model.listens_past_blocks(call):
         return None
-    read = metric.tokens_read(runs)
+    read = metrics.tokens_read(runs)
     d_vocab = unembedding.W_U.shape[1]
     if read is None or len(read) > _FEW * d_vocab:
         return None

@@ -13,7 +13,7 @@ from hooklens.patching.sweeps.packing import Segment
 
 def plan_segments(model: HookedCausalLM, cells: Sequence[Cell], baseline: Baseline) -> list[Segment]:
     """What has to run for each cell and pair: from the first position that changes to the last that is read."""
-    reads_all = baseline.metric.positions is None
+    reads_all = baseline.metrics.n_positions is None
     last_read = [
         length if reads_all else int(reads.max()) + 1
         for length, reads in zip(baseline.lengths, baseline.reads.cpu(), strict=True)
