@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hooklens import HookedCausalLM
+from hooklens.hooks.edits import Custom
 from hooklens.patching import Circuit
 from hooklens.patching.graph.nodes import list_readers, list_writers, reaches
 
@@ -11,11 +12,12 @@ from hooklens.patching.graph.nodes import list_readers, list_writers, reaches
 class MaskedReference:
     """Unpadded pairs of one length; `means` by hook name takes the place of the corrupted prompts' outputs."""
 
-    def __init__(self, model: HookedCausalLM, clean: Tensor, corrupted: Tensor, ablation="resample") -> None:
+    def __init__(self, model: HookedCausalLM, clean: Tensor, corrupted: Tensor, ablation="resample", edits=()) -> None:
         self.model, self.clean, self.cfg = model, clean, model.cfg
         self.writers, self.readers = list_writers(model.cfg), list_readers(model.cfg)
-        _, own = model.run_with_cache(clean, names_filter="*")
-        _, other = model.run_with_cache(corrupted, names_filter="*")
+        self.edits = list(edits)
+        _, own = model.run_with_cache(clean, names_filter="*", edits=self.edits)
+        _, other = model.run_with_cache(corrupted, names_filter="*", edits=self.edits)
         self.streams = {str(reader): self.part(own, reader) for reader in self.readers}
         self.own = {str(writer): self.part(own, writer) for writer in self.writers}
         self.ablated = {}
@@ -50,13 +52,14 @@ class MaskedReference:
                 ],
             }[writer.kind]
             _, cache = self.model.run_with_cache(
-                self.clean, names_filter=writer.hook_name, fwd_hooks=self.give(names, circuit, written)
+                self.clean, names_filter=writer.hook_name, edits=self.edits + self.give(names, circuit, written)
             )
             written[str(writer)] = self.part(cache, writer)
-        return self.model.run_with_hooks(self.clean, fwd_hooks=self.give(["logits"], circuit, written))
+        return self.model.run_with_hooks(self.clean, edits=self.edits + self.give(["logits"], circuit, written))
 
     def give(self, names, circuit: Circuit, written: dict[str, Tensor]):
-        hooks = []
+        """What readers get, whatever an edit has left there."""
+        given = []
         for reader in self.readers:
             if str(reader) not in names:
                 continue
@@ -68,12 +71,12 @@ class MaskedReference:
                     if (name, str(reader)) in circuit:
                         value += written[name] - self.ablated[name]
 
-            def put(tensor, hook, value=value, head=reader.head):
+            def put(tensor, value=value, head=reader.head):
                 if tensor.ndim == 3:
                     return value
                 tensor = tensor.clone()
                 tensor[:, :, head] = value
                 return tensor
 
-            hooks.append((reader.hook_name, put))
-        return hooks
+            given.append(Custom(reader.hook_name, put))
+        return given

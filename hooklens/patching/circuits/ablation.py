@@ -22,7 +22,11 @@ from hooklens.errors import InputError, join_names
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.nodes import list_writers
 from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.acting import act_on_pairs
+from hooklens.patching.runs.edits import RunEdits
 from hooklens.patching.runs.sources import fit_given
+from hooklens.patching.runs.unpatched import run_unpatched
+from hooklens.precision import widen
 
 Ablation = Literal["resample", "mean", "zero"] | Mapping[str, Tensor]
 
@@ -57,6 +61,29 @@ def check_ablation(model: HookedCausalLM, prompts: PromptPairs, ablation: Ablati
 def written_names(model: HookedCausalLM) -> list[str]:
     """The hook points where writers write."""
     return list(dict.fromkeys(writer.hook_name for writer in list_writers(model.cfg)))
+
+
+@torch.no_grad()
+def average_edited(
+    model: HookedCausalLM, prompts: PromptPairs, names: Sequence[str], edits: RunEdits, *, batch_size: int
+) -> dict[str, Tensor]:
+    """The mean over the corrupted prompts, under edits, of what passes some hook points, `[1 pos ...]`.
+
+    Args:
+        model: the model.
+        prompts: pairs of one length.
+        names: the hook points.
+        edits: what acts in the runs.
+        batch_size: prompts run at once.
+    """
+    sums: dict[str, Tensor] = {}
+    for group in prompts.split(batch_size):
+        acting = act_on_pairs(model, prompts, group, edits)
+        captured, _ = run_unpatched(model, prompts.corrupted[group], None, list(names), acting)
+        for name in names:
+            total = widen(captured[name]).sum(0, keepdim=True)
+            sums[name] = total + sums[name] if name in sums else total
+    return {name: (total / len(prompts)).to(model.dtype) for name, total in sums.items()}
 
 
 def ablated_outputs(

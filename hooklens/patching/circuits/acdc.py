@@ -31,7 +31,7 @@ that its change reaches over edges still in the circuit (`masked_run`): few, onc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ from torch import Tensor
 from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats, Verdict
@@ -81,6 +82,7 @@ def discover_circuit(
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
 ) -> Discovery:
@@ -96,11 +98,15 @@ def discover_circuit(
         ablation: what removed edges carry, as for `evaluate_circuits`.
         batch_size: prompts run at once, circuits times pairs; `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        edits: values from `hooklens.edits` that act in every run: inside nodes, at their outputs, at the embeddings or
+            behind the blocks; `Add` also in the stream. `hooklens.patching.runs.edits` says what their rows and
+            positions are.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Raises:
         InputError: a threshold below 0, prompts that do not go together, or a norm between heads and stream.
+        EditError: an edit that does not fit the model or the prompts, or stands between nodes.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         DiscoveryInterruptedError: stopped, or failed on the way; it holds what was decided.
 
@@ -108,16 +114,25 @@ def discover_circuit(
         >>> found = discover_circuit(model, clean, corrupted, threshold=0.05)
         >>> found.circuit.heads()
     """
-    options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
+    options = RunOptions.read(
+        model, batch_size=batch_size, progress=progress, allow_training=allow_training, edits=edits
+    )
     check_additive(model.cfg)
     check_heads_apart(model.cfg)
     is_number = isinstance(threshold, int | float | np.integer | np.floating) and not isinstance(threshold, bool)
     if not is_number or math.isnan(threshold) or threshold < 0:
         raise InputError(f"discover_circuit: threshold={show(threshold)}; expected a number >= 0 in the metric's units")
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    if isinstance(metric, Mapping):
+        raise MetricError(
+            "discover_circuit decides every edge by one number; give one metric, and measure what it finds by several: "
+            "evaluate_circuits(..., metric={...})"
+        )
     measured = KL() if metric is None else as_metric(metric).encode(model)
     with torch.no_grad():
-        runner = CircuitRunner(model, prompts, measured, ablation=ablation, batch_size=options.batch_size)
+        runner = CircuitRunner(
+            model, prompts, measured, ablation=ablation, batch_size=options.batch_size, edits=options.edits
+        )
         return _Search(runner, float(threshold)).finish(progress=options.progress)
 
 
@@ -264,7 +279,7 @@ class _Search:
             values, run = self.runner.run(self.runner.prepare(group) if ground is None else ground, masks)
             if ground is not None:
                 self.runs[number] = run
-            total += (values - run.ground.clean).abs().double().sum(1)
+            total += (values[0] - run.ground.clean).abs().double().sum(1)
         n_pairs = sum(len(self.groups[number]) for number in numbers)
         return (total / n_pairs).tolist()
 
@@ -283,7 +298,7 @@ class _Search:
                 self.guesses[each.reader, each.writer] = removed
             elif math.isnan(increase):
                 edge = f"{self.runner.graph.writers[each.writer]} -> {self.runner.graph.readers[each.reader]}"
-                raise MetricError(f"metric {self.runner.metric.name} is NaN without the edge {edge}")
+                raise MetricError(f"metric {self.runner.metrics.name} is NaN without the edge {edge}")
             else:
                 self._note(each, "removed" if removed else "kept", damages[each.row], increase)
                 last_removed = each.row if removed else last_removed
@@ -318,7 +333,7 @@ class _Search:
             decisions=tuple(self.decisions),
             damage=self.damage,
             threshold=self.threshold,
-            metric=runner.metric.name,
+            metric=runner.metrics.name,
             stats=DiscoveryStats(
                 edges=len(self.candidates),
                 decided=len(self.decisions),

@@ -7,11 +7,11 @@ has the larger area (Mueller et al. 2025, "MIB").
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -21,16 +21,19 @@ from hooklens.arguments import read_int, read_one_of, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.figures import Backend, draw_curve
+from hooklens.hooks.edits import Edit
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.metrics.function import MetricFunction
+from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs
 from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.over_pairs import Statistic
+from hooklens.patching.results.several import Results
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 
@@ -185,6 +188,7 @@ class FaithfulnessCurve:
         return self.faithfulness - errors, self.faithfulness + errors
 
 
+@overload
 def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
@@ -197,9 +201,43 @@ def faithfulness_curve(
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
-) -> FaithfulnessCurve:
+) -> FaithfulnessCurve: ...
+@overload
+def faithfulness_curve(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    scores: EdgeScores | None = None,
+    metric: Mapping[str, Metric | MetricFunction] | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    connected: bool = True,
+    ablation: Ablation = "resample",
+    batch_size: BatchSize = "auto",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+) -> Results[FaithfulnessCurve]: ...
+def faithfulness_curve(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    scores: EdgeScores | None = None,
+    metric: Metrics | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    connected: bool = True,
+    ablation: Ablation = "resample",
+    batch_size: BatchSize = "auto",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+) -> FaithfulnessCurve | Results[FaithfulnessCurve]:
     """Run the circuits of the strongest edges, more and more of them.
 
     Args:
@@ -207,10 +245,10 @@ def faithfulness_curve(
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths.
         scores: of `edge_attribution`, on these prompts or others.
-        metric: as for a sweep.
+        metric: as for a sweep; several by name give a curve for each.
         sizes: numbers of edges; None: twenty from 1 to all, evenly spaced on a logarithmic scale.
         connected: choose edges from the logits backwards, see `EdgeScores.circuit`; False: simply the strongest.
-        ablation, batch_size, attention_mask, progress, allow_training: as for `evaluate_circuits`.
+        ablation, batch_size, attention_mask, edits, progress, allow_training: as for `evaluate_circuits`.
 
     Raises:
         InputError: a size below 0 or above the number of edges, all of which are named; or other scores.
@@ -229,19 +267,23 @@ def faithfulness_curve(
             f"faithfulness_curve: sizes {outside or chosen}; expected numbers of edges from 0 to {n_edges}"
         )
     circuits = {size: scores.circuit(size, connected=connected) for size in chosen}
-    result = evaluate_circuits(
+    assert metric is not None
+    measured = MetricGroup.read(metric)
+    results = evaluate_circuits(
         model,
         clean,
         corrupted,
         circuits,
-        metric,
+        measured.metrics,
         ablation=ablation,
         batch_size=batch_size,
         attention_mask=attention_mask,
+        edits=edits,
         progress=progress,
         allow_training=allow_training,
     )
-    return FaithfulnessCurve(result=result)
+    curves = {name: FaithfulnessCurve(result=one) for name, one in results.items()}
+    return next(iter(curves.values())) if measured.is_single else Results(curves)
 
 
 def _read_sizes(sizes: object) -> list[int]:

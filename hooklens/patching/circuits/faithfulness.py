@@ -19,6 +19,7 @@ that it was measured on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
 
 import torch
 from jaxtyping import Int
@@ -27,6 +28,7 @@ from torch import Tensor
 from hooklens.arguments import read_int
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.ground import Ground
@@ -35,11 +37,13 @@ from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import check_additive, check_heads_apart
-from hooklens.patching.metrics.function import MetricFunction, as_metric
+from hooklens.patching.metrics.function import MetricFunction
+from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.results.result import SweepStats
+from hooklens.patching.results.several import Results
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import Tally
@@ -48,6 +52,7 @@ from hooklens.precision import wide_dtype
 Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
 
 
+@overload
 def evaluate_circuits(
     model: HookedCausalLM,
     clean: Pairs,
@@ -58,9 +63,39 @@ def evaluate_circuits(
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
-) -> CircuitResult:
+) -> CircuitResult: ...
+@overload
+def evaluate_circuits(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    circuits: Circuits | None = None,
+    metric: Mapping[str, Metric | MetricFunction] | None = None,
+    *,
+    ablation: Ablation = "resample",
+    batch_size: BatchSize = "auto",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+) -> Results[CircuitResult]: ...
+def evaluate_circuits(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    circuits: Circuits | None = None,
+    metric: Metrics | None = None,
+    *,
+    ablation: Ablation = "resample",
+    batch_size: BatchSize = "auto",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+) -> CircuitResult | Results[CircuitResult]:
     """Run circuits with everything outside them ablated.
 
     Args:
@@ -68,13 +103,16 @@ def evaluate_circuits(
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths, which ablated edges take their outputs from.
         circuits: what is run: a list, or a mapping from label to circuit.
-        metric: as for a sweep. What compares with a run compares with that of the prompts: `KL()` with the clean
-            prompts' predictions.
+        metric: as for a sweep; several by name give a result for each. What compares with a run compares with that of
+            the prompts: `KL()` with the clean prompts' predictions.
         ablation: what edges outside a circuit carry: what their writer writes on the corrupted prompt
             (`"resample"`), its mean over the corrupted prompts (`"mean"`), nothing (`"zero"`), or tensors by hook
             name.
         batch_size: prompts run at once, circuits times pairs; `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        edits: values from `hooklens.edits` that act in every run: inside nodes, at their outputs, at the embeddings or
+            behind the blocks; `Add` also in the stream. `hooklens.patching.runs.edits` says what their rows and
+            positions are.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
@@ -85,6 +123,7 @@ def evaluate_circuits(
     Raises:
         SiteError: circuits with edges that the network has not, or an ablation of another shape.
         InputError: no circuit, prompts that do not go together, or a norm between heads and stream.
+        EditError: an edit that does not fit the model or the prompts, or stands between nodes.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: stopped, or failed on the way; it holds what was measured.
 
@@ -95,14 +134,18 @@ def evaluate_circuits(
     refuse_missing("evaluate_circuits", circuits=circuits, metric=metric)
     assert circuits is not None
     assert metric is not None
-    options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
+    options = RunOptions.read(
+        model, batch_size=batch_size, progress=progress, allow_training=allow_training, edits=edits
+    )
     check_additive(model.cfg)
     check_heads_apart(model.cfg)
     masks = _stack_masks(model, circuits)
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     with torch.no_grad():
-        measured = as_metric(metric).encode(model)
-        runner = CircuitRunner(model, prompts, measured, ablation=ablation, batch_size=options.batch_size)
+        measured = MetricGroup.read(metric).encode(model)
+        runner = CircuitRunner(
+            model, prompts, measured, ablation=ablation, batch_size=options.batch_size, edits=options.edits
+        )
         return _Evaluation(runner, circuits, masks).finish(progress=options.progress)
 
 
@@ -117,9 +160,14 @@ class _Evaluation:
             for label in (circuits if isinstance(circuits, Mapping) else range(len(circuits)))
         )
         model = runner.model
-        self.tally = Tally(len(masks), len(runner.prompts), dtype=wide_dtype(model.dtype), device=model.device)
+        self.tallies = [
+            Tally(len(masks), len(runner.prompts), dtype=wide_dtype(model.dtype), device=model.device)
+            for _ in runner.metrics.metrics
+        ]
+        # How far the evaluation has come.
+        self.tally = self.tallies[0]
 
-    def finish(self, *, progress: bool) -> CircuitResult:
+    def finish(self, *, progress: bool) -> CircuitResult | Results[CircuitResult]:
         """Run all circuits on all pairs."""
 
         def work() -> None:
@@ -133,30 +181,41 @@ class _Evaluation:
 
     def _run_group(self, ground: Ground) -> Iterator[int]:
         """Run all circuits on some pairs; gives how many values each step has added."""
-        ablated = self.runner.measure_ablated(ground)
-        if not ablated.isfinite().all():
-            raise MetricError(
-                f"metric {self.runner.metric.name} is NaN or infinite with every edge ablated; no circuit could be "
-                "compared with that"
-            )
-        self.tally.begin(ground.clean, ablated, ground.lengths)
+        empty = self.runner.measure_ablated(ground)
+        for metric, ablated in zip(self.runner.metrics.metrics.values(), empty, strict=True):
+            if not ablated.isfinite().all():
+                raise MetricError(
+                    f"metric {metric.name} is NaN or infinite with every edge ablated; no circuit could be compared "
+                    "with that"
+                )
+        for tally, (clean, _), ablated in zip(self.tallies, ground.ends, empty, strict=True):
+            tally.begin(clean, ablated, ground.lengths)
         size = self.runner.rows_per_batch(ground)
         for first in range(0, len(self.masks), size):
             rows = slice(first, first + size)
-            measured = self.runner.measure(ground, self.masks[rows])
-            self._check(measured, first)
-            self.tally.store(rows, measured)
-            yield measured.numel()
+            values, _ = self.runner.run(ground, self.masks[rows])
+            for metric, measured in zip(self.runner.metrics.metrics.values(), values, strict=True):
+                self._check(metric, measured, first)
+            for tally, measured in zip(self.tallies, values, strict=True):
+                tally.store(rows, measured)
+            yield values[0].numel()
 
-    def _check(self, measured: Tensor, first: int) -> None:
+    def _check(self, metric: Metric, measured: Tensor, first: int) -> None:
         broken = measured.isnan().any(1).nonzero()[:, 0].tolist()
         if broken:
             labels = [self.labels[first + row] for row in broken]
-            raise MetricError(f"metric {self.runner.metric.name} is NaN for the circuits {labels}")
+            raise MetricError(f"metric {metric.name} is NaN for the circuits {labels}")
 
-    def result(self) -> CircuitResult:
+    def result(self) -> CircuitResult | Results[CircuitResult]:
         """The values so far."""
-        runner, tally = self.runner, self.tally
+        metrics = self.runner.metrics
+        if metrics.is_single:
+            return self._result_of(metrics.name, self.tally)
+        tallies = zip(metrics.metrics, self.tallies, strict=True)
+        return Results({name: self._result_of(name, tally) for name, tally in tallies})
+
+    def _result_of(self, name: str, tally: Tally) -> CircuitResult:
+        runner = self.runner
         full, empty = tally.ends()
         return CircuitResult(
             circuits=self.circuits,
@@ -164,7 +223,7 @@ class _Evaluation:
             per_pair=tally.per_pair(),
             full_per_pair=full,
             empty_per_pair=empty,
-            metric=runner.metric.name,
+            metric=name,
             ablation=runner.ablation_name,
             stats=SweepStats(
                 cells=tally.n_cells,

@@ -10,9 +10,12 @@ from torch import Tensor
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.patching.circuits.ablation import Ablation, ablated_outputs, written_names
 from hooklens.patching.graph.nodes import Graph, Reader, Writer
-from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.metrics.group import MetricGroup
+from hooklens.patching.metrics.metric import Ends
 from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.acting import GroupEdits, Places
 from hooklens.patching.runs.baseline import run_baseline
+from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 
 
 @dataclass(kw_only=True)
@@ -23,8 +26,9 @@ class Ground:
         graph: the network's nodes.
         pairs: which pairs of the experiment these are.
         lengths: tokens of each.
-        metric: the metric, prepared for them.
-        clean, corrupted: its values in the unpatched runs.
+        metrics: the metrics, prepared for them.
+        ends: the values of each in the clean and the corrupted run.
+        edits: what acts in every run; None: nothing does.
         first: the first column that is run.
         reads: the places that the metric reads, `first` being 0.
         ablated: every writer's ablated output.
@@ -38,9 +42,9 @@ class Ground:
     graph: Graph
     pairs: tuple[int, ...]
     lengths: tuple[int, ...]
-    metric: Metric
-    clean: Float[Tensor, " pair"]
-    corrupted: Float[Tensor, " pair"]
+    metrics: MetricGroup
+    ends: list[Ends]
+    edits: GroupEdits | None
     first: int
     reads: Int[Tensor, "pair read"]
     ablated: Float[Tensor, "writer pair pos d_model"]
@@ -49,6 +53,28 @@ class Ground:
     bases: dict[str, Float[Tensor, "pair pos d_model"]]
     mask: Bool[Tensor, "pair pos"]
     past: list[tuple[Tensor, Tensor]]
+
+    @property
+    def clean(self) -> Float[Tensor, " pair"]:
+        """The metric's values in the clean run, of several metrics the first's."""
+        return self.ends[0][0]
+
+    @property
+    def corrupted(self) -> Float[Tensor, " pair"]:
+        """The same in the corrupted run."""
+        return self.ends[0][1]
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether edits make all columns of a run depend on each other."""
+        return self.edits is not None and self.edits.of_run.needs_whole_rows
+
+    def places(self, n_circuits: int, *, at_reads: bool = False) -> Places:
+        """The tokens of a batch, circuits times pairs: all columns that are run, or those that the metrics read."""
+        n_pairs = len(self.pairs)
+        columns = self.reads if at_reads else torch.arange(self.width, device=self.reads.device).expand(n_pairs, -1)
+        pairs = torch.arange(n_pairs, device=self.reads.device)
+        return Places(pairs.repeat(n_circuits), columns.repeat(n_circuits, 1) + self.first)
 
     @property
     def width(self) -> int:
@@ -62,7 +88,12 @@ class Ground:
 
 
 def prepare_ground(
-    model: HookedCausalLM, prompts: PromptPairs, pairs: list[int], metric: Metric, ablation: Ablation
+    model: HookedCausalLM,
+    prompts: PromptPairs,
+    pairs: list[int],
+    metrics: MetricGroup,
+    ablation: Ablation,
+    edits: RunEdits = NO_EDITS,
 ) -> Ground:
     """Run both prompts of some pairs once, and ablate every writer.
 
@@ -70,8 +101,9 @@ def prepare_ground(
         model: the model.
         prompts: all pairs.
         pairs: the pairs to run.
-        metric: what is measured.
+        metrics: what is measured.
         ablation: `"resample"`, `"zero"`, or outputs by hook name; means have to be made before.
+        edits: what acts in every run.
 
     Raises:
         SiteError: the ablation lacks a hook point or has another shape, or the metric reads a position that is not
@@ -82,12 +114,14 @@ def prepare_ground(
     written = written_names(model)
     streams = list(dict.fromkeys(map(stream_name, graph.readers)))
     baseline = run_baseline(
-        model, prompts, pairs, [], metric, direction="noise", source="other", keep=[*written, *streams]
+        model, prompts, pairs, [], metrics, direction="noise", source="other", keep=[*written, *streams], edits=edits
     )
     lengths, full_width, kept = baseline.lengths, max(baseline.lengths), baseline.kept
     clean, corrupted = prompts.clean[pairs, :full_width], prompts.corrupted[pairs, :full_width]
     mask = torch.arange(full_width, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
-    columns = _columns_to_run(model, baseline.reads, lengths, clean != corrupted, metric, ablation)
+    columns = slice(0, full_width)
+    if not baseline.needs_whole_rows:
+        columns = _columns_to_run(model, baseline.reads, lengths, clean != corrupted, metrics, ablation)
 
     own: Mapping[str, Tensor] = {name: kept[name][0][:, columns] for name in written}
     others: Mapping[str, Tensor] = {name: kept[name][1][:, columns] for name in written}
@@ -102,9 +136,9 @@ def prepare_ground(
         graph=graph,
         pairs=tuple(pairs),
         lengths=lengths,
-        metric=baseline.metric,
-        clean=baseline.clean,
-        corrupted=baseline.corrupted,
+        metrics=baseline.metrics,
+        ends=baseline.ends,
+        edits=baseline.edits,
         first=columns.start,
         reads=baseline.reads - columns.start,
         ablated=ablated,
@@ -143,14 +177,14 @@ def _columns_to_run(
     reads: Int[Tensor, "pair read"],
     lengths: Sequence[int],
     differs: Bool[Tensor, "pair pos"],
-    metric: Metric,
+    metrics: MetricGroup,
     ablation: Ablation,
 ) -> slice:
     """From the first column that an ablation changes to the last that the metric reads."""
     width = differs.shape[1]
     if model.depends_on_length(width):
         return slice(0, width)
-    stop = width if metric.positions is None else int(reads.max()) + 1
+    stop = width if metrics.n_positions is None else int(reads.max()) + 1
     if ablation != "resample":
         return slice(0, stop)
     changed = differs.any(0)

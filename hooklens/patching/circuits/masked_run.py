@@ -25,15 +25,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.axes import layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks import Call
-from hooklens.hooks.call import Hook, Listening, join_listeners, thread_listeners
+from hooklens.hooks.call import NOBODY, Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.block import Block
 from hooklens.model.plan.positions import TokenPlan
 from hooklens.patching.circuits.ground import Ground, stream_name
 from hooklens.patching.circuits.reach import Masks, Wiring
 from hooklens.patching.paths.passes import share_of_mlp
+from hooklens.patching.runs.acting import Places
 from hooklens.patching.runs.vocabulary import unembed
 
 
@@ -83,7 +85,10 @@ class MaskedRun:
             if layer in mlps:
                 self._run_mlp(layer)
         last = self._inputs([len(self.graph.readers) - 1], at_reads=True)[:, 0]
-        logits = unembed(self.model, last.flatten(0, 1))
+        acting, edits = NOBODY, self.ground.edits
+        if edits is not None:
+            acting = edits.listeners(self.model, self._places(at_reads=True), edits.names_in_head)
+        logits = unembed(self.model, last.flatten(0, 1), listeners=acting)
         return logits.view(len(self._masks), len(self.ground.pairs), *logits.shape[1:])
 
     def adopt(self, row: int) -> None:
@@ -104,7 +109,8 @@ class MaskedRun:
         point = block.attn.hook_result
         note = Hook(lambda tensor, hook: noted.__setitem__("result", tensor), point, by_keyword=False)
         plan = self._make_plan()
-        call = Call(join_listeners([self._outside, {point: Listening([note])}]), plan)
+        standing = self._edits_in(layer, at_reads=False)
+        call = Call(join_listeners([self._outside, standing, {point: Listening([note])}]), plan)
         block.attn(inputs["q"], inputs["k"], inputs["v"], plan, call, self._past(layer))
         self._count(self.ground.width * (1 - share_of_mlp(block)))
         for node in nodes:
@@ -124,12 +130,14 @@ class MaskedRun:
 
     def _run_mlp(self, layer: int) -> None:
         """Run a layer's MLP; the last one only where the metric reads, for nothing else reads it."""
-        block, is_last = self._block(layer), layer == self.model.cfg.n_layers - 1
+        block = self._block(layer)
+        is_last = layer == self.model.cfg.n_layers - 1 and not self.ground.needs_whole_rows
         [node] = (n for n in self.nodes if (w := self.graph.writers[n]).kind == "mlp" and w.layer == layer)
         read = self._inputs(list(self.wiring.inputs[node]), at_reads=is_last)[:, 0]
         stream = read.flatten(0, 1)
         plan = TokenPlan(batch=len(stream), n_new=stream.shape[1], device=stream.device)
-        written = block.run_mlp(stream, Call(self._outside, plan)).view(read.shape)
+        call = Call(join_listeners([self._outside, self._edits_in(layer, at_reads=is_last)]), plan)
+        written = block.run_mlp(stream, call).view(read.shape)
         self._count(stream.shape[1] * share_of_mlp(block))
         if not is_last:
             self._note(node, written - self.ground.ablated[node])
@@ -138,6 +146,17 @@ class MaskedRun:
         change = written - self.ground.ablated[node].gather(1, index)
         at_all = torch.zeros_like(self.ground.ablated[node]).repeat(len(change), 1, 1, 1)
         self._note(node, at_all.scatter_(2, index.expand(len(change), -1, -1, -1), change))
+
+    def _edits_in(self, layer: int, *, at_reads: bool) -> Listeners:
+        """What the experiment's edits do inside a layer's nodes; what they add to the stream is in its base."""
+        edits = self.ground.edits
+        if edits is None:
+            return NOBODY
+        places = self._places(at_reads=at_reads)
+        return edits.listeners(self.model, places, [name for name in edits.acting if layer_of(name) == layer])
+
+    def _places(self, *, at_reads: bool) -> Places:
+        return self.ground.places(len(self._masks), at_reads=at_reads)
 
     def _note(self, node: int, change: Float[Tensor, "circuit pair pos d_model"]) -> None:
         self.own[:, self.slot[node]] = change

@@ -11,12 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.patching.circuits.ablation import Ablation, check_ablation, written_names
+from hooklens.hooks.call import NOBODY
+from hooklens.patching.circuits.ablation import Ablation, average_edited, check_ablation, written_names
+from hooklens.patching.circuits.edited import check_node_edits
 from hooklens.patching.circuits.ground import Ground, prepare_ground
 from hooklens.patching.circuits.masked_run import MaskedRun
 from hooklens.patching.circuits.reach import Masks, Wiring
-from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.metrics.group import MetricGroup
+from hooklens.patching.metrics.metric import Metric, Values
 from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.memory import BatchSize, check_batch_size, free_bytes
 from hooklens.patching.runs.sources import mean_activations
 from hooklens.patching.runs.vocabulary import unembed
@@ -34,11 +38,13 @@ class CircuitRunner:
     Args:
         model: the model.
         prompts: the pairs.
-        metric: what is measured.
+        metric: what is measured; several metrics are a group.
         ablation: what edges outside a circuit carry.
         batch_size: prompts run at once, circuits times pairs; `"auto"` by memory.
+        edits: what acts in every run.
 
     Attributes:
+        metrics: what is measured.
         wiring: the network's nodes, and which feed which.
         graph: the nodes.
         ablation_name: what `ablation` was: its word, or `"given"`.
@@ -53,14 +59,17 @@ class CircuitRunner:
         self,
         model: HookedCausalLM,
         prompts: PromptPairs,
-        metric: Metric,
+        metric: Metric | MetricGroup,
         *,
         ablation: Ablation,
         batch_size: BatchSize,
+        edits: RunEdits = NO_EDITS,
     ) -> None:
         check_batch_size(batch_size)
         check_ablation(model, prompts, ablation)
-        self.model, self.prompts, self.metric, self.batch_size = model, prompts, metric, batch_size
+        check_node_edits(edits, prompts)
+        self.model, self.prompts, self.batch_size, self.edits = model, prompts, batch_size, edits
+        self.metrics = metric if isinstance(metric, MetricGroup) else MetricGroup.read(metric)
         self.wiring = Wiring.of(model.cfg)
         self.graph = self.wiring.graph
         self.forwards, self.token_layers = 0, 0.0
@@ -69,15 +78,17 @@ class CircuitRunner:
         if ablation == "mean":
             size = self._pairs_per_group()
             written, all_real = written_names(model), torch.ones_like(prompts.corrupted)
-            self.ablation = mean_activations(
-                model, prompts.corrupted, written, batch_size=size, attention_mask=all_real
+            self.ablation = (
+                average_edited(model, prompts, written, edits, batch_size=size)
+                if edits
+                else mean_activations(model, prompts.corrupted, written, batch_size=size, attention_mask=all_real)
             )
             self.forwards += -(-len(prompts) // size)
             self.token_layers += prompts.corrupted.numel() * model.cfg.n_layers
 
     def groups(self) -> Iterator[list[int]]:
         """The pairs that stand on one ground."""
-        return self.prompts.split(None if self.metric.needs_all_pairs else self._pairs_per_group())
+        return self.prompts.split(None if self.metrics.needs_all_pairs else self._pairs_per_group())
 
     def prepare(self, pairs: list[int]) -> Ground:
         """The ground for some pairs.
@@ -85,7 +96,7 @@ class CircuitRunner:
         Raises:
             MetricError: the metric is NaN or infinite for an unpatched run.
         """
-        ground = prepare_ground(self.model, self.prompts, pairs, self.metric, self.ablation)
+        ground = prepare_ground(self.model, self.prompts, pairs, self.metrics, self.ablation, self.edits)
         # Both unpatched prompts go through the model as one batch.
         self.forwards += 1
         self.token_layers += 2 * len(pairs) * max(ground.lengths) * self.model.cfg.n_layers
@@ -107,29 +118,33 @@ class CircuitRunner:
         of_batch = n_circuits * len(ground.pairs) * ground.width * self._bytes_per_token()
         return max(1, self._budget() // (ground.nbytes + of_batch))
 
-    def run(self, ground: Ground, masks: Masks) -> tuple[Float[Tensor, "circuit pair"], MaskedRun]:
-        """The metric of the clean prompts with all edges outside each circuit ablated, and the run."""
+    def run(self, ground: Ground, masks: Masks) -> tuple[list[Values], MaskedRun]:
+        """Each metric of the clean prompts with all edges outside each circuit ablated, and the run."""
         run = MaskedRun(self.model, self.wiring, ground, masks)
         logits = run.logits()
         self.forwards += run.token_layers > 0
         self.token_layers += run.token_layers
-        return ground.metric.measure(logits), run
+        return ground.metrics.measure(logits), run
 
     def measure(self, ground: Ground, masks: Masks) -> Float[Tensor, "circuit pair"]:
-        """The metric of the clean prompts with all edges outside each circuit ablated."""
-        return self.run(ground, masks)[0]
+        """The metric of the clean prompts with all edges outside each circuit ablated, of several metrics the first."""
+        return self.run(ground, masks)[0][0]
 
-    def measure_ablated(self, ground: Ground) -> Float[Tensor, " pair"]:
-        """The metric with all edges ablated."""
+    def measure_ablated(self, ground: Ground) -> list[Float[Tensor, " pair"]]:
+        """Each metric with all edges ablated."""
         base = ground.bases[self.graph.readers[-1].hook_name]
-        logits = unembed(self.model, base.take_along_dim(ground.reads[..., None], dim=1))
-        return ground.metric.measure(logits[None])[0]
+        stream, edits = base.take_along_dim(ground.reads[..., None], dim=1), ground.edits
+        acting = NOBODY
+        if edits is not None:
+            acting = edits.listeners(self.model, ground.places(1, at_reads=True), edits.names_in_head)
+        logits = unembed(self.model, stream, listeners=acting)
+        return [values[0] for values in ground.metrics.measure(logits[None])]
 
     def _pairs_per_group(self) -> int:
         if self.batch_size != "auto":
             return self.batch_size
         width = max(self.prompts.lengths)
-        n_reads = width if self.metric.positions is None else len(self.metric.positions)
+        n_reads = self.metrics.n_positions or width
         # Captured outputs of both runs stand beside the ablated ones and the changes.
         per_token = 4 * len(self.graph.writers) * self.model.cfg.d_model * self.model.dtype.itemsize
         return max(1, self._budget() // (width * per_token + n_reads * self._bytes_per_read()))

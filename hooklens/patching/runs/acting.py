@@ -19,6 +19,7 @@ from hooklens.hooks.call import Hook, Listeners, Listening
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.region import Selection
 from hooklens.model.plan.positions import TokenPlan
+from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.edits import RunEdits, chosen_pairs, has_keys, reach_of
 
 
@@ -54,25 +55,25 @@ class _Group:
 
 
 def act_on_pairs(
-    edits: RunEdits,
-    pairs: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    n_pairs: int | None,
-    width: int,
-    device: torch.device,
-) -> "GroupEdits":
-    """The edits in runs of some pairs.
+    model: HookedCausalLM, prompts: PromptPairs, chosen: Sequence[int], edits: RunEdits
+) -> "GroupEdits | None":
+    """The edits in runs of some pairs; None where there are none.
 
     Args:
+        model: the model.
+        prompts: all pairs, or a part of them.
+        chosen: which of them are run.
         edits: of the experiment.
-        pairs: which pairs of the experiment these are.
-        lengths: tokens of each.
-        n_pairs: how many pairs the experiment has, where that is known.
-        width: tokens of its longest prompt.
-        device: where the runs are.
     """
-    group = _Group(tuple(pairs), tuple(lengths), n_pairs, max(width, *lengths), device)
+    if not edits:
+        return None
+    group = _Group(
+        tuple(prompts.first + pair for pair in chosen),
+        tuple(prompts.lengths[pair] for pair in chosen),
+        prompts.n_pairs,
+        max(prompts.lengths),
+        model.device,
+    )
     acting: dict[str, list[_Acting]] = {}
     for edit, points in zip(edits.edits, edits.points, strict=True):
         for name, point in points.items():

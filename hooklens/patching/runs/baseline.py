@@ -209,7 +209,7 @@ def run_baseline(
     clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
     into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     metrics = metric if isinstance(metric, MetricGroup) else MetricGroup.read(metric)
-    acting = _act(model, prompts, chosen, edits)
+    acting = act_on_pairs(model, prompts, chosen, edits)
     is_planned = edits.is_planned(names)
     reads = torch.tensor(metrics.find_reads(lengths, width), device=model.device)
     if is_planned:
@@ -305,20 +305,6 @@ def _describe_runs(
         corrupted_logits=unread,
         answers=None if prompts.answers is None else prompts.answers.take(chosen),
         wrongs=None if prompts.wrongs is None else prompts.wrongs.take(chosen),
-    )
-
-
-def _act(model: HookedCausalLM, prompts: PromptPairs, chosen: list[int], edits: RunEdits) -> GroupEdits | None:
-    """The edits in runs of some pairs."""
-    if not edits:
-        return None
-    return act_on_pairs(
-        edits,
-        [prompts.first + pair for pair in chosen],
-        [prompts.lengths[pair] for pair in chosen],
-        n_pairs=prompts.n_pairs,
-        width=max(prompts.lengths),
-        device=model.device,
     )
 
 

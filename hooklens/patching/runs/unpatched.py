@@ -55,11 +55,11 @@ def run_both(
         columns = torch.arange(into.shape[1], device=into.device)
         mask = columns < torch.tensor(lengths, device=into.device)[:, None]
     if isinstance(source, HookedCausalLM):
-        captured, cached = _run_unpatched(model, into, mask, watched, edits)
+        captured, cached = run_unpatched(model, into, mask, watched, edits)
         theirs = run_other_model(model, source, other, mask, names)
         return Ran(captured, theirs.captured, [captured[name] for name in (*entering, last)], theirs.last, cached)
     both = None if mask is None else mask.repeat(2, 1)
-    captured, cached = _run_unpatched(model, torch.cat([into, other]), both, watched, edits)
+    captured, cached = run_unpatched(model, torch.cat([into, other]), both, watched, edits)
     own, others = ({name: tensor.chunk(2)[half] for name, tensor in captured.items()} for half in (0, 1))
     return Ran(own, others, [own[name] for name in (*entering, last)], others[last], cached)
 
@@ -86,14 +86,22 @@ def run_both_alone(
     return Ran(own.captured, others.captured, [], others.logits, [], [own.logits, others.logits])
 
 
-def _run_unpatched(
+def run_unpatched(
     model: HookedCausalLM,
     tokens: Int[Tensor, "rows pos"],
     mask: Bool[Tensor, "rows pos"] | None,
     names: list[str],
     edits: GroupEdits | None,
 ) -> tuple[dict[str, Tensor], list[HookedKeyValueCacheEntry]]:
-    """Run prompts: the activations at some hook points, and keys and values."""
+    """Run prompts as one batch: the activations at some hook points, and keys and values.
+
+    Args:
+        model: the model.
+        tokens: the prompts, one set of the edits' pairs after another.
+        mask: real tokens; None: all are.
+        names: the hook points.
+        edits: what acts.
+    """
     cache = None
     if edits is None or not edits.of_run.needs_whole_rows:
         cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(tokens), dtype=model.dtype)

@@ -88,14 +88,14 @@ def test_the_every_forms_share_one_baseline():
     clean, corrupted = random_tokens(1, 6), random_tokens(1, 6, seed=9)
     _, cache = model.run_with_cache(clean)
     seen = []
-    run = patching.sweeps.sweep.run_baseline
+    run = patching.sweeps.run.run_baseline
 
     def count(*given, **options):
         seen.append(1)
         return run(*given, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patching.sweeps.sweep, "run_baseline", count)
+        patch.setattr(patching.sweeps.run, "run_baseline", count)
         for every in (
             patching.get_act_patch_attn_head_all_pos_every,
             patching.get_act_patch_attn_head_by_pos_every,
