@@ -248,10 +248,10 @@ class Block(Part, place="blocks.{i}"):
         """
         if self.ln1 is None:
             return changed
-        renormed = self.ln1.apply_weights(changed)
+        renormed = self.ln1.apply_beside(changed, call)
         if not self.ln1.listens(call):
             return renormed
-        made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_weights(resid), changed)
+        made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_beside(resid, call), changed)
         return renormed + made_by_listeners
 
 
