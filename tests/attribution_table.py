@@ -46,8 +46,8 @@ over all cells from them, lists the cells with the wrong sign, and warns below 0
 
 ```python
 estimate = patching.attribution(model, pairs, sites="mlp_out", metric=patching.LogitDiff())
-estimate.check(20)      # <EstimateCheck of atp, rules norms: checked on 20 top and 20 random of ... cells: ...>
-estimate                # tells it, too; so does estimate.plot()
+estimate.check(20)  # <EstimateCheck of atp, rules norms: checked on 20 top and 20 random of ... cells: ...>
+estimate  # tells it, too; so does estimate.plot()
 ```
 
 The table has the Pearson correlation with the exact sweep, and the share of cells with the right sign (of those with
