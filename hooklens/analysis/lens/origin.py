@@ -20,7 +20,7 @@ from hooklens.hooks.values import TensorValue
 from hooklens.weights.processing import check_transforms_match
 
 _PER_WEIGHT = 24
-"""Entries of each weight: a fine-tune that leaves all of those of all weights alone is none."""
+"""Entries of each weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +73,22 @@ class Origin(TensorValue):
                 f"{what} was fitted on a model with another configuration (fingerprint {self.fingerprint}, this "
                 f"model's is {model.cfg.fingerprint}); fit it on this model"
             )
-        found = _sample(model.named_weights())
-        differing = int((self._round(self.sample, model.dtype) != self._round(found, model.dtype)).sum())
-        # Rounding to one half precision and then to the other can end beside where rounding to the other does.
-        halves = {self.dtype, model.dtype} == {torch.float16, torch.bfloat16}
-        if differing > (len(found) // 20 if halves else 0):
+        n_differing, n = self._count_differing(model)
+        if n_differing:
             raise InputError(
-                f"{what} was fitted on other weights: of {len(found)} entries compared, {differing} differ; fit it on "
-                f"this model, or {remedy}"
+                f"{what} was fitted on other weights: of {n} entries compared, {n_differing} differ; fit it on this "
+                f"model, or {remedy}"
             )
 
-    def _round(self, sample: Float[Tensor, " entry"], dtype: torch.dtype) -> Float[Tensor, " entry"]:
-        """Entries in the coarser of two precisions."""
-        coarser = max(self.dtype, dtype, key=lambda one: torch.finfo(one).eps)
-        return sample.to(coarser).double()
+    def _count_differing(self, model: HookedCausalLM) -> tuple[int, int]:
+        """How many entries differ in the coarser of two precisions, and how many there are."""
+        coarser = max(self.dtype, model.dtype, key=lambda one: torch.finfo(one).eps)
+        found = _sample(model.named_weights()).to(coarser).double()
+        kept = self.sample.to(coarser).double()
+        # Rounding to one half precision and then to the other can end beside where rounding to the other does.
+        halves = {self.dtype, model.dtype} == {torch.float16, torch.bfloat16}
+        far = (found - kept).abs() > (torch.finfo(coarser).eps * kept.abs() if halves else 0)
+        return int(far.sum()), len(found)
 
     def describe(self) -> dict[str, Any]:
         """All but the sample, as JSON has it."""

@@ -15,7 +15,6 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.values import TensorValue
 
-
 Own = TypeVar("Own", bound="Transport")
 
 
@@ -87,9 +86,7 @@ class Transport(TensorValue, ABC):
         return self.layers.index(layer)
 
 
-def carry(
-    transport: Transport, stream: Float[Tensor, "*axes d_model"], layer: int
-) -> Float[Tensor, "*axes d_model"]:
+def carry(transport: Transport, stream: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
     """What a transport makes of a stream.
 
     Raises:

@@ -11,7 +11,7 @@ for the second pass, and the numbers are those of `log_softmax` to the last bit.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,11 +102,11 @@ def summarize(
     """
     size = reader.n_outputs if not reader.takes_parts else chunk or CHUNK
     n_tokens = max(1, MOST_LOGITS // min(size, reader.n_outputs))
-    lasts = final.flatten(0, 1).split(n_tokens)
+    lasts = torch.split(final.flatten(0, 1), n_tokens)
     ends = [_Normalised(_Block(reader, part, size, keeps=len(lasts) == 1)) for part in lasts]
-    wanted = None if targets is None else targets.flatten().to(final.device).split(n_tokens)
+    wanted = None if targets is None else torch.split(targets.flatten().to(final.device), n_tokens)
     for name, stream in streams:
-        parts = stream.flatten(0, 1).split(n_tokens)
+        parts = torch.split(stream.flatten(0, 1), n_tokens)
         found = [
             _summarize_block(_Block(reader, part, size), end, k, None if wanted is None else wanted[place])
             for place, (part, end) in enumerate(zip(parts, ends, strict=True))
@@ -131,9 +131,7 @@ def _find_normaliser(block: _Block) -> Float[Tensor, " token"]:
     return total
 
 
-def _summarize_block(
-    block: _Block, end: _Normalised, k: int, targets: Int[Tensor, " token"] | None
-) -> Summary:
+def _summarize_block(block: _Block, end: _Normalised, k: int, targets: Int[Tensor, " token"] | None) -> Summary:
     totals = _first_pass(block, k, targets)
     normaliser = totals.normaliser[:, None]
     kl = torch.zeros_like(totals.normaliser)
@@ -174,13 +172,14 @@ def _first_pass(block: _Block, k: int, targets: Int[Tensor, " token"] | None) ->
             here = (own >= 0) & (own < logits.shape[-1])
             picked = logits.gather(-1, own.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
             followed = picked if followed is None else torch.where(here, picked, followed)
-    assert normaliser is not None and best is not None
+    assert normaliser is not None
+    assert best is not None
     return _Totals(normaliser, best[1], best[0], followed)
 
 
 def _join(found: list[Summary]) -> Summary:
     """The summaries of blocks of tokens, one after the other."""
-    columns = [
+    columns: list[Any] = [
         None if any(one is None for one in column) else torch.cat([one for one in column if one is not None])
         for column in zip(*found, strict=True)
     ]

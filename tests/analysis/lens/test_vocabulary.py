@@ -45,9 +45,7 @@ def test_any_chunks_give_the_numbers_of_whole_distributions(network, chunk, most
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(vocabulary, "MOST_LOGITS", most)
         found = dict(
-            summarize(
-                StreamReader(model), [("a", draw[0]), ("b", draw[1])], draw[2], k=k, targets=targets, chunk=chunk
-            )
+            summarize(StreamReader(model), [("a", draw[0]), ("b", draw[1])], draw[2], k=k, targets=targets, chunk=chunk)
         )
     for name, stream in zip("ab", draw, strict=False):
         # The same sums in another order, in float64.
@@ -84,14 +82,14 @@ def test_a_large_vocabulary_is_never_whole_for_all_tokens(monkeypatch):
     tokens = random_tokens(2, 9)
     _, cache = model.run_with_cache(tokens, names_filter="*resid*")
     with Allocations() as made:
-        table = logit_lens(model, cache, pos_slice=None, target=3)
+        table = logit_lens(model, cache, pos_slice=None, target=3, k=1)
     largest = max(
         torch.Size(shape).numel() for name, shape in made.sizes if len(shape) == 2 and shape[-1] in (5, D_VOCAB)
     )
     assert largest <= 30
     assert not [shape for _, shape in made.sizes if len(shape) == 3 and shape[-1] == D_VOCAB]
     monkeypatch.undo()
-    plain = logit_lens(model, cache, pos_slice=None, target=3)
+    plain = logit_lens(model, cache, pos_slice=None, target=3, k=1)
     assert_close(torch.tensor(table.kl), torch.tensor(plain.kl), rtol=1e-10, atol=1e-12)
     assert table.top_tokens.tolist() == plain.top_tokens.tolist()
     assert table.target_rank.tolist() == plain.target_rank.tolist()
