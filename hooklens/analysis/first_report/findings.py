@@ -96,8 +96,8 @@ def find_components(question: Question) -> Finding:
     shown = _largest(table[["component", "value"]])
     return Finding(
         name="components",
-        title=f"Which components speak for {question.name(question.answer)}? (logits)",
-        sentences=(_tell_ends(question, table),),
+        title=f"Which components speak for {question.name(question.answer)}? ({question.unit})",
+        sentences=(_tell_ends(table, float(table.value.sum())),),
         code=f"analysis.attribution.attribute_to_components(model, cache, answer, wrong{question.at('pos')})",
         table=table,
         shown=shown,
@@ -114,9 +114,9 @@ def find_heads(question: Question) -> Finding:
     share = float(heads.value.sum())
     return Finding(
         name="heads",
-        title="Which heads? (logits)",
+        title=f"Which heads? ({question.unit})",
         sentences=(
-            _tell_ends(question, heads),
+            _tell_ends(heads, float(table.value.sum())),
             f"All heads together add {share:+.2f} directly; the rest is of MLPs, embeddings and biases.",
         ),
         code=f"analysis.attribution.attribute_to_heads(model, cache, answer, wrong{question.at('pos')})",
@@ -136,7 +136,7 @@ def find_sources(question: Question) -> Finding:
     shown = _largest(table[["component", "source", "token", "value"]])
     return Finding(
         name="sources",
-        title="From which tokens do heads take it? (logits)",
+        title=f"From which tokens do heads take it? ({question.unit})",
         sentences=(
             f"Through all heads, {_show(best.token)} at position {best.source} counts most: {best.value:+.2f}.",
             f"The strongest pair is {pair.component} reading {_show(pair.token)} at position {pair.source}: "
@@ -200,14 +200,11 @@ def _tell_known(heads: "pandas.DataFrame", named: dict[str, Any]) -> str:
     return f"Of these count here, directly: {listed}."
 
 
-def _tell_ends(question: Question, table: "pandas.DataFrame") -> str:
-    """The largest values on both sides."""
+def _tell_ends(table: "pandas.DataFrame", difference: float) -> str:
+    """The largest values on both sides, beside what all of them sum to."""
     best, worst = table.loc[table.value.idxmax()], table.loc[table.value.idxmin()]
     against = f"; {worst.component} speaks most against it ({worst.value:+.2f})" if worst.value < 0 else ""
-    return (
-        f"{best.component} speaks most for it ({best.value:+.2f} of the difference of {question.difference:+.2f})"
-        f"{against}."
-    )
+    return f"{best.component} speaks most for it ({best.value:+.2f} of the difference of {difference:+.2f}){against}."
 
 
 def _list_heads(scores: Any) -> str:

@@ -17,18 +17,17 @@ from hooklens.analysis.lens.streams import check_transport
 from hooklens.analysis.lens.transport import Transport, read_transport
 from hooklens.analysis.reading.connection import read_model
 from hooklens.analysis.reading.token_names import read_token
-from hooklens.arguments import optional, read_int, reads
+from hooklens.arguments import optional, read_int, reads, refusal
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import HookLensError, InputError
+from hooklens.tokens import Prompt
 
 # What the findings read of a run; the rest need not be kept.
 _ENDS = (
     "hook_embed", "hook_pos_embed", "hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_scale",
     "hook_z", "hook_pattern", "hook_v",
 )  # fmt: skip
-
-Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "one pos"]
 
 
 @reads(model=read_model, pos=read_int, k=partial(read_int, least=1), transport=optional(read_transport))
@@ -106,8 +105,10 @@ def _read_prompt(model: HookedCausalLM, prompt: object) -> str | Int[Tensor, "on
         if not prompt:
             raise InputError("prompt is '', expected a text that is not empty, or token ids of one row")
         return prompt
+    if tokenization.is_text(prompt):
+        raise refusal(prompt, "prompt", "one text, or token ids of one row", InputError)
     ids, mask = tokenization.read_tokens(prompt, model.tokenizer, d_vocab=model.cfg.d_vocab, what="prompt")
-    if not isinstance(prompt, Tensor | list | tuple) or len(ids) != 1 or tokenization.is_text(prompt):
+    if len(ids) != 1:
         raise InputError(f"prompt has {len(ids)} rows; expected a text, or token ids of one row")
     return ids if mask is None else ids[:, mask[0].bool()]
 

@@ -44,6 +44,11 @@ class Question:
         """The logit of the answer minus that of the other token."""
         return float(self.logits[self.answer] - self.logits[self.wrong])
 
+    @property
+    def unit(self) -> str:
+        """What direct attribution is in."""
+        return "logits" if self.model.cfg.logits_softcap is None else "logits before the soft cap"
+
     def at(self, keyword: str) -> str:
         """The position as a keyword of a call, where it is not the last one, which calls take of themselves."""
         return "" if self.pos == -1 else f", {keyword}={self.pos}"
