@@ -50,6 +50,7 @@ def odd(model, cache):
 
 FUNCTIONS = {
     analysis.connect_cache: {},
+    analysis.report: {"prompt": [5, 7, 9]},
     attribution.attribute_to_components: {"tokens": 3},
     attribution.attribute_to_heads: {"tokens": 3},
     attribution.attribute_to_neurons: {"tokens": 3},
@@ -97,7 +98,12 @@ def test_every_public_function_is_tried():
     }
     # A step that the attributions have in common.
     public -= {attribution.prepare_attribution}
-    assert public == set(FUNCTIONS) - {analysis.connect_cache, lens.TunedLens.fit, lens.JacobianLens.fit}
+    assert public == set(FUNCTIONS) - {
+        analysis.connect_cache,
+        analysis.report,
+        lens.TunedLens.fit,
+        lens.JacobianLens.fit,
+    }
 
 
 @pytest.mark.filterwarnings("ignore")

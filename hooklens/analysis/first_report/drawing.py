@@ -5,6 +5,7 @@ as in a file.
 """
 
 import html
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ color:inherit;border-radius:4px}
 .hooklens-report th,.hooklens-report td{text-align:left;padding:.15em .9em .15em 0;white-space:nowrap;background:none;
 color:inherit;border:none}
 .hooklens-report th{font-weight:600;border-bottom:1px solid rgba(127,127,127,.5)}
-.hooklens-report td.number{text-align:right;font-variant-numeric:tabular-nums}
+.hooklens-report th.number,.hooklens-report td.number{text-align:right;font-variant-numeric:tabular-nums}
 .hooklens-report td.bar{width:12em;min-width:8em}
 .hooklens-report .track{position:relative;display:block;height:.8em;width:100%}
 .hooklens-report .fill{position:absolute;top:0;bottom:0;border-radius:2px}
@@ -99,25 +100,36 @@ def _draw_code(code: str) -> str:
 
 
 def _draw_table(table: "pandas.DataFrame", bars: tuple[str, ...]) -> str:
-    """A table; behind each number of some columns stands a bar, to the left of the middle for negative ones."""
+    """A table; behind each number of some columns stands a bar, to the left of the middle for negative ones.
+
+    All bars of a table are on one scale.
+    """
     columns = [str(column) for column in table.columns]
-    largest = {name: max((abs(float(cell)) for cell in table[name]), default=0.0) or 1.0 for name in bars}
-    signed = {name: bool((table[name] < 0).any()) for name in bars}
-    head = "".join(f"<th>{html.escape(name)}</th>" + ("<th></th>" if name in bars else "") for name in columns)
+    numbers = [float(cell) for name in bars for cell in table[name]]
+    largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0) or 1.0
+    signed = any(number < 0 for number in numbers)
+    kinds = [' class="number"' if _holds_numbers(table[column]) else "" for column in table.columns]
+    head = "".join(
+        f"<th{kind}>{html.escape(name)}</th>" + ("<th></th>" if name in bars else "")
+        for name, kind in zip(columns, kinds, strict=True)
+    )
     rows = []
     for row in table.itertuples(index=False, name=None):
         cells = []
-        for name, cell in zip(columns, row, strict=True):
-            kind = ' class="number"' if isinstance(cell, float | int) else ""
+        for name, kind, cell in zip(columns, kinds, row, strict=True):
             cells.append(f"<td{kind}>{html.escape(format_cell(cell))}</td>")
             if name in bars:
-                cells.append(_draw_bar(float(cell) / largest[name], signed=signed[name]))
+                cells.append(_draw_bar(float(cell) / largest, signed=signed))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def _holds_numbers(column: Any) -> bool:
+    return all(isinstance(cell, int | float) for cell in column.tolist())
+
+
 def _draw_bar(share: float, *, signed: bool) -> str:
-    width = (50 if signed else 100) * min(1.0, abs(share)) if share == share else 0.0
+    width = (50 if signed else 100) * min(1.0, abs(share)) if math.isfinite(share) else 0.0
     left = (50 - width if share < 0 else 50) if signed else 0
     side = "against" if share < 0 else "for"
     return (

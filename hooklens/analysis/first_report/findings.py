@@ -9,6 +9,7 @@ from hooklens.analysis.heads import head_scores
 from hooklens.analysis.lens.table import logit_lens
 from hooklens.analysis.sources import attribute_to_sources
 from hooklens.analysis.tokens_of_logits import logits_to_frame
+from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     import pandas
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 KNOWN = 0.5
 """A head whose score for a kind is this or more is named as one of that kind: most of its attention goes there."""
 
+_REST = ["remainder", "bias"]
 _MOST_SHOWN = 12
 _MOST_NAMED = 6
 
@@ -109,8 +111,10 @@ def find_components(question: Question) -> Finding:
 def find_heads(question: Question) -> Finding:
     """Which heads it comes from."""
     table = attribute_to_heads(question.model, question.cache, question.answer, question.wrong, pos=question.pos)
-    heads = table[~table.component.isin(["remainder", "bias"])]
-    shown = _largest(table[["component", "value"]])
+    is_head = ~table.component.isin(_REST)
+    heads = table[is_head]
+    columns = ["component", "value"]
+    shown = import_package("pandas").concat([_largest(heads[columns]), table[~is_head][columns]], ignore_index=True)
     share = float(heads.value.sum())
     return Finding(
         name="heads",
@@ -131,8 +135,8 @@ def find_sources(question: Question) -> Finding:
     """From which tokens heads take it."""
     table = attribute_to_sources(question.model, question.cache, question.answer, question.wrong, pos=question.pos)
     by_source = table.groupby(["source", "token"], sort=False, dropna=False).value.sum().reset_index()
-    best = by_source.loc[by_source.value.abs().idxmax()]
-    pair = table.loc[table.value.abs().idxmax()]
+    best = by_source.iloc[int(by_source.value.abs().to_numpy().argmax())]
+    pair = table.iloc[int(table.value.abs().to_numpy().argmax())]
     shown = _largest(table[["component", "source", "token", "value"]])
     return Finding(
         name="sources",
@@ -183,7 +187,7 @@ def find_kinds(question: Question, heads: Finding | None) -> Finding:
 
 def _tell_known(heads: "pandas.DataFrame", named: dict[str, Any]) -> str:
     """The heads of a known kind that add or take much here: a tenth of what the strongest head does."""
-    values = heads[~heads.component.isin(["remainder", "bias"])].set_index("component").value
+    values = heads[~heads.component.isin(_REST)].set_index("component").value
     least = values.abs().max() / 10
     found = [
         (label, kind, float(values[label]))
@@ -202,7 +206,8 @@ def _tell_known(heads: "pandas.DataFrame", named: dict[str, Any]) -> str:
 
 def _tell_ends(table: "pandas.DataFrame", difference: float) -> str:
     """The largest values on both sides, beside what all of them sum to."""
-    best, worst = table.loc[table.value.idxmax()], table.loc[table.value.idxmin()]
+    values = table.value.to_numpy()
+    best, worst = table.iloc[int(values.argmax())], table.iloc[int(values.argmin())]
     against = f"; {worst.component} speaks most against it ({worst.value:+.2f})" if worst.value < 0 else ""
     return f"{best.component} speaks most for it ({best.value:+.2f} of the difference of {difference:+.2f}){against}."
 

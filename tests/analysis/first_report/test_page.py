@@ -80,12 +80,23 @@ def test_bars_are_as_long_as_their_values(found):
     html = found._repr_html_()
     section = html[html.index("Which heads? ") : html.index("From which tokens")]
     values = found["heads"].value
-    largest = values.abs().max()
     shown = next(one for one in found.findings if one.name == "heads").shown
+    assert shown.component.tolist()[-2:] == ["remainder", "bias"]
+    largest = values.abs().max()
     for value in shown.value:
         width = 50 * abs(value) / largest
         left = 50 - width if value < 0 else 50
         assert f'style="left:{left:.1f}%;width:{width:.1f}%"' in section
+
+
+def test_all_bars_of_a_table_are_on_one_scale(found):
+    """Small scores of one kind were drawn as long as large ones of another."""
+    html = found._repr_html_()
+    section = html[html.index("Which heads are of a known kind") :]
+    shown = next(one for one in found.findings if one.name == "kinds").shown
+    kinds = ["previous_token", "duplicate_token", "induction"]
+    for score in shown[kinds].to_numpy().flatten():
+        assert f'style="left:0.0%;width:{100 * score / shown[kinds].max().max():.1f}%"' in section
 
 
 def test_prompts_are_text_not_markup():
