@@ -17,7 +17,7 @@ def test_they_are_means_over_tokens(batch_size, network):
     tokens = random_tokens(5, 4)
     table = lens_losses(model, tokens, batch_size=batch_size, progress=False)
     _, cache = model.run_with_cache(tokens)
-    *readings, final = (reading.logprobs for reading in read_streams(model, cache))
+    *readings, final = (reading.logprobs.detach() for reading in read_streams(model, cache))
     assert table.layer.tolist() == [0, 1, 2]
     for line, q in zip(table.itertuples(), [*readings, final], strict=True):
         assert line.kl == pytest.approx(float((final.exp() * (final - q)).sum(-1).mean()), abs=1e-12)

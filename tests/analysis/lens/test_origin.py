@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hooklens.analysis.lens.origin import Origin
-from hooklens.errors import InputError
+from hooklens.errors import InputError, TransformError
 from tests.model.networks import ALL_CONFIGS, make_model
 
 
@@ -43,3 +43,11 @@ def test_entries_are_of_all_rows_and_columns():
             other.embed.table.weight[place].add_(0.5)
         with pytest.raises(InputError, match="other weights"):
             check(origin, other)
+
+
+def test_weights_that_were_processed_are_a_model_of_their_own():
+    model = make_model("learned, tied", dtype=torch.float32)
+    folded = model.process_weights(fold_ln=True, fold_value_biases=True)
+    check(Origin.of(folded), model.process_weights(fold_ln=True, fold_value_biases=True))
+    with pytest.raises(TransformError, match=r"this lens \(first\) and the model \(second\) do not belong together"):
+        check(Origin.of(folded), model)

@@ -18,6 +18,7 @@ which a run with the swap tells. There is no constant term, so what the lens rea
 compare layers and tokens. `lens_losses(model, texts, transport=lens)` tells how far it is from the model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,12 +50,23 @@ from hooklens.arguments import (
     refusal,
 )
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import CheckpointError, InputError
+from hooklens.errors import CheckpointError, HookLensError, InputError
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     import pandas
+
+
+def _read_lenses(given: object, *, what: str, error: type[HookLensError] = InputError) -> "list[JacobianLens]":
+    """Some lenses.
+
+    Raises:
+        HookLensError: anything else, or none.
+    """
+    if not isinstance(given, Sequence) or not given or not all(isinstance(one, JacobianLens) for one in given):
+        raise refusal(given, what, "a list of JacobianLens", error)
+    return list(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +135,29 @@ class JacobianLens(Transport):
             layers=tuple(chosen), origin=Origin.of(model), jacobians=jacobians, n_prompts=len(data), targets=targets,
             cost=cost,
         )  # fmt: skip
+
+    @classmethod
+    @reads(lenses=_read_lenses)
+    def merge(cls, lenses: Sequence["JacobianLens"]) -> "JacobianLens":
+        """The lens of all prompts, from lenses of some of them each: a long fit in parts, on several machines say.
+
+        Args:
+            lenses: fitted on one model, for the same layers and targets, on prompts of their own.
+
+        Raises:
+            InputError: they are not.
+        """
+        first, *others = lenses
+        for place, other in enumerate(others, 1):
+            for name in ("layers", "targets", "origin"):
+                if getattr(other, name) != getattr(first, name):
+                    what = "model" if name == "origin" else f"{name}: {getattr(other, name)} and {getattr(first, name)}"
+                    raise InputError(f"merge: lens {place} and lens 0 differ in their {what}; fit them alike")
+        n_prompts = sum(lens.n_prompts for lens in lenses)
+        total = torch.zeros_like(first.jacobians)
+        for lens in lenses:
+            total.add_(lens.jacobians.to(total), alpha=lens.n_prompts / n_prompts)
+        return replace(first, jacobians=total, n_prompts=n_prompts, cost=None)
 
     def apply(self, stream: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
         """`J_l x`.
@@ -229,7 +264,7 @@ class JacobianLens(Transport):
         return table
 
     def _read_tokens(self, model: HookedCausalLM, carried: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_vocab n"]:
-        reader = unembedding(model)
+        reader = unembedding(model) * model.cfg.logits_scale
         dtype = torch.promote_types(reader.dtype, carried.dtype)
         return reader.to(dtype).T @ carried.to(reader.device, dtype)
 

@@ -72,7 +72,7 @@ def average_jacobians(
             run = _Run(model, ids[real][None], layers, batch_size)
             counted = torch.arange(skip_first, run.n_tokens - 1)
             found = run.differentiate(counted) if targets == "later" else run.differentiate_each(counted)
-            total = found if total is None else total + found
+            total = found if total is None else total.add_(found)
             forwards, backwards = forwards + 1, backwards + run.backwards
     assert total is not None
     return total / len(data), Cost(forwards, backwards)

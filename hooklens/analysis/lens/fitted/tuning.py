@@ -1,14 +1,16 @@
 """Training the translators of a tuned lens on batches of rows; the model itself gets no gradient."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.analysis.lens.losses import LayerLoss, measure_losses
-from hooklens.analysis.lens.rows import Data, Streams, draw_batches, run_rows, split_rows
+from hooklens.analysis.lens.rows import Data, draw_batches, run_rows, split_rows
+from hooklens.analysis.lens.transport import apply_affine
 from hooklens.analysis.lens.vocabulary import MOST_LOGITS
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.model.stream_reader import StreamReader
@@ -59,10 +61,11 @@ def train_translators(
     layers, width = list(range(model.cfg.n_layers)), model.cfg.d_model
     # Outside of a caller's inference mode, whose tensors no gradient can pass.
     with torch.inference_mode(mode=False), torch.enable_grad():
-        dtype, device = wide_dtype(model.dtype), model.device
-        weight = torch.zeros(len(layers), width, width, requires_grad=True, dtype=dtype, device=device)
-        bias = torch.zeros(len(layers), width, requires_grad=True, dtype=dtype, device=device)
-        optimizer = torch.optim.Adam([weight, bias], lr=recipe.lr)
+        made: dict[str, Any] = {"dtype": wide_dtype(model.dtype), "device": model.device}
+        # Leaves of each layer's own: a gradient of all layers' would be made for each.
+        weights = [torch.zeros(width, width, **made).requires_grad_() for _ in layers]
+        biases = [torch.zeros(width, **made).requires_grad_() for _ in layers]
+        optimizer = torch.optim.Adam([*weights, *biases], lr=recipe.lr)
         falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.steps)
         batches = draw_batches(rows, recipe.batch_size, recipe.steps, generator)
         bar = import_package("tqdm.auto").tqdm(
@@ -73,10 +76,10 @@ def train_translators(
             streams = run_rows(model, data, batch, layers)
             optimizer.zero_grad()
             for layer in layers:
-                _add_gradients(reader, streams, make(weight, bias), layer, [weight, bias])
+                _set_gradients(reader, streams.entering[layer], streams.final, weights[layer], biases[layer])
             optimizer.step()
             falls.step()
-        lens = make(weight.detach(), bias.detach())
+        lens = make(torch.stack(weights).detach(), torch.stack(biases).detach())
         before, after = (
             measure_losses(
                 model, data, held, layers=layers, transport=one, batch_size=recipe.batch_size, progress=progress
@@ -86,20 +89,26 @@ def train_translators(
     return Trained(lens, before, after)
 
 
-def _add_gradients(reader: StreamReader, streams: Streams, lens: "TunedLens", layer: int, own: list[Tensor]) -> None:
-    """Add the gradient of a layer's mean divergence to that of the translators, some tokens at a time.
+def _set_gradients(
+    reader: StreamReader,
+    stream: Float[Tensor, "token d_model"],
+    final: Float[Tensor, "token d_model"],
+    weight: Float[Tensor, "d_model d_model"],
+    bias: Float[Tensor, " d_model"],
+) -> None:
+    """The gradient of a layer's mean divergence, some tokens at a time.
 
-    Gradients are asked for the translators alone: backward would leave some on the model's weights.
+    It is asked for the translator alone: backward would leave some on the model's weights.
     """
-    n_tokens = len(streams.final)
-    for place in _blocks(n_tokens, max(1, MOST_LOGITS // reader.n_outputs)):
+    gradients = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for place in _blocks(len(final), max(1, MOST_LOGITS // reader.n_outputs)):
         with torch.no_grad():
-            wanted = reader.read(streams.final[place])
-        found = reader.read(lens.apply(streams.entering[layer][place], layer))
-        loss = F.kl_div(found, wanted, reduction="sum", log_target=True) / n_tokens
-        for parameter, gradient in zip(own, torch.autograd.grad(loss, own), strict=True):
-            moved = gradient.to(parameter.device)
-            parameter.grad = moved if parameter.grad is None else parameter.grad + moved
+            wanted = reader.read(final[place])
+        found = reader.read(stream[place] + apply_affine(stream[place], weight, bias))
+        loss = F.kl_div(found, wanted, reduction="sum", log_target=True) / len(final)
+        for total, gradient in zip(gradients, torch.autograd.grad(loss, [weight, bias]), strict=True):
+            total.add_(gradient)
+    weight.grad, bias.grad = gradients
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:

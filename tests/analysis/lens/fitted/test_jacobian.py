@@ -17,7 +17,8 @@ from hooklens.errors import CheckpointError, EditError, InputError, TransformErr
 from hooklens.model.decoder import Decoder
 from hooklens.model.stream_reader import StreamReader
 from tests.analysis.lens.corpus import make_texts
-from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
+from tests.annotations import unchecked
+from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_tokens
 
 
 def reference(model, tokens, layer, skip_first, targets):
@@ -35,7 +36,7 @@ def reference(model, tokens, layer, skip_first, targets):
     return sum(means) / len(means)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     network=st.sampled_from(sorted(ALL_CONFIGS)),
     targets=st.sampled_from(["later", "same"]),
@@ -99,6 +100,23 @@ def test_prompts_count_alike_and_padding_does_not(model):
     assert_close(both.jacobians, (alone[0] + alone[1]) / 2)
 
 
+def test_parts_of_a_fit_are_the_fit(model, lens):
+    prompts = random_tokens(3, 6)
+    parts = [JacobianLens.fit(model, rows, skip_first=1, progress=False) for rows in (prompts[:1], prompts[1:])]
+    whole = JacobianLens.merge(parts)
+    assert_close(whole.jacobians, lens.jacobians)
+    assert (whole.n_prompts, whole.layers, whole.targets) == (3, lens.layers, "later")
+    same = JacobianLens.fit(model, prompts[:1], skip_first=1, targets="same", progress=False)
+    with pytest.raises(InputError, match="lens 1 and lens 0 differ in their targets: same and later"):
+        JacobianLens.merge([parts[0], same])
+    other = JacobianLens.fit(make_model("learned, tied", seed=7), prompts[:1], skip_first=1, progress=False)
+    with pytest.raises(InputError, match="lens 2 and lens 0 differ in their model; fit them alike"):
+        JacobianLens.merge([*parts, other])
+    for wrong in ([], [3], lens):
+        with unchecked(), pytest.raises(InputError, match=r"lenses is .*, expected a list of JacobianLens"):
+            JacobianLens.merge(wrong)
+
+
 def test_the_lens_is_read_as_its_formula(model, lens):
     _, cache = model.run_with_cache(random_tokens(2, 4))
     readings = dict(read_streams(model, cache, transport=lens))
@@ -110,9 +128,16 @@ def test_the_lens_is_read_as_its_formula(model, lens):
     assert lens_losses(model, random_tokens(2, 4), transport=part, progress=False).layer.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("network", ["learned, tied", "capped", "grouped", "attention only"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        *(ALL_CONFIGS[name] for name in ("learned, tied", "capped", "grouped", "attention only")),
+        make_config(d_embed=7, logits_scale=0.3),
+    ],
+    ids=["layer norm", "unit offset", "rms norm", "no norm", "projected, scaled"],
+)
 def test_directions_and_their_tokens(network):
-    """The first order of a logit before cap and denominator, by autograd through the frozen final norm."""
+    """The logit before cap and denominator of what the Jacobian carries to the end, by hand."""
     model = make_model(network)
     lens = JacobianLens.fit(model, random_tokens(2, 5), skip_first=1, progress=False)
     found = lens.directions(model, [3, 7], layer=1)
@@ -123,7 +148,7 @@ def test_directions_and_their_tokens(network):
         centred = carried - carried.mean() if norm.norm.kind == "layer" else carried
         gain = norm.w.detach() if norm.w is not None else 1
         carried = centred * (1 + gain if norm.norm.unit_offset else gain)
-    logits = carried @ model.W_U.detach()
+    logits = carried @ model.W_U.detach() * model.cfg.logits_scale
     assert_close(found @ stream, logits[[3, 7]])
     assert_close(lens.directions(model, 3, layer=1), found[0])
     table = lens.top_tokens(model, stream, layer=1, k=4)
