@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed, read_tensor, require, show
@@ -74,7 +74,11 @@ class KnownCircuit:
         metric: what is measured on its pairs; answers come with the pairs.
         variables: the variables of the algorithm, by name.
         algorithm: from tokens and values of variables to answers, see `answer`.
-        draw: from a number and a generator to clean and corrupted prompts, see `pairs`.
+        draw: from a number and a generator to so many prompts of the task, and as many others that positions mean the
+            same in. `pairs` chooses among them; training takes all.
+
+    Raises:
+        SiteError: edges or hook points that the model has not, or a basis or head that does not go with its hook point.
     """
 
     name: str
@@ -87,12 +91,9 @@ class KnownCircuit:
 
     def __post_init__(self) -> None:
         self.circuit.check(self.model.cfg)
-        points = self.model.hook_points()
-        absent = [
-            f"{one.name!r} at {one.hook_name!r}" for one in self.variables.values() if one.hook_name not in points
-        ]
-        if absent:
-            raise SiteError(f"known circuit {self.name!r}: the model has no hook points of variables {absent}")
+        problems = [problem for one in self.variables.values() for problem in _find_problems(one, self.model)]
+        if problems:
+            raise SiteError(f"known circuit {self.name!r}: {'; '.join(problems)}")
         object.__setattr__(self, "variables", MappingProxyType(dict(self.variables)))
 
     def __repr__(self) -> str:
@@ -106,14 +107,17 @@ class KnownCircuit:
         return "\n".join(lines) + ")"
 
     def pairs(self, n: int, *, seed: int = 0) -> list[Pair]:
-        """Pairs of prompts that the model answers differently, with the answer and the corrupted prompt's as wrong one.
+        """Pairs of prompts with different answers; the corrupted prompt's is the clean one's wrong answer.
+
+        Each variable alone, with the corrupted prompt's value, makes the algorithm give another answer to the clean
+        prompt, so that every edge of the circuit matters in every pair.
 
         Args:
             n: how many.
             seed: draws them; the global random state is neither read nor moved.
 
         Raises:
-            InputError: no number of pairs, or no seed.
+            InputError: no number of pairs, or no seed; or the task has no such pairs.
         """
         clean, corrupted = self.prompts(n, seed=seed)
         answers, wrongs = (self.answer(tokens).tolist() for tokens in (clean, corrupted))
@@ -124,12 +128,31 @@ class KnownCircuit:
         """The same pairs as two tensors of token ids on the model's device, clean and corrupted.
 
         Raises:
-            InputError: no number of pairs, or no seed.
+            InputError: no number of pairs, or no seed; or the task has no such pairs.
         """
         read_int(n, what=f"known circuit {self.name!r}: n", least=1)
         generator = torch.Generator().manual_seed(read_seed(seed, what=f"known circuit {self.name!r}: seed"))
-        clean, corrupted = self.draw(n, generator)
-        return clean.to(self.model.device), corrupted.to(self.model.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        missing, n_empty = n, 0
+        while missing > 0:
+            clean, corrupted = self.draw(4 * missing + 32, generator)
+            kept = self._are_told_apart(clean, corrupted).nonzero()[:missing, 0]
+            found.append((clean[kept], corrupted[kept]))
+            missing, n_empty = missing - len(kept), 0 if len(kept) else n_empty + 1
+            if n_empty == _EMPTY_DRAWS:
+                raise InputError(
+                    f"known circuit {self.name!r}: of {_EMPTY_DRAWS} draws of prompts none held a pair in which every "
+                    "variable makes a difference; let draw give such pairs more often"
+                )
+        device = self.model.device
+        return torch.cat([one for one, _ in found]).to(device), torch.cat([other for _, other in found]).to(device)
+
+    def _are_told_apart(self, clean: Ids, corrupted: Ids) -> Bool[Tensor, " prompt"]:
+        own = self.answer(clean)
+        others = [self.answer(corrupted)]
+        others += [self.answer(clean, {name: one.value(corrupted)}) for name, one in self.variables.items()]
+        answers = torch.stack(others)
+        return ((answers != own) & (answers >= 0)).all(0) & (own >= 0)
 
     def answer(self, tokens: Ids, values: Values | None = None) -> Int[Tensor, " prompt"]:
         """The token that the algorithm answers with; -1 where the values given leave it without an answer.
@@ -168,6 +191,30 @@ class KnownCircuit:
 
 
 _SHOWN = 8
+_EMPTY_DRAWS = 50
+
+
+def _find_problems(variable: KnownVariable, model: HookedCausalLM) -> list[str]:
+    """What keeps a variable from living where it says."""
+    point = model.hook_points().get(variable.hook_name)
+    if point is None or point.site is None:
+        return [f"variable {variable.name!r} lives at {variable.hook_name!r}, which is no hook point of the model"]
+    axes = point.site.axes
+    size = model.cfg.size("d_model")
+    if axes[:2] != ("batch", "pos") or axes[-1] != "d_model":
+        return [
+            f"variable {variable.name!r} lives at {variable.hook_name!r} {list(axes)}, which is no part of the stream"
+        ]
+    problems = []
+    if list(variable.basis.shape[1:]) != [size]:
+        problems.append(
+            f"the basis of variable {variable.name!r} is {show(variable.basis)}, expected one [direction, {size}]"
+        )
+    n_heads = model.cfg.size(axes[2]) if len(axes) == 4 else None
+    if (variable.head is None) != (n_heads is None) or not 0 <= (variable.head or 0) < (n_heads or 1):
+        expected = "None, for it has no heads" if n_heads is None else f"one of 0 to {n_heads - 1}"
+        problems.append(f"the head of variable {variable.name!r} is {variable.head}, expected {expected}")
+    return problems
 
 
 def _describe(variable: KnownVariable) -> str:

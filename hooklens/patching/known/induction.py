@@ -42,7 +42,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.arguments import read_device, read_dtype, read_number, read_one_of, read_seed, reads
@@ -220,22 +220,7 @@ def _build(weights: Weights, norm: Norm) -> HookedCausalLM:
 
 
 def _draw(n: int, generator: torch.Generator) -> tuple[Ids, Ids]:
-    """Prompts `BOS x1 ... xn A`, and corrupted ones of the same tokens in another order, with another token asked for.
-
-    Each of the three variables, taken from the corrupted prompt alone, leads to another answer than the clean prompt's.
-    """
-    found: list[tuple[Tensor, Tensor]] = []
-    missing = n
-    while missing > 0:
-        clean, corrupted = _draw_any(2 * missing + 8, generator)
-        kept = _are_told_apart(clean, corrupted).nonzero()[:missing, 0]
-        found.append((clean[kept], corrupted[kept]))
-        missing -= len(kept)
-    clean, corrupted = (torch.cat(side) for side in zip(*found, strict=True))
-    return clean, corrupted
-
-
-def _draw_any(n: int, generator: torch.Generator) -> tuple[Ids, Ids]:
+    """Prompts `BOS x1 ... xn A`, and others of the same tokens in another order, with any of them asked for."""
     chosen = 1 + torch.rand(n, _N_TOKENS - 1, generator=generator).argsort(-1)[:, :_N_LISTED]
     sides = []
     for _ in range(2):
@@ -244,18 +229,6 @@ def _draw_any(n: int, generator: torch.Generator) -> tuple[Ids, Ids]:
         asked = listed.gather(1, torch.randint(_N_LISTED - 1, (n, 1), generator=generator))
         sides.append(torch.cat([torch.full_like(asked, _BOS), listed, asked], 1))
     return sides[0], sides[1]
-
-
-def _are_told_apart(clean: Ids, corrupted: Ids) -> Bool[Tensor, " prompt"]:
-    """Whether each variable, taken from the corrupted prompt alone, gives another answer, and one listed."""
-    own, other = _look_up(clean, {}), _look_up(corrupted, {})
-    fits = own != other
-    for name, read in _READ.items():
-        given = _look_up(clean, {name: read(corrupted)})
-        asked = (corrupted if name == "query" else clean)[:, -1]
-        # An answer that is the token asked for comes from the last position, with nothing listed behind the match.
-        fits &= (given != own) & (given != asked) & (given >= 0)
-    return fits
 
 
 def _before(tokens: Ids) -> Ids:
@@ -271,12 +244,12 @@ _READ: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _look_up(tokens: Ids, values: Values) -> Tensor:
-    """The algorithm: the token at the first position whose previous token is the one asked for."""
+    """The algorithm: the token at the first position, before the last, whose previous token is the one asked for."""
     if "answer" in values:
         return values["answer"]
     token, previous, query = (values[name] if name in values else read(tokens) for name, read in _READ.items())
-    copied, matches = torch.cat([token, query[:, None]], 1), previous == query[:, None]
-    answers = copied.gather(1, matches.int().argmax(1, keepdim=True))[:, 0]
+    matches = (previous == query[:, None])[:, :-1]
+    answers = token.gather(1, matches.int().argmax(1, keepdim=True))[:, 0]
     return answers.masked_fill(~matches.any(1), -1)
 
 

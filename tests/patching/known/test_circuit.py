@@ -88,6 +88,34 @@ def test_refusals(known):
         known.answer(tokens, [])
     with pytest.raises(SiteError, match="the circuit does not fit the network"):
         replace(known, circuit=Circuit([("m0", "logits")]))
-    astray = replace(known.variables["query"], hook_name="blocks.7.hook_resid_pre")
-    with pytest.raises(SiteError, match=r"no hook points of variables \[\"'query' at 'blocks.7.hook_resid_pre'\"\]"):
-        replace(known, variables={"query": astray})
+    query = known.variables["query"]
+    for changes, text in (
+        ({"hook_name": "blocks.7.hook_resid_pre"}, r"'blocks.7.hook_resid_pre', which is no hook point of the model"),
+        ({"hook_name": "blocks.1.attn.hook_q"}, r"lives at 'blocks.1.attn.hook_q' .*, which is no part of the stream"),
+        ({"basis": query.basis[:, :5]}, r"the basis .* is a tensor \[32, 5\] .* expected one \[direction, 128\]"),
+        ({"head": 1}, "the head of variable 'query' is 1, expected None, for it has no heads"),
+        ({"hook_name": "blocks.1.attn.hook_result"}, "is None, expected one of 0 to 3"),
+        ({"hook_name": "blocks.1.attn.hook_result", "head": 4}, "is 4, expected one of 0 to 3"),
+    ):
+        with pytest.raises(SiteError, match=f"known circuit 'induction': .*{text}"):
+            replace(known, variables={"query": replace(query, **changes)})
+
+
+def test_a_task_without_pairs_is_refused(known):
+    """Where prompts and others are always the same, no variable makes a difference."""
+
+    def draw(n, generator):
+        clean, _ = known.draw(n, generator)
+        return clean, clean
+
+    with pytest.raises(InputError, match="of 50 draws of prompts none held a pair in which every variable makes"):
+        replace(known, draw=draw).pairs(2)
+
+
+def test_every_variable_makes_a_difference_in_every_pair(known):
+    clean, corrupted = known.prompts(200, seed=3)
+    own = known.answer(clean)
+    assert (own != known.answer(corrupted)).all()
+    for name, variable in known.variables.items():
+        other = known.answer(clean, {name: variable.value(corrupted)})
+        assert ((other != own) & (other >= 0)).all()
