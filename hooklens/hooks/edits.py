@@ -359,13 +359,8 @@ class Interchange(Edit):
         Raises:
             EditError: the basis or the shares have another shape, are no real numbers, or the rows are not orthonormal.
         """
-        wide = widen(region)
         self._check(region.shape[-1], selection.subject)
-        basis = self.basis.to(wide.device, wide.dtype)
-        inside = (widen(selection.lay_over(self.source, region, region_axes)) - wide) @ basis.T
-        if self.shares is not None:
-            inside = inside * self.shares.to(wide.device, wide.dtype)
-        return (wide + inside @ basis).to(region.dtype)
+        return exchange(region, selection.lay_over(self.source, region, region_axes), self.basis, self.shares)
 
     def _check(self, size: int, subject: str) -> None:
         given, shares = self.basis, self.shares
@@ -383,3 +378,13 @@ class Interchange(Edit):
                 f"{subject}: the rows of basis are not orthonormal (products are off by up to "
                 f"{float(products.abs().max()):.1e}); torch.linalg.qr(basis.T).Q.T makes them so"
             )
+
+
+def exchange(here: Tensor, there: Tensor, basis: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Vectors `[... d]` with the part of others in the span of orthonormal rows `[k d]`, in their own dtype."""
+    wide = widen(here)
+    rows = basis.to(wide.device, wide.dtype)
+    inside = (widen(there) - wide) @ rows.T
+    if shares is not None:
+        inside = inside * shares.to(wide.device, wide.dtype)
+    return (wide + inside @ rows).to(here.dtype)
