@@ -72,14 +72,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     tokenizer: Any
 
     def __init__(
-        self,
-        cfg: HookedTransformerConfig | dict[str, Any] | str,
-        tokenizer: Any = None,
-        move_to_device: bool = True,
-        default_padding_side: Literal["left", "right"] = "right",
-        *,
-        hooked: HookedCausalLM | None = None,
-    ) -> None:
+        self, cfg: HookedTransformerConfig | dict[str, Any] | str, tokenizer: Any = None, move_to_device: bool = True,
+        default_padding_side: Literal["left", "right"] = "right", *, hooked: HookedCausalLM | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if isinstance(cfg, str):
             raise ValueError("cfg is a text; give a HookedTransformerConfig, or call HookedTransformer.from_pretrained")
@@ -131,14 +126,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             point.__dict__["turned_on"] = None if setting is None else partial(_is_on, self.cfg, setting)
 
     def check_hooks_to_add(
-        self,
-        hook_point: HookPoint,
-        hook_point_name: str,
-        hook: Callable[..., Any],
-        dir: Dir = "fwd",
-        is_permanent: bool = False,
-        prepend: bool = False,
-    ) -> None:
+        self, hook_point: HookPoint, hook_point_name: str, hook: Callable[..., Any], dir: Dir = "fwd",
+        is_permanent: bool = False, prepend: bool = False,
+    ) -> None:  # fmt: skip
         """Refuse hooks where a setting is off."""
         setting = next((word for end, word in _SETTINGS.items() if hook_point_name.endswith(end)), None)
         assert setting is None or getattr(self.cfg, setting), (
@@ -146,19 +136,12 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         )
 
     def forward(
-        self,
-        input: Input,
-        return_type: str | None = "logits",
-        loss_per_token: bool = False,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
-        start_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None,
-        attention_mask: Tensor | None = None,
-        stop_at_layer: int | None = None,
-        past_kv_cache: HookedTransformerKeyValueCache | None = None,
-    ) -> Any:
+        self, input: Input, return_type: str | None = "logits", loss_per_token: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        start_at_layer: int | None = None, tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None, attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None, past_kv_cache: HookedTransformerKeyValueCache | None = None,
+    ) -> Any:  # fmt: skip
         """Run the model; `tokens` are for the loss of a call that starts at a layer."""
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; expected 'logits', 'loss', 'both' or None")
@@ -221,13 +204,10 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         return found
 
     def input_to_embed(
-        self,
-        input: Input,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
-        attention_mask: Tensor | None = None,
+        self, input: Input, prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE, attention_mask: Tensor | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The stream entering block 0, token ids, shortformer's position embeddings, and the mask."""
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             tokens, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
@@ -237,12 +217,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             return stream, tokens, self._embed_positions(stream, attention_mask) if is_short else None, attention_mask
 
     def loss_fn(
-        self,
-        logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Int[Tensor, "batch pos"],
-        attention_mask: Tensor | None = None,
-        per_token: bool = False,
-    ) -> Tensor:
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None, per_token: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The cross-entropy of the next token."""
         return utils.lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
@@ -324,22 +301,12 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     @torch.inference_mode()
     def generate(
-        self,
-        input: Input = "",
-        max_new_tokens: int = 10,
-        stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
-        do_sample: bool = True,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        freq_penalty: float = 0.0,
-        use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
-        return_type: str | None = "input",
-        verbose: bool = True,
-    ) -> Any:
+        self, input: Input = "", max_new_tokens: int = 10, stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None, do_sample: bool = True, top_k: int | None = None,
+        top_p: float | None = None, temperature: float = 1.0, freq_penalty: float = 0.0, use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        return_type: str | None = "input", verbose: bool = True,
+    ) -> Any:  # fmt: skip
         """Choose tokens one after another, with torch's own generator; texts of a list are padded on the left."""
         assert return_type in ("input", "str", "tokens"), "return_type must be one of ['input', 'str', 'tokens']"
         is_text = isinstance(input, str | list)

@@ -211,15 +211,10 @@ class AbstractAttention(Component, attention.Attention):
         return run(query_input, key_input, value_input, *rest, **words)
 
     def _attend_as_2x(
-        self,
-        query_input: Tensor,
-        key_input: Tensor,
-        value_input: Tensor,
-        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
-        additive_attention_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-    ) -> Tensor:
+        self, query_input: Tensor, key_input: Tensor, value_input: Tensor,
+        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None, additive_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         if additive_attention_mask is not None or position_bias is not None:
             raise NotImplementedError("additive_attention_mask, position_bias: encoders', which are not here")
         plan, call = plan_alone(query_input, self.cfg, past_kv_cache_entry, attention_mask)
@@ -345,12 +340,9 @@ class TransformerBlock(Component, block.Block):
         return super().forward(resid_pre, *rest, **words) if is_planned else self._run_as_2x(resid_pre, *rest, **words)
 
     def _run_as_2x(
-        self,
-        resid_pre: Tensor,
-        shortformer_pos_embed: Tensor | None = None,
-        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        self, resid_pre: Tensor, shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None, attention_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         plan, call = plan_alone(resid_pre, self.cfg, past_kv_cache_entry, attention_mask)
         if shortformer_pos_embed is not None and self.attn._pos_embed is None:
             # What is added stands in the plan: nothing is looked up.
