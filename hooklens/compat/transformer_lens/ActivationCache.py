@@ -149,6 +149,7 @@ class ActivationCache:
     ) -> Any:  # fmt: skip
         """What each head adds to the stream; their results are in the cache then."""
         if not self._has_results():
+            print("Tried to stack head results when they weren't cached. Computing head results now")
             self.compute_head_results()
         if layer == 0 and not incl_remainder:
             return self._no_components(pos_slice, return_labels)

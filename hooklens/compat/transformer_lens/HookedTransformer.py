@@ -31,14 +31,10 @@ Input = str | list[str] | Tensor
 
 # Points that act only while a setting of the config is on, by the end of their names.
 _SETTINGS = {
-    "attn.hook_result": "use_attn_result",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_mlp_in": "use_hook_mlp_in",
-    "hook_attn_in": "use_attn_in",
+    "attn.hook_result": "use_attn_result", "hook_q_input": "use_split_qkv_input", "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input", "hook_mlp_in": "use_hook_mlp_in", "hook_attn_in": "use_attn_in",
     "hook_tokens": "use_hook_tokens",
-}
+}  # fmt: skip
 # Points of HookLens that TransformerLens does not have.
 _UNKNOWN = ("hook_k_per_head", "hook_v_per_head", "hook_lora_out")
 _PARTS = (
@@ -157,13 +153,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             # HookLens takes runs of a pad token for padding where no mask is given; 2.x does not.
             mask = torch.ones(input.shape[:2], device=input.device) if attention_mask is None else attention_mask
             out = self.hooked(
-                input,
-                return_type=None if return_type is None else "logits",
-                attention_mask=mask,
-                past_kv_cache=past_kv_cache,
-                start_at_layer=start_at_layer,
-                stop_at_layer=stop_at_layer,
-            )
+                input, return_type=None if return_type is None else "logits", attention_mask=mask,
+                past_kv_cache=past_kv_cache, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer,
+            )  # fmt: skip
             if stop_at_layer is not None or return_type in ("logits", None):
                 return out
             assert tokens is not None, "tokens must be passed in if return_type is 'loss' or 'both'"

@@ -31,23 +31,8 @@ EasyTransformerKeyValueCache = HookedTransformerKeyValueCache
 EasyTransformerKeyValueCacheEntry = HookedTransformerKeyValueCacheEntry
 
 __all__ = [
-    "ActivationCache",
-    "BertNextSentencePrediction",
-    "FactoredMatrix",
-    "HookedEncoder",
-    "HookedEncoderDecoder",
-    "HookedTransformer",
-    "HookedTransformerConfig",
-    "HookedTransformerKeyValueCache",
-    "HookedTransformerKeyValueCacheEntry",
-    "SVDInterpreter",
-    "components",
-    "evals",
-    "factories",
-    "head_detector",
-    "hook_points",
-    "loading",
-    "patching",
-    "train",
-    "utils",
-]
+    "ActivationCache", "BertNextSentencePrediction", "FactoredMatrix", "HookedEncoder", "HookedEncoderDecoder",
+    "HookedTransformer", "HookedTransformerConfig", "HookedTransformerKeyValueCache",
+    "HookedTransformerKeyValueCacheEntry", "SVDInterpreter", "components", "evals", "factories", "head_detector",
+    "hook_points", "loading", "patching", "train", "utils",
+]  # fmt: skip

@@ -64,24 +64,17 @@ class LoadingMethods(nn.Module):
             words |= found.words
             n_ctx = _cap(n_ctx, found.n_ctx, found.source, {**found.keywords, **where})
             hooked = HookedCausalLM.from_pretrained(
-                found.source,
-                tokenizer=tokenizer,
-                dtype=dtype,
-                layers=layers,
-                n_ctx=n_ctx,
+                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx,
                 **{**found.keywords, **where},
-            )
+            )  # fmt: skip
         starts_with_bos = loading.prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos
         hooked = bake(hooked)
         words |= {"dtype": dtype, "device": str(device), "default_prepend_bos": starts_with_bos}
         cfg = HookedTransformerConfig.from_hooked_config(hooked.cfg, **words)
         steps = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": fold_value_biases,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
+            "fold_ln": fold_ln, "center_writing_weights": center_writing_weights, "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases, "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }  # fmt: skip
         if dtype not in (torch.float32, torch.float64) and fold_ln:
             logging.warning("With reduced precision, it is advised to use `from_pretrained_no_processing`")
         processed = process(hooked, cfg, **steps)
@@ -102,17 +95,11 @@ class LoadingMethods(nn.Module):
     ) -> Model:  # fmt: skip
         """`from_pretrained` with processing off by default."""
         return cls.from_pretrained(
-            model_name,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            dtype=dtype,
-            default_prepend_bos=default_prepend_bos,
-            default_padding_side=default_padding_side,
+            model_name, fold_ln=fold_ln, center_writing_weights=center_writing_weights, center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases, refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            dtype=dtype, default_prepend_bos=default_prepend_bos, default_padding_side=default_padding_side,
             **from_pretrained_kwargs,
-        )
+        )  # fmt: skip
 
 
 def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]) -> int | None:

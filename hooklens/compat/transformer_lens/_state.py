@@ -96,13 +96,10 @@ class StateMethods(nn.Module):
     ) -> None:  # fmt: skip
         """Load a state dict and process what it holds; steps that cannot hold for the network are left out, told."""
         self._become(
-            self._from_state(state_dict),
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
+            self._from_state(state_dict), fold_ln=fold_ln, center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed, fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        )  # fmt: skip
 
     def process_weights_(
         self, fold_ln: bool = True, center_writing_weights: bool = True, center_unembed: bool = True,
@@ -110,13 +107,9 @@ class StateMethods(nn.Module):
     ) -> None:  # fmt: skip
         """Process the weights in place; parameters are new ones then, hooks stay."""
         self._become(
-            self.hooked,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+            self.hooked, fold_ln=fold_ln, center_writing_weights=center_writing_weights, center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases, refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )  # fmt: skip
 
     def _from_state(self, state_dict: State) -> HookedCausalLM:
         """A model of the weights, which may have norms that this network has without weights."""

@@ -16,11 +16,9 @@ _TEXT = (
     "field of science develops to study the world through this lens."
 )
 _CORPORA = {
-    "wiki": (("wikitext", "wikitext-2-v1"), "text"),
-    "owt": (("stas/openwebtext-10k",), "text"),
-    "pile": (("NeelNanda/pile-10k",), "text"),
-    "code": (("codeparrot/codeparrot-valid-v2-near-dedup",), "content"),
-}
+    "wiki": (("wikitext", "wikitext-2-v1"), "text"), "owt": (("stas/openwebtext-10k",), "text"),
+    "pile": (("NeelNanda/pile-10k",), "text"), "code": (("codeparrot/codeparrot-valid-v2-near-dedup",), "content"),
+}  # fmt: skip
 DATASET_NAMES = list(_CORPORA)
 _TEMPLATES = [
     "[A] and [B] went to the [LOCATION] to buy [OBJECT]. [B] handed the [OBJECT] to [A]",

@@ -27,13 +27,11 @@ AxisNames = str
 
 _SWEEPS: dict[Any, Callable[..., Tensor]] = {}
 _SETTERS: dict[str, Callable[..., Tensor]] = {
-    "layer pos": layer_pos_patch_setter,
-    "layer pos head": layer_pos_head_vector_patch_setter,
-    "layer head": layer_head_vector_patch_setter,
-    "layer head_index": layer_head_pattern_patch_setter,
+    "layer pos": layer_pos_patch_setter, "layer pos head": layer_pos_head_vector_patch_setter,
+    "layer head": layer_head_vector_patch_setter, "layer head_index": layer_head_pattern_patch_setter,
     "layer head_index dest_pos": layer_head_pos_pattern_patch_setter,
     "layer head_index dest_pos src_pos": layer_head_dest_src_pos_pattern_patch_setter,
-}
+}  # fmt: skip
 
 
 def generic_activation_patch(

@@ -355,14 +355,9 @@ class TransformerBlock(Component, block.Block):
 
 # The classes of HookLens's parts in 2.x, or what chooses one.
 CLASSES: dict[type, Any] = {
-    hooks.HookPoint: HookPoint,
-    embed.Embed: Embed,
-    embed.PosEmbed: PosEmbed,
-    embed.HeadPosEmbed: HeadPosEmbed,
-    embed.Unembed: Unembed,
-    embed.TiedUnembed: TiedUnembed,
-    block.Block: TransformerBlock,
-}
+    hooks.HookPoint: HookPoint, embed.Embed: Embed, embed.PosEmbed: PosEmbed, embed.HeadPosEmbed: HeadPosEmbed,
+    embed.Unembed: Unembed, embed.TiedUnembed: TiedUnembed, block.Block: TransformerBlock,
+}  # fmt: skip
 _NORMS = {"layer": (LayerNorm, LayerNormPre), "rms": (RMSNorm, RMSNormPre)}
 
 
