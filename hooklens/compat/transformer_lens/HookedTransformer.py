@@ -141,7 +141,11 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         """Run the model; `tokens` are for the loss of a call that starts at a layer."""
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; expected 'logits', 'loss', 'both' or None")
-        self._check_groups()
+        if past_kv_cache is not None and self._is_ungrouped():
+            raise RuntimeError(
+                "past_kv_cache has an entry for each key-value head, and ungroup_grouped_query_attention makes one for "
+                "each query head: run without a cache, or call set_ungroup_grouped_query_attention(False)"
+            )
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             if start_at_layer is None:
                 input, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
@@ -274,17 +278,11 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         self.cfg.use_attn_in = use_attn_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Refuse a head axis of query heads at `hook_k` and `hook_v` where query heads share keys and values."""
+        """Give `hook_k`, `hook_v` and what follows them an entry for each query head, or for what query heads share."""
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
-        self._check_groups()
 
-    def _check_groups(self) -> None:
-        if self.cfg.ungroup_grouped_query_attention and self.cfg.n_key_value_heads not in (None, self.cfg.n_heads):
-            self.cfg.ungroup_grouped_query_attention = False
-            raise NotImplementedError(
-                "ungroup_grouped_query_attention: hook_k and hook_v have the heads that there are; an edit of what one "
-                "query head reads is hooklens.edits.Replace(..., query_head=) on model.hooked"
-            )
+    def _is_ungrouped(self) -> bool:
+        return self.cfg.ungroup_grouped_query_attention and self.cfg.n_key_value_heads not in (None, self.cfg.n_heads)
 
     def move_model_modules_to_device(self) -> None:
         """Move to `cfg.device`."""
@@ -314,7 +312,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                     mask = utils.get_attention_mask(self.tokenizer, tokens, self.cfg.default_prepend_bos)
             stops, filler = self._stop_tokens(eos_token_id) if stop_at_eos else ([], 0)
             cache = None
-            if use_past_kv_cache:
+            if use_past_kv_cache and not self._is_ungrouped():
                 cache = HookedTransformerKeyValueCache.init_cache(self.cfg, self.hooked.device, len(tokens))
             finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             self.eval()
