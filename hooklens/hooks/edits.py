@@ -55,9 +55,11 @@ class Edit(TensorValue, ABC):
     counts_padding: ClassVar[bool] = True
     # Whether it computes with the activation, which nobody can do with numbers that name something.
     computes: ClassVar[bool] = True
-    # What the new value of a token is made of: of this token's activation alone (and of `value`, where the kind has
-    # one), of all tokens of its row, or of more than this class can say, such as what a function remembers.
+    # What the new value of a token is made of: of this token's activation alone (and of what is laid over it), of all
+    # tokens of its row, or of more than this class can say, such as what a function remembers.
     reach: ClassVar[Reach] = "unknown"
+    # The field that is laid over the region, where there is one.
+    lays: ClassVar[str | None] = None
 
     name: NamesFilter
     _: KW_ONLY
@@ -219,6 +221,7 @@ class Replace(Edit):
     """
 
     reach: ClassVar[Reach] = "token"
+    lays: ClassVar[str | None] = "value"
     computes: ClassVar[bool] = False
 
     value: Tensor | float
@@ -233,6 +236,7 @@ class Add(Edit):
     """Add `value` to the activation, as in activation steering."""
 
     reach: ClassVar[Reach] = "token"
+    lays: ClassVar[str | None] = "value"
 
     value: Tensor | float
 
@@ -390,6 +394,9 @@ class Interchange(Edit):
     Example:
         `Interchange("blocks.3.hook_resid_pre", basis, source_cache["resid_pre", 3][:, -1], pos=-1)`
     """
+
+    reach: ClassVar[Reach] = "token"
+    lays: ClassVar[str | None] = "source"
 
     basis: Tensor
     source: Tensor | float

@@ -34,23 +34,25 @@ from hooklens.arguments import read_int, read_one_of
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import join_names
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.estimates.estimate import AttributionResult
-from hooklens.patching.estimates.exact_softmax import PatchedScores, is_exact_site, pattern_name
+from hooklens.patching.estimates.exact_softmax import PatchedScores, is_exact_site, pattern_name, refuse_exact_softmax
 from hooklens.patching.estimates.gradients import GradientRuns, Move, fractions_of, pairs_per_graph
 from hooklens.patching.estimates.rules import ExactSoftmax, ReadRules, Rules, join_dropped, read_rules
 from hooklens.patching.metrics.function import MetricFunction, as_metric
+from hooklens.patching.metrics.group import MetricGroup
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, PairSource, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
-from hooklens.patching.results.result import SweepStats
+from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.sites import Cell, CellArray, Sites, lay_out
 from hooklens.patching.runs.tally import Tally
-from hooklens.patching.sweeps.sweep import SweepRun
+from hooklens.patching.sweeps.run import SweepRun
 from hooklens.precision import wide_dtype
 
 Method = Literal["atp", "ig"]
@@ -70,6 +72,7 @@ def attribution(
     direction: Direction = "denoise",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
 ) -> AttributionResult:
@@ -88,10 +91,13 @@ def attribution(
         direction: which run is patched.
         batch_size: pairs run at once; `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        edits: values from `hooklens.edits` that act in every run, as for a sweep; the gradient is that of the edited
+            model. Not with the exact softmax (`"atp*"`).
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Raises:
+        EditError: an edit that does not fit the model or the prompts.
         InputError: prompts that do not go together, an unknown method, rules that are none or do not go with the
             network, or a metric without a gradient.
         MetricError: the metric is NaN or infinite for an unpatched run.
@@ -106,13 +112,15 @@ def attribution(
     assert sites is not None
     assert metric is not None
     options = RunOptions.read(
-        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training, edits=edits
     )
     moves, taken = (
         _list_moves(method, steps),
         read_rules(model, rules, what="attribution", default="norms" if method == "atp" else "gradient"),
     )
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    options.edits.check_pairs(prompts.lengths, prompts.n_pairs)
+    refuse_exact_softmax(taken, options.edits, what="attribution")
     array, measured = lay_out(sites, model, prompts.lengths), as_metric(metric).encode(model)
     _refuse_discrete(array)
     run = _AttributionRun(model, prompts, array, measured, moves, taken, options)
@@ -173,7 +181,14 @@ class _AttributionRun:
 
         def work() -> None:
             held, tqdm = self._numbers_held(), import_package("tqdm").tqdm
-            size = pairs_per_graph(self.model, self.prompts, self.metric, batch_size=self.options.batch_size, held=held)
+            size = pairs_per_graph(
+                self.model,
+                self.prompts,
+                self.metric,
+                batch_size=self.options.batch_size,
+                held=held,
+                is_planned=self.options.edits.is_planned(self.names),
+            )
             with tqdm(total=self.tally.n_values, desc="estimating", disable=not self.options.progress) as bar:
                 for group in self.prompts.split(size):
                     self._run_group(group)
@@ -212,7 +227,8 @@ class _AttributionRun:
         cells = tuple(self.array.cells[index] for index in chosen)
         array = CellArray(cells, {"cell": tuple(map(str, cells))}, self.array.length)
         options, source = replace(self.options, progress=progress), PairSource(self.model, self.prompts)
-        found = SweepRun(self.model, source, array, self.metric, options, "other").finish()
+        found = SweepRun(self.model, source, array, MetricGroup.read(self.metric), options, "other").finish()
+        assert isinstance(found, SweepResult)
         return found.values - found.base_per_pair.mean()
 
     def _run_group(self, group: list[int]) -> None:
@@ -225,6 +241,7 @@ class _AttributionRun:
                 self.metric,
                 direction=self.options.direction,
                 source="other",
+                edits=self.options.edits,
             )
         runs = GradientRuns(self.model, self.prompts, baseline, direction=self.options.direction, rules=self.rules)
         effects = _Effects(self.model, baseline, self.array.cells, self.exact)
@@ -313,7 +330,7 @@ class _Effects:
 def change_of(baseline: Baseline, name: str, current: Tensor) -> Tensor:
     """New value minus old at a hook point; 0 where both are the same infinity."""
     entry = baseline.entries[name]
-    old = baseline.streams[entry.layer] if entry.stage == "stream" else current
+    old = baseline.streams[entry.layer] if entry.stage == "stream" and baseline.is_planned else current
     new = baseline.values[name]
     return torch.where(new == old, torch.zeros_like(new), new - old)
 

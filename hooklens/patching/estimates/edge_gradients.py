@@ -27,6 +27,7 @@ from hooklens.patching.graph.nodes import Graph
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
+from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.memory import BatchSize
 
 NodeVectors = Float[Tensor, "pairs node pos d_model"]
@@ -52,6 +53,7 @@ class EdgeGradients:
         moves: the runs whose gradients are averaged.
         direction: which run is patched.
         rules: how backward passes depart from the gradient.
+        edits: what acts in every run.
 
     Attributes:
         forwards: runs of the network so far, the unpatched ones included.
@@ -67,8 +69,9 @@ class EdgeGradients:
         *,
         direction: Direction,
         rules: ReadRules = GRADIENT,
+        edits: RunEdits = NO_EDITS,
     ) -> None:
-        self.rules = rules
+        self.rules, self.edits = rules, edits
         self.is_exact = rules.find(ExactSoftmax) is not None
         self.model, self.prompts, self.metric, self.moves, self.direction = model, prompts, metric, moves, direction
         self.forwards, self.tokens = 0, 0.0
@@ -109,6 +112,7 @@ class EdgeGradients:
                 direction=self.direction,
                 source="other",
                 keep=map(_output_name, self.writers),
+                edits=self.edits,
             )
         runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction, rules=self.rules)
         graded = [name for reader in self.readers for name in _gradient_names(reader)]

@@ -41,11 +41,14 @@ from torch import Tensor
 from hooklens.arguments import read_flag, read_int, read_one_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
+from hooklens.patching.circuits.edited import check_node_edits
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.estimates.edge_estimate import EdgeAttributionResult
 from hooklens.patching.estimates.edge_gradients import EdgeGradients
+from hooklens.patching.estimates.exact_softmax import refuse_exact_softmax
 from hooklens.patching.estimates.gradients import Move, Rule, fractions_of
 from hooklens.patching.estimates.rules import GRADIENT, ReadRules, Rules, RuleSet, read_rules
 from hooklens.patching.graph.nodes import Graph, check_additive
@@ -78,6 +81,7 @@ def edge_attribution(
     keep_pairs: bool = True,
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
 ) -> EdgeAttributionResult:
@@ -98,19 +102,22 @@ def edge_attribution(
             their sums, which are enough for means and standard errors.
         batch_size: pairs run at once (for `"exact"` pairs times edges); `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        edits: values from `hooklens.edits` that act in every run, as for `evaluate_circuits`. Not with the exact
+            softmax (`"atp*"`).
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
     Raises:
         InputError: an unknown method or rule, rules with exact scores or that do not go with the network, prompts that
             do not go together, or a norm between heads and stream.
+        EditError: an edit that does not fit the model or the prompts, or stands between nodes.
         MetricError: the metric is NaN or infinite for an unpatched run.
         SweepInterruptedError: it was stopped on the way; `.result` holds the scores of the pairs that were done.
     """
     refuse_missing("edge_attribution", metric=metric)
     assert metric is not None
     options = RunOptions.read(
-        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training, edits=edits
     )
     check_additive(model.cfg)
     read_one_of(method, what="edge_attribution: method", options=get_args(Method))
@@ -118,6 +125,7 @@ def edge_attribution(
     read_int(steps, what="edge_attribution: steps", least=1)
     keeps = read_flag(keep_pairs, what="edge_attribution: keep_pairs")
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    check_node_edits(options.edits, prompts)
     if method == "exact" and direction != "noise":
         raise InputError(
             "edge_attribution: exact scores are those of the clean run with one corrupted edge; exchange the prompts "
@@ -125,6 +133,7 @@ def edge_attribution(
         )
     default: RuleSet = "norms" if method in ("eap", "clean-corrupted") else "gradient"
     taken = read_rules(model, rules, what="edge_attribution", default=default)
+    refuse_exact_softmax(taken, options.edits, what="edge_attribution")
     if method == "exact" and taken.rules:
         raise InputError(f"edge_attribution: method='exact' takes no gradients, so rules={taken.name} says nothing")
     run = _EdgeRun(model, prompts, as_metric(metric).encode(model), method, taken, options, keep_pairs=keeps)
@@ -223,7 +232,13 @@ class _EdgeRun:
     def estimate_edges(self, moves: list[Move], batch_size: BatchSize) -> Iterator[int]:
         """Score from gradients."""
         estimate = EdgeGradients(
-            self.model, self.prompts, self.metric, moves, direction=self.direction, rules=self.rules
+            self.model,
+            self.prompts,
+            self.metric,
+            moves,
+            direction=self.direction,
+            rules=self.rules,
+            edits=self.options.edits,
         )
         for group in estimate.groups(batch_size):
             baseline, scores = estimate.run(group)
@@ -235,7 +250,14 @@ class _EdgeRun:
     def patch_edges(self, batch_size: BatchSize, edges: Int[Tensor, "edge two"] | None = None) -> Iterator[int]:
         """Run the clean prompts once for each edge, reader and writer, with this edge alone corrupted; None: all."""
         with torch.no_grad():
-            runner = CircuitRunner(self.model, self.prompts, self.metric, ablation="resample", batch_size=batch_size)
+            runner = CircuitRunner(
+                self.model,
+                self.prompts,
+                self.metric,
+                ablation="resample",
+                batch_size=batch_size,
+                edits=self.options.edits,
+            )
         edges = self.graph.exists().nonzero() if edges is None else edges
         for group in runner.groups():
             with torch.no_grad():

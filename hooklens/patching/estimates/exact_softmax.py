@@ -22,10 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.axes import layer_of
+from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
 from hooklens.hooks.call import HookFunction
 from hooklens.patching.estimates.gradients import GradientRuns
+from hooklens.patching.estimates.rules import ExactSoftmax, ReadRules
 from hooklens.patching.runs.baseline import Baseline
+from hooklens.patching.runs.edits import RunEdits
 from hooklens.precision import widen
 
 QUERIES, KEYS = ("hook_q", "hook_rot_q"), ("hook_k", "hook_rot_k")
@@ -127,6 +130,19 @@ class PatchedScores:
         is_alone = log_rest == -torch.inf
         weights = torch.exp(masked - torch.where(is_alone, 0.0, log_rest))
         return self.scores.gather(-1, largest) - log_rest, (weights * slope).sum(-1, keepdim=True)
+
+
+def refuse_exact_softmax(rules: ReadRules, edits: RunEdits, *, what: str) -> None:
+    """Refuse edits where layers are run by themselves for the exact softmax.
+
+    Raises:
+        InputError: there are both.
+    """
+    if edits and rules.find(ExactSoftmax) is not None:
+        raise InputError(
+            f"{what}: rules={rules.name} run single layers on unpatched streams, in which edits would act a second "
+            "time; give rules without ExactSoftmax, such as 'norms', or no edits"
+        )
 
 
 @torch.no_grad()

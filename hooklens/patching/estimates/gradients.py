@@ -1,6 +1,7 @@
 """Gradients of a metric at hook points, in runs that lie between those of two prompts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,13 +9,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooklens.axes import EMBEDDINGS, is_below_blocks, layer_of
+from hooklens.axes import EMBEDDINGS, is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
+from hooklens.hooks.call import NOBODY, Listeners, ListeningBlock
 from hooklens.patching.estimates.rules import GRADIENT, ReadRules, RuleHook, split_at_head
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
+from hooklens.patching.runs.acting import Places
 from hooklens.patching.runs.baseline import Baseline, Direction
 from hooklens.patching.runs.memory import BatchSize, free_bytes
 from hooklens.patching.runs.vocabulary import unembed
@@ -93,11 +96,11 @@ class GradientRuns:
 
         Before it the activations of both are the same, up to how rows of one batch are rounded.
         """
-        return ((self.into != self.other).cumsum(1) > 0) & self.mask
+        return ((self.into != self.other).cumsum(1) > 0) & self.mask if self.baseline.is_causal else self.mask
 
     def unmoved(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Activations of the run that is patched, without a graph."""
-        with torch.no_grad(), self.model.capture(list(names)) as captured:
+        with torch.no_grad(), self._edited(in_head=True), self.model.capture(list(names)) as captured:
             self._run(self.into)
         return captured
 
@@ -125,7 +128,8 @@ class GradientRuns:
         """
         targets = self._targets(moves)
         watched = list(dict.fromkeys(kept))
-        in_head = any(layer_of(name) is None and not is_below_blocks(name) for name in graded)
+        # A function of one's own may read all positions.
+        in_head = any(map(is_past_blocks, graded)) or not self.baseline.is_planned
         leaves = {name for name in EMBEDDINGS if name in self.model.hook_points()}
         for move in moves:
             one = _GradientRun(move, targets.get(move.name))
@@ -133,6 +137,7 @@ class GradientRuns:
             below, behind = split_at_head([*self.rules.hooks(self.model), *drops])
             with (
                 torch.enable_grad(),
+                self._edited(in_head=in_head),
                 self.model.hooks([*hooks, *below], [(list(graded), one.keep_gradient)]),
                 self.model.capture(watched or "hook_embed") as now,
             ):
@@ -153,7 +158,7 @@ class GradientRuns:
         else:
             stream = self._run(self.into).take_along_dim(reads, dim=1)
             with self.model.hooks(in_head):
-                logits = unembed(self.model, stream)
+                logits = unembed(self.model, stream, listeners=self._edits_at_reads())
         return self.baseline.metric.measure(logits[None])[0]
 
     def _targets(self, moves: Sequence[Move]) -> dict[str, Tensor]:
@@ -162,9 +167,26 @@ class GradientRuns:
         if not places:
             return {}
         stop = 0 if places == ["hook_embed"] else None
-        with torch.no_grad(), self.model.capture(places) as captured:
+        with torch.no_grad(), self._edited(in_head=False), self.model.capture(places) as captured:
             self._run(self.other, stop_at_layer=stop)
         return captured
+
+    def _edited(self, *, in_head: bool) -> AbstractContextManager[None]:
+        """A block in which the experiment's edits act, before what is attached in it; `in_head`: past blocks, too."""
+        edits = self.baseline.edits
+        if edits is None:
+            return nullcontext()
+        names = [name for name in edits.acting if in_head or not is_past_blocks(name)]
+        acting = edits.listeners(self.model, edits.places(*self.into.shape), names)
+        return ListeningBlock(lambda: acting, None)
+
+    def _edits_at_reads(self) -> Listeners:
+        """What they do behind the blocks, where only the positions that the metric reads are run."""
+        edits, reads = self.baseline.edits, self.baseline.reads
+        if edits is None:
+            return NOBODY
+        places = Places(torch.arange(len(reads), device=reads.device), reads)
+        return edits.listeners(self.model, places, edits.names_in_head)
 
     def _run(
         self, tokens: Int[Tensor, "pairs pos"], *, unembed: bool = False, stop_at_layer: int | None = None
@@ -198,7 +220,13 @@ class _GradientRun:
 
 
 def pairs_per_graph(
-    model: HookedCausalLM, prompts: PromptPairs, metric: Metric, *, batch_size: BatchSize, held: int
+    model: HookedCausalLM,
+    prompts: PromptPairs,
+    metric: Metric,
+    *,
+    batch_size: BatchSize,
+    held: int,
+    is_planned: bool = True,
 ) -> int | None:
     """How many pairs are run at once; None: all, since the metric cannot be measured for some alone.
 
@@ -208,7 +236,18 @@ def pairs_per_graph(
         metric: what is measured.
         batch_size: pairs at once; `"auto"` by memory.
         held: numbers held for each token, beside the graph.
+        is_planned: prompts may stand beside each other; if not, they run one by one.
+
+    Raises:
+        InputError: prompts that run one by one, and a metric that sees all of them at once.
     """
+    if not is_planned:
+        if metric.needs_all_pairs and len(prompts) > 1:
+            raise InputError(
+                f"metric {metric.name} sees all pairs at once, and under edits that are functions (Custom) each "
+                "runs by itself; give a metric such as patching.LogitDiff, or patching.sweep, which takes both"
+            )
+        return 1
     if metric.needs_all_pairs:
         return None
     if batch_size != "auto":

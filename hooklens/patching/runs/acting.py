@@ -241,7 +241,8 @@ class _Acting:
         edit = self.edit
         if laid.value is not None:
             value = laid.value[slots]
-            edit = replace(edit, value=value[..., : region.shape[-1]])  # type: ignore[call-arg]
+            assert edit.lays is not None
+            edit = replace(edit, **{edit.lays: value[..., : region.shape[-1]]})  # type: ignore[arg-type]
         whole = Selection(subject=laid.subject, tensor_shape=tuple(region.shape), n_rows=len(region))
         return edit.compute(region, laid.axes, whole)
 
@@ -262,7 +263,7 @@ class _Acting:
             return _Laid([], (), "", slots, None, None)
         slots[region.row, region.column] = torch.arange(len(region.row), device=tensor.device)
         heads = None if region.heads is None else torch.tensor(region.heads, device=tensor.device)
-        value = getattr(edit, "value", None)
+        value = _laid_by(edit)
         laid = None
         if isinstance(value, Tensor) and value.ndim > 0:
             rest = [shape[axis] for axis in region.order[2:]]
@@ -280,15 +281,15 @@ class _Acting:
         place = {pair: index for index, pair in enumerate(chosen)}
         local = [row for row, pair in enumerate(group.pairs) if pair in place]
         changes: dict[str, object] = {"rows": local or None}
-        value = getattr(edit, "value", None)
-        if isinstance(value, Tensor) and self._has_rows(value):
+        value = _laid_by(edit)
+        if edit.lays is not None and isinstance(value, Tensor) and self._has_rows(value):
             if group.n_pairs is None or len(value) != len(chosen):
                 raise EditError(
                     f"edits: {edit!r}: the value has {len(value)} rows; expected one for each pair that it chooses "
                     f"({len(chosen) if group.n_pairs is not None else 'which come from a loader, so give none'}), or "
                     "no axis of rows"
                 )
-            changes["value"] = value[[place[group.pairs[row]] for row in local]]
+            changes[edit.lays] = value[[place[group.pairs[row]] for row in local]]
         return replace(edit, **changes), len(local)  # type: ignore[arg-type]
 
     def _has_rows(self, value: Tensor) -> bool:
@@ -323,6 +324,11 @@ class _Acting:
         axes = () if self.point.site is None else self.point.site.axes
         spans = [slice(length) if axis in ("pos", "query", "key") else slice(None) for axis in axes[1:]]
         return (slice(row, row + 1), *spans)
+
+
+def _laid_by(edit: Edit) -> object:
+    """What an edit lays over its region, if anything."""
+    return None if edit.lays is None else getattr(edit, edit.lays)
 
 
 @dataclass(frozen=True, eq=False)
