@@ -13,14 +13,13 @@ from torch import Tensor
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.call import NOBODY
 from hooklens.patching.circuits.ablation import Ablation, average_edited, check_ablation, written_names
-from hooklens.patching.circuits.edited import check_node_edits
 from hooklens.patching.circuits.ground import Ground, prepare_ground
 from hooklens.patching.circuits.masked_run import MaskedRun
 from hooklens.patching.circuits.reach import Masks, Wiring
 from hooklens.patching.metrics.group import MetricGroup
 from hooklens.patching.metrics.metric import Metric, Values
 from hooklens.patching.pairs.prompts import PromptPairs
-from hooklens.patching.runs.edits import NO_EDITS, RunEdits
+from hooklens.patching.runs.edits import NO_EDITS, RunEdits, check_node_edits
 from hooklens.patching.runs.memory import BatchSize, check_batch_size, free_bytes
 from hooklens.patching.runs.sources import mean_activations
 from hooklens.patching.runs.vocabulary import unembed

@@ -43,7 +43,6 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
-from hooklens.patching.circuits.edited import check_node_edits
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.estimates.edge_estimate import EdgeAttributionResult
@@ -58,6 +57,7 @@ from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.runs.baseline import Direction
+from hooklens.patching.runs.edits import check_node_edits
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import SumTally, Tally

@@ -10,6 +10,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.model.parts.part import apply_linear
 from hooklens.patching.graph.nodes import Writer
 from hooklens.patching.paths.route import output_of
+from hooklens.patching.runs.acting import Places
 from hooklens.patching.runs.baseline import Baseline
 
 
@@ -78,6 +79,12 @@ class Ground:
         bias = apply_linear(o_proj, torch.zeros_like(own[:1, :1]).flatten(2))
         return (apply_linear(o_proj, of_head.flatten(2)) - bias) * self.model.cfg.residual_scale
 
+    def places(self, n_senders: int, *, at_reads: bool = False) -> Places:
+        """The tokens of a batch, senders times pairs: all that are run, or those that the metric reads."""
+        columns = self.columns.take_along_dim(self.reads, dim=1) if at_reads else self.columns
+        pairs = torch.arange(len(self.baseline.pairs), device=columns.device)[self.rows]
+        return Places(pairs.repeat(n_senders), columns.repeat(n_senders, 1))
+
     def _cut(self, tensor: Tensor) -> Tensor:
         chosen = tensor[self.rows]
         if not self.in_place:
@@ -113,7 +120,7 @@ def lay_ground(
     places = torch.arange(reads.shape[1], device=reads.device).expand(len(reads), -1)
     if not in_place:
         stop = differs.shape[1]
-        if not model.depends_on_length(stop):
+        if not model.depends_on_length(stop) and not baseline.needs_whole_rows:
             stop = int(reads.max()) + 1
             changed = differs[rows].any(0)
             first = int(changed.int().argmax()) if bool(changed.any()) else stop - 1

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.hooks import Call, HookPoint
-from hooklens.hooks.call import Hook, Listening, join_listeners, thread_listeners
+from hooklens.hooks.call import NOBODY, Hook, Listeners, Listening, join_listeners, thread_listeners
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.block import Block
 from hooklens.model.plan.positions import TokenPlan
@@ -71,7 +71,11 @@ class PathPass:
         stream = self._read_later() if narrowed is None else narrowed
         if self.route.logits_receive and self._change is not None:
             stream = stream + self._at_reads(self._change)
-        logits = unembed(self.model, stream)
+        acting, edits = NOBODY, ground.baseline.edits
+        if edits is not None:
+            places = ground.places(len(self.senders), at_reads=True)
+            acting = edits.listeners(self.model, places, edits.names_in_head)
+        logits = unembed(self.model, stream, listeners=acting)
         return logits.view(len(self.senders), ground.n_pairs, *logits.shape[1:])
 
     @property
@@ -130,7 +134,7 @@ class PathPass:
         block, later, plan = self._block(layer), self._unpatched(layer, self._n_entered), self._plan()
         assert self._change is not None
         listeners = self._give_to_heads(layer, later + self._change)
-        call = Call(join_listeners([self._outside, listeners]), plan)
+        call = Call(join_listeners([self._outside, self._edits_in(layer), listeners]), plan)
         normed = later if block.ln1 is None else block.ln1(later, call)
         written = block.hook_attn_out(block.attn(normed, normed, normed, plan, call, self._past(layer)), call)
         self.token_layers += self.n_rows * self.ground.width * (1 - share_of_mlp(block))
@@ -142,7 +146,7 @@ class PathPass:
         """What an MLP makes of a stream."""
         block = self._block(layer)
         self.token_layers += stream.shape[0] * stream.shape[1] * share_of_mlp(block)
-        made: Tensor = block.run_mlp(stream, Call(self._outside, self._plan()))
+        made: Tensor = block.run_mlp(stream, self._open_call(layer))
         return made
 
     def _run_block(self, layer: int, behind: Stream | None) -> Stream | None:
@@ -167,7 +171,7 @@ class PathPass:
             listeners |= _listen(block.hook_mlp_out, partial(noted.__setitem__, "written"))
         wanted = self._wanted() if self._may_narrow(layer) else None
         plan = self._plan()
-        call = Call(join_listeners([self._outside, listeners]), plan)
+        call = Call(join_listeners([self._outside, self._edits_in(layer), listeners]), plan)
         n_after = self.ground.reads.shape[1] if wanted is not None else self.ground.width
         share = share_of_mlp(block)
         self.token_layers += self.n_rows * (self.ground.width * (1 - share) + n_after * share)
@@ -182,6 +186,9 @@ class PathPass:
 
     def _may_narrow(self, layer: int) -> bool:
         """Whether, behind this block's attention, only tokens that are read go on."""
+        edits = self.ground.baseline.edits
+        if edits is not None and (edits.of_run.needs_whole_rows or edits.acts_behind_attention(layer)):
+            return False
         if layer < self.model.cfg.n_layers - 1 or self.route.mlp_receives(layer):
             return False
         return self.route.last < (layer, BEFORE_MLP)
@@ -190,7 +197,7 @@ class PathPass:
         """Listeners that give the heads that receive what they make of the direct stream."""
         block = self._block(layer)
         plan = self._plan()
-        attn, call = block.attn, Call(self._outside, plan)
+        attn, call = block.attn, self._open_call(layer)
         normed = direct if block.ln1 is None else block.ln1(direct, call)
         listeners: dict[HookPoint, Listening] = {}
         for heads, letter, point in (
@@ -202,6 +209,16 @@ class PathPass:
                 received = point(attn.project(letter, normed, plan, call), call)[:, :, heads]
                 listeners |= _listen(point, partial(_put_in, heads, received))
         return listeners
+
+    def _edits_in(self, layer: int) -> Listeners:
+        """What the experiment's edits do inside the nodes of a block."""
+        edits = self.ground.baseline.edits
+        if edits is None:
+            return NOBODY
+        return edits.in_layer(self.model, layer, self.ground.places(self._n_entered), 0)
+
+    def _open_call(self, layer: int) -> Call:
+        return Call(join_listeners([self._outside, self._edits_in(layer)]), self._plan())
 
     def _drop_change(self, layer: int) -> None:
         """Above its last reader the change is not carried on."""

@@ -1,6 +1,7 @@
 """The experiment: what each sender does through the receivers, over any number of pairs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
 
 import torch
 from jaxtyping import Int
@@ -8,10 +9,12 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.nodes import Writer, check_additive, list_writers, parse_readers, parse_writers
-from hooklens.patching.metrics.function import MetricFunction, as_metric
+from hooklens.patching.metrics.function import MetricFunction
+from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
@@ -19,13 +22,16 @@ from hooklens.patching.paths.ground import Ground, lay_ground
 from hooklens.patching.paths.passes import PathPass
 from hooklens.patching.paths.route import Route, outputs_of
 from hooklens.patching.results.result import SweepResult, SweepStats
+from hooklens.patching.results.several import Results
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
+from hooklens.patching.runs.edits import check_node_edits
 from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per_pass
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
 
 
+@overload
 def path_patch(
     model: HookedCausalLM,
     clean: Pairs,
@@ -38,9 +44,43 @@ def path_patch(
     batch_size: BatchSize = "auto",
     direction: Direction = "denoise",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
     progress: bool = True,
     allow_training: bool = False,
-) -> SweepResult:
+) -> SweepResult: ...
+@overload
+def path_patch(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    senders: Sequence[str] | None = None,
+    receivers: Sequence[str] | None = None,
+    metric: Mapping[str, Metric | MetricFunction] | None = None,
+    *,
+    through_mlps: bool = True,
+    batch_size: BatchSize = "auto",
+    direction: Direction = "denoise",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+) -> Results[SweepResult]: ...
+def path_patch(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Prompt | None = None,
+    senders: Sequence[str] | None = None,
+    receivers: Sequence[str] | None = None,
+    metric: Metrics | None = None,
+    *,
+    through_mlps: bool = True,
+    batch_size: BatchSize = "auto",
+    direction: Direction = "denoise",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+) -> SweepResult | Results[SweepResult]:
     """Measure what each sender does through the receivers: the page of `hooklens.patching.paths` has the definition.
 
     Args:
@@ -49,11 +89,13 @@ def path_patch(
         corrupted: as many prompts of the same lengths.
         senders: names of writers (`"embed"`, `"a3.h5"`, `"m3"`), each patched by itself; None: all.
         receivers: names of readers (`"a9.h6.q"`, `"m7"`, `"logits"`), all of them together: the paths over any of them.
-        metric: as for a sweep.
+        metric: as for a sweep; several by name give a result for each.
         through_mlps: let the change pass MLPs between sender and receivers; False: only the direct path.
         batch_size: patched prompts per pass, senders times pairs; `"auto"` by memory.
         direction: which run is patched.
         attention_mask: real tokens (1) of padded ids, the same for both.
+        edits: values from `hooklens.edits` that act in every run: inside nodes, at `hook_z` and `hook_mlp_out`, at the
+            embeddings or behind the blocks. `hooklens.patching.runs.edits` says what their rows and positions are.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
@@ -64,6 +106,7 @@ def path_patch(
     Raises:
         SiteError: unknown senders or receivers; all of them are named.
         InputError: no sender or receiver, or a norm between heads and stream.
+        EditError: an edit that does not fit the model or the prompts, or stands between nodes.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: stopped, or failed on the way; it holds what was measured.
     """
@@ -71,7 +114,7 @@ def path_patch(
     assert receivers is not None
     assert metric is not None
     options = RunOptions.read(
-        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
+        model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training, edits=edits
     )
     cfg = model.cfg
     check_additive(cfg)
@@ -80,12 +123,13 @@ def path_patch(
     if not sending or not receiving:
         raise InputError("path_patch needs at least one sender and one receiver")
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    check_node_edits(options.edits, prompts, by_paths=True)
     route = Route(cfg, tuple(receiving), through_mlps)
     with torch.no_grad():
         experiment = _PathPatching(
             model,
             prompts,
-            as_metric(metric).encode(model),
+            MetricGroup.read(metric).encode(model),
             sending,
             route,
             options,
@@ -100,24 +144,29 @@ class _PathPatching:
         self,
         model: HookedCausalLM,
         prompts: PromptPairs,
-        metric: Metric,
+        metrics: MetricGroup,
         senders: Sequence[Writer],
         route: Route,
         options: RunOptions,
     ) -> None:
-        self.model, self.prompts, self.metric, self.route = model, prompts, metric, route
+        self.model, self.prompts, self.metrics, self.route = model, prompts, metrics, route
         self.options, self.senders = options, list(senders)
         reaching = [index for index, sender in enumerate(senders) if route.reaches(sender)]
         self.order = sorted(reaching, key=lambda index: route.entry(senders[index]))
         self.still = [index for index in range(len(senders)) if index not in set(reaching)]
         first = route.entry(senders[self.order[0]]) if self.order else (model.cfg.n_layers, 0)
-        self.in_place = route.attends_from(first) == model.cfg.n_layers
+        self.in_place = route.attends_from(first) == model.cfg.n_layers and not options.edits.needs_whole_rows
         self.carried = route.carries_from(first) < model.cfg.n_layers
         self.names = self._names_to_keep(first[0])
-        self.tally = Tally(len(senders), len(prompts), dtype=wide_dtype(model.dtype), device=model.device)
+        self.tallies = [
+            Tally(len(senders), len(prompts), dtype=wide_dtype(model.dtype), device=model.device)
+            for _ in metrics.metrics
+        ]
+        # How far the experiment has come.
+        self.tally = self.tallies[0]
         self.forwards, self.token_layers = 0, 0.0
 
-    def finish(self) -> SweepResult:
+    def finish(self) -> SweepResult | Results[SweepResult]:
         """Run all senders on all pairs.
 
         Raises:
@@ -132,18 +181,24 @@ class _PathPatching:
                 for done in self._run_group(group, self._run_baseline(group)):
                     bar.update(done)
 
-    def result(self) -> SweepResult:
+    def result(self) -> SweepResult | Results[SweepResult]:
         """The values so far."""
+        if self.metrics.is_single:
+            return self._result_of(self.metrics.name, self.tally)
+        tallies = zip(self.metrics.metrics, self.tallies, strict=True)
+        return Results({name: self._result_of(name, tally) for name, tally in tallies})
+
+    def _result_of(self, name: str, tally: Tally) -> SweepResult:
         n_pairs, n_senders, n_tokens = len(self.prompts), len(self.senders), sum(self.prompts.lengths)
         receivers = ", ".join(map(str, self.route.receivers))
-        clean, corrupted = self.tally.ends()
+        clean, corrupted = tally.ends()
         return SweepResult(
-            per_pair=self.tally.per_pair(),
+            per_pair=tally.per_pair(),
             axes={"sender": tuple(map(str, self.senders))},
             clean_per_pair=clean,
             corrupted_per_pair=corrupted,
             cells=tuple({"sender": str(sender), "receivers": receivers} for sender in self.senders),
-            metric=self.metric.name,
+            metric=name,
             direction=self.options.direction,
             stats=SweepStats(
                 cells=n_senders,
@@ -168,13 +223,13 @@ class _PathPatching:
 
     def _pairs_per_group(self) -> int | None:
         """How many pairs' unpatched runs are held at the same time; a function of logits needs all at once."""
-        if self.metric.needs_all_pairs:
+        if self.metrics.needs_all_pairs:
             return None
         width = max(self.prompts.lengths)
         return min(pairs_per_group(self.model, width, self.names, self._n_reads()), self._pairs_per_pass(width))
 
     def _n_reads(self) -> int:
-        return max(self.prompts.lengths) if self.metric.positions is None else len(self.metric.positions)
+        return self.metrics.n_positions or max(self.prompts.lengths)
 
     def _pairs_per_pass(self, width: int) -> int:
         """More pairs than this make a pass of one sender no cheaper."""
@@ -190,20 +245,23 @@ class _PathPatching:
             self.prompts,
             group,
             [],
-            self.metric,
+            self.metrics,
             direction=self.options.direction,
             source="other",
             keep=self.names,
+            edits=self.options.edits,
         )
         self.forwards += 1
         self.token_layers += 2 * len(group) * max(baseline.lengths) * self.model.cfg.n_layers
-        self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
+        for tally, ends in zip(self.tallies, baseline.ends, strict=True):
+            tally.begin(*ends, baseline.lengths)
         return baseline
 
     def _run_group(self, group: list[int], baseline: Baseline) -> Iterator[int]:
         """Run all senders on a group of pairs; gives how many values each step has added."""
-        base = baseline.corrupted if self.options.direction == "denoise" else baseline.clean
-        self.tally.store(self.still, base.expand(len(self.still), -1))
+        for tally, (clean, corrupted) in zip(self.tallies, baseline.ends, strict=True):
+            base = corrupted if self.options.direction == "denoise" else clean
+            tally.store(self.still, base.expand(len(self.still), -1))
         yield len(self.still) * len(group)
         if not self.order:
             return
@@ -212,12 +270,14 @@ class _PathPatching:
         for first in range(0, len(self.order), n_senders):
             rows = self.order[first : first + n_senders]
             logits = torch.cat([self._run_pass(ground, rows) for ground in grounds], dim=1)
-            measured = baseline.metric.measure(logits)
-            broken = [str(self.senders[row]) for row, nan in zip(rows, measured.isnan().any(1), strict=True) if nan]
-            if broken:
-                raise MetricError(f"metric {self.metric.name} is NaN for the senders {broken}")
-            self.tally.store(rows, measured)
-            yield measured.numel()
+            values = baseline.metrics.measure(logits)
+            for metric, measured in zip(self.metrics.metrics.values(), values, strict=True):
+                broken = [str(self.senders[row]) for row, nan in zip(rows, measured.isnan().any(1), strict=True) if nan]
+                if broken:
+                    raise MetricError(f"metric {metric.name} is NaN for the senders {broken}")
+            for tally, measured in zip(self.tallies, values, strict=True):
+                tally.store(rows, measured)
+            yield values[0].numel()
 
     def _lay_grounds(self, group: list[int], baseline: Baseline) -> list[Ground]:
         """The group's pairs, as many together as a pass of one sender runs."""

@@ -28,13 +28,16 @@ from dataclasses import dataclass
 from hooklens.axes import find_site, is_below_blocks, is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import ShortformerPositions
-from hooklens.errors import EditError, HookNameError
+from hooklens.errors import EditError, HookNameError, join_names
 from hooklens.hooks import HookPoint
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.choice import resolve_choice
-from hooklens.hooks.edits import Edit, Project, Reach
+from hooklens.hooks.edits import Add, Edit, Project, Reach
+from hooklens.patching.pairs.prompts import PromptPairs
 
 _PER_HEAD = ("hook_k_per_head", "hook_v_per_head")
+_IN_NODES = ("attn", "mlp", "ln2", "hook_mlp_out")
+_IN_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out")
 
 
 @dataclass(frozen=True)
@@ -164,3 +167,56 @@ def chosen_pairs(edit: Edit, n_pairs: int) -> list[int]:
     """
     what = f"edits: {type(edit).__name__}({edit.name!r}): rows"
     return resolve_choice(edit._read("rows"), n_pairs, what=what, noun="pairs", error=EditError)
+
+
+def check_node_edits(edits: RunEdits, prompts: PromptPairs, *, by_paths: bool = False) -> None:
+    """Refuse edits under which nothing could be said of single edges, before anything runs.
+
+    Circuits and paths take a network as nodes that write to a stream, which is the sum of all they have written. An
+    edit inside a node changes what it computes, one of its output what it writes; a constant added to the stream is
+    there in every circuit, as biases are. Anything else done to the stream, or to what one node reads of it, would
+    stand between nodes, on edges, which a circuit has or has not.
+
+    Args:
+        edits: of the experiment.
+        prompts: its pairs.
+        by_paths: whole blocks run on streams that are patched, so that nothing may act in the stream, and heads are
+            taken before `W_O`.
+
+    Raises:
+        EditError: edits between nodes, or of which it is not known what they read; all of them are named. Or edits that
+            do not go with the pairs.
+    """
+    edits.check_pairs(prompts.lengths, prompts.n_pairs)
+    unknown, between = [], []
+    for edit, points in zip(edits.edits, edits.points, strict=True):
+        if (
+            reach_of(edit) == "unknown"
+            or any(find_site(name) is None for name in points)
+            or (reach_of(edit) == "row" and any(map(is_past_blocks, points)))
+        ):
+            unknown.append(repr(edit))
+        between += [name for name in points if not _is_of_node(edit, name, by_paths=by_paths)]
+    if unknown:
+        raise EditError(
+            f"edits: {join_names(unknown, limit=5)}: a circuit is run node by node and position by position, and it is "
+            "not known what these edits read; give values such as Replace, Add, Scale, Zero or Project, or use "
+            "patching.sweep, which runs whole prompts"
+        )
+    if between:
+        raise EditError(
+            f"edits at {join_names(list(dict.fromkeys(between)), limit=5)} stand between nodes, so the network is no "
+            "sum of what its nodes write; edit inside attention or MLPs, their outputs "
+            f"({'hook_z, hook_mlp_out' if by_paths else 'hook_result, hook_mlp_out'}), the embeddings or what comes "
+            f"behind the blocks{'' if by_paths else ', or Add to the stream'}. patching.sweep takes any edit"
+        )
+
+
+def _is_of_node(edit: Edit, name: str, *, by_paths: bool) -> bool:
+    """Whether an edit changes a node, or adds a constant to the stream."""
+    if is_below_blocks(name) or is_past_blocks(name) or name == "blocks.0.hook_resid_pre":
+        return True
+    if by_paths and name.endswith("attn.hook_result"):
+        return False
+    word = name.split(".")[2]
+    return word in _IN_NODES or (not by_paths and word in _IN_STREAM and type(edit) is Add)
