@@ -43,7 +43,7 @@ def lens(model):
 
 
 def test_steps_are_those_of_plain_torch(model):
-    """Adam on the mean divergence of all tokens, from whole distributions by autograd; the rate falls to 0 in a line."""
+    """Adam on the mean divergence of all tokens, by autograd from whole distributions; the rate falls in a line."""
     data = random_tokens(3, 5)
     found = TunedLens.fit(model, data, steps=4, lr=0.01, batch_size=2, held_out=0.3, progress=False)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(0)).tolist()
