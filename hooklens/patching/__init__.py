@@ -9,6 +9,8 @@ from hooklens.patching.errors import MetricError, SiteError, SmallDifferenceWarn
 from hooklens.patching.estimates.attribution import attribution
 from hooklens.patching.estimates.edges import edge_attribution
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.learned.learn import learn_circuit
+from hooklens.patching.learned.result import LearnedCircuit
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
@@ -67,6 +69,7 @@ __all__ = [
     "FractionRecovered",
     "FunctionMetric",
     "Grid",
+    "LearnedCircuit",
     "LogProb",
     "LogitDiff",
     "Loss",
@@ -111,6 +114,7 @@ __all__ = [
     "layer_head_vector_patch_setter",
     "layer_pos_head_vector_patch_setter",
     "layer_pos_patch_setter",
+    "learn_circuit",
     "make_df_from_ranges",
     "mean_activations",
     "path_patch",
