@@ -9,7 +9,9 @@ from hooklens.patching.errors import MetricError, SiteError, SmallDifferenceWarn
 from hooklens.patching.estimates.attribution import attribution
 from hooklens.patching.estimates.edges import edge_attribution
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.learned.constants import OptimalAblation
 from hooklens.patching.learned.learn import learn_circuit
+from hooklens.patching.learned.optimal import fit_optimal_ablation
 from hooklens.patching.learned.result import LearnedCircuit
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
@@ -75,6 +77,7 @@ __all__ = [
     "Loss",
     "Metric",
     "MetricError",
+    "OptimalAblation",
     "Pair",
     "Probability",
     "SiteError",
@@ -88,6 +91,7 @@ __all__ = [
     "edge_attribution",
     "evaluate_circuits",
     "faithfulness_curve",
+    "fit_optimal_ablation",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
