@@ -35,7 +35,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runs",),
         ("sweeps", "paths"),
         ("circuits",),
-        ("estimates", "learned"),
+        ("estimates", "learned", "baked"),
     ),
 }
 """The same inside a package that has packages of its own."""

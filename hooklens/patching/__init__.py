@@ -1,5 +1,6 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
+from hooklens.patching.baked.bake import bake_ablation, bake_circuit
 from hooklens.patching.circuits.acdc import discover_circuit
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
@@ -86,6 +87,8 @@ __all__ = [
     "SweepResult",
     "SweepStats",
     "attribution",
+    "bake_ablation",
+    "bake_circuit",
     "discover_circuit",
     "draw_activations",
     "edge_attribution",

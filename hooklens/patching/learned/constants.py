@@ -121,7 +121,9 @@ class OptimalAblation(Mapping[str, Tensor]):
             "losses": dict(self.losses),
             "metric": self.metric,
         }
-        _FILE.write(path, {**{f"outputs.{name}": self.outputs[name] for name in self}, "history": self.history}, described)
+        _FILE.write(
+            path, {**{f"outputs.{name}": self.outputs[name] for name in self}, "history": self.history}, described
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "OptimalAblation":
@@ -148,7 +150,9 @@ def constants_of(outputs: Mapping[str, Tensor], writers: tuple[Writer, ...], sca
     """What each writer adds to the stream, `[writer some_pos d_model]`, from means by hook name; heads by their factor."""
     return torch.stack(
         [
-            outputs[writer.hook_name][0, :, writer.head] * scale if writer.kind == "head" else outputs[writer.hook_name][0]
+            outputs[writer.hook_name][0, :, writer.head] * scale
+            if writer.kind == "head"
+            else outputs[writer.hook_name][0]
             for writer in writers
         ]
     )
@@ -180,9 +184,11 @@ _FILE = ResultFile(
         ),
         "losses": Expected(
             f"the numbers {', '.join(_ENDS)}",
-            lambda found: isinstance(found, dict)
-            and tuple(found) == _ENDS
-            and all(isinstance(loss, float) for loss in found.values()),
+            lambda found: (
+                isinstance(found, dict)
+                and tuple(found) == _ENDS
+                and all(isinstance(loss, float) for loss in found.values())
+            ),
         ),
         "metric": TEXT,
     },
@@ -191,7 +197,9 @@ _FILE = ResultFile(
 
 def _expect_tensors(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Expectation]:
     expected = {
-        f"outputs.{name}": Expectation((1, "pos", "head", "d_model") if name.endswith("hook_result") else (1, "pos", "d_model"))
+        f"outputs.{name}": Expectation(
+            (1, "pos", "head", "d_model") if name.endswith("hook_result") else (1, "pos", "d_model")
+        )
         for name in described["names"]
     }
     return expected | {"history": Expectation(("step",), torch.float64)}

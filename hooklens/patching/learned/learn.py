@@ -122,7 +122,10 @@ def learn_circuit(
     rate = _read_above_zero(lr, "lr")
     drawn_by = read_seed(seed, what="learn_circuit: seed")
     share = read_number(
-        holdout, what="learn_circuit: holdout", expected="a share from 0 to below 1", allows=lambda found: 0 <= found < 1
+        holdout,
+        what="learn_circuit: holdout",
+        expected="a share from 0 to below 1",
+        allows=lambda found: 0 <= found < 1,
     )
     check_additive(model.cfg)
     check_heads_apart(model.cfg)
@@ -229,9 +232,7 @@ class _Learning:
         )
 
 
-def _read_target(
-    size: object, sparsity: object, penalty: object, n_gates: int, steps: int, lr: float
-) -> Schedule:
+def _read_target(size: object, sparsity: object, penalty: object, n_gates: int, steps: int, lr: float) -> Schedule:
     """How training goes, from exactly one of three ways to say how many gates stay open."""
     given = {"target_size": size, "target_sparsity": sparsity, "penalty": penalty}
     chosen = [name for name, value in given.items() if value is not None]

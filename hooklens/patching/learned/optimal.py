@@ -93,9 +93,7 @@ def fit_optimal_ablation(
         raise InputError(f"fit_optimal_ablation: circuit is {show(circuit)}, expected a patching.Circuit")
     apart = read_flag(each_position, what="fit_optimal_ablation: each_position")
     n_steps = read_int(steps, what="fit_optimal_ablation: steps", least=1)
-    rate = read_number(
-        lr, what="fit_optimal_ablation: lr", expected="a number above 0", allows=lambda found: found > 0
-    )
+    rate = read_number(lr, what="fit_optimal_ablation: lr", expected="a number above 0", allows=lambda found: found > 0)
     drawn_by = read_seed(seed, what="fit_optimal_ablation: seed")
     check_additive(model.cfg)
     check_heads_apart(model.cfg)

@@ -15,9 +15,7 @@ def draw(log_alpha, n=20_000, seed=0):
 def test_shares_of_open_and_of_whole_gates_are_those_of_the_distribution(log_alpha):
     gates = draw(log_alpha)[1]
     # P(s > x) of a binary concrete variable, written out: 0 is cut off at s = 0.1 / 1.2, 1 at s = 1.1 / 1.2.
-    open_, whole = (
-        1 / (1 + math.exp(-(log_alpha - 2 / 3 * math.log(x / (1 - x))))) for x in (0.1 / 1.2, 1.1 / 1.2)
-    )
+    open_, whole = (1 / (1 + math.exp(-(log_alpha - 2 / 3 * math.log(x / (1 - x))))) for x in (0.1 / 1.2, 1.1 / 1.2))
     # Four standard errors of a share of 20,000.
     assert float((gates > 0).double().mean()) == pytest.approx(open_, abs=0.015)
     assert float((gates == 1).double().mean()) == pytest.approx(whole, abs=0.015)

@@ -43,7 +43,9 @@ def test_a_circuit_of_few_edges_is_as_faithful_on_new_prompts_as_that_of_scores(
     assert len(found.circuit()) == 12
     assert found.losses[-20:].mean() < 0.02
     scores = patching.edge_attribution(model, pairs, metric=LogitDiff(), progress=False)
-    random_edges = [list_edges(model.cfg)[i] for i in torch.randperm(343, generator=torch.Generator().manual_seed(0))[:12]]
+    random_edges = [
+        list_edges(model.cfg)[i] for i in torch.randperm(343, generator=torch.Generator().manual_seed(0))[:12]
+    ]
     circuits = {"learned": found.circuit(), "eap": scores.circuit(12), "random": Circuit(random_edges)}
     result = patching.evaluate_circuits(model, others, circuits=circuits, metric=KL(), progress=False)
     learned, greedy, by_chance = result.faithfulness_hanna.tolist()
@@ -64,9 +66,10 @@ def test_gates_rank_edges_for_curves():
     assert float(curve.faithfulness[1]) > 0.9
 
 
-@pytest.mark.parametrize("level", ["edge", "node"])
-@pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
-@pytest.mark.parametrize("metric", ["kl", METRIC])
+@pytest.mark.parametrize(
+    ("level", "ablation", "metric"),
+    [("edge", "resample", "kl"), ("edge", "mean", METRIC), ("node", "zero", "kl")],
+)
 def test_the_rounded_circuit_is_measured_as_evaluate_circuits_does(level, ablation, metric):
     found = learn(metric, level=level, ablation=ablation, target_size=5, batch_size=3)
     expected = patching.evaluate_circuits(
@@ -82,7 +85,9 @@ def test_the_rounded_circuit_is_measured_as_evaluate_circuits_does(level, ablati
     for row, whole in enumerate([expected.per_pair[0], expected.full_per_pair, expected.empty_per_pair]):
         torch.testing.assert_close(found.values[row], whole, rtol=0, atol=1e-10)
     assert int(found.held_out_pairs.sum()) == 2
-    torch.testing.assert_close(found.held_out.per_pair[0], expected.per_pair[0][found.held_out_pairs], atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        found.held_out.per_pair[0], expected.per_pair[0][found.held_out_pairs], atol=1e-10, rtol=0
+    )
     torch.testing.assert_close(
         found.trained.faithfulness_wang[0],
         (expected.per_pair[0] - expected.full_per_pair)[~found.held_out_pairs].mean().abs(),
@@ -100,19 +105,19 @@ def test_means_given_by_hook_name_are_what_closed_edges_carry():
 
 
 def test_the_target_is_reached():
-    for target in ({"target_size": 20}, {"target_sparsity": 1 - 20 / 82}):
-        found = learn(steps=120, holdout=0, batch_size=4, **target)
-        assert found.size == 20
-        assert found.method == "lagrangian"
-        # A tenth of all gates: multipliers go on pulling.
-        assert float(found.sizes[-1]) == pytest.approx(20, abs=8)
-        assert float(found.targets[-1]) == pytest.approx(20, abs=1e-4)
-        assert float(found.targets[0]) > 75
-        assert found.targets.diff().max() <= 1e-9
+    found = learn(target_size=20, steps=80, holdout=0, batch_size=4)
+    assert (found.size, found.method) == (20, "lagrangian")
+    # A tenth of all gates: multipliers go on pulling.
+    assert float(found.sizes[-1]) == pytest.approx(20, abs=8)
+    assert float(found.targets[-1]) == pytest.approx(20, abs=1e-4)
+    assert float(found.targets[0]) > 75
+    assert found.targets.diff().max() <= 1e-9
+    by_share = learn(target_sparsity=1 - 20 / 82, steps=80, holdout=0, batch_size=4)
+    assert torch.equal(by_share.log_alpha, found.log_alpha)
 
 
 def test_a_price_on_gates_closes_more_the_higher_it_is():
-    sizes = [float(learn(penalty=price, steps=60, lr=0.2).sizes[-1]) for price in (0.01, 100.0)]
+    sizes = [float(learn(penalty=price, steps=30, lr=0.2).sizes[-1]) for price in (0.01, 100.0)]
     assert sizes[1] < sizes[0] - 20
     found = learn(penalty=0.01)
     assert found.size == int((found.probabilities > 0.5).sum())
@@ -121,7 +126,7 @@ def test_a_price_on_gates_closes_more_the_higher_it_is():
 
 
 def test_nodes_have_gates():
-    found = learn(level="node", target_size=3, steps=30)
+    found = learn(level="node", target_size=3, steps=5)
     circuit = found.circuit()
     assert len(circuit.nodes()) == 1 + 3 + 1
     for writer in found.writers:
@@ -209,7 +214,9 @@ def test_an_interrupt_gives_the_gates_so_far(monkeypatch):
 def test_a_loss_that_is_no_number_is_refused():
     with pytest.raises(MetricError, match="differs from the clean run's by a mean loss of .*; expected a number above"):
         patching.learn_circuit(MODEL, CLEAN, CLEAN, METRIC, target_size=3, progress=False)
-    broken = patching.FunctionMetric(lambda logits: (logits[:, -1, 0] * 0 + (-1.0)).sqrt() if logits.requires_grad else logits[:, -1, 0])
+    broken = patching.FunctionMetric(
+        lambda logits: (logits[:, -1, 0] * 0 + (-1.0)).sqrt() if logits.requires_grad else logits[:, -1, 0]
+    )
     with pytest.raises(MetricError, match="the loss of step 0 is nan; lower lr, which is 0.1"):
         learn(broken, holdout=0)
 

@@ -16,7 +16,9 @@ CIRCUIT = Circuit(list_edges(MODEL.cfg)[::2])
 
 
 def fit(circuit=CIRCUIT, metric="kl", *, model=MODEL, corrupted=CORRUPTED, **options):
-    return patching.fit_optimal_ablation(model, CLEAN, corrupted, circuit, metric, **{"steps": 30, "progress": False, **options})
+    return patching.fit_optimal_ablation(
+        model, CLEAN, corrupted, circuit, metric, **{"steps": 30, "progress": False, **options}
+    )
 
 
 def evaluate(ablation, metric=None, model=MODEL, circuit=CIRCUIT):
@@ -71,8 +73,12 @@ def test_constants_fit_prompts_of_different_lengths():
     lengths = (5, 3, 4)
     rows = [[row[:n] for row, n in zip(random_tokens(3, 5, seed=seed), lengths, strict=True)] for seed in (1, 2)]
     (clean, mask), (corrupted, _) = (pad_rows(one, "right") for one in rows)
-    found = patching.fit_optimal_ablation(MODEL, clean, corrupted, CIRCUIT, attention_mask=mask, steps=5, progress=False)
-    means = patching.mean_activations(MODEL, corrupted, ["resid_pre", "result", "mlp_out"], each_position=False, attention_mask=mask)
+    found = patching.fit_optimal_ablation(
+        MODEL, clean, corrupted, CIRCUIT, attention_mask=mask, steps=5, progress=False
+    )
+    means = patching.mean_activations(
+        MODEL, corrupted, ["resid_pre", "result", "mlp_out"], each_position=False, attention_mask=mask
+    )
     result = patching.evaluate_circuits(
         MODEL, clean, corrupted, [CIRCUIT], KL(), ablation=means, attention_mask=mask, progress=False
     )

@@ -39,7 +39,9 @@ class SoftReference(MaskedReference):
             for reader in names
         }
         # One reader at a time, each with writers that have written only as much as its gates let through.
-        return [hook for reader in names for hook in super(SoftReference, self).give([reader], circuit, blended[reader])]
+        return [
+            hook for reader in names for hook in super(SoftReference, self).give([reader], circuit, blended[reader])
+        ]
 
 
 class All:
@@ -116,7 +118,9 @@ def test_gradients_are_those_of_differences(network, width):
             # At an end of [0, 1] a gate moves to one side only.
             direction = direction * exists * (gates > 0) * (gates < 1)
         with torch.no_grad():
-            up, down = ([t + sign * step * direction if i == place else t for i, t in enumerate(given_)] for sign in (1, -1))
+            up, down = (
+                [t + sign * step * direction if i == place else t for i, t in enumerate(given_)] for sign in (1, -1)
+            )
             expected = float(value(*up) - value(*down)) / (2 * step)
         # Central differences: rounding of 1e-15 over 1e-6, times values of about 10.
         assert float((grad * direction).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
