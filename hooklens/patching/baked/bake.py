@@ -1,8 +1,8 @@
 """Ablations written into weights: a circuit of whole nodes as a model of its own.
 
-A head adds `z W_O[head]` to the stream, an MLP `post W_out + b_out`, a neuron `post[n] W_out[n]`. So a node whose output
-is to be a constant `c` in every run needs no hook: its rows of `W_O` or `W_out` become 0, and `c` goes into `b_O` or
-`b_out`. What comes out is an ordinary model, which saves, merges, generates and quantises as any other.
+A head adds `z W_O[head]` to the stream, an MLP `post W_out + b_out`, a neuron `post[n] W_out[n]`. So a node whose
+output is to be a constant `c` in every run needs no hook: its rows of `W_O` or `W_out` become 0, and `c` goes into
+`b_O` or `b_out`. What comes out is an ordinary model, which saves, merges, generates and quantises as any other.
 
 That holds for whole nodes and constants alone. An ablation of single edges leaves a node different things to say to
 different readers, `"resample"` says another thing for each prompt, and a mean for each position another for each

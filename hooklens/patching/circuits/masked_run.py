@@ -64,7 +64,7 @@ class MaskedRun:
 
     def _begin(self, masks: Float[Tensor, "circuit reader writer"]) -> None:
         """Take up the circuits as factors of their edges' changes; `nodes` are those that run."""
-        model, ground = self.model, self.ground
+        ground = self.ground
         self._masks = masks
         self._shared = self._masks.clone()
         self._shared[:, :, self.nodes] = 0.0

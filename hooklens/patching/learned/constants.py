@@ -1,8 +1,8 @@
 """Optimal ablation: constants to ablate to, fitted so that ablating costs least.
 
-What a loss under ablation says about a node is mixed with what the ablated value does to the rest of the network: zeros,
-means and other prompts' outputs can each mislead it. The constant under which the loss is smallest takes that part away
-as far as any constant can (Li and Janson 2024, "Optimal Ablation for Interpretability"):
+What a loss under ablation says about a node is mixed with what the ablated value does to the rest of the network:
+zeros, means and other prompts' outputs can each mislead it. The constant under which the loss is smallest takes that
+part away as far as any constant can (Li and Janson 2024, "Optimal Ablation for Interpretability"):
 
     a* = argmin over a of the mean over prompts of loss(the circuit's run with every edge outside it carrying a)
 
@@ -147,7 +147,7 @@ class OptimalAblation(Mapping[str, Tensor]):
 
 
 def constants_of(outputs: Mapping[str, Tensor], writers: tuple[Writer, ...], scale: float) -> Tensor:
-    """What each writer adds to the stream, `[writer some_pos d_model]`, from means by hook name; heads by their factor."""
+    """What each writer adds to the stream, `[writer some_pos d_model]`, from means by hook name."""
     return torch.stack(
         [
             outputs[writer.hook_name][0, :, writer.head] * scale

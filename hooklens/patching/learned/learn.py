@@ -17,7 +17,7 @@ on others.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -35,7 +35,7 @@ from hooklens.patching.learned.gates import log_alpha_of, open_probability
 from hooklens.patching.learned.level import GateLayout, Level
 from hooklens.patching.learned.result import LearnedCircuit
 from hooklens.patching.learned.soft_run import pairs_per_step
-from hooklens.patching.learned.training import Grounds, GateTraining, Schedule
+from hooklens.patching.learned.training import GateTraining, Grounds, Schedule
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_runs import KL
@@ -48,7 +48,7 @@ from hooklens.patching.runs.options import RunOptions
 from hooklens.patching.runs.tally import finish_or_keep
 from hooklens.precision import wide_dtype
 
-# Gates begin nearly all open, and with scores to begin with as far apart as training moves them in some dozens of steps.
+# Gates begin nearly all open; with scores to begin with, as far apart as training moves them in some dozens of steps.
 _FIRST_PROBABILITY = 0.95
 _WARM_SPREAD = 2.0
 
@@ -172,7 +172,7 @@ class _Learning:
                     bar.update(1)
             self._measure()
 
-        def stopped(why: str, partial: Any) -> Exception:
+        def stopped(why: str, partial: LearnedCircuit) -> Exception:
             return SweepInterruptedError(
                 f"learning a circuit stopped after {len(self.training.losses)} of {self.schedule.steps} steps ({why}); "
                 "the gates so far are in this error's .result, and warm_start= goes on from them",

@@ -141,7 +141,7 @@ class _Fit:
             with tqdm(total=steps, desc="fitting", disable=not progress) as bar:
                 self._fit(steps, lr, seed, lambda: bar.update(1))
 
-        def stopped(why: str, partial: Any) -> Exception:
+        def stopped(why: str, partial: OptimalAblation) -> Exception:
             return SweepInterruptedError(
                 f"fitting an ablation stopped after {len(self.history)} of {steps} steps ({why}); the best constants "
                 "so far are in this error's .result",

@@ -115,7 +115,7 @@ class LearnedCircuit:
             moments=Moments(torch.stack([torch.ones_like(found), found, torch.zeros_like(found)])),
             writers=self.writers,
             readers=self.readers,
-            exists=self.log_alpha.T > -torch.inf,
+            exists=-torch.inf < self.log_alpha.T,
             clean_per_pair=self.values[1].double(),
             corrupted_per_pair=self.values[2].double(),
             metric=self.metric,
@@ -259,7 +259,7 @@ class LearnedCircuit:
         """
         tensors, described = _FILE.read(path, _expect_tensors)
         nodes = {"writers": tuple(described["writers"]), "readers": tuple(described["readers"])}
-        return cls(**{**described, **nodes, "stats": SweepStats(**described["stats"])}, **tensors)
+        return cls(**{**tensors, **described, **nodes, "stats": SweepStats(**described["stats"])})
 
 
 _TENSORS = ("log_alpha", "losses", "sizes", "targets", "held_out_pairs", "values")

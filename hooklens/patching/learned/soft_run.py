@@ -73,7 +73,9 @@ class SoftRun(MaskedRun):
         index: Int[Tensor, "pair read 1"] | None,
     ) -> Float[Tensor, "circuit reader entry"]:
         n_nodes = masks.shape[-1]
-        found: Tensor = _AddChanges.apply(total, masks, self.own[:, :n_nodes], index, *self._noted[:n_nodes])
+        found: Tensor = _AddChanges.apply(  # type: ignore[no-untyped-call]
+            total, masks, self.own[:, :n_nodes], index, *self._noted[:n_nodes]
+        )
         return found
 
     def _inputs(
@@ -124,7 +126,7 @@ class _AddChanges(torch.autograd.Function):
         return torch.baddbmm(total, masks, own.flatten(2))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (masks,) = ctx.saved_tensors
         table, index = ctx.table, ctx.index

@@ -138,7 +138,8 @@ class GateTraining:
         generator = torch.Generator().manual_seed(seed)
         gates = self.log_alpha.clone().requires_grad_()
         multipliers = torch.zeros(2, requires_grad=True)
-        optimiser = torch.optim.Adam([{"params": [gates]}, {"params": [multipliers], "maximize": True}], lr=schedule.lr)
+        optimiser = torch.optim.Adam([gates], lr=schedule.lr)
+        optimiser.add_param_group({"params": [multipliers], "maximize": True})
         first_share = float(open_probability(gates.detach()).mean())
         for step, number in zip(range(schedule.steps), grounds.order(generator), strict=False):
             target = _target(schedule, step, first_share, len(self.layout))

@@ -5,7 +5,8 @@ import random
 from hooklens import HookedCausalLM
 from hooklens.patching import Pair
 
-NAMES = "Mary Anna Lucy Emma Alice Sarah Laura Kate Helen Susan John Tom Peter Paul James David Simon Martin".split()
+NAMES = ["Mary", "Anna", "Lucy", "Emma", "Alice", "Sarah", "Laura", "Kate", "Helen"]
+NAMES += ["Susan", "John", "Tom", "Peter", "Paul", "James", "David", "Simon", "Martin"]
 TEMPLATE = "When {first} and {second} went to the store, {subject} gave a drink to"
 
 

@@ -56,7 +56,7 @@ def test_a_circuit_of_few_edges_is_as_faithful_on_new_prompts_as_that_of_scores(
 
 
 def test_gates_rank_edges_for_curves():
-    model, pairs, others = bundled()
+    model, _pairs, others = bundled()
     found = learned_on_bundled()
     assert found.scores.circuit(12) == found.circuit()
     curve = patching.faithfulness_curve(
@@ -199,7 +199,7 @@ def test_an_interrupt_gives_the_gates_so_far(monkeypatch):
 
     original = training.SoftRun
     monkeypatch.setattr(training, "SoftRun", run)
-    with pytest.raises(SweepInterruptedError, match="stopped after 3 of 6 steps .KeyboardInterrupt") as caught:
+    with pytest.raises(SweepInterruptedError, match=r"stopped after 3 of 6 steps .KeyboardInterrupt") as caught:
         learn(steps=6)
     found = caught.value.result
     assert len(found.losses) == len(found.sizes) == len(found.targets) == 3
@@ -212,12 +212,14 @@ def test_an_interrupt_gives_the_gates_so_far(monkeypatch):
 
 
 def test_a_loss_that_is_no_number_is_refused():
-    with pytest.raises(MetricError, match="differs from the clean run's by a mean loss of .*; expected a number above"):
+    with pytest.raises(
+        MetricError, match=r"differs from the clean run's by a mean loss of .*; expected a number above"
+    ):
         patching.learn_circuit(MODEL, CLEAN, CLEAN, METRIC, target_size=3, progress=False)
     broken = patching.FunctionMetric(
         lambda logits: (logits[:, -1, 0] * 0 + (-1.0)).sqrt() if logits.requires_grad else logits[:, -1, 0]
     )
-    with pytest.raises(MetricError, match="the loss of step 0 is nan; lower lr, which is 0.1"):
+    with pytest.raises(MetricError, match=r"the loss of step 0 is nan; lower lr, which is 0.1"):
         learn(broken, holdout=0)
 
 
@@ -250,7 +252,7 @@ def test_refusals_of_what_does_not_go_together():
     with pytest.raises(InputError, match="is a function that sees all pairs at once, so none can be held out; pass"):
         learn(lambda logits: logits[:, -1, 0])
     other = make_model("attention only")
-    with pytest.raises(InputError, match="warm_start has .* writers and .* readers that are not this network's"):
+    with pytest.raises(InputError, match=r"warm_start has .* writers and .* readers that are not this network's"):
         learn(model=other, warm_start=learn())
     with pytest.raises(InputError, match="warm_start has a gate on each node, and level is 'edge'; go on with"):
         learn(warm_start=learn(level="node", target_size=3))

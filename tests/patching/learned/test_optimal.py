@@ -3,7 +3,7 @@ import torch
 
 from hooklens import HookedCausalLM, patching
 from hooklens.errors import CheckpointError, HookLensError, InputError
-from hooklens.patching import KL, Circuit, LogitDiff, MetricError, OptimalAblation, SiteError, SweepInterruptedError
+from hooklens.patching import KL, Circuit, LogitDiff, OptimalAblation, SiteError, SweepInterruptedError
 from hooklens.patching.graph.nodes import list_edges
 from hooklens.patching.learned import optimal
 from tests.annotations import unchecked
@@ -83,7 +83,7 @@ def test_constants_fit_prompts_of_different_lengths():
         MODEL, clean, corrupted, [CIRCUIT], KL(), ablation=means, attention_mask=mask, progress=False
     )
     assert found.losses["mean"] == pytest.approx(float(result.values[0]), rel=1e-9)
-    with pytest.raises(InputError, match="each_position=True needs prompts of one length.*between 3 and 5 tokens"):
+    with pytest.raises(InputError, match=r"each_position=True needs prompts of one length.*between 3 and 5 tokens"):
         patching.fit_optimal_ablation(
             MODEL, clean, corrupted, CIRCUIT, attention_mask=mask, each_position=True, progress=False
         )

@@ -48,7 +48,7 @@ def test_circuits_take_the_gates_most_likely_open():
     assert found.n_gates == len(ranked)
     assert isinstance(found.scores, EdgeScores)
     assert found.scores.standard_errors.isnan().all()
-    with pytest.raises(HookLensError, match="LearnedCircuit.circuit: n is -1"):
+    with pytest.raises(HookLensError, match=r"LearnedCircuit.circuit: n is -1"):
         found.circuit(-1)
 
 
@@ -74,7 +74,7 @@ def test_faithfulness_on_trained_and_held_out_pairs():
     assert float(found.held_out.faithfulness_hanna) == 1.0
     assert found.held_out.circuits == (found.circuit(),)
     alone = replace(found, held_out_pairs=torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(HookLensError, match="no held-out pairs; give learn_circuit a holdout, such as 0.25"):
+    with pytest.raises(HookLensError, match=r"no held-out pairs; give learn_circuit a holdout, such as 0.25"):
         _ = alone.held_out
     stopped = replace(found, values=torch.full((3, 3), torch.nan))
     with pytest.raises(HookLensError, match="was not measured on held-out pairs, since training stopped before"):
