@@ -29,8 +29,6 @@ from hooklens.hooks.region import Region, Selection, axes_in_canonical_order, ch
 from hooklens.hooks.values import TensorValue
 from hooklens.precision import widen
 
-Reach = Literal["token", "row", "unknown"]
-
 
 @dataclass(frozen=True)
 class Edit(TensorValue, ABC):
@@ -55,9 +53,9 @@ class Edit(TensorValue, ABC):
     counts_padding: ClassVar[bool] = True
     # Whether it computes with the activation, which nobody can do with numbers that name something.
     computes: ClassVar[bool] = True
-    # What the new value of a token is made of: of this token's activation alone (and of what is laid over it), of all
-    # tokens of its row, or of more than this class can say, such as what a function remembers.
-    reach: ClassVar[Reach] = "unknown"
+    # What the new value of a token is made of: "token", of this token alone (and of what is laid over it); "row",
+    # of all tokens of its row; "unknown", of more than this class can say, such as what a function remembers.
+    reach: ClassVar[str] = "unknown"
     # The field that is laid over the region, where there is one.
     lays: ClassVar[str | None] = None
 
@@ -220,8 +218,8 @@ class Replace(Edit):
         `Replace("blocks.3.hook_resid_pre", clean_cache["resid_pre", 3][:, -1], pos=-1)`
     """
 
-    reach: ClassVar[Reach] = "token"
-    lays: ClassVar[str | None] = "value"
+    reach = "token"
+    lays = "value"
     computes: ClassVar[bool] = False
 
     value: Tensor | float
@@ -235,8 +233,8 @@ class Replace(Edit):
 class Add(Edit):
     """Add `value` to the activation, as in activation steering."""
 
-    reach: ClassVar[Reach] = "token"
-    lays: ClassVar[str | None] = "value"
+    reach = "token"
+    lays = "value"
 
     value: Tensor | float
 
@@ -249,7 +247,7 @@ class Add(Edit):
 class Scale(Edit):
     """Multiply the activation by `factor`."""
 
-    reach: ClassVar[Reach] = "token"
+    reach = "token"
 
     factor: float
 
@@ -262,7 +260,7 @@ class Scale(Edit):
 class Zero(Edit):
     """Set the activation to zero."""
 
-    reach: ClassVar[Reach] = "token"
+    reach = "token"
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
         """Zeros."""
@@ -277,7 +275,7 @@ class Mean(Edit):
     first axis.
     """
 
-    reach: ClassVar[Reach] = "row"
+    reach = "row"
     counts_padding: ClassVar[bool] = False
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
@@ -301,7 +299,7 @@ class Project(Edit):
         keep: False removes the span (directional ablation), True removes everything else.
     """
 
-    reach: ClassVar[Reach] = "token"
+    reach = "token"
 
     directions: Tensor
     keep: bool = False
@@ -395,8 +393,8 @@ class Interchange(Edit):
         `Interchange("blocks.3.hook_resid_pre", basis, source_cache["resid_pre", 3][:, -1], pos=-1)`
     """
 
-    reach: ClassVar[Reach] = "token"
-    lays: ClassVar[str | None] = "source"
+    reach = "token"
+    lays = "source"
 
     basis: Tensor
     source: Tensor | float

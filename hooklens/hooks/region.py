@@ -98,7 +98,6 @@ class Selection:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Region:
     """The part of a tensor that an edit touches.
 
@@ -110,12 +109,20 @@ class Region:
         selection: the same, for what lays a value over it.
     """
 
-    order: list[int]
-    axes: tuple[str, ...]
-    row: Tensor
-    column: Tensor
-    heads: list[int] | None
-    selection: Selection
+    __slots__ = ("axes", "column", "heads", "order", "row", "selection")
+
+    def __init__(
+        self,
+        *,
+        order: list[int],
+        axes: tuple[str, ...],
+        row: Tensor,
+        column: Tensor,
+        heads: list[int] | None,
+        selection: Selection,
+    ) -> None:
+        self.order, self.axes, self.row, self.column = order, axes, row, column
+        self.heads, self.selection = heads, selection
 
     @property
     def index(self) -> tuple[Tensor, ...]:

@@ -181,7 +181,7 @@ class _Evaluation:
 
     def _run_group(self, ground: Ground) -> Iterator[int]:
         """Run all circuits on some pairs; gives how many values each step has added."""
-        empty = self.runner.measure_ablated(ground)
+        empty = self.runner.measure_each_ablated(ground)
         for metric, ablated in zip(self.runner.metrics.metrics.values(), empty, strict=True):
             if not ablated.isfinite().all():
                 raise MetricError(

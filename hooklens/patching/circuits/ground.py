@@ -11,7 +11,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.patching.circuits.ablation import Ablation, ablated_outputs, written_names
 from hooklens.patching.graph.nodes import Graph, Reader, Writer
 from hooklens.patching.metrics.group import MetricGroup
-from hooklens.patching.metrics.metric import Ends
+from hooklens.patching.metrics.metric import Ends, Metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import GroupEdits, Places
 from hooklens.patching.runs.baseline import run_baseline
@@ -55,6 +55,11 @@ class Ground:
     past: list[tuple[Tensor, Tensor]]
 
     @property
+    def metric(self) -> Metric:
+        """The metric, prepared for these pairs; of several the first."""
+        return next(iter(self.metrics.metrics.values()))
+
+    @property
     def clean(self) -> Float[Tensor, " pair"]:
         """The metric's values in the clean run, of several metrics the first's."""
         return self.ends[0][0]
@@ -91,7 +96,7 @@ def prepare_ground(
     model: HookedCausalLM,
     prompts: PromptPairs,
     pairs: list[int],
-    metrics: MetricGroup,
+    metric: Metric | MetricGroup,
     ablation: Ablation,
     edits: RunEdits = NO_EDITS,
 ) -> Ground:
@@ -101,7 +106,7 @@ def prepare_ground(
         model: the model.
         prompts: all pairs.
         pairs: the pairs to run.
-        metrics: what is measured.
+        metric: what is measured; several metrics are a group.
         ablation: `"resample"`, `"zero"`, or outputs by hook name; means have to be made before.
         edits: what acts in every run.
 
@@ -110,6 +115,7 @@ def prepare_ground(
             there.
         MetricError: the metric is NaN or infinite for an unpatched run.
     """
+    metrics = metric if isinstance(metric, MetricGroup) else MetricGroup.read(metric)
     graph = Graph.of(model.cfg)
     written = written_names(model)
     streams = list(dict.fromkeys(map(stream_name, graph.readers)))

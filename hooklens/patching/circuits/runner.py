@@ -85,6 +85,11 @@ class CircuitRunner:
             self.forwards += -(-len(prompts) // size)
             self.token_layers += prompts.corrupted.numel() * model.cfg.n_layers
 
+    @property
+    def metric(self) -> Metric:
+        """The metric, of several the first."""
+        return next(iter(self.metrics.metrics.values()))
+
     def groups(self) -> Iterator[list[int]]:
         """The pairs that stand on one ground."""
         return self.prompts.split(None if self.metrics.needs_all_pairs else self._pairs_per_group())
@@ -129,7 +134,11 @@ class CircuitRunner:
         """The metric of the clean prompts with all edges outside each circuit ablated, of several metrics the first."""
         return self.run(ground, masks)[0][0]
 
-    def measure_ablated(self, ground: Ground) -> list[Float[Tensor, " pair"]]:
+    def measure_ablated(self, ground: Ground) -> Float[Tensor, " pair"]:
+        """The metric with all edges ablated, of several metrics the first."""
+        return self.measure_each_ablated(ground)[0]
+
+    def measure_each_ablated(self, ground: Ground) -> list[Float[Tensor, " pair"]]:
         """Each metric with all edges ablated."""
         base = ground.bases[self.graph.readers[-1].hook_name]
         stream, edits = base.take_along_dim(ground.reads[..., None], dim=1), ground.edits

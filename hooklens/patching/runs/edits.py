@@ -24,6 +24,7 @@ What a patched run may leave out depends on what the edits do (`Edit.reach`):
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from hooklens.axes import find_site, is_below_blocks, is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
@@ -32,8 +33,11 @@ from hooklens.errors import EditError, HookNameError, join_names
 from hooklens.hooks import HookPoint
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.choice import resolve_choice
-from hooklens.hooks.edits import Add, Edit, Project, Reach
+from hooklens.hooks.edits import Add, Edit, Project
 from hooklens.patching.pairs.prompts import PromptPairs
+
+Reach = Literal["token", "row", "unknown"]
+"""What an edit makes new values of, see `Edit.reach`."""
 
 _PER_HEAD = ("hook_k_per_head", "hook_v_per_head")
 _IN_NODES = ("attn", "mlp", "ln2", "hook_mlp_out")
@@ -150,7 +154,9 @@ def reach_of(edit: Edit) -> Reach:
     """What an edit's new values are made of; a kind that computes them otherwise than its base has to say so anew."""
     kind = next(kind for kind in type(edit).__mro__ if "compute" in vars(kind) or "apply" in vars(kind))
     says = next(kind for kind in type(edit).__mro__ if "reach" in vars(kind))
-    return edit.reach if issubclass(says, kind) else "unknown"
+    if not issubclass(says, kind):
+        return "unknown"
+    return "token" if edit.reach == "token" else "row" if edit.reach == "row" else "unknown"
 
 
 def has_keys(name: str) -> bool:

@@ -9,7 +9,6 @@ from hooklens.patching.circuits.ground import prepare_ground
 from hooklens.patching.circuits.masked_run import MaskedRun
 from hooklens.patching.circuits.reach import Wiring
 from hooklens.patching.graph.nodes import Graph, list_edges
-from hooklens.patching.metrics.group import MetricGroup
 from hooklens.patching.pairs.prompts import read_pairs
 from hooklens.patching.runs.edits import NO_EDITS
 from tests.model.networks import Allocations, make_config, make_model, pad_rows, random_tokens
@@ -32,7 +31,7 @@ def run(model, clean, corrupted, circuits, *, ablation="resample", metric=EVERYW
     """Logits at the positions that the metric reads, `[circuit pair read d_vocab]`."""
     prompts = read_pairs(model, clean, corrupted, mask)
     with torch.no_grad():
-        ground = prepare_ground(model, prompts, list(range(len(prompts))), MetricGroup.read(metric), ablation, edits)
+        ground = prepare_ground(model, prompts, list(range(len(prompts))), metric, ablation, edits)
         masks = torch.stack([circuit.to_mask(model.cfg) for circuit in circuits])
         return MaskedRun(model, Wiring.of(model.cfg), ground, masks).logits()
 
@@ -168,7 +167,7 @@ def test_columns_that_are_run():
 
     @torch.no_grad()
     def columns(metric, ablation="resample"):
-        ground = prepare_ground(model, prompts, [0, 1], MetricGroup.read(metric), ablation)
+        ground = prepare_ground(model, prompts, [0, 1], metric, ablation)
         return ground.first, ground.width
 
     assert columns(LogProb(1)) == (5, 3)
@@ -177,7 +176,7 @@ def test_columns_that_are_run():
     assert columns(LogProb(1), "zero") == (0, 8)
     same = read_pairs(model, clean, clean)
     with torch.no_grad():
-        assert prepare_ground(model, same, [0, 1], MetricGroup.read(LogProb(1)), "resample").first == 7
+        assert prepare_ground(model, same, [0, 1], LogProb(1), "resample").first == 7
 
 
 def test_frequencies_that_depend_on_the_length_leave_nothing_to_cut_off():

@@ -86,7 +86,7 @@ def test_the_ablated_run_is_that_of_the_empty_circuit():
         measured = runner(ablation=ablation)
         ground = measured.prepare([0, 1, 2, 3, 4])
         empty = measured.measure(ground, Circuit().to_mask(MODEL.cfg)[None])[0]
-        torch.testing.assert_close(measured.measure_ablated(ground)[0], empty, rtol=0, atol=1e-10)
+        torch.testing.assert_close(measured.measure_ablated(ground), empty, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
