@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
 
-from hooklens import patching
+from hooklens import HookedCausalLM, patching
 from hooklens.axes import EMBEDDINGS, is_below_blocks, layer_of
 from hooklens.errors import EditError, HookNameError, InputError
 from hooklens.hooks import edits
@@ -307,3 +307,25 @@ def test_kinds_of_ones_own_say_how_far_they_reach():
             expected = METRIC(patch_in_full(model, cleans[0], corrupteds[0], cell, made, 0))[0]
             assert abs(value - expected) < TOLERANCE
     assert unplanned == {"Double": 0, "Shifted": result.stats.cells, "Halved": 0}
+
+
+def test_no_head_of_a_small_model_takes_over_from_those_that_move_names():
+    """Self-repair, measured: the behaviour of this model rests on heads of its last block, and nothing backs them up."""
+    model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
+    text = "When {a} and {b} went to the store, {c} gave a drink to"
+    pairs = [
+        patching.Pair.from_text(
+            model, text.format(a=a, b=b, c=b), text.format(a=a, b=b, c=a), answer=f" {a}", wrong=f" {b}"
+        )
+        for a, b in (("Mary", "John"), ("Anna", "Tom"), ("Lucy", "Peter"))
+    ]
+    movers = [edits.Zero("blocks.3.attn.hook_z", head=[2, 3], pos=-1)]
+    grid = patching.grid("z", positions=-1)
+    plain = patching.sweep(model, pairs, sites=grid, metric=LogitDiff(), progress=False)
+    ablated = patching.sweep(model, pairs, sites=grid, metric=LogitDiff(), edits=movers, progress=False)
+    before, after = (result.values[:, 0] - result.corrupted for result in (plain, ablated))
+    assert before[3, 3] > 10
+    assert ablated.clean < 0.2 * plain.clean
+    # What is put in comes from an edited run, so that patches of the ablated heads change nothing.
+    assert bool((after[3, 2:] == 0).all())
+    assert after.abs().max() < 1
