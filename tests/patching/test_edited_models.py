@@ -310,7 +310,7 @@ def test_kinds_of_ones_own_say_how_far_they_reach():
 
 
 def test_no_head_of_a_small_model_takes_over_from_those_that_move_names():
-    """Self-repair, measured: the behaviour of this model rests on heads of its last block, and nothing backs them up."""
+    """Self-repair, measured: this model does it with heads of its last block, and nothing backs them up."""
     model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
     text = "When {a} and {b} went to the store, {c} gave a drink to"
     pairs = [
