@@ -30,7 +30,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "patching": (
         ("errors",),
         ("pairs", "graph"),
-        ("results",),
+        ("choices",),
+        ("results", "mib"),
         ("metrics",),
         ("runs",),
         ("sweeps", "paths"),

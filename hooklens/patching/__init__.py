@@ -1,5 +1,9 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
+from hooklens.patching.choices.chance import random_circuits
+from hooklens.patching.choices.choice import EdgeChoice
+from hooklens.patching.choices.recovery import edge_auroc, overlap, rank_correlation
+from hooklens.patching.choices.scored import ScoredEdges
 from hooklens.patching.circuits.acdc import discover_circuit
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
@@ -14,6 +18,8 @@ from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
 from hooklens.patching.metrics.of_runs import KL, Loss
 from hooklens.patching.metrics.scaled import FractionRecovered
+from hooklens.patching.mib.graph import ScoredGraph
+from hooklens.patching.mib.measures import MIB_FRACTIONS, circuit_model_distance, circuit_performance_ratio, mib_sizes
 from hooklens.patching.pairs.template import Pair, stack_pairs
 from hooklens.patching.paths.path import path_patch
 from hooklens.patching.results.edge_scores import EdgeScores
@@ -54,6 +60,7 @@ from hooklens.patching.sweeps.sweep import sweep
 
 __all__ = [
     "KL",
+    "MIB_FRACTIONS",
     "Accuracy",
     "Cell",
     "Circuit",
@@ -62,6 +69,7 @@ __all__ = [
     "Discovery",
     "DiscoveryInterruptedError",
     "DiscoveryStats",
+    "EdgeChoice",
     "EdgeScores",
     "FaithfulnessCurve",
     "FractionRecovered",
@@ -74,15 +82,20 @@ __all__ = [
     "MetricError",
     "Pair",
     "Probability",
+    "ScoredEdges",
+    "ScoredGraph",
     "SiteError",
     "SmallDifferenceWarning",
     "SweepInterruptedError",
     "SweepResult",
     "SweepStats",
     "attribution",
+    "circuit_model_distance",
+    "circuit_performance_ratio",
     "discover_circuit",
     "draw_activations",
     "edge_attribution",
+    "edge_auroc",
     "evaluate_circuits",
     "faithfulness_curve",
     "generic_activation_patch",
@@ -113,7 +126,11 @@ __all__ = [
     "layer_pos_patch_setter",
     "make_df_from_ranges",
     "mean_activations",
+    "mib_sizes",
+    "overlap",
     "path_patch",
+    "random_circuits",
+    "rank_correlation",
     "stack_pairs",
     "sweep",
 ]
