@@ -26,6 +26,9 @@ from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.sites import Cell, Grid, grid
 from hooklens.patching.runs.sources import draw_activations, mean_activations
+from hooklens.patching.studies.held_out import HeldOutCurve, held_out_curve
+from hooklens.patching.studies.split import PairSplit, split_pairs
+from hooklens.patching.studies.stability import Stability, stability
 from hooklens.patching.sweeps.act_patch import (
     generic_activation_patch,
     get_act_patch_attn_head_all_pos_every,
@@ -75,17 +78,20 @@ __all__ = [
     "FractionRecovered",
     "FunctionMetric",
     "Grid",
+    "HeldOutCurve",
     "LogProb",
     "LogitDiff",
     "Loss",
     "Metric",
     "MetricError",
     "Pair",
+    "PairSplit",
     "Probability",
     "ScoredEdges",
     "ScoredGraph",
     "SiteError",
     "SmallDifferenceWarning",
+    "Stability",
     "SweepInterruptedError",
     "SweepResult",
     "SweepStats",
@@ -118,6 +124,7 @@ __all__ = [
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
     "grid",
+    "held_out_curve",
     "layer_head_dest_src_pos_pattern_patch_setter",
     "layer_head_pattern_patch_setter",
     "layer_head_pos_pattern_patch_setter",
@@ -131,6 +138,8 @@ __all__ = [
     "path_patch",
     "random_circuits",
     "rank_correlation",
+    "split_pairs",
+    "stability",
     "stack_pairs",
     "sweep",
 ]
