@@ -327,3 +327,64 @@ class Custom(Edit):
                 f"{region.dtype}"
             )
         return returned
+
+
+@dataclass(frozen=True)
+class Interchange(Edit):
+    """Exchange the part of the activation that lies in a subspace for that of `source`, and leave the rest.
+
+    An interchange intervention (Geiger et al. 2021, "Causal Abstractions of Neural Networks"), in a distributed basis
+    (Geiger et al. 2023, "Finding Alignments Between Interpretable Causal Variables and Distributed Neural
+    Representations"): `x + (source - x) B^T diag(shares) B`, where the rows of `B` are orthonormal. Several in
+    orthogonal subspaces do not touch each other, in any order. It is computed at least in float32 and rounded once;
+    where the source is the activation itself nothing changes, bit for bit.
+
+    Attributes:
+        basis: `[k d]`, orthonormal rows; another dtype or device than the activation's is brought there.
+        source: the activation of another run, laid over the region as the value of `Replace` is.
+        shares: `[k]`, how much of each direction is exchanged, as boundless DAS trains them (Wu et al. 2023,
+            "Interpretability at Scale"); None: all of it.
+
+    Example:
+        `Interchange("blocks.3.hook_resid_pre", basis, source_cache["resid_pre", 3][:, -1], pos=-1)`
+    """
+
+    basis: Tensor
+    source: Tensor | float
+    shares: Tensor | None = None
+
+    def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
+        """The region with the source's part in the subspace.
+
+        Raises:
+            EditError: the basis or the shares have another shape, are no real numbers, or the rows are not orthonormal.
+        """
+        self._check(region.shape[-1], selection.subject)
+        return exchange(region, selection.lay_over(self.source, region, region_axes), self.basis, self.shares)
+
+    def _check(self, size: int, subject: str) -> None:
+        given, shares = self.basis, self.shares
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.shape[1:] != (size,):
+            found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise EditError(f"{subject}: basis is {found}; expected a tensor [k, {size}] of real numbers")
+        if shares is not None and (not isinstance(shares, Tensor) or shares.shape != given.shape[:1]):
+            found = f"{list(shares.shape)}" if isinstance(shares, Tensor) else f"a {type(shares).__name__}"
+            raise EditError(f"{subject}: shares are {found}; expected a tensor [{len(given)}], one for each direction")
+        rows = given.detach().double()
+        products = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        # Rows are often computed in float32, whatever their dtype, and rounding them moves products by its epsilon.
+        if not bool((products.abs() <= max(1e-5, 4 * torch.finfo(given.dtype).eps)).all()):
+            raise EditError(
+                f"{subject}: the rows of basis are not orthonormal (products are off by up to "
+                f"{float(products.abs().max()):.1e}); torch.linalg.qr(basis.T).Q.T makes them so"
+            )
+
+
+def exchange(here: Tensor, there: Tensor, basis: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Vectors `[... d]` with the part of others in the span of orthonormal rows `[k d]`, in their own dtype."""
+    wide = widen(here)
+    rows = basis.to(wide.device, wide.dtype)
+    inside = (widen(there) - wide) @ rows.T
+    if shares is not None:
+        inside = inside * shares.to(wide.device, wide.dtype)
+    return (wide + inside @ rows).to(here.dtype)

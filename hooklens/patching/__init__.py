@@ -1,5 +1,6 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
+from hooklens.patching import known
 from hooklens.patching.choices.chance import random_circuits
 from hooklens.patching.choices.choice import EdgeChoice
 from hooklens.patching.choices.recovery import edge_auroc, overlap, rank_correlation
@@ -11,7 +12,21 @@ from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.errors import MetricError, SiteError, SmallDifferenceWarning, SweepInterruptedError
 from hooklens.patching.estimates.attribution import attribution
+from hooklens.patching.estimates.check import Bound, EstimateCheck, EstimateWarning
+from hooklens.patching.estimates.edge_estimate import EdgeAttributionResult
 from hooklens.patching.estimates.edges import edge_attribution
+from hooklens.patching.estimates.estimate import AttributionResult
+from hooklens.patching.estimates.rules import (
+    RULE_SETS,
+    ExactSoftmax,
+    GradDrop,
+    GradientRule,
+    HalveProducts,
+    HoldNormScale,
+    HoldPattern,
+    LinearizeActivations,
+    SoftenSoftmax,
+)
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
@@ -64,7 +79,10 @@ from hooklens.patching.sweeps.sweep import sweep
 __all__ = [
     "KL",
     "MIB_FRACTIONS",
+    "RULE_SETS",
     "Accuracy",
+    "AttributionResult",
+    "Bound",
     "Cell",
     "Circuit",
     "CircuitResult",
@@ -72,13 +90,23 @@ __all__ = [
     "Discovery",
     "DiscoveryInterruptedError",
     "DiscoveryStats",
+    "EdgeAttributionResult",
     "EdgeChoice",
     "EdgeScores",
+    "EstimateCheck",
+    "EstimateWarning",
+    "ExactSoftmax",
     "FaithfulnessCurve",
     "FractionRecovered",
     "FunctionMetric",
+    "GradDrop",
+    "GradientRule",
     "Grid",
+    "HalveProducts",
     "HeldOutCurve",
+    "HoldNormScale",
+    "HoldPattern",
+    "LinearizeActivations",
     "LogProb",
     "LogitDiff",
     "Loss",
@@ -91,6 +119,7 @@ __all__ = [
     "ScoredGraph",
     "SiteError",
     "SmallDifferenceWarning",
+    "SoftenSoftmax",
     "Stability",
     "SweepInterruptedError",
     "SweepResult",
@@ -125,6 +154,7 @@ __all__ = [
     "get_act_patch_resid_pre",
     "grid",
     "held_out_curve",
+    "known",
     "layer_head_dest_src_pos_pattern_patch_setter",
     "layer_head_pattern_patch_setter",
     "layer_head_pos_pattern_patch_setter",

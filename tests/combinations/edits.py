@@ -102,6 +102,13 @@ class EditCase:
             shape = [len(self._row_list), *positions, *n_heads, size]
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    def basis(self) -> Tensor:
+        """The orthonormal rows of an interchange, one or two."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        size = self.cfg.size(self._axes[-1])
+        drawn = torch.randn(size, min(1 + self.seed % 2, size), generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(drawn).Q.T
+
     def as_edit(self, dtype: torch.dtype) -> edits.Edit:
         """What the engine takes."""
         where = {"pos": self.pos, "rows": self.rows, self.heads_by: self.heads}
@@ -110,6 +117,8 @@ class EditCase:
             return getattr(edits, self.kind)(self.name, **where)
         if self.kind == "Project":
             return edits.Project(self.name, numbers, keep=self.seed % 3 == 0, **where)
+        if self.kind == "Interchange":
+            return edits.Interchange(self.name, self.basis(), numbers, **where)
         if self.kind == "Custom":
             return edits.Custom(self.name, lambda region: region * 2.0 - region * region, **where)
         return getattr(edits, self.kind)(self.name, numbers, **where)
@@ -179,6 +188,7 @@ class EditCase:
             "Zero": lambda cell, value: torch.zeros_like(cell),
             "Custom": lambda cell, value: 2.0 * cell - cell**2,
             "Project": lambda cell, value: project(cell),
+            "Interchange": lambda cell, value: cell - self.basis().T @ (self.basis() @ (cell - value)),
         }
         return lambda cells: {at: one[self.kind](cell, value_at(*at)) for at, cell in cells.items()}
 
@@ -224,7 +234,7 @@ def kinds_at(name: str) -> list[str]:
         return ["Scale", "Zero"]
     if word == "hook_scale":
         return ["Scale"]
-    return ["Replace", "Add", "Scale", "Zero", "Mean", "Project", "Custom"]
+    return ["Replace", "Add", "Scale", "Zero", "Mean", "Project", "Interchange", "Custom"]
 
 
 def _usable_points(points: list[str], scheme: str) -> list[str]:

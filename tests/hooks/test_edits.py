@@ -83,7 +83,8 @@ _padding = st.just([0, 0, 0]) | st.lists(st.integers(-3, 3), min_size=3, max_siz
 
 @settings(max_examples=150)
 @given(
-    name=st.sampled_from(NAMES), kind=st.sampled_from(["Zero", "Scale", "Add", "Replace", "Custom", "Project"]),
+    name=st.sampled_from(NAMES),
+    kind=st.sampled_from(["Zero", "Scale", "Add", "Replace", "Custom", "Project", "Interchange"]),
     rows=_rows, pos=_pos, head=st.none() | st.integers(-2, 1) | st.just([1, 0]), padding=_padding,
     by_column=st.booleans(),
 )  # fmt: skip
@@ -101,6 +102,10 @@ def test_what_is_touched_and_what_is_not(name, kind, rows, pos, head, padding, b
         "Replace": (edits.Replace(name, 2.5, **at), lambda x: 0 * x + 2.5),
         "Custom": (edits.Custom(name, lambda region: region**2, **at), lambda x: x**2),
         "Project": (edits.Project(name, vector, **at), lambda x: x - vector * (x @ vector) / (vector @ vector)),
+        "Interchange": (
+            edits.Interchange(name, (vector / vector.norm())[None], 2 * vector, **at),
+            lambda x: x + 2 * vector - vector * (x @ vector) / (vector @ vector),
+        ),
     }[kind]
     tokens, tensor = make_tokens(padding, by_column=by_column and not any(padding)), make_tensor(name)
     expected, before = tensor.clone(), tensor.clone()
@@ -396,6 +401,68 @@ def test_project_follows_directions_that_are_changed_in_place():
     assert torch.equal(edit.apply(tensor, make_point(NAMES[0]), None)[..., 3], torch.zeros(3, 5).double())
 
 
+def make_basis(k, seed=0):
+    drawn = torch.randn(7, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q.T
+
+
+@given(k=st.integers(1, 7), shared=st.booleans(), seed=st.integers(0, 99))
+def test_interchange(k, shared, seed):
+    """Coordinates in a whole basis are exchanged one by one."""
+    rotation = make_basis(7, seed)
+    shares = torch.linspace(0, 1, k, dtype=torch.float64) if shared else None
+    tensor, source = make_tensor(NAMES[0]), make_tensor(NAMES[0]).flip(0)
+    coordinates, others = tensor @ rotation.T, source @ rotation.T
+    for i in range(k):
+        share = 1.0 if shares is None else shares[i]
+        coordinates[..., i] = (1 - share) * coordinates[..., i] + share * others[..., i]
+    out = edits.Interchange(NAMES[0], rotation[:k], source, shares).apply(tensor, make_point(NAMES[0]), None)
+    # 1e-12: rotating there and back rounds.
+    torch.testing.assert_close(out, coordinates @ rotation, rtol=1e-12, atol=1e-12)
+
+
+def test_interchange_with_the_activation_itself_changes_nothing():
+    tensor = make_tensor(NAMES[0]).float() * 1e3
+    out = edits.Interchange(NAMES[0], make_basis(4), tensor).apply(tensor, make_point(NAMES[0]), None)
+    assert torch.equal(out, tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_interchange_in_half_precision_is_rounded_once(dtype):
+    tensor, source = make_tensor(NAMES[0]).to(dtype), make_tensor(NAMES[0]).flip(0).to(dtype)
+    basis = make_basis(3).to(dtype)
+    out = edits.Interchange(NAMES[0], basis, source).apply(tensor, make_point(NAMES[0]), None)
+    wide, rows = tensor.double(), basis.double()
+    expected = (wide + (source.double() - wide) @ rows.T @ rows).to(dtype)
+    # float32 sums may fall on the other side of a rounding border than float64 ones, which is one step of the dtype.
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    assert (out == expected).float().mean() > 0.98
+
+
+def test_interchanges_in_orthogonal_subspaces_do_not_touch_each_other():
+    rotation, tensor = make_basis(7), make_tensor(NAMES[0])
+    sources = tensor.flip(0), tensor.flip(1)
+    both = [edits.Interchange(NAMES[0], rotation[i : i + 3], sources[i // 3]) for i in (0, 3)]
+    orders = [first.apply(tensor, make_point(NAMES[0]), None) for first in both]
+    ways = [second.apply(done, make_point(NAMES[0]), None) for second, done in zip(both[::-1], orders, strict=True)]
+    torch.testing.assert_close(*ways, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ways[0] @ rotation[:3].T, sources[0] @ rotation[:3].T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ways[0] @ rotation[3:6].T, sources[1] @ rotation[3:6].T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ways[0] @ rotation[6:].T, tensor @ rotation[6:].T, rtol=1e-12, atol=1e-12)
+
+
+def test_interchange_has_gradients_to_basis_and_shares():
+    tensor, source = make_tensor(NAMES[0]), make_tensor(NAMES[0]).flip(0)
+    start = make_basis(2).requires_grad_()
+    shares = torch.tensor([0.3, 0.9], dtype=torch.float64, requires_grad=True)
+
+    def run(basis, shares):
+        rows = torch.linalg.qr(basis.T).Q.T
+        return edits.Interchange(NAMES[0], rows, source, shares).apply(tensor, make_point(NAMES[0]), None)
+
+    assert torch.autograd.gradcheck(run, (start, shares))
+
+
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
@@ -424,6 +491,19 @@ def test_project_follows_directions_that_are_changed_in_place():
             r"directions \[1, 2\] hold NaN or infinity; expected finite numbers",
         ),
         (edits.Project("x", torch.ones(7, dtype=torch.bool)), r"directions are torch.bool; expected a tensor of real"),
+        (edits.Interchange("x", torch.eye(7)[0], 0.0), r"basis is torch.float32 \[7\]; expected a tensor \[k, 7\] of"),
+        (edits.Interchange("x", torch.eye(6), 0.0), r"basis is torch.float32 \[6, 6\]; expected a tensor \[k, 7\]"),
+        (edits.Interchange("x", torch.eye(7).long(), 0.0), r"basis is torch.int64 \[7, 7\]"),
+        (
+            edits.Interchange("x", torch.eye(7)[:2] * 1.001, 0.0),
+            r"not orthonormal \(products are off by up to 2.0e-03\)",
+        ),
+        (edits.Interchange("x", torch.full((1, 7), torch.nan), 0.0), r"rows of basis are not orthonormal"),
+        (
+            edits.Interchange("x", torch.eye(7), 0.0, torch.ones(6)),
+            r"shares are \[6\]; expected a tensor \[7\], one for",
+        ),
+        (edits.Interchange("x", torch.eye(7), torch.zeros(4)), r"the value has shape \[4\]"),
         (edits.Custom("x", lambda t: t[:1]), r"fn returned shape \[1, 5, 7\], torch.float32; expected .*'d_model'"),
         (edits.Custom("x", lambda t: t.double(), pos=0), r"fn returned shape \[3, 7\], torch.float64; expected"),
         (edits.Custom("x", lambda t: None), r"fn returned a NoneType"),
@@ -433,6 +513,18 @@ def test_refusals(edit, text):
     tensor = make_tensor(NAMES[0]).float()
     with unchecked(), pytest.raises(EditError, match=text):
         edit.apply(tensor, make_point(NAMES[0]), None)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (([1.0] * 7, 0.0), r"basis is a list; expected a tensor \[k, 7\]"),
+        ((torch.eye(7), 0.0, 0.5), r"shares are a float; expected a tensor \[7\]"),
+    ],
+)
+def test_interchange_in_something_that_is_no_tensor_is_refused(values, text):
+    with unchecked(), pytest.raises(EditError, match=text):
+        edits.Interchange("x", *values).apply(make_tensor(NAMES[0]), make_point(NAMES[0]), None)
 
 
 def test_heads_out_of_range():

@@ -39,10 +39,13 @@ _where = st.fixed_dictionaries(
 )
 
 
+_BUILT = ("Replace", "Add", "Scale", "Zero", "Mean", "Project", "Interchange")
+
+
 @st.composite
 def _recipes(draw):
     name, where = draw(_names), draw(_where)
-    kind = draw(st.sampled_from(["Replace", "Add", "Scale", "Zero", "Mean", "Project", "Custom"]))
+    kind = draw(st.sampled_from(["Replace", "Add", "Scale", "Zero", "Mean", "Project", "Interchange", "Custom"]))
     values = {
         "Replace": _tensors | st.integers(0, 1),
         "Add": _tensors | st.integers(0, 1),
@@ -51,6 +54,9 @@ def _recipes(draw):
         "Custom": st.sampled_from([double, negate, torch.neg]),
     }
     own = [draw(values[kind])] if kind in values else []
+    if kind == "Interchange":
+        own = [draw(_tensors), draw(_tensors | st.integers(0, 1))]
+        where |= draw(st.just({}) | st.builds(lambda shares: {"shares": shares}, _tensors))
     if kind == "Project" and draw(st.booleans()):
         where["keep"] = draw(st.booleans())
     return kind, name, own, where
@@ -121,7 +127,7 @@ class _Prints:
 def test_the_printed_form_is_a_call_that_makes_the_edit(recipe):
     """Evaluated it gives the same edit, but for the entries of tensors."""
     edit = make(recipe)
-    scope = _Named({kind: getattr(edits, kind) for kind in ("Replace", "Add", "Scale", "Zero", "Mean", "Project")})
+    scope = _Named({kind: getattr(edits, kind) for kind in _BUILT})
     scope |= {"Custom": edits.Custom, "Tensor": _Prints, "slice": slice}
     scope |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     printed = repr(edit)
@@ -147,6 +153,10 @@ def test_the_printed_form_is_a_call_that_makes_the_edit(recipe):
         (edits.Scale(["z", "k"], 0.5, rows=0, when="decode"), "Scale(['z', 'k'], 0.5, rows=0, when='decode')"),
         (edits.Project("z", torch.zeros(8), keep=True), "Project('z', Tensor[8], keep=True)"),
         (edits.Project("z", torch.zeros(8), keep=False), "Project('z', Tensor[8])"),
+        (
+            edits.Interchange("z", torch.eye(2), torch.zeros(2), torch.ones(2), pos=-1),
+            "Interchange('z', Tensor[2, 2], Tensor[2], pos=-1, shares=Tensor[2])",
+        ),
         (edits.Custom("z", double, head=2), "Custom('z', double, head=2)"),
         (edits.Custom(str.isidentifier, lambda t: t), "Custom(isidentifier, <lambda>)"),
         (edits.Custom("z", functools.partial(torch.clamp, max=1)), "Custom('z', partial)"),
