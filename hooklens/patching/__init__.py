@@ -41,7 +41,9 @@ from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.sites import Cell, Grid, grid
 from hooklens.patching.runs.sources import draw_activations, mean_activations
+from hooklens.patching.studies.completeness import Completeness, completeness
 from hooklens.patching.studies.held_out import HeldOutCurve, held_out_curve
+from hooklens.patching.studies.minimality import Minimality, minimality
 from hooklens.patching.studies.split import PairSplit, split_pairs
 from hooklens.patching.studies.stability import Stability, stability
 from hooklens.patching.sweeps.act_patch import (
@@ -86,6 +88,7 @@ __all__ = [
     "Cell",
     "Circuit",
     "CircuitResult",
+    "Completeness",
     "Decision",
     "Discovery",
     "DiscoveryInterruptedError",
@@ -112,6 +115,7 @@ __all__ = [
     "Loss",
     "Metric",
     "MetricError",
+    "Minimality",
     "Pair",
     "PairSplit",
     "Probability",
@@ -127,6 +131,7 @@ __all__ = [
     "attribution",
     "circuit_model_distance",
     "circuit_performance_ratio",
+    "completeness",
     "discover_circuit",
     "draw_activations",
     "edge_attribution",
@@ -164,6 +169,7 @@ __all__ = [
     "make_df_from_ranges",
     "mean_activations",
     "mib_sizes",
+    "minimality",
     "overlap",
     "path_patch",
     "random_circuits",

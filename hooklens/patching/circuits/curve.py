@@ -10,13 +10,12 @@ the behaviour to any edges, and a high number says nothing of the scores.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -218,13 +217,7 @@ class FaithfulnessCurve:
     @property
     def _whole(self) -> CircuitResult:
         """The circuits with those drawn at random behind them."""
-        parts = [self.result] if self.random is None else [self.result, self.random]
-        return replace(
-            self.result,
-            circuits=tuple(circuit for part in parts for circuit in part.circuits),
-            labels=tuple(label for part in parts for label in part.labels),
-            per_pair=torch.cat([part.per_pair for part in parts]),
-        )
+        return self.result if self.random is None else self.result.followed_by(self.random)
 
     @classmethod
     def load(cls, path: str | Path) -> "FaithfulnessCurve":
@@ -241,7 +234,7 @@ class FaithfulnessCurve:
                 f"{path} is damaged: it holds {len(own)} circuits of a curve and {len(drawn)} random ones, expected "
                 "as many of these for each draw"
             )
-        return cls(result=_take(whole, own), random=_take(whole, drawn) if drawn else None)
+        return cls(result=whole.take(own), random=whole.take(drawn) if drawn else None)
 
     def plot(
         self,
@@ -374,16 +367,6 @@ def faithfulness_curve(
     )
     row = {circuit: index for index, circuit in enumerate(distinct)}
     return FaithfulnessCurve(
-        result=_take(found, [row[circuit] for circuit in labelled.values()], labels=labelled),
-        random=_take(found, [row[circuit] for circuit in drawn.values()], labels=drawn) if drawn else None,
-    )
-
-
-def _take(result: CircuitResult, rows: list[int], *, labels: Iterable[int | str] | None = None) -> CircuitResult:
-    """Some rows of a result, in an order, with labels of their own or those that they have."""
-    return replace(
-        result,
-        circuits=tuple(result.circuits[row] for row in rows),
-        labels=tuple(result.labels[row] for row in rows) if labels is None else tuple(labels),
-        per_pair=result.per_pair[rows],
+        result=found.take([row[circuit] for circuit in labelled.values()], labels=labelled),
+        random=found.take([row[circuit] for circuit in drawn.values()], labels=drawn) if drawn else None,
     )

@@ -11,8 +11,8 @@ Both average before they compare, so what some pairs lose and others gain cancel
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,6 +226,24 @@ class CircuitResult(OverPairs):
             marks = self._find_unclear(mark).cpu()[None, None]
             heading += "" if title is not None else f"; {CROSS}: not told from the network ({mark.replace('_', ' ')})"
         return draw_heatmaps(values, ("", [""]), columns, [""], backend=backend, title=heading, marks=marks)
+
+    def take(self, rows: Sequence[int], *, labels: Iterable[int | str] | None = None) -> "CircuitResult":
+        """Some of the circuits, in an order, with labels of their own or those that they have; `stats` stay."""
+        return replace(
+            self,
+            circuits=tuple(self.circuits[row] for row in rows),
+            labels=tuple(self.labels[row] for row in rows) if labels is None else tuple(labels),
+            per_pair=self.per_pair[list(rows)],
+        )
+
+    def followed_by(self, other: "CircuitResult") -> "CircuitResult":
+        """The circuits of this result, and behind them those of another of the same run."""
+        return replace(
+            self,
+            circuits=self.circuits + other.circuits,
+            labels=self.labels + other.labels,
+            per_pair=torch.cat([self.per_pair, other.per_pair]),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the result to a safetensors file, whole or not at all.
