@@ -21,7 +21,14 @@ from hooklens.patching import (
 
 PAGE = Path(__file__).parent.parent / "docs" / "circuits.md"
 MODELS = ("tiny-llama", "tiny-gpt-neox", "tiny-falcon")
-METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations")
+# Methods, and how they take gradients.
+METHODS = (
+    ("eap", "gradient"),
+    ("eap", "norms"),
+    ("eap", "linear"),
+    ("eap-ig-inputs", "gradient"),
+    ("eap-ig-activations", "gradient"),
+)
 NORMS = (None, "layer", "rms")
 THRESHOLD = 0.1
 NAMES = ("Mary", "John", "Anna", "Paul", "Alice", "Tom", "Sarah", "James")
@@ -40,8 +47,8 @@ prompts.
 - **CMD**: the area between the curve and 1, strongest edges first (`by="absolute"`). 0 is best.
 - **random**: five draws of connected circuits of the same sizes, lowest to highest.
 
-| model | edges | scores | CPR | CMD | random CPR | random CMD |
-|---|---|---|---|---|---|---|
+| model | edges | scores | rules | CPR | CMD | random CPR | random CMD |
+|---|---|---|---|---|---|---|---|
 """
 _KNOWN = """
 A network whose circuit is known, since its weights are set by hand: two layers of four heads that complete a sequence
@@ -63,6 +70,7 @@ class Row(NamedTuple):
     model: str
     edges: int
     method: str
+    rules: str
     cpr: float
     cmd: float
     random_cpr: tuple[float, ...]
@@ -71,7 +79,7 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         low, high = ([f"{end(draws):.2f}" for draws in (self.random_cpr, self.random_cmd)] for end in (min, max))
         bands = " | ".join(f"{one} to {other}" for one, other in zip(low, high, strict=True))
-        return f"| `{self.model}` | {self.edges} | `{self.method}` | {self.cpr:.3f} | {self.cmd:.3f} | {bands} |"
+        return f"| `{self.model}` | {self.edges} | `{self.method}` | `{self.rules}` | {self.cpr:.3f} | {self.cmd:.3f} | {bands} |"
 
 
 def indirect_objects(model: HookedCausalLM) -> list[Pair]:
@@ -87,22 +95,22 @@ def indirect_objects(model: HookedCausalLM) -> list[Pair]:
     ]
 
 
-def measure(name: str, methods: Sequence[str] = METHODS) -> list[Row]:
+def measure(name: str, methods: Sequence[tuple[str, str]] = METHODS) -> list[Row]:
     """The rows of a bundled model."""
     model = HookedCausalLM.from_pretrained(f"bundled:{name}")
     pairs = indirect_objects(model)
     rows = []
-    for method in methods:
+    for method, rules in methods:
         signed, absolute = (
             held_out_curve(
-                model, pairs, metric=LogitDiff(), method=method, sizes="mib", choice=EdgeChoice(by=order),
+                model, pairs, metric=LogitDiff(), method=method, rules=rules, sizes="mib", choice=EdgeChoice(by=order),
                 random_draws=5, progress=False,
             )
             for order in ("signed", "absolute")
         )  # fmt: skip
         drawn = absolute.curve
         edges = int(signed.scores.exists.sum())
-        rows.append(Row(name, edges, method, signed.curve.cpr, drawn.cmd, drawn.random_cpr, drawn.random_cmd))
+        rows.append(Row(name, edges, method, rules, signed.curve.cpr, drawn.cmd, drawn.random_cpr, drawn.random_cmd))
     return rows
 
 
@@ -113,9 +121,10 @@ def measure_known() -> dict[str, tuple[float, ...]]:
         task = known.induction(norm=norm)
         pairs = task.pairs(32)
         found = {}
-        for method in (*METHODS, "exact"):
-            scores = edge_attribution(task.model, pairs, metric=task.metric, method=method, progress=False)
-            found[f"`edge_attribution`, `{method}`"] = scores.auroc(task.circuit)
+        for method, rules in (*METHODS, ("exact", None)):
+            scores = edge_attribution(task.model, pairs, metric=task.metric, method=method, rules=rules, progress=False)
+            words = f"`{method}`" if rules is None else f"`{method}`, rules `{rules}`"
+            found[f"`edge_attribution`, {words}"] = scores.auroc(task.circuit)
         acdc = discover_circuit(task.model, pairs, metric=task.metric, threshold=THRESHOLD, progress=False).circuit
         found[f"`discover_circuit` (ACDC), threshold {THRESHOLD}"] = edge_auroc(acdc, task.circuit, edges=scores.edges)
         # Connected circuits of the true one's size.
@@ -142,10 +151,17 @@ def known_row(name: str, areas: Sequence[float]) -> str:
     return f"| {name} | {' | '.join(f'{area:.3f}' for area in areas)} |"
 
 
-def read_page() -> dict[tuple[str, str], tuple[float, float]]:
-    """CPR and CMD by model and method, as the page has them."""
-    found = re.findall(r"^\| `(\S+)` \| \d+ \| `(\S+)` \| (\S+) \| (\S+) \|", PAGE.read_text(encoding="utf-8"), re.M)
-    return {(name, method): (float(cpr), float(cmd)) for name, method, cpr, cmd in found}
+def read_page() -> dict[tuple[str, str, str], tuple[float, float]]:
+    """CPR and CMD by model, method and rules, as the page has them."""
+    row = re.compile(r"^\| `(\S+)` \| \d+ \| `(\S+)` \| `(\S+)` \| (\S+) \| (\S+) \|", re.M)
+    found = row.findall(PAGE.read_text(encoding="utf-8"))
+    return {(name, method, rules): (float(cpr), float(cmd)) for name, method, rules, cpr, cmd in found}
+
+
+def read_known() -> dict[str, tuple[float, ...]]:
+    """The areas of the known circuit, as the page has them."""
+    found = re.findall(r"^\| (.+?) \| (\d\.\d+) \| (\d\.\d+) \| (\d\.\d+) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    return {name: tuple(map(float, areas)) for name, *areas in found}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runs",),
         ("sweeps", "paths"),
         ("circuits",),
-        ("estimates",),
+        ("estimates", "units"),
         ("studies",),
         ("known",),
     ),

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.circuit_table import METHODS, MODELS, PAGE, known_row, measure, measure_known, read_page
+from tests.circuit_table import METHODS, MODELS, measure, measure_known, read_known, read_page
 
 # Sums in another order move a curve by rounding, which can exchange edges of nearly equal scores.
 AWAY = 0.02
@@ -12,23 +12,20 @@ def check(row) -> None:
     assert row.cmd < 0.08
     assert max(row.random_cpr) < 0.6
     assert min(row.random_cmd) > 0.4
-    assert (row.cpr, row.cmd) == pytest.approx(read_page()[row.model, row.method], abs=AWAY)
+    assert (row.cpr, row.cmd) == pytest.approx(read_page()[row.model, row.method, row.rules], abs=AWAY)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_circuits_of_the_bundled_models(name):
-    by_method = {row.method: row for row in measure(name, METHODS[:2])}
-    for row in by_method.values():
+    for row in measure(name, METHODS[1:4:2]):
         check(row)
-    # Gradients along the way see past flat places.
-    assert by_method["eap-ig-inputs"].cmd <= by_method["eap"].cmd + 0.005
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_along_each_activation(name):
-    [row] = measure(name, METHODS[2:])
-    check(row)
+def test_the_other_rows(name):
+    for row in measure(name, METHODS[::2]):
+        check(row)
 
 
 def test_the_known_circuit_is_found():
@@ -37,9 +34,10 @@ def test_the_known_circuit_is_found():
     assert all(area < 0.7 for found in by_chance for area in found)
     assert [found for name, found in areas.items() if "ACDC" in name] == [(1.0, 1.0, 1.0)]
     assert min(max(found) for found in zip(*(areas[name] for name in areas if "edge" in name), strict=True)) >= 0.95
-    page = PAGE.read_text(encoding="utf-8")
-    assert [name for name, found in areas.items() if known_row(name, found) not in page] == []
+    page = read_known()
+    assert page.keys() == areas.keys()
+    assert all(page[name] == pytest.approx(found, abs=AWAY) for name, found in areas.items())
 
 
 def test_the_page_has_a_row_for_every_model_and_method():
-    assert list(read_page()) == [(name, method) for name in MODELS for method in METHODS]
+    assert list(read_page()) == [(name, *way) for name in MODELS for way in METHODS]

@@ -77,6 +77,9 @@ from hooklens.patching.sweeps.patch_setters import (
     make_df_from_ranges,
 )
 from hooklens.patching.sweeps.sweep import sweep
+from hooklens.patching.units.circuit import UnitCircuit, UnitScores
+from hooklens.patching.units.evaluate import UnitResult, evaluate_units
+from hooklens.patching.units.scores import score_units
 
 __all__ = [
     "KL",
@@ -128,6 +131,9 @@ __all__ = [
     "SweepInterruptedError",
     "SweepResult",
     "SweepStats",
+    "UnitCircuit",
+    "UnitResult",
+    "UnitScores",
     "attribution",
     "circuit_model_distance",
     "circuit_performance_ratio",
@@ -137,6 +143,7 @@ __all__ = [
     "edge_attribution",
     "edge_auroc",
     "evaluate_circuits",
+    "evaluate_units",
     "faithfulness_curve",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
@@ -174,6 +181,7 @@ __all__ = [
     "path_patch",
     "random_circuits",
     "rank_correlation",
+    "score_units",
     "split_pairs",
     "stability",
     "stack_pairs",

@@ -80,6 +80,28 @@ class ScoredEdges:
             name: [str(one) for one in inputs_of(split_writer(name), group_size=group_size)] for name in self.writers
         }
 
+    @property
+    def node_scores(self) -> dict[str, float]:
+        """By writer, the sum of the scores of the edges that leave it.
+
+        Scores by a gradient add up: this is what attribution gives a node whose output is ablated for all readers at
+        once, since the stream is a sum.
+        """
+        total = self.scores.nan_to_num(0.0).masked_fill(~self.exists, 0.0).sum(1)
+        return dict(zip(self.writers, total.tolist(), strict=True))
+
+    def node_circuit(self, k: int, *, signed: bool = False) -> Circuit:
+        """All edges that leave the `k` strongest nodes, by the absolute value of `node_scores` unless `signed`.
+
+        Raises:
+            InputError: no number of nodes.
+        """
+        size = read_int(k, what="node_circuit: k", least=0)
+        found = self.node_scores
+        ranked = sorted(found, key=lambda name: found[name] if signed else abs(found[name]), reverse=True)
+        chosen = set(ranked[:size])
+        return Circuit(edge for edge in self.top(self.n_edges) if edge[0] in chosen)
+
     def __getitem__(self, edge: Edge) -> float:
         writer, reader = edge
         unknown = [name for name, known in ((writer, self.writers), (reader, self.readers)) if name not in known]

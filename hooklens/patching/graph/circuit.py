@@ -29,6 +29,7 @@ from hooklens.patching.graph.nodes import (
     list_edges,
     list_readers,
     list_writers,
+    parse_writers,
     reader_place,
     writer_place,
 )
@@ -83,6 +84,21 @@ class Circuit:
     def full(cls, cfg: HookedConfig) -> "Circuit":
         """All edges of a network."""
         return cls(list_edges(cfg))
+
+    @classmethod
+    def of_nodes(cls, cfg: HookedConfig, nodes: Sequence[str]) -> "Circuit":
+        """All edges that leave some nodes: the circuit in which every other node is ablated whole.
+
+        Args:
+            cfg: the network's config.
+            nodes: names of writers, `"embed"`, `"a0.h1"`, `"m0"`.
+
+        Raises:
+            InputError: no list of names.
+            SiteError: no such writers; all of them are named.
+        """
+        chosen = {str(writer) for writer in parse_writers(nodes, cfg)}
+        return cls(edge for edge in list_edges(cfg) if edge[0] in chosen)
 
     def __len__(self) -> int:
         return len(self.edges)

@@ -21,6 +21,7 @@ from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.estimates.edges import Method, edge_attribution
 from hooklens.patching.estimates.gradients import Rule
+from hooklens.patching.estimates.rules import Rules
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
@@ -73,6 +74,7 @@ def held_out_curve(
     method: Method = "eap-ig-inputs",
     steps: int = 5,
     rule: Rule = "right",
+    rules: Rules | None = None,
     sizes: Sequence[int] | Literal["mib"] | None = None,
     choice: EdgeChoice | None = None,
     random_draws: int = 3,
@@ -93,7 +95,7 @@ def held_out_curve(
         split: the share of pairs that edges are scored on, drawn at random; circuits are measured on all others. None:
             both on all pairs, so that the curve is of prompts that the scores have seen.
         seed: draws the pairs, and the random circuits.
-        method, steps, rule: how edges are scored, as for `edge_attribution`.
+        method, steps, rule, rules: how edges are scored, as for `edge_attribution`.
         sizes, choice, random_draws, ablation: as for `faithfulness_curve`.
         batch_size, attention_mask, progress, allow_training: as for both.
 
@@ -119,6 +121,7 @@ def held_out_curve(
         method=method,
         steps=steps,
         rule=rule,
+        rules=rules,
         **options,
     )
     curve = faithfulness_curve(
