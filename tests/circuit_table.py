@@ -79,7 +79,8 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         low, high = ([f"{end(draws):.2f}" for draws in (self.random_cpr, self.random_cmd)] for end in (min, max))
         bands = " | ".join(f"{one} to {other}" for one, other in zip(low, high, strict=True))
-        return f"| `{self.model}` | {self.edges} | `{self.method}` | `{self.rules}` | {self.cpr:.3f} | {self.cmd:.3f} | {bands} |"
+        what = f"| `{self.model}` | {self.edges} | `{self.method}` | `{self.rules}`"
+        return f"{what} | {self.cpr:.3f} | {self.cmd:.3f} | {bands} |"
 
 
 def indirect_objects(model: HookedCausalLM) -> list[Pair]:

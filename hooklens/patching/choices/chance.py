@@ -85,35 +85,30 @@ def _grow(into: dict[str, list[str]], inputs: dict[str, list[str]], k: int, gene
     chosen: set[Edge] = set()
     present = {"embed"}
     waiting: list[Edge] = [(writer, "logits") for writer in into["logits"]]
-    generator.shuffle(waiting)
     dropped: list[Edge] = []
     while len(chosen) < k and (waiting or dropped):
+        left = k - len(chosen)
         if not waiting:
-            # What is left may now begin in the circuit; if nothing does, a shorter path is drawn with luck.
-            waiting, dropped = dropped, []
-            fitting = [edge for edge in waiting if edge[0] in present or k - len(chosen) > 1]
-            if not fitting:
+            # What was dropped may now begin in the circuit, or be drawn with a shorter path.
+            waiting = [edge for edge in dropped if edge[0] in present or left > 1]
+            dropped = []
+            if not waiting:
                 break
-            generator.shuffle(fitting)
-            dropped = [edge for edge in waiting if edge not in fitting]
-            waiting = fitting
+        place = generator.randrange(len(waiting))
+        waiting[place], waiting[-1] = waiting[-1], waiting[place]
         edge = waiting.pop()
+        if edge in chosen:
+            continue
         path = [edge]
-        while path[-1][0] not in present and len(path) <= k - len(chosen):
+        while path[-1][0] not in present and len(path) <= left:
             reader = generator.choice(inputs[path[-1][0]])
             path.append((generator.choice(into[reader]), reader))
-        if path[-1][0] not in present or len(path) > k - len(chosen):
+        if path[-1][0] not in present or len(path) > left:
             dropped.append(edge)
             continue
-        for new in path:
-            chosen.add(new)
-            if new[0] not in present:
-                present.add(new[0])
-                fresh = [(writer, reader) for reader in inputs[new[0]] for writer in into[reader]]
-                place = len(waiting)
-                waiting += [one for one in fresh if one not in path and one not in chosen]
-                tail = waiting[place:]
-                generator.shuffle(tail)
-                waiting[place:] = tail
-        generator.shuffle(waiting)
+        chosen.update(path)
+        for writer, _ in path:
+            if writer not in present:
+                present.add(writer)
+                waiting += [(source, reader) for reader in inputs[writer] for source in into[reader]]
     return chosen

@@ -71,6 +71,14 @@ class ScoredEdges:
         """Edges of the network."""
         return int(self.exists.sum())
 
+    def by_edge(self) -> dict[Edge, float]:
+        """The score of every edge, writer by writer."""
+        table = self.scores.tolist()
+        return {
+            (self.writers[row], self.readers[column]): table[row][column]
+            for row, column in self.exists.nonzero().tolist()
+        }
+
     @property
     def inputs(self) -> dict[str, list[str]]:
         """By the name of each writer the readers that it is made from."""
@@ -163,6 +171,7 @@ class ScoredEdges:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per edge, the strongest first: writer, reader, score."""
-        rows = [(*edge, self[edge]) for edge in self.top(self.n_edges)]
+        scores = self.by_edge()
+        rows = [(*edge, scores[edge]) for edge in self.top(self.n_edges)]
         table: pandas.DataFrame = import_package("pandas").DataFrame(rows, columns=["writer", "reader", "score"])
         return table

@@ -136,10 +136,11 @@ class ScoredGraph:
                 lacking = [math.nan] * cfg.d_model
                 nodes[name]["neurons_scores"] = lacking if index is None else self.neuron_scores[index].tolist()
         edges = {name: {"score": 0.0, "in_graph": False} for name in _all_edges(cfg)}
+        scores, group_size = self.edges.by_edge(), self._group_size
         for edge in list_edges(cfg):
-            names = list(_names_of(edge, self._group_size))
+            names = list(_names_of(edge, group_size))
             for name in names:
-                edges[name] = {"score": self.edges[edge] / len(names), "in_graph": edge in self.circuit}
+                edges[name] = {"score": scores[edge] / len(names), "in_graph": edge in self.circuit}
         return {"cfg": _describe(cfg), "nodes": nodes, "edges": edges}
 
     @classmethod

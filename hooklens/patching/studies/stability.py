@@ -6,6 +6,7 @@ runs are compared by the Jaccard index (edges in both over edges in either), the
 correlation of absolute values.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,8 @@ class Stability:
 
     def frequencies(self) -> dict[Edge, float]:
         """In what part of the runs each edge was found, the most frequent first."""
-        edges = [edge for circuit in self.circuits for edge in circuit]
-        counted = {edge: edges.count(edge) / len(self.circuits) for edge in dict.fromkeys(edges)}
-        return dict(sorted(counted.items(), key=lambda item: -item[1]))
+        counted = Counter(edge for circuit in self.circuits for edge in circuit)
+        return {edge: count / len(self.circuits) for edge, count in counted.most_common()}
 
     def consensus(self, share: float = 1.0) -> Circuit:
         """The edges found in at least this part of the runs; it may be connected no more.
