@@ -37,7 +37,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runs",),
         ("sweeps", "paths"),
         ("circuits",),
-        ("estimates", "units"),
+        ("estimates", "units", "learned", "baked"),
         ("studies",),
         ("known",),
     ),

@@ -1,6 +1,7 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
 from hooklens.patching import known
+from hooklens.patching.baked.bake import bake_ablation, bake_circuit
 from hooklens.patching.choices.chance import random_circuits
 from hooklens.patching.choices.choice import EdgeChoice
 from hooklens.patching.choices.recovery import edge_auroc, overlap, rank_correlation
@@ -28,6 +29,10 @@ from hooklens.patching.estimates.rules import (
     SoftenSoftmax,
 )
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.learned.constants import OptimalAblation
+from hooklens.patching.learned.learn import learn_circuit
+from hooklens.patching.learned.optimal import fit_optimal_ablation
+from hooklens.patching.learned.result import LearnedCircuit
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
@@ -112,6 +117,7 @@ __all__ = [
     "HeldOutCurve",
     "HoldNormScale",
     "HoldPattern",
+    "LearnedCircuit",
     "LinearizeActivations",
     "LogProb",
     "LogitDiff",
@@ -119,6 +125,7 @@ __all__ = [
     "Metric",
     "MetricError",
     "Minimality",
+    "OptimalAblation",
     "Pair",
     "PairSplit",
     "Probability",
@@ -135,6 +142,8 @@ __all__ = [
     "UnitResult",
     "UnitScores",
     "attribution",
+    "bake_ablation",
+    "bake_circuit",
     "circuit_model_distance",
     "circuit_performance_ratio",
     "completeness",
@@ -145,6 +154,7 @@ __all__ = [
     "evaluate_circuits",
     "evaluate_units",
     "faithfulness_curve",
+    "fit_optimal_ablation",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
@@ -173,6 +183,7 @@ __all__ = [
     "layer_head_vector_patch_setter",
     "layer_pos_head_vector_patch_setter",
     "layer_pos_patch_setter",
+    "learn_circuit",
     "make_df_from_ranges",
     "mean_activations",
     "mib_sizes",
