@@ -37,7 +37,8 @@ def by_hand(circuit, row, *, model=MODEL, ablation="resample", splices=(), clean
             new[..., entry] = 0.0 if value is None else value[..., entry]
         return new
 
-    logits = model.run_with_hooks(clean[row : row + 1], fwd_hooks=[(name, put) for name in names], splices=splices)
+    with torch.no_grad():
+        logits = model.run_with_hooks(clean[row : row + 1], fwd_hooks=[(name, put) for name in names], splices=splices)
     return float(logits[0, -1, 3 + row] - logits[0, -1, 6 + row])
 
 
