@@ -55,6 +55,7 @@ def draw_curve(
     y: Sequence[float],
     *,
     ends: tuple[Sequence[float], Sequence[float]] | None = None,
+    band: tuple[str, Sequence[float], Sequence[float]] | None = None,
     labels: tuple[str, str],
     level: float,
     backend: Backend,
@@ -66,6 +67,7 @@ def draw_curve(
         x: places, all above 0.
         y: values.
         ends: the lower and the upper ends of bars through the values.
+        band: a band to compare the curve with: its name, its lower and its upper ends.
         labels: the names of both axes.
         level: where the dotted line is.
         backend: the package that draws.
@@ -80,7 +82,8 @@ def draw_curve(
     if backend == "plotly":
         graph = import_package("plotly.graph_objects")
         bars = None if ends is None else {"array": above, "arrayminus": below, "symmetric": False}
-        figure = graph.Figure(graph.Scatter(x=list(x), y=list(y), error_y=bars, mode="lines+markers"))
+        curve = graph.Scatter(x=list(x), y=list(y), error_y=bars, mode="lines+markers", showlegend=False)
+        figure = graph.Figure([curve, *_band_by_plotly(graph, x, band)])
         figure.add_hline(y=level, line_dash="dot")
         figure.update_xaxes(title_text=labels[0], type="log")
         figure.update_yaxes(title_text=labels[1])
@@ -89,9 +92,26 @@ def draw_curve(
     figure = _make_figure(6, 4)
     axes = figure.add_subplot()
     axes.errorbar(x, y, yerr=None if ends is None else [below, above], marker="o")
+    if band is not None:
+        axes.fill_between(x, band[1], band[2], color="gray", alpha=0.3, label=band[0])
+        axes.legend()
     axes.axhline(level, linestyle=":", color="gray")
     axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
     return figure
+
+
+def _band_by_plotly(
+    graph: Any, x: Sequence[float], band: tuple[str, Sequence[float], Sequence[float]] | None
+) -> list[Any]:
+    """An invisible line along the lower ends, and one along the upper ends that is filled down to it."""
+    if band is None:
+        return []
+    name, low, high = band
+    edge = {"mode": "lines", "line": {"width": 0}, "legendgroup": name}
+    return [
+        graph.Scatter(x=list(x), y=list(low), showlegend=False, hoverinfo="skip", **edge),
+        graph.Scatter(x=list(x), y=list(high), name=name, fill="tonexty", fillcolor="rgba(128,128,128,0.3)", **edge),
+    ]
 
 
 def draw_lines(

@@ -31,12 +31,14 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "patching": (
         ("errors",),
         ("pairs", "graph"),
-        ("results",),
+        ("choices",),
+        ("results", "mib"),
         ("metrics",),
         ("runs",),
         ("sweeps", "paths"),
         ("circuits",),
-        ("estimates", "learned", "baked"),
+        ("estimates", "units", "learned", "baked"),
+        ("studies",),
         ("known",),
     ),
 }

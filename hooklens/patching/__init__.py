@@ -2,6 +2,10 @@
 
 from hooklens.patching import known
 from hooklens.patching.baked.bake import bake_ablation, bake_circuit
+from hooklens.patching.choices.chance import random_circuits
+from hooklens.patching.choices.choice import EdgeChoice
+from hooklens.patching.choices.recovery import edge_auroc, overlap, rank_correlation
+from hooklens.patching.choices.scored import ScoredEdges
 from hooklens.patching.circuits.acdc import discover_circuit
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
@@ -34,6 +38,8 @@ from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
 from hooklens.patching.metrics.of_runs import KL, Loss
 from hooklens.patching.metrics.scaled import FractionRecovered
+from hooklens.patching.mib.graph import ScoredGraph
+from hooklens.patching.mib.measures import MIB_FRACTIONS, circuit_model_distance, circuit_performance_ratio, mib_sizes
 from hooklens.patching.pairs.template import Pair, stack_pairs
 from hooklens.patching.paths.path import path_patch
 from hooklens.patching.results.edge_scores import EdgeScores
@@ -41,6 +47,11 @@ from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.results.several import Results
 from hooklens.patching.runs.sites import Cell, Grid, grid
 from hooklens.patching.runs.sources import draw_activations, mean_activations
+from hooklens.patching.studies.completeness import Completeness, completeness
+from hooklens.patching.studies.held_out import HeldOutCurve, held_out_curve
+from hooklens.patching.studies.minimality import Minimality, minimality
+from hooklens.patching.studies.split import PairSplit, split_pairs
+from hooklens.patching.studies.stability import Stability, stability
 from hooklens.patching.sweeps.act_patch import (
     generic_activation_patch,
     get_act_patch_attn_head_all_pos_every,
@@ -72,9 +83,13 @@ from hooklens.patching.sweeps.patch_setters import (
     make_df_from_ranges,
 )
 from hooklens.patching.sweeps.sweep import sweep
+from hooklens.patching.units.circuit import UnitCircuit, UnitScores
+from hooklens.patching.units.evaluate import UnitResult, evaluate_units
+from hooklens.patching.units.scores import score_units
 
 __all__ = [
     "KL",
+    "MIB_FRACTIONS",
     "RULE_SETS",
     "Accuracy",
     "AttributionResult",
@@ -82,11 +97,13 @@ __all__ = [
     "Cell",
     "Circuit",
     "CircuitResult",
+    "Completeness",
     "Decision",
     "Discovery",
     "DiscoveryInterruptedError",
     "DiscoveryStats",
     "EdgeAttributionResult",
+    "EdgeChoice",
     "EdgeScores",
     "EstimateCheck",
     "EstimateWarning",
@@ -98,6 +115,7 @@ __all__ = [
     "GradientRule",
     "Grid",
     "HalveProducts",
+    "HeldOutCurve",
     "HoldNormScale",
     "HoldPattern",
     "LearnedCircuit",
@@ -107,23 +125,36 @@ __all__ = [
     "Loss",
     "Metric",
     "MetricError",
+    "Minimality",
     "OptimalAblation",
     "Pair",
+    "PairSplit",
     "Probability",
     "Results",
+    "ScoredEdges",
+    "ScoredGraph",
     "SiteError",
     "SmallDifferenceWarning",
     "SoftenSoftmax",
+    "Stability",
     "SweepInterruptedError",
     "SweepResult",
     "SweepStats",
+    "UnitCircuit",
+    "UnitResult",
+    "UnitScores",
     "attribution",
     "bake_ablation",
     "bake_circuit",
+    "circuit_model_distance",
+    "circuit_performance_ratio",
+    "completeness",
     "discover_circuit",
     "draw_activations",
     "edge_attribution",
+    "edge_auroc",
     "evaluate_circuits",
+    "evaluate_units",
     "faithfulness_curve",
     "fit_optimal_ablation",
     "generic_activation_patch",
@@ -146,6 +177,7 @@ __all__ = [
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
     "grid",
+    "held_out_curve",
     "known",
     "layer_head_dest_src_pos_pattern_patch_setter",
     "layer_head_pattern_patch_setter",
@@ -156,7 +188,15 @@ __all__ = [
     "learn_circuit",
     "make_df_from_ranges",
     "mean_activations",
+    "mib_sizes",
+    "minimality",
+    "overlap",
     "path_patch",
+    "random_circuits",
+    "rank_correlation",
+    "score_units",
+    "split_pairs",
+    "stability",
     "stack_pairs",
     "sweep",
 ]

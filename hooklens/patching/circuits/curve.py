@@ -4,31 +4,38 @@ Edges are ranked by their scores, and the circuits of the first 1, 2, 4, ... of 
 (Hanna et al. 2024, by whose definition faithfulness is shown; `faithfulness` says what goes with such a number). A
 behaviour that few edges carry shows as a curve that reaches 1 early. Curves compare rankings, too: the better ranking
 has the larger area (Mueller et al. 2025, "MIB").
+
+Beside it stand circuits of equal size drawn at random. Where they are as faithful, the ablation or the prompts leave
+the behaviour to any edges, and a high number says nothing of the scores.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_one_of, show
+from hooklens.arguments import read_int, read_one_of, read_seed
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import HookLensError, InputError
+from hooklens.errors import CheckpointError, HookLensError, InputError
 from hooklens.figures import Backend, draw_curve
 from hooklens.hooks.edits import Edit
+from hooklens.patching.choices.chance import random_circuits
+from hooklens.patching.choices.choice import EdgeChoice, read_choice
+from hooklens.patching.choices.scored import ScoredEdges
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
+from hooklens.patching.circuits.sizes import MIB_LABELS, choose_circuits
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
+from hooklens.patching.mib.measures import circuit_model_distance, circuit_performance_ratio
 from hooklens.patching.pairs.loader import Pairs
 from hooklens.patching.pairs.prompts import Prompt
 from hooklens.patching.results.edge_scores import EdgeScores
@@ -40,7 +47,7 @@ from hooklens.patching.runs.options import refuse_missing
 if TYPE_CHECKING:
     import pandas
 
-_N_SIZES = 20
+_RANDOM = "random "
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,10 +55,13 @@ class FaithfulnessCurve:
     """Circuits of growing size, and how faithful they are.
 
     Attributes:
-        result: the circuits, the smallest first, and their values; its `stats` say what they took.
+        result: the circuits, the smallest first, and their values; its `stats` say what they took, with those drawn at
+            random, and without what occurs twice.
+        random: circuits of the same sizes drawn at random, draw by draw; None: none were.
     """
 
     result: CircuitResult
+    random: CircuitResult | None = None
 
     @property
     def circuits(self) -> tuple[Circuit, ...]:
@@ -78,6 +88,69 @@ class FaithfulnessCurve:
             HookLensError: both have the same value.
         """
         return self.result.faithfulness_hanna
+
+    @property
+    def random_faithfulness(self) -> Float[Tensor, "draw circuit"]:
+        """That of the circuits drawn at random.
+
+        Raises:
+            HookLensError: none were, or as `faithfulness`.
+        """
+        if self.random is None:
+            raise HookLensError(
+                "this curve has no random circuits beside it; run faithfulness_curve with random_draws=3"
+            )
+        return self.random.faithfulness_hanna.view(-1, len(self.circuits))
+
+    @property
+    def cpr(self) -> float:
+        """MIB's circuit performance ratio, the area under the curve over the fraction of edges; see `mib.measures`.
+
+        It asks how well circuits do what the network is good at, so edges are to be chosen with
+        `EdgeChoice(by="signed")`.
+
+        Raises:
+            HookLensError: the curve is not over MIB's ten sizes, or as `faithfulness`.
+        """
+        return circuit_performance_ratio(self._at_mib_sizes(self.faithfulness))
+
+    @property
+    def cmd(self) -> float:
+        """MIB's circuit-model distance, the area between the curve and 1; see `mib.measures`.
+
+        It asks how near circuits are to the network, so edges are to be chosen by absolute scores.
+
+        Raises:
+            HookLensError: as `cpr`.
+        """
+        return circuit_model_distance(self._at_mib_sizes(self.faithfulness))
+
+    @property
+    def random_cpr(self) -> tuple[float, ...]:
+        """The circuit performance ratio of each random draw.
+
+        Raises:
+            HookLensError: as `cpr` and `random_faithfulness`.
+        """
+        return tuple(circuit_performance_ratio(self._at_mib_sizes(draw)) for draw in self.random_faithfulness)
+
+    @property
+    def random_cmd(self) -> tuple[float, ...]:
+        """The circuit-model distance of each random draw.
+
+        Raises:
+            HookLensError: as `cpr` and `random_faithfulness`.
+        """
+        return tuple(circuit_model_distance(self._at_mib_sizes(draw)) for draw in self.random_faithfulness)
+
+    def _at_mib_sizes(self, faithfulness: Float[Tensor, " circuit"]) -> list[float]:
+        if self.result.labels != MIB_LABELS:
+            raise HookLensError(
+                "MIB's measures are of circuits with ten given fractions of all edges, and this curve has others; run "
+                "faithfulness_curve with sizes='mib'"
+            )
+        found: list[float] = faithfulness.tolist()
+        return found
 
     def smallest(self, fraction: float) -> Circuit:
         """The smallest circuit that was run whose faithfulness is at least `fraction`.
@@ -120,17 +193,34 @@ class FaithfulnessCurve:
     def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
         """One row per circuit, as `CircuitResult.to_dataframe` gives, without labels, which are the sizes.
 
+        Random circuits give the columns `random_mean`, `random_low` and `random_high`: the mean and the ends of their
+        faithfulness by Hanna's definition over draws, where there is a scale.
+
         Args:
             statistics: what else to give, as there.
 
         Raises:
             HookLensError, MissingDependencyError: as there.
         """
-        return self.result.to_dataframe(statistics=statistics).drop(columns="circuit")
+        table = self.result.to_dataframe(statistics=statistics).drop(columns="circuit")
+        if self.random is not None and self.result.full != self.result.empty:
+            drawn = self.random_faithfulness
+            table["random_mean"] = drawn.mean(0).tolist()
+            table["random_low"], table["random_high"] = drawn.amin(0).tolist(), drawn.amax(0).tolist()
+        return table
 
     def save(self, path: str | Path) -> None:
-        """Write the result, circuits and all, to a safetensors file, whole or not at all."""
-        self.result.save(path)
+        """Write the result, circuits and all, to a safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        self._whole.save(path)
+
+    @property
+    def _whole(self) -> CircuitResult:
+        """The circuits with those drawn at random behind them."""
+        return self.result if self.random is None else self.result.followed_by(self.random)
 
     @classmethod
     def load(cls, path: str | Path) -> "FaithfulnessCurve":
@@ -139,7 +229,15 @@ class FaithfulnessCurve:
         Raises:
             CheckpointError: as `CircuitResult.load`.
         """
-        return cls(result=CircuitResult.load(path))
+        whole = CircuitResult.load(path)
+        drawn = [row for row, label in enumerate(whole.labels) if str(label).startswith(_RANDOM)]
+        own = [row for row in range(len(whole.labels)) if row not in set(drawn)]
+        if len(drawn) % max(len(own), 1):
+            raise CheckpointError(
+                f"{path} is damaged: it holds {len(own)} circuits of a curve and {len(drawn)} random ones, expected "
+                "as many of these for each draw"
+            )
+        return cls(result=whole.take(own), random=whole.take(drawn) if drawn else None)
 
     def plot(
         self,
@@ -148,7 +246,7 @@ class FaithfulnessCurve:
         title: str | None = None,
         interval: Literal["standard_error", "bootstrap"] | None = None,
     ) -> Any:
-        """Faithfulness over the number of edges, on a logarithmic axis.
+        """Faithfulness over the number of edges, on a logarithmic axis, and a band from the lowest to the highest draw.
 
         Args:
             backend: the package that draws.
@@ -171,11 +269,19 @@ class FaithfulnessCurve:
             [self.sizes[index] for index in drawn],
             found[drawn].tolist(),
             ends=ends,
+            band=self._band(drawn),
             labels=("edges", "faithfulness (Hanna et al. 2024)"),
             level=1.0,
             backend=backend,
             title=f"{self.result.metric}, fraction kept by the strongest edges" if title is None else title,
         )
+
+    def _band(self, drawn: list[int]) -> tuple[str, list[float], list[float]] | None:
+        """What stands beside the band of random circuits, and its ends."""
+        if self.random is None:
+            return None
+        found = self.random_faithfulness[:, drawn]
+        return f"random circuits, {len(found)} draws", found.amin(0).tolist(), found.amax(0).tolist()
 
     def _ends_of(self, interval: str) -> tuple[Tensor, Tensor]:
         """The ends of bars around each faithfulness."""
@@ -193,11 +299,14 @@ def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
     corrupted: Prompt | None = None,
-    scores: EdgeScores | None = None,
+    scores: EdgeScores | ScoredEdges | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int] | Literal["mib"] | None = None,
     connected: bool = True,
+    choice: EdgeChoice | None = None,
+    random_draws: int = 3,
+    seed: int = 0,
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -210,11 +319,14 @@ def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
     corrupted: Prompt | None = None,
-    scores: EdgeScores | None = None,
+    scores: EdgeScores | ScoredEdges | None = None,
     metric: Mapping[str, Metric | MetricFunction] | None = None,
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int] | Literal["mib"] | None = None,
     connected: bool = True,
+    choice: EdgeChoice | None = None,
+    random_draws: int = 3,
+    seed: int = 0,
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -226,11 +338,14 @@ def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
     corrupted: Prompt | None = None,
-    scores: EdgeScores | None = None,
+    scores: EdgeScores | ScoredEdges | None = None,
     metric: Metrics | None = None,
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int] | Literal["mib"] | None = None,
     connected: bool = True,
+    choice: EdgeChoice | None = None,
+    random_draws: int = 3,
+    seed: int = 0,
     ablation: Ablation = "resample",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -238,42 +353,57 @@ def faithfulness_curve(
     progress: bool = True,
     allow_training: bool = False,
 ) -> FaithfulnessCurve | Results[FaithfulnessCurve]:
-    """Run the circuits of the strongest edges, more and more of them.
+    """Run the circuits of the strongest edges, more and more of them, and random ones of the same sizes.
+
+    Scores that were measured on the prompts of the curve make it look better than it is on others;
+    `held_out_curve` splits them.
 
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
         corrupted: as many prompts of the same lengths.
-        scores: of `edge_attribution`, on these prompts or others.
+        scores: of `edge_attribution`, on these prompts or others, or of anything else.
         metric: as for a sweep; several by name give a curve for each.
-        sizes: numbers of edges; None: twenty from 1 to all, evenly spaced on a logarithmic scale.
+        sizes: numbers of edges; `"mib"`: the ten fractions of all edges that `cpr` and `cmd` are defined by; None:
+            twenty from 1 to all, evenly spaced on a logarithmic scale.
         connected: choose edges from the logits backwards, see `EdgeScores.circuit`; False: simply the strongest.
+        choice: another way to choose, in place of `connected`.
+        random_draws: how many times circuits of the same sizes are drawn at random, connected as the choice connects;
+            0: none. Each draw costs about as much as the curve itself.
+        seed: of the draws.
         ablation, batch_size, attention_mask, edits, progress, allow_training: as for `evaluate_circuits`.
 
     Raises:
         InputError: a size below 0 or above the number of edges, all of which are named; or other scores.
         SiteError, MetricError, SweepInterruptedError: as for `evaluate_circuits`.
+        HookLensError: as `EdgeScores.circuit`.
     """
     refuse_missing("faithfulness_curve", scores=scores, metric=metric)
-    if not isinstance(scores, EdgeScores):
+    if not isinstance(scores, EdgeScores | ScoredEdges):
         raise InputError(
-            f"faithfulness_curve: scores are a {type(scores).__name__}; expected those of edge_attribution"
+            f"faithfulness_curve: scores are a {type(scores).__name__}; expected those of edge_attribution, or "
+            "ScoredEdges"
         )
-    n_edges = int(scores.exists.sum())
-    chosen = _log_sizes(n_edges) if sizes is None else _read_sizes(sizes)
-    outside = [size for size in chosen if not 0 <= size <= n_edges]
-    if outside or not chosen:
-        raise InputError(
-            f"faithfulness_curve: sizes {outside or chosen}; expected numbers of edges from 0 to {n_edges}"
-        )
-    circuits = {size: scores.circuit(size, connected=connected) for size in chosen}
+    made = read_choice(choice, connected=connected, what="faithfulness_curve")
+    draws = read_int(random_draws, what="faithfulness_curve: random_draws", least=0)
+    first = read_seed(seed, what="faithfulness_curve: seed")
+    labelled = choose_circuits(scores, made, sizes)
+    table = scores.edges if isinstance(scores, EdgeScores) else scores
+    # Circuits of a choice that prunes have fewer edges than asked for; those beside them have as many as they have.
+    counts = [len(circuit) for circuit in labelled.values()]
+    drawn = {
+        f"{_RANDOM}{draw}: {label}": circuit
+        for draw in range(draws)
+        for label, circuit in zip(labelled, random_circuits(table, counts, choice=made, seed=first + draw), strict=True)
+    }
+    distinct = list(dict.fromkeys([*labelled.values(), *drawn.values()]))
     assert metric is not None
     measured = MetricGroup.read(metric)
     results = evaluate_circuits(
         model,
         clean,
         corrupted,
-        circuits,
+        distinct,
         measured.metrics,
         ablation=ablation,
         batch_size=batch_size,
@@ -282,16 +412,12 @@ def faithfulness_curve(
         progress=progress,
         allow_training=allow_training,
     )
-    curves = {name: FaithfulnessCurve(result=one) for name, one in results.items()}
+    row = {circuit: index for index, circuit in enumerate(distinct)}
+    curves = {
+        name: FaithfulnessCurve(
+            result=found.take([row[circuit] for circuit in labelled.values()], labels=labelled),
+            random=found.take([row[circuit] for circuit in drawn.values()], labels=drawn) if drawn else None,
+        )
+        for name, found in results.items()
+    }
     return next(iter(curves.values())) if measured.is_single else Results(curves)
-
-
-def _read_sizes(sizes: object) -> list[int]:
-    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
-        raise InputError(f"faithfulness_curve: sizes are {show(sizes)}; expected a list of numbers of edges")
-    return sorted({read_int(size, what="faithfulness_curve: a size") for size in sizes})
-
-
-def _log_sizes(n_edges: int) -> list[int]:
-    exponents = torch.linspace(0.0, math.log(n_edges), _N_SIZES, dtype=torch.float64)
-    return sorted({round(size) for size in exponents.exp().tolist()})

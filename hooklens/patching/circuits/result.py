@@ -11,8 +11,8 @@ Both average before they compare, so what some pairs lose and others gain cancel
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,21 +36,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class CircuitResult(OverPairs):
-    """Values of a metric for circuits, everything outside them ablated.
+class AblationResult(OverPairs):
+    """Values of a metric for circuits of whatever kind, all that they do not hold ablated.
 
     Attributes:
-        circuits: what was run.
         labels: what each is called.
         per_pair: the metric of every circuit and pair; NaN where it was not run.
         full_per_pair: the metric of the whole network, which is the clean run.
-        empty_per_pair: the metric with every edge ablated.
+        empty_per_pair: the metric with everything ablated that circuits can hold.
         metric: the metric's name.
-        ablation: what edges outside a circuit carried: `"resample"`, `"mean"`, `"zero"`, or `"given"` tensors.
+        ablation: what is ablated is put in its place: `"resample"`, `"mean"`, `"zero"`, or `"given"` tensors.
         stats: what it took; circuits count as its cells.
     """
 
-    circuits: tuple[Circuit, ...]
     labels: tuple[int | str, ...]
     per_pair: Float[Tensor, "circuit pair"]
     full_per_pair: Float[Tensor, " pair"]
@@ -167,26 +165,14 @@ class CircuitResult(OverPairs):
             )
         return self.full - self.empty
 
-    def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
-        """One row per circuit: edges, heads, value, its standard error, and faithfulness by both definitions.
-
-        Columns of Hanna's are left out where the network and the empty circuit have the same value.
-
-        Args:
-            statistics: what else to give: `"bootstrap"`, the ends `"low"` and `"high"` of the intervals of the value
-                and of both faithfulnesses (`"faithfulness_hanna_low"`, ...); `"permutation_test"`, the `"p_value"` of
-                "the circuit does what the network does". `bootstrap`, `bootstrap_faithfulness` and
-                `permutation_test` take options of their own.
+    def _columns(self, statistics: Sequence[Statistic]) -> dict[str, object]:
+        """The columns of a table behind those that say what circuits are.
 
         Raises:
-            HookLensError: an unknown statistic, or fewer than two pairs.
-            MissingDependencyError: a statistic of scipy, which is not installed.
+            HookLensError, MissingDependencyError: as for `to_dataframe` of the results.
         """
         more = self._columns_of([one for one in self._read_statistics(statistics) if one != "standard_error"])
         columns: dict[str, object] = {
-            "circuit": self.labels,
-            "edges": [len(circuit) for circuit in self.circuits],
-            "heads": [len(circuit.heads()) for circuit in self.circuits],
             "value": self.values.tolist(),
             "standard_error": self.standard_errors.tolist(),
         }
@@ -199,8 +185,7 @@ class CircuitResult(OverPairs):
                 ends = self.bootstrap_faithfulness(definition)
                 columns |= {f"faithfulness_{definition}_{end}": found.tolist() for end, found in ends._asdict().items()}
         columns |= {name: found.tolist() for name, found in more.items()}
-        table: pandas.DataFrame = import_package("pandas").DataFrame(columns)
-        return table
+        return columns
 
     def plot(self, *, backend: Backend = "plotly", title: str | None = None, mark: Mark | None = None) -> Any:
         """`faithfulness_hanna` of each circuit as a row of colours.
@@ -226,6 +211,58 @@ class CircuitResult(OverPairs):
             marks = self._find_unclear(mark).cpu()[None, None]
             heading += "" if title is not None else f"; {CROSS}: not told from the network ({mark.replace('_', ' ')})"
         return draw_heatmaps(values, ("", [""]), columns, [""], backend=backend, title=heading, marks=marks)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CircuitResult(AblationResult):
+    """Values of a metric for circuits, everything outside them ablated.
+
+    Attributes:
+        circuits: what was run.
+    """
+
+    circuits: tuple[Circuit, ...]
+
+    def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
+        """One row per circuit: edges, heads, value, its standard error, and faithfulness by both definitions.
+
+        Columns of Hanna's are left out where the network and the empty circuit have the same value.
+
+        Args:
+            statistics: what else to give: `"bootstrap"`, the ends `"low"` and `"high"` of the intervals of the value
+                and of both faithfulnesses (`"faithfulness_hanna_low"`, ...); `"permutation_test"`, the `"p_value"` of
+                "the circuit does what the network does". `bootstrap`, `bootstrap_faithfulness` and
+                `permutation_test` take options of their own.
+
+        Raises:
+            HookLensError: an unknown statistic, or fewer than two pairs.
+            MissingDependencyError: a statistic of scipy, which is not installed.
+        """
+        columns: dict[str, object] = {
+            "circuit": self.labels,
+            "edges": [len(circuit) for circuit in self.circuits],
+            "heads": [len(circuit.heads()) for circuit in self.circuits],
+        }
+        table: pandas.DataFrame = import_package("pandas").DataFrame(columns | self._columns(statistics))
+        return table
+
+    def take(self, rows: Sequence[int], *, labels: Iterable[int | str] | None = None) -> "CircuitResult":
+        """Some of the circuits, in an order, with labels of their own or those that they have; `stats` stay."""
+        return replace(
+            self,
+            circuits=tuple(self.circuits[row] for row in rows),
+            labels=tuple(self.labels[row] for row in rows) if labels is None else tuple(labels),
+            per_pair=self.per_pair[list(rows)],
+        )
+
+    def followed_by(self, other: "CircuitResult") -> "CircuitResult":
+        """The circuits of this result, and behind them those of another of the same run."""
+        return replace(
+            self,
+            circuits=self.circuits + other.circuits,
+            labels=self.labels + other.labels,
+            per_pair=torch.cat([self.per_pair, other.per_pair]),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the result to a safetensors file, whole or not at all.

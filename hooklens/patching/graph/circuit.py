@@ -9,7 +9,7 @@ contributes to the keys of head 2 of block 1.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from hooklens.patching.graph.nodes import (
     list_edges,
     list_readers,
     list_writers,
+    parse_writers,
     reader_place,
     writer_place,
 )
@@ -83,6 +84,21 @@ class Circuit:
     def full(cls, cfg: HookedConfig) -> "Circuit":
         """All edges of a network."""
         return cls(list_edges(cfg))
+
+    @classmethod
+    def of_nodes(cls, cfg: HookedConfig, nodes: Sequence[str]) -> "Circuit":
+        """All edges that leave some nodes: the circuit in which every other node is ablated whole.
+
+        Args:
+            cfg: the network's config.
+            nodes: names of writers, `"embed"`, `"a0.h1"`, `"m0"`.
+
+        Raises:
+            InputError: no list of names.
+            SiteError: no such writers; all of them are named.
+        """
+        chosen = {str(writer) for writer in parse_writers(nodes, cfg)}
+        return cls(edge for edge in list_edges(cfg) if edge[0] in chosen)
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -164,20 +180,7 @@ class Circuit:
             str(writer): [str(reader) for reader in inputs_of(writer, group_size=cfg.n_heads // cfg.n_kv_heads)]
             for writer in list_writers(cfg)
         }
-        fed: dict[str, list[str]] = {}
-        for writer, readers in inputs.items():
-            for reader in readers:
-                fed.setdefault(reader, []).append(writer)
-        reached = {"embed"}
-        for writer, reader in self.edges:
-            # Readers come in the order of the network, so all edges into a writer come before those out of it.
-            if writer in reached:
-                reached.update(fed.get(reader, ()))
-        useful = {"logits"}
-        for writer, reader in reversed(self.edges):
-            if reader in useful:
-                useful.update(inputs[writer])
-        return Circuit((writer, reader) for writer, reader in self.edges if writer in reached and reader in useful)
+        return keep_paths(self, inputs)
 
     def check(self, cfg: HookedConfig) -> None:
         """Check that a network has all the edges.
@@ -251,6 +254,29 @@ class Circuit:
             return cls(tuple(edge) for edge in stored["edges"])
         except (KeyError, TypeError, SiteError) as error:
             raise CheckpointError(f"the circuit in {path} is damaged: 'edges' ({error})") from error
+
+
+def keep_paths(circuit: Circuit, inputs: Mapping[str, Sequence[str]]) -> Circuit:
+    """The edges of a circuit on a path from the embeddings to the logits.
+
+    Args:
+        circuit: the circuit.
+        inputs: by the name of each writer the readers that it is made from.
+    """
+    fed: dict[str, list[str]] = {}
+    for writer, readers in inputs.items():
+        for reader in readers:
+            fed.setdefault(reader, []).append(writer)
+    reached = {"embed"}
+    for writer, reader in circuit.edges:
+        # Readers come in the order of the network, so all edges into a writer come before those out of it.
+        if writer in reached:
+            reached.update(fed.get(reader, ()))
+    useful = {"logits"}
+    for writer, reader in reversed(circuit.edges):
+        if reader in useful:
+            useful.update(inputs[writer])
+    return Circuit((writer, reader) for writer, reader in circuit.edges if writer in reached and reader in useful)
 
 
 def _is_edge(edge: object) -> bool:

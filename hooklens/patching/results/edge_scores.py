@@ -1,6 +1,5 @@
 """The scores of edges, and the circuits that the strongest make up."""
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.arguments import read_int
-from hooklens.errors import HookLensError, join_names
+from hooklens.arguments import read_int, read_seed
+from hooklens.errors import HookLensError
 from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
-from hooklens.patching.errors import SiteError
+from hooklens.patching.choices.choice import EdgeChoice, read_choice
+from hooklens.patching.choices.recovery import edge_auroc
+from hooklens.patching.choices.scored import ScoredEdges
+from hooklens.patching.choices.stable import selection_frequency
 from hooklens.patching.graph.circuit import Circuit
-from hooklens.patching.graph.nodes import Edge, inputs_of, split_writer
+from hooklens.patching.graph.nodes import Edge
 from hooklens.patching.results.file import (
     DIRECTION,
     NUMBER,
@@ -130,15 +132,43 @@ class EdgeScores(OverPairs):
         """The metric of the corrupted run, averaged over pairs."""
         return float(self.corrupted_per_pair.nanmean())
 
-    def __getitem__(self, edge: Edge) -> float:
-        writer, reader = edge
-        unknown = [name for name, known in ((writer, self.writers), (reader, self.readers)) if name not in known]
-        if unknown:
-            raise SiteError(
-                f"no edge {writer!r} -> {reader!r}: {unknown} is no node here; writers are {join_names(self.writers)}, "
-                f"readers {join_names(self.readers)}"
+    @property
+    def edges(self) -> ScoredEdges:
+        """The scores as a table that choices are made from, `contributions` where they have a sign.
+
+        Where both unpatched runs have the same value no sign can be told, and scores stay as they are.
+        """
+        return self._table(self.scores * (self._sign or 1.0))
+
+    @property
+    def contributions(self) -> Float[Tensor, "writer reader"]:
+        """The scores, above 0 for edges that work for the clean run's behaviour and below for those that work against.
+
+        That is the sign of MIB's files. An edge works for the behaviour if the clean prompt's output on it moves the
+        metric to the clean run's side of the corrupted run's, whether that is up (`LogitDiff`) or down (`KL`, `Loss`).
+
+        Raises:
+            HookLensError: both unpatched runs have the same value, so there are no sides.
+        """
+        if self._sign == 0:
+            raise HookLensError(
+                f"the clean and the corrupted run have the same {self.metric}, {self.clean}: no edge can work for or "
+                "against what tells them apart; choose edges by absolute scores"
             )
-        return float(self.scores[self.writers.index(writer), self.readers.index(reader)])
+        return self.scores * self._sign
+
+    @property
+    def _sign(self) -> float:
+        """What turns scores into contributions; 0: nothing does."""
+        side = self.clean - self.corrupted
+        towards = float(side > 0) - float(side < 0)
+        return -towards if self.direction == "noise" else towards
+
+    def _table(self, scores: Float[Tensor, "writer reader"]) -> ScoredEdges:
+        return ScoredEdges(scores=scores, writers=self.writers, readers=self.readers, exists=self.exists)
+
+    def __getitem__(self, edge: Edge) -> float:
+        return self._table(self.scores)[edge]
 
     def top(self, k: int) -> list[Edge]:
         """The `k` edges with the largest scores by absolute value, as (writer, reader).
@@ -147,12 +177,9 @@ class EdgeScores(OverPairs):
             InputError: no number of edges.
         """
         read_int(k, what="EdgeScores.top: k", least=0)
-        strength = self.scores.abs().nan_to_num(0.0).masked_fill(~self.exists, -1.0).flatten()
-        order = strength.argsort(descending=True, stable=True)[: min(k, int(self.exists.sum()))].tolist()
-        n_readers = len(self.readers)
-        return [(self.writers[index // n_readers], self.readers[index % n_readers]) for index in order]
+        return self._table(self.scores).top(k)
 
-    def circuit(self, k: int, *, connected: bool = True) -> Circuit:
+    def circuit(self, k: int, *, connected: bool = True, choice: EdgeChoice | None = None) -> Circuit:
         """The circuit of the `k` strongest edges, all edges where there are no more.
 
         Args:
@@ -160,39 +187,73 @@ class EdgeScores(OverPairs):
             connected: choose greedily from the logits backwards (Hanna et al. 2024): each step takes the strongest
                 edge that ends in the logits or in a head or MLP of which an edge is chosen already, so no edge leads
                 nowhere. The circuit of `k` edges is part of that of `k + 1`. False: simply `top(k)`.
+            choice: another way to choose, in place of `connected`.
 
         Raises:
-            InputError: no number of edges.
+            InputError: no number of edges, or a choice beside `connected=False`.
+            HookLensError: as `EdgeChoice.circuit`, and as `contributions` where edges are chosen by them.
         """
         read_int(k, what="EdgeScores.circuit: k", least=0)
-        return Circuit(self._choose_connected(k) if connected else self.top(k))
+        made = read_choice(choice, connected=connected, what="EdgeScores.circuit")
+        return made.circuit(self._table(self.contributions) if made.by == "signed" else self.edges, k)
 
-    def _choose_connected(self, k: int) -> list[Edge]:
-        """The edges in the order in which the greedy search takes them."""
-        strength = self.scores.abs().nan_to_num(0.0).tolist()
-        exists = self.exists.tolist()
-        row = {name: index for index, name in enumerate(self.readers)}
-        group_size = sum(name.endswith(".q") for name in self.readers) // sum(name.endswith(".k") for name in row)
-        chosen: list[Edge] = []
-        seen: set[str] = set()
-        waiting: list[tuple[float, int, int]] = []
+    def selection_frequency(
+        self, k: int, *, choice: EdgeChoice | None = None, n_draws: int = 200, seed: int = 0
+    ) -> Float[Tensor, "writer reader"]:
+        """How often each edge is among the `k` chosen when pairs are drawn anew, with replacement.
 
-        def open_reader(reader: str) -> None:
-            if reader not in seen:
-                seen.add(reader)
-                for writer in range(len(self.writers)):
-                    if exists[writer][row[reader]]:
-                        # Of equally strong edges the first in the table is taken, as by `top`.
-                        heapq.heappush(waiting, (-strength[writer][row[reader]], writer, row[reader]))
+        Args:
+            k: how many edges are chosen in each draw.
+            choice: how; None: greedily by absolute scores.
+            n_draws: draws of pairs.
+            seed: of the draws.
 
-        open_reader("logits")
-        while waiting and len(chosen) < k:
-            _, writer, reader = heapq.heappop(waiting)
-            name = self.writers[writer]
-            chosen.append((name, self.readers[reader]))
-            for source in inputs_of(split_writer(name), group_size=group_size):
-                open_reader(str(source))
-        return chosen
+        Raises:
+            InputError: numbers that are none.
+            HookLensError: the scores of single pairs were not kept, or there is one pair.
+        """
+        read_int(k, what="EdgeScores.selection_frequency: k", least=0)
+        made = read_choice(choice, connected=True, what="EdgeScores.selection_frequency")
+        draws = read_int(n_draws, what="EdgeScores.selection_frequency: n_draws", least=1)
+        number = read_seed(seed, what="EdgeScores.selection_frequency: seed")
+        edges = self._table(self.contributions) if made.by == "signed" else self.edges
+        per_pair = (self._sign or 1.0) * self._kept_pairs()
+        return selection_frequency(edges, per_pair, k, choice=made, n_draws=draws, seed=number)
+
+    def stable_edges(self, *, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> ScoredEdges:
+        """The scores of the edges whose bootstrap interval over pairs excludes 0; all others have the score 0.
+
+        Circuits that are chosen of them, as `EdgeChoice().circuit(stable, k)`, take edges of one sign first.
+
+        Args:
+            confidence, n_resamples, seed: as for `bootstrap`, by percentiles.
+
+        Raises:
+            HookLensError: the scores of single pairs were not kept, or there is one pair.
+            MissingDependencyError: scipy, the extra `stats`, is not installed.
+        """
+        low, high = self.bootstrap(confidence=confidence, n_resamples=n_resamples, method="percentile", seed=seed)
+        one_sided = (low > 0) | (high < 0)
+        edges = self.edges
+        return self._table(edges.scores.masked_fill(~one_sided, 0.0))
+
+    def auroc(self, known: Circuit) -> float:
+        """How well scores tell the edges of a known circuit from others; see `edge_auroc`.
+
+        Raises:
+            HookLensError: as there.
+        """
+        return edge_auroc(self.edges, known)
+
+    def _kept_pairs(self) -> Float[Tensor, "writer reader pair"]:
+        if self.per_pair is None:
+            raise HookLensError(
+                "these edge scores hold sums over pairs, from which none can be drawn; run edge_attribution with "
+                "keep_pairs=True"
+            )
+        if self.per_pair.shape[-1] < 2:
+            raise HookLensError("drawing pairs anew needs at least two; the result has 1")
+        return self.per_pair
 
     def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
         """One row per edge, the strongest first: writer, reader, score, and its standard error over several pairs.

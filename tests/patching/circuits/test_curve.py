@@ -5,8 +5,17 @@ import pytest
 import torch
 
 from hooklens import HookedCausalLM, patching
-from hooklens.errors import HookLensError, InputError
-from hooklens.patching import Circuit, CircuitResult, FaithfulnessCurve, LogitDiff, SweepStats
+from hooklens.errors import CheckpointError, HookLensError, InputError
+from hooklens.patching import (
+    Circuit,
+    CircuitResult,
+    EdgeChoice,
+    FaithfulnessCurve,
+    LogitDiff,
+    ScoredEdges,
+    SweepStats,
+    random_circuits,
+)
 from hooklens.patching.graph.nodes import list_edges
 from tests.annotations import unchecked
 from tests.model.networks import make_model, random_tokens
@@ -189,3 +198,104 @@ def test_bars_stand_for_what_pairs_leave_open(interval):
         found.plot(interval="all")
     with pytest.raises(HookLensError, match="needs at least two pairs"):
         made_up({1: 0.0, 4: 1.0}).plot(interval=interval)
+
+
+def test_random_circuits_of_equal_size_stand_beside_a_curve():
+    found = curve(sizes=[3, 10, 40], random_draws=2, seed=7)
+    assert [len(circuit) for circuit in found.random.circuits] == [3, 10, 40] * 2
+    assert found.random.circuits[:3] == tuple(random_circuits(SCORES.edges, [3, 10, 40], seed=7))
+    assert found.random.circuits[3:] == tuple(random_circuits(SCORES.edges, [3, 10, 40], seed=8))
+    expected = patching.evaluate_circuits(MODEL, CLEAN, CORRUPTED, found.random.circuits, METRIC, progress=False)
+    torch.testing.assert_close(found.random_faithfulness.flatten(), expected.normalized, rtol=0, atol=1e-10)
+    table = found.to_dataframe()
+    assert table.random_low.tolist() == found.random_faithfulness.amin(0).tolist()
+    assert table.random_mean[1] == pytest.approx(float(found.random_faithfulness[:, 1].mean()))
+    assert "random_mean" not in curve(sizes=[3], random_draws=0).to_dataframe()
+    with pytest.raises(HookLensError, match="no random circuits beside it; run faithfulness_curve with random_draws=3"):
+        _ = curve(sizes=[3], random_draws=0).random_faithfulness
+
+
+@pytest.mark.parametrize("search", ["top", "pruned", "greedy"])
+def test_random_circuits_have_the_sizes_of_what_was_chosen(search):
+    choice = EdgeChoice(search=search, by="signed")
+    found = curve(sizes=[3, 12, 40], choice=choice, random_draws=1)
+    assert found.circuits == tuple(SCORES.circuit(size, choice=choice) for size in (3, 12, 40))
+    assert tuple(len(circuit) for circuit in found.random.circuits) == found.sizes
+    if search == "pruned":
+        assert all(circuit.pruned(MODEL.cfg) == circuit for circuit in found.random.circuits)
+
+
+def test_what_occurs_twice_is_run_once():
+    assert curve(sizes=[0, 82], random_draws=3).result.stats.cells == 2
+
+
+def test_a_curve_of_other_scores():
+    other = ScoredEdges.of(MODEL.cfg, {("m1", "logits"): 1.0, ("embed", "m1"): 0.5})
+    found = patching.faithfulness_curve(MODEL, CLEAN, CORRUPTED, other, METRIC, sizes=[2], progress=False)
+    assert found.circuits == (Circuit([("m1", "logits"), ("embed", "m1")]),)
+
+
+def test_mib_measures_by_hand():
+    """The areas, from one evaluation of each of the ten circuits."""
+    found = curve(sizes="mib", choice=EdgeChoice(search="pruned", by="signed"), random_draws=2)
+    fractions = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    kept = []
+    for fraction in fractions:
+        circuit = SCORES.circuit(int(fraction * 82), choice=EdgeChoice(search="pruned", by="signed"))
+        alone = patching.evaluate_circuits(MODEL, CLEAN, CORRUPTED, [circuit], METRIC, progress=False)
+        kept.append(float(alone.faithfulness_hanna[0]))
+    assert found.cpr == pytest.approx(
+        float(torch.trapezoid(torch.tensor(kept, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64))),
+        abs=1e-9,
+    )
+    assert found.cmd == pytest.approx(
+        float(
+            torch.trapezoid(
+                (1 - torch.tensor(kept, dtype=torch.float64)).abs(), torch.tensor(fractions, dtype=torch.float64)
+            )
+        ),
+        abs=1e-9,
+    )
+    drawn = found.random_faithfulness
+    assert found.random_cpr == pytest.approx(torch.trapezoid(drawn, torch.tensor(fractions).to(drawn)).tolist())
+    assert found.random_cmd == pytest.approx(
+        torch.trapezoid((1 - drawn).abs(), torch.tensor(fractions).to(drawn)).tolist()
+    )
+    with pytest.raises(HookLensError, match=r"ten given fractions .* run faithfulness_curve with sizes='mib'"):
+        _ = curve(sizes=[1, 82]).cpr
+
+
+def test_curves_are_kept_with_their_random_circuits(tmp_path):
+    found = curve(sizes="mib", random_draws=2)
+    found.save(tmp_path / "curve.safetensors")
+    again = FaithfulnessCurve.load(tmp_path / "curve.safetensors")
+    assert (again.cpr, again.random_cmd) == (found.cpr, found.random_cmd)
+    assert again.result.labels == found.result.labels
+    assert again.random.circuits == found.random.circuits
+    alone = curve(sizes=[3], random_draws=0)
+    alone.save(tmp_path / "alone.safetensors")
+    assert FaithfulnessCurve.load(tmp_path / "alone.safetensors").random is None
+    whole = found._whole
+    broken = replace(whole, circuits=whole.circuits[:-1], labels=whole.labels[:-1], per_pair=whole.per_pair[:-1])
+    broken.save(tmp_path / "broken.safetensors")
+    with pytest.raises(CheckpointError, match="holds 10 circuits of a curve and 19 random ones"):
+        FaithfulnessCurve.load(tmp_path / "broken.safetensors")
+
+
+def test_random_circuits_are_a_band_in_the_plot():
+    found = curve(sizes=[0, 3, 10, 40], random_draws=2)
+    line, low, high = found.plot().data
+    assert list(line.y) == pytest.approx(found.faithfulness[1:].tolist())
+    assert list(low.y) == pytest.approx(found.random_faithfulness.amin(0)[1:].tolist())
+    assert list(high.y) == pytest.approx(found.random_faithfulness.amax(0)[1:].tolist())
+    assert (high.name, high.fill, list(high.x)) == ("random circuits, 2 draws", "tonexty", [3, 10, 40])
+    assert len(found.plot(backend="matplotlib").axes[0].collections) >= 1
+
+
+def test_choices_and_draws_are_read():
+    with pytest.raises(InputError, match="both say how edges are chosen"):
+        curve(choice=EdgeChoice(), connected=False)
+    with pytest.raises(InputError, match="faithfulness_curve: random_draws is -1"):
+        curve(random_draws=-1)
+    with unchecked(), pytest.raises(InputError, match="sizes are 'all'; expected a list of numbers of edges, or 'mib'"):
+        curve(sizes="all")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hooklens import patching
-from hooklens.errors import HookLensError
-from hooklens.patching import EdgeScores, LogitDiff
+from hooklens.errors import HookLensError, InputError
+from hooklens.patching import Circuit, EdgeChoice, EdgeScores, LogitDiff
 from hooklens.patching.results.statistics import bootstrap_interval, permutation_p_value
 from tests.annotations import unchecked
 from tests.model.networks import make_model, random_tokens
@@ -100,3 +100,77 @@ def test_memory_of_scores_is_taken_once():
         patch.setattr(patching.runs.tally.Tally, "begin", note)
         scores = score()
     assert scores.per_pair.data_ptr() == tallies[0].per_pair().data_ptr()
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_contributions_have_the_sign_of_the_behaviour(direction):
+    """Edge by edge on exact values: an edge contributes where its clean output moves the metric to the clean side."""
+    found = score(direction=direction)
+    towards = 1.0 if found.clean > found.corrupted else -1.0
+    expected = found.scores * towards * (-1.0 if direction == "noise" else 1.0)
+    assert torch.equal(found.contributions, expected)
+    assert torch.equal(found.edges.scores, expected)
+    # The same with a metric that falls where the other rises.
+    other = patching.edge_attribution(MODEL, CLEAN, CORRUPTED, LogitDiff(5, 3), progress=False, direction=direction)
+    torch.testing.assert_close(other.contributions, found.contributions, rtol=0, atol=1e-12)
+
+
+def test_what_works_for_the_behaviour_helps():
+    """The whole of the contributions is the difference between both runs, where the network is linear in the edges."""
+    exact = score(method="exact")
+    edge = exact._table(exact.contributions).top(1, signed=True)[0]
+    without = Circuit.full(MODEL.cfg).without_edges([edge])
+    run = patching.evaluate_circuits(MODEL, CLEAN, CORRUPTED, [without], LogitDiff(3, 5), progress=False)
+    moved = float(run.values[0]) - run.full
+    assert moved * (exact.clean - exact.corrupted) < 0
+    row, column = exact.writers.index(edge[0]), exact.readers.index(edge[1])
+    assert abs(moved) == pytest.approx(float(exact.contributions[row, column]), abs=1e-9)
+
+
+def test_without_two_sides_there_are_no_contributions():
+    flat = replace(SCORES, corrupted_per_pair=SCORES.clean_per_pair)
+    with pytest.raises(HookLensError, match=r"have the same LogitDiff.*choose edges by absolute scores"):
+        _ = flat.contributions
+    assert torch.equal(flat.edges.scores, SCORES.scores)
+    assert flat.circuit(5) == SCORES.circuit(5)
+    with pytest.raises(HookLensError, match="have the same LogitDiff"):
+        flat.circuit(5, choice=EdgeChoice(by="signed"))
+
+
+def test_choices_of_edges():
+    signed = EdgeChoice(search="top", by="signed")
+    contributions = {
+        (writer, reader): float(SCORES.contributions[row, column])
+        for row, writer in enumerate(SCORES.writers)
+        for column, reader in enumerate(SCORES.readers)
+        if SCORES.exists[row, column]
+    }
+    ranked = sorted(contributions, key=lambda edge: contributions[edge], reverse=True)
+    assert SCORES.circuit(9, choice=signed) == Circuit(ranked[:9])
+    assert SCORES.circuit(9, choice=EdgeChoice(search="top")) == SCORES.circuit(9, connected=False)
+    assert SCORES.auroc(Circuit(SCORES.top(5))) == 1.0
+
+
+def test_selection_frequency_is_that_of_choices_of_resampled_pairs():
+    choice = EdgeChoice(search="top", by="signed")
+    found = SCORES.selection_frequency(6, choice=choice, n_draws=11, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    expected = torch.zeros_like(found)
+    for _ in range(11):
+        drawn = torch.randint(5, (5,), generator=generator)
+        resampled = replace(SCORES, per_pair=SCORES.per_pair[..., drawn])
+        expected += resampled.edges.to_mask(resampled.circuit(6, choice=choice))
+    assert torch.equal(found, expected / 11)
+    with pytest.raises(HookLensError, match="from which none can be drawn; run edge_attribution with keep_pairs=True"):
+        score(keep_pairs=False).selection_frequency(3)
+    with pytest.raises(InputError, match="selection_frequency: n_draws is 0"):
+        SCORES.selection_frequency(3, n_draws=0)
+
+
+def test_stable_edges_are_those_whose_interval_has_one_sign():
+    pytest.importorskip("scipy")
+    stable = SCORES.stable_edges(n_resamples=99)
+    low, high = SCORES.bootstrap(n_resamples=99, method="percentile")
+    agreed = SCORES.exists & ((low > 0) | (high < 0))
+    assert 0 < int(agreed.sum()) < int(SCORES.exists.sum())
+    assert torch.equal(stable.scores, torch.where(agreed, SCORES.edges.scores, 0.0))

@@ -1,0 +1,43 @@
+import pytest
+
+from tests.circuit_table import METHODS, MODELS, measure, measure_known, read_known, read_page
+
+# Sums in another order move a curve by rounding, which can exchange edges of nearly equal scores.
+AWAY = 0.02
+
+
+def check(row) -> None:
+    """The floors: near the network, and far from chance."""
+    assert row.cpr > 0.88
+    assert row.cmd < 0.08
+    assert max(row.random_cpr) < 0.6
+    assert min(row.random_cmd) > 0.4
+    assert (row.cpr, row.cmd) == pytest.approx(read_page()[row.model, row.method, row.rules], abs=AWAY)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_circuits_of_the_bundled_models(name):
+    for row in measure(name, METHODS[1:4:2]):
+        check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_other_rows(name):
+    for row in measure(name, METHODS[::2]):
+        check(row)
+
+
+def test_the_known_circuit_is_found():
+    areas = measure_known()
+    by_chance = [found for name, found in areas.items() if "random" in name]
+    assert all(area < 0.7 for found in by_chance for area in found)
+    assert [found for name, found in areas.items() if "ACDC" in name] == [(1.0, 1.0, 1.0)]
+    assert min(max(found) for found in zip(*(areas[name] for name in areas if "edge" in name), strict=True)) >= 0.95
+    page = read_known()
+    assert page.keys() == areas.keys()
+    assert all(page[name] == pytest.approx(found, abs=AWAY) for name, found in areas.items())
+
+
+def test_the_page_has_a_row_for_every_model_and_method():
+    assert list(read_page()) == [(name, *way) for name in MODELS for way in METHODS]
