@@ -10,8 +10,8 @@ from tests.patching.known.test_induction import auroc
 
 @pytest.fixture(scope="module")
 def known() -> KnownCircuit:
-    # At 300 steps of 400 all answers are right, and training takes most of the time of these tests.
-    return patching.known.train_small_algorithm(n_values=5, steps=300, progress=False)
+    # At 200 steps of 400 all answers are right, and training takes most of the time of these tests.
+    return patching.known.train_small_algorithm(n_values=5, steps=200, progress=False)
 
 
 def every_prompt(n_values=5):
