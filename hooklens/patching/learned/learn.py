@@ -173,13 +173,14 @@ class _Learning:
             self._measure()
 
         def stopped(why: str, partial: LearnedCircuit) -> Exception:
+            n_steps = f"{len(self.training.history)} of {self.schedule.steps} steps"
             return SweepInterruptedError(
-                f"learning a circuit stopped after {len(self.training.losses)} of {self.schedule.steps} steps ({why}); "
-                "the gates so far are in this error's .result, and warm_start= goes on from them",
+                f"learning a circuit stopped after {n_steps} ({why}); the gates so far are in this error's .result, and "
+                "warm_start= goes on from them",
                 partial,
             )
 
-        return finish_or_keep(work, self.result, has_begun=lambda: bool(self.training.losses), stopped=stopped)
+        return finish_or_keep(work, self.result, has_begun=lambda: bool(self.training.history), stopped=stopped)
 
     def _train(self) -> Iterator[None]:
         order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -204,7 +205,8 @@ class _Learning:
         training, runner, schedule = self.training, self.runner, self.schedule
         likely = int((open_probability(training.log_alpha) > 0.5).sum())
         table = training.layout.spread(training.log_alpha, closed=-torch.inf, fixed=torch.inf)
-        n_steps, n_pairs = len(training.losses), len(self.prompts)
+        history = torch.tensor(training.history, dtype=torch.float64).view(-1, 3)
+        n_steps, n_pairs = len(history), len(self.prompts)
         stats = SweepStats(
             cells=n_steps,
             pairs=n_pairs,
@@ -220,9 +222,9 @@ class _Learning:
             readers=tuple(map(str, runner.graph.readers)),
             level=training.layout.level,
             size=likely if schedule.n_open is None else schedule.n_open,
-            losses=torch.tensor(training.losses, dtype=torch.float64),
-            sizes=torch.tensor(training.sizes, dtype=torch.float64),
-            targets=torch.tensor(training.targets, dtype=torch.float64),
+            losses=history[:, 0].contiguous(),
+            sizes=history[:, 1].contiguous(),
+            targets=history[:, 2].contiguous(),
             held_out_pairs=self.held_out,
             values=self.values.cpu(),
             metric=runner.metric.name,

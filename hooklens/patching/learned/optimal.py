@@ -131,7 +131,8 @@ class _Fit:
         self.scale = model.cfg.residual_scale
         self.history: list[float] = []
         self.losses: dict[str, float] = {}
-        self.best: Tensor | None = None
+        # The constants and their loss, written in one step, so that what an interrupt leaves goes together.
+        self.best: tuple[Tensor, float] | None = None
 
     def finish(self, steps: int, lr: float, seed: int, *, progress: bool) -> OptimalAblation:
         """Take all steps."""
@@ -155,9 +156,9 @@ class _Fit:
         assert self.best is not None
         model = self.runner.model
         return OptimalAblation(
-            outputs=outputs_of(self.best.to(model.dtype), self.runner.graph.writers, self.scale),
+            outputs=outputs_of(self.best[0].to(model.dtype), self.runner.graph.writers, self.scale),
             circuit=self.circuit,
-            losses=dict(self.losses),
+            losses={**self.losses, "optimal": self.best[1]},
             history=torch.tensor(self.history, dtype=torch.float64),
             metric=self.runner.metric.name,
         )
@@ -219,8 +220,8 @@ class _Fit:
         # Rounded as they are handed out, so that the loss is the one that they will have.
         rounded = constants.to(self.runner.model.dtype).to(constants)
         found = self._mean_loss(grounds, rounded)
-        if not found >= self.losses.get("optimal", torch.inf):
-            self.best, self.losses["optimal"] = rounded, found
+        if self.best is None or found < self.best[1]:
+            self.best = rounded, found
 
     def _mean_loss(self, grounds: Grounds, constants: Tensor) -> float:
         """The loss on all pairs, in the metric's units."""

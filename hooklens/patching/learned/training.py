@@ -114,14 +114,12 @@ class GateTraining:
     Attributes:
         layout: where gates are.
         log_alpha: their parameters, float32.
-        losses, sizes, targets: of each step so far.
+        history: of each step so far the loss, the expected number of open gates, and the one that it was pulled to.
     """
 
     layout: GateLayout
     log_alpha: Float[Tensor, " gate"]
-    losses: list[float] = field(default_factory=list)
-    sizes: list[float] = field(default_factory=list)
-    targets: list[float] = field(default_factory=list)
+    history: list[tuple[float, float, float]] = field(default_factory=list)
 
     def run(self, runner: CircuitRunner, grounds: Grounds, schedule: Schedule, seed: int) -> Iterator[None]:
         """Take all steps.
@@ -165,11 +163,11 @@ class GateTraining:
             optimiser.step()
             runner.forwards += 1
             runner.token_layers += run.token_layers
-            # Written behind the update, so that what an interrupt leaves goes together.
+            n_gates = len(self.layout)
+            wanted = float("nan") if target is None else target * n_gates
             self.log_alpha = gates.detach().clone()
-            self.losses.append(float(loss.detach()))
-            self.sizes.append(float(share.detach()) * len(self.layout))
-            self.targets.append(float("nan") if target is None else target * len(self.layout))
+            # A step counts as taken once this is written, in one go.
+            self.history.append((float(loss.detach()), float(share.detach()) * n_gates, wanted))
             yield
 
 

@@ -41,7 +41,8 @@ def test_a_circuit_of_few_edges_is_as_faithful_on_new_prompts_as_that_of_scores(
     model, pairs, others = bundled()
     found = learned_on_bundled()
     assert len(found.circuit()) == 12
-    assert found.losses[-20:].mean() < 0.02
+    # Of draws of gates, not of the rounded circuit: some draws close what is needed.
+    assert found.losses[-20:].median() < 0.001
     scores = patching.edge_attribution(model, pairs, metric=LogitDiff(), progress=False)
     random_edges = [
         list_edges(model.cfg)[i] for i in torch.randperm(343, generator=torch.Generator().manual_seed(0))[:12]
@@ -53,6 +54,19 @@ def test_a_circuit_of_few_edges_is_as_faithful_on_new_prompts_as_that_of_scores(
     assert learned > greedy - 0.01
     assert learned > 0.98
     assert by_chance < 0.3
+
+
+@pytest.mark.parametrize("metric", ["kl", None])
+def test_the_edges_of_a_known_circuit_have_the_gates_most_likely_open(metric):
+    known = patching.known.induction(seed=0)
+    found = patching.learn_circuit(
+        known.model, known.pairs(24), metric=metric or known.metric, target_size=5, steps=150, progress=False
+    )
+    assert found.circuit() == known.circuit
+    inside = torch.tensor([edge in known.circuit for edge in list_edges(known.model.cfg)])
+    likely = found.probabilities[found.log_alpha > -torch.inf]
+    # All of its edges stand above all others: an area under the curve of 1.
+    assert likely[inside].min() > likely[~inside].max()
 
 
 def test_gates_rank_edges_for_curves():
@@ -105,14 +119,14 @@ def test_means_given_by_hook_name_are_what_closed_edges_carry():
 
 
 def test_the_target_is_reached():
-    found = learn(target_size=20, steps=80, holdout=0, batch_size=4)
+    found = learn(target_size=20, steps=150, holdout=0)
     assert (found.size, found.method) == (20, "lagrangian")
     # A tenth of all gates: multipliers go on pulling.
     assert float(found.sizes[-1]) == pytest.approx(20, abs=8)
     assert float(found.targets[-1]) == pytest.approx(20, abs=1e-4)
     assert float(found.targets[0]) > 75
     assert found.targets.diff().max() <= 1e-9
-    by_share = learn(target_sparsity=1 - 20 / 82, steps=80, holdout=0, batch_size=4)
+    by_share = learn(target_sparsity=1 - 20 / 82, steps=150, holdout=0)
     assert torch.equal(by_share.log_alpha, found.log_alpha)
 
 
