@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.alignment.counterfactuals import Counterfactuals
+from hooklens.alignment.causal.counterfactuals import Counterfactuals
 from hooklens.alignment.errors import AlignmentError
-from hooklens.alignment.site import Place, Site, find_place
+from hooklens.alignment.site import Site, find_place
 from hooklens.arguments import require, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.edits import Edit
 from hooklens.patching.runs.checks import check_model
 from hooklens.patching.runs.memory import BatchSize, free_bytes, tokens_per_pass
+from hooklens.precision import widen
 
 _SHARE_OF_FREE_MEMORY = 0.25
 # A pass over more tokens is no faster per token on a CPU, and its graph would only take memory.
@@ -136,7 +137,7 @@ class InterchangeRuns:
 
         Args:
             batch: the rows.
-            bases: by variable, orthonormal rows and shares; None: whole vectors, of one variable; empty: no interchange.
+            bases: by variable, orthonormal rows and shares; None: whole vectors, of one variable; empty: nothing.
         """
         edits: Sequence[Edit] = self.place.edits(bases, batch.sources)
         logits: Tensor = self.model.run_with_hooks(
@@ -200,7 +201,7 @@ def margin_of(logits: Float[Tensor, "row d_vocab"], labels: Int[Tensor, " row"])
     """By how much the label's logit leads the best other one; above 0 where the label is the answer."""
     if logits.shape[1] < 2:
         raise AlignmentError(f"a margin needs two outputs; the logits are {show(logits)}")
-    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
+    wide = widen(logits)
     own = wide.gather(1, labels[:, None])
     others = wide.scatter(1, labels[:, None], -torch.inf)
     return (own[:, 0] - others.amax(1)).detach()

@@ -147,7 +147,7 @@ def test_the_margin_is_above_0_where_the_label_comes_first(seed):
 
 def test_data_that_the_model_cannot_run_are_refused():
     model, data = make_model("rotary"), make_data()
-    with unchecked(), pytest.raises(AlignmentError, match="x: data is 3, expected alignment.Counterfactuals"):
+    with unchecked(), pytest.raises(AlignmentError, match=r"x: data is 3, expected alignment.Counterfactuals"):
         check_data(model, 3, what="x")
     wrong = Counterfactuals(base=data.base + D_VOCAB, sources=data.sources, labels=data.labels - D_VOCAB)
     with pytest.raises(AlignmentError, match=rf"base go from .* and there are {D_VOCAB}; labels go from -"):

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.alignment.causal_model import CausalModel, Ids
+from hooklens.alignment.causal.model import CausalModel, Ids
 from hooklens.alignment.errors import AlignmentError
 from hooklens.arguments import read_flag, read_int, read_number, read_seed, read_tensor, show
 from hooklens.patching.results.file import WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
@@ -182,15 +183,11 @@ class Counterfactuals:
     def take(self, rows: Sequence[int] | Int[Tensor, " row"]) -> "Counterfactuals":
         """Some of the rows."""
         chosen = torch.as_tensor(rows, device=self.base.device)
-        return replace(
-            self,
-            base=self.base[chosen],
-            labels=self.labels[chosen],
-            **{
-                word: {name: one[chosen.to(one.device)] for name, one in getattr(self, word).items()}
-                for word in ("sources", "base_values", "source_values")
-            },
-        )
+        by_variable: dict[str, Any] = {
+            word: {name: one[chosen.to(one.device)] for name, one in getattr(self, word).items()}
+            for word in _BY_VARIABLE
+        }
+        return replace(self, base=self.base[chosen], labels=self.labels[chosen], **by_variable)
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple["Counterfactuals", "Counterfactuals"]:
         """Rows to train on, and rows held out; rows of the same prompts come to the same side.
