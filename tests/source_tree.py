@@ -37,6 +37,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("sweeps", "paths"),
         ("circuits",),
         ("estimates",),
+        ("known",),
     ),
 }
 """The same inside a package that has packages of its own."""

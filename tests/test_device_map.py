@@ -109,6 +109,16 @@ def test_a_cache_of_several_devices_is_taken_apart(placed, plain):
 
 READINGS = {
     "lens": lambda model, cache: analysis.lens.logit_lens(model, cache, sublayers=True),
+    "lens losses": lambda model, cache: analysis.lens.lens_losses(model, [TEXT], progress=False),
+    "tuned lens": lambda model, cache: analysis.lens.logit_lens(
+        model,
+        cache,
+        transport=analysis.lens.TunedLens.fit(model, [TEXT, TEXT], steps=2, progress=False),
+    ),
+    "Jacobian lens": lambda model, cache: analysis.lens.logit_lens(
+        model, cache, transport=analysis.lens.JacobianLens.fit(model, [TEXT], skip_first=0, progress=False)
+    ),
+    "report": lambda model, cache: analysis.report(model, TEXT)["heads"],
     "components": lambda model, cache: analysis.attribution.attribute_to_components(model, cache, " Mary", " John"),
     "heads": lambda model, cache: analysis.attribution.attribute_to_heads(model, cache, " Mary"),
     "neurons": lambda model, cache: analysis.attribution.attribute_to_neurons(model, cache, " Mary", k=5),

@@ -22,7 +22,7 @@ from hooklens.hooks.point import HookPoint
 
 _PLACED = "_placed_for"
 # What the network asks of what stands in a place of its own.
-_ASKED = ("own", "listens", "watch", "apply_weights", "final_logits")
+_ASKED = ("own", "listens", "watch", "apply_weights", "apply_beside", "final_logits")
 
 
 class Placed(nn.Module):
@@ -69,6 +69,10 @@ class Placed(nn.Module):
         """In the place of a norm, the module as a plain function; hook points in it do not fire for a call."""
         normed: Tensor = run_inside(Call(), super().__call__, x)
         return normed
+
+    def apply_beside(self, x: Tensor, call: Call) -> Tensor:
+        """The same; no denominator of it is known that a call could hold."""
+        return self.apply_weights(x)
 
     def final_logits(self, x: Tensor, outputs: Tensor | None = None) -> Tensor:
         """In the place of the unembedding, what a call gives, likewise; see `Unembed.final_logits`."""

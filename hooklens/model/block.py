@@ -221,12 +221,11 @@ class Block(Part, place="blocks.{i}"):
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
         listens = [call.hears(one) for one in points]
         all_listen = call.hears(self.hook_attn_in)
-        n_heads, n_kv_heads = self.cfg.n_heads, self.cfg.n_kv_heads
         attn_in, all_changed = None, False
         if all_listen:
-            attn_in, all_changed = self.hook_attn_in.watch(_copy_per_head(resid, n_heads), call)
+            attn_in, all_changed = self.hook_attn_in.watch(_copy_per_head(resid, self.cfg.n_heads), call)
         inputs: list[HeadInput] = []
-        for entrance, listened, heads in zip(points, listens, (n_heads, n_kv_heads, n_kv_heads), strict=True):
+        for entrance, listened, heads in zip(points, listens, self._count_copies(), strict=True):
             changed = False
             if all_changed and attn_in is not None:
                 copies = torch.unflatten(attn_in, 2, (heads, -1)).mean(3)
@@ -240,6 +239,10 @@ class Block(Part, place="blocks.{i}"):
             inputs.append(self._renorm(copies, resid, normed, call) if changed or all_changed else normed)
         return inputs[0], inputs[1], inputs[2]
 
+    def _count_copies(self) -> tuple[int, int, int]:
+        """How many copies of the stream queries, keys and values read where these are edited head by head."""
+        return self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.n_kv_heads
+
     def _renorm(self, changed: Tensor, resid: Tensor, normed: Tensor, call: Call) -> Tensor:
         """The norm of a changed copy of the stream; `ln1` has already fired on the stream itself.
 
@@ -248,10 +251,10 @@ class Block(Part, place="blocks.{i}"):
         """
         if self.ln1 is None:
             return changed
-        renormed = self.ln1.apply_weights(changed)
+        renormed = self.ln1.apply_beside(changed, call)
         if not self.ln1.listens(call):
             return renormed
-        made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_weights(resid), changed)
+        made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_beside(resid, call), changed)
         return renormed + made_by_listeners
 
 

@@ -18,6 +18,14 @@ from hooklens.precision import widen
 STREAM = "batch pos d_model"
 
 
+def hold_scale(scale: Tensor, hook: HookPoint) -> Tensor:
+    """A hook for `hook_scale` that makes the denominator a constant: the norm then has another gradient.
+
+    A norm knows it, and what is normed beside its input (a copy for one head) has that gradient, too.
+    """
+    return scale.detach()
+
+
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
     """What a norm is built from.
@@ -112,6 +120,21 @@ class Norm(Part):
         else:
             out = torch.rms_norm(wide, self.size, self._gain(), norm.eps)
         return out.to(x.dtype) if norm.wide_weight else out
+
+    def apply_beside(self, x: Float[Tensor, "*axes size"], call: Call) -> Float[Tensor, "*axes size"]:
+        """The norm of what stands beside its input in a call; hook points do not fire."""
+        return self.apply_holding_scale(x) if self.holds_scale(call) else self.apply_weights(x)
+
+    def holds_scale(self, call: Call) -> bool:
+        """Whether `hold_scale` acts in a call."""
+        listening = call.listeners.get(self.hook_scale) if call.listeners else None
+        return listening is not None and any(hook.source is hold_scale for hook in listening.hooks)
+
+    def apply_holding_scale(self, x: Float[Tensor, "*axes size"]) -> Float[Tensor, "*axes size"]:
+        """The norm as a plain function through whose denominator no gradient goes; hook points do not fire."""
+        _, mean, scale = self._run_with_statistics(x)
+        wide = widen(x) if mean is None else widen(x) - mean
+        return self._weigh_divided((wide / scale.detach()).to(x.dtype), x)
 
     def _gain(self) -> Tensor | None:
         gain: Tensor | None = self._parameters["w"]

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.model.parts.part import is_plain
 from hooklens.precision import widen
 
 if TYPE_CHECKING:
@@ -31,7 +32,28 @@ class StreamReader:
 
     def read(self, stream: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab_out"]:
         """What the model predicts from a stream as if it ended there: log-probabilities in nats, at least float32."""
+        return torch.log_softmax(self.unembed(self.normalize(stream)), -1)
+
+    def normalize(self, stream: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What the unembedding reads of a stream, on its device."""
         last = stream.to(self._norm_device, self._dtype)
         normed = last if self._norm is None else self._norm.apply_weights(last)
-        logits: Tensor = self._unembed.final_logits(normed.to(self._unembed_device))
-        return torch.log_softmax(widen(logits), -1)
+        return normed.to(self._unembed_device)
+
+    def unembed(
+        self, normed: Float[Tensor, "*axes d_model"], outputs: Int[Tensor, " output"] | None = None
+    ) -> Float[Tensor, "*axes output"]:
+        """Logits of what `normalize` gave, at least float32.
+
+        Args:
+            normed: the output of the final norm.
+            outputs: some of the outputs; None: all.
+        """
+        logits: Tensor = self._unembed.final_logits(normed, outputs)
+        return widen(logits)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether some of the logits are computed alone; where something stands around `W_U`, all are, each time."""
+        proj = self._unembed._modules.get("proj")
+        return proj is None or is_plain(proj)

@@ -1,5 +1,6 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
+from hooklens.patching import known
 from hooklens.patching.circuits.acdc import discover_circuit
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
@@ -7,7 +8,21 @@ from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.errors import MetricError, SiteError, SmallDifferenceWarning, SweepInterruptedError
 from hooklens.patching.estimates.attribution import attribution
+from hooklens.patching.estimates.check import Bound, EstimateCheck, EstimateWarning
+from hooklens.patching.estimates.edge_estimate import EdgeAttributionResult
 from hooklens.patching.estimates.edges import edge_attribution
+from hooklens.patching.estimates.estimate import AttributionResult
+from hooklens.patching.estimates.rules import (
+    RULE_SETS,
+    ExactSoftmax,
+    GradDrop,
+    GradientRule,
+    HalveProducts,
+    HoldNormScale,
+    HoldPattern,
+    LinearizeActivations,
+    SoftenSoftmax,
+)
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
@@ -54,7 +69,10 @@ from hooklens.patching.sweeps.sweep import sweep
 
 __all__ = [
     "KL",
+    "RULE_SETS",
     "Accuracy",
+    "AttributionResult",
+    "Bound",
     "Cell",
     "Circuit",
     "CircuitResult",
@@ -62,11 +80,21 @@ __all__ = [
     "Discovery",
     "DiscoveryInterruptedError",
     "DiscoveryStats",
+    "EdgeAttributionResult",
     "EdgeScores",
+    "EstimateCheck",
+    "EstimateWarning",
+    "ExactSoftmax",
     "FaithfulnessCurve",
     "FractionRecovered",
     "FunctionMetric",
+    "GradDrop",
+    "GradientRule",
     "Grid",
+    "HalveProducts",
+    "HoldNormScale",
+    "HoldPattern",
+    "LinearizeActivations",
     "LogProb",
     "LogitDiff",
     "Loss",
@@ -76,6 +104,7 @@ __all__ = [
     "Probability",
     "SiteError",
     "SmallDifferenceWarning",
+    "SoftenSoftmax",
     "SweepInterruptedError",
     "SweepResult",
     "SweepStats",
@@ -105,6 +134,7 @@ __all__ = [
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
     "grid",
+    "known",
     "layer_head_dest_src_pos_pattern_patch_setter",
     "layer_head_pattern_patch_setter",
     "layer_head_pos_pattern_patch_setter",

@@ -1,43 +1,20 @@
 """`verify`: all checks on one model, with a report."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from hooklens.adapters import download_checkpoint
-from hooklens.bundled import bundled_path
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.errors import InputError, UnsupportedModelError, join_names
+from hooklens.errors import InputError, UnsupportedModelError
 from hooklens.optional import import_package
-from hooklens.verification.comparing.edit_values import check_edit_values
-from hooklens.verification.comparing.options import check_caches, check_chosen, check_loss
-from hooklens.verification.comparing.recomputing import check_explicit_logits, check_ways
-from hooklens.verification.comparing.single_edits import SingleEdits
-from hooklens.verification.comparing.ways import can_be_cut, runs_in_pieces
-from hooklens.verification.editing import check_editing
-from hooklens.verification.explicit import Batch, ExplicitNetwork
-from hooklens.verification.gradients import check_gradients
-from hooklens.verification.probe import Probe, make_probe
-from hooklens.verification.reference import LOGITS, cast_model, check_logits, reference_loader
-from hooklens.verification.report import CheckResult, VerificationReport
-from hooklens.verification.round_trip import check_round_trip
-from hooklens.verification.watching import check_captures, check_firing, check_watching, check_writing_back
+from hooklens.verification.reference import LOGITS
+from hooklens.verification.report import VerificationReport
+from hooklens.verification.stages import Stage
+from hooklens.verification.subject import Subject, describe_limits
 
-RUNS = "checks run to their end"
-
-_BUNDLED = "bundled:"
-# Below this many parameters a copy in float64 costs little: gradients can be held against differences, and the logits
-# of each way of running against an explicit computation.
-_SMALL_MODEL = 50_000_000
-# Below this many the logits of each of some hundred edits can.
-_TINY_MODEL = 5_000_000
 # Seconds after which a run counts as long and shows its progress.
 _LONG = 3.0
-
-Stage = tuple[str, Callable[[], Iterable[CheckResult]]]
 
 
 def verify(
@@ -89,165 +66,28 @@ def verify(
         CheckpointError: the checkpoint cannot be loaded.
         InputError: hooks are attached to the model, it lies on several devices, or layers it does not have.
     """
-    folder = None if isinstance(model, HookedCausalLM) else _find_folder(model)
-    if isinstance(model, HookedCausalLM):
-        loaded, subject = model, "model in memory"
-        if len(model.devices) > 1:
-            raise InputError(
-                f"verify runs single blocks, and the model lies on several devices "
-                f"({', '.join(map(str, model.devices))}); verify it on one, after model.to(device), or give the "
-                "checkpoint and device="
-            )
-    else:
-        loaded, subject = HookedCausalLM.from_pretrained(_find_folder(model), device=device), str(model)
+    subject = Subject.open(model, layers=layers, n_tokens=n_tokens, device=device, seed=seed)
     _check_dtypes(dtypes)
-    probe = make_probe(loaded, layers=layers, n_tokens=n_tokens, seed=seed)
-    compared = (_find_folder(reference) if reference is not None else folder) if logits else None
-    notes = _describe_sample(probe)
     with torch.no_grad():
-        results = check_firing(probe)
-        sound = _leave_out_broken(probe, results, notes)
-        notes += _describe_limits(sound)
-        stages = [
-            *([_logits_stage(probe, compared, dtypes)] if logits else ()),
-            ("round trip", lambda: check_round_trip(loaded, folder)),
-            *hook_point_stages(sound, gradients=gradients),
-        ]
+        outer = subject.outer_stages(reference, dtypes, logits=logits)
+        results, sound, left_out = subject.check_firing()
+        notes = [*subject.describe_sample(), *left_out, *describe_limits(sound.probe)]
+        groups = {**outer, **sound.inner_stages(gradients=gradients)}
+        stages = [stage for group in groups.values() for stage in group]
         for name, run in _show_progress(stages, progress=progress):
             try:
                 results += run()
             except UnsupportedModelError as error:
                 notes.append(f"{name}: left out, no transformers architecture holds this network ({error})")
-    if compared is None and any(result.check == LOGITS for result in results):
+    if reference is None and subject.folder is None and any(result.check == LOGITS for result in results):
         notes.append(f"{LOGITS}: the model is in memory, so the reference is its own export, model.to_hf()")
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    size = f"{dtype}, {loaded.cfg.n_layers} layers, {len(loaded.hook_points())} hook points"
-    return VerificationReport(f"{subject} ({size})", results, notes)
-
-
-def _find_folder(source: str | Path) -> Path:
-    if isinstance(source, str) and source.startswith(_BUNDLED):
-        return bundled_path(source.removeprefix(_BUNDLED))
-    return download_checkpoint(source)
+    return VerificationReport(subject.name, results, notes)
 
 
 def _check_dtypes(dtypes: Sequence[torch.dtype]) -> None:
     wrong = [dtype for dtype in dtypes if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point)]
     if wrong:
         raise InputError(f"verify: dtypes holds {wrong}; expected floating dtypes such as torch.float32")
-
-
-def _describe_sample(probe: Probe) -> list[str]:
-    n_layers = probe.model.cfg.n_layers
-    if len(probe.layers) == n_layers:
-        return []
-    checked = ", ".join(map(str, probe.layers))
-    return [f"hook points were checked in layers {checked} of {n_layers}; layers=range({n_layers}) checks every layer"]
-
-
-def _leave_out_broken(probe: Probe, fired: Sequence[CheckResult], notes: list[str]) -> Probe:
-    """The probe for all further checks: on a point that fails the first ones they would mean nothing."""
-    broken = frozenset(result.subject for result in fired if not result.passed)
-    if not broken:
-        return probe
-    notes.append(f"these fire wrongly or with other axes, and were left out of all other checks: {join_names(broken)}")
-    return replace(probe, left_out=broken)
-
-
-def _logits_stage(probe: Probe, reference: Path | None, dtypes: Sequence[torch.dtype]) -> Stage:
-    def run() -> list[CheckResult]:
-        source = probe.model if reference is None else reference
-        return check_logits(probe, reference_loader(source, probe.model.device), dtypes)
-
-    return LOGITS, run
-
-
-def hook_point_stages(probe: Probe, *, gradients: bool = True) -> list[Stage]:
-    """The checks that need nothing but the network, each made when it is asked for.
-
-    An error of the network is a failure like any other, so that nothing is lost that was found before.
-
-    Args:
-        probe: the model and its input.
-        gradients: those of gradients, too.
-    """
-    return [_report_errors(stage) for stage in _list_stages(probe, gradients=gradients)]
-
-
-def _list_stages(probe: Probe, *, gradients: bool) -> Iterator[Stage]:
-    size = probe.model.n_params_total
-
-    @cache
-    def wide() -> Probe:
-        """The model in float64, if it is small; else as it is."""
-        if probe.dtype == torch.float64 or size > _SMALL_MODEL:
-            return probe
-        return replace(probe, model=cast_model(probe.model, torch.float64))
-
-    @cache
-    def single_edits() -> SingleEdits:
-        explicit = size <= _TINY_MODEL and not _find_unknown(probe)
-        return SingleEdits(wide() if explicit else probe, explicit=explicit)
-
-    yield "shown tensors", lambda: check_ways(probe)
-    if size <= _SMALL_MODEL and not _find_unknown(probe):
-        yield "explicit logits", lambda: check_explicit_logits(wide())
-    for name in probe.names:
-        yield f"single edits, {name}", lambda name=name: single_edits().check(name)  # type: ignore[misc]
-    yield "pairs of edits", lambda: single_edits().check_pairs()
-    yield "positions and layers", lambda: check_chosen(probe) if can_be_cut(probe) else ()
-    yield "loss", lambda: check_loss(probe) if can_be_cut(probe) else ()
-    yield "caches", lambda: check_caches(probe) if runs_in_pieces(probe) else ()
-    yield "edits as values", lambda: check_edit_values(probe) if can_be_cut(probe) and probe.layers else ()
-    yield "watching", lambda: [*check_watching(probe), *check_captures(probe)]
-    for name in probe.names:
-        yield name, lambda name=name: [*check_writing_back(probe, name), *check_editing(probe, name)]  # type: ignore[misc]
-    if gradients:
-        yield "gradients", lambda: check_gradients(wide())
-
-
-def _report_errors(stage: Stage) -> Stage:
-    """The stage, with an error that ends it as its last result."""
-    name, run = stage
-
-    def run_to_the_end() -> Iterator[CheckResult]:
-        try:
-            yield from run()
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            yield CheckResult(check=RUNS, subject=name, measured=1.0, bound=0.0, message=message)
-
-    return name, run_to_the_end
-
-
-def _find_unknown(probe: Probe) -> dict[str, str]:
-    """The parts that have no definition here, and why."""
-    batch = Batch(tokens=probe.tokens, mask=torch.ones_like(probe.tokens, dtype=torch.bool))
-    return ExplicitNetwork(probe.model, batch).why_unknown()
-
-
-def _describe_limits(probe: Probe) -> list[str]:
-    """What the checks leave out, and why."""
-    unknown = _find_unknown(probe)
-    notes = [
-        f"not recomputed: {part} ({reason}); what its hook points show was not held against their sources, the rest of "
-        "the network was"
-        for part, reason in unknown.items()
-    ]
-    if unknown:
-        notes.append("the logits were not held against an explicit computation, which needs a definition of every part")
-    if not can_be_cut(probe):
-        notes.append(
-            f"rows of {probe.n_tokens} tokens: too short for checks of padding inside rows, caches and choices"
-        )
-    elif probe.layers and not runs_in_pieces(probe):
-        reason = (
-            "attention of one's own" if any(part.endswith(".attn") for part in unknown) else "frequencies by length"
-        )
-        notes.append(f"key-value caches were not checked: {reason}")
-    if probe.model.n_params_total > _SMALL_MODEL and not unknown:
-        notes.append("a large model: shown tensors were held against their sources, the logits not against the whole")
-    return notes
 
 
 def _show_progress(stages: Sequence[Stage], *, progress: bool) -> Iterator[Stage]:

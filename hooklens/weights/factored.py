@@ -82,7 +82,7 @@ class FactoredMatrix:
     @property
     def T(self) -> "FactoredMatrix":  # noqa: N802
         """The transpose of each matrix, `B^T A^T`; leading axes stay where they are."""
-        return FactoredMatrix(self.B.mT, self.A.mT)
+        return type(self)(self.B.mT, self.A.mT)
 
     def transpose(self) -> "FactoredMatrix":
         """The same as `T`."""
@@ -171,7 +171,7 @@ class FactoredMatrix:
         """The same matrix as `(U sqrt(S)) (sqrt(S) Vh^T)`: both factors orthogonal and equally large."""
         U, S, Vh = self.svd()
         root = S.sqrt()
-        return FactoredMatrix(U * root[..., None, :], root[..., :, None] * Vh.mT)
+        return type(self)(U * root[..., None, :], root[..., :, None] * Vh.mT)
 
     def collapse_l(self) -> Float[Tensor, "*leading rank right"]:
         """`diag(S) Vh^T`: the matrix without its left orthogonal factor; equal norms and inner products of columns."""
@@ -200,7 +200,7 @@ class FactoredMatrix:
                 f"unsqueeze({k}): a FactoredMatrix of shape {tuple(self.shape)} takes a new axis "
                 f"at 0 to {self.ndim - 2}, before the axes of the matrix"
             )
-        return FactoredMatrix(self.A.unsqueeze(position), self.B.unsqueeze(position))
+        return type(self)(self.A.unsqueeze(position), self.B.unsqueeze(position))
 
     def __getitem__(self, index: LeadingIndex | tuple[LeadingIndex, ...]) -> "FactoredMatrix":
         """Index leading axes as a tensor would be; then rows, then columns.
@@ -222,7 +222,7 @@ class FactoredMatrix:
             A = A[..., _matrix_index(matrix[0], self.ldim, "row"), :]
         if len(matrix) > 1:
             B = B[..., _matrix_index(matrix[1], self.rdim, "column")]
-        return FactoredMatrix(A, B)
+        return type(self)(A, B)
 
     def _expand_ellipsis(self, parts: tuple[LeadingIndex, ...]) -> tuple[LeadingIndex, ...]:
         given = sum(map(_axes_taken, parts))
@@ -275,7 +275,7 @@ class FactoredMatrix:
 
     def _times_matrix(self, other: Float[Tensor, "*#leading right new_right"]) -> "FactoredMatrix":
         # When the right side is the narrower one, AB is no larger than A.
-        return FactoredMatrix(self.A, self.B @ other) if self.rdim > self.mdim else FactoredMatrix(self.AB, other)
+        return type(self)(self.A, self.B @ other) if self.rdim > self.mdim else type(self)(self.AB, other)
 
     @staticmethod
     def _check_product(left: Sequence[int], right: Sequence[int]) -> None:
@@ -301,7 +301,7 @@ class FactoredMatrix:
             scalar = scalar.reshape(())
         elif not isinstance(scalar, int | float):
             return NotImplemented
-        return FactoredMatrix(self.A * scalar, self.B)
+        return type(self)(self.A * scalar, self.B)
 
     def __rmul__(self, scalar: int | float | Tensor) -> "FactoredMatrix":
         """One number times the matrix."""

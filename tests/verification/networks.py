@@ -25,7 +25,7 @@ from hooklens import (
 from hooklens.hooks import Call
 from hooklens.verification import CheckResult, VerificationReport, verify
 from hooklens.verification.probe import make_probe
-from hooklens.verification.run import hook_point_stages
+from hooklens.verification.stages import hook_point_stages
 from hooklens.verification.watching import check_firing
 from tests.annotations import unchecked
 

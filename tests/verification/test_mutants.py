@@ -5,7 +5,7 @@ import torch
 
 from hooklens.verification import CheckResult
 from hooklens.verification.probe import make_probe
-from hooklens.verification.run import hook_point_stages
+from hooklens.verification.stages import hook_point_stages
 from tests.annotations import unchecked
 from tests.verification.mutants import EQUIVALENT, MUTANTS
 from tests.verification.mutation import Mutant, put_in

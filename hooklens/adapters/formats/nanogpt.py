@@ -114,7 +114,22 @@ class NanoGpt:
         Raises:
             CheckpointError: they are not those of this network.
         """
-        return HubModel(self._args, MemoryTensors(self._state), where=self._where, family=_family())
+        return open_tensors(self._args, self._state, where=self._where)
+
+
+def open_tensors(model_args: Mapping[str, Any], state: Mapping[str, Tensor], *, where: str) -> HubModel:
+    """The tensors of a file, held against the network.
+
+    Args:
+        model_args: its sizes.
+        state: its tensors.
+        where: what texts of errors call it.
+
+    Raises:
+        CheckpointError: they are not those of this network.
+        UnsupportedModelError: sizes that are missing or of another kind.
+    """
+    return HubModel(model_args, MemoryTensors(state), where=where, family=_family())
 
 
 def find(place: Place, file: str | None) -> NanoGpt | None:

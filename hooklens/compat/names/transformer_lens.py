@@ -112,6 +112,8 @@ class _Names:
 
     def find(self, name: str) -> Found:
         """The hook point of a full name."""
+        if (inside := self._find_inside(name)) is not None:
+            return inside
         match = _BLOCK.fullmatch(name)
         layer, rest = (None, name) if match is None else (int(match[1]), match[2] or "")
         if layer is not None:
@@ -133,6 +135,14 @@ class _Names:
             edit = "the bridge's edit reaches the MLP, not the skip connection: hook_mlp_in"
             return replace(found, edit=edit) if isinstance(found, Point) else found
         return self._places.check(self._explain_difference(path, point, ours, layer) or Point(name=ours))
+
+    def _find_inside(self, name: str) -> Differs | None:
+        """What to ask for where a name lacks its layer; None where it does not."""
+        points = self._cfg.description.points
+        inside = [point for point in points if point.startswith("blocks.") and point.split(".", 2)[2] == name]
+        if name in points or not inside:
+            return None
+        return Differs(f"{len(inside)} layers have one of this name: put the layer in, as in {inside[0]!r}")
 
     def _own_norm(self, path: str, layer: int | None) -> str:
         """A norm by its own name here: one that stands behind its branch alone is called like one before it there."""

@@ -14,6 +14,7 @@ from hooklens.activation_cache.stream import locate
 from hooklens.compat.transformer_lens import utils
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
 from hooklens.config import HookedConfig
+from hooklens.weights.constants import change_norms
 
 if TYPE_CHECKING:
     from hooklens.compat.transformer_lens.HookedTransformer import HookedTransformer
@@ -148,6 +149,7 @@ class ActivationCache:
     ) -> Any:  # fmt: skip
         """What each head adds to the stream; their results are in the cache then."""
         if not self._has_results():
+            print("Tried to stack head results when they weren't cached. Computing head results now")
             self.compute_head_results()
         if layer == 0 and not incl_remainder:
             return self._no_components(pos_slice, return_labels)
@@ -250,10 +252,5 @@ def _choice(given: Positions) -> Any:
 
 def _folded(cfg: HookedConfig) -> HookedConfig:
     """The network with its norms taken for folded, and none behind the branches."""
-
-    def bare(norm: Any) -> Any:
-        if isinstance(norm, tuple):
-            return tuple(map(bare, norm))
-        return None if norm is None else dataclasses.replace(norm, weight=False, bias=False, unit_offset=False)
-
-    return cfg.replace(norm=bare(cfg.norm), final_norm=bare(cfg.final_norm), norm_after=False)
+    norm, last = (change_norms(one, weight=False, bias=False, unit_offset=False) for one in (cfg.norm, cfg.final_norm))
+    return cfg.replace(norm=norm, final_norm=last, norm_after=False)

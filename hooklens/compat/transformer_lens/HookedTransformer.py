@@ -31,14 +31,10 @@ Input = str | list[str] | Tensor
 
 # Points that act only while a setting of the config is on, by the end of their names.
 _SETTINGS = {
-    "attn.hook_result": "use_attn_result",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_mlp_in": "use_hook_mlp_in",
-    "hook_attn_in": "use_attn_in",
+    "attn.hook_result": "use_attn_result", "hook_q_input": "use_split_qkv_input", "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input", "hook_mlp_in": "use_hook_mlp_in", "hook_attn_in": "use_attn_in",
     "hook_tokens": "use_hook_tokens",
-}
+}  # fmt: skip
 # Points of HookLens that TransformerLens does not have.
 _UNKNOWN = ("hook_k_per_head", "hook_v_per_head", "hook_lora_out")
 _PARTS = (
@@ -72,14 +68,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     tokenizer: Any
 
     def __init__(
-        self,
-        cfg: HookedTransformerConfig | dict[str, Any] | str,
-        tokenizer: Any = None,
-        move_to_device: bool = True,
-        default_padding_side: Literal["left", "right"] = "right",
-        *,
-        hooked: HookedCausalLM | None = None,
-    ) -> None:
+        self, cfg: HookedTransformerConfig | dict[str, Any] | str, tokenizer: Any = None, move_to_device: bool = True,
+        default_padding_side: Literal["left", "right"] = "right", *, hooked: HookedCausalLM | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if isinstance(cfg, str):
             raise ValueError("cfg is a text; give a HookedTransformerConfig, or call HookedTransformer.from_pretrained")
@@ -131,14 +122,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             point.__dict__["turned_on"] = None if setting is None else partial(_is_on, self.cfg, setting)
 
     def check_hooks_to_add(
-        self,
-        hook_point: HookPoint,
-        hook_point_name: str,
-        hook: Callable[..., Any],
-        dir: Dir = "fwd",
-        is_permanent: bool = False,
-        prepend: bool = False,
-    ) -> None:
+        self, hook_point: HookPoint, hook_point_name: str, hook: Callable[..., Any], dir: Dir = "fwd",
+        is_permanent: bool = False, prepend: bool = False,
+    ) -> None:  # fmt: skip
         """Refuse hooks where a setting is off."""
         setting = next((word for end, word in _SETTINGS.items() if hook_point_name.endswith(end)), None)
         assert setting is None or getattr(self.cfg, setting), (
@@ -146,23 +132,20 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         )
 
     def forward(
-        self,
-        input: Input,
-        return_type: str | None = "logits",
-        loss_per_token: bool = False,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
-        start_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None,
-        attention_mask: Tensor | None = None,
-        stop_at_layer: int | None = None,
-        past_kv_cache: HookedTransformerKeyValueCache | None = None,
-    ) -> Any:
+        self, input: Input, return_type: str | None = "logits", loss_per_token: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        start_at_layer: int | None = None, tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None, attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None, past_kv_cache: HookedTransformerKeyValueCache | None = None,
+    ) -> Any:  # fmt: skip
         """Run the model; `tokens` are for the loss of a call that starts at a layer."""
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; expected 'logits', 'loss', 'both' or None")
-        self._check_groups()
+        if past_kv_cache is not None and self._is_ungrouped():
+            raise RuntimeError(
+                "past_kv_cache has an entry for each key-value head, and ungroup_grouped_query_attention makes one for "
+                "each query head: run without a cache, or call set_ungroup_grouped_query_attention(False)"
+            )
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             if start_at_layer is None:
                 input, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
@@ -174,13 +157,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             # HookLens takes runs of a pad token for padding where no mask is given; 2.x does not.
             mask = torch.ones(input.shape[:2], device=input.device) if attention_mask is None else attention_mask
             out = self.hooked(
-                input,
-                return_type=None if return_type is None else "logits",
-                attention_mask=mask,
-                past_kv_cache=past_kv_cache,
-                start_at_layer=start_at_layer,
-                stop_at_layer=stop_at_layer,
-            )
+                input, return_type=None if return_type is None else "logits", attention_mask=mask,
+                past_kv_cache=past_kv_cache, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer,
+            )  # fmt: skip
             if stop_at_layer is not None or return_type in ("logits", None):
                 return out
             assert tokens is not None, "tokens must be passed in if return_type is 'loss' or 'both'"
@@ -221,13 +200,10 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         return found
 
     def input_to_embed(
-        self,
-        input: Input,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
-        attention_mask: Tensor | None = None,
+        self, input: Input, prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE, attention_mask: Tensor | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The stream entering block 0, token ids, shortformer's position embeddings, and the mask."""
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             tokens, attention_mask = self._read_input(input, attention_mask, past_kv_cache)
@@ -237,12 +213,9 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             return stream, tokens, self._embed_positions(stream, attention_mask) if is_short else None, attention_mask
 
     def loss_fn(
-        self,
-        logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Int[Tensor, "batch pos"],
-        attention_mask: Tensor | None = None,
-        per_token: bool = False,
-    ) -> Tensor:
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None, per_token: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The cross-entropy of the next token."""
         return utils.lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
@@ -305,17 +278,11 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         self.cfg.use_attn_in = use_attn_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Refuse a head axis of query heads at `hook_k` and `hook_v` where query heads share keys and values."""
+        """Give `hook_k`, `hook_v` and what follows them an entry for each query head, or for what query heads share."""
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
-        self._check_groups()
 
-    def _check_groups(self) -> None:
-        if self.cfg.ungroup_grouped_query_attention and self.cfg.n_key_value_heads not in (None, self.cfg.n_heads):
-            self.cfg.ungroup_grouped_query_attention = False
-            raise NotImplementedError(
-                "ungroup_grouped_query_attention: hook_k and hook_v have the heads that there are; an edit of what one "
-                "query head reads is hooklens.edits.Replace(..., query_head=) on model.hooked"
-            )
+    def _is_ungrouped(self) -> bool:
+        return self.cfg.ungroup_grouped_query_attention and self.cfg.n_key_value_heads not in (None, self.cfg.n_heads)
 
     def move_model_modules_to_device(self) -> None:
         """Move to `cfg.device`."""
@@ -324,22 +291,12 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     @torch.inference_mode()
     def generate(
-        self,
-        input: Input = "",
-        max_new_tokens: int = 10,
-        stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
-        do_sample: bool = True,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        freq_penalty: float = 0.0,
-        use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
-        return_type: str | None = "input",
-        verbose: bool = True,
-    ) -> Any:
+        self, input: Input = "", max_new_tokens: int = 10, stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None, do_sample: bool = True, top_k: int | None = None,
+        top_p: float | None = None, temperature: float = 1.0, freq_penalty: float = 0.0, use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        return_type: str | None = "input", verbose: bool = True,
+    ) -> Any:  # fmt: skip
         """Choose tokens one after another, with torch's own generator; texts of a list are padded on the left."""
         assert return_type in ("input", "str", "tokens"), "return_type must be one of ['input', 'str', 'tokens']"
         is_text = isinstance(input, str | list)
@@ -355,7 +312,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                     mask = utils.get_attention_mask(self.tokenizer, tokens, self.cfg.default_prepend_bos)
             stops, filler = self._stop_tokens(eos_token_id) if stop_at_eos else ([], 0)
             cache = None
-            if use_past_kv_cache:
+            if use_past_kv_cache and not self._is_ungrouped():
                 cache = HookedTransformerKeyValueCache.init_cache(self.cfg, self.hooked.device, len(tokens))
             finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             self.eval()

@@ -11,6 +11,7 @@ from hooklens.compat.transformer_lens import (
     head_detector,
     hook_points,
     patching,
+    pretrained,
     train,
     utils,
 )
@@ -31,23 +32,8 @@ EasyTransformerKeyValueCache = HookedTransformerKeyValueCache
 EasyTransformerKeyValueCacheEntry = HookedTransformerKeyValueCacheEntry
 
 __all__ = [
-    "ActivationCache",
-    "BertNextSentencePrediction",
-    "FactoredMatrix",
-    "HookedEncoder",
-    "HookedEncoderDecoder",
-    "HookedTransformer",
-    "HookedTransformerConfig",
-    "HookedTransformerKeyValueCache",
-    "HookedTransformerKeyValueCacheEntry",
-    "SVDInterpreter",
-    "components",
-    "evals",
-    "factories",
-    "head_detector",
-    "hook_points",
-    "loading",
-    "patching",
-    "train",
-    "utils",
-]
+    "ActivationCache", "BertNextSentencePrediction", "FactoredMatrix", "HookedEncoder", "HookedEncoderDecoder",
+    "HookedTransformer", "HookedTransformerConfig", "HookedTransformerKeyValueCache",
+    "HookedTransformerKeyValueCacheEntry", "SVDInterpreter", "components", "evals", "factories", "head_detector",
+    "hook_points", "loading", "patching", "pretrained", "train", "utils",
+]  # fmt: skip

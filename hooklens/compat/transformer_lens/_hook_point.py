@@ -19,14 +19,9 @@ class LensHandle(Hook):
     __slots__ = ("context_level", "dir")
 
     def __init__(
-        self,
-        fn: HookFunction,
-        point: "HookPoint",
-        *,
-        dir: str = "fwd",
-        permanent: bool = False,
+        self, fn: HookFunction, point: "HookPoint", *, dir: str = "fwd", permanent: bool = False,
         level: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         # 2.x calls every hook so.
         super().__init__(fn, point, permanent=permanent, by_keyword=True)
         self.dir, self.context_level = dir, level

@@ -1,7 +1,6 @@
 """`from_pretrained` of TransformerLens 2.x, with processing on by default."""
 
 import copy
-import dataclasses
 import logging
 from typing import Any, Literal, TypeVar
 
@@ -13,8 +12,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import loading_from_pretrained as loading
 from hooklens.compat.transformer_lens._state import process
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
-from hooklens.config import LearnedPositions, NormConfig, ShortformerPositions
-from hooklens.precision import widen
+from hooklens.weights.constants import bake_constants
 
 Model = TypeVar("Model", bound="LoadingMethods")
 
@@ -29,27 +27,14 @@ class LoadingMethods(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[Model],
-        model_name: str,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-        checkpoint_index: int | None = None,
-        checkpoint_value: int | None = None,
-        hf_model: Any = None,
-        device: str | torch.device | None = None,
-        n_devices: int = 1,
-        tokenizer: Any = None,
-        move_to_device: bool = True,
-        fold_value_biases: bool = True,
-        default_prepend_bos: bool | None = None,
-        default_padding_side: Literal["left", "right"] = "right",
-        dtype: torch.dtype | str = "float32",
-        first_n_layers: int | None = None,
-        n_ctx: int | None = None,
+        cls: type[Model], model_name: str, fold_ln: bool = True, center_writing_weights: bool = True,
+        center_unembed: bool = True, refactor_factored_attn_matrices: bool = False, checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None, hf_model: Any = None, device: str | torch.device | None = None,
+        n_devices: int = 1, tokenizer: Any = None, move_to_device: bool = True, fold_value_biases: bool = True,
+        default_prepend_bos: bool | None = None, default_padding_side: Literal["left", "right"] = "right",
+        dtype: torch.dtype | str = "float32", first_n_layers: int | None = None, n_ctx: int | None = None,
         **from_pretrained_kwargs: Any,
-    ) -> Model:
+    ) -> Model:  # fmt: skip
         """Load a checkpoint by a name of TransformerLens, or from any source that HookLens reads.
 
         Raises:
@@ -79,24 +64,17 @@ class LoadingMethods(nn.Module):
             words |= found.words
             n_ctx = _cap(n_ctx, found.n_ctx, found.source, {**found.keywords, **where})
             hooked = HookedCausalLM.from_pretrained(
-                found.source,
-                tokenizer=tokenizer,
-                dtype=dtype,
-                layers=layers,
-                n_ctx=n_ctx,
+                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx,
                 **{**found.keywords, **where},
-            )
+            )  # fmt: skip
         starts_with_bos = loading.prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos
         hooked = bake(hooked)
         words |= {"dtype": dtype, "device": str(device), "default_prepend_bos": starts_with_bos}
         cfg = HookedTransformerConfig.from_hooked_config(hooked.cfg, **words)
         steps = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": fold_value_biases,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
+            "fold_ln": fold_ln, "center_writing_weights": center_writing_weights, "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases, "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }  # fmt: skip
         if dtype not in (torch.float32, torch.float64) and fold_ln:
             logging.warning("With reduced precision, it is advised to use `from_pretrained_no_processing`")
         processed = process(hooked, cfg, **steps)
@@ -110,31 +88,18 @@ class LoadingMethods(nn.Module):
 
     @classmethod
     def from_pretrained_no_processing(
-        cls: type[Model],
-        model_name: str,
-        fold_ln: bool = False,
-        center_writing_weights: bool = False,
-        center_unembed: bool = False,
-        refactor_factored_attn_matrices: bool = False,
-        fold_value_biases: bool = False,
-        dtype: torch.dtype | str = torch.float32,
-        default_prepend_bos: bool | None = None,
-        default_padding_side: Literal["left", "right"] = "right",
-        **from_pretrained_kwargs: Any,
-    ) -> Model:
+        cls: type[Model], model_name: str, fold_ln: bool = False, center_writing_weights: bool = False,
+        center_unembed: bool = False, refactor_factored_attn_matrices: bool = False, fold_value_biases: bool = False,
+        dtype: torch.dtype | str = torch.float32, default_prepend_bos: bool | None = None,
+        default_padding_side: Literal["left", "right"] = "right", **from_pretrained_kwargs: Any,
+    ) -> Model:  # fmt: skip
         """`from_pretrained` with processing off by default."""
         return cls.from_pretrained(
-            model_name,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            dtype=dtype,
-            default_prepend_bos=default_prepend_bos,
-            default_padding_side=default_padding_side,
+            model_name, fold_ln=fold_ln, center_writing_weights=center_writing_weights, center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases, refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            dtype=dtype, default_prepend_bos=default_prepend_bos, default_padding_side=default_padding_side,
             **from_pretrained_kwargs,
-        )
+        )  # fmt: skip
 
 
 def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]) -> int | None:
@@ -145,33 +110,10 @@ def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]
 
 
 def bake(hooked: HookedCausalLM) -> HookedCausalLM:
-    """The model with what 2.x has in its weights: a factor on the embedding, the 1 that a norm's weight lacks.
-
-    Rows of a position table that no position reads are left out.
-    """
-    cfg = hooked.cfg
-    offset = {name for name, norm in cfg.description.norms.items() if norm.unit_offset}
-    table = cfg.positions if isinstance(cfg.positions, LearnedPositions | ShortformerPositions) else None
-    first = 0 if table is None else table.offset
-    if cfg.embed_scale is None and not offset and not first:
+    """The model with what 2.x has in its weights; see `hooklens.weights.constants`."""
+    state, plain = bake_constants(hooked.named_weights(), hooked.cfg)
+    if plain is hooked.cfg:
         return hooked
-    state = {name: weight.detach().clone() for name, weight in hooked.named_weights().items()}
-    for name in offset:
-        weight = state[f"{name}.w"]
-        state[f"{name}.w"] = (1 + widen(weight)).to(weight.dtype)
-    if cfg.embed_scale is not None:
-        state["embed.W_E"] *= torch.tensor(cfg.embed_scale, dtype=state["embed.W_E"].dtype)
-    if table is not None:
-        state["pos_embed.W_pos"] = state["pos_embed.W_pos"][first:]
-    places: dict[str, Any] = {"positions": dataclasses.replace(table, offset=0)} if table is not None else {}
-    norms = {name: _without_offset(getattr(cfg, name)) for name in ("norm", "final_norm", "qk_norm", "embed_norm")}
-    plain = cfg.replace(embed_scale=None, embed_scale_rounded=False, tied_unembed=False, origin=None, **norms, **places)
     baked = HookedCausalLM.from_state_dict(state, plain, hooked.tokenizer)
     baked.generation_config = dict(hooked.generation_config)
     return baked
-
-
-def _without_offset(norm: Any) -> Any:
-    if isinstance(norm, tuple):
-        return tuple(map(_without_offset, norm))
-    return dataclasses.replace(norm, unit_offset=False) if isinstance(norm, NormConfig) else norm

@@ -1,9 +1,8 @@
 """Weights of a `HookedTransformer`: stacked, as a state dict of 2.x, and processed."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,7 @@ from hooklens.compat.transformer_lens._fresh import draw_weights
 from hooklens.compat.transformer_lens.components import state_of
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
-
-if TYPE_CHECKING:
-    pass
+from hooklens.weights.constants import drop_trivial_norms, is_trivial
 
 State = dict[str, Tensor]
 
@@ -94,41 +91,25 @@ class StateMethods(nn.Module):
         return self.hooked.load_state_dict(given, strict=strict, assign=assign)
 
     def load_and_process_state_dict(
-        self,
-        state_dict: State,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        fold_value_biases: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-    ) -> None:
+        self, state_dict: State, fold_ln: bool = True, center_writing_weights: bool = True, center_unembed: bool = True,
+        fold_value_biases: bool = True, refactor_factored_attn_matrices: bool = False,
+    ) -> None:  # fmt: skip
         """Load a state dict and process what it holds; steps that cannot hold for the network are left out, told."""
         self._become(
-            self._from_state(state_dict),
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
+            self._from_state(state_dict), fold_ln=fold_ln, center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed, fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        )  # fmt: skip
 
     def process_weights_(
-        self,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-        fold_value_biases: bool = True,
-    ) -> None:
+        self, fold_ln: bool = True, center_writing_weights: bool = True, center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False, fold_value_biases: bool = True,
+    ) -> None:  # fmt: skip
         """Process the weights in place; parameters are new ones then, hooks stay."""
         self._become(
-            self.hooked,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+            self.hooked, fold_ln=fold_ln, center_writing_weights=center_writing_weights, center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases, refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )  # fmt: skip
 
     def _from_state(self, state_dict: State) -> HookedCausalLM:
         """A model of the weights, which may have norms that this network has without weights."""
@@ -191,7 +172,7 @@ class _Bare(StateMethods):
 def _is_absent(hooked: HookedCausalLM, name: str, value: object) -> bool:
     """Whether a norm's weights say what the network's norm, which has none, does anyway."""
     is_norms = name.rpartition(".")[2] in ("w", "b") and name not in hooked.named_weights()
-    return is_norms and isinstance(value, Tensor) and _is_trivial({name: value}, name)
+    return is_norms and isinstance(value, Tensor) and is_trivial(name, value)
 
 
 def process(hooked: HookedCausalLM, cfg: HookedTransformerConfig, **steps: bool) -> HookedCausalLM:
@@ -221,28 +202,7 @@ def _weighs(hooked: HookedCausalLM) -> bool:
 
 def _without_weights(hooked: HookedCausalLM) -> HookedCausalLM:
     """The model whose folded norms have no weights, where those behind branches do not need theirs."""
-    cfg, state = hooked.cfg, dict(hooked.named_weights())
-    trivial = {
-        name: all(_is_trivial(state, f"{path}.{end}") for path in paths for end in "wb")
-        for name, paths in {
-            "norm": [path for path in cfg.description.norms if path.endswith((".ln1", ".ln2", "ln1_post", "ln2_post"))],
-            "final_norm": ["ln_final"],
-            "act_norm": [path for path in cfg.description.norms if path.endswith("mlp.ln")],
-        }.items()
-    }
-    bare = {name: _bare(getattr(cfg, name)) for name, is_trivial in trivial.items() if is_trivial}
-    plain = cfg.replace(**bare, origin=None)
-    kept = {name: weight for name, weight in state.items() if name in plain.description.weights}
-    model = HookedCausalLM.from_state_dict(kept, plain, hooked.tokenizer)
+    state, plain = drop_trivial_norms(hooked.named_weights(), hooked.cfg)
+    model = HookedCausalLM.from_state_dict(state, plain, hooked.tokenizer)
     model.transforms, model.generation_config = hooked.transforms, dict(hooked.generation_config)
     return model
-
-
-def _is_trivial(state: Mapping[str, Tensor], name: str) -> bool:
-    return name not in state or bool((state[name] == (1 if name.endswith("w") else 0)).all())
-
-
-def _bare(norm: Any) -> Any:
-    if isinstance(norm, tuple):
-        return tuple(map(_bare, norm))
-    return None if norm is None else dataclasses.replace(norm, weight=False, bias=False)

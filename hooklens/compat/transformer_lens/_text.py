@@ -60,13 +60,9 @@ class TextMethods(nn.Module):
             self.hooked.tokenizer = self.tokenizer
 
     def to_tokens(
-        self,
-        input: str | list[str],
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Side = USE_DEFAULT_VALUE,
-        move_to_device: bool = True,
-        truncate: bool = True,
-    ) -> Int[Tensor, "batch pos"]:
+        self, input: str | list[str], prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: Side = USE_DEFAULT_VALUE, move_to_device: bool = True, truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:  # fmt: skip
         """Token ids of text."""
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             assert self.tokenizer is not None, "Cannot use to_tokens without a tokenizer"
@@ -126,13 +122,9 @@ class TextMethods(nn.Module):
         return self._decode([int_token])
 
     def get_token_position(
-        self,
-        single_token: str | int | Tensor,
-        input: Any,
-        mode: str = "first",
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Side = USE_DEFAULT_VALUE,
-    ) -> int:
+        self, single_token: str | int | Tensor, input: Any, mode: str = "first",
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Side = USE_DEFAULT_VALUE,
+    ) -> int:  # fmt: skip
         """Where a token stands in a prompt."""
         ids = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else input
         if ids.ndim == 2:
@@ -154,11 +146,9 @@ class TextMethods(nn.Module):
         return self.dataset
 
     def sample_datapoint(
-        self,
-        tokenize: bool = False,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        self, tokenize: bool = False, prepend_bos: bool | None = USE_DEFAULT_VALUE,
         padding_side: Side = USE_DEFAULT_VALUE,
-    ) -> str | Int[Tensor, "1 pos"]:
+    ) -> str | Int[Tensor, "1 pos"]:  # fmt: skip
         """A text of `dataset`, drawn from numpy's generator, or its tokens; loads the data set where there is none."""
         data = self.load_sample_training_dataset() if self.dataset is None else self.dataset
         text: str = data[np.random.randint(0, len(data))]["text"]

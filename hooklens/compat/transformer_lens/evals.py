@@ -1,6 +1,7 @@
 """`transformer_lens.evals` of 2.x. `hooklens.evaluation` is more than this."""
 
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +17,32 @@ _TEXT = (
     "field of science develops to study the world through this lens."
 )
 _CORPORA = {
-    "wiki": (("wikitext", "wikitext-2-v1"), "text"),
-    "owt": (("stas/openwebtext-10k",), "text"),
-    "pile": (("NeelNanda/pile-10k",), "text"),
-    "code": (("codeparrot/codeparrot-valid-v2-near-dedup",), "content"),
-}
+    "wiki": (("wikitext", "wikitext-2-v1"), "text"), "owt": (("stas/openwebtext-10k",), "text"),
+    "pile": (("NeelNanda/pile-10k",), "text"), "code": (("codeparrot/codeparrot-valid-v2-near-dedup",), "content"),
+}  # fmt: skip
 DATASET_NAMES = list(_CORPORA)
 _TEMPLATES = [
     "[A] and [B] went to the [LOCATION] to buy [OBJECT]. [B] handed the [OBJECT] to [A]",
     "Then, [B] and [A] went to the [LOCATION]. [B] gave the [OBJECT] to [A]",
 ]
 _NOUNS = {"LOCATION": ["store", "market"], "OBJECT": ["milk", "eggs", "bread"]}
+
+# The subjects of Hendrycks et al. 2020.
+MMLU_SUBJECTS = [
+    "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
+    "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics",
+    "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics",
+    "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
+    "high_school_european_history", "high_school_geography", "high_school_government_and_politics",
+    "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics",
+    "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history",
+    "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning",
+    "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios", "nutrition",
+    "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine",
+    "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
+    "world_religions",
+]  # fmt: skip
+MMLU_ANSWER_LETTERS = list("ABCD")
 
 
 def sanity_check(model: Any) -> Tensor:
@@ -176,3 +192,45 @@ def ioi_eval(
             differences.append(float(scores[io] - scores[s]))
     hits = sum(difference > 0 for difference in differences)
     return {"Logit Difference": sum(differences) / len(differences), "Accuracy": hits / len(differences)}
+
+
+def make_mmlu_data_loader(
+    subjects: str | list[str] | None = None, split: str = "test", num_samples: int | None = None
+) -> list[dict[str, Any]]:
+    """Questions of MMLU with their choices, the number of the right one, and their subject; of each so many."""
+    chosen = MMLU_SUBJECTS if subjects is None else [subjects] if isinstance(subjects, str) else list(subjects)
+    if unknown := sorted(set(chosen) - set(MMLU_SUBJECTS)):
+        raise ValueError(f"Invalid subject(s): {unknown}. Valid subjects: {', '.join(MMLU_SUBJECTS)}")
+    load, found = import_package("datasets").load_dataset, []
+    for subject in chosen:
+        rows = load("cais/mmlu", subject, split=split)
+        for place in range(len(rows) if num_samples is None else min(num_samples, len(rows))):
+            found.append({name: rows[place][name] for name in ("question", "choices", "answer")} | {"subject": subject})
+    print(f"Loaded {len(found)} MMLU examples from {len(chosen)} subject(s)")
+    return found
+
+
+@torch.inference_mode()
+def mmlu_eval(
+    model: Any, tokenizer: Any = None, subjects: str | list[str] | None = None, split: str = "test",
+    num_samples: int | None = None, *, mmlu_data: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """How often the letter of the right answer is the likeliest; of `mmlu_data` where it is given, else downloaded."""
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    data = make_mmlu_data_loader(subjects, split, num_samples) if mmlu_data is None else mmlu_data
+    if not data:
+        raise ValueError("No MMLU data loaded. Check your subjects parameter.")
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    # With a space before it, as it comes behind "Answer:", where this is one token.
+    spelt = [(encode(f" {letter}"), encode(letter)) for letter in MMLU_ANSWER_LETTERS]
+    letters = [(behind if len(behind) == 1 else alone)[0] for behind, alone in spelt]
+    hits: dict[str, list[bool]] = {}
+    for row in import_package("tqdm.auto").tqdm(data, desc="Evaluating MMLU"):
+        choices = "".join(f"{chr(65 + place)}. {text}\n" for place, text in enumerate(row["choices"]))
+        prompt = f"Question: {row['question']}\nChoices:\n{choices}Answer:"
+        logits = model(tokenizer.encode(prompt, return_tensors="pt").to(model.cfg.device), return_type="logits")[0, -1]
+        best = int(logits[letters[: len(row["choices"])]].argmax())
+        hits.setdefault(row["subject"], []).append(best == row["answer"])
+    n_correct, n_total = sum(map(sum, hits.values())), len(data)
+    scores = {subject: sum(one) / len(one) for subject, one in hits.items()}
+    return {"accuracy": n_correct / n_total, "num_correct": n_correct, "num_total": n_total, "subject_scores": scores}

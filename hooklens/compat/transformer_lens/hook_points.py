@@ -67,12 +67,9 @@ class HookedRootModule(nn.Module):
             point.clear_context()
 
     def reset_hooks(
-        self,
-        clear_contexts: bool = True,
-        direction: Dir = "both",
-        including_permanent: bool = False,
+        self, clear_contexts: bool = True, direction: Dir = "both", including_permanent: bool = False,
         level: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Remove hooks from all points, and empty their `ctx`."""
         if clear_contexts:
             self.clear_contexts()
@@ -80,39 +77,23 @@ class HookedRootModule(nn.Module):
         self.is_caching = False
 
     def check_and_add_hook(
-        self,
-        hook_point: HookPoint,
-        hook_point_name: str,
-        hook: HookFunction,
-        dir: Dir = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> None:
+        self, hook_point: HookPoint, hook_point_name: str, hook: HookFunction, dir: Dir = "fwd",
+        is_permanent: bool = False, level: int | None = None, prepend: bool = False,
+    ) -> None:  # fmt: skip
         """Attach a hook that passes the module's checks."""
         self.check_hooks_to_add(hook_point, hook_point_name, hook, dir=dir, is_permanent=is_permanent, prepend=prepend)
         hook_point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
     def check_hooks_to_add(
-        self,
-        hook_point: HookPoint,
-        hook_point_name: str,
-        hook: HookFunction,
-        dir: Dir = "fwd",
-        is_permanent: bool = False,
-        prepend: bool = False,
-    ) -> None:
+        self, hook_point: HookPoint, hook_point_name: str, hook: HookFunction, dir: Dir = "fwd",
+        is_permanent: bool = False, prepend: bool = False,
+    ) -> None:  # fmt: skip
         """Checks of a subclass."""
 
     def add_hook(
-        self,
-        name: str | Callable[[str], bool],
-        hook: HookFunction,
-        dir: Dir = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> None:
+        self, name: str | Callable[[str], bool], hook: HookFunction, dir: Dir = "fwd", is_permanent: bool = False,
+        level: int | None = None, prepend: bool = False,
+    ) -> None:  # fmt: skip
         """Attach a hook to the point of a name, or to all whose names a function says yes to."""
         if isinstance(name, str):
             point = self.mod_dict[name]
@@ -137,12 +118,9 @@ class HookedRootModule(nn.Module):
 
     @contextmanager
     def hooks(
-        self: Root,
-        fwd_hooks: HookList = (),
-        bwd_hooks: HookList = (),
-        reset_hooks_end: bool = True,
+        self: Root, fwd_hooks: HookList = (), bwd_hooks: HookList = (), reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[Root]:
+    ) -> Iterator[Root]:  # fmt: skip
         """Hooks of a `with` block, one level above those around it; leaving it removes all hooks of that level."""
         try:
             self.context_level += 1
@@ -156,14 +134,9 @@ class HookedRootModule(nn.Module):
             self.context_level -= 1
 
     def run_with_hooks(
-        self,
-        *model_args: Any,
-        fwd_hooks: HookList = (),
-        bwd_hooks: HookList = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        **model_kwargs: Any,
-    ) -> Any:
+        self, *model_args: Any, fwd_hooks: HookList = (), bwd_hooks: HookList = (), reset_hooks_end: bool = True,
+        clear_contexts: bool = False, **model_kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Run with hooks of this call."""
         if bwd_hooks and reset_hooks_end:
             logging.warning(
@@ -174,17 +147,10 @@ class HookedRootModule(nn.Module):
             return hooked.forward(*model_args, **model_kwargs)
 
     def run_with_cache(
-        self,
-        *model_args: Any,
-        names_filter: NamesFilter = None,
-        device: DeviceType = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: Slice | SliceInput | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, Any]:
+        self, *model_args: Any, names_filter: NamesFilter = None, device: DeviceType = None,
+        remove_batch_dim: bool = False, incl_bwd: bool = False, reset_hooks_end: bool = True,
+        clear_contexts: bool = False, pos_slice: Slice | SliceInput | None = None, **model_kwargs: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
         """Run, and keep activations in a dictionary."""
         cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice)
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
@@ -194,14 +160,10 @@ class HookedRootModule(nn.Module):
         return out, cache
 
     def get_caching_hooks(
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: DeviceType = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
+        self, names_filter: NamesFilter = None, incl_bwd: bool = False, device: DeviceType = None,
+        remove_batch_dim: bool = False, cache: dict[str, Tensor] | None = None,
         pos_slice: Slice | SliceInput | None = None,
-    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:  # fmt: skip
         """A dictionary, and the hooks that fill it; nothing is attached."""
         cache = {} if cache is None else cache
         columns = Slice.unwrap(pos_slice)
@@ -237,13 +199,9 @@ class HookedRootModule(nn.Module):
         ]
 
     def add_caching_hooks(
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: DeviceType = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+        self, names_filter: NamesFilter = None, incl_bwd: bool = False, device: DeviceType = None,
+        remove_batch_dim: bool = False, cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Attach hooks that keep activations of all calls to come."""
         cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for dir, pairs in (("fwd", fwd), ("bwd", bwd)):
@@ -252,23 +210,16 @@ class HookedRootModule(nn.Module):
         return cache
 
     def cache_all(
-        self,
-        cache: dict[str, Tensor] | None,
-        incl_bwd: bool = False,
-        device: DeviceType = None,
+        self, cache: dict[str, Tensor] | None, incl_bwd: bool = False, device: DeviceType = None,
         remove_batch_dim: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`add_caching_hooks` for all points; deprecated in 2.x."""
         self.add_caching_hooks(None, incl_bwd, device, remove_batch_dim, cache)
 
     def cache_some(
-        self,
-        cache: dict[str, Tensor] | None,
-        names: Callable[[str], bool],
-        incl_bwd: bool = False,
-        device: DeviceType = None,
-        remove_batch_dim: bool = False,
-    ) -> None:
+        self, cache: dict[str, Tensor] | None, names: Callable[[str], bool], incl_bwd: bool = False,
+        device: DeviceType = None, remove_batch_dim: bool = False,
+    ) -> None:  # fmt: skip
         """`add_caching_hooks` for some points; deprecated in 2.x."""
         self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
 

@@ -52,19 +52,11 @@ def prepends_bos(hooked: HookedCausalLM | HookedConfig) -> bool:
 
 
 def get_pretrained_model_config(
-    model_name: str,
-    hf_cfg: dict[str, Any] | None = None,
-    checkpoint_index: int | None = None,
-    checkpoint_value: int | None = None,
-    fold_ln: bool = False,
-    device: str | torch.device | None = None,
-    n_devices: int = 1,
-    default_prepend_bos: bool | None = None,
-    dtype: torch.dtype = torch.float32,
-    first_n_layers: int | None = None,
-    n_ctx: int | None = None,
-    **kwargs: Any,
-) -> HookedTransformerConfig:
+    model_name: str, hf_cfg: dict[str, Any] | None = None, checkpoint_index: int | None = None,
+    checkpoint_value: int | None = None, fold_ln: bool = False, device: str | torch.device | None = None,
+    n_devices: int = 1, default_prepend_bos: bool | None = None, dtype: torch.dtype = torch.float32,
+    first_n_layers: int | None = None, n_ctx: int | None = None, **kwargs: Any,
+) -> HookedTransformerConfig:  # fmt: skip
     """The config of a model, of which `config.json` alone is read; `kwargs` say where (`revision`, `token`, ...)."""
     kwargs.pop("trust_remote_code", None)
     found = find_source(model_name, checkpoint_index, checkpoint_value)
@@ -96,12 +88,9 @@ def get_basic_config(model_name: str, **kwargs: Any) -> Any:
 
 
 def get_pretrained_state_dict(
-    official_model_name: str,
-    cfg: HookedTransformerConfig,
-    hf_model: Any = None,
-    dtype: torch.dtype = torch.float32,
+    official_model_name: str, cfg: HookedTransformerConfig, hf_model: Any = None, dtype: torch.dtype = torch.float32,
     **kwargs: Any,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """The weights of a model, or of the checkpoint that `cfg` names, under 2.x's names and unprocessed."""
     if hf_model is None:
         checkpoint = cfg.checkpoint_value if cfg.from_checkpoint else None

@@ -27,13 +27,11 @@ AxisNames = str
 
 _SWEEPS: dict[Any, Callable[..., Tensor]] = {}
 _SETTERS: dict[str, Callable[..., Tensor]] = {
-    "layer pos": layer_pos_patch_setter,
-    "layer pos head": layer_pos_head_vector_patch_setter,
-    "layer head": layer_head_vector_patch_setter,
-    "layer head_index": layer_head_pattern_patch_setter,
+    "layer pos": layer_pos_patch_setter, "layer pos head": layer_pos_head_vector_patch_setter,
+    "layer head": layer_head_vector_patch_setter, "layer head_index": layer_head_pattern_patch_setter,
     "layer head_index dest_pos": layer_head_pos_pattern_patch_setter,
     "layer head_index dest_pos src_pos": layer_head_dest_src_pos_pattern_patch_setter,
-}
+}  # fmt: skip
 
 
 def generic_activation_patch(
@@ -47,6 +45,15 @@ def generic_activation_patch(
     mask = torch.ones_like(tokens) if mask is None else mask
     cache = getattr(clean_cache, "cache_dict", clean_cache)
     sweep = None if index_axis_names is None else _SWEEPS.get((activation_name, patch_setter, tuple(index_axis_names)))
+    if index_df is None and model._is_ungrouped():
+        # HookLens counts key-value heads.
+        sizes = {"layer": model.cfg.n_layers, "head": model.cfg.n_heads, "head_index": model.cfg.n_heads}
+        shape = [sizes.get(axis, tokens.shape[1]) for axis in index_axis_names or ()]
+        table = make_df_from_ranges(shape, list(index_axis_names or ()))
+        values = generic_activation_patch(
+            model, tokens, clean_cache, patching_metric, patch_setter, activation_name, index_df=table
+        ).view(shape)
+        return (values, table) if return_index_df else values
     if sweep is None or not _can_sweep(model.hooked, activation_name, cache, mask):
         result: Any = act_patch.generic_activation_patch(
             model.hooked, tokens, cache, patching_metric, patch_setter, activation_name, index_axis_names, index_df,

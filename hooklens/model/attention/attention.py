@@ -239,7 +239,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         if self.hook_k_per_head.listens(call):
             copies, changed = self.hook_k_per_head.watch(repeat_heads(k, n_heads), call)
             if changed:
-                keys = self._place_keys(copies, table)
+                keys = self._place_keys(copies, table, call)
         if self.hook_v_per_head.listens(call):
             copies, changed = self.hook_v_per_head.watch(repeat_heads(v, n_heads), call)
             if changed:
@@ -257,7 +257,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             )
         plain = None
         if keys is not None and self._hooks_behind_keys(call):
-            plain = self._place_keys(k, table)
+            plain = self._place_keys(k, table, call)
         return EditedHeads(keys, values, plain)
 
     def _hooks_behind_keys(self, call: Call) -> bool:
@@ -265,15 +265,15 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         in_norm = self.k_norm is not None and self.k_norm.listens(call)
         return in_norm or (self.rotary is not None and self.hook_rot_k.listens(call))
 
-    def _place_keys(self, k: Tensor, table: CosSin | None) -> Tensor:
+    def _place_keys(self, k: Tensor, table: CosSin | None, call: Call) -> Tensor:
         """Keys after norm and rotation, whose hook points do not fire."""
         if self.k_norm is not None and not self.norms_last:
-            k = self.k_norm.apply_weights(k)
+            k = self.k_norm.apply_beside(k, call)
         if self.clip is not None:
             k = k.clamp(-self.clip, self.clip)
         if self.rotary is not None and table is not None:
             k = self.rotary.rotate(k, table)
-        return self.k_norm.apply_weights(k) if self.k_norm is not None and self.norms_last else k
+        return self.k_norm.apply_beside(k, call) if self.k_norm is not None and self.norms_last else k
 
     @staticmethod
     def _temperature(

@@ -37,6 +37,16 @@ class HeadNorm(Norm):
             normalized = F.rms_norm(wide, size, None, self.norm.eps)
         return self._weigh(normalized).to(x.dtype)
 
+    def apply_holding_scale(self, x: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
+        """The norm as a plain function through whose denominator no gradient goes; hook points do not fire."""
+        centred, scale = self._run_parts(widen(x))
+        return self._weigh(centred / scale.detach()).to(x.dtype)
+
+    def _run_parts(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """What is divided, and the denominator."""
+        centred = wide - wide.mean(self._axes, keepdim=True) if self.norm.kind == "layer" else wide
+        return centred, (centred.pow(2).mean(self._axes, keepdim=True) + self.norm.eps).sqrt()
+
     def _weigh(self, normalized: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
         """Weight and bias."""
         gain, bias = self._gain(), self._parameters["b"]
@@ -44,9 +54,7 @@ class HeadNorm(Norm):
         return scaled if bias is None else scaled + _like(bias, normalized)
 
     def _forward_watched(self, x: Tensor, call: Call) -> Tensor:
-        wide = widen(x)
-        centred = wide - wide.mean(self._axes, keepdim=True) if self.norm.kind == "layer" else wide
-        scale = (centred.pow(2).mean(self._axes, keepdim=True) + self.norm.eps).sqrt()
+        centred, scale = self._run_parts(widen(x))
         # A number of its own beside each head, which an edit can change alone.
         scale = scale.expand(*x.shape[:-1], 1).contiguous()
         changed = False

@@ -144,15 +144,15 @@ class LatentAttention(Attention, kind="mla"):
         def compress(which: str, x: Tensor) -> Tensor:
             """A latent of the stream, as its point shows it, or of something else."""
             if stream is None:
-                return self._compress(which, x)
+                return self._compress(which, x, call)
             if which not in shown:
                 shown[which] = self._show(which, stream, call)
             if x is stream:
                 return shown[which]
-            own = self._compress(which, x)
+            own = self._compress(which, x, call)
             if not self._listens(which, call):
                 return own
-            made_by_listeners = shown[which] - self._compress(which, stream)
+            made_by_listeners = shown[which] - self._compress(which, stream, call)
             return own + (made_by_listeners if x.ndim == 3 else made_by_listeners[:, :, None])
 
         if self.latent.q_rank is not None:
@@ -167,13 +167,14 @@ class LatentAttention(Attention, kind="mla"):
         """What enters `hook_q`, `hook_k` or `hook_v`, from the latents."""
         return self._project_latent(letter, x, call)
 
-    def project_stream(self, letter: str, normed: HeadSource) -> Float[Tensor, "batch pos heads width"]:
+    def project_stream(self, letter: str, normed: HeadSource, call: Call) -> Float[Tensor, "batch pos heads width"]:
         """What enters `hook_q`, `hook_k` or `hook_v` where all heads, or each, read a stream; no point fires."""
         if letter == "q":
-            return self._project_latent("q", normed if self.latent.q_rank is None else self._compress("q", normed))
-        of_both = self._compress("kv", normed)
+            latent = normed if self.latent.q_rank is None else self._compress("q", normed, call)
+            return self._project_latent("q", latent)
+        of_both = self._compress("kv", normed, call)
         if letter == "k":
-            of_both = torch.cat([self._compress("rope", normed), of_both], -1)
+            of_both = torch.cat([self._compress("rope", normed, call), of_both], -1)
         return self._project_latent(letter, of_both)
 
     def _project_latent(self, letter: str, x: HeadSource, call: Call | None = None) -> Tensor:
@@ -189,12 +190,12 @@ class LatentAttention(Attention, kind="mla"):
         turning = turning if x.ndim == 4 else turning[:, :, None]
         return torch.cat([turning.expand(*still.shape[:3], -1), still], -1)
 
-    def _compress(self, which: str, x: HeadSource) -> Tensor:
+    def _compress(self, which: str, x: HeadSource, call: Call) -> Tensor:
         """A latent behind its norm (`"q"`, `"kv"`), or what turns of the keys (`"rope"`); no point fires."""
         if which == "rope":
             return apply_linear(self._modules["k_rope_proj"], x)
         made = apply_linear(self._modules[f"{which}_down_proj"], x)
-        return self._point_and_norm(which)[1].apply_weights(made)
+        return self._point_and_norm(which)[1].apply_beside(made, call)
 
     def _show(self, which: str, stream: Float[Tensor, "batch pos d_model"], call: Call) -> Tensor:
         """The same, as listeners leave it."""

@@ -12,10 +12,18 @@ rest of the network is linear in the patch, and fails where the gradient is flat
 fractions `(k - 1/2) / steps` of the way (integrated gradients, Sundararajan et al. 2017; Hanna et al. 2024, "Have
 Faith in Faithfulness"), which sees past flat places at `steps` times the cost.
 
+`rules` says how the backward pass departs from the gradient: see `hooklens.patching.estimates.rules`. The default of
+`"atp"` is `"norms"`, which holds the denominators of norms, at no further cost; `"gradient"` is the published method.
+On the bundled models and the sites `resid_pre`, `attn_out` and `mlp_out` the correlation with exact patches is above
+0.99 in 88 of 90 draws of prompts and 0.987 in the others, where the gradient's own falls to 0.84. `"ig"` sees a norm's
+bend by itself, so its default is the gradient. `docs/attribution.md` has a table. No choice is best everywhere:
+`result.check(k)` runs the strongest cells and a sample of the others exactly.
+
 Pairs are run in groups, so memory does not grow with their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,17 +36,21 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import join_names
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
+from hooklens.patching.estimates.estimate import AttributionResult
+from hooklens.patching.estimates.exact_softmax import PatchedScores, is_exact_site, pattern_name
 from hooklens.patching.estimates.gradients import GradientRuns, Move, fractions_of, pairs_per_graph
+from hooklens.patching.estimates.rules import ExactSoftmax, ReadRules, Rules, join_dropped, read_rules
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.loader import Pairs, read_all_pairs
+from hooklens.patching.pairs.loader import Pairs, PairSource, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
-from hooklens.patching.results.result import SweepResult, SweepStats
+from hooklens.patching.results.result import SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.sites import Cell, CellArray, Sites, lay_out
 from hooklens.patching.runs.tally import Tally
+from hooklens.patching.sweeps.sweep import SweepRun
 from hooklens.precision import wide_dtype
 
 Method = Literal["atp", "ig"]
@@ -53,13 +65,14 @@ def attribution(
     metric: Metric | MetricFunction | None = None,
     *,
     method: Method = "atp",
+    rules: Rules | None = None,
     steps: int = 8,
     direction: Direction = "denoise",
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     progress: bool = True,
     allow_training: bool = False,
-) -> SweepResult:
+) -> AttributionResult:
     """Estimate what `patching.sweep` would give, from gradients.
 
     Args:
@@ -69,6 +82,8 @@ def attribution(
         sites: as for a sweep.
         metric: as for a sweep; it must be differentiable.
         method: `"atp"`: the gradient of the run that is patched; `"ig"`: averaged on the way to the other run.
+        rules: how gradients are taken: a named set (`"gradient"`, `"norms"`, `"linear"`, `"relp"`, `"gim"`, `"atp*"`),
+            or a list of rules; None: `"norms"` with `"atp"`, `"gradient"` with `"ig"`.
         steps: gradients averaged by `"ig"`.
         direction: which run is patched.
         batch_size: pairs run at once; `"auto"` by memory.
@@ -77,9 +92,15 @@ def attribution(
         allow_training: accept a model in training mode.
 
     Raises:
-        InputError: prompts that do not go together, an unknown method, or a metric without a gradient.
+        InputError: prompts that do not go together, an unknown method, rules that are none or do not go with the
+            network, or a metric without a gradient.
         MetricError: the metric is NaN or infinite for an unpatched run.
         SweepInterruptedError: it was stopped on the way; it holds what was estimated.
+
+    Example:
+        >>> estimate = patching.attribution(model, clean, corrupted, "mlp_out", patching.LogitDiff(" Mary", " John"))
+        >>> estimate.check(20)
+        <EstimateCheck of atp, rules norms: checked on 20 top and 20 random of 60 cells: Pearson 0.998, ...>
     """
     refuse_missing("attribution", sites=sites, metric=metric)
     assert sites is not None
@@ -87,12 +108,15 @@ def attribution(
     options = RunOptions.read(
         model, batch_size=batch_size, direction=direction, progress=progress, allow_training=allow_training
     )
-    moves = _list_moves(method, steps)
+    moves, taken = (
+        _list_moves(method, steps),
+        read_rules(model, rules, what="attribution", default="norms" if method == "atp" else "gradient"),
+    )
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     array, measured = lay_out(sites, model, prompts.lengths), as_metric(metric).encode(model)
     _refuse_discrete(array)
-    run = _AttributionRun(model, prompts, array, measured, moves, options.direction)
-    return run.finish(batch_size=options.batch_size, progress=options.progress)
+    run = _AttributionRun(model, prompts, array, measured, moves, taken, options)
+    return run.finish(method)
 
 
 def _refuse_discrete(array: CellArray) -> None:
@@ -134,39 +158,41 @@ class _AttributionRun:
         array: CellArray,
         metric: Metric,
         moves: Sequence[Move],
-        direction: Direction,
+        rules: ReadRules,
+        options: RunOptions,
     ) -> None:
         self.model, self.prompts, self.array, self.metric = model, prompts, array, metric
-        self.moves, self.direction = moves, direction
+        self.moves, self.rules, self.options = moves, rules, options
         self.names = list(dict.fromkeys(cell.name for cell in array.cells))
+        self.exact = [name for name in self.names if rules.find(ExactSoftmax) is not None and is_exact_site(name)]
         self.tally = Tally(len(array.cells), len(prompts), dtype=wide_dtype(model.dtype), device=model.device)
-        self.forwards, self.n_tokens = 0, 0
+        self.forwards, self.n_tokens = 0, 0.0
 
-    def finish(self, *, batch_size: BatchSize, progress: bool) -> SweepResult:
+    def finish(self, method: Method) -> AttributionResult:
         """Estimate all cells of all pairs."""
 
         def work() -> None:
             held, tqdm = self._numbers_held(), import_package("tqdm").tqdm
-            size = pairs_per_graph(self.model, self.prompts, self.metric, batch_size=batch_size, held=held)
-            with tqdm(total=self.tally.n_values, desc="estimating", disable=not progress) as bar:
+            size = pairs_per_graph(self.model, self.prompts, self.metric, batch_size=self.options.batch_size, held=held)
+            with tqdm(total=self.tally.n_values, desc="estimating", disable=not self.options.progress) as bar:
                 for group in self.prompts.split(size):
                     self._run_group(group)
                     bar.update(self.tally.n_cells * len(group))
 
-        return self.tally.finish("attribution", work, self.result)
+        return self.tally.finish("attribution", work, lambda: self.result(method))
 
-    def result(self) -> SweepResult:
+    def result(self, method: Method) -> AttributionResult:
         """The values so far."""
         n_cells, n_pairs = self.tally.n_cells, self.tally.n_pairs
         clean, corrupted = self.tally.ends()
-        return SweepResult(
+        return AttributionResult(
             per_pair=self.tally.per_pair().view(*(len(labels) for labels in self.array.axes.values()), -1),
             axes=self.array.axes,
             clean_per_pair=clean,
             corrupted_per_pair=corrupted,
             cells=tuple(cell.describe() for cell in self.array.cells),
             metric=self.metric.name,
-            direction=self.direction,
+            direction=self.options.direction,
             stats=SweepStats(
                 cells=n_cells,
                 pairs=n_pairs,
@@ -176,7 +202,18 @@ class _AttributionRun:
                 naive_forwards=(n_cells + 2) * n_pairs,
                 naive_tokens=(n_cells + 2) * sum(self.prompts.lengths),
             ),
+            method=method,
+            rules=self.rules.name,
+            run_exactly=self._run_exactly,
         )
+
+    def _run_exactly(self, chosen: Sequence[int], *, progress: bool) -> Float[Tensor, " run"]:
+        """The exact effects of some cells."""
+        cells = tuple(self.array.cells[index] for index in chosen)
+        array = CellArray(cells, {"cell": tuple(map(str, cells))}, self.array.length)
+        options, source = replace(self.options, progress=progress), PairSource(self.model, self.prompts)
+        found = SweepRun(self.model, source, array, self.metric, options, "other").finish()
+        return found.values - found.base_per_pair.mean()
 
     def _run_group(self, group: list[int]) -> None:
         with torch.no_grad():
@@ -186,30 +223,33 @@ class _AttributionRun:
                 group,
                 self.names,
                 self.metric,
-                direction=self.direction,
+                direction=self.options.direction,
                 source="other",
             )
-        runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction)
+        runs = GradientRuns(self.model, self.prompts, baseline, direction=self.options.direction, rules=self.rules)
+        effects = _Effects(self.model, baseline, self.array.cells, self.exact)
+        graded = list(dict.fromkeys([*self.names, *map(pattern_name, self.exact)]))
         moved = self.moves[0].fraction > 0
-        current = runs.unmoved(self.names) if moved else {}
-        slopes: dict[str, Tensor] = {}
-        for now, gradients in runs.run(self.moves, self.names, () if moved else self.names):
-            current = current or now
-            for name, gradient in gradients.items():
-                part = gradient / len(self.moves)
-                slopes[name] = slopes[name] + part if name in slopes else part
-        # A hook point that the metric does not depend on has gradient 0.
-        effects = {
-            name: effect_of(name, change_of(baseline, name, old), slopes.get(name, torch.zeros_like(old)))
-            for name, old in current.items()
-        }
-        base = baseline.corrupted if self.direction == "denoise" else baseline.clean
-        values = torch.stack([_sum_cell(effects[cell.name], cell, baseline.lengths) for cell in self.array.cells])
+        if moved:
+            effects.read(runs.unmoved(self.names))
+        found: list[Tensor] = []
+        for dropped in ([], *self.rules.drops(self.model)):
+            slopes: dict[str, Tensor] = {}
+            for now, gradients in runs.run(self.moves, graded, () if moved else self.names, drops=dropped):
+                effects.read(now)
+                for name, gradient in gradients.items():
+                    part = gradient / len(self.moves)
+                    slopes[name] = slopes[name] + part if name in slopes else part
+            if not found and self.exact:
+                effects.patch_scores(runs)
+            found.append(effects.of_cells(slopes))
+        base = baseline.corrupted if self.options.direction == "denoise" else baseline.clean
         self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
-        self.tally.store(slice(None), values + base)
+        self.tally.store(slice(None), join_dropped(found) + base)
         # Both unpatched prompts are one batch.
         self.forwards += 1 + runs.forwards
-        self.n_tokens += (2 + runs.forwards) * sum(baseline.lengths)
+        layers_run = 2 * len(self.exact) / self.model.cfg.n_layers
+        self.n_tokens += (2 + runs.forwards + layers_run) * sum(baseline.lengths)
 
     def _numbers_held(self) -> int:
         """For each token: both runs' values and gradients of what is patched, and the baseline's streams and keys."""
@@ -225,6 +265,49 @@ def _is_per_head(name: str) -> bool:
     site = find_site(name)
     assert site is not None
     return "d_model" in site.axes and bool({"head", "kv_head"} & set(site.axes))
+
+
+class _Effects:
+    """From the metric's gradients to the effects of cells, for some pairs.
+
+    Args:
+        model: the model.
+        baseline: the unpatched runs.
+        cells: the cells.
+        exact: hook points whose effect on patterns is computed.
+    """
+
+    def __init__(self, model: HookedCausalLM, baseline: Baseline, cells: Sequence[Cell], exact: Sequence[str]) -> None:
+        self.model, self.baseline, self.cells, self.exact = model, baseline, cells, exact
+        self.changes: dict[str, Tensor] = {}
+        self.scores: dict[str, PatchedScores] = {}
+
+    def read(self, current: Mapping[str, Tensor]) -> None:
+        """Take the activations of the run that is patched, once."""
+        for name, tensor in current.items():
+            if name in self.baseline.entries and name not in self.changes:
+                self.changes[name] = change_of(self.baseline, name, tensor)
+
+    def patch_scores(self, runs: GradientRuns) -> None:
+        """Run the layers whose queries or keys are patched."""
+        for name in self.exact:
+            self.scores[name] = PatchedScores.run(runs, self.baseline, name)
+
+    def of_cells(self, slopes: Mapping[str, Tensor]) -> Float[Tensor, "cell pairs"]:
+        """The effects of all cells; a hook point that the metric does not depend on has gradient 0."""
+        single, together = {}, {}
+        for name, change in self.changes.items():
+            if name in self.scores:
+                patched = self.scores[name]
+                slope = slopes.get(pattern_name(name), torch.zeros_like(patched.pattern))
+                single[name], together[name] = patched.effects(slope)
+            else:
+                effect = effect_of(name, change, slopes.get(name, torch.zeros_like(change)))
+                single[name] = together[name] = effect
+        lengths = self.baseline.lengths
+        return torch.stack(
+            [_sum_cell((together if cell.pos is None else single)[cell.name], cell, lengths) for cell in self.cells]
+        )
 
 
 def change_of(baseline: Baseline, name: str, current: Tensor) -> Tensor:

@@ -7,18 +7,22 @@ each head; and what heads write is multiplied out of `z`, one layer at a time, t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.hooks import Call, open_call
 from hooklens.hooks.foreign import Placed
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.latent import LatentAttention
 from hooklens.model.block import Block
 from hooklens.model.norm import Norm
+from hooklens.patching.estimates.exact_softmax import effect_of_pattern, move_pattern
 from hooklens.patching.estimates.gradients import GradientRuns, Move, pairs_per_graph
+from hooklens.patching.estimates.rules import GRADIENT, ExactSoftmax, ReadRules, join_dropped
 from hooklens.patching.graph.nodes import Graph
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
@@ -47,6 +51,7 @@ class EdgeGradients:
         metric: what is measured.
         moves: the runs whose gradients are averaged.
         direction: which run is patched.
+        rules: how backward passes depart from the gradient.
 
     Attributes:
         forwards: runs of the network so far, the unpatched ones included.
@@ -61,7 +66,10 @@ class EdgeGradients:
         moves: Sequence[Move],
         *,
         direction: Direction,
+        rules: ReadRules = GRADIENT,
     ) -> None:
+        self.rules = rules
+        self.is_exact = rules.find(ExactSoftmax) is not None
         self.model, self.prompts, self.metric, self.moves, self.direction = model, prompts, metric, moves, direction
         self.forwards, self.tokens = 0, 0.0
         graph = Graph.of(model.cfg)
@@ -102,8 +110,10 @@ class EdgeGradients:
                 source="other",
                 keep=map(_output_name, self.writers),
             )
-        runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction)
+        runs = GradientRuns(self.model, self.prompts, baseline, direction=self.direction, rules=self.rules)
         graded = [name for reader in self.readers for name in _gradient_names(reader)]
+        if self.is_exact:
+            graded += [f"blocks.{reader.layer}.attn.hook_pattern" for reader in self.readers if reader.kind == "attn"]
         streams = [_stream_name(reader) for reader in self.readers if reader.kind == "attn"]
         differs = runs.may_differ[..., None]
         if self.model.cfg.clip_qkv is not None:
@@ -112,18 +122,68 @@ class EdgeGradients:
         changes = {}
         for name, (old, new) in baseline.kept.items():
             changes[name] = (new - old) * (differs if old.ndim == 3 else differs[..., None])
-        scores = changes[_output_name(self.writers[0])].new_zeros(*self.shape, len(group))
-        for now, gradients in runs.run(self.moves, graded, streams):
-            for reader in self.readers:
-                felt = self._felt(reader, now, gradients)
-                for writer in self.writers:
-                    if felt is not None and writer.rows.stop <= reader.n_inputs:
-                        sent = self._sent(writer, changes)
-                        products = sent.flatten(2) @ felt.flatten(2).transpose(1, 2)
-                        scores[writer.rows, reader.rows] += products.permute(1, 2, 0)
+        found: list[Tensor] = []
+        for dropped in ([], *self.rules.drops(self.model)):
+            scores = changes[_output_name(self.writers[0])].new_zeros(*self.shape, len(group))
+            patterns: dict[str, Tensor] = {}
+            for now, gradients in runs.run(self.moves, graded, streams, drops=dropped):
+                self._add_scores(scores, now, gradients, changes)
+                for name in graded:
+                    if name in gradients and name.endswith("hook_pattern"):
+                        patterns[name] = patterns.get(name, 0.0) + gradients[name] / len(self.moves)
+            scores /= len(self.moves)
+            if self.is_exact:
+                self._put_exact(scores, patterns, changes, runs, baseline)
+            found.append(scores)
         self.forwards += 1 + runs.forwards
         self.tokens += (2 + runs.forwards) * sum(baseline.lengths)
-        return baseline, scores / len(self.moves)
+        return baseline, join_dropped(found)
+
+    def _add_scores(
+        self,
+        scores: Float[Tensor, "writer reader pair"],
+        now: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        changes: dict[str, Tensor],
+    ) -> None:
+        """Add what one run's gradients make of all edges."""
+        for reader in self.readers:
+            felt = self._felt(reader, now, gradients)
+            for writer in self.writers:
+                if felt is not None and writer.rows.stop <= reader.n_inputs:
+                    sent = self._sent(writer, changes)
+                    products = sent.flatten(2) @ felt.flatten(2).transpose(1, 2)
+                    scores[writer.rows, reader.rows] += products.permute(1, 2, 0)
+
+    def _put_exact(
+        self,
+        scores: Float[Tensor, "writer reader pair"],
+        slopes: dict[str, Tensor],
+        changes: dict[str, Tensor],
+        runs: GradientRuns,
+        baseline: Baseline,
+    ) -> None:
+        """Put in the scores of edges into queries and keys what their patterns, computed, make of the gradient.
+
+        One block runs for each writer below it, and each of its queries and keys.
+        """
+        n_heads, n_kv_heads = self.model.cfg.n_heads, self.model.cfg.n_kv_heads
+        for reader in (one for one in self.readers if one.kind == "attn"):
+            name = f"blocks.{reader.layer}.attn.hook_pattern"
+            if name not in slopes:
+                continue
+            first = reader.rows.start
+            places: dict[Literal["q", "k"], slice] = {
+                "q": slice(first, first + n_heads),
+                "k": slice(first + n_heads, first + n_heads + n_kv_heads),
+            }
+            plain = move_pattern(runs, baseline, reader.layer, "q", None)
+            for writer in (one for one in self.writers if one.rows.stop <= reader.n_inputs):
+                for row, sent in enumerate(self._sent(writer, changes).unbind(1), start=writer.rows.start):
+                    for letter, columns in places.items():
+                        moved = move_pattern(runs, baseline, reader.layer, letter, sent)
+                        n_columns = columns.stop - columns.start
+                        scores[row, columns] = effect_of_pattern(moved - plain, slopes[name], n_columns)
 
     def _sent(self, writer: _Nodes, changes: dict[str, Tensor]) -> NodeVectors:
         """The changes of what nodes write."""
@@ -141,7 +201,8 @@ class EdgeGradients:
         stream = now[_stream_name(reader)]
         attn, ln1 = self._attention(reader.layer)
         if isinstance(attn, LatentAttention):
-            return _felt_by_latents(attn, ln1, stream, [gradients.get(name) for name in names])
+            found = [gradients.get(name) for name in names]
+            return _felt_by_latents(attn, ln1, stream, found, self._call())
         behind_norm = []
         for name, weight in zip(names, map(attn.read_weight, ("W_Q", "W_K", "W_V")), strict=True):
             if name in gradients:
@@ -156,8 +217,13 @@ class EdgeGradients:
             return felt
         with torch.enable_grad():
             copies = stream[:, None].expand_as(felt).contiguous().requires_grad_()
-            normed = ln1.apply_weights(copies)
+            normed = ln1.apply_beside(copies, self._call())
         return torch.autograd.grad(normed, copies, felt)[0]
+
+    def _call(self) -> Call:
+        """A call in which the rules act."""
+        with self.model.hooks(self.rules.hooks(self.model)):
+            return open_call()
 
     def _attention(self, layer: int) -> tuple[Attention, Norm | Placed | None]:
         """The attention of a layer, and the norm of the stream that it reads."""
@@ -168,7 +234,11 @@ class EdgeGradients:
 
 
 def _felt_by_latents(
-    attn: LatentAttention, ln1: Norm | Placed | None, stream: Tensor, gradients: Sequence[Tensor | None]
+    attn: LatentAttention,
+    ln1: Norm | Placed | None,
+    stream: Tensor,
+    gradients: Sequence[Tensor | None],
+    call: Call,
 ) -> NodeVectors:
     """The gradients at heads' copies of the stream, each of which has latents of its own."""
     n_heads, felt = attn.cfg.n_heads, []
@@ -178,7 +248,7 @@ def _felt_by_latents(
             continue
         with torch.enable_grad():
             copies = stream[:, :, None].expand(-1, -1, n_heads, -1).contiguous().requires_grad_()
-            heads = attn.project_stream(letter, copies if ln1 is None else ln1.apply_weights(copies))
+            heads = attn.project_stream(letter, copies if ln1 is None else ln1.apply_beside(copies, call), call)
         felt.append(torch.autograd.grad(heads, copies, gradient)[0].transpose(1, 2))
     return torch.cat(felt, 1)
 

@@ -18,6 +18,12 @@ gradients are averaged:
 - `"clean-corrupted"` (Hanna et al.): both unpatched runs.
 - `"exact"`: no gradient, one run of the network for each edge: `m` with this edge alone patched, minus `m`.
 
+`rules` says how backward passes depart from the gradient: see `hooklens.patching.estimates.rules`. The default of
+`"eap"` and `"clean-corrupted"` is `"norms"`, which holds the denominators of norms, at no further cost; the published
+scores are those of `"gradient"`. On the bundled models it takes the correlation of `"eap"` with exact scores from
+between 0.88 and 0.93 to between 0.93 and 0.995.
+`result.check(k)` patches the strongest edges and a sample of the others one by one, and compares.
+
 `rule` chooses the points: `"right"` is the published one; `"left"`, `k = 0 .. steps - 1`, is that of the authors'
 later code; `"midpoint"`, `k - 1/2`, is ours: its error falls with the square of the steps.
 
@@ -25,7 +31,7 @@ Scores are filled in group by group of pairs. They take memory once, see `EdgeSc
 sums over pairs are kept, and memory does not grow with their number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -38,14 +44,15 @@ from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
+from hooklens.patching.estimates.edge_estimate import EdgeAttributionResult
 from hooklens.patching.estimates.edge_gradients import EdgeGradients
 from hooklens.patching.estimates.gradients import Move, Rule, fractions_of
+from hooklens.patching.estimates.rules import GRADIENT, ReadRules, Rules, RuleSet, read_rules
 from hooklens.patching.graph.nodes import Graph, check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Prompt, PromptPairs
-from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.runs.baseline import Direction
 from hooklens.patching.runs.memory import BatchSize
@@ -66,13 +73,14 @@ def edge_attribution(
     method: Method = "eap",
     steps: int = 5,
     rule: Rule = "right",
+    rules: Rules | None = None,
     direction: Direction = "noise",
     keep_pairs: bool = True,
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     progress: bool = True,
     allow_training: bool = False,
-) -> EdgeScores:
+) -> EdgeAttributionResult:
     """Score every edge between embeddings, heads, MLPs and logits.
 
     Args:
@@ -83,6 +91,8 @@ def edge_attribution(
         method: how edges are scored, see the module.
         steps: points between the two runs, for `"eap-ig-inputs"` and `"eap-ig-activations"`.
         rule: which points.
+        rules: how gradients are taken: a named set (`"gradient"`, `"norms"`, `"linear"`, `"relp"`, `"gim"`, `"atp*"`),
+            or a list of rules; None: `"norms"` with `"eap"` and `"clean-corrupted"`, else `"gradient"`.
         direction: `"noise"` takes corrupted outputs into the clean run, as published; `"denoise"` the other way.
         keep_pairs: keep the scores of each pair, from which `EdgeScores` tells intervals and p-values. False: only
             their sums, which are enough for means and standard errors.
@@ -92,7 +102,8 @@ def edge_attribution(
         allow_training: accept a model in training mode.
 
     Raises:
-        InputError: an unknown method or rule, prompts that do not go together, or a norm between heads and stream.
+        InputError: an unknown method or rule, rules with exact scores or that do not go with the network, prompts that
+            do not go together, or a norm between heads and stream.
         MetricError: the metric is NaN or infinite for an unpatched run.
         SweepInterruptedError: it was stopped on the way; `.result` holds the scores of the pairs that were done.
     """
@@ -112,7 +123,11 @@ def edge_attribution(
             "edge_attribution: exact scores are those of the clean run with one corrupted edge; exchange the prompts "
             "to patch the other run"
         )
-    run = _EdgeRun(model, prompts, as_metric(metric).encode(model), method, options.direction, keep_pairs=keeps)
+    default: RuleSet = "norms" if method in ("eap", "clean-corrupted") else "gradient"
+    taken = read_rules(model, rules, what="edge_attribution", default=default)
+    if method == "exact" and taken.rules:
+        raise InputError(f"edge_attribution: method='exact' takes no gradients, so rules={taken.name} says nothing")
+    run = _EdgeRun(model, prompts, as_metric(metric).encode(model), method, taken, options, keep_pairs=keeps)
     if method == "exact":
         return run.finish(run.patch_edges(options.batch_size), progress=options.progress)
     moves = list_moves(model, method, steps, rule=rule, direction=direction)
@@ -144,11 +159,13 @@ class _EdgeRun:
         prompts: PromptPairs,
         metric: Metric,
         method: Method,
-        direction: Direction,
+        rules: ReadRules,
+        options: RunOptions,
         *,
         keep_pairs: bool,
     ) -> None:
-        self.model, self.prompts, self.metric, self.method, self.direction = model, prompts, metric, method, direction
+        self.model, self.prompts, self.metric, self.method = model, prompts, metric, method
+        self.rules, self.options, self.direction = rules, options, options.direction
         self.graph = Graph.of(model.cfg)
         self.exists = self.graph.exists().T.to(model.device)
         self.tally = (Tally if keep_pairs else SumTally)(
@@ -160,22 +177,23 @@ class _EdgeRun:
         )
         self.forwards, self.tokens = 0, 0.0
 
-    def finish(self, steps: Iterator[int], *, progress: bool) -> EdgeScores:
-        """Take all steps; each says how many scores it has added."""
+    def finish(self, steps: Iterator[int], *, progress: bool, n_values: int | None = None) -> EdgeAttributionResult:
+        """Take all steps; each says how many scores it has added, of `n_values` (None: those of all edges)."""
+        total = self.tally.n_values if n_values is None else n_values
 
         def work() -> None:
             tqdm = import_package("tqdm").tqdm
-            with tqdm(total=self.tally.n_values, desc="scoring", disable=not progress) as bar:
+            with tqdm(total=total, desc="scoring", disable=not progress) as bar:
                 for done in steps:
                     bar.update(done)
 
         return self.tally.finish("edge attribution", work, self.result)
 
-    def result(self) -> EdgeScores:
+    def result(self) -> EdgeAttributionResult:
         """The scores so far."""
         clean, corrupted = self.tally.ends()
         sums = self.tally.moments if isinstance(self.tally, SumTally) else None
-        return EdgeScores(
+        return EdgeAttributionResult(
             per_pair=self.tally.per_pair().view(*self.exists.shape, -1) if sums is None else None,
             moments=None if sums is None else Moments(sums.table.view(3, *self.exists.shape)),
             writers=tuple(map(str, self.graph.writers)),
@@ -188,11 +206,25 @@ class _EdgeRun:
             direction=self.direction,
             forwards=self.forwards,
             tokens=self.tokens,
+            rules=self.rules.name,
+            run_exactly=None if self.method == "exact" else self._run_exactly,
         )
+
+    def _run_exactly(self, chosen: Sequence[int], *, progress: bool) -> Float[Tensor, " run"]:
+        """The exact scores of some edges, counted in the order of writers and then of readers."""
+        run = _EdgeRun(self.model, self.prompts, self.metric, "exact", GRADIENT, self.options, keep_pairs=False)
+        writer, reader = self.exists.nonzero()[list(chosen)].T
+        edges = torch.stack([reader, writer], dim=1).cpu()
+        # Edges into late layers enter there, so neighbours in the order of reading run together.
+        steps = run.patch_edges(self.options.batch_size, edges[edges[:, 0].argsort(stable=True)])
+        found = run.finish(steps, progress=progress, n_values=len(chosen) * len(self.prompts))
+        return found.scores[writer, reader]
 
     def estimate_edges(self, moves: list[Move], batch_size: BatchSize) -> Iterator[int]:
         """Score from gradients."""
-        estimate = EdgeGradients(self.model, self.prompts, self.metric, moves, direction=self.direction)
+        estimate = EdgeGradients(
+            self.model, self.prompts, self.metric, moves, direction=self.direction, rules=self.rules
+        )
         for group in estimate.groups(batch_size):
             baseline, scores = estimate.run(group)
             self.tally.begin(baseline.clean, baseline.corrupted, baseline.lengths)
@@ -200,11 +232,11 @@ class _EdgeRun:
             self.forwards, self.tokens = estimate.forwards, estimate.tokens
             yield int(self.exists.sum()) * len(group)
 
-    def patch_edges(self, batch_size: BatchSize) -> Iterator[int]:
-        """Run the clean prompts once for each edge, with this edge alone corrupted."""
+    def patch_edges(self, batch_size: BatchSize, edges: Int[Tensor, "edge two"] | None = None) -> Iterator[int]:
+        """Run the clean prompts once for each edge, reader and writer, with this edge alone corrupted; None: all."""
         with torch.no_grad():
             runner = CircuitRunner(self.model, self.prompts, self.metric, ablation="resample", batch_size=batch_size)
-        edges = self.graph.exists().nonzero()
+        edges = self.graph.exists().nonzero() if edges is None else edges
         for group in runner.groups():
             with torch.no_grad():
                 ground = runner.prepare(group)

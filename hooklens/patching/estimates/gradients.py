@@ -12,6 +12,7 @@ from hooklens.axes import EMBEDDINGS, is_below_blocks, layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
+from hooklens.patching.estimates.rules import GRADIENT, ReadRules, RuleHook, split_at_head
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.baseline import Baseline, Direction
@@ -59,17 +60,24 @@ class GradientRuns:
         prompts: all pairs of the experiment.
         baseline: the unpatched runs of the pairs that are run.
         direction: which run is patched.
+        rules: how backward passes depart from the gradient.
 
     Attributes:
         forwards: runs of the network so far, those with a backward pass included.
     """
 
     def __init__(
-        self, model: HookedCausalLM, prompts: PromptPairs, baseline: Baseline, *, direction: Direction
+        self,
+        model: HookedCausalLM,
+        prompts: PromptPairs,
+        baseline: Baseline,
+        *,
+        direction: Direction,
+        rules: ReadRules = GRADIENT,
     ) -> None:
         pairs, width = list(baseline.pairs), max(baseline.lengths)
         clean, corrupted = prompts.clean[pairs, :width], prompts.corrupted[pairs, :width]
-        self.model, self.baseline = model, baseline
+        self.model, self.baseline, self.rules = model, baseline, rules
         self.into, self.other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
         self.forwards = 0
 
@@ -94,7 +102,12 @@ class GradientRuns:
         return captured
 
     def run(
-        self, moves: Sequence[Move], graded: Sequence[str], kept: Sequence[str] = ()
+        self,
+        moves: Sequence[Move],
+        graded: Sequence[str],
+        kept: Sequence[str] = (),
+        *,
+        drops: Sequence[RuleHook] = (),
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """The activations of each run, and the metric's gradient at them.
 
@@ -102,6 +115,7 @@ class GradientRuns:
             moves: the runs.
             graded: the hook points where gradients are taken.
             kept: the hook points whose activations are given back; they are detached.
+            drops: what acts besides the rules.
 
         Yields:
             Activations and gradients by hook name. A hook point that the metric does not depend on has no gradient.
@@ -116,12 +130,13 @@ class GradientRuns:
         for move in moves:
             one = _GradientRun(move, targets.get(move.name))
             hooks = [(name, one.leave_graph) for name in leaves | {move.name}]
+            below, behind = split_at_head([*self.rules.hooks(self.model), *drops])
             with (
                 torch.enable_grad(),
-                self.model.hooks(hooks, [(list(graded), one.keep_gradient)]),
+                self.model.hooks([*hooks, *below], [(list(graded), one.keep_gradient)]),
                 self.model.capture(watched or "hook_embed") as now,
             ):
-                value = self._measure(all_columns=in_head).sum()
+                value = self._measure(behind, all_columns=in_head).sum()
                 if not value.requires_grad:
                     raise InputError(
                         f"metric {self.baseline.metric.name} has no gradient: attribution needs a differentiable one"
@@ -129,13 +144,16 @@ class GradientRuns:
                 torch.autograd.grad(value, one.leaves, allow_unused=True)
             yield {name: now[name].detach() for name in watched}, one.gradients
 
-    def _measure(self, *, all_columns: bool) -> Tensor:
+    def _measure(self, in_head: Sequence[RuleHook], *, all_columns: bool) -> Tensor:
         """The metric's values; logits are made where it reads them, or everywhere for gradients behind the blocks."""
         reads = self.baseline.reads[..., None]
         if all_columns:
-            logits = self._run(self.into, unembed=True).take_along_dim(reads, dim=1)
+            with self.model.hooks(in_head):
+                logits = self._run(self.into, unembed=True).take_along_dim(reads, dim=1)
         else:
-            logits = unembed(self.model, self._run(self.into).take_along_dim(reads, dim=1))
+            stream = self._run(self.into).take_along_dim(reads, dim=1)
+            with self.model.hooks(in_head):
+                logits = unembed(self.model, stream)
         return self.baseline.metric.measure(logits[None])[0]
 
     def _targets(self, moves: Sequence[Move]) -> dict[str, Tensor]:

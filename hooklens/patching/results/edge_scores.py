@@ -51,6 +51,7 @@ class EdgeScores(OverPairs):
         clean_per_pair, corrupted_per_pair: the metric of the unpatched runs.
         metric: the metric's name.
         method: how edges were scored.
+        rules: how the gradients behind the scores were taken, see `hooklens.patching.estimates.rules`.
         direction: `"noise"`: scores are those of corrupted outputs in the clean run; `"denoise"`: the other way.
         forwards: runs of the network, those with a backward pass included.
         tokens: tokens run through all layers, or as many through some as comes to the same.
@@ -67,6 +68,7 @@ class EdgeScores(OverPairs):
     direction: Literal["denoise", "noise"]
     forwards: int
     tokens: float
+    rules: str = "gradient"
     moments: Moments | None = None
 
     @property
@@ -233,7 +235,7 @@ class EdgeScores(OverPairs):
             MissingDependencyError: the package is not installed.
             HookLensError: an unknown backend or mark, or marks without two pairs whose scores were kept.
         """
-        heading = f"{self.metric}: scores of edges ({self.method})" if title is None else title
+        heading = self._heading() if title is None else title
         marks = None
         if mark is not None:
             marks = (self._find_unclear(mark) & self.exists).cpu()[None]
@@ -241,6 +243,9 @@ class EdgeScores(OverPairs):
         values = self.scores.masked_fill(~self.exists, torch.nan).detach().cpu().double()[None]
         rows, columns = ("writer", list(self.writers)), ("reader", list(self.readers))
         return draw_heatmaps(values, rows, columns, [""], backend=backend, title=heading, marks=marks)
+
+    def _heading(self) -> str:
+        return f"{self.metric}: scores of edges ({self.method}, rules {self.rules})"
 
     def save(self, path: str | Path) -> None:
         """Write the scores to a safetensors file, whole or not at all.
@@ -285,6 +290,7 @@ _FILE = ResultFile(
         "readers": _NODES,
         "metric": TEXT,
         "method": TEXT,
+        "rules": TEXT,
         "direction": DIRECTION,
         "forwards": WHOLE_NUMBER,
         "tokens": NUMBER,

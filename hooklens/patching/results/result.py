@@ -257,6 +257,10 @@ class SweepResult(OverPairs):
         Raises:
             CheckpointError: the file cannot be written.
         """
+        RESULT_FILE.write(path, *self._parts())
+
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file holds: tensors, and what describes them."""
         described = {
             "axes": [[name, list(labels)] for name, labels in self.axes.items()],
             "cells": self.cells,
@@ -264,8 +268,11 @@ class SweepResult(OverPairs):
             "direction": self.direction,
             "stats": asdict(self.stats),
         }
-        tensors = {"per_pair": self.per_pair, "clean": self.clean_per_pair, "corrupted": self.corrupted_per_pair}
-        _FILE.write(path, tensors, described)
+        return {
+            "per_pair": self.per_pair,
+            "clean": self.clean_per_pair,
+            "corrupted": self.corrupted_per_pair,
+        }, described
 
     @classmethod
     def load(cls, path: str | Path) -> "SweepResult":
@@ -274,21 +281,29 @@ class SweepResult(OverPairs):
         Raises:
             CheckpointError: the file is missing, damaged, or no sweep result.
         """
-        tensors, described = _FILE.read(path, _expect_tensors)
-        axes = {name: tuple(labels) for name, labels in described["axes"]}
-        n_cells = math.prod(len(labels) for labels in axes.values())
-        if len(described["cells"]) != n_cells:
-            raise _FILE.damage(path, [f"key 'cells' has {len(described['cells'])} entries, the axes have {n_cells}"])
-        return cls(
-            per_pair=tensors["per_pair"],
-            clean_per_pair=tensors["clean"],
-            corrupted_per_pair=tensors["corrupted"],
-            axes=axes,
-            cells=tuple(described["cells"]),
-            metric=described["metric"],
-            direction=described["direction"],
-            stats=SweepStats(**described["stats"]),
-        )
+        return cls(**read_fields(RESULT_FILE, path))
+
+
+def read_fields(file: ResultFile, path: str | Path) -> dict[str, Any]:
+    """The fields of a result in a file of a kind that has all keys of `RESULT_FILE`; keys beyond these as they are.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another kind.
+    """
+    tensors, described = file.read(path, _expect_tensors)
+    axes = {name: tuple(labels) for name, labels in described["axes"]}
+    n_cells = math.prod(len(labels) for labels in axes.values())
+    if len(described["cells"]) != n_cells:
+        raise file.damage(path, [f"key 'cells' has {len(described['cells'])} entries, the axes have {n_cells}"])
+    return {
+        **described,
+        "per_pair": tensors["per_pair"],
+        "clean_per_pair": tensors["clean"],
+        "corrupted_per_pair": tensors["corrupted"],
+        "axes": axes,
+        "cells": tuple(described["cells"]),
+        "stats": SweepStats(**described["stats"]),
+    }
 
 
 def _are_axes(found: Any) -> bool:
@@ -298,7 +313,7 @@ def _are_axes(found: Any) -> bool:
     return is_list(found, is_axis) and len({name for name, _ in found}) == len(found)
 
 
-_FILE = ResultFile(
+RESULT_FILE = ResultFile(
     format="hooklens.patching.result-1",
     contents="a sweep",
     writer="SweepResult.save",

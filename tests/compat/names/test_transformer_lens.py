@@ -110,6 +110,9 @@ def test_experts() -> None:
     [
         ("blocks.3.hook_resid_pre", "layer 3 is out of range"),
         ("blocks.{layer}.hook_resid_pre", "put the layer in"),
+        ("hook_mlp_out", "3 layers have one of this name: put the layer in, as in 'blocks.0.hook_mlp_out'"),
+        ("attn.hook_z", "put the layer in, as in 'blocks.0.attn.hook_z'"),
+        ("hook_mlp", "no hook point 'hook_mlp'"),
         ("hook_pos_embed", "its positions are no vectors"),
         ("blocks.0.attn.hook_rot_x", "no hook point 'blocks.0.attn.hook_rot_x'"),
         ("blocks.0.attn.qkv.hook_out", "three maps in one"),

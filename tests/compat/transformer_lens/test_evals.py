@@ -82,3 +82,76 @@ def test_the_loss_of_batches() -> None:
     assert evals.evaluate_on_dataset(model(), batches, truncate=1, device="cpu") == pytest.approx(
         sum(losses[:2]) / 2, abs=1e-5
     )
+
+
+QUESTIONS = [
+    {
+        "question": "Who went to the store?",
+        "choices": ["Mary", "John", "a bag", "no"],
+        "answer": answer,
+        "subject": kind,
+    }
+    for kind, answer in (("virology", 0), ("virology", 1), ("sociology", 1), ("virology", 0))
+]
+
+
+class Words:
+    """Ids of a row of words; a letter with a space before it is one token of its own, but for D."""
+
+    def encode(self, text: str, add_special_tokens: bool = True, return_tensors: str | None = None) -> Any:
+        ids = {" A": [11], " B": [12], " C": [13], " D": [3, 14], "D": [14]}.get(text, [1, 2, 3])
+        return torch.tensor([ids]) if return_tensors else ids
+
+
+class Letters:
+    """Finds one letter likeliest behind each prompt, in turn."""
+
+    def __init__(self, turns: str) -> None:
+        self.tokenizer, self.cfg, self.turns = Words(), model().cfg, iter(turns)
+
+    def __call__(self, tokens: Tensor, return_type: str) -> Tensor:
+        assert return_type == "logits"
+        assert tokens.tolist() == [[1, 2, 3]]
+        # Tokens that are no letters, and other positions, are likelier and do not count.
+        logits = torch.full((1, 3, 20), 50.0)
+        best = next(self.turns)
+        logits[0, -1, 11:15] = torch.tensor([float(letter == best) for letter in "ABCD"])
+        return logits
+
+
+def test_mmlu_counts_the_likeliest_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = evals.mmlu_eval(Letters("ABDA"), mmlu_data=QUESTIONS)
+    assert found == {
+        "accuracy": 0.75, "num_correct": 3, "num_total": 4, "subject_scores": {"virology": 1.0, "sociology": 0.0},
+    }  # fmt: skip
+    prompts: list[str] = []
+    encode = Words.encode
+    monkeypatch.setattr(
+        Words, "encode", lambda self, text, **words: prompts.append(text) or encode(self, text, **words)
+    )
+    evals.mmlu_eval(Letters("A"), mmlu_data=QUESTIONS[:1])
+    choices = "A. Mary\nB. John\nC. a bag\nD. no\n"
+    assert prompts[-1] == f"Question: Who went to the store?\nChoices:\n{choices}Answer:"
+    with pytest.raises(ValueError, match="No MMLU data"):
+        evals.mmlu_eval(Letters(""), mmlu_data=[])
+
+
+def test_mmlu_is_loaded_by_subject(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No data set is downloaded here: what asks for it is looked at."""
+    asked = []
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(*where: str, split: str) -> list[dict[str, Any]]:
+            asked.append((*where, split))
+            return QUESTIONS[:3]
+
+    monkeypatch.setattr(evals, "import_package", lambda name: Datasets)
+    rows = evals.make_mmlu_data_loader(["anatomy", "virology"], "dev", 2)
+    assert asked == [("cais/mmlu", "anatomy", "dev"), ("cais/mmlu", "virology", "dev")]
+    assert [row["subject"] for row in rows] == ["anatomy", "anatomy", "virology", "virology"]
+    assert capsys.readouterr().out == "Loaded 4 MMLU examples from 2 subject(s)\n"
+    assert len(evals.make_mmlu_data_loader("anatomy")) == 3
+    with pytest.raises(ValueError, match="Invalid subject"):
+        evals.make_mmlu_data_loader("anatomie")
+    assert len(evals.MMLU_SUBJECTS) == len(set(evals.MMLU_SUBJECTS)) == 57

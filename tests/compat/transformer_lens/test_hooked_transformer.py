@@ -343,22 +343,6 @@ def test_backward_hooks_act_in_the_graph_they_were_handed_to() -> None:
     assert seen == ["hook_embed"]
 
 
-def test_sharing_keys_cannot_be_undone() -> None:
-    """The setting was accepted and did nothing."""
-    config = {"n_layers": 1, "d_model": 16, "n_ctx": 8, "d_head": 4, "n_heads": 4, "d_vocab": 9, "act_fn": "silu"}
-    grouped = HookedTransformer({**config, "n_key_value_heads": 2, "device": "cpu"})
-    for turn_on in (
-        lambda: grouped.set_ungroup_grouped_query_attention(True),
-        lambda: (setattr(grouped.cfg, "ungroup_grouped_query_attention", True), grouped(torch.ones(1, 2).long())),
-    ):
-        with pytest.raises(NotImplementedError, match="query_head="):
-            turn_on()
-        assert grouped(torch.ones(1, 2).long()).shape == (1, 2, 9)
-    plain = HookedTransformer({**config, "device": "cpu"})
-    plain.set_ungroup_grouped_query_attention(True)
-    assert plain(torch.ones(1, 2).long()).shape == (1, 2, 9)
-
-
 def test_data_points_are_drawn_from_the_data_set() -> None:
     model = build("gpt2")
     model.dataset = [{"text": "a b"}, {"text": "b"}]

@@ -109,7 +109,8 @@ def test_copies_of_the_stream_for_each_head_are_the_stream(network):
         expected = attn(x, x, x, plan, Call(tokens=plan))
         torch.testing.assert_close(attn(copies, copies, copies, plan, Call(tokens=plan)), expected)
         for letter in "qkv":
-            torch.testing.assert_close(attn.project_stream(letter, copies), attn.project_stream(letter, x))
+            of_copies, of_stream = (attn.project_stream(letter, given, Call()) for given in (copies, x))
+            torch.testing.assert_close(of_copies, of_stream)
 
 
 def test_no_scores_are_made_where_nobody_asks():

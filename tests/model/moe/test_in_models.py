@@ -303,7 +303,9 @@ class TestPatching:
     @pytest.mark.parametrize(("method", "reference"), [("eap", published.eap), ("exact", published.exact)])
     def test_edges(self, method, reference):
         model, (clean, corrupted) = make_mixed_model(RICH), self.prompts()
-        found = patching.edge_attribution(model, clean, corrupted, METRIC, method=method, progress=False)
+        found = patching.edge_attribution(
+            model, clean, corrupted, METRIC, method=method, rules="gradient", progress=False
+        )
         table = reference(model, clean, corrupted, METRIC)
         for (writer, reader), expected in table.items():
             w, r = found.writers.index(writer), found.readers.index(reader)

@@ -32,12 +32,12 @@ def assert_scores(found, table, atol):
 @pytest.mark.parametrize(
     ("options", "reference"),
     [
-        ({"method": "eap"}, published.eap),
+        ({"method": "eap", "rules": "gradient"}, published.eap),
         ({"method": "eap-ig-inputs", "steps": 3}, partial(published.eap_ig_inputs, weights=[1 / 3, 2 / 3, 1.0])),
         ({"method": "eap-ig", "steps": 2, "rule": "left"}, partial(published.eap_ig_inputs, weights=[0.0, 0.5])),
         ({"method": "eap-ig", "steps": 2, "rule": "midpoint"}, partial(published.eap_ig_inputs, weights=[0.25, 0.75])),
         ({"method": "eap-ig-activations", "steps": 2}, partial(published.eap_ig_activations, weights=[0.5, 1.0])),
-        ({"method": "clean-corrupted"}, published.clean_corrupted),
+        ({"method": "clean-corrupted", "rules": []}, published.clean_corrupted),
         ({"method": "exact"}, published.exact),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",

@@ -29,12 +29,18 @@ def edge_sums(model, *prompts):
     return patching.edge_attribution(model, *prompts, METRIC, keep_pairs=False, progress=False)
 
 
+def attribution(model, *prompts):
+    return patching.attribution(model, *prompts, "resid_pre", METRIC, progress=False)
+
+
 def circuits(model, *prompts):
     listed = [Circuit([("embed", "logits")]), Circuit([("embed", "m0"), ("m0", "logits")])]
     return patching.evaluate_circuits(model, *prompts, listed, METRIC, progress=False)
 
 
-@pytest.fixture(scope="module", params=[sweep, circuits, edge_scores, edge_sums], ids=lambda kind: kind.__name__)
+@pytest.fixture(
+    scope="module", params=[sweep, attribution, circuits, edge_scores, edge_sums], ids=lambda kind: kind.__name__
+)
 def saved(request, tmp_path_factory):
     model = make_model("rotary")
     result = request.param(model, random_tokens(2, 4), random_tokens(2, 4, seed=9))
@@ -56,7 +62,7 @@ def same(one, other):
             mine, theirs = mine.table, theirs.table
         return torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
 
-    return all(equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(other))
+    return all(equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(other) if field.compare)
 
 
 def test_a_file_holds_the_result(saved):
@@ -89,7 +95,7 @@ def test_truncated_and_flipped_files_are_refused_or_the_same(saved, tmp_path):
 
 
 WRONG = (None, 3, -1.5, "text", [], {}, [[]], {"a": 1}, True, [None, 3])
-FREE = {"metric": str, "ablation": str, "method": str, "forwards": int, "tokens": (int, float)}
+FREE = {"metric": str, "ablation": str, "method": str, "rules": str, "forwards": int, "tokens": (int, float)}
 """Keys of which every value of a type is well formed."""
 
 

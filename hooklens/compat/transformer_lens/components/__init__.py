@@ -3,13 +3,11 @@
 import sys
 from typing import Any, NoReturn
 
-from hooklens.compat.transformer_lens.components import _mlps, _parts
+from hooklens.compat.transformer_lens.components import _attention, _mlps, _parts
+from hooklens.compat.transformer_lens.components._attention import AbstractAttention, Attention, GroupedQueryAttention
 from hooklens.compat.transformer_lens.components._mlps import MLP, CanBeUsedAsMLP, GatedMLP, MoE
 from hooklens.compat.transformer_lens.components._parts import (
-    AbstractAttention,
-    Attention,
     Embed,
-    GroupedQueryAttention,
     LayerNorm,
     LayerNormPre,
     PosEmbed,
@@ -22,15 +20,18 @@ from hooklens.compat.transformer_lens.components._parts import (
 )
 
 # There each part is in a module of its own.
-_PARTS = (
-    "abstract_attention", "attention", "embed", "grouped_query_attention", "layer_norm", "layer_norm_pre", "pos_embed",
-    "rms_norm", "rms_norm_pre", "transformer_block", "unembed",
-)  # fmt: skip
-_MLPS = ("mlps", "mlps.can_be_used_as_mlp", "mlps.gated_mlp", "mlps.mlp", "mlps.moe")
+_MODULES: dict[Any, tuple[str, ...]] = {
+    _attention: ("abstract_attention", "attention", "grouped_query_attention"),
+    _mlps: ("mlps", "mlps.can_be_used_as_mlp", "mlps.gated_mlp", "mlps.mlp", "mlps.moe"),
+    _parts: (
+        "embed", "layer_norm", "layer_norm_pre", "pos_embed", "rms_norm", "rms_norm_pre", "transformer_block",
+        "unembed",
+    ),
+}  # fmt: skip
 _ENCODERS = (
     "BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler", "T5Attention", "T5Block", "TokenTypeEmbed",
 )  # fmt: skip
-sys.modules |= {f"{__name__}.{name}": _parts if name in _PARTS else _mlps for name in (*_PARTS, *_MLPS)}
+sys.modules |= {f"{__name__}.{name}": module for module, names in _MODULES.items() for name in names}
 mlps = _mlps
 
 

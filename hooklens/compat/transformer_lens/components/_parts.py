@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from hooklens import hooks
 from hooklens.compat.transformer_lens._hook_point import HookPoint
-from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
-from hooklens.compat.transformer_lens.utilities import create_alibi_bias, create_alibi_slope
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
 from hooklens.model.attention import attention
-from hooklens.model.attention.alibi import alibi_slopes
 from hooklens.model.initialization import initialize
 from hooklens.model.parts.alone import load_weights, plan_alone
 from hooklens.model.parts.part import Part
@@ -78,22 +75,11 @@ def bias_or_zeros(name: str) -> Any:
     return property(read, doc=f"`{name}`, zeros where the map has none.")
 
 
-def _derived(read: Callable[[Any], Tensor | None], doc: str) -> Any:
-    """A buffer of 2.x that is made when it is read; it may be set to what it is."""
-
-    def check(part: Any, given: Tensor | None) -> None:
-        own = read(part)
-        is_same = own is given or (own is not None and given is not None and own.shape == given.shape)
-        if not is_same or (own is not None and given is not None and not torch.equal(own, given.to(own))):
-            raise NotImplementedError(f"{doc} The layer's own cannot be changed: hook what it is used for")
-
-    return property(read, check, doc=doc)
-
-
 class Component(_Base):
     """A part by its names of 2.x, in `load_state_dict` and, of a part by itself, in `state_dict`."""
 
     changes: ClassVar[dict[str, Any]] = {}
+    shares_heads: ClassVar[bool] = False
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(network_of(cfg, **self.changes))
@@ -138,7 +124,7 @@ def state_of(root: nn.Module) -> dict[str, Tensor]:
         is_ours = isinstance(part, Component)
         held = [name for name in _BESIDE if is_ours and isinstance(getattr(type(part), name, None), property)]
         own = {name: part.read_weight(name) for name in (*(one.name for one, _ in part.weight_table()), *held)}
-        if isinstance(part, GroupedQueryAttention):
+        if is_ours and part.shares_heads:
             own |= {name: own.pop(name[1:]) for name in _SHARED}
         found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own.items() if tensor is not None}
     return write_state(found)
@@ -182,102 +168,6 @@ class RMSNormPre(AnyNorm):
     """RMSNorm without a weight."""
 
     kind, has_weight = "rms", False
-
-
-class AbstractAttention(Component, attention.Attention):
-    """What both kinds of attention have."""
-
-    def __init__(self, cfg: Config, attn_type: str = "global", layer_id: int | None = None) -> None:
-        words, layer, is_local = HookedTransformerConfig.unwrap(cfg), layer_id or 0, attn_type == "local"
-        if attn_type not in ("global", "local"):
-            raise ValueError(f"Invalid attention type: {attn_type}")
-        if is_local and not isinstance(words.window_size, int):
-            raise ValueError("Window size must be an integer for local attention")
-        if words.scale_attn_by_inverse_layer_idx and layer_id is None:
-            raise ValueError("Layer ID must be provided to scale attention scores")
-        n_shared = words.n_key_value_heads if isinstance(self, GroupedQueryAttention) else None
-        layers = {"n_layers": layer + 1, "use_local_attn": is_local, "attn_types": [attn_type] * (layer + 1)}
-        own = network_of(cfg, n_key_value_heads=n_shared, **layers).block(layer)
-        assert own.attn is not None
-        attention.Attention.__init__(self, own.of(own.attn))
-        self.start(cfg)
-
-    def forward(  # type: ignore[override]
-        self, query_input: Tensor, key_input: Tensor, value_input: Tensor, *rest: Any, **words: Any
-    ) -> Tensor:
-        """What attention adds to the stream; a plan behind the inputs makes it a call of HookLens's."""
-        is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
-        run = super().forward if is_planned else self._attend_as_2x
-        return run(query_input, key_input, value_input, *rest, **words)
-
-    def _attend_as_2x(
-        self,
-        query_input: Tensor,
-        key_input: Tensor,
-        value_input: Tensor,
-        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
-        additive_attention_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-    ) -> Tensor:
-        if additive_attention_mask is not None or position_bias is not None:
-            raise NotImplementedError("additive_attention_mask, position_bias: encoders', which are not here")
-        plan, call = plan_alone(query_input, self.cfg, past_kv_cache_entry, attention_mask)
-        # Shortformer's positions are in the inputs.
-        plan.embedded_positions = query_input.new_zeros(1, 1, 1)
-        return super().forward(query_input, key_input, value_input, plan, call, past_kv_cache_entry)
-
-    b_Q, b_K, b_V, b_O = map(bias_or_zeros, ("b_Q", "b_K", "b_V", "b_O"))
-    OV = property(lambda self: FactoredMatrix(self.W_V, self.W_O), doc="`W_V W_O` of every head.")
-    QK = property(lambda self: FactoredMatrix(self.W_Q, self.W_K.mT), doc="`W_Q W_K^T` of every head.")
-    attn_type = property(lambda self: "local" if isinstance(self.reach, int) else "global", doc="How far it sees.")
-    attn_scale = property(lambda self: 1 / self.score_scale, doc="What scores are divided by.")
-    IGNORE = property(lambda self: torch.tensor(-torch.inf, device=self.W_O.device), doc="The score of no key.")
-
-    rotary_cos = _derived(lambda self: self._wave(0), "`[n_ctx rotary_dim]`; None without rotary.")
-    rotary_sin = _derived(lambda self: self._wave(1), "`[n_ctx rotary_dim]`; None without rotary.")
-    mask = _derived(lambda self: self._mask(), "Which keys each query sees, of the longest sequence.")
-    create_alibi_multipliers = staticmethod(alibi_slopes)
-    create_alibi_slope, create_alibi_bias = staticmethod(create_alibi_slope), staticmethod(create_alibi_bias)
-
-    def _wave(self, which: int) -> Tensor | None:
-        rotary, like = self.rotary, self.W_O
-        return None if rotary is None else rotary.waves(self.cfg.n_ctx, like.device, like.dtype)[which]
-
-    def _mask(self) -> Tensor:
-        seen = torch.ones(self.cfg.n_ctx, self.cfg.n_ctx, dtype=torch.bool, device=self.W_O.device).tril()
-        return seen.triu(1 - self.reach) if isinstance(self.reach, int) else seen
-
-
-class Attention(AbstractAttention):
-    """Attention with keys and values for each head."""
-
-
-def _per_head(name: str) -> Any:
-    """A weight of keys or values with a row for each query head."""
-
-    def read(attn: Any) -> Tensor:
-        weight: Tensor = attn.read_weight(name)
-        return weight.repeat_interleave(attn.cfg.n_heads // len(weight), dim=0)
-
-    return property(read, doc=f"`{name}` of each query head; `_{name}` is what key-value heads have.")
-
-
-class GroupedQueryAttention(AbstractAttention):
-    """Attention whose query heads share keys and values."""
-
-    def __init__(self, cfg: Config, attn_type: str = "global", layer_id: int | None = None) -> None:
-        assert HookedTransformerConfig.unwrap(cfg).n_key_value_heads is not None, "n_key_value_heads must be given"
-        super().__init__(cfg, attn_type, layer_id)
-
-    W_K, W_V, b_K, b_V = map(_per_head, ("W_K", "W_V", "b_K", "b_V"))
-
-    def read_weight(self, name: str) -> Any:
-        """A weight; those of keys and values of key-value heads."""
-        if name in ("b_K", "b_V"):
-            return bias_or_zeros(name).fget(self)
-        is_shared = name in ("W_K", "W_V")
-        return self.declared[name].__get__(self, type(self)) if is_shared else super().read_weight(name)
 
 
 class Embed(Component, embed.Embed):
@@ -339,18 +229,18 @@ class TransformerBlock(Component, block.Block):
         block.Block.__init__(self, network_of(cfg).block(block_index))
         self.start(cfg)
 
+    def _count_copies(self) -> tuple[int, int, int]:
+        return (self.cfg.n_heads,) * 3 if getattr(self.attn, "is_ungrouped", False) else super()._count_copies()
+
     def forward(self, resid_pre: Tensor, *rest: Any, **words: Any) -> Tensor:  # type: ignore[override]
         """The stream leaving the block; a plan behind the stream makes it a call of HookLens's."""
         is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
         return super().forward(resid_pre, *rest, **words) if is_planned else self._run_as_2x(resid_pre, *rest, **words)
 
     def _run_as_2x(
-        self,
-        resid_pre: Tensor,
-        shortformer_pos_embed: Tensor | None = None,
-        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        self, resid_pre: Tensor, shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: HookedKeyValueCacheEntry | None = None, attention_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         plan, call = plan_alone(resid_pre, self.cfg, past_kv_cache_entry, attention_mask)
         if shortformer_pos_embed is not None and self.attn._pos_embed is None:
             # What is added stands in the plan: nothing is looked up.
@@ -363,14 +253,9 @@ class TransformerBlock(Component, block.Block):
 
 # The classes of HookLens's parts in 2.x, or what chooses one.
 CLASSES: dict[type, Any] = {
-    hooks.HookPoint: HookPoint,
-    embed.Embed: Embed,
-    embed.PosEmbed: PosEmbed,
-    embed.HeadPosEmbed: HeadPosEmbed,
-    embed.Unembed: Unembed,
-    embed.TiedUnembed: TiedUnembed,
-    block.Block: TransformerBlock,
-}
+    hooks.HookPoint: HookPoint, embed.Embed: Embed, embed.PosEmbed: PosEmbed, embed.HeadPosEmbed: HeadPosEmbed,
+    embed.Unembed: Unembed, embed.TiedUnembed: TiedUnembed, block.Block: TransformerBlock,
+}  # fmt: skip
 _NORMS = {"layer": (LayerNorm, LayerNormPre), "rms": (RMSNorm, RMSNormPre)}
 
 
@@ -387,7 +272,7 @@ def adopt(root: Part, words: HookedTransformerConfig) -> None:
             # 2.x shows what a LayerNorm gives, and of other norms what they divide.
             part.shows_output = type(part) is LayerNorm
         elif type(part) is attention.Attention:
-            part.__class__ = Attention if part.cfg.n_kv_heads == part.cfg.n_heads else GroupedQueryAttention
+            part.__class__ = CLASSES[attention.Attention][part.cfg.n_kv_heads != part.cfg.n_heads]
         elif type(part) is mlp.MLP:
             part.__class__ = CLASSES[mlp.MLP][part.gated]
         else:

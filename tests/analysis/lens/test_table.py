@@ -89,15 +89,15 @@ def test_one_distribution_at_a_time(monkeypatch):
     _, cache = model.run_with_cache(random_tokens(1, 4))
     made, alive = [], []
 
-    read = StreamReader.read
+    unembed = StreamReader.unembed
 
     def predict(*args):
-        logprobs = read(*args)
-        made.append(weakref.ref(logprobs))
+        logits = unembed(*args)
+        made.append(weakref.ref(logits))
         alive.append(sum(reference() is not None for reference in made))
-        return logprobs
+        return logits
 
-    monkeypatch.setattr(StreamReader, "read", predict)
+    monkeypatch.setattr(StreamReader, "unembed", predict)
     logit_lens(model, cache, pos_slice=None)
     assert len(made) == 8
     # The final one, the one in the loop, and the one that takes its place.

@@ -1,0 +1,147 @@
+"""What `attribution` gives: estimated values of a sweep's cells, which can be checked against exact ones."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.errors import HookLensError
+from hooklens.patching.estimates.check import TRUSTED, EstimateCheck, EstimateWarning, choose_cells, make_check
+from hooklens.patching.results.file import TEXT, ResultFile
+from hooklens.patching.results.result import RESULT_FILE, SweepResult, read_fields
+
+
+@runtime_checkable
+class RunExactly(Protocol):
+    """An experiment that can run cells exactly."""
+
+    def __call__(self, chosen: Sequence[int], *, progress: bool) -> Float[Tensor, " run"]:
+        """The exact effects of some cells, by their number, averaged over pairs."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class AttributionResult(SweepResult):
+    """Estimated values of a metric on a grid of patches.
+
+    Attributes:
+        method: where gradients were taken: `"atp"` or `"ig"`.
+        rules: the named set of gradient rules, or the rules themselves.
+        checked: what the last `check` has found; None before the first.
+        run_exactly: runs cells exactly, on the model and the prompts, which it holds; None in what a file held.
+    """
+
+    method: str
+    rules: str
+    checked: EstimateCheck | None = field(default=None, init=False, compare=False)
+    run_exactly: RunExactly | None = field(default=None, compare=False)
+
+    @property
+    def effects(self) -> Float[Tensor, "*axes"]:
+        """What each patch changes the metric by, averaged over pairs."""
+        return self.values - self.base_per_pair.mean()
+
+    def check(self, k: int | None = 20, *, sample: int = 20, seed: int = 0, progress: bool = True) -> EstimateCheck:
+        """Run some cells exactly, and see how far the estimate can be trusted.
+
+        The result is kept: the display of this value, its plots' titles and `checked` tell it.
+
+        Args:
+            k: how many of the cells with the largest estimated effects to run; None: all cells there are.
+            sample: how many of the others, drawn at random.
+            seed: of the draw.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: no numbers of cells.
+            HookLensError: this was read from a file, which holds no model.
+            SweepInterruptedError: it was stopped on the way.
+
+        Warns:
+            EstimateWarning: the estimate's correlation with the exact effects is below 0.9.
+        """
+        if self.run_exactly is None:
+            raise HookLensError(
+                "this estimate was read from a file, which holds neither model nor prompts, so nothing can be run; "
+                "estimate anew with patching.attribution, or run the cells with patching.sweep"
+            )
+        estimated = self.effects.flatten()
+        chosen = choose_cells(estimated, k, sample, seed, what="check")
+        exact = self.run_exactly([*chosen[0], *chosen[1]], progress=progress)
+        found = make_check(chosen, self.cells, estimated, exact, method=self._how)
+        # What is known of a value is no part of it: the estimate stays the same.
+        object.__setattr__(self, "checked", found)
+        warn_if_poor(found)
+        return found
+
+    @property
+    def _how(self) -> str:
+        return f"{self.method}, rules {self.rules}"
+
+    def _heading(self) -> str:
+        heading = f"{super()._heading()} (estimated: {self._how})"
+        return heading if self.checked is None else f"{heading}<br>{self.checked.summary}"
+
+    @property
+    def _checked_line(self) -> str:
+        return (
+            "not checked: .check(k) runs the strongest cells exactly" if self.checked is None else self.checked.summary
+        )
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(f"{len(labels)} {name}" for name, labels in self.axes.items())
+        strongest = self.top(min(5, len(self.cells))).to_string(index=False).splitlines()
+        return "\n".join(
+            [
+                f"AttributionResult: {self.metric}, {self.direction}, estimated by {self._how}",
+                f"  {sizes or 'one cell'}, {self.per_pair.shape[-1]} pairs; clean {self.clean:.4g}, corrupted "
+                f"{self.corrupted:.4g}",
+                f"  {self._checked_line}",
+                *(f"  {line}" for line in strongest),
+            ]
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the estimate to a safetensors file, whole or not at all; without what a check has found.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        tensors, described = self._parts()
+        _FILE.write(path, tensors, {**described, "method": self.method, "rules": self.rules})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttributionResult":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or no estimate.
+        """
+        return cls(**read_fields(_FILE, path))
+
+
+def warn_if_poor(check: EstimateCheck) -> None:
+    """Warn of an estimate that does not go with what patches do.
+
+    Warns:
+        EstimateWarning: the correlation is below 0.9, or there is none.
+    """
+    has_effects = bool((check.exact != 0).any() or (check.estimated != 0).any())
+    if has_effects and not check.pearson >= TRUSTED:
+        warnings.warn(
+            f"the estimate ({check.method}) has a correlation of {check.pearson:.2f} with exact patches, below "
+            f"{TRUSTED}: {check.summary}. Try other rules (rules=...), method='ig', or patching.sweep",
+            EstimateWarning,
+            stacklevel=3,
+        )
+
+
+_FILE = ResultFile(
+    format="hooklens.patching.attribution-1",
+    contents="an attribution",
+    writer="AttributionResult.save",
+    keys={**RESULT_FILE.keys, "method": TEXT, "rules": TEXT},
+)

@@ -1,0 +1,127 @@
+"""How well a known circuit holds: of its answers, of its variables, and of the edges outside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hooklens.arguments import read_flag, read_int, read_seed, reads, require
+from hooklens.optional import import_package
+from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.graph.nodes import Edge
+from hooklens.patching.known.circuit import KnownCircuit
+from hooklens.patching.known.exchange import Exchange
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class KnownCheck:
+    """What was found about a known circuit, all as shares of pairs.
+
+    Attributes:
+        name: of the known circuit.
+        n_pairs: pairs of prompts.
+        accuracy: clean and corrupted prompts that the model answers as the algorithm does.
+        interchange: for each variable, clean prompts that the model answers as the algorithm does with the variable's
+            value taken from the corrupted prompt (interchange intervention accuracy, Geiger et al. 2022).
+        strictness: clean prompts whose answer stays when all edges outside the circuit carry what they carry on the
+            corrupted prompt.
+        changed: for each edge of the network, clean prompts whose answer becomes another when it alone does: of the
+            circuit's edges it should be most, of the others none.
+        circuit: the circuit.
+    """
+
+    name: str
+    n_pairs: int
+    accuracy: float
+    interchange: Mapping[str, float]
+    strictness: float
+    changed: Mapping[Edge, float]
+    circuit: Circuit
+
+    @property
+    def least_inside(self) -> float:
+        """The smallest share of answers that an edge of the circuit changes; 1 for a circuit without edges."""
+        return min((share for edge, share in self.changed.items() if edge in self.circuit), default=1.0)
+
+    @property
+    def most_outside(self) -> float:
+        """The largest share of answers that an edge outside the circuit changes; 0 where there is none."""
+        return max((share for edge, share in self.changed.items() if edge not in self.circuit), default=0.0)
+
+    def __repr__(self) -> str:
+        variables = ", ".join(f"{name} {share:.3f}" for name, share in list(self.interchange.items())[:8])
+        return (
+            f"KnownCheck({self.name!r} on {self.n_pairs} pairs: accuracy {self.accuracy:.3f}\n"
+            f"  interchange accuracy: {variables}\n"
+            f"  answers that stay with all {len(self.changed) - len(self.circuit)} other edges exchanged: "
+            f"{self.strictness:.3f}\n"
+            f"  answers that an edge changes: at least {self.least_inside:.3f} in the circuit, at most "
+            f"{self.most_outside:.3f} outside)"
+        )
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per edge: writer, reader, whether the circuit has it, the share of answers that it changes."""
+        rows = [(*edge, edge in self.circuit, share) for edge, share in self.changed.items()]
+        columns = ["writer", "reader", "in_circuit", "changed"]
+        table: pandas.DataFrame = import_package("pandas").DataFrame(rows, columns=columns)
+        return table
+
+
+@reads(
+    known=partial(require, kind=KnownCircuit, expected="a KnownCircuit"),
+    n=partial(read_int, least=1),
+    seed=read_seed,
+    progress=read_flag,
+)
+@torch.no_grad()
+def check(known: KnownCircuit, *, n: int = 256, seed: int = 1, progress: bool = False) -> KnownCheck:
+    """Measure how well a known circuit holds, by a forward for each variable and each edge.
+
+    Args:
+        known: the circuit.
+        n: pairs of prompts, as `known.pairs` draws them.
+        seed: draws them.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no known circuit, or no number of pairs; or heads of the model do not add to the stream one by one.
+    """
+    model, cfg = known.model, known.model.cfg
+    tokens, others = known.prompts(n, seed=seed)
+    exchange = Exchange(model, known.variables)
+    source, plain = exchange.take(others), exchange.take(tokens)
+    answers = plain.logits.argmax(-1)
+    right = [_share(answers == known.answer(tokens)), _share(source.logits.argmax(-1) == known.answer(others))]
+    everywhere = torch.ones(n, dtype=torch.bool, device=model.device)
+    interchange = {}
+    for name, variable in known.variables.items():
+        found = exchange.run(tokens, source, exchanged={name: everywhere}).argmax(-1)
+        interchange[name] = _share(found == known.answer(tokens, {name: variable.value(others)}))
+
+    def run(circuit: Circuit) -> Tensor:
+        edges = circuit.to_mask(cfg).to(model.device).expand(n, -1, -1)
+        return exchange.run(tokens, source, edges).argmax(-1)
+
+    full = Circuit.full(cfg)
+    bar = import_package("tqdm").tqdm(full, desc="edges", disable=not progress)
+    changed = {edge: _share(run(Circuit([edge])) != answers) for edge in bar}
+    return KnownCheck(
+        name=known.name,
+        n_pairs=n,
+        accuracy=sum(right) / 2,
+        interchange=MappingProxyType(interchange),
+        strictness=_share(run(full - known.circuit) == answers),
+        changed=MappingProxyType(changed),
+        circuit=known.circuit,
+    )
+
+
+def _share(is_so: Tensor) -> float:
+    return float(is_so.double().mean())
