@@ -44,27 +44,27 @@ class TableInMaking:
         self.unpatched: Tensor | None = None
         self.bases: CellBases = {}
         self.n_done = 0
+        self._waiting: tuple[int, dict[int, dict[str, Basis]]] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a basis to keep."""
+        return self.n_done > 0 or (self._waiting is not None and bool(self._waiting[1]))
 
     def run_layer(self, layer: int, tell: Callable[[int], Any]) -> None:
         """Fit bases at all positions of a layer, and measure them in one sweep."""
-        at = self.plan.layers.index(layer)
         found: dict[int, dict[str, Basis]] = {}
+        self._waiting = layer, found
         for place, position in enumerate(self.plan.positions):
-            found[position], accuracy = self._fit(layer, position)
-            self.training[at, place] = accuracy
+            bases, accuracy = self._fit(layer, position)
+            self.training[self.plan.layers.index(layer), place] = accuracy
+            found[position] = bases
             tell(1)
-        name = self.plan.names[layer]
-        margins, unpatched = measure_cells(
-            self.model, self.test, name, found, whole=self.plan.method == "full", batch_size=self.plan.batch_size
-        )
-        self.margins = self.margins.to(margins.dtype)
-        self.margins[at] = margins
-        self.unpatched = unpatched
-        self.bases |= {(layer, position): bases for position, bases in found.items() if bases}
-        self.n_done += len(self.plan.positions)
+        self._measure()
 
     def table(self) -> AlignmentTable:
-        """What there is so far."""
+        """What there is so far; bases of a layer that was not finished are measured now."""
+        self._measure()
         empty = self.margins.new_full((len(self.test),), torch.nan)
         return AlignmentTable(
             method="given" if self.plan.method is None else self.plan.method,
@@ -77,6 +77,23 @@ class TableInMaking:
             training_accuracy=self.training,
             bases=self.bases,
         )
+
+    def _measure(self) -> None:
+        """Measure the bases that wait for it; what fails here is not tried again."""
+        if self._waiting is None:
+            return
+        (layer, found), self._waiting = self._waiting, None
+        if not found:
+            return
+        whole = self.plan.method == "full"
+        name, at = self.plan.names[layer], self.plan.layers.index(layer)
+        margins, self.unpatched = measure_cells(
+            self.model, self.test, name, found, whole=whole, batch_size=self.plan.batch_size
+        )
+        self.margins = self.margins.to(margins.dtype)
+        self.margins[at, [self.plan.positions.index(position) for position in found]] = margins
+        self.bases |= {(layer, position): bases for position, bases in found.items() if bases}
+        self.n_done += len(found)
 
     def _fit(self, layer: int, position: int) -> tuple[dict[str, Basis], float]:
         """The bases of a cell, and the accuracy on the rows they were trained on (NaN where nothing was trained)."""

@@ -87,14 +87,7 @@ def read_plan(
             "[batch pos d]; train_das takes single heads, Site(name, pos, head)"
         )
     given, known = _read_method(method, names, len(data.variables), data)
-    if known in ("das", "random") or n_dims is not None:
-        dims: dict[str, int] | None = read_dims(n_dims, data.variables, boundless=False, what="search")
-        if known in ("boundless", "full") or known is None:
-            raise AlignmentError(
-                f"search: n_dims={show(n_dims)} goes with no method={show(method)}, which says it itself"
-            )
-    else:
-        dims = read_dims(None, data.variables, boundless=True, what="search") if known == "boundless" else None
+    dims = _read_plan_dims(n_dims, method, known, data)
     trained = require(
         DasOptions() if options is None else options,
         kind=DasOptions, what="search: options", expected="alignment.DasOptions", error=AlignmentError,
@@ -105,6 +98,23 @@ def read_plan(
         site=word, names=names, layers=tuple(chosen), positions=tuple(places), method=known, given=given, dims=dims,
         options=trained, batch_size=batch_size, seed=seed,
     )  # fmt: skip
+
+
+def _read_plan_dims(
+    n_dims: object, method: object, known: Method | None, data: Counterfactuals
+) -> dict[str, int] | None:
+    """Dimensions by variable; None: as many as a basis has.
+
+    Raises:
+        AlignmentError: a method that needs them and has none, or the other way round.
+    """
+    if known in ("das", "random") or n_dims is not None:
+        if known in ("boundless", "full") or known is None:
+            raise AlignmentError(
+                f"search: n_dims={show(n_dims)} goes with no method={show(method)}, which says it itself"
+            )
+        return read_dims(n_dims, data.variables, boundless=False, what="search")
+    return read_dims(None, data.variables, boundless=True, what="search") if known == "boundless" else None
 
 
 def _read_method(

@@ -109,7 +109,7 @@ def search(
         with import_package("tqdm").tqdm(total=n_cells, desc="searching", disable=not progress) as bar:
             run.run(bar.update)
 
-    return finish_or_keep(work, run.table, has_begun=lambda: run.n_done > 0, stopped=stopped)
+    return finish_or_keep(work, run.table, has_begun=lambda: run.has_begun, stopped=stopped)
 
 
 class _Search:
@@ -141,6 +141,11 @@ class _Search:
     @property
     def n_done(self) -> int:
         return sum(part.n_done for part in self.parts.values())
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to keep."""
+        return any(part.has_begun for part in self.parts.values())
 
     def run(self, tell: Callable[[int], Any]) -> None:
         """All parts, layer by layer."""

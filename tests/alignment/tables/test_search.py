@@ -29,6 +29,8 @@ def test_das_finds_the_variable_and_controls_do_not():
     # Nine answers: chance is 0.11, and of 50 rows 0.35 is five standard deviations above it.
     for name in ("random_model", "arbitrary_labels", "placebo"):
         assert float(table.controls[name].accuracy.max()) < 0.35, name
+    # Two directions cannot learn by heart what 150 rows say without a rule.
+    assert float(table.controls["arbitrary_labels"].training_accuracy.max()) < 0.5
     full = table.controls["full"].accuracy
     assert float(full[0, 0]) == 1.0
     # At the last position of layer 1 the other token goes along.
@@ -108,6 +110,25 @@ def test_an_interrupt_gives_the_layers_that_were_measured(monkeypatch):
     assert table.accuracy[0].tolist() == [1.0, 0.0]
     assert bool(table.accuracy[1].isnan().all())
     assert table.best() == (0, 0)
+
+
+def test_an_interrupt_within_a_layer_gives_its_cells_that_were_fitted(monkeypatch):
+    fit = cells.TableInMaking._fit
+
+    def interrupted(self, layer, position):
+        if (layer, position) == (0, 1):
+            raise KeyboardInterrupt
+        return fit(self, layer, position)
+
+    monkeypatch.setattr(cells.TableInMaking, "_fit", interrupted)
+    with pytest.raises(AlignmentInterruptedError, match="search stopped after 1 of 4 cells") as got:
+        find(method="mean_differences")
+    accuracy = got.value.result.accuracy
+    assert float(accuracy[0, 0]) == 1.0
+    assert int(accuracy.isnan().sum()) == 3
+    # Before there is anything to keep an interrupt is one.
+    with pytest.raises(KeyboardInterrupt):
+        find(method="mean_differences", positions=[1, 0])
 
 
 @pytest.mark.parametrize(
