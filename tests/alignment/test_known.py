@@ -1,5 +1,7 @@
 """Alignment search on a model whose circuit is known: it finds each variable where it is, and controls do not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,9 +30,27 @@ def test_labels_are_what_the_algorithm_answers():
 
 
 def test_rows_without_an_answer_are_left_out():
-    data = Counterfactuals.of_known(INDUCTION, 100, variables=["query", "previous", "token"])
-    taken = {name: data.source_values[name] for name in data.variables}
-    assert torch.equal(INDUCTION.answer(data.base, taken), data.labels)
+    """Of two variables at once, this algorithm answers only prompts whose first listed token is even."""
+
+    def answer(tokens, values):
+        found = INDUCTION.algorithm(tokens, values)
+        return found.masked_fill(tokens[:, 1] % 2 == 1, -1) if len(values) == 2 else found
+
+    picky = replace(INDUCTION, algorithm=answer)
+    clean, corrupted = picky.prompts(100)
+    kept = clean[:, 1] % 2 == 0
+    assert 0 < int(kept.sum()) < 100
+    data = Counterfactuals.of_known(picky, 100, variables=["query", "previous"])
+    assert torch.equal(data.base, clean[kept])
+    assert torch.equal(data.sources["previous"], corrupted[kept])
+    assert torch.equal(data.source_values["query"], corrupted[kept][:, -1])
+    with pytest.raises(AlignmentError, match="has no answer to any of 3 rows"):
+        Counterfactuals.of_known(replace(picky, algorithm=_never_two), 3, variables=["query", "previous"])
+
+
+def _never_two(tokens, values):
+    found = INDUCTION.algorithm(tokens, values)
+    return torch.full_like(found, -1) if len(values) == 2 else found
 
 
 def test_das_finds_the_query_and_controls_do_not():

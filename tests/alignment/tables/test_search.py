@@ -31,6 +31,8 @@ def test_das_finds_the_variable_and_controls_do_not():
         assert float(table.controls[name].accuracy.max()) < 0.35, name
     # Two directions cannot learn by heart what 150 rows say without a rule.
     assert float(table.controls["arbitrary_labels"].training_accuracy.max()) < 0.5
+    # The held-out rows are measured against each other's labels, too.
+    assert not torch.equal(table.controls["arbitrary_labels"].unpatched_margins, table.unpatched_margins)
     full = table.controls["full"].accuracy
     assert float(full[0, 0]) == 1.0
     # At the last position of layer 1 the other token goes along.
