@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runs",),
         ("sweeps", "paths"),
         ("circuits",),
-        ("estimates",),
+        ("estimates", "learned", "baked"),
         ("known",),
     ),
 }

@@ -14,6 +14,7 @@ from copyreg import __newobj__  # type: ignore[attr-defined]
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hooklens.errors import HookLensError, HookOutputError
@@ -55,7 +56,13 @@ class Placed(nn.Module):
             before = self.__dict__.get(_PLACED)
             if before is None or name.startswith("_"):
                 raise
-            return getattr(before, name)
+            found = getattr(before, name)
+            if isinstance(found, Tensor):
+                raise AttributeError(
+                    f"{_own_class(type(self)).__name__} has no {name!r}; the weights of the {type(before).__name__} "
+                    "that stood in its place are not the network's any more"
+                ) from None
+            return found
 
     def listens(self, call: Call) -> bool:
         """The module has to be run."""
@@ -118,6 +125,29 @@ def place(module: nn.Module, before: nn.Module) -> None:
         module.__class__ = _placed_class(own)
     # Past nn.Module, which would make it a child.
     module.__dict__[_PLACED] = before
+
+
+def outline(module: nn.Module) -> nn.Module:
+    """What stood in a place, without its weights: the network asks it what it was, and computes with it no more.
+
+    A hook point is given as it is.
+    """
+    if isinstance(module, HookPoint):
+        return module
+    bare: nn.Module = module.__class__.__new__(module.__class__)
+    held = dict(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        held[kind] = {name: None if one is None else _without_values(one) for name, one in held[kind].items()}
+    held["_modules"] = {name: None if one is None else outline(one) for name, one in held["_modules"].items()}
+    # Parts that are also kept beside the children, to be found sooner.
+    held |= {name: one for name, one in held["_modules"].items() if name in held}
+    bare.__dict__.update(held)
+    return bare
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def check_placed(name: str, module: nn.Module, before: nn.Module) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hooklens.hooks.changes import count_changes, note_change
-from hooklens.hooks.foreign import Placed, check_placed, place
+from hooklens.hooks.foreign import Placed, check_placed, outline, place
 from hooklens.hooks.names import NamesFilter, select_names
 from hooklens.hooks.point import HookPoint
 from hooklens.hooks.splice import spliced_points
@@ -40,7 +40,8 @@ class HookPointTree(nn.Module):
                 site = declared.site if module.site is None else module.site
                 module.__dict__.update(site=site, shared=declared.shared, name=declared.name)
         elif self._is_placed(module, declared):
-            self.__dict__.setdefault("_displaced_by_name", {})[name] = declared
+            # Its weights are not held: who put a module there has them, or needs them no more.
+            declared = self.__dict__.setdefault("_displaced_by_name", {}).setdefault(name, outline(declared))
             place(module, declared)
 
     def _displaced(self, name: str, before: nn.Module) -> nn.Module:

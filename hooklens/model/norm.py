@@ -160,17 +160,29 @@ class Norm(Part):
             whole = out if divided is None else self._weigh_divided(divided, x)
             whole = self.apply_weights(x) if whole is None else whole
             return self.hook_normalized(whole, call)
-        if out is not None and not changed and self.norm.kind == "layer":
-            normalized = torch.native_layer_norm(x, self.size, None, None, self.norm.eps)[0]
-        else:
-            wide = widen(x)
-            normalized = ((wide if mean is None else wide - mean) / scale).to(x.dtype)
+        by_kernel = out is not None and not changed and self.norm.kind == "layer"
+        normalized, normalized_changed = self._divide(x, mean, scale, by_kernel=by_kernel), False
         if watches_normalized:
             normalized, normalized_changed = self.hook_normalized.watch(normalized, call)
-            changed = changed or normalized_changed
-        if not changed:
+        if not (changed or normalized_changed):
             return self.apply_weights(x) if out is None else out
-        return self._weigh_divided(normalized, x)
+        weighed = self._weigh_divided(normalized, x)
+        if changed:
+            return weighed
+        with torch.no_grad():
+            # Divided anew: a listener may have changed the first one in place.
+            is_same = (normalized == self._divide(x, mean, scale, by_kernel=by_kernel)).all(-1, keepdim=True)
+            plain = self.apply_weights(x)
+        # Vectors that listeners left as they were keep every bit, and gradients go through what they gave.
+        kept = plain + (weighed - weighed.detach()) if weighed.requires_grad else plain
+        return torch.where(is_same, kept, weighed)
+
+    def _divide(self, x: Tensor, mean: Tensor | None, scale: Tensor, *, by_kernel: bool) -> Tensor:
+        """What weight and bias are put on."""
+        if by_kernel:
+            return torch.native_layer_norm(x, self.size, None, None, self.norm.eps)[0]
+        wide = widen(x)
+        return ((wide if mean is None else wide - mean) / scale).to(x.dtype)
 
     def _weigh_divided(self, normalized: Tensor, x: Tensor) -> Tensor:
         """Weight and bias on what was divided, in the dtype of the input."""

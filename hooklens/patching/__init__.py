@@ -1,6 +1,7 @@
 """Activation patching: sweeps over sites, planned and batched, with values exact."""
 
 from hooklens.patching import known
+from hooklens.patching.baked.bake import bake_ablation, bake_circuit
 from hooklens.patching.circuits.acdc import discover_circuit
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
@@ -24,6 +25,10 @@ from hooklens.patching.estimates.rules import (
     SoftenSoftmax,
 )
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.learned.constants import OptimalAblation
+from hooklens.patching.learned.learn import learn_circuit
+from hooklens.patching.learned.optimal import fit_optimal_ablation
+from hooklens.patching.learned.result import LearnedCircuit
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_answers import Accuracy, LogitDiff, LogProb, Probability
@@ -94,12 +99,14 @@ __all__ = [
     "HalveProducts",
     "HoldNormScale",
     "HoldPattern",
+    "LearnedCircuit",
     "LinearizeActivations",
     "LogProb",
     "LogitDiff",
     "Loss",
     "Metric",
     "MetricError",
+    "OptimalAblation",
     "Pair",
     "Probability",
     "SiteError",
@@ -109,11 +116,14 @@ __all__ = [
     "SweepResult",
     "SweepStats",
     "attribution",
+    "bake_ablation",
+    "bake_circuit",
     "discover_circuit",
     "draw_activations",
     "edge_attribution",
     "evaluate_circuits",
     "faithfulness_curve",
+    "fit_optimal_ablation",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
@@ -141,6 +151,7 @@ __all__ = [
     "layer_head_vector_patch_setter",
     "layer_pos_head_vector_patch_setter",
     "layer_pos_patch_setter",
+    "learn_circuit",
     "make_df_from_ranges",
     "mean_activations",
     "path_patch",

@@ -76,10 +76,10 @@ def stage_groups(probe: Probe, *, gradients: bool = True) -> dict[str, list[Stag
         "hook points": [(name, partial(at, name)) for name in probe.names],
         "gradients": [("gradients", lambda: check_gradients(wide()))] if gradients else [],
     }
-    return {group: [_report_errors(stage) for stage in stages] for group, stages in groups.items()}
+    return {group: [report_errors(stage) for stage in stages] for group, stages in groups.items()}
 
 
-def _report_errors(stage: Stage) -> Stage:
+def report_errors(stage: Stage) -> Stage:
     """The stage, with an error that ends it as its last result."""
     name, run = stage
 

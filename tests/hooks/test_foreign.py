@@ -1,8 +1,10 @@
 """Modules of others in the place of hook points and parts of a network."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -265,3 +267,39 @@ def test_what_cannot_stand_in_a_place_is_refused() -> None:
     with pytest.raises(HookLensError, match="already stands in the place of a HookPoint"):
         model.blocks[1].mlp = both
     assert model(IDS).isfinite().all()
+
+
+class Double(nn.Module):
+    """Takes the place of a part, and has nothing of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("part", ["blocks.1.mlp", "blocks.0.ln1", "ln_final"])
+def test_weights_of_what_was_there_are_let_go(name: str, part: str) -> None:
+    """They stayed in memory and in pickles as long as the model did."""
+    model = fresh(name)
+    size = len(pickle.dumps(model))
+    held = [weakref.ref(one) for one in model.get_submodule(part).parameters()]
+    n_bytes = sum(one.nbytes for one in model.get_submodule(part).parameters())
+    assert held
+    put(model, part, Double())
+    gc.collect()
+    assert not [one for one in held if one() is not None]
+    assert len(pickle.dumps(model)) < size - n_bytes + 60_000
+    expected = model(IDS)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(IDS), expected)
+        put(again, part, copy.deepcopy(_load(name).get_submodule(part)))
+        assert torch.equal(again(IDS), _load(name)(IDS))
+
+
+def test_weights_that_are_gone_are_not_read() -> None:
+    """Those of the part that had stood there were given as the new one's."""
+    model = fresh("tiny-gpt-neox")
+    model.blocks[1].mlp = Double()
+    with pytest.raises(AttributeError, match=r"Double has no 'W_in'; the weights of the MLP that stood in its place"):
+        _ = model.blocks[1].mlp.W_in
+    assert model.blocks[1].mlp.cfg == model.cfg, "what it was is still told"

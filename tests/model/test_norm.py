@@ -149,3 +149,43 @@ def test_a_watched_norm_refuses_other_widths(watched):
     hooks = [("hook_scale", lambda scale, hook: None)] if watched else []
     with torch.no_grad(), pytest.raises(RuntimeError, match="normalized_shape"):
         norm.run_with_hooks(x, fwd_hooks=hooks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_vectors_that_a_listener_leaves_keep_every_bit(norm, dtype, mode):
+    """An equal copy made the whole output anew, by other sums; so did a gradient that was asked for."""
+    norm.to(dtype)
+    x = torch.randn(2, 3, 6).to(dtype).requires_grad_()
+
+    def change_one(tensor, hook):
+        tensor = tensor.clone()
+        tensor[1, 2] += 1
+        return tensor
+
+    with mode():
+        out = norm(x)
+        assert torch.equal(norm.run_with_hooks(x, fwd_hooks=[("hook_normalized", lambda one, hook: one.clone())]), out)
+        edited = norm.run_with_hooks(x, fwd_hooks=[("hook_normalized", change_one)])
+    assert torch.equal(edited[0], out[0])
+    assert torch.equal(edited[1, :2], out[1, :2])
+    assert not torch.allclose(edited[1, 2], out[1, 2], atol=1e-3)
+
+
+def test_gradients_through_an_equal_copy_are_those_of_the_norm(norm):
+    found = []
+    for hooks in ([], [("hook_normalized", lambda one, hook: one * 1.0)]):
+        x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = norm.run_with_hooks(x, fwd_hooks=hooks)
+        found.append(torch.autograd.grad((out * torch.arange(6)).pow(2).sum(), [x, *norm.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_copy_of_what_was_changed_in_place_is_a_change(norm):
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    _, _, normalized = by_formula(norm, x)
+    gain = norm.w + 1 if norm.norm.unit_offset else norm.w
+    expected = normalized * 2 * gain + (0 if norm.b is None else norm.b)
+    out = norm.run_with_hooks(x, fwd_hooks=[("hook_normalized", lambda one, hook: one.mul_(2).clone())])
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

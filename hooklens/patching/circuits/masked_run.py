@@ -22,7 +22,7 @@ product of them with the mask `[circuit reader writer]`. Nothing of the size `[r
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
@@ -60,7 +60,12 @@ class MaskedRun:
         self.slot = {writer: slot for slot, writer in enumerate(self.nodes)}
         self.token_layers = 0.0
         self._given = masks
-        self._masks = masks.to(model.device, ground.changes.dtype)
+        self._begin(masks.to(model.device, ground.changes.dtype))
+
+    def _begin(self, masks: Float[Tensor, "circuit reader writer"]) -> None:
+        """Take up the circuits as factors of their edges' changes; `nodes` are those that run."""
+        ground = self.ground
+        self._masks = masks
         self._shared = self._masks.clone()
         self._shared[:, :, self.nodes] = 0.0
         self.own = ground.changes.new_empty(len(masks), len(self.nodes), *ground.changes.shape[1:])
@@ -149,17 +154,27 @@ class MaskedRun:
         n_writers = self.graph.n_inputs[readers[0]]
         n_own = sum(node < n_writers for node in self.nodes)
         base = self.ground.bases[stream_name(self.graph.readers[readers[0]])]
-        shared, own = self.ground.changes[:n_writers], self.own[:, :n_own]
-        if at_reads:
-            index = self.ground.reads[..., None]
-            base = base.take_along_dim(index, 1)
-            shared, own = shared.take_along_dim(index[None], 2), own.take_along_dim(index[None, None], 3)
+        shared, index = self.ground.changes[:n_writers], self.ground.reads[..., None] if at_reads else None
+        if index is not None:
+            base, shared = base.take_along_dim(index, 1), shared.take_along_dim(index[None], 2)
         masks = self._masks[:, readers]
         total = self._shared[:, readers, :n_writers].flatten(0, 1) @ shared.flatten(1)
         total = total.view(len(masks), len(readers), -1) + base.flatten()
         if n_own:
-            total = torch.baddbmm(total, masks[:, :, self.nodes[:n_own]], own.flatten(2))
+            total = self._add_own(total, masks[:, :, self.nodes[:n_own]], index)
         return total.view(len(masks), len(readers), *base.shape)
+
+    def _add_own(
+        self,
+        total: Float[Tensor, "circuit reader entry"],
+        masks: Float[Tensor, "circuit reader first_node"],
+        index: Int[Tensor, "pair read 1"] | None,
+    ) -> Float[Tensor, "circuit reader entry"]:
+        """The inputs with what the first of the nodes have written in this run."""
+        own = self.own[:, : masks.shape[-1]]
+        if index is not None:
+            own = own.take_along_dim(index[None, None], 3)
+        return torch.baddbmm(total, masks, own.flatten(2))
 
     def _make_plan(self) -> TokenPlan:
         """The tokens of the batch. Without a padded row the mask is left out."""

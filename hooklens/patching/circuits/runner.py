@@ -41,7 +41,7 @@ class CircuitRunner:
     Attributes:
         wiring: the network's nodes, and which feed which.
         graph: the nodes.
-        ablation_name: what `ablation` was: its word, or `"given"`.
+        ablation_name: what `ablation` was: its word, the name that it brings along, or `"given"`.
         forwards: runs of the network so far, the unpatched ones included.
         token_layers: how many tokens went through how many blocks.
 
@@ -65,7 +65,7 @@ class CircuitRunner:
         self.graph = self.wiring.graph
         self.forwards, self.token_layers = 0, 0.0
         self.ablation: Ablation = ablation
-        self.ablation_name = ablation if isinstance(ablation, str) else "given"
+        self.ablation_name = ablation if isinstance(ablation, str) else str(getattr(ablation, "name", "given"))
         if ablation == "mean":
             size = self._pairs_per_group()
             written, all_real = written_names(model), torch.ones_like(prompts.corrupted)

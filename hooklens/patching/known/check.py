@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hooklens.arguments import read_flag, read_int, read_seed, reads, require
+from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge
@@ -65,6 +66,30 @@ class KnownCheck:
             f"  answers that an edge changes: at least {self.least_inside:.3f} in the circuit, at most "
             f"{self.most_outside:.3f} outside)"
         )
+
+    def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
+        """A heatmap of the shares of answers that edges change, writers by readers, with a cross on the circuit's.
+
+        Args:
+            backend: the package that draws.
+            title: what stands above; None: what is shown.
+
+        Returns:
+            A plotly or matplotlib figure.
+
+        Raises:
+            MissingDependencyError: the package is not installed.
+            HookLensError: an unknown backend.
+        """
+        writers, readers = (list(dict.fromkeys(edge[side] for edge in self.changed)) for side in (0, 1))
+        shares = torch.full((1, len(writers), len(readers)), torch.nan, dtype=torch.float64)
+        marks = torch.zeros(shares.shape, dtype=torch.bool)
+        for edge, share in self.changed.items():
+            place = 0, writers.index(edge[0]), readers.index(edge[1])
+            shares[place], marks[place] = share, edge in self.circuit
+        heading = f"{self.name}: answers changed by one edge; {CROSS}: in the circuit" if title is None else title
+        rows, columns = ("writer", writers), ("reader", readers)
+        return draw_heatmaps(shares, rows, columns, [""], backend=backend, title=heading, marks=marks)
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per edge: writer, reader, whether the circuit has it, the share of answers that it changes."""

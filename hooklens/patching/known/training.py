@@ -77,8 +77,8 @@ def train(
     Raises:
         InputError: no claim, or numbers that are none; or heads of the model do not add to the stream one by one.
     """
-    model = copy.deepcopy(claim.model)
-    with torch.inference_mode(False), torch.enable_grad():  # noqa: FBT003
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        model = copy.deepcopy(claim.model)
         trained = replace(claim, model=model)
         lesson = _Lesson(trained, batch_size, torch.Generator().manual_seed(seed))
         wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

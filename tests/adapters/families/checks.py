@@ -21,6 +21,7 @@ from hooklens.adapters import open_checkpoint
 from hooklens.adapters.choice import find_family
 from hooklens.adapters.families import load_families
 from hooklens.config import HookedConfig
+from hooklens.verification.conformance.models import attention_of, write_tiny_checkpoint
 from hooklens.verification.reference import float64_by_default, routes, typical_error
 from tests.annotations import unchecked
 
@@ -40,36 +41,8 @@ def save(folder: Path, model_type: str, *, seed: int = 0, spread: float = 0.2, *
         spread: standard deviation of what is around 0.
         config: the rest of `config.json`.
     """
-    made = AutoConfig.for_model(model_type, **config)
-    model = AutoModelForCausalLM.from_config(made, attn_implementation=attention_of(made))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_norm_weight = name.endswith("weight") and parameter.mean() > 0.5
-            parameter.copy_(1 + 0.3 * noise if is_norm_weight else spread * noise)
-        for name, buffer in model.named_buffers():
-            # Corrections of routers are buffers that are saved.
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(spread * torch.randn(buffer.shape, generator=generator))
-    model.save_pretrained(folder)
+    write_tiny_checkpoint(folder, {"model_type": model_type, **config}, seed=seed, spread=spread)
     return folder
-
-
-def attention_of(config: Any) -> str:
-    """`"sdpa"`, or `"eager"` for families that transformers has no other attention for.
-
-    Nor has it one for scores with a soft cap: versions before 5.21 take `sdpa` all the same, and leave the cap out.
-    """
-    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    for attention in ("eager",) if is_capped else ("sdpa", "eager"):
-        try:
-            with torch.device("meta"):
-                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-        except (ValueError, ImportError):
-            continue
-        return attention
-    raise AssertionError(config)
 
 
 def load_reference(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -5,8 +6,9 @@ import torch
 
 from hooklens import edits, patching
 from hooklens.errors import InputError
+from hooklens.figures import CROSS
 from hooklens.patching import Circuit
-from hooklens.patching.graph.nodes import list_edges
+from hooklens.patching.graph.nodes import list_edges, list_readers, list_writers
 from hooklens.patching.known import check
 from tests.annotations import unchecked
 from tests.patching.known.tasks import make_claim
@@ -70,6 +72,18 @@ def test_table_and_text():
     assert text.startswith("KnownCheck('copy' on 16 pairs: accuracy")
     assert f"copied {found.interchange['copied']:.3f}" in text
     assert len(text.splitlines()) == 4
+
+
+def test_figure():
+    found = check(make_claim(), n=16)
+    figure = found.plot()
+    writers, readers = list_writers(make_claim().model.cfg), list_readers(make_claim().model.cfg)
+    drawn = torch.tensor(figure.data[0].z, dtype=torch.float64)
+    expected = [[found.changed.get((str(one), str(other)), math.nan) for other in readers] for one in writers]
+    assert torch.allclose(drawn, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+    assert sum(CROSS in str(text) for row in figure.data[0].text for text in row) == 2
+    assert "copy: answers changed by one edge" in figure.layout.title.text
+    assert found.plot(backend="matplotlib", title="mine").axes
 
 
 def test_without_edges_there_is_nothing_to_change():

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hooklens import edits, patching
 from hooklens.patching import Circuit, FunctionMetric
@@ -18,12 +20,16 @@ def draw_circuits(cfg, n, seed):
     return [Circuit(edge for edge, has in zip(edges, row, strict=True) if has) for row in drawn.tolist()]
 
 
-@pytest.mark.parametrize("network", ["grouped", "learned, tied", "shared norm", "attention only", "scaled"])
+NETWORKS = ("rotary", "grouped", "alibi, grouped", "learned, tied", "shared norm", "attention only", "scaled")
+
+
+@settings(max_examples=10)
+@given(network=st.sampled_from(NETWORKS), seed=st.integers(0, 99))
 @torch.no_grad()
-def test_edges_are_those_of_the_circuit_runner(network):
+def test_edges_are_those_of_the_circuit_runner(network, seed):
     """The rest of patching runs circuits piece by piece; here each row has a circuit of its own."""
     model = make_model(make_config(residual_scale=0.5) if network == "scaled" else network)
-    circuits = draw_circuits(model.cfg, 3, seed=3)
+    circuits = draw_circuits(model.cfg, 3, seed=seed)
     kept = []
 
     def keep_logits(logits):

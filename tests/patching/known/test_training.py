@@ -60,6 +60,13 @@ def test_training_leaves_the_claim_and_the_global_state_alone():
     assert all(point.own is None for point in trained.model.hook_points().values())
 
 
+def test_inside_inference_mode():
+    claim = make_claim()
+    with torch.inference_mode():
+        trained = train(claim, steps=2)
+    assert not any(parameter.is_inference() for parameter in trained.model.parameters())
+
+
 def test_the_seed_decides():
     claim = make_claim()
     one, same, other = (train(claim, steps=3, seed=seed) for seed in (0, 0, 1))

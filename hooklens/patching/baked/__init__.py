@@ -1,0 +1,1 @@
+"""Ablations written into weights, so that a circuit is a checkpoint: `bake`."""
