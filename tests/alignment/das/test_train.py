@@ -66,7 +66,7 @@ def test_boundless_training_finds_how_many_dimensions_it_takes():
     assert result.bases["first"].origin == "boundless das"
 
 
-def test_a_variable_at_two_positions_of_its_own_head_width():
+def test_a_variable_is_found_in_a_single_head():
     """At `hook_v` of the head that copies it, the variable is in three of four entries of the first position."""
     site = Site("blocks.0.attn.hook_v", [0], 0)
     assert fit(site=site, n_dims=2).accuracy == 1.0
