@@ -56,8 +56,8 @@ class Basis(TensorValue):
         off = (wide @ wide.T - torch.eye(len(rows), dtype=wide.dtype, device=wide.device)).abs()
         if not bool((off <= max(1e-5, 4 * torch.finfo(rows.dtype).eps)).all()):
             raise AlignmentError(
-                f"Basis: rows are not orthonormal (products are off by up to {float(off.max()):.1e}); Basis.of_span makes "
-                "a basis of any directions"
+                f"Basis: rows are not orthonormal (products are off by up to {float(off.max()):.1e}); Basis.of_span "
+                "makes a basis of any directions"
             )
         details = dict(
             require(
@@ -109,7 +109,7 @@ class Basis(TensorValue):
             raise AlignmentError(f"Basis.of_span: directions are {show(given)}; expected finite real numbers [n d]")
         _, S, V = torch.linalg.svd(given.detach().double(), full_matrices=False)
         threshold = max(given.shape) * torch.finfo(given.dtype).eps
-        rank = int((S > threshold * S[:1]).sum()) if len(S) and float(S[0]) > 0 else 0
+        rank = int((threshold * S[:1] < S).sum()) if len(S) and float(S[0]) > 0 else 0
         if rank < (n_dims or 1):
             raise AlignmentError(
                 f"Basis.of_span: the directions span {rank} dimensions of {name!r}; expected at least {n_dims or 1}"
@@ -223,7 +223,7 @@ class Basis(TensorValue):
         return Project(self.name, self.rows, keep=keep, pos=pos, head=head, rows=rows, when=when)
 
     def overlap(self, other: "Basis") -> float:
-        """The mean squared cosine of the principal angles between two subspaces: 1 where the smaller lies in the larger.
+        """The mean squared cosine of the principal angles between two subspaces; 1 where one lies in the other.
 
         Two random subspaces of `k` and `m >= k` dimensions among `d` have `m / d` on average.
 
@@ -288,7 +288,8 @@ def _kinds(
 def _leading(rows: Float[Tensor, "n d"], k: int) -> Float[Tensor, "_ d"]:
     """The leading principal rows: what is told apart by `k + 1` values has `k` dimensions, and the rest is rounding."""
     _, S, V = torch.linalg.svd(rows, full_matrices=False)
-    return S[:k, None] * V[:k]
+    leading: Tensor = S[:k, None] * V[:k]
+    return leading
 
 
 def _means(activations: Float[Tensor, "row d"], kind_of: Int[Tensor, " row"], n: int) -> Float[Tensor, "kind d"]:

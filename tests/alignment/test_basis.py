@@ -79,6 +79,17 @@ def test_bases_of_values_span_the_differences_between_codes(make):
     assert basis.overlap(truth) > (0.95 if make == Basis.of_mean_differences else 0.999)
 
 
+def test_means_count_as_often_as_their_value_occurs():
+    activations, values = draw(60, 8), torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
+    between = torch.zeros(8, 8).double()
+    for value in range(3):
+        away = activations[values == value].mean(0) - activations.mean(0)
+        between += int((values == value).sum()) * away[:, None] * away
+    leading = torch.linalg.eigh(between).eigenvectors[:, -1]
+    basis = Basis.of_mean_differences(NAME, activations, values, n_dims=1)
+    torch.testing.assert_close(basis.rows.T @ basis.rows, leading[:, None] * leading, rtol=1e-9, atol=1e-9)
+
+
 def test_principal_components_are_those_of_the_covariance():
     activations, _, _ = make_classes()
     basis = Basis.of_principal_components(NAME, activations, n_dims=3)

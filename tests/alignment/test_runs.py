@@ -87,14 +87,18 @@ def test_an_interchange_is_that_of_whole_runs(network, site, pos, read_at, varia
     torch.testing.assert_close(made.margins(bases), margin_of(expected, data.labels), rtol=1e-10, atol=1e-10)
 
 
-def test_only_the_blocks_from_the_site_on_run():
+def test_only_blocks_and_positions_from_the_site_on_run():
     model, data = make_model("rotary"), make_data()
     made = InterchangeRuns(model, data, Site("blocks.1.hook_resid_pre", -1))
     batch = made.batch(range(len(data)))
     ran = []
-    with model.hooks([("blocks.0.hook_resid_pre", lambda tensor, hook: ran.append(0))]):
+    watch = [
+        (f"blocks.{layer}.hook_resid_pre", lambda tensor, hook: ran.append((hook.name, tensor.shape[1])))
+        for layer in (0, 1)
+    ]
+    with model.hooks(watch):
         made.logits(batch, make_bases(["a"], 12))
-    assert not ran
+    assert ran == [("blocks.1.hook_resid_pre", 1)]
 
 
 def test_what_does_not_fit_into_memory_is_made_anew(monkeypatch):
@@ -147,7 +151,7 @@ def test_the_margin_is_above_0_where_the_label_comes_first(seed):
 
 def test_data_that_the_model_cannot_run_are_refused():
     model, data = make_model("rotary"), make_data()
-    with unchecked(), pytest.raises(AlignmentError, match="x: data is 3, expected alignment.Counterfactuals"):
+    with unchecked(), pytest.raises(AlignmentError, match=r"x: data is 3, expected alignment.Counterfactuals"):
         check_data(model, 3, what="x")
     wrong = Counterfactuals(base=data.base + D_VOCAB, sources=data.sources, labels=data.labels - D_VOCAB)
     with pytest.raises(AlignmentError, match=rf"base go from .* and there are {D_VOCAB}; labels go from -"):

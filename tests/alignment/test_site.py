@@ -36,20 +36,40 @@ def test_vectors_are_those_at_the_positions_of_the_head():
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: find_place(MODEL, "blocks.1.resid_pre", 5), HookNameError, "no hook point 'blocks.1.resid_pre'. Did you"),
+        (
+            lambda: find_place(MODEL, "blocks.1.resid_pre", 5),
+            HookNameError,
+            "no hook point 'blocks.1.resid_pre'",
+        ),
         (lambda: find_place(MODEL, Site("blocks.0.attn.hook_z"), 5), AlignmentError, "choose a head, Site"),
         (lambda: find_place(MODEL, Site("blocks.0.attn.hook_z", None, 4), 5), AlignmentError, "head: 4 out of range"),
         (lambda: find_place(MODEL, Site("blocks.0.attn.hook_k", None, 2), 5), AlignmentError, "there are 2 heads"),
         (lambda: find_place(MODEL, Site("blocks.0.hook_resid_pre", None, 0), 5), AlignmentError, "without heads"),
-        (lambda: find_place(MODEL, Site("blocks.0.hook_resid_pre", 5), 5), AlignmentError, "pos: 5 out of range; there are 5"),
-        (lambda: find_place(MODEL, Site("blocks.0.hook_resid_pre", slice(0)), 5), AlignmentError, "no position of prompts of 5"),
-        (lambda: find_place(MODEL, Site("blocks.0.attn.hook_pattern"), 5), AlignmentError, r"expected \[batch pos d\] or"),
+        (
+            lambda: find_place(MODEL, Site("blocks.0.hook_resid_pre", 5), 5),
+            AlignmentError,
+            "pos: 5 out of range",
+        ),
+        (
+            lambda: find_place(MODEL, Site("blocks.0.hook_resid_pre", slice(0)), 5),
+            AlignmentError,
+            "no position of prompts",
+        ),
+        (
+            lambda: find_place(MODEL, Site("blocks.0.attn.hook_pattern"), 5),
+            AlignmentError,
+            r"\[batch pos d\] or",
+        ),
         (lambda: find_place(MODEL, 3, 5), AlignmentError, "site is 3; expected alignment.Site"),
         (lambda: Site(3), AlignmentError, "name is 3; expected the full name"),
         (lambda: Site("x", "y"), AlignmentError, r"Site\('x'\): pos='y'"),
-        (lambda: Site("x", 0, [1, 2]), AlignmentError, r"Site\('x'\): head is \[1, 2\]; expected the number of one head"),
+        (
+            lambda: Site("x", 0, [1, 2]),
+            AlignmentError,
+            r"head is \[1, 2\]; expected the number",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(make, error, text):
     with unchecked(), pytest.raises(error, match=text):
         make()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.alignment.basis import Basis
-from hooklens.alignment.das_result import BASES, read_bases
+from hooklens.alignment.das.result import BASES, read_bases
 from hooklens.alignment.errors import AlignmentError
 from hooklens.figures import Backend, draw_heatmaps
 from hooklens.optional import import_package
@@ -38,7 +38,7 @@ class AlignmentTable(OverPairs):
         site: the kind of hook point.
         variables: those that are interchanged.
         layers, positions: what the axes count.
-        margins: `[layer pos row]`, by how much the label's logit leads the best other one; NaN where nothing was measured.
+        margins: `[layer pos row]`, by how much the label's logit leads the best other one; NaN where none was measured.
         unpatched_margins: `[row]`, the same without an interchange.
         training_accuracy: `[layer pos]`, the accuracy on the rows that a basis was trained on; NaN where none was.
         bases: by layer and position, the bases of variables; none for whole vectors.
@@ -78,7 +78,7 @@ class AlignmentTable(OverPairs):
 
     @property
     def accuracy(self) -> Float[Tensor, "layer pos"]:
-        """The interchange accuracy: the share of rows whose label has the largest logit; NaN where nothing was measured."""
+        """The interchange accuracy: the share of rows whose label comes first; NaN where none was measured."""
         return (self.margins > 0).double().masked_fill(self.margins.isnan(), torch.nan).mean(-1)
 
     @property
@@ -113,30 +113,28 @@ class AlignmentTable(OverPairs):
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per table and cell: table, layer, pos, accuracy, standard_error, margin, training_accuracy, n_dims.
 
-        `table` is the method, or the name of a control; `n_dims` adds the variables' dimensions up (none: whole vectors).
+        `table` is the method, or the name of a control; `n_dims` adds variables' dimensions up (none: whole vectors).
         """
         rows = []
         for name, one in {self.method: self, **self.controls}.items():
-            accuracy, n_rows = one.accuracy, one.margins.shape[-1]
+            accuracy, errors = one.accuracy, one.standard_errors
             for at, layer in enumerate(one.layers):
                 for place, position in enumerate(one.positions):
-                    share = float(accuracy[at, place])
                     sizes = one.n_dims.get((layer, position))
                     rows.append(
                         {
                             "table": name,
                             "layer": layer,
                             "pos": position,
-                            "accuracy": share,
-                            "standard_error": (share * (1 - share) / max(1, n_rows - 1)) ** 0.5
-                            if share == share
-                            else share,
+                            "accuracy": float(accuracy[at, place]),
+                            "standard_error": float(errors[at, place]),
                             "margin": float(one.margin[at, place]),
                             "training_accuracy": float(one.training_accuracy[at, place]),
                             "n_dims": None if sizes is None else sum(sizes.values()),
                         }
                     )
-        return import_package("pandas").DataFrame(rows)
+        table: pandas.DataFrame = import_package("pandas").DataFrame(rows)
+        return table
 
     def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
         """Heatmaps of accuracy over layers and positions, the controls beside the real one on the same scale.
@@ -157,7 +155,8 @@ class AlignmentTable(OverPairs):
         Raises:
             CheckpointError: the file cannot be written.
         """
-        tensors, described = {}, []
+        tensors: dict[str, Tensor] = {}
+        described = []
         for number, (name, one) in enumerate({"": self, **self.controls}.items()):
             tensors |= {f"{number}.{word}": getattr(one, word) for word in _TENSORS}
             cells = []
@@ -178,6 +177,7 @@ class AlignmentTable(OverPairs):
         tensors, described = _FILE.read(path, _expect)
         tables = {}
         for number, one in enumerate(described["tables"]):
+            held: dict[str, Any] = {word: tensors[f"{number}.{word}"] for word in _TENSORS}
             tables[one["name"]] = cls(
                 method=one["method"],
                 site=described["site"],
@@ -188,7 +188,7 @@ class AlignmentTable(OverPairs):
                     (layer, position): read_bases(bases, tensors, f"{number}.{place}")
                     for place, (layer, position, bases) in enumerate(one["cells"])
                 },
-                **{word: tensors[f"{number}.{word}"] for word in _TENSORS},
+                **held,
             )
         return replace(tables.pop(""), controls=tables)
 

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.alignment.causal_model import CausalModel, Ids
+from hooklens.alignment.causal.model import CausalModel, Ids
 from hooklens.alignment.errors import AlignmentError
-from hooklens.arguments import read_flag, read_int, read_number, read_seed, read_tensor, show
+from hooklens.arguments import read_flag, read_int, read_number, read_seed, read_tensor, require, show
+from hooklens.patching.known.circuit import KnownCircuit
 from hooklens.patching.results.file import WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 
 read_share = partial(read_number, expected="a share above 0 and below 1", allows=lambda share: 0 < share < 1)
@@ -168,6 +170,52 @@ class Counterfactuals:
         base, *taken = (torch.cat(parts) for parts in zip(*kept, strict=True))
         return cls.of(causal_model, base, dict(zip(names, taken, strict=True)), pos=pos)
 
+    @classmethod
+    def of_known(
+        cls, known: KnownCircuit, n: int, *, variables: Sequence[str] | None = None, seed: int = 0
+    ) -> "Counterfactuals":
+        """Rows of a model whose circuit is known: its clean prompts, with variables taken from its corrupted ones.
+
+        Args:
+            known: the model and its algorithm, as `hooklens.patching.known` makes them.
+            n: how many pairs are drawn; those to which the algorithm has no answer are left out.
+            variables: those that are interchanged, all from the same prompt; None: all.
+            seed: draws the pairs.
+
+        Raises:
+            AlignmentError: no known circuit, unknown variables, or no row with an answer.
+            InputError: no number of pairs, or no seed.
+        """
+        require(
+            known,
+            kind=KnownCircuit,
+            what="Counterfactuals.of_known: known",
+            expected="a KnownCircuit",
+            error=AlignmentError,
+        )
+        names = list(known.variables) if variables is None else list(variables)
+        if unknown := [name for name in names if name not in known.variables]:
+            raise AlignmentError(
+                f"known circuit {known.name!r} has no variables {unknown}; it has {sorted(known.variables)}"
+            )
+        base, source = known.prompts(n, seed=seed)
+        taken = {name: known.variables[name].value(source) for name in names}
+        labels = known.answer(base, taken)
+        answered = (labels >= 0).nonzero()[:, 0]
+        if not len(answered):
+            raise AlignmentError(
+                f"known circuit {known.name!r} has no answer to any of {n} rows with {names} interchanged"
+            )
+        made = cls(
+            base=base,
+            sources=dict.fromkeys(names, source),
+            # Those without an answer are left out below.
+            labels=labels.clamp(min=0),
+            base_values={name: known.variables[name].value(base) for name in names},
+            source_values=taken,
+        )
+        return made.take(answered)
+
     def __len__(self) -> int:
         return len(self.base)
 
@@ -182,15 +230,11 @@ class Counterfactuals:
     def take(self, rows: Sequence[int] | Int[Tensor, " row"]) -> "Counterfactuals":
         """Some of the rows."""
         chosen = torch.as_tensor(rows, device=self.base.device)
-        return replace(
-            self,
-            base=self.base[chosen],
-            labels=self.labels[chosen],
-            **{
-                word: {name: one[chosen.to(one.device)] for name, one in getattr(self, word).items()}
-                for word in ("sources", "base_values", "source_values")
-            },
-        )
+        by_variable: dict[str, Any] = {
+            word: {name: one[chosen.to(one.device)] for name, one in getattr(self, word).items()}
+            for word in _BY_VARIABLE
+        }
+        return replace(self, base=self.base[chosen], labels=self.labels[chosen], **by_variable)
 
     def split(self, held_out: float = 0.25, *, seed: int = 0) -> tuple["Counterfactuals", "Counterfactuals"]:
         """Rows to train on, and rows held out; rows of the same prompts come to the same side.

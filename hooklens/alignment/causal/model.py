@@ -1,8 +1,9 @@
 """Causal models: the algorithm that a network is held against, as plain functions of named variables.
 
-A causal model says what each variable is, given the tokens and other variables, and what the answer is, given them. It
-can be run with some variables set from elsewhere, which gives the answer that a network has to give under an interchange
-intervention if it keeps that variable where one looks (Geiger et al. 2021, "Causal Abstractions of Neural Networks").
+A causal model says what each variable is, given the tokens and other variables, and what the answer is, given them.
+It can be run with some variables set from elsewhere, which gives the answer that a network has to give under an
+interchange intervention if it keeps that variable where one looks (Geiger et al. 2021, "Causal Abstractions of Neural
+Networks").
 """
 
 import inspect

@@ -1,26 +1,29 @@
 """Distributed alignment search: training the directions in which a model keeps the variables of a causal model.
 
-For a base prompt `b` and sources `s_v` the model runs `b` with `x + sum over v of (x_v - x) B_v^T B_v` at the site, where
-`x_v` is the site's activation on `s_v`; `B` is trained so that it gives the causal model's answer with the variables set
-from the sources (Geiger et al. 2023, arXiv 2303.02536; boundless: Wu et al. 2023, arXiv 2305.08809). The model's own
-weights are not trained and get no gradients.
+For a base prompt `b` and sources `s_v` the model runs `b` with
+
+    x + sum over v of (x_v - x) B_v^T B_v
+
+at the site, where `x_v` is the site's activation on `s_v`; `B` is trained so that it gives the causal model's answer
+with the variables set from the sources (Geiger et al. 2023, arXiv 2303.02536; boundless: Wu et al. 2023, arXiv
+2305.08809). The model's own weights are not trained and get no gradients.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from hooklens.alignment.basis import Basis
-from hooklens.alignment.counterfactuals import Counterfactuals, read_share
-from hooklens.alignment.das_result import DasResult, Step
+from hooklens.alignment.basis import Basis, Plain
+from hooklens.alignment.causal.counterfactuals import Counterfactuals, read_share
+from hooklens.alignment.das.result import DasResult, Step
+from hooklens.alignment.das.rotation import Rotation
 from hooklens.alignment.errors import AlignmentError, AlignmentInterruptedError
-from hooklens.alignment.rotation import Rotation
 from hooklens.alignment.runs import InterchangeRuns, check_data
 from hooklens.alignment.site import Site
 from hooklens.arguments import read_flag, read_int, read_number, read_seed, reads, require, show
@@ -28,6 +31,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.optional import import_package
 from hooklens.patching.runs.memory import BatchSize, read_batch_size
 from hooklens.patching.runs.tally import finish_or_keep
+from hooklens.precision import widen
 
 Dims = int | Mapping[str, int] | None
 
@@ -41,11 +45,12 @@ class DasOptions:
 
     Attributes:
         steps: the most steps of Adam.
-        rows_per_step: rows that a step's gradient is the mean over; they run in smaller batches where memory asks for it.
+        rows_per_step: rows that a step's gradient is the mean over; they run in smaller batches where memory asks for
+            it.
         lr: the learning rate of the rotation, which falls along a half cosine to 0.
         boundary_lr: that of boundless boundaries.
-        temperatures: boundless: the first and the last temperature, in rows, between which it falls geometrically. None:
-            from an eightieth of the rows (50 of 4096, as in the paper), but at least 1, to 0.1.
+        temperatures: boundless: the first and the last temperature, in rows, between which it falls geometrically.
+            None: from an eightieth of the rows (50 of 4096, as in the paper), but at least 1, to 0.1.
         width_penalty: boundless: what the share of all directions that variables take costs, in nats.
         validation: the share of the training rows that say when to stop.
         check_every: steps between looks at the validation rows.
@@ -68,7 +73,7 @@ class DasOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        readers = {
+        readers: dict[str, Callable[..., Any]] = {
             "steps": _at_least_1, "rows_per_step": _at_least_1, "check_every": _at_least_1, "patience": _at_least_1,
             "lr": _positive, "boundary_lr": _positive,
             "width_penalty": partial(read_number, expected="a number >= 0", allows=lambda number: number >= 0),
@@ -154,8 +159,8 @@ def train_das(
 
     def stopped(why: str, partial_result: DasResult) -> Exception:
         return AlignmentInterruptedError(
-            f"train_das stopped after {training.n_steps} of {given.steps} steps ({why}); the best directions by then are "
-            "in this error's .result",
+            f"train_das stopped after {training.n_steps} of {given.steps} steps ({why}); the best directions by then "
+            "are in this error's .result",
             partial_result,
         )
 
@@ -259,7 +264,7 @@ class DasTraining:
             self.rotation.load_state_dict(self._best)
         rows = self.rotation.hard_bases()
         origin = "boundless das" if self.rotation.boundless else "das"
-        details = {"seed": self.seed, "steps": self.n_steps, "stopped": self.stopped}
+        details: dict[str, Plain] = {"seed": self.seed, "steps": self.n_steps, "stopped": self.stopped}
         name = self.runs.place.site.name
         accuracy = float((self.runs.margins(_plain(rows)) > 0).double().mean())
         return {one: Basis(name, part, origin, {**details, "variable": one}) for one, part in rows.items()}, accuracy
@@ -297,34 +302,23 @@ class DasTraining:
         """One step over some rows, in batches; gives the mean cross-entropy."""
         rows = self._next_rows()
         parameters = list(self.rotation.parameters())
-        sums = [torch.zeros_like(one) for one in parameters]
-        total = 0.0
-        size = self.runs.rows_per_graded_pass
+        for one in parameters:
+            one.grad = torch.zeros_like(one)
+        total, size = 0.0, self.runs.rows_per_graded_pass
         with torch.enable_grad():
             for first in range(0, len(rows), size):
-                chosen = rows[first : first + size]
-                loss = self._loss(self.runs, chosen).sum() / len(rows)
+                loss = self._losses(self.runs, rows[first : first + size]).sum() / len(rows)
                 total += float(loss.detach())
-                # Gradients of these parameters alone: none is made or kept for the model's.
-                for kept, new in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-                    if new is not None:
-                        kept += new
+                _add_gradients(loss, parameters)
             penalty = self.rotation.width_penalty()
             if isinstance(penalty, Tensor):
-                cost = self.options.width_penalty * penalty
-                for kept, new in zip(sums, torch.autograd.grad(cost, parameters, allow_unused=True), strict=True):
-                    if new is not None:
-                        kept += new
-        for one, gradient in zip(parameters, sums, strict=True):
-            one.grad = gradient
+                _add_gradients(self.options.width_penalty * penalty, parameters)
         optimizer.step()
         return total
 
-    def _loss(self, runs: InterchangeRuns, rows: list[int]) -> Float[Tensor, " row"]:
+    def _losses(self, runs: InterchangeRuns, rows: list[int]) -> Float[Tensor, " row"]:
         batch = runs.batch(rows)
-        logits = runs.logits(batch, self.rotation.bases())
-        wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-        return torch.nn.functional.cross_entropy(wide, batch.labels, reduction="none")
+        return _cross_entropy(runs.logits(batch, self.rotation.bases()), batch.labels)
 
     def _next_rows(self) -> list[int]:
         """The next rows of an order that is drawn anew when all have been seen."""
@@ -340,8 +334,7 @@ class DasTraining:
             for rows in self.validation.groups(range(len(self.validation.data))):
                 batch = self.validation.batch(rows)
                 logits = self.validation.logits(batch, self.rotation.bases())
-                wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-                losses.append(torch.nn.functional.cross_entropy(wide, batch.labels, reduction="none"))
+                losses.append(_cross_entropy(logits, batch.labels))
                 hits.append(logits.argmax(-1) == batch.labels)
         found = Step(
             step=self.n_steps,
@@ -360,3 +353,14 @@ class DasTraining:
 def _plain(rows: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Bases whose directions are exchanged whole."""
     return {name: (part, None) for name, part in rows.items()}
+
+
+def _cross_entropy(logits: Float[Tensor, "row d_vocab"], labels: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    return torch.nn.functional.cross_entropy(widen(logits), labels, reduction="none")
+
+
+def _add_gradients(cost: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Add the gradients at these parameters alone: none is made or kept for the model's."""
+    for one, gradient in zip(parameters, torch.autograd.grad(cost, parameters, allow_unused=True), strict=True):
+        if gradient is not None and one.grad is not None:
+            one.grad += gradient

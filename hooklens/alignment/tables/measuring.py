@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.alignment.basis import Basis
-from hooklens.alignment.counterfactuals import Counterfactuals
+from hooklens.alignment.causal.counterfactuals import Counterfactuals
 from hooklens.alignment.runs import InterchangeRuns
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.edits import exchange

@@ -2,13 +2,14 @@
 
 - DAS (Geiger et al. 2023, "Finding Alignments Between Interpretable Causal Variables and Distributed Neural
   Representations", arXiv 2303.02536): each variable gets a fixed number of rows.
-- Boundless DAS (Wu et al. 2023, "Interpretability at Scale", arXiv 2305.08809): all `d` rows are trained, and boundaries
-  say which belong to a variable. Row `i` belongs to a variable between boundaries `a` and `b` to the share
-  `sigmoid((i - a) / T) sigmoid((b - i) / T)`, and the temperature `T` falls until shares are 0 or 1. The widths are kept
-  small by a term of the loss.
+- Boundless DAS (Wu et al. 2023, "Interpretability at Scale", arXiv 2305.08809): all `d` rows are trained, and
+  boundaries say which belong to a variable. Row `i` belongs to a variable between boundaries `a` and `b` to the share
+  `sigmoid((i - a) / T) sigmoid((b - i) / T)`, and the temperature `T` falls until shares are 0 or 1. The widths are
+  kept small by a term of the loss.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -66,10 +67,10 @@ class Rotation(nn.Module):
 
     def bases(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """By variable, orthonormal rows `[k d]` and their shares `[k]`, with gradients."""
-        rows = self.rows.weight
+        rows = self._rows()
         if not self.boundless:
             return dict(
-                zip(self.n_dims, ((part, None) for part in rows.split(list(self.n_dims.values()))), strict=True)
+                zip(self.n_dims, ((part, None) for part in torch.split(rows, list(self.n_dims.values()))), strict=True)
             )
         place = torch.arange(self.d, device=rows.device, dtype=rows.dtype) + 0.5
         ends = self._ends() * self.d
@@ -82,7 +83,7 @@ class Rotation(nn.Module):
 
     def hard_bases(self) -> dict[str, Float[Tensor, "k d"]]:
         """By variable, the rows that are its own, detached; boundaries are rounded, and leave each at least one row."""
-        rows = self.rows.weight.detach()
+        rows = self._rows().detach()
         sizes = list(self.n_dims.values())
         if self.boundless:
             ends = (self._ends().detach() * self.d).round().int().tolist()
@@ -91,8 +92,13 @@ class Rotation(nn.Module):
                 ends[number] = max(ends[number], ends[number - 1] + 1)
             ends = [min(end, self.d - (len(ends) - number)) for number, end in enumerate(ends, start=1)]
             sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        parts = rows[: sum(sizes)].split(sizes)
+        parts = torch.split(rows[: sum(sizes)], sizes)
         return {name: part.clone() for name, part in zip(self.n_dims, parts, strict=True)}
+
+    def _rows(self) -> Float[Tensor, "k d"]:
+        rows: Any = self.rows.weight
+        found: Tensor = rows
+        return found
 
     def width_penalty(self) -> Tensor | float:
         """The share of all rows that variables take."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.alignment.basis import Basis, are_details
+from hooklens.alignment.errors import AlignmentError
 from hooklens.alignment.site import Site
 from hooklens.figures import Backend, draw_lines
 from hooklens.hooks.edits import Interchange
@@ -24,7 +25,6 @@ from hooklens.patching.results.file import (
     expect_numbers_of,
     is_list,
 )
-from hooklens.alignment.errors import AlignmentError
 from hooklens.patching.results.over_pairs import Compute, OverPairs
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class DasResult(OverPairs):
             f"DasResult({self.site}\n"
             f"  dimensions of {sizes}\n"
             f"  interchange accuracy {self.accuracy:.3f} on {len(self.margins)} held-out rows "
-            f"({self.training_accuracy:.3f} on those trained on, {self.unpatched_accuracy:.3f} without an interchange)\n"
+            f"({self.training_accuracy:.3f} on those trained on, {self.unpatched_accuracy:.3f} without any)\n"
             f"  {last} steps: {self.stopped})"
         )
 
@@ -123,7 +123,8 @@ class DasResult(OverPairs):
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per look: step, loss, validation_loss, validation_accuracy."""
-        return import_package("pandas").DataFrame([asdict(one) for one in self.history])
+        table: pandas.DataFrame = import_package("pandas").DataFrame([asdict(one) for one in self.history])
+        return table
 
     def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
         """Loss and accuracy over steps.

@@ -1,0 +1,1 @@
+"""Distributed alignment search: a rotation, its training, and what that gives."""
