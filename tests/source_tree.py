@@ -19,6 +19,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("model", "adapters", "generation"),
     ("causal_lm",),
     ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae"),
+    ("alignment", "steering"),
     ("cli", "compat"),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
