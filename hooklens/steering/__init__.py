@@ -3,8 +3,10 @@
 - `fit`: steering vectors from contrastive prompts, at any hook points in one pass.
 - `select_direction`: the one direction of many that a behaviour hangs on, chosen on held-out prompts.
 - `fit_erasure`: the affine map that hides a concept from every linear probe.
+- `bake`: a model that steers by itself.
 """
 
+from hooklens.steering.baking import bake
 from hooklens.steering.candidates import ablate_everywhere
 from hooklens.steering.erasing import fit_erasure
 from hooklens.steering.erasure import Erasure, PointErasure
@@ -25,6 +27,7 @@ __all__ = [
     "SteeringVector",
     "SteeringVectors",
     "ablate_everywhere",
+    "bake",
     "fit",
     "fit_erasure",
     "select_direction",

@@ -13,6 +13,9 @@ from hooklens.steering.activations import Prompts
 from hooklens.steering.errors import SteeringError
 from hooklens.weights.processing import check_transforms_match
 
+STEERS = "steer:"
+"""Begins the names of processing steps that steer by weights; they leave the stream's coordinates as they are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -98,7 +101,7 @@ PROVENANCE = Expected("a record of where directions come from", _is_record)
 def check_fits(model: HookedCausalLM, provenance: Provenance, sizes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a model in which directions would mean something else.
 
-    Another model of the same shape, such as a fine-tune, is allowed.
+    Another model of the same shape, such as a fine-tune or one that steers by its weights, is allowed.
 
     Args:
         model: where they are to be used.
@@ -109,7 +112,10 @@ def check_fits(model: HookedCausalLM, provenance: Provenance, sizes: dict[str, t
         TransformError: its weights were processed otherwise.
         SteeringError: it lacks a hook point, or has another width there.
     """
-    check_transforms_match(provenance.transforms, model.transforms)
+    records = (
+        [step for step in record if not step.startswith(STEERS)] for record in (provenance.transforms, model.transforms)
+    )
+    check_transforms_match(*records)
     points, problems = model.cfg.description.points, []
     for name, shape in sizes.items():
         if name not in points:
