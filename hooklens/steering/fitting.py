@@ -2,8 +2,8 @@ r"""Steering vectors from contrastive prompts.
 
 With `x_i` the mean activation of prompt `i` over the tokens that count, every prompt counting alike:
 
-- `"mean_difference"`: `mean_{positive} x - mean_{negative} x` (Rimsky et al. 2023, "Steering Llama 2 via Contrastive
-  Activation Addition"; Marks and Tegmark 2023).
+- `"mean_difference"`: `mean_{positive} x - mean_{negative} x` (Rimsky et al. 2023, arXiv 2312.06681: contrastive
+  activation addition; Marks and Tegmark 2023).
 - `"pca"`: the first principal axis of the differences of pairs `d_i = x_i^+ - x_i^-`, each taken with both signs
   (Zou et al. 2023, "Representation Engineering", draws a sign for each, so that the mean of the differences counts as
   variance; both signs are what that comes to on average, and nothing is drawn). It points to the positive side, and is
