@@ -35,7 +35,7 @@ from hooklens.optional import import_package
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
-    from hooklens import alignment, analysis, evaluation, patching, pool, sae, training, verification
+    from hooklens import alignment, analysis, evaluation, patching, pool, sae, steering, training, verification
     from hooklens.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
@@ -74,13 +74,16 @@ __all__ = [
     "patching",
     "pool",
     "sae",
+    "steering",
     "training",
     "verification",
     "verify",
 ]
 
 # Packages of experiments, imported when first used: `hl.patching.sweep(...)`.
-_LATE = frozenset({"alignment", "analysis", "evaluation", "patching", "pool", "sae", "training", "verification"})
+_LATE = frozenset(
+    {"alignment", "analysis", "evaluation", "patching", "pool", "sae", "steering", "training", "verification"}
+)
 # What stands here of one of them.
 _LATE_NAMES = frozenset({"VerificationReport", "verify"})
 

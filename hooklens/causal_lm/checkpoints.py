@@ -1,7 +1,7 @@
 """Other forms of a model: transformers models, state dicts, xlstm-jax's trees, saved folders, processed weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +48,7 @@ from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.model.placement.placement import find_place
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.processing import process_weights
+from hooklens.weights.steps import Processed, ProcessingStep, take_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -308,25 +309,46 @@ class CheckpointMethods:
             TransformError: a step cannot hold for this architecture; the text says why. Or weights are quantised, or
                 have adapters beside them.
         """
+        self._require_processable("process_weights")
+        return self._rebuild(
+            process_weights(
+                self._weights_to_process(),
+                self.cfg,
+                fold_ln=fold_ln,
+                center_writing_weights=center_writing_weights,
+                center_unembed=center_unembed,
+                fold_value_biases=fold_value_biases,
+                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            )
+        )
+
+    def change_weights(self: Model, steps: Sequence[ProcessingStep], *, what: str) -> Model:
+        """A new model whose weights have been through steps, which it records; this one stays as it is.
+
+        Args:
+            steps: what to do, in order.
+            what: what messages call it.
+
+        Raises:
+            TransformError: a step cannot hold for this architecture; or weights are quantised, or have adapters beside
+                them.
+        """
+        self._require_processable(what)
+        return self._rebuild(take_steps(steps, self._weights_to_process(), self.cfg))
+
+    def _require_processable(self, what: str) -> None:
+        """Refuse weights of which a change would leave a part as it was, or have to be rounded again."""
         self._require_plain(
-            "process_weights: what is folded out of weights would stay in the adapters beside them",
-            TransformError,
-            "process_weights(...)",
+            f"{what}: what is changed in weights would stay in the adapters beside them", TransformError, f"{what}(...)"
         )
         if maps := quantised_maps(self.as_decoder()):
             raise TransformError(
-                f"process_weights: {describe_maps(maps)}, and what processing makes of them would have to be rounded "
+                f"{what}: {describe_maps(maps)}, and what processing makes of them would have to be rounded "
                 "again; process the weights of model.dequantize(), or load the checkpoint without quantize="
             )
-        processed = process_weights(
-            self._weights_to_process(),
-            self.cfg,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+
+    def _rebuild(self: Model, processed: Processed) -> Model:
+        """The model of processed weights, with the settings of this one."""
         copied = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in processed.state.items()}
         decoder = self.as_decoder()
         place = decoder.device if decoder.placement is None else decoder.placement

@@ -14,7 +14,7 @@ from torch import Tensor
 from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.hooks.edits import Add, Edit, Project, Replace, Scale, Zero
+from hooklens.hooks.edits import Add, Edit, Project, Replace, Scale, SetComponents, Zero
 from hooklens.kv_cache import HookedKeyValueCache
 
 Text = str | Tensor | np.ndarray[Any, np.dtype[Any]] | Sequence[int | np.integer[Any]]
@@ -267,9 +267,9 @@ def _check_edits(edits: Sequence[Edit]) -> None:
 def edits_act_in_parts(model: HookedCausalLM, edits: Sequence[Edit]) -> bool:
     """Whether edits do the same to prefix and continuation run apart as to the whole sequence.
 
-    That is certain for edits that treat each token alone (`Zero`, `Scale`, `Project`; `Replace` and `Add` with a
-    number or a vector), at every position or at one counted from the front, where tensors have no `key` axis and keys
-    and values are edited for all query heads that share them.
+    That is certain for edits that treat each token alone (`Zero`, `Scale`, `Project`, `SetComponents`; `Replace` and
+    `Add` with a number or a vector), at every position or at one counted from the front, where tensors have no `key`
+    axis and keys and values are edited for all query heads that share them.
     """
     return all(_acts_in_parts(model, edit) for edit in edits)
 
@@ -278,7 +278,7 @@ def _acts_in_parts(model: HookedCausalLM, edit: Edit) -> bool:
     if isinstance(edit, Replace | Add):
         if isinstance(edit.value, Tensor) and edit.value.ndim > 1:
             return False
-    elif not isinstance(edit, Scale | Zero | Project):
+    elif not isinstance(edit, Scale | Zero | Project | SetComponents):
         return False
     if not (edit.pos is None or (isinstance(edit.pos, int) and edit.pos >= 0)):
         return False

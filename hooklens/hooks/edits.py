@@ -345,6 +345,83 @@ class Project(Edit):
 
 
 @dataclass(frozen=True)
+class SetComponents(Edit):
+    """Set what some directions read of the activation to given values, by moving it along directions of their own.
+
+    `x + (values - x R^T) W`, where the rows of `R` read and those of `W` are moved along. With `W = pinv(R)^T`, the
+    default, that is the smallest change after which `x R^T` is `values`: clamping a component. Other writers make other
+    affine maps, such as the least change in expectation that hides a concept (LEACE, Belrose et al. 2023). It is
+    computed at least in float32 and rounded once; the tensors may have another dtype or device than the activation.
+
+    Attributes:
+        readers: `[d]` or `[k d]`.
+        values: what they are to read: a number for all, or `[k]`.
+        writers: `[d]` or `[k d]`; None: the pseudo-inverse of the readers, which must be independent.
+
+    Example:
+        `SetComponents("blocks.3.hook_resid_pre", direction / direction.norm(), 4.0)`
+    """
+
+    readers: Tensor
+    values: Tensor | float
+    _: KW_ONLY
+    writers: Tensor | None = None
+
+    def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
+        """The region moved so that the readers read the values.
+
+        Raises:
+            EditError: readers, writers or values have another shape, are not finite, or are no real numbers; or readers
+                without writers depend on each other, so that they cannot all be given values.
+        """
+        wide, subject = widen(region), selection.subject
+        readers = _read_rows(self.readers, region.shape[-1], subject=subject, what="readers")
+        values = self._read_values(len(readers), subject).to(wide.device, wide.dtype)
+        if self.writers is None:
+            if int(torch.linalg.matrix_rank(readers)) < len(readers):
+                raise EditError(
+                    f"{subject}: the {len(readers)} readers depend on each other, so no change gives them any values; "
+                    "leave out those that follow from others, or give writers"
+                )
+            writers = torch.linalg.pinv(readers).T
+        else:
+            writers = _read_rows(self.writers, region.shape[-1], subject=subject, what="writers")
+            if len(writers) != len(readers):
+                raise EditError(f"{subject}: {len(writers)} writers for {len(readers)} readers; expected one for each")
+        away = values - wide @ readers.to(wide.device, wide.dtype).T
+        moved: Tensor = wide + away @ writers.to(wide.device, wide.dtype)
+        return moved.to(region.dtype)
+
+    def _read_values(self, n_readers: int, subject: str) -> Tensor:
+        given = self.values
+        if not isinstance(given, Tensor):
+            return torch.full((n_readers,), float(given), dtype=torch.float64)
+        if given.is_complex() or given.dtype == torch.bool or given.shape not in ((), (n_readers,)):
+            raise EditError(
+                f"{subject}: values are {given.dtype} {list(given.shape)}; expected a number or [{n_readers}] of them"
+            )
+        if not bool(given.isfinite().all()):
+            raise EditError(f"{subject}: values hold NaN or infinity; expected finite numbers")
+        return given.double().expand(n_readers)
+
+
+def _read_rows(given: object, size: int, *, subject: str, what: str) -> Tensor:
+    """Directions as rows in float64.
+
+    Raises:
+        EditError: another shape, or no finite real numbers.
+    """
+    if not isinstance(given, Tensor) or given.is_complex() or given.dtype == torch.bool:
+        found = given.dtype if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise EditError(f"{subject}: {what} are {found}; expected a tensor of real numbers")
+    if given.ndim not in (1, 2) or given.shape[-1] != size:
+        raise EditError(f"{subject}: {what} have shape {list(given.shape)}; expected [{size}] or [k, {size}]")
+    if not bool(given.isfinite().all()):
+        raise EditError(f"{subject}: {what} hold NaN or infinity; expected finite numbers")
+    return given.reshape(-1, size).double()
+
+
+@dataclass(frozen=True)
 class Custom(Edit):
     """Any other change, as a function.
 

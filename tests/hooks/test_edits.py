@@ -84,7 +84,9 @@ _padding = st.just([0, 0, 0]) | st.lists(st.integers(-3, 3), min_size=3, max_siz
 @settings(max_examples=150)
 @given(
     name=st.sampled_from(NAMES),
-    kind=st.sampled_from(["Zero", "Scale", "Add", "Replace", "Custom", "Project", "Interchange"]),
+    kind=st.sampled_from(
+        ["Zero", "Scale", "Add", "Replace", "Custom", "Project", "Interchange", "SetComponents"]
+    ),
     rows=_rows, pos=_pos, head=st.none() | st.integers(-2, 1) | st.just([1, 0]), padding=_padding,
     by_column=st.booleans(),
 )  # fmt: skip
@@ -105,6 +107,10 @@ def test_what_is_touched_and_what_is_not(name, kind, rows, pos, head, padding, b
         "Interchange": (
             edits.Interchange(name, (vector / vector.norm())[None], 2 * vector, **at),
             lambda x: x + 2 * vector - vector * (x @ vector) / (vector @ vector),
+        ),
+        "SetComponents": (
+            edits.SetComponents(name, vector, 3.0, **at),
+            lambda x: x + vector * (3.0 - x @ vector) / (vector @ vector),
         ),
     }[kind]
     tokens, tensor = make_tokens(padding, by_column=by_column and not any(padding)), make_tensor(name)
@@ -637,3 +643,47 @@ def test_edits_are_values():
         edit.head = 2
     assert edit in [edits.Zero("z", head=1)]
     assert len({edit, edits.Zero("z", head=1), edits.Zero("z", query_head=1), edits.Mean("z", head=1)}) == 3
+
+
+@settings(max_examples=60)
+@given(
+    k=st.integers(1, 4), seed=st.integers(0, 99), as_number=st.booleans(), has_writers=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_components_are_set_by_the_least_change_or_along_writers(k, seed, as_number, has_writers, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    readers, writers = (torch.randn(k, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    values = 1.5 if as_number else torch.randn(k, generator=generator, dtype=torch.float64)
+    tensor = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64).to(dtype)
+    edit = edits.SetComponents(NAMES[0], readers, values, writers=writers if has_writers else None)
+    out = edit.apply(tensor, make_point(NAMES[0]), None)
+    assert out.dtype == dtype
+    along = writers if has_writers else torch.linalg.pinv(readers).T
+    expected = tensor.double() + (values - tensor.double() @ readers.T) @ along
+    # Computed in float32 at least, from well-conditioned to nearly dependent readers, and rounded once.
+    scale = float(torch.linalg.cond(readers)) * 10
+    eps = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=eps * scale, atol=eps * scale)
+    if not has_writers:
+        # The least change: it lies in the readers' span.
+        inside = (expected - tensor.double()) @ torch.linalg.pinv(readers) @ readers
+        torch.testing.assert_close(inside, expected - tensor.double(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (edits.SetComponents("x", torch.zeros(6), 1.0), r"readers have shape \[6\]; expected \[7\] or \[k, 7\]"),
+        (edits.SetComponents("x", torch.zeros(7), 1.0), r"the 1 readers depend on each other"),
+        (edits.SetComponents("x", torch.ones(2, 7), 1.0), r"the 2 readers depend on each other.* or give writers"),
+        (edits.SetComponents("x", torch.ones(7, dtype=torch.bool), 1.0), r"readers are torch.bool; expected a tensor"),
+        (edits.SetComponents("x", torch.full((7,), torch.nan), 1.0), r"readers hold NaN or infinity"),
+        (edits.SetComponents("x", torch.ones(7), torch.zeros(2)), r"values are torch.float32 \[2\]; expected .* \[1\]"),
+        (edits.SetComponents("x", torch.ones(7), torch.tensor(torch.inf)), r"values hold NaN or infinity"),
+        (edits.SetComponents("x", torch.ones(7), 1.0, writers=torch.ones(2, 7)), r"2 writers for 1 readers"),
+        (edits.SetComponents("x", torch.ones(7), 1.0, writers=torch.ones(8)), r"writers have shape \[8\]"),
+    ],
+)
+def test_components_that_cannot_be_set(edit, text):
+    with pytest.raises(EditError, match=text):
+        edit.apply(torch.zeros(2, 3, 7), make_point(NAMES[0]), None)

@@ -19,7 +19,7 @@ from hooklens.generation.model import GeneratingModel
 from hooklens.generation.prompts import Prompts
 from hooklens.hooks.call import Hook, Listeners, Listening, Phase, TokenIndex
 from hooklens.hooks.choice import read_choice, resolve_choice
-from hooklens.hooks.edits import Add, Edit, Mean, Project, Replace, Scale, Zero
+from hooklens.hooks.edits import Add, Edit, Mean, Project, Replace, Scale, SetComponents, Zero
 from hooklens.hooks.point import HookPoint
 
 
@@ -202,7 +202,7 @@ def _treats_rows_alike(edit: Edit) -> bool:
         return False
     if isinstance(edit, Replace | Add):
         return not isinstance(edit.value, Tensor) or edit.value.ndim <= 1
-    return isinstance(edit, Scale | Zero | Project)
+    return isinstance(edit, Scale | Zero | Project | SetComponents)
 
 
 def _from_prompt_end(edit: Edit, max_new_tokens: int) -> Edit:
