@@ -267,7 +267,7 @@ class ReadRules:
     def hooks(self, model: HookedCausalLM) -> list[RuleHook]:
         """What acts in one run, those of one point in the order in which they go together."""
         ranked = sorted(self.rules, key=lambda rule: _ORDER.index(type(rule)) if type(rule) in _ORDER else len(_ORDER))
-        return [hook for rule in ranked for hook in rule.hooks(model)]
+        return [hook for rule in ranked for hook in rule.hooks(model) if hook[0]]
 
     def find(self, kind: type[GradientRule]) -> GradientRule | None:
         """The rule of a kind, if it is among them."""

@@ -175,7 +175,7 @@ class _Learning:
         def stopped(why: str, partial: LearnedCircuit) -> Exception:
             n_steps = f"{len(self.training.history)} of {self.schedule.steps} steps"
             return SweepInterruptedError(
-                f"learning a circuit stopped after {n_steps} ({why}); the gates so far are in this error's .result, and "
+                f"learning a circuit stopped after {n_steps} ({why}); the gates so far are in .result, and "
                 "warm_start= goes on from them",
                 partial,
             )

@@ -98,6 +98,15 @@ def test_named_sets_are_their_rules(name):
     assert_is_derivative(model, RULE_SETS[name])
 
 
+def test_rules_of_what_a_network_lacks_do_nothing():
+    """`"relp"` was an error for edges of networks whose MLPs are not gated: it has no hook point there."""
+    model = network("alibi")
+    prompts = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
+    relp = patching.edge_attribution(model, *prompts, METRIC, rules="relp", progress=False)
+    linear = patching.edge_attribution(model, *prompts, METRIC, rules="linear", progress=False)
+    assert torch.equal(relp.per_pair, linear.per_pair)
+
+
 def test_defaults_hold_norms_where_one_gradient_is_taken():
     model = network("grouped")
     prompts = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
