@@ -13,6 +13,7 @@ from hooklens.patching.circuits.faithfulness import evaluate_circuits
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
+from hooklens.patching.metrics.function import as_metric
 
 Unit = Literal["nodes", "edges"]
 Part = str
@@ -103,8 +104,12 @@ class Parts:
 def evaluate_distinct(
     model: HookedCausalLM, prompts: tuple[Any, Any], circuits: Sequence[Circuit], metric: Any, options: dict[str, Any]
 ) -> CircuitResult:
-    """The values of circuits, in their order; those that occur several times are run once."""
+    """The values of circuits, in their order; those that occur several times are run once.
+
+    Raises:
+        MetricError: it is no metric; several by name are none.
+    """
     distinct = list(dict.fromkeys(circuits))
-    found: CircuitResult = evaluate_circuits(model, *prompts, distinct, metric, **options)
+    found: CircuitResult = evaluate_circuits(model, *prompts, distinct, as_metric(metric), **options)
     row = {circuit: index for index, circuit in enumerate(distinct)}
     return found.take([row[circuit] for circuit in circuits], labels=range(len(circuits)))

@@ -111,6 +111,8 @@ def test_files_and_plots(tmp_path):
 
 
 def test_refusals():
+    with unchecked(), pytest.raises(patching.MetricError, match="a metric is a value such as"):
+        completeness(MODEL, CLEAN, CORRUPTED, CIRCUIT, {"one": METRIC}, progress=False)
     with pytest.raises(SiteError, match=r"completeness: \['a1.h9'\] are no nodes of the circuit, which has embed"):
         measure(sets={"x": ["a1.h9"]})
     with unchecked(), pytest.raises(InputError, match="the set 'x' is 'embed'; expected names of nodes"):

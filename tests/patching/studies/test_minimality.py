@@ -80,6 +80,8 @@ def test_files_and_plots(tmp_path):
 
 
 def test_refusals():
+    with unchecked(), pytest.raises(patching.MetricError, match="a metric is a value such as"):
+        minimality(MODEL, CLEAN, CORRUPTED, CIRCUIT, {"one": METRIC}, progress=False)
     with pytest.raises(InputError, match="minimality: n_random is -1"):
         measure(n_random=-1)
     with unchecked(), pytest.raises(InputError, match="minimality: circuit is 5, expected a Circuit"):
