@@ -8,15 +8,20 @@ from typing import NamedTuple
 
 from hooklens import HookedCausalLM
 from hooklens.patching import (
+    Circuit,
     EdgeChoice,
+    FaithfulnessCurve,
     LogitDiff,
     Pair,
     discover_circuit,
     edge_attribution,
     edge_auroc,
+    faithfulness_curve,
     held_out_curve,
     known,
+    learn_circuit,
     random_circuits,
+    split_pairs,
 )
 
 PAGE = Path(__file__).parent.parent / "docs" / "circuits.md"
@@ -26,9 +31,14 @@ METHODS = (
     ("eap", "gradient"),
     ("eap", "norms"),
     ("eap", "linear"),
+    ("eap", "relp"),
+    ("eap", "gim"),
     ("eap-ig-inputs", "gradient"),
     ("eap-ig-activations", "gradient"),
 )
+# Gates trained for circuits of so many edges; in the table as a method.
+LEARNED = ("learn_circuit", "kl")
+_SHARE = 0.05
 NORMS = (None, "layer", "rms")
 THRESHOLD = 0.1
 NAMES = ("Mary", "John", "Anna", "Paul", "Alice", "Tom", "Sarah", "James")
@@ -45,6 +55,8 @@ prompts.
   (`EdgeChoice(by="signed")`). 0.999 is a curve that is 1 everywhere; it can be above, where circuits leave out what
   works against the behaviour.
 - **CMD**: the area between the curve and 1, strongest edges first (`by="absolute"`). 0 is best.
+- `learn_circuit`: hard concrete gates, trained on the KL divergence for circuits of a twentieth of the edges, and used
+  as scores without a sign for both measures. They are made for one size; away from it their order says little.
 - **random**: five draws of connected circuits of the same sizes, lowest to highest.
 
 | model | edges | scores | rules | CPR | CMD | random CPR | random CMD |
@@ -102,17 +114,37 @@ def measure(name: str, methods: Sequence[tuple[str, str]] = METHODS) -> list[Row
     pairs = indirect_objects(model)
     rows = []
     for method, rules in methods:
-        signed, absolute = (
-            held_out_curve(
-                model, pairs, metric=LogitDiff(), method=method, rules=rules, sizes="mib", choice=EdgeChoice(by=order),
-                random_draws=5, progress=False,
-            )
-            for order in ("signed", "absolute")
-        )  # fmt: skip
-        drawn = absolute.curve
-        edges = int(signed.scores.exists.sum())
-        rows.append(Row(name, edges, method, rules, signed.curve.cpr, drawn.cmd, drawn.random_cpr, drawn.random_cmd))
+        if (method, rules) == LEARNED:
+            signed, absolute = curves_of_gates(model, pairs)
+        else:
+            signed, absolute = (
+                held_out_curve(
+                    model, pairs, metric=LogitDiff(), method=method, rules=rules, sizes="mib",
+                    choice=EdgeChoice(by=order), random_draws=5, progress=False,
+                ).curve
+                for order in ("signed", "absolute")
+            )  # fmt: skip
+        edges = len(Circuit.full(model.cfg))
+        rows.append(Row(name, edges, method, rules, signed.cpr, absolute.cmd, absolute.random_cpr, absolute.random_cmd))
     return rows
+
+
+def curves_of_gates(model: HookedCausalLM, pairs: list[Pair]) -> tuple[FaithfulnessCurve, FaithfulnessCurve]:
+    """The curves of trained gates, which have no sign, on pairs that they were not trained on."""
+    parts = split_pairs(model, pairs)
+    n_edges = round(_SHARE * len(Circuit.full(model.cfg)))
+    found = learn_circuit(model, list(parts.discovery), target_size=n_edges, progress=False)
+    curve = faithfulness_curve(
+        model,
+        list(parts.evaluation),
+        scores=found.scores,
+        metric=LogitDiff(),
+        sizes="mib",
+        choice=EdgeChoice(by="absolute"),
+        random_draws=5,
+        progress=False,
+    )
+    return curve, curve
 
 
 def measure_known() -> dict[str, tuple[float, ...]]:
@@ -126,6 +158,8 @@ def measure_known() -> dict[str, tuple[float, ...]]:
             scores = edge_attribution(task.model, pairs, metric=task.metric, method=method, rules=rules, progress=False)
             words = f"`{method}`" if rules is None else f"`{method}`, rules `{rules}`"
             found[f"`edge_attribution`, {words}"] = scores.auroc(task.circuit)
+        gates = learn_circuit(task.model, pairs, target_size=len(task.circuit), progress=False)
+        found["`learn_circuit`, gates of 5 edges, KL"] = gates.scores.auroc(task.circuit)
         acdc = discover_circuit(task.model, pairs, metric=task.metric, threshold=THRESHOLD, progress=False).circuit
         found[f"`discover_circuit` (ACDC), threshold {THRESHOLD}"] = edge_auroc(acdc, task.circuit, edges=scores.edges)
         # Connected circuits of the true one's size.
@@ -142,7 +176,7 @@ def measure_known() -> dict[str, tuple[float, ...]]:
 
 def make_page() -> str:
     """The page, measured anew."""
-    rows = "".join(f"{row}\n" for name in MODELS for row in measure(name))
+    rows = "".join(f"{row}\n" for name in MODELS for row in measure(name, (*METHODS, LEARNED)))
     known = "".join(f"{known_row(name, found)}\n" for name, found in measure_known().items())
     return _HEAD + rows + _KNOWN + known + _FOOT
 

@@ -1,7 +1,6 @@
 """The MLP, plain or gated."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 from jaxtyping import Float
@@ -68,21 +67,23 @@ class MLP(Part, place="blocks.{i}.mlp", kind="mlp"):
 
     def _activate(self, x: Float[Tensor, "batch pos d_model"], call: Call) -> Float[Tensor, "batch pos d_mlp"]:
         """The neurons; a function of its own, so that what they are made of is freed before they are read."""
-        maps, act = self._modules, self._find_act()
+        maps = self._modules
+        act = self.act or partial(xielu, alpha_p=self.alpha_p, alpha_n=self.alpha_n)
         if not self.gated:
             neurons = act(self.hook_pre(apply_linear(maps["in_proj"], x, call), call))
             return neurons if self.ln is None else self.ln(self.hook_mid(neurons, call), call)
         gate = act(self.hook_pre(apply_linear(maps["gate_proj"], x, call), call))
-        return gate * self._clamp(self.hook_pre_linear(apply_linear(maps["in_proj"], x, call), call))
+        linear = self.hook_pre_linear(apply_linear(maps["in_proj"], x, call), call)
+        limit = self.cfg.swiglu_limit
+        return gate * (linear if limit is None else clamp_linear_half(linear, limit))
 
     def make_neurons(self, pre: Tensor, linear: Tensor | None) -> Float[Tensor, "batch pos d_mlp"]:
-        """What the activation, and a gated MLP's linear half, make of `hook_pre`; before the norm of neurons."""
-        neurons = self._find_act()(pre)
-        return neurons if linear is None else neurons * self._clamp(linear)
+        """What the activation, and a gated MLP's linear half, make of `hook_pre`; before the norm of neurons.
 
-    def _find_act(self) -> Callable[[Tensor], Tensor]:
-        return self.act or partial(xielu, alpha_p=self.alpha_p, alpha_n=self.alpha_n)
-
-    def _clamp(self, linear: Tensor) -> Tensor:
+        As in a forward, which keeps no tensor longer than it needs it, and so does it in steps of its own.
+        """
+        act = self.act or partial(xielu, alpha_p=self.alpha_p, alpha_n=self.alpha_n)
+        if linear is None:
+            return act(pre)
         limit = self.cfg.swiglu_limit
-        return linear if limit is None else clamp_linear_half(linear, limit)
+        return act(pre) * (linear if limit is None else clamp_linear_half(linear, limit))

@@ -40,7 +40,7 @@ MORE_FOR_RMS = 0 if TorchVersion(torch.__version__) >= TorchVersion("2.9") else 
 # Functions and operators of a layer, by wiring and call.
 TAKES = {
     ("sequential, gated, RMS", "plain"): (80, 28),
-    ("sequential, gated, RMS", "caching everything"): (129, 40 + MORE_FOR_RMS),
+    ("sequential, gated, RMS", "caching everything"): (130, 40 + MORE_FOR_RMS),
     ("sequential, gated, RMS", "caching the stream"): (81, 28),
     ("parallel, part of a head turns", "plain"): (78, 30),
     ("parallel, part of a head turns", "caching everything"): (119, 40),

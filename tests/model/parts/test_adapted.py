@@ -17,6 +17,12 @@ def draw(*shape):
     return nn.Parameter(torch.randn(*shape, dtype=torch.float64))
 
 
+def draw_map(rank, d_in):
+    made = nn.Linear(d_in, rank, bias=False, dtype=torch.float64)
+    made.weight = draw(rank, d_in)
+    return made
+
+
 class Holder(nn.Module):
     def __init__(self, own):
         super().__init__()
@@ -28,8 +34,10 @@ def holder():
     made = Holder(nn.Linear(5, 6, dtype=torch.float64))
     layer = adapt(made, "own", AdapterSwitch(), {"head": 2, "d_head": 3})
     show_at(layer, HookPoint(HookSite(template="own.hook_lora_out", axes=("batch", "head", "d_head"), description="")))
-    layer.add("plain", LoraTensors(draw(2, 5), draw(6, 2), 0.7, bias=draw(6)))
-    layer.add("lengths", LoraTensors(draw(3, 5), draw(6, 3), 1.3, magnitude=nn.Parameter(torch.rand(6).double() + 1)))
+    layer.add("plain", LoraTensors(draw_map(2, 5), draw(6, 2), 0.7, bias=draw(6)))
+    layer.add(
+        "lengths", LoraTensors(draw_map(3, 5), draw(6, 3), 1.3, magnitude=nn.Parameter(torch.rand(6).double() + 1))
+    )
     return made
 
 

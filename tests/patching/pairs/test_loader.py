@@ -45,7 +45,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("group", [1, 2, 100])
 def test_pairs_in_every_form_equal_each_pair_alone(form, group, monkeypatch):
-    monkeypatch.setattr("hooklens.patching.sweeps.sweep.pairs_per_group", lambda *given: group)
+    monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: group)
     model = make_model("grouped")
     pairs = ragged_pairs()
     metric = LogitDiff(over="logsumexp")
@@ -92,7 +92,7 @@ def test_texts_and_torchs_own_loader():
 
 
 def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch):
-    monkeypatch.setattr("hooklens.patching.sweeps.sweep.pairs_per_group", lambda *given: 2)
+    monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 2)
     model = make_model("grouped")
     alive, most = weakref.WeakSet(), 0
 
@@ -113,7 +113,7 @@ def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch):
 
 
 def test_positions_of_each_token_need_prompts_of_one_length(monkeypatch):
-    monkeypatch.setattr("hooklens.patching.sweeps.sweep.pairs_per_group", lambda *given: 1)
+    monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 1)
     model = make_model("grouped")
     pairs = ragged_pairs()
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_refusals():
 
 
 def test_a_failing_loader_keeps_what_was_measured(monkeypatch):
-    monkeypatch.setattr("hooklens.patching.sweeps.sweep.pairs_per_group", lambda *given: 100)
+    monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 100)
     model = make_model("grouped")
     pairs = ragged_pairs()
 

@@ -356,7 +356,7 @@ def test_an_interrupt_at_any_line_keeps_what_was_measured(monkeypatch):
     """Ctrl-C between the first unpatched runs and the progress bar, or on the way out of it, lost everything."""
     model = make_model("bare")
     clean, corrupted = pair(batch=2, n_shared=0)
-    monkeypatch.setattr("hooklens.patching.sweeps.sweep.pairs_per_group", lambda *given: 1)
+    monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 1)
     site = patching.grid("resid_pre", layers=-1, positions=3)
 
     def run():

@@ -245,7 +245,7 @@ ATTENTION = (
     Mutant(
         "a changed copy of a key is not turned",
         "model.attention.attention:Attention._watch_per_head",
-        (("keys = self._place_keys(copies, table)", "keys = copies"),),
+        (("keys = self._place_keys(copies, table, call)", "keys = copies"),),
         "qk-rms-norm",
         EDITS,
     ),

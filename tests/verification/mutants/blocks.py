@@ -86,7 +86,7 @@ BLOCKS = (
     ),
     Mutant(
         "an edited norm does not centre",
-        "model.norm:Norm._forward_watched",
+        "model.norm:Norm._divide",
         (("(wide if mean is None else wide - mean)", "wide"),),
         stage=EDITS,
     ),

@@ -26,14 +26,19 @@ LATENTS = (
     Mutant(
         "what listeners made of a latent is lost where a copy was changed",
         f"{LATENT}.forward",
-        (("made_by_listeners = shown[which] - self._compress(which, stream)", "made_by_listeners = 0 * shown[which]"),),
+        (
+            (
+                "made_by_listeners = shown[which] - self._compress(which, stream, call)",
+                "made_by_listeners = 0 * shown[which]",
+            ),
+        ),
         "latent",
         "pairs of edits",
     ),
     Mutant(
         "latents of changed copies are not normed",
         f"{LATENT}._compress",
-        (("return self._point_and_norm(which)[1].apply_weights(made)", "return made"),),
+        (("return self._point_and_norm(which)[1].apply_beside(made, call)", "return made"),),
         "latent",
         "single edits",
     ),

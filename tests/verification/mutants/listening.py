@@ -70,8 +70,8 @@ LISTENING = (
     Mutant("Scale loses the sign", "hooks.edits:Scale.compute", (("self.factor", "abs(self.factor)"),), stage=VALUES),
     Mutant(
         "chosen rows are taken for the first ones",
-        "hooks.edits:Edit._apply_to_region",
-        (("batch_index = torch.as_tensor(rows, device=tensor.device)[chosen.row]", "batch_index = chosen.row"),),
+        "hooks.edit:Edit.find_region",
+        (("row=torch.as_tensor(rows, device=tensor.device)[chosen.row]", "row=chosen.row"),),
         stage=VALUES,
     ),
     Mutant(
