@@ -93,5 +93,5 @@ def test_loading(family: str, record: Any, tmp_path: Path) -> None:
     cpu = time_alternating(loads, rounds=5, warm_up=0, clock=time.process_time)
     record(f"load time, {family}: / transformers", seconds["hooklens"] / seconds["transformers"], at_most=1.0)
     record(f"processor time of loading, {family}: / transformers", cpu["hooklens"] / cpu["transformers"])
-    code = LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"))
+    code = LOAD.format(source=str(tmp_path / "big"), first=str(tmp_path / "small"), adapter=None)
     record(f"peak resident memory of loading, {family}: / bytes", float(run_fresh(code).splitlines()[-1]), at_most=1.05)
