@@ -55,8 +55,8 @@ an effect of at least a hundredth of the largest, often four or five), over all 
 mean over 16 indirect-object prompts in float64. The second column of each site
 ("rare") has prompts in which some names are words that the tokenizer does not know. `gradient` is attribution patching
 as published; `norms` is the default, since a norm's scale is what bends most between two prompts; `ig`, eight
-gradients on the way between the runs, is the safest, at four times the cost. Nothing is best at queries and keys; there
-`.check` is not optional.
+gradients on the way between the runs, is the safest, with eight backward passes for one. Nothing is best at queries and
+keys; there `.check` is not optional.
 
 This page is written by `python -m tests.attribution_table`; the numbers move by a few thousandths with the prompts.
 
