@@ -35,7 +35,7 @@ from hooklens.optional import import_package
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
-    from hooklens import alignment, analysis, evaluation, patching, pool, sae, steering, training, verification
+    from hooklens import alignment, analysis, evaluation, patching, pool, sae, steering, training, verification, viz
     from hooklens.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
@@ -78,11 +78,12 @@ __all__ = [
     "training",
     "verification",
     "verify",
+    "viz",
 ]
 
 # Packages of experiments, imported when first used: `hl.patching.sweep(...)`.
 _LATE = frozenset(
-    {"alignment", "analysis", "evaluation", "patching", "pool", "sae", "steering", "training", "verification"}
+    {"alignment", "analysis", "evaluation", "patching", "pool", "sae", "steering", "training", "verification", "viz"}
 )
 # What stands here of one of them.
 _LATE_NAMES = frozenset({"VerificationReport", "verify"})

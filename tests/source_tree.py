@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "axes", "arguments", "optional", "precision", "files"),
-    ("config", "hooks", "figures"),
+    ("display",),
+    ("config", "hooks", "viz"),
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),

@@ -14,13 +14,14 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.activation_cache.arguments import choose
-from hooklens.activation_cache.memory import Gathered, count_bytes, format_bytes, identify, take
+from hooklens.activation_cache.memory import Gathered, count_bytes, identify, take
 from hooklens.activation_cache.missing import MissingActivationError, explain_missing
 from hooklens.activation_cache.rows import check_positions, kept_positions, strip_padding
 from hooklens.activation_cache.storage import read_cache, write_cache
 from hooklens.arguments import read_int
 from hooklens.axes import HOOK_SITES, find_site, get_act_name, layer_of
 from hooklens.config import HookedConfig
+from hooklens.display.numbers import format_bytes
 from hooklens.errors import CacheError, HookNameError, join_names, suggest_names
 from hooklens.hooks.capture import GRAD
 from hooklens.hooks.choice import Choice

@@ -45,16 +45,6 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(storages.values())
 
 
-def format_bytes(count: int) -> str:
-    """A number of bytes with a decimal unit: `"5.72 kB"`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
 def take(tensor: Tensor, axis: int, indices: Sequence[int]) -> Tensor:
     """The entries of an axis: a view where the indices are evenly spaced and ascend, else a copy."""
     if len(indices) == tensor.shape[axis] and list(indices) == list(range(len(indices))):

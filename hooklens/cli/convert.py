@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
-from hooklens.activation_cache.memory import format_bytes
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display.numbers import format_bytes
 from hooklens.errors import InputError
 
 

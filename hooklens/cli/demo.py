@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
-from hooklens.activation_cache.memory import format_bytes
 from hooklens.axes import find_site, get_act_name
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.cli.screen import make_console, make_table, print_heat_map, say, say_heading
+from hooklens.display.numbers import format_bytes
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Replace
 

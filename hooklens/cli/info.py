@@ -4,12 +4,12 @@ import dataclasses
 
 from rich.console import Console
 
-from hooklens.activation_cache.memory import format_bytes
 from hooklens.axes import HookSite, find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.cli.arguments import Model
 from hooklens.cli.screen import make_console, make_table, say, say_heading
 from hooklens.config import HookedConfig
+from hooklens.display.numbers import format_bytes
 
 
 def info(model: Model) -> None:

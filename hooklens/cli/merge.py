@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hooklens.activation_cache.memory import format_bytes
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.cli.convert import DType
+from hooklens.display.numbers import format_bytes
 from hooklens.errors import InputError
 from hooklens.pool import CausalLMPool
 from hooklens.weights import merging

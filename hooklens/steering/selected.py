@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_number, reads
-from hooklens.figures import Backend, draw_lines
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
     NUMBER,
@@ -24,6 +23,7 @@ from hooklens.patching.results.file import (
 from hooklens.steering.errors import SteeringError
 from hooklens.steering.provenance import PROVENANCE, Provenance
 from hooklens.steering.vectors import SteeringVector
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

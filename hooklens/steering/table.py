@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hooklens.arguments import read_number, read_one_of, reads
 from hooklens.axes import layer_of
-from hooklens.figures import Backend, draw_lines
 from hooklens.optional import import_package
 from hooklens.patching.results.file import NUMBER, TEXT, WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 from hooklens.steering.errors import SteeringError
 from hooklens.steering.provenance import PROVENANCE, Provenance
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

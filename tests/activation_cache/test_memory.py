@@ -1,6 +1,6 @@
 import pytest
 
-from hooklens.activation_cache.memory import format_bytes
+from hooklens.display.numbers import format_bytes
 
 
 @pytest.mark.parametrize(

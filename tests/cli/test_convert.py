@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hooklens.activation_cache.memory import format_bytes
+from hooklens.display.numbers import format_bytes
 from tests.cli.conftest import Run
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 import hooklens as hl
-from hooklens.activation_cache.memory import format_bytes
+from hooklens.display.numbers import format_bytes
 from tests.cli.conftest import Run
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from hooklens.alignment.basis import Basis, are_details
 from hooklens.alignment.errors import AlignmentError
 from hooklens.alignment.site import Site
-from hooklens.figures import Backend, draw_lines
 from hooklens.hooks.edits import Interchange
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
@@ -26,6 +25,7 @@ from hooklens.patching.results.file import (
     is_list,
 )
 from hooklens.patching.results.over_pairs import Compute, OverPairs
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

@@ -13,10 +13,10 @@ from torch import Tensor
 from hooklens.alignment.basis import Basis
 from hooklens.alignment.das.result import BASES, read_bases
 from hooklens.alignment.errors import AlignmentError
-from hooklens.figures import Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.results.file import TEXT, WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 from hooklens.patching.results.over_pairs import Compute, OverPairs
+from hooklens.viz.charts import Backend, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas

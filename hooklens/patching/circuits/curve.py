@@ -22,7 +22,6 @@ from torch import Tensor
 from hooklens.arguments import read_int, read_one_of, read_seed
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import CheckpointError, HookLensError, InputError
-from hooklens.figures import Backend, draw_curve
 from hooklens.hooks.edits import Edit
 from hooklens.patching.choices.chance import random_circuits
 from hooklens.patching.choices.choice import EdgeChoice, read_choice
@@ -43,6 +42,7 @@ from hooklens.patching.results.over_pairs import Statistic
 from hooklens.patching.results.several import Results
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
+from hooklens.viz.charts import Backend, draw_curve
 
 if TYPE_CHECKING:
     import pandas

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from hooklens.arguments import read_one_of
 from hooklens.errors import HookLensError
-from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
@@ -30,6 +29,7 @@ from hooklens.patching.results.file import LABELS, TEXT, Expectation, Expected, 
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.result import SweepStats
 from hooklens.patching.results.statistics import Interval, Method, bootstrap_interval, bootstrap_ratio_interval
+from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas

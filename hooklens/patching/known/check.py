@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hooklens.arguments import read_flag, read_int, read_seed, reads, require
-from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge
 from hooklens.patching.known.circuit import KnownCircuit
 from hooklens.patching.known.exchange import Exchange
+from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas

@@ -21,12 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.errors import HookLensError
-from hooklens.figures import Backend, draw_lines
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Writer
 from hooklens.patching.results.file import TEXT, Expectation, Expected, ResultFile, is_list
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

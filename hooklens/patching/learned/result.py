@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hooklens.arguments import read_int
 from hooklens.errors import HookLensError
-from hooklens.figures import Backend, draw_lines
 from hooklens.optional import import_package
 from hooklens.patching.circuits.result import CircuitResult
 from hooklens.patching.graph.circuit import Circuit
@@ -30,6 +29,7 @@ from hooklens.patching.results.file import (
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.results.over_pairs import Statistic
 from hooklens.patching.results.result import SweepStats
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed
 from hooklens.errors import HookLensError
-from hooklens.figures import CROSS, Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.choices.choice import EdgeChoice, read_choice
 from hooklens.patching.choices.recovery import edge_auroc
@@ -31,6 +30,7 @@ from hooklens.patching.results.file import (
 )
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
+from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.errors import HookLensError
-from hooklens.figures import CROSS, Backend, LabelledAxis, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
     DIRECTION,
@@ -29,6 +28,7 @@ from hooklens.patching.results.file import (
 )
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.scale import find_small_differences
+from hooklens.viz.charts import CROSS, Backend, LabelledAxis, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas

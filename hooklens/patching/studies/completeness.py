@@ -22,7 +22,6 @@ from torch import Tensor
 from hooklens.arguments import read_int, read_seed
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import CheckpointError
-from hooklens.figures import Backend, draw_lines
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.result import CircuitResult
@@ -36,6 +35,7 @@ from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.parts import Part, Parts, Unit, evaluate_distinct
 from hooklens.patching.studies.split import take_pairs
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

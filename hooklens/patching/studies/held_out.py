@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hooklens.arguments import optional, read_seed
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.figures import Backend
 from hooklens.patching.choices.choice import EdgeChoice
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
@@ -30,6 +29,7 @@ from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.split import draw_rows, read_share, take_metric, take_pairs
+from hooklens.viz.charts import Backend
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

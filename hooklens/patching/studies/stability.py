@@ -19,7 +19,6 @@ from torch import Tensor
 from hooklens.arguments import optional, read_flag, read_function, read_int, read_number, read_seed, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
-from hooklens.figures import Backend, draw_heatmaps
 from hooklens.optional import import_package
 from hooklens.patching.choices.choice import EdgeChoice
 from hooklens.patching.choices.recovery import overlap, rank_correlation
@@ -37,6 +36,7 @@ from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.file import Expectation, Expected, ResultFile, is_list
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.split import draw_rows, read_share, take_metric, take_pairs
+from hooklens.viz.charts import Backend, draw_heatmaps
 
 if TYPE_CHECKING:
     import pandas

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooklens.errors import InputError
-from hooklens.figures import Backend, draw_heatmaps, draw_lines
+from hooklens.viz.charts import Backend, draw_heatmaps, draw_lines
 
 if TYPE_CHECKING:
     import pandas

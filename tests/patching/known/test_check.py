@@ -6,10 +6,10 @@ import torch
 
 from hooklens import edits, patching
 from hooklens.errors import InputError
-from hooklens.figures import CROSS
 from hooklens.patching import Circuit
 from hooklens.patching.graph.nodes import list_edges, list_readers, list_writers
 from hooklens.patching.known import check
+from hooklens.viz.charts import CROSS
 from tests.annotations import unchecked
 from tests.patching.known.tasks import make_claim
 from tests.patching.masked_reference import MaskedReference

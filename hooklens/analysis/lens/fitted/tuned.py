@@ -35,8 +35,8 @@ from hooklens.arguments import optional, read_device, read_flag, read_int, read_
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import CheckpointError, InputError
-from hooklens.figures import Backend, draw_lines
 from hooklens.optional import import_package
+from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
     import pandas

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hooklens.errors import HookLensError
-from hooklens.figures import draw_curve, draw_heatmaps, draw_lines
+from hooklens.viz.charts import draw_curve, draw_heatmaps, draw_lines
 from tests.annotations import unchecked
 
 VALUES = torch.tensor([[[0.0, 1.0, -2.0]]])

@@ -1,0 +1,10 @@
+"""Views: tensors and labels in, pictures for notebooks and files out. None of them knows a model.
+
+Every view shows itself in a notebook, in light and in dark; `.save("x.html")` and `.save("x.png")` write it,
+`.to_matplotlib()` gives a figure, and `.to_dataframe()` the numbers.
+"""
+
+from hooklens.display import View
+from hooklens.viz.grid import Grid, grid
+
+__all__ = ["Grid", "View", "grid"]
