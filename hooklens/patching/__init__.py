@@ -40,6 +40,7 @@ from hooklens.patching.metrics.of_runs import KL, Loss
 from hooklens.patching.metrics.scaled import FractionRecovered
 from hooklens.patching.mib.graph import ScoredGraph
 from hooklens.patching.mib.measures import MIB_FRACTIONS, circuit_model_distance, circuit_performance_ratio, mib_sizes
+from hooklens.patching.pairs.noise import Noise
 from hooklens.patching.pairs.template import Pair, stack_pairs
 from hooklens.patching.paths.path import path_patch
 from hooklens.patching.results.edge_scores import EdgeScores
@@ -126,6 +127,7 @@ __all__ = [
     "Metric",
     "MetricError",
     "Minimality",
+    "Noise",
     "OptimalAblation",
     "Pair",
     "PairSplit",

@@ -23,6 +23,7 @@ from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.nodes import list_writers
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import act_on_pairs
+from hooklens.patching.runs.baseline import take_sides
 from hooklens.patching.runs.edits import RunEdits
 from hooklens.patching.runs.sources import fit_given
 from hooklens.patching.runs.unpatched import run_unpatched
@@ -79,7 +80,8 @@ def average_edited(
     sums: dict[str, Tensor] = {}
     for group in prompts.split(batch_size):
         acting = act_on_pairs(model, prompts, group, edits)
-        captured, _ = run_unpatched(model, prompts.corrupted[group], None, list(names), acting)
+        side, _ = take_sides(model, prompts, group, max(prompts.lengths), "denoise")
+        captured, _ = run_unpatched(model, side, None, list(names), acting)
         for name in names:
             total = widen(captured[name]).sum(0, keepdim=True)
             sums[name] = total + sums[name] if name in sums else total

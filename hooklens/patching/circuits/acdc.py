@@ -57,7 +57,7 @@ from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_runs import KL
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions
 from hooklens.patching.runs.tally import finish_or_keep
@@ -75,7 +75,7 @@ _MEMORY = 0.9
 def discover_circuit(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
     threshold: float,
@@ -91,7 +91,7 @@ def discover_circuit(
     Args:
         model: the model; nothing may be attached to its hook points.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths, which removed edges take their outputs from.
+        corrupted: as many prompts of the same lengths for removed edges to take outputs from; or `patching.Noise`.
         metric: what must not change; None: `KL()` to the clean run's predictions at the last position.
         threshold: an edge is removed where that raises the damage by less than this, in the metric's units. At 0
             every edge stays that can be told from nothing, at infinity none.

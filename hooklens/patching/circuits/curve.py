@@ -36,7 +36,7 @@ from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.mib.measures import circuit_model_distance, circuit_performance_ratio
 from hooklens.patching.pairs.loader import Pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.over_pairs import Statistic
 from hooklens.patching.results.several import Results
@@ -298,7 +298,7 @@ class FaithfulnessCurve:
 def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     scores: EdgeScores | ScoredEdges | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -318,7 +318,7 @@ def faithfulness_curve(
 def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     scores: EdgeScores | ScoredEdges | None = None,
     metric: Mapping[str, Metric | MetricFunction] | None = None,
     *,
@@ -337,7 +337,7 @@ def faithfulness_curve(
 def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     scores: EdgeScores | ScoredEdges | None = None,
     metric: Metrics | None = None,
     *,
@@ -361,7 +361,7 @@ def faithfulness_curve(
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         scores: of `edge_attribution`, on these prompts or others, or of anything else.
         metric: as for a sweep; several by name give a curve for each.
         sizes: numbers of edges; `"mib"`: the ten fractions of all edges that `cpr` and `cmd` are defined by; None:

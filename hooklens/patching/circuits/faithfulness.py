@@ -41,7 +41,7 @@ from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.result import SweepStats
 from hooklens.patching.results.several import Results
 from hooklens.patching.runs.memory import BatchSize
@@ -56,7 +56,7 @@ Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
 def evaluate_circuits(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuits: Circuits | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -71,7 +71,7 @@ def evaluate_circuits(
 def evaluate_circuits(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuits: Circuits | None = None,
     metric: Mapping[str, Metric | MetricFunction] | None = None,
     *,
@@ -85,7 +85,7 @@ def evaluate_circuits(
 def evaluate_circuits(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuits: Circuits | None = None,
     metric: Metrics | None = None,
     *,
@@ -101,7 +101,7 @@ def evaluate_circuits(
     Args:
         model: the model; nothing may be attached to its hook points.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths, which ablated edges take their outputs from.
+        corrupted: as many prompts of the same lengths for ablated edges to take outputs from; or `patching.Noise`.
         circuits: what is run: a list, or a mapping from label to circuit.
         metric: as for a sweep; several by name give a result for each. What compares with a run compares with that of
             the prompts: `KL()` with the clean prompts' predictions.

@@ -123,11 +123,10 @@ def prepare_ground(
         model, prompts, pairs, [], metrics, direction="noise", source="other", keep=[*written, *streams], edits=edits
     )
     lengths, full_width, kept = baseline.lengths, max(baseline.lengths), baseline.kept
-    clean, corrupted = prompts.clean[pairs, :full_width], prompts.corrupted[pairs, :full_width]
     mask = torch.arange(full_width, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
     columns = slice(0, full_width)
     if not baseline.needs_whole_rows:
-        columns = _columns_to_run(model, baseline.reads, lengths, clean != corrupted, metrics, ablation)
+        columns = _columns_to_run(model, baseline.reads, lengths, prompts.differ(pairs, full_width), metrics, ablation)
 
     own: Mapping[str, Tensor] = {name: kept[name][0][:, columns] for name in written}
     others: Mapping[str, Tensor] = {name: kept[name][1][:, columns] for name in written}

@@ -79,7 +79,7 @@ class CircuitRunner:
             written, all_real = written_names(model), torch.ones_like(prompts.corrupted)
             self.ablation = (
                 average_edited(model, prompts, written, edits, batch_size=size)
-                if edits
+                if edits or prompts.noise is not None
                 else mean_activations(model, prompts.corrupted, written, batch_size=size, attention_mask=all_real)
             )
             self.forwards += -(-len(prompts) // size)

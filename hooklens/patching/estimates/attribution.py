@@ -45,7 +45,7 @@ from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.group import MetricGroup
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, PairSource, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.pairs.prompts import Corrupted, PromptPairs
 from hooklens.patching.results.result import SweepResult, SweepStats
 from hooklens.patching.runs.baseline import Baseline, Direction, run_baseline
 from hooklens.patching.runs.memory import BatchSize
@@ -62,7 +62,7 @@ Method = Literal["atp", "ig"]
 def attribution(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     sites: Sites | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -81,7 +81,7 @@ def attribution(
     Args:
         model: the model; its parameters' gradients are neither needed nor changed.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         sites: as for a sweep.
         metric: as for a sweep; it must be differentiable.
         method: `"atp"`: the gradient of the run that is patched; `"ig"`: averaged on the way to the other run.

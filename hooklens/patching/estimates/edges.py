@@ -54,7 +54,7 @@ from hooklens.patching.graph.nodes import Graph, check_additive
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.pairs.prompts import Corrupted, PromptPairs
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.runs.baseline import Direction
 from hooklens.patching.runs.edits import check_node_edits
@@ -70,7 +70,7 @@ Method = Literal["eap", "eap-ig", "eap-ig-inputs", "eap-ig-activations", "clean-
 def edge_attribution(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
     method: Method = "eap",
@@ -90,7 +90,7 @@ def edge_attribution(
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         metric: as for a sweep; it must be differentiable for all methods but `"exact"`.
         method: how edges are scored, see the module.
         steps: points between the two runs, for `"eap-ig-inputs"` and `"eap-ig-activations"`.

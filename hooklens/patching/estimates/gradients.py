@@ -13,13 +13,15 @@ from hooklens.axes import EMBEDDINGS, is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
-from hooklens.hooks.call import NOBODY, Listeners, ListeningBlock
+from hooklens.hooks.call import NOBODY, Listeners, ListeningBlock, join_listeners
 from hooklens.patching.estimates.rules import GRADIENT, ReadRules, RuleHook, split_at_head
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import Places
-from hooklens.patching.runs.baseline import Baseline, Direction
+from hooklens.patching.runs.baseline import Baseline, Direction, take_sides
 from hooklens.patching.runs.memory import BatchSize, free_bytes
+from hooklens.patching.runs.noised import add_noise
+from hooklens.patching.runs.unpatched import Side
 from hooklens.patching.runs.vocabulary import unembed
 
 Rule = Literal["right", "left", "midpoint"]
@@ -79,10 +81,15 @@ class GradientRuns:
         rules: ReadRules = GRADIENT,
     ) -> None:
         pairs, width = list(baseline.pairs), max(baseline.lengths)
-        clean, corrupted = prompts.clean[pairs, :width], prompts.corrupted[pairs, :width]
         self.model, self.baseline, self.rules = model, baseline, rules
-        self.into, self.other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+        self._into, self._other = take_sides(model, prompts, pairs, width, direction)
+        self._differ = prompts.differ(pairs, width)
         self.forwards = 0
+
+    @property
+    def into(self) -> Int[Tensor, "pairs pos"]:
+        """The prompts of the run that is patched."""
+        return self._into.tokens
 
     @property
     def mask(self) -> Bool[Tensor, "pairs pos"]:
@@ -96,12 +103,12 @@ class GradientRuns:
 
         Before it the activations of both are the same, up to how rows of one batch are rounded.
         """
-        return ((self.into != self.other).cumsum(1) > 0) & self.mask if self.baseline.is_causal else self.mask
+        return (self._differ.cumsum(1) > 0) & self.mask if self.baseline.is_causal else self.mask
 
     def unmoved(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Activations of the run that is patched, without a graph."""
-        with torch.no_grad(), self._edited(in_head=True), self.model.capture(list(names)) as captured:
-            self._run(self.into)
+        with torch.no_grad(), self._standing(self._into, in_head=True), self.model.capture(list(names)) as captured:
+            self._run(self._into)
         return captured
 
     def run(
@@ -137,7 +144,7 @@ class GradientRuns:
             below, behind = split_at_head([*self.rules.hooks(self.model), *drops])
             with (
                 torch.enable_grad(),
-                self._edited(in_head=in_head),
+                self._standing(self._into, in_head=in_head),
                 self.model.hooks([*hooks, *below], [(list(graded), one.keep_gradient)]),
                 self.model.capture(watched or "hook_embed") as now,
             ):
@@ -154,9 +161,9 @@ class GradientRuns:
         reads = self.baseline.reads[..., None]
         if all_columns:
             with self.model.hooks(in_head):
-                logits = self._run(self.into, unembed=True).take_along_dim(reads, dim=1)
+                logits = self._run(self._into, unembed=True).take_along_dim(reads, dim=1)
         else:
-            stream = self._run(self.into).take_along_dim(reads, dim=1)
+            stream = self._run(self._into).take_along_dim(reads, dim=1)
             with self.model.hooks(in_head):
                 logits = unembed(self.model, stream, listeners=self._edits_at_reads())
         return self.baseline.metric.measure(logits[None])[0]
@@ -167,18 +174,23 @@ class GradientRuns:
         if not places:
             return {}
         stop = 0 if places == ["hook_embed"] else None
-        with torch.no_grad(), self._edited(in_head=False), self.model.capture(places) as captured:
-            self._run(self.other, stop_at_layer=stop)
+        with torch.no_grad(), self._standing(self._other, in_head=False), self.model.capture(places) as captured:
+            self._run(self._other, stop_at_layer=stop)
         return captured
 
-    def _edited(self, *, in_head: bool) -> AbstractContextManager[None]:
-        """A block in which the experiment's edits act, before what is attached in it; `in_head`: past blocks, too."""
-        edits = self.baseline.edits
-        if edits is None:
-            return nullcontext()
-        names = [name for name in edits.acting if in_head or not is_past_blocks(name)]
-        acting = edits.listeners(self.model, edits.places(*self.into.shape), names)
-        return ListeningBlock(lambda: acting, None)
+    def _standing(self, side: Side, *, in_head: bool) -> AbstractContextManager[None]:
+        """A block in which noise and the experiment's edits act, before what is attached in it.
+
+        Args:
+            side: the run.
+            in_head: edits past the blocks act, too.
+        """
+        acting, edits = add_noise(self.model, side.noise), self.baseline.edits
+        if edits is not None:
+            names = [name for name in edits.acting if in_head or not is_past_blocks(name)]
+            of_edits = edits.listeners(self.model, edits.places(*side.tokens.shape), names)
+            acting = join_listeners([acting, of_edits])
+        return ListeningBlock(lambda: acting, None) if acting else nullcontext()
 
     def _edits_at_reads(self) -> Listeners:
         """What they do behind the blocks, where only the positions that the metric reads are run."""
@@ -188,12 +200,10 @@ class GradientRuns:
         places = Places(torch.arange(len(reads), device=reads.device), reads)
         return edits.listeners(self.model, places, edits.names_in_head)
 
-    def _run(
-        self, tokens: Int[Tensor, "pairs pos"], *, unembed: bool = False, stop_at_layer: int | None = None
-    ) -> Tensor:
+    def _run(self, side: Side, *, unembed: bool = False, stop_at_layer: int | None = None) -> Tensor:
         self.forwards += stop_at_layer is None
-        plan = self.model.make_plan(tokens, self.mask)
-        return self.model.run(tokens, plan, unembed=unembed, stop_at_layer=stop_at_layer)
+        plan = self.model.make_plan(side.tokens, self.mask)
+        return self.model.run(side.tokens, plan, unembed=unembed, stop_at_layer=stop_at_layer)
 
 
 class _GradientRun:

@@ -40,7 +40,7 @@ from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_runs import KL
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.pairs.prompts import Corrupted, PromptPairs
 from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.result import SweepStats
 from hooklens.patching.runs.memory import BatchSize
@@ -57,7 +57,7 @@ _WARM_SPREAD = 2.0
 def learn_circuit(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     metric: Metric | MetricFunction | Literal["kl"] = "kl",
     *,
     target_size: int | None = None,
@@ -80,7 +80,7 @@ def learn_circuit(
     Args:
         model: the model; nothing may be attached to its hook points. Its weights are left as they are.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths, which closed edges take their outputs from.
+        corrupted: as many prompts of the same lengths for closed edges to take outputs from; or `patching.Noise`.
         metric: `"kl"`, the divergence from the whole network's predictions at the last position; or a metric as for
             a sweep, which must be differentiable.
         target_size: how many edges (or nodes) are to stay.
@@ -142,7 +142,7 @@ def learn_circuit(
     layout = GateLayout.of(runner.graph, level)
     schedule = _read_target(target_size, target_sparsity, penalty, len(layout), n_steps, rate)
     first = _first_log_alpha(runner, layout, warm_start)
-    held_out = _draw_held_out(len(prompts), share, drawn_by)
+    held_out = _draw_held_out(prompts, share, drawn_by)
     learning = _Learning(runner, prompts, GateTraining(layout, first), schedule, held_out, drawn_by)
     return learning.finish(progress=options.progress)
 
@@ -262,16 +262,18 @@ def _read_above_zero(given: object, name: str) -> float:
     )
 
 
-def _draw_held_out(n_pairs: int, share: float, seed: int) -> Tensor:
-    """Which pairs are not trained on."""
-    held_out = torch.zeros(n_pairs, dtype=torch.bool)
-    n_held_out = max(1, round(share * n_pairs)) if share else 0
-    if n_held_out >= n_pairs:
+def _draw_held_out(prompts: PromptPairs, share: float, seed: int) -> Tensor:
+    """Which pairs are not trained on; the draws of noise for one prompt stay together."""
+    held_out, apart = torch.zeros(len(prompts), dtype=torch.bool), prompts.apart
+    n_held_out = max(1, round(share * len(apart))) if share else 0
+    if n_held_out >= len(apart):
         raise InputError(
-            f"learn_circuit: holdout={share} of {n_pairs} pairs leaves none to train on; give more pairs, or holdout=0"
+            f"learn_circuit: holdout={share} of {len(apart)} pairs leaves none to train on; give more pairs, or "
+            "holdout=0"
         )
-    order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
-    held_out[order[:n_held_out]] = True
+    order = torch.randperm(len(apart), generator=torch.Generator().manual_seed(seed))
+    for place in order[:n_held_out].tolist():
+        held_out[apart[place]] = True
     return held_out
 
 

@@ -24,7 +24,7 @@ from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.metrics.of_runs import KL
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.pairs.prompts import Corrupted, PromptPairs
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.sources import mean_activations
@@ -39,7 +39,7 @@ _LOOKS = 10
 def fit_optimal_ablation(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuit: Circuit | None = None,
     metric: Metric | MetricFunction | Literal["kl"] = "kl",
     *,
@@ -99,6 +99,11 @@ def fit_optimal_ablation(
     check_heads_apart(model.cfg)
     circuit.check(model.cfg)
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
+    if prompts.noise is not None:
+        raise InputError(
+            "fit_optimal_ablation: noise stands in the place of the corrupted prompts, but nothing is resampled here: "
+            "constants are put in the place of what circuits leave out; give prompts that differ in words"
+        )
     if apart and prompts.is_padded:
         raise InputError(
             f"fit_optimal_ablation: each_position=True needs prompts of one length, in which positions mean the same; "

@@ -23,15 +23,18 @@ from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.patching.pairs.answers import Answers, encode_answers
-from hooklens.patching.pairs.prompts import Mask, Prompt, PromptPairs, are_pairs, read_pairs
+from hooklens.patching.pairs.prompts import Corrupted, Mask, Prompt, PromptPairs, are_pairs, read_pairs
 from hooklens.patching.pairs.template import Pair
 
 Loader = Iterable[Any]
 GroupSize = Callable[[int], int]
 """From the tokens of the longest prompt to how many pairs a group may have."""
 
-Pairs = Prompt | Pair | Sequence[Pair] | Loader
-"""What stands in the place of the clean prompts: these, or pairs, which have the corrupted ones with them."""
+Pairs = Prompt | Pair | Sequence[Pair] | Loader | PromptPairs
+"""What stands in the place of the clean prompts: these, or pairs, which have the corrupted ones with them.
+
+`PromptPairs` are pairs that have been read before.
+"""
 
 Group = tuple[PromptPairs, list[int]]
 """Some pairs, and which of them are meant."""
@@ -110,20 +113,22 @@ class PairSource:
 def read_source(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     attention_mask: Mask | None = None,
 ) -> PairSource:
     """The pairs that an experiment is given, at hand or from a loader.
 
     Args:
         model: whose tokenizer and vocabulary count.
-        clean: clean prompts; or with `corrupted=None` a `Pair`, a list of them, or a loader.
-        corrupted: corrupted prompts.
+        clean: clean prompts; or with `corrupted=None` a `Pair`, a list of them, a loader, or what was read before.
+        corrupted: corrupted prompts, or noise on the clean ones.
         attention_mask: real tokens of padded ids, the same for both.
 
     Raises:
         InputError: prompts that do not go together; of a loader, only the first batch is read.
     """
+    if isinstance(clean, PromptPairs):
+        return PairSource(model, clean)
     if corrupted is None and _is_loader(clean):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token ids; a loader gives it with each batch")
@@ -135,7 +140,7 @@ def read_source(
 def read_all_pairs(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     attention_mask: Mask | None = None,
 ) -> PromptPairs:
     """The pairs that an experiment is given, as `read_source`; a loader is read to its end, as token ids.

@@ -6,21 +6,25 @@ Activation Patching"). Replace a word by another of the same length rather than 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens import tokens as tokenization
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.pairs.answers import Answers, encode_answers
+from hooklens.patching.pairs.noise import Noise, TokenNoise, draw_noise
 from hooklens.patching.pairs.template import Pair, stack_pairs
 
 Prompt = tokenization.Prompt
 Mask = Int[Tensor, "batch pos"]
+
+Corrupted = Prompt | Noise
+"""What stands in the place of the corrupted prompts: prompts, or noise on the clean ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class PromptPairs:
         answers, wrongs: one row for each pair, where pairs bring answers along.
         first: the number in the experiment that the first of these pairs has.
         is_part: these are some of the experiment's pairs, which come one after another.
+        noise: what is added to the embeddings of the corrupted prompts; None: nothing.
     """
 
     clean: Int[Tensor, "pairs pos"]
@@ -43,6 +48,7 @@ class PromptPairs:
     wrongs: Answers | None = None
     first: int = 0
     is_part: bool = False
+    noise: TokenNoise | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -57,6 +63,41 @@ class PromptPairs:
         """Whether pairs differ in length."""
         return len(set(self.lengths)) > 1
 
+    def take(self, rows: Sequence[int]) -> "PromptPairs":
+        """Some of the pairs, which are then an experiment of their own."""
+        chosen = list(rows)
+        lengths = tuple(self.lengths[row] for row in chosen)
+        width = max(lengths)
+        return PromptPairs(
+            clean=self.clean[chosen, :width],
+            corrupted=self.corrupted[chosen, :width],
+            lengths=lengths,
+            answers=None if self.answers is None else self.answers.take(chosen),
+            wrongs=None if self.wrongs is None else self.wrongs.take(chosen),
+            noise=None if self.noise is None else self.noise.take(chosen),
+        )
+
+    def differ(self, pairs: Sequence[int], width: int) -> Bool[Tensor, "pairs pos"]:
+        """The tokens in which the prompts of some pairs differ, those that are noised among them."""
+        chosen = list(pairs)
+        found: Tensor = self.clean[chosen, :width] != self.corrupted[chosen, :width]
+        return found if self.noise is None else found | self.noise.chosen[chosen, :width]
+
+    def draw_noise(
+        self, pairs: Sequence[int], width: int, dtype: torch.dtype
+    ) -> Float[Tensor, "pairs pos d_model"] | None:
+        """What is added to the embeddings of some corrupted prompts; None: nothing."""
+        return None if self.noise is None else self.noise.draw(pairs, width, dtype)
+
+    @property
+    def apart(self) -> list[list[int]]:
+        """The pairs that may be parted from each other: each by itself, but the draws of one prompt together."""
+        numbers = range(len(self)) if self.noise is None else self.noise.prompts
+        together: dict[int, list[int]] = {}
+        for pair, number in enumerate(numbers):
+            together.setdefault(number, []).append(pair)
+        return list(together.values())
+
     def split(self, size: int | None) -> Iterator[list[int]]:
         """The places of the pairs, in groups of so many; None: all together."""
         step = len(self) if size is None else max(1, size)
@@ -67,7 +108,7 @@ class PromptPairs:
 def read_pairs(
     model: HookedCausalLM,
     clean: Prompt | Pair | Sequence[Pair],
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     attention_mask: Mask | None = None,
 ) -> PromptPairs:
     """Encode both prompts of one or several pairs, and check that they go together.
@@ -75,7 +116,8 @@ def read_pairs(
     Args:
         model: whose tokenizer and vocabulary count.
         clean: text, a list of texts, or ids; or a `Pair`, or a list of them.
-        corrupted: the same, one for each clean prompt; None: the pairs have both.
+        corrupted: the same, one for each clean prompt; None: the pairs have both. Or noise on the clean prompts, which
+            takes the place of the corrupted ones of pairs, too.
         attention_mask: real tokens (1) and padding (0) of both, where ids are padded. None: as in a call of the
             model, see `hooklens.tokens.padding`.
 
@@ -83,6 +125,8 @@ def read_pairs(
         InputError: another number of prompts, pairs of prompts of different length, all of which are named, or
             answers that only some pairs have.
     """
+    if isinstance(corrupted, Noise):
+        return _read_noised(model, clean, corrupted, attention_mask)
     if corrupted is None:
         if not are_pairs(clean):
             raise InputError(
@@ -106,6 +150,21 @@ def are_pairs(given: object) -> TypeGuard[Pair | Sequence[Pair]]:
     if isinstance(given, Pair):
         return True
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(one, Pair) for one in given)
+
+
+def _read_noised(
+    model: HookedCausalLM, clean: Prompt | Pair | Sequence[Pair], noise: Noise, attention_mask: Mask | None
+) -> PromptPairs:
+    """The clean prompts, each as many times as noise is drawn for it."""
+    if are_pairs(clean):
+        once = read_pairs(model, clean, None, attention_mask)
+    else:
+        rows = read_prompts(model, clean, attention_mask)  # type: ignore[arg-type]  # as below
+        once = _align(rows, rows)
+    every = [row for row in range(len(once)) for _ in range(noise.draws)]
+    repeated = once.take(every)
+    drawn = draw_noise(model, noise, once.clean, once.lengths)
+    return replace(repeated, corrupted=repeated.clean, noise=drawn)
 
 
 def _read_stacked(model: HookedCausalLM, pairs: Sequence[Pair]) -> PromptPairs:

@@ -17,7 +17,7 @@ from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt, PromptPairs
+from hooklens.patching.pairs.prompts import Corrupted, PromptPairs
 from hooklens.patching.paths.ground import Ground, lay_ground
 from hooklens.patching.paths.passes import PathPass
 from hooklens.patching.paths.route import Route, outputs_of
@@ -35,7 +35,7 @@ from hooklens.precision import wide_dtype
 def path_patch(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     senders: Sequence[str] | None = None,
     receivers: Sequence[str] | None = None,
     metric: Metric | MetricFunction | None = None,
@@ -52,7 +52,7 @@ def path_patch(
 def path_patch(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     senders: Sequence[str] | None = None,
     receivers: Sequence[str] | None = None,
     metric: Mapping[str, Metric | MetricFunction] | None = None,
@@ -68,7 +68,7 @@ def path_patch(
 def path_patch(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     senders: Sequence[str] | None = None,
     receivers: Sequence[str] | None = None,
     metric: Metrics | None = None,
@@ -86,7 +86,7 @@ def path_patch(
     Args:
         model: the model; nothing may be attached to its hook points.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         senders: names of writers (`"embed"`, `"a3.h5"`, `"m3"`), each patched by itself; None: all.
         receivers: names of readers (`"a9.h6.q"`, `"m7"`, `"logits"`), all of them together: the paths over any of them.
         metric: as for a sweep; several by name give a result for each.
@@ -282,13 +282,12 @@ class _PathPatching:
     def _lay_grounds(self, group: list[int], baseline: Baseline) -> list[Ground]:
         """The group's pairs, as many together as a pass of one sender runs."""
         width = max(baseline.lengths)
-        clean, corrupted = self.prompts.clean[group, :width], self.prompts.corrupted[group, :width]
         size = self._pairs_per_pass(width)
         return [
             lay_ground(
                 self.model,
                 baseline,
-                clean != corrupted,
+                self.prompts.differ(group, width),
                 slice(first, min(first + size, len(group))),
                 in_place=self.in_place,
                 carried=self.carried,

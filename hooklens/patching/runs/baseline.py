@@ -23,7 +23,7 @@ from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import GroupEdits, act_on_pairs
 from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.sources import fit_given
-from hooklens.patching.runs.unpatched import Source, read_logits, run_both, run_both_alone
+from hooklens.patching.runs.unpatched import Side, Source, read_logits, run_both, run_both_alone
 from hooklens.patching.runs.vocabulary import Vocabulary, find_vocabulary
 
 Direction = Literal["denoise", "noise"]
@@ -102,7 +102,7 @@ class Baseline:
     Attributes:
         pairs: which pairs of the experiment these are.
         lengths: tokens of each pair.
-        into: the prompts of the run that is patched, padded on the right.
+        into: the prompts of the run that is patched, padded on the right, and the noise on them.
         edits: what acts in every run; None: nothing does.
         is_planned: patched rows go on from these runs. If not, each is a full forward: `streams` and `keys_values`
             are empty, and `values` are activations.
@@ -125,7 +125,7 @@ class Baseline:
 
     pairs: tuple[int, ...]
     lengths: tuple[int, ...]
-    into: Int[Tensor, "pairs pos"]
+    into: Side
     edits: GroupEdits | None
     is_planned: bool
     streams: list[Float[Tensor, "pairs pos d_model"]]
@@ -206,8 +206,7 @@ def run_baseline(
     chosen = list(pairs)
     lengths = tuple(prompts.lengths[pair] for pair in chosen)
     width = max(lengths)
-    clean, corrupted = prompts.clean[chosen, :width], prompts.corrupted[chosen, :width]
-    into, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    into, other = take_sides(model, prompts, chosen, width, direction)
     metrics = metric if isinstance(metric, MetricGroup) else MetricGroup.read(metric)
     acting = act_on_pairs(model, prompts, chosen, edits)
     is_planned = edits.is_planned(names)
@@ -219,7 +218,7 @@ def run_baseline(
 
     n_pairs = len(chosen)
     unread = ran.other_last.new_empty(*reads.shape, 0, device=model.device, dtype=model.dtype)
-    runs = _describe_runs(model, prompts, chosen, into, unread=unread)
+    runs = _describe_runs(model, prompts, chosen, into.tokens, unread=unread)
     metrics = metrics.encode(model)
     vocabulary = None
     if answers_only and is_planned:
@@ -237,7 +236,8 @@ def run_baseline(
     for name, entry in entries.items():
         current, new = ran.into[name], ran.other[name]
         if isinstance(source, str) and source == "other":
-            new = _keep_agreeing(name, current, new, (into != other).cumsum(1) > 0) if edits.is_causal else new
+            if edits.is_causal:
+                new = _keep_agreeing(name, current, new, prompts.differ(chosen, width).cumsum(1) > 0)
         elif not isinstance(source, HookedCausalLM):
             new = _value_of(source, name, current, chosen, prompts)
         differs[name] = _find_differences(name, current, new)
@@ -264,6 +264,16 @@ def run_baseline(
         vocabulary=vocabulary,
         ends=measured,
     )
+
+
+def take_sides(
+    model: HookedCausalLM, prompts: PromptPairs, pairs: Sequence[int], width: int, direction: Direction
+) -> tuple[Side, Side]:
+    """The prompts of the run that is patched and of the other one, for some pairs, padded to a width."""
+    chosen = list(pairs)
+    clean = Side(prompts.clean[chosen, :width])
+    corrupted = Side(prompts.corrupted[chosen, :width], prompts.draw_noise(chosen, width, model.dtype))
+    return (corrupted, clean) if direction == "denoise" else (clean, corrupted)
 
 
 def _check_ends(metric: Metric, pairs: Sequence[int], ends: Float[Tensor, "two pairs"]) -> None:

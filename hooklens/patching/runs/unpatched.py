@@ -13,12 +13,20 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.call import NOBODY, Listeners, join_listeners
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.patching.runs.acting import GroupEdits, Places
+from hooklens.patching.runs.noised import add_noise
 from hooklens.patching.runs.other_model import run_other_model, unembed_other_model
 from hooklens.patching.runs.vocabulary import Vocabulary, unembed
 
 Source = Literal["other", "zero"] | Mapping[str, Tensor] | HookedCausalLM
 
 _OVER_TOKENS = ("pos", "query", "key")
+
+
+class Side(NamedTuple):
+    """The prompts of one run of some pairs, and the noise on their embeddings."""
+
+    tokens: Int[Tensor, "pairs pos"]
+    noise: Float[Tensor, "pairs pos d_model"] | None = None
 
 
 class Ran(NamedTuple):
@@ -39,8 +47,8 @@ class Ran(NamedTuple):
 def run_both(
     model: HookedCausalLM,
     source: Source,
-    into: Int[Tensor, "pairs pos"],
-    other: Int[Tensor, "pairs pos"],
+    into: Side,
+    other: Side,
     lengths: tuple[int, ...],
     names: list[str],
     edits: GroupEdits | None,
@@ -52,14 +60,13 @@ def run_both(
     watched = [*entering, *names, last]
     mask = None
     if len(set(lengths)) > 1:
-        columns = torch.arange(into.shape[1], device=into.device)
-        mask = columns < torch.tensor(lengths, device=into.device)[:, None]
+        mask = _real_tokens(into.tokens, lengths)
     if isinstance(source, HookedCausalLM):
         captured, cached = run_unpatched(model, into, mask, watched, edits)
-        theirs = run_other_model(model, source, other, mask, names)
+        theirs = run_other_model(model, source, other.tokens, mask, names)
         return Ran(captured, theirs.captured, [captured[name] for name in (*entering, last)], theirs.last, cached)
     both = None if mask is None else mask.repeat(2, 1)
-    captured, cached = run_unpatched(model, torch.cat([into, other]), both, watched, edits)
+    captured, cached = run_unpatched(model, _join(into, other), both, watched, edits)
     own, others = ({name: tensor.chunk(2)[half] for name, tensor in captured.items()} for half in (0, 1))
     return Ran(own, others, [own[name] for name in (*entering, last)], others[last], cached)
 
@@ -67,8 +74,8 @@ def run_both(
 def run_both_alone(
     model: HookedCausalLM,
     source: Source,
-    into: Int[Tensor, "pairs pos"],
-    other: Int[Tensor, "pairs pos"],
+    into: Side,
+    other: Side,
     lengths: tuple[int, ...],
     names: list[str],
     edits: GroupEdits | None,
@@ -78,17 +85,29 @@ def run_both_alone(
     assert edits is not None
     own = _run_alone(model, into, lengths, names, edits, reads)
     if isinstance(source, HookedCausalLM):
-        columns = torch.arange(into.shape[1], device=into.device)
-        mask = columns < torch.tensor(lengths, device=into.device)[:, None]
-        theirs = run_other_model(model, source, other, mask, names)
+        theirs = run_other_model(model, source, other.tokens, _real_tokens(into.tokens, lengths), names)
         return Ran(own.captured, theirs.captured, [], theirs.last, [], [own.logits])
     others = _run_alone(model, other, lengths, names, edits, reads)
     return Ran(own.captured, others.captured, [], others.logits, [], [own.logits, others.logits])
 
 
+def _real_tokens(tokens: Int[Tensor, "pairs pos"], lengths: Sequence[int]) -> Bool[Tensor, "pairs pos"]:
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    return columns < torch.tensor(lengths, device=tokens.device)[:, None]
+
+
+def _join(into: Side, other: Side) -> Side:
+    """Both runs as one batch; what has no noise gets zeros where the other has some."""
+    tokens, noises = torch.cat([into.tokens, other.tokens]), (into.noise, other.noise)
+    there = next((noise for noise in noises if noise is not None), None)
+    if there is None:
+        return Side(tokens)
+    return Side(tokens, torch.cat([torch.zeros_like(there) if noise is None else noise for noise in noises]))
+
+
 def run_unpatched(
     model: HookedCausalLM,
-    tokens: Int[Tensor, "rows pos"],
+    side: Side,
     mask: Bool[Tensor, "rows pos"] | None,
     names: list[str],
     edits: GroupEdits | None,
@@ -97,19 +116,20 @@ def run_unpatched(
 
     Args:
         model: the model.
-        tokens: the prompts, one set of the edits' pairs after another.
+        side: the prompts, one set of the edits' pairs after another.
         mask: real tokens; None: all are.
         names: the hook points.
         edits: what acts.
     """
-    cache = None
+    cache, tokens = None, side.tokens
     if edits is None or not edits.of_run.needs_whole_rows:
         cache = HookedKeyValueCache.init_cache(model.cfg, model.device, len(tokens), dtype=model.dtype)
     reads_head = any(map(is_past_blocks, names))
-    listeners: Listeners = NOBODY
+    listeners = add_noise(model, side.noise)
     if edits is not None:
         acting = [name for name in edits.acting if reads_head or not is_past_blocks(name)]
-        listeners = edits.listeners(model, edits.places(len(tokens), tokens.shape[1]), acting)
+        standing = edits.listeners(model, edits.places(len(tokens), tokens.shape[1]), acting)
+        listeners = join_listeners([listeners, standing])
     with model.capture(list(dict.fromkeys(names))) as captured:
         plan = model.make_plan(tokens, mask, None, cache)
         model.run(tokens, plan, listeners=listeners, past_kv_cache=cache, unembed=reads_head)
@@ -153,7 +173,7 @@ class _Alone(NamedTuple):
 
 def _run_alone(
     model: HookedCausalLM,
-    tokens: Int[Tensor, "pairs pos"],
+    side: Side,
     lengths: Sequence[int],
     names: Sequence[str],
     edits: GroupEdits,
@@ -163,7 +183,7 @@ def _run_alone(
 
     Args:
         model: the model.
-        tokens: the prompts, padded on the right.
+        side: the prompts, padded on the right.
         lengths: tokens of each.
         names: the hook points whose activations are kept.
         edits: what acts; pair `i` of it is prompt `i`.
@@ -173,15 +193,17 @@ def _run_alone(
     logits = []
     for pair, length in enumerate(lengths):
         with model.capture(list(names) or "hook_embed") as captured:
-            logits.append(run_one(model, tokens[pair, :length], edits.of_one(model, pair), reads[pair]))
+            logits.append(run_one(model, side, pair, length, edits.of_one(model, pair), reads[pair]))
         for name, parts in kept.items():
-            parts.append(_pad(name, captured[name], tokens.shape[1]))
+            parts.append(_pad(name, captured[name], side.tokens.shape[1]))
     return _Alone({name: torch.cat(parts) for name, parts in kept.items()}, torch.stack(logits))
 
 
 def run_one(
     model: HookedCausalLM,
-    tokens: Int[Tensor, " pos"],
+    side: Side,
+    pair: int,
+    length: int,
     listeners: Listeners,
     reads: Int[Tensor, " read"],
     *,
@@ -191,15 +213,18 @@ def run_one(
 
     Args:
         model: the model.
-        tokens: the prompt.
+        side: the prompts, padded on the right.
+        pair: which of them is run.
+        length: its tokens.
         listeners: what acts.
         reads: columns whose logits are given; those past the prompt's end stand for its last one.
         last: what acts after that, at one hook point.
     """
-    rows = tokens[None]
-    heard = join_listeners([listeners, {} if last is None else last])
+    rows = side.tokens[pair : pair + 1, :length]
+    noise = None if side.noise is None else side.noise[pair : pair + 1, :length]
+    heard = join_listeners([add_noise(model, noise), listeners, {} if last is None else last])
     logits = model.run(rows, model.make_plan(rows), listeners=heard)
-    return logits[0, reads.clamp(max=len(tokens) - 1)]
+    return logits[0, reads.clamp(max=length - 1)]
 
 
 def _pad(name: str, tensor: Tensor, width: int) -> Tensor:

@@ -29,12 +29,11 @@ from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.statistics import standard_error
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.parts import Part, Parts, Unit, evaluate_distinct
-from hooklens.patching.studies.split import take_pairs
 from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ class Completeness:
 def completeness(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuit: Circuit | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -172,7 +171,7 @@ def completeness(
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         circuit: the circuit.
         metric: as for a sweep.
         unit: `"nodes"`: parts are heads, MLPs and the embeddings (`"a0.h1"`, `"m0"`, `"embed"`), taken out with all
@@ -197,7 +196,7 @@ def completeness(
     steps = read_int(greedy_steps, what="completeness: greedy_steps", least=0, most=len(parts.names))
     chosen |= parts.draw_sets(drawn, read_seed(seed, what="completeness: seed"))
     read = read_all_pairs(model, clean, corrupted, attention_mask)
-    prompts = (take_pairs(read, range(len(read))), None)
+    prompts = (read, None)
     options = {"ablation": ablation, "batch_size": batch_size, "progress": progress, "allow_training": allow_training}
 
     def both(some: Mapping[str, tuple[Part, ...]]) -> Completeness:

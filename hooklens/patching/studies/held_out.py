@@ -24,11 +24,11 @@ from hooklens.patching.estimates.rules import Rules
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
-from hooklens.patching.studies.split import draw_rows, read_share, take_metric, take_pairs
+from hooklens.patching.studies.split import draw_rows, read_share, take_metric
 from hooklens.viz.charts import Backend
 
 
@@ -66,7 +66,7 @@ class HeldOutCurve:
 def held_out_curve(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
     split: float | None = 0.5,
@@ -89,7 +89,7 @@ def held_out_curve(
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         metric: as for a sweep, differentiable but for `method="exact"`. Answers that it holds for each pair go with
             the pairs.
         split: the share of pairs that edges are scored on, drawn at random; circuits are measured on all others. None:
@@ -111,12 +111,14 @@ def held_out_curve(
     encoded, n_pairs = as_metric(metric).encode(model), len(prompts)
     found_on = tried_on = list(range(n_pairs))
     if share is not None:
-        found_on = draw_rows(n_pairs, share, torch.Generator().manual_seed(number))
+        apart = prompts.apart
+        drawn = draw_rows(len(apart), share, torch.Generator().manual_seed(number))
+        found_on = [pair for place in drawn for pair in apart[place]]
         tried_on = [row for row in range(n_pairs) if row not in set(found_on)]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "allow_training": allow_training}
     scores = edge_attribution(
         model,
-        take_pairs(prompts, found_on),
+        prompts.take(found_on),
         metric=take_metric(encoded, found_on, n_pairs),
         method=method,
         steps=steps,
@@ -126,7 +128,7 @@ def held_out_curve(
     )
     curve = faithfulness_curve(
         model,
-        take_pairs(prompts, tried_on),
+        prompts.take(tried_on),
         scores=scores,
         metric=take_metric(encoded, tried_on, n_pairs),
         sizes=sizes,

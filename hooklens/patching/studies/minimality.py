@@ -26,12 +26,11 @@ from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.file import NUMBER, TEXT, Expectation, Expected, ResultFile, is_list
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.parts import Part, Parts, Unit, evaluate_distinct
-from hooklens.patching.studies.split import take_pairs
 from hooklens.viz.charts import Backend, draw_lines
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ class Minimality:
 def minimality(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuit: Circuit | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -154,7 +153,7 @@ def minimality(
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         circuit: the circuit.
         metric: as for a sweep.
         unit: what parts are, as for `completeness`.
@@ -180,7 +179,7 @@ def minimality(
         for others in beside.values()
         for extra in (set(), {part})
     ]
-    found = evaluate_distinct(model, (take_pairs(read, range(len(read))), None), circuits, metric, options)
+    found = evaluate_distinct(model, (read, None), circuits, metric, options)
     with_part, without = found.values.view(len(parts.names), len(beside), 2).unbind(-1)
     return Minimality(
         parts=parts.names, sets=tuple(beside), changes=without - with_part, full=found.full, metric=found.metric

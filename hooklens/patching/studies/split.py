@@ -13,7 +13,7 @@ from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.answers import Answers
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Mask, Prompt, PromptPairs
+from hooklens.patching.pairs.prompts import Corrupted, Mask, PromptPairs
 from hooklens.patching.pairs.template import Pair
 
 
@@ -38,7 +38,7 @@ class PairSplit:
 def split_pairs(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     *,
     fraction: float = 0.5,
     seed: int = 0,
@@ -97,7 +97,16 @@ def draw_rows(n_pairs: int, fraction: float, generator: torch.Generator) -> list
 
 
 def take_pairs(prompts: PromptPairs, rows: Sequence[int]) -> list[Pair]:
-    """Some of the pairs, each with its answers."""
+    """Some of the pairs, each with its answers.
+
+    Raises:
+        InputError: noise stands in the place of their corrupted prompts.
+    """
+    if prompts.noise is not None:
+        raise InputError(
+            "noise stands in the place of the corrupted prompts, and no Pair can hold it; part the prompts, and give "
+            "each part with the noise to what runs it (patching.held_out_curve does)"
+        )
     return [
         Pair(
             prompts.clean[row, : prompts.lengths[row]],

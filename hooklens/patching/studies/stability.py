@@ -30,7 +30,7 @@ from hooklens.patching.graph.nodes import Edge
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.pairs.template import Pair
 from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.file import Expectation, Expected, ResultFile, is_list
@@ -177,7 +177,7 @@ class Stability:
 def stability(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
     size: int | None = None,

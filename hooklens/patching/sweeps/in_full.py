@@ -33,8 +33,8 @@ def run_in_full(model: HookedCausalLM, baseline: Baseline, cell: Cell, pair: int
 
     point = model.hook_points()[cell.name]
     patch = {point: Listening([Hook(put_in, point, by_keyword=False)])}
-    tokens, standing = baseline.into[pair, :length], baseline.edits.of_one(model, pair)
-    return run_one(model, tokens, standing, baseline.reads[pair], last=patch)
+    standing = baseline.edits.of_one(model, pair)
+    return run_one(model, baseline.into, pair, length, standing, baseline.reads[pair], last=patch)
 
 
 def _index_of(name: str, at: Place, length: int) -> tuple[int | slice, ...]:

@@ -35,7 +35,7 @@ from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_source
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.result import SweepResult
 from hooklens.patching.results.several import Results
 from hooklens.patching.runs.baseline import Direction
@@ -52,7 +52,7 @@ from hooklens.patching.sweeps.run import SweepRun
 def sweep(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     sites: Sites | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -68,7 +68,7 @@ def sweep(
 def sweep(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     sites: Sites | None = None,
     metric: Mapping[str, Metric | MetricFunction] | None = None,
     *,
@@ -83,7 +83,7 @@ def sweep(
 def sweep(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     sites: Sites | None = None,
     metric: Metrics | None = None,
     *,
@@ -102,7 +102,7 @@ def sweep(
         clean: prompts whose behaviour is studied: text, a list of texts, or token ids. With `corrupted=None` a
             `Pair`, a list of pairs, or a loader of them (see `hooklens.patching.pairs.loader`), which is read group
             by group, so that thousands of pairs need no more memory than a few.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         sites: a hook word (`"resid_pre"`), a `patching.grid(...)`, or a list of these.
         metric: a value such as `patching.LogitDiff(answer, wrong)`, or a function from logits
             `[batch pos d_vocab]` to `[batch]`, see `FunctionMetric`. Or several by name, which are measured in the
@@ -160,6 +160,11 @@ def sweep(
         raise InputError(
             f"metric {measured.name} is a function that sees all pairs at once, so it cannot go through a loader; give "
             "the pairs as a list, or a metric such as patching.LogitDiff"
+        )
+    if isinstance(source, HookedCausalLM) and pairs.at_hand.noise is not None and options.direction == "noise":
+        raise InputError(
+            "sweep: the source model would run the corrupted prompts, which are noise on this model's embeddings; "
+            "patch its clean run into the noised one (direction='denoise'), or give prompts that differ in words"
         )
     options.edits.check_pairs(pairs.at_hand.lengths, pairs.n_pairs)
     array = lay_out(sites, model, pairs.at_hand.lengths, more_follow=pairs.n_pairs is None)

@@ -18,7 +18,7 @@ from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.over_pairs import Statistic
 from hooklens.patching.results.result import SweepStats
 from hooklens.patching.runs.memory import BatchSize
@@ -62,7 +62,7 @@ class UnitResult(AblationResult):
 def evaluate_units(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     circuits: UnitCircuits | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -78,7 +78,7 @@ def evaluate_units(
     Args:
         model: the model.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         circuits: what is run: a list, or a mapping from label to circuit; all name the same hook points.
         metric: as for a sweep.
         splices, ablation, batch_size, attention_mask, progress, allow_training: as for `score_units`.

@@ -17,6 +17,7 @@ from hooklens.arguments import require, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
 from hooklens.hooks import HookPoint
+from hooklens.hooks.edits import Add
 from hooklens.hooks.splice import Splice
 from hooklens.patching.errors import MetricError, SiteError
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
@@ -115,7 +116,8 @@ class UnitRunner:
         width = max(lengths)
         clean, corrupted = prompts.clean[pairs, :width], prompts.corrupted[pairs, :width]
         logits, own = self._capture(clean, lengths)
-        other_logits, other = self._capture(corrupted, lengths)
+        noise = prompts.draw_noise(pairs, width, self.model.dtype)
+        other_logits, other = self._capture(corrupted, lengths, noise)
         reads = torch.tensor(self.metric.find_reads(lengths, width), device=logits.device)
         runs = Runs(
             model=self.model,
@@ -201,11 +203,17 @@ class UnitRunner:
         )
         return found
 
-    def _capture(self, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _capture(
+        self, tokens: Tensor, lengths: Sequence[int], noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self._count(tokens)
         with torch.no_grad():
             logits, cache = self.model.run_with_cache(
-                tokens, names_filter=self.names, splices=self.splices, attention_mask=self._mask(lengths)
+                tokens,
+                names_filter=self.names,
+                edits=[] if noise is None else [Add("hook_embed", noise)],
+                splices=self.splices,
+                attention_mask=self._mask(lengths),
             )
         found = {name: cache[name] for name in self.names}
         wrong = [f"{name} {list(tensor.shape)}" for name, tensor in found.items() if tensor.ndim != 3]
@@ -230,7 +238,10 @@ class UnitRunner:
         """The means over the corrupted prompts of all pairs, position by position."""
         sums: dict[str, Tensor] = {}
         for pairs in self.groups():
-            _, found = self._capture(self.prompts.corrupted[pairs], [self.prompts.lengths[pair] for pair in pairs])
+            lengths = [self.prompts.lengths[pair] for pair in pairs]
+            width = max(lengths)
+            noise = self.prompts.draw_noise(pairs, width, self.model.dtype)
+            _, found = self._capture(self.prompts.corrupted[pairs, :width], lengths, noise)
             for name, tensor in found.items():
                 part = tensor.sum(0, keepdim=True, dtype=torch.float64)
                 sums[name] = sums[name] + part if name in sums else part

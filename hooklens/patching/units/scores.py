@@ -25,7 +25,7 @@ from hooklens.optional import import_package
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
-from hooklens.patching.pairs.prompts import Prompt
+from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.units.circuit import UnitScores
@@ -36,7 +36,7 @@ from hooklens.patching.units.ground import UnitAblation, UnitGround, UnitRunner
 def score_units(
     model: HookedCausalLM,
     clean: Pairs,
-    corrupted: Prompt | None = None,
+    corrupted: Corrupted | None = None,
     names: Sequence[str] | None = None,
     metric: Metric | MetricFunction | None = None,
     *,
@@ -53,7 +53,7 @@ def score_units(
     Args:
         model: the model; its parameters' gradients are neither needed nor changed.
         clean: prompts whose behaviour is studied; with `corrupted=None` a `Pair`, a list of pairs, or a loader of them.
-        corrupted: as many prompts of the same lengths.
+        corrupted: as many prompts of the same lengths; or `patching.Noise` on embeddings of the clean ones.
         names: hook points whose activations are `[batch pos unit]`: `"blocks.0.mlp.hook_post"` for neurons, a splice's
             `"blocks.0.hook_mlp_out.hook_sae_acts"` for latents.
         metric: as for a sweep; differentiable but for `method="exact"`.
