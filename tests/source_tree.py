@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "axes", "arguments", "optional", "precision", "files"),
-    ("display",),
+    ("display", "progress"),
     ("config", "hooks", "viz"),
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),

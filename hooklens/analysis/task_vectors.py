@@ -36,6 +36,7 @@ from hooklens.errors import HookLensError, InputError, TransformError, suggest_n
 from hooklens.hooks.choice import Choice, Index, read_choice, resolve_choice
 from hooklens.optional import import_package
 from hooklens.precision import widen
+from hooklens.progress import progress_bar
 from hooklens.weights.processing import check_transforms_match
 from hooklens.weights.shapes import weight_shapes
 
@@ -96,19 +97,19 @@ def task_vector_directions(
     chosen = _choose(base, layers, weights)  # type: ignore[arg-type]  # read above
     readers = {"reads": embedding(base).T, "writes": unembedding(base)}
     lines: list[dict[str, object]] = []
-    bar = import_package("tqdm.auto").tqdm(chosen, desc="decomposing", disable=not progress, leave=False)
-    for weight in bar:
-        changes = zip(_list_matrices(base, weight), _list_matrices(tuned, weight), strict=True)
-        for one, other in changes:
-            described = {
-                "layer": layer_of(weight.name),
-                "weight": weight.name.split(".", 2)[2],
-                **({} if one.expert is None else {"expert": one.expert}),
-                "side": "writes" if weight.writes else "reads",
-            }
-            change = other.matrix.to(one.matrix.device) - one.matrix
-            lines += _describe(base, change, readers[described["side"]], described, n_directions=n_directions, k=k)
-    table: pandas.DataFrame = import_package("pandas").DataFrame(lines, columns=None if lines else _COLUMNS)
+    with progress_bar("decomposing", chosen, unit="weight", progress=progress) as bar:
+        for weight in bar:
+            changes = zip(_list_matrices(base, weight), _list_matrices(tuned, weight), strict=True)
+            for one, other in changes:
+                described = {
+                    "layer": layer_of(weight.name),
+                    "weight": weight.name.split(".", 2)[2],
+                    **({} if one.expert is None else {"expert": one.expert}),
+                    "side": "writes" if weight.writes else "reads",
+                }
+                change = other.matrix.to(one.matrix.device) - one.matrix
+                lines += _describe(base, change, readers[described["side"]], described, n_directions=n_directions, k=k)
+        table: pandas.DataFrame = import_package("pandas").DataFrame(lines, columns=None if lines else _COLUMNS)
     return table.astype({"expert": "Int64"}) if "expert" in table else table
 
 

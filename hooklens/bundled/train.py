@@ -29,6 +29,7 @@ from hooklens.bundled.tokenizer import build_tokenizer
 from hooklens.bundled.words import VOCABULARY
 from hooklens.errors import ConfigError
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -154,7 +155,7 @@ def train(name: str, recipe: Recipe, *, progress: bool = True) -> TrainingRun:
     losses: list[float] = []
     history: dict[int, Metrics] = {}
     start = time.perf_counter()
-    with import_package("tqdm").tqdm(total=recipe.steps, desc=name, disable=not progress, mininterval=1.0) as bar:
+    with progress_bar(name, total=recipe.steps, progress=progress, stays=True) as bar:
         for step in range(1, recipe.steps + 1):
             tokens, weights = sample_batch(rng, recipe, ids, step=step)
             loss = weighted_loss(model(tokens, use_cache=False).logits, tokens, weights)

@@ -17,6 +17,7 @@ from hooklens.evaluation.prefix import (
 from hooklens.evaluation.scoring import RowScore, check_context, score_rows
 from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas
@@ -69,8 +70,7 @@ def score_continuations(
     check_context(model, len(start), [len(row) for row in rows])
     ready = run_prefix(model, start)
     scores: dict[int, RowScore] = {}
-    bar = import_package("tqdm.auto").tqdm(total=len(rows), desc="scoring", disable=not progress, leave=False)
-    with bar:
+    with progress_bar("scoring", total=len(rows), unit="row", progress=progress) as bar:
         for batch in score_rows(model, ready, rows, batch_size=batch_size):
             scores.update(batch)
             bar.update(len(batch))

@@ -33,6 +33,7 @@ from hooklens.evaluation.prefix import Prefix, Text, make_prefix, run_behind
 from hooklens.evaluation.scoring import RowScore, score_rows
 from hooklens.hooks.edits import Edit
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas
@@ -95,11 +96,9 @@ def multiple_choice(
     encoded, faults = encode_items(model, given.items, shared, edits=edits, prepend_bos=prepend_bos)
     errors = given.list_errors(faults)
     records = []
-    bar = import_package("tqdm.auto").tqdm(
-        encoded.values(), desc="answering", unit="item", disable=not progress, leave=False
-    )
-    for one in bar:
-        records.append(answer_item(model, one, shared, target_delimiter=target_delimiter, batch_size=batch_size))
+    with progress_bar("answering", encoded.values(), unit="item", progress=progress) as bar:
+        for one in bar:
+            records.append(answer_item(model, one, shared, target_delimiter=target_delimiter, batch_size=batch_size))
     table: pandas.DataFrame = import_package("pandas").DataFrame(records)
     table.attrs["accuracy"] = measure_accuracy(records)
     table.attrs["errors"] = errors

@@ -25,7 +25,7 @@ from hooklens.evaluation.results_file import ResultsFile
 from hooklens.evaluation.scoring import RowScore, score_rows
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.edits import Edit
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,7 @@ def score_file(
         if errors and on_errors is not None:
             on_errors(errors)
         n_scored = 0
-        bar = import_package("tqdm.auto").tqdm(
-            total=len(pending), desc="scoring", unit="item", disable=not progress, leave=False
-        )
-        with bar:
+        with progress_bar("scoring", total=len(pending), unit="item", progress=progress) as bar:
             for records in _score_pending(model, ready, pending, target_delimiter, batch_size):
                 out.append(records)
                 n_scored += len(records)

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from hooklens.generation.options import GenerationOptions, ReturnKind, Streamer
 from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
 from hooklens.generation.prompts import Input, Prompts, read_prompts
 from hooklens.generation.text import TextPieces
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 Generated = str | list[str] | Tensor | GenerationOutput
 
@@ -59,10 +57,10 @@ def generate(
     clock = _Clock()
     interrupted = False
     try:
-        with _progress_bar(options.max_new_tokens, shown=verbose) as advance:
+        with progress_bar("generating", total=options.max_new_tokens, unit="token", progress=verbose) as bar:
             for _ in _steps(decoding, prompts, streamer):
                 clock.tick()
-                advance()
+                bar.update()
     except KeyboardInterrupt:
         interrupted = True
         warn_caller(f"generation was interrupted after {clock.n_steps} tokens a row")
@@ -141,16 +139,6 @@ class _Clock:
         return GenerationTiming(
             time_to_first_token=first - self.start, total=self.latest - self.start, n_steps=self.n_steps
         )
-
-
-@contextmanager
-def _progress_bar(total: int, *, shown: bool) -> Iterator[Any]:
-    """A function that moves the bar by one step."""
-    if not shown:
-        yield lambda: None
-        return
-    with import_package("tqdm.auto").tqdm(total=total, desc="generating", unit="token", leave=False) as bar:
-        yield bar.update
 
 
 def _build_output(

@@ -16,6 +16,7 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
 from hooklens.hooks import HookPoint
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.sae.splice import SAESplice
 from hooklens.tokens import is_text
 
@@ -116,8 +117,7 @@ def sweep_latents(
         cells = [(latent, place) for latent in chosen for place in places]
         effects = torch.zeros(len(before), first.shape[1] if by_position else 1, d_sae)
         per_run = max(1, batch_size // len(first))
-        bar = import_package("tqdm.auto").tqdm(total=len(cells), desc="latents", disable=not progress)
-        with bar:
+        with progress_bar("latents", total=len(cells), unit="cell", progress=progress) as bar:
             for start in range(0, len(cells), per_run):
                 some = cells[start : start + per_run]
                 hook = _Patch(some, patched)

@@ -17,7 +17,7 @@ from hooklens.evaluation.prefix import Text, encode_continuations, encode_prefix
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.steering.errors import SteeringError
 from hooklens.tokens.inputs import Prompt
 from hooklens.tokens.prompts import read_prompts
@@ -264,10 +264,7 @@ def run_batches(
         Which prompts, the batch, and its activations by name.
     """
     stop = stop_behind(model, names)
-    bar = import_package("tqdm.auto").tqdm(
-        total=len(prompts), desc=what, unit="prompt", disable=not progress, leave=False
-    )
-    with bar:
+    with progress_bar(what, total=len(prompts), unit="prompt", progress=progress) as bar:
         for indices in plan_batches(model, prompts.lengths, n_prefix=0, batch_size=batch_size):
             batch = prompts.take(indices).pad(model.device)
             with torch.no_grad():

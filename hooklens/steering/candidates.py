@@ -13,7 +13,7 @@ from hooklens.errors import HookLensError
 from hooklens.evaluation.batching import BatchSize, plan_batches
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Add, Edit, Project
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.steering.activations import Padded, Prompts
 from hooklens.steering.errors import SteeringError
 from hooklens.steering.vectors import SteeringVector
@@ -132,10 +132,7 @@ class CandidateRuns:
         bypass, induce, kl = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
         plain = {"positive": 0.0, "negative": 0.0}
         total = n * (len(positive) + 2 * len(negative))
-        bar = import_package("tqdm.auto").tqdm(
-            total=total, desc="candidates", unit="run", disable=not self._progress, leave=False
-        )
-        with bar:
+        with progress_bar("candidates", total=total, unit="run", progress=self._progress) as bar:
             for batch in self._batches(positive):
                 plain["positive"] += float(self._odds(self._run(batch, [])).sum())
                 for candidate in range(n):

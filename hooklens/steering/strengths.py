@@ -25,11 +25,11 @@ from hooklens.evaluation.prefix import Text
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit
 from hooklens.model.plan.positions import LogitsAt
-from hooklens.optional import import_package
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.runs.checks import check_model
+from hooklens.progress import progress_bar
 from hooklens.steering.activations import Padded, Prompts, encode_prompts
 from hooklens.steering.errors import SteeringError
 from hooklens.steering.table import SteeringTable
@@ -103,8 +103,7 @@ def sweep_strength(
     ]
     runs = _Runs(model, listed, steered, batch_size=batch_size)
     total = (len(asked) + len(plain_text)) * (1 + len(listed) * len(chosen))
-    bar = import_package("tqdm.auto").tqdm(total=total, desc="steering", unit="row", disable=not progress, leave=False)
-    with bar, torch.no_grad():
+    with progress_bar("steering", total=total, unit="row", progress=progress) as bar, torch.no_grad():
         effect, plain_effect = _measure_effect(runs, asked, metric, bar.update)
         damage = _measure_damage(runs, plain_text, bar.update)
     shape = (len(listed), len(chosen))

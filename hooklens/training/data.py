@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hooklens.arguments import refusal, show
 from hooklens.errors import CheckpointError, InputError
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.training.keeping.randomness import (
     States,
     capture_random,
@@ -197,10 +197,10 @@ class DataStream:
         with self._own_random():
             self._begin()
             try:
-                for _ in import_package("tqdm.auto").trange(
-                    place["batch"], desc="reading data again", unit="batch", disable=not progress, leave=False, delay=2
-                ):
-                    self._read_on()
+                with progress_bar("reading data again", total=place["batch"], unit="batch", progress=progress) as bar:
+                    for _ in range(place["batch"]):
+                        self._read_on()
+                        bar.update()
             except StopIteration:
                 self._refuse_other(place)
         if self._digest != place["digest"]:

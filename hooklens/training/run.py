@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.errors import CheckpointError, InputError
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.training.batches import Objective
 from hooklens.training.config import TrainConfig
 from hooklens.training.data import DataStream, Place, place_from_plain, place_to_plain
@@ -108,9 +108,7 @@ class TrainingRun:
             TrainingInterruptedError: Ctrl-C; what was trained is saved where there is a folder.
             DivergedError: the loss is no finite number any more.
         """
-        bar = import_package("tqdm.auto").tqdm(
-            total=self.config.steps, initial=self.step, desc="training", unit="step", disable=not self._progress
-        )
+        bar = progress_bar("training", total=self.config.steps, initial=self.step, progress=self._progress, stays=True)
         try:
             with bar, hold_interrupts() as interrupts:
                 self._optimizer.zero_grad(set_to_none=True)
@@ -261,9 +259,7 @@ class TrainingRun:
         """The mean loss over data, in evaluation mode; leaves no trace in the training to come."""
         total, weights = 0.0, 0
         # Not around the data: a bar begins what it counts more than once.
-        bar = import_package("tqdm.auto").tqdm(
-            desc="evaluating", unit="batch", disable=not self._progress, leave=False, delay=2
-        )
+        bar = progress_bar("evaluating", unit="batch", progress=self._progress)
         self.model.eval()
         try:
             with bar, torch.no_grad(), keep_random():

@@ -1,20 +1,16 @@
 """`verify`: all checks on one model, with a report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, UnsupportedModelError
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.verification.reference import LOGITS
 from hooklens.verification.report import VerificationReport
-from hooklens.verification.stages import Stage
 from hooklens.verification.subject import Subject, describe_limits
-
-# Seconds after which a run counts as long and shows its progress.
-_LONG = 3.0
 
 
 def verify(
@@ -74,11 +70,13 @@ def verify(
         notes = [*subject.describe_sample(), *left_out, *describe_limits(sound.probe)]
         groups = {**outer, **sound.inner_stages(gradients=gradients)}
         stages = [stage for group in groups.values() for stage in group]
-        for name, run in _show_progress(stages, progress=progress):
-            try:
-                results += run()
-            except UnsupportedModelError as error:
-                notes.append(f"{name}: left out, no transformers architecture holds this network ({error})")
+        with progress_bar("verify", stages, unit="stage", progress=progress) as bar:
+            for name, run in bar:
+                bar.set_postfix_str(name, refresh=False)
+                try:
+                    results += run()
+                except UnsupportedModelError as error:
+                    notes.append(f"{name}: left out, no transformers architecture holds this network ({error})")
     if reference is None and subject.folder is None and any(result.check == LOGITS for result in results):
         notes.append(f"{LOGITS}: the model is in memory, so the reference is its own export, model.to_hf()")
     return VerificationReport(subject.name, results, notes)
@@ -88,10 +86,3 @@ def _check_dtypes(dtypes: Sequence[torch.dtype]) -> None:
     wrong = [dtype for dtype in dtypes if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point)]
     if wrong:
         raise InputError(f"verify: dtypes holds {wrong}; expected floating dtypes such as torch.float32")
-
-
-def _show_progress(stages: Sequence[Stage], *, progress: bool) -> Iterator[Stage]:
-    bar = import_package("tqdm.auto").tqdm(stages, desc="verify", delay=_LONG, disable=not progress, leave=False)
-    for stage in bar:
-        bar.set_postfix_str(stage[0], refresh=False)
-        yield stage

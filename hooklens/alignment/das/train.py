@@ -28,10 +28,10 @@ from hooklens.alignment.runs import InterchangeRuns, check_data
 from hooklens.alignment.site import Site
 from hooklens.arguments import read_flag, read_int, read_number, read_seed, reads, require, show
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.optional import import_package
 from hooklens.patching.runs.memory import BatchSize, read_batch_size
 from hooklens.patching.runs.tally import finish_or_keep
 from hooklens.precision import widen
+from hooklens.progress import progress_bar
 
 Dims = int | Mapping[str, int] | None
 
@@ -240,7 +240,7 @@ class DasTraining:
         optimizer = self._optimizer()
         looks_since = 0
         self.stopped = "interrupted"
-        with import_package("tqdm").tqdm(total=options.steps, desc="training directions", disable=not progress) as bar:
+        with progress_bar("training directions", total=options.steps, progress=progress) as bar:
             for step in range(options.steps):
                 self._anneal(step, optimizer)
                 loss = self._step(optimizer)
@@ -252,7 +252,7 @@ class DasTraining:
                     looks_since = 0
                 else:
                     looks_since += 1
-                bar.set_postfix(loss=loss, accuracy=self.history[-1].validation_accuracy)
+                bar.set_postfix(loss=loss, accuracy=self.history[-1].validation_accuracy, refresh=False)
                 if looks_since >= options.patience and not self.rotation.boundless:
                     self.stopped = "no lower validation loss"
                     return

@@ -32,9 +32,9 @@ from hooklens.alignment.tables.table import AlignmentTable
 from hooklens.arguments import read_flag, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.choice import Choice
-from hooklens.optional import import_package
 from hooklens.patching.runs.memory import BatchSize, read_batch_size
 from hooklens.patching.runs.tally import finish_or_keep
+from hooklens.progress import progress_bar
 
 
 @reads(
@@ -106,7 +106,7 @@ def search(
         )
 
     def work() -> None:
-        with import_package("tqdm").tqdm(total=n_cells, desc="searching", disable=not progress) as bar:
+        with progress_bar("searching", total=n_cells, unit="cell", progress=progress) as bar:
             run.run(bar.update)
 
     return finish_or_keep(work, run.table, has_begun=lambda: run.has_begun, stopped=stopped)

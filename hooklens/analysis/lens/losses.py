@@ -16,6 +16,7 @@ from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
 from hooklens.model.stream_reader import StreamReader
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas
@@ -94,27 +95,28 @@ def measure_losses(
     divergence, surprise = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     n_tokens = n_predicted = 0
     starts = range(0, len(rows), batch_size)
-    for start in import_package("tqdm.auto").tqdm(starts, desc="measuring", disable=not progress, leave=False):
-        found = run_rows(model, data, rows[start : start + batch_size], [layer for layer in layers if layer < end])
-        predicted = found.following >= 0
-        n_tokens += len(predicted)
-        n_predicted += int(predicted.sum())
-        streams = (
-            (str(layer), found.final if layer == end else _carried(transport, found.entering[layer], layer))
-            for layer in layers
-        )
-        read = summarize(
-            reader,
-            ((name, stream[None]) for name, stream in streams),
-            found.final[None],
-            k=1,
-            targets=found.following.clamp(min=0)[None],
-        )
-        for layer, (_, summary) in zip(layers, read, strict=True):
-            assert summary.target_logprob is not None
-            own = summary.target_logprob[predicted.to(summary.kl.device)]
-            divergence[layer] += float(summary.kl.double().sum())
-            surprise[layer] -= float(own.double().sum())
+    with progress_bar("measuring", starts, unit="batch", progress=progress) as bar:
+        for start in bar:
+            found = run_rows(model, data, rows[start : start + batch_size], [layer for layer in layers if layer < end])
+            predicted = found.following >= 0
+            n_tokens += len(predicted)
+            n_predicted += int(predicted.sum())
+            streams = (
+                (str(layer), found.final if layer == end else _carried(transport, found.entering[layer], layer))
+                for layer in layers
+            )
+            read = summarize(
+                reader,
+                ((name, stream[None]) for name, stream in streams),
+                found.final[None],
+                k=1,
+                targets=found.following.clamp(min=0)[None],
+            )
+            for layer, (_, summary) in zip(layers, read, strict=True):
+                assert summary.target_logprob is not None
+                own = summary.target_logprob[predicted.to(summary.kl.device)]
+                divergence[layer] += float(summary.kl.double().sum())
+                surprise[layer] -= float(own.double().sum())
     return [
         LayerLoss(layer, divergence[layer] / n_tokens, surprise[layer] / n_predicted if n_predicted else float("nan"))
         for layer in layers

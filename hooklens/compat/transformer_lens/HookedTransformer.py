@@ -21,7 +21,7 @@ from hooklens.compat.transformer_lens.hook_points import HookedRootModule
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 Model = TypeVar("Model", bound="HookedTransformer")
 SingleLoss = Float[Tensor, ""]
@@ -317,23 +317,24 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             self.eval()
             new = tokens
-            for _ in import_package("tqdm").tqdm(range(max_new_tokens), disable=not verbose):
-                logits = self.forward(
-                    tokens if cache is None else new,
-                    attention_mask=mask if cache is None else mask[:, -new.shape[1] :],
-                    past_kv_cache=cache,
-                )[:, -1]
-                chosen = logits.argmax(-1)
-                if do_sample:
-                    chosen = utils.sample_logits(logits, top_k, top_p, temperature, freq_penalty, tokens)
-                if stops:
-                    chosen = torch.where(finished, filler, chosen)
-                    finished |= torch.isin(chosen, torch.tensor(stops, device=chosen.device))
-                new = chosen[:, None]
-                tokens = torch.cat([tokens, new], 1)
-                mask = torch.cat([mask, torch.ones_like(new)], 1)
-                if stops and finished.all():
-                    break
+            with progress_bar("generating", range(max_new_tokens), unit="token", progress=verbose) as bar:
+                for _ in bar:
+                    logits = self.forward(
+                        tokens if cache is None else new,
+                        attention_mask=mask if cache is None else mask[:, -new.shape[1] :],
+                        past_kv_cache=cache,
+                    )[:, -1]
+                    chosen = logits.argmax(-1)
+                    if do_sample:
+                        chosen = utils.sample_logits(logits, top_k, top_p, temperature, freq_penalty, tokens)
+                    if stops:
+                        chosen = torch.where(finished, filler, chosen)
+                        finished |= torch.isin(chosen, torch.tensor(stops, device=chosen.device))
+                    new = chosen[:, None]
+                    tokens = torch.cat([tokens, new], 1)
+                    mask = torch.cat([mask, torch.ones_like(new)], 1)
+                    if stops and finished.all():
+                        break
             if return_type == "tokens" or not (is_text or return_type == "str"):
                 return tokens
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]

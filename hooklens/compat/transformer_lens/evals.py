@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hooklens.compat.transformer_lens import utils
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 _TEXT = (
     "Many important transition points in the history of science have been moments when science 'zoomed in.' At these "
@@ -86,10 +87,11 @@ DATASET_LOADERS = [make_wiki_data_loader, make_owt_data_loader, make_pile_data_l
 def evaluate_on_dataset(model: Any, data_loader: Any, truncate: int = 100, device: Any = "cuda") -> float:
     """The mean loss of batches."""
     losses: list[float] = []
-    for batch in import_package("tqdm.auto").tqdm(data_loader):
-        losses.append(model(batch["tokens"].to(device), return_type="loss").mean().item())
-        if len(losses) > truncate:
-            break
+    with progress_bar("evaluating", data_loader, unit="batch", progress=True) as bar:
+        for batch in bar:
+            losses.append(model(batch["tokens"].to(device), return_type="loss").mean().item())
+            if len(losses) > truncate:
+                break
     return float(sum(losses) / len(losses))
 
 
@@ -181,15 +183,16 @@ def ioi_eval(
     if dataset is None:
         dataset = IOIDataset(tokenizer, num_samples=num_samples, symmetric=symmetric)
     differences = []
-    for start in import_package("tqdm.auto").tqdm(range(0, len(dataset), batch_size)):
-        rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
-        prompts = torch.nn.utils.rnn.pad_sequence([row["prompt"] for row in rows], batch_first=True)
-        for row, logits in zip(rows, model(prompts, return_type="logits"), strict=True):
-            # The names end the prompt; what counts is the first token in which they differ.
-            pairs = zip(row["IO"].tolist(), row["S"].tolist(), strict=False)
-            place, (io, s) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
-            scores = logits[len(row["prompt"]) - len(row["IO"]) + place - 1]
-            differences.append(float(scores[io] - scores[s]))
+    with progress_bar("evaluating IOI", range(0, len(dataset), batch_size), unit="batch", progress=True) as bar:
+        for start in bar:
+            rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
+            prompts = torch.nn.utils.rnn.pad_sequence([row["prompt"] for row in rows], batch_first=True)
+            for row, logits in zip(rows, model(prompts, return_type="logits"), strict=True):
+                # The names end the prompt; what counts is the first token in which they differ.
+                pairs = zip(row["IO"].tolist(), row["S"].tolist(), strict=False)
+                place, (io, s) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+                scores = logits[len(row["prompt"]) - len(row["IO"]) + place - 1]
+                differences.append(float(scores[io] - scores[s]))
     hits = sum(difference > 0 for difference in differences)
     return {"Logit Difference": sum(differences) / len(differences), "Accuracy": hits / len(differences)}
 
@@ -225,12 +228,14 @@ def mmlu_eval(
     spelt = [(encode(f" {letter}"), encode(letter)) for letter in MMLU_ANSWER_LETTERS]
     letters = [(behind if len(behind) == 1 else alone)[0] for behind, alone in spelt]
     hits: dict[str, list[bool]] = {}
-    for row in import_package("tqdm.auto").tqdm(data, desc="Evaluating MMLU"):
-        choices = "".join(f"{chr(65 + place)}. {text}\n" for place, text in enumerate(row["choices"]))
-        prompt = f"Question: {row['question']}\nChoices:\n{choices}Answer:"
-        logits = model(tokenizer.encode(prompt, return_tensors="pt").to(model.cfg.device), return_type="logits")[0, -1]
-        best = int(logits[letters[: len(row["choices"])]].argmax())
-        hits.setdefault(row["subject"], []).append(best == row["answer"])
+    with progress_bar("evaluating MMLU", data, unit="question", progress=True) as bar:
+        for row in bar:
+            choices = "".join(f"{chr(65 + place)}. {text}\n" for place, text in enumerate(row["choices"]))
+            prompt = f"Question: {row['question']}\nChoices:\n{choices}Answer:"
+            tokens = tokenizer.encode(prompt, return_tensors="pt").to(model.cfg.device)
+            logits = model(tokens, return_type="logits")[0, -1]
+            best = int(logits[letters[: len(row["choices"])]].argmax())
+            hits.setdefault(row["subject"], []).append(best == row["answer"])
     n_correct, n_total = sum(map(sum, hits.values())), len(data)
     scores = {subject: sum(one) / len(one) for subject, one in hits.items()}
     return {"accuracy": n_correct / n_total, "num_correct": n_correct, "num_total": n_total, "subject_scores": scores}

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from hooklens.compat.transformer_lens import utils
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 
 
 @dataclass
@@ -60,27 +61,28 @@ def train(model: Any, config: HookedTransformerTrainConfig, dataset: Any) -> Any
     warmup = config.warmup_steps
     # Making one sets the rate to that of step 0, which is 0.
     warm_up = optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / warmup)) if warmup > 0 else None
-    tqdm = import_package("tqdm.auto").tqdm
     loader = DataLoader(dataset, batch_size=config.batch_size, shuffle=True)
-    for epoch in tqdm(range(1, config.num_epochs + 1)):
-        samples = 0
-        for step, batch in tqdm(enumerate(loader)):
-            tokens = batch["tokens"].to(config.device)
-            loss = model(tokens, return_type="loss")
-            loss.backward()
-            if config.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            if warm_up is not None:
-                warm_up.step()
-            optimizer.zero_grad()
-            samples += len(tokens)
-            if wandb is not None:
-                wandb.log({"train_loss": loss.item(), "samples": samples, "epoch": epoch})
-            if config.print_every is not None and step % config.print_every == 0:
-                print(f"Epoch {epoch} Samples {samples} Step {step} Loss {loss.item()}")
-            if config.save_every is not None and config.save_dir is not None and step % config.save_every == 0:
-                torch.save(model.state_dict(), Path(config.save_dir) / f"model_{step}.pt")
-            if config.max_steps is not None and step >= config.max_steps:
-                break
+    with progress_bar("training", range(1, config.num_epochs + 1), unit="epoch", progress=True, stays=True) as epochs:
+        for epoch in epochs:
+            samples = 0
+            with progress_bar(f"epoch {epoch}", loader, unit="batch", progress=True) as batches:
+                for step, batch in enumerate(batches):
+                    tokens = batch["tokens"].to(config.device)
+                    loss = model(tokens, return_type="loss")
+                    loss.backward()
+                    if config.max_grad_norm is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    if warm_up is not None:
+                        warm_up.step()
+                    optimizer.zero_grad()
+                    samples += len(tokens)
+                    if wandb is not None:
+                        wandb.log({"train_loss": loss.item(), "samples": samples, "epoch": epoch})
+                    if config.print_every is not None and step % config.print_every == 0:
+                        print(f"Epoch {epoch} Samples {samples} Step {step} Loss {loss.item()}")
+                    if config.save_every is not None and config.save_dir is not None and step % config.save_every == 0:
+                        torch.save(model.state_dict(), Path(config.save_dir) / f"model_{step}.pt")
+                    if config.max_steps is not None and step >= config.max_steps:
+                        break
     return model

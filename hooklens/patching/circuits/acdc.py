@@ -43,7 +43,6 @@ from hooklens.arguments import show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
-from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats, Verdict
 from hooklens.patching.circuits.ground import Ground
@@ -61,6 +60,7 @@ from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions
 from hooklens.patching.runs.tally import finish_or_keep
+from hooklens.progress import progress_bar
 
 # Fewer tokens take as long: what a pass costs beside them.
 _TOKENS_OF_A_PASS = 32
@@ -214,7 +214,7 @@ class _Search:
         return most
 
     def _search(self, most: int, *, progress: bool) -> None:
-        with import_package("tqdm").tqdm(total=len(self.candidates), desc="edges", disable=not progress) as bar:
+        with progress_bar("edges", total=len(self.candidates), unit="edge", progress=progress) as bar:
             while len(self.decisions) < len(self.candidates):
                 before = len(self.decisions)
                 plan, masks = self._plan(most)

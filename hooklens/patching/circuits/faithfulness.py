@@ -29,7 +29,6 @@ from hooklens.arguments import read_int
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
-from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.result import CircuitResult
@@ -48,6 +47,7 @@ from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
 
@@ -171,8 +171,7 @@ class _Evaluation:
         """Run all circuits on all pairs."""
 
         def work() -> None:
-            tqdm = import_package("tqdm").tqdm
-            with tqdm(total=self.tally.n_values, desc="circuits", disable=not progress) as bar:
+            with progress_bar("circuits", total=self.tally.n_values, unit="value", progress=progress) as bar:
                 for group in self.runner.groups():
                     for done in self._run_group(self.runner.prepare(group)):
                         bar.update(done)

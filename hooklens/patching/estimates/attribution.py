@@ -35,7 +35,6 @@ from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import join_names
 from hooklens.hooks.edits import Edit
-from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.estimates.estimate import AttributionResult
 from hooklens.patching.estimates.exact_softmax import PatchedScores, is_exact_site, pattern_name, refuse_exact_softmax
@@ -54,6 +53,7 @@ from hooklens.patching.runs.sites import Cell, CellArray, Sites, lay_out
 from hooklens.patching.runs.tally import Tally
 from hooklens.patching.sweeps.run import SweepRun
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 Method = Literal["atp", "ig"]
 
@@ -180,7 +180,7 @@ class _AttributionRun:
         """Estimate all cells of all pairs."""
 
         def work() -> None:
-            held, tqdm = self._numbers_held(), import_package("tqdm").tqdm
+            held = self._numbers_held()
             size = pairs_per_graph(
                 self.model,
                 self.prompts,
@@ -189,7 +189,9 @@ class _AttributionRun:
                 held=held,
                 is_planned=self.options.edits.is_planned(self.names),
             )
-            with tqdm(total=self.tally.n_values, desc="estimating", disable=not self.options.progress) as bar:
+            with progress_bar(
+                "estimating", total=self.tally.n_values, unit="value", progress=self.options.progress
+            ) as bar:
                 for group in self.prompts.split(size):
                     self._run_group(group)
                     bar.update(self.tally.n_cells * len(group))

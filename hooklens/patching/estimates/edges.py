@@ -42,7 +42,6 @@ from hooklens.arguments import read_flag, read_int, read_one_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
-from hooklens.optional import import_package
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.estimates.edge_estimate import EdgeAttributionResult
@@ -62,6 +61,7 @@ from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import SumTally, Tally
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 Method = Literal["eap", "eap-ig", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "exact"]
 
@@ -191,8 +191,7 @@ class _EdgeRun:
         total = self.tally.n_values if n_values is None else n_values
 
         def work() -> None:
-            tqdm = import_package("tqdm").tqdm
-            with tqdm(total=total, desc="scoring", disable=not progress) as bar:
+            with progress_bar("scoring", total=total, unit="value", progress=progress) as bar:
                 for done in steps:
                     bar.update(done)
 

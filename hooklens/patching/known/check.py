@@ -15,6 +15,7 @@ from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge
 from hooklens.patching.known.circuit import KnownCircuit
 from hooklens.patching.known.exchange import Exchange
+from hooklens.progress import progress_bar
 from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def check(known: KnownCircuit, *, n: int = 256, seed: int = 1, progress: bool = 
         return exchange.run(tokens, source, edges).argmax(-1)
 
     full = Circuit.full(cfg)
-    bar = import_package("tqdm").tqdm(full, desc="edges", disable=not progress)
-    changed = {edge: _share(run(Circuit([edge])) != answers) for edge in bar}
+    with progress_bar("edges", full, unit="edge", progress=progress) as bar:
+        changed = {edge: _share(run(Circuit([edge])) != answers) for edge in bar}
     return KnownCheck(
         name=known.name,
         n_pairs=n,

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from hooklens.arguments import read_flag, read_int, read_number, read_seed, reads, require
-from hooklens.optional import import_package
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.known.circuit import KnownCircuit
 from hooklens.patching.known.exchange import Exchange
+from hooklens.progress import progress_bar
 
 _NO_ANSWER = -1
 _SMOOTHING = 0.01
@@ -87,14 +87,14 @@ def train(
             model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98)
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_factor, steps=steps))
-        bar = import_package("tqdm").tqdm(range(steps), desc="training", disable=not progress)
-        for _ in bar:
-            optimizer.zero_grad()
-            loss = lesson.loss()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=float(loss.detach()), refresh=False)
+        with progress_bar("training", range(steps), progress=progress, stays=True) as bar:
+            for _ in bar:
+                optimizer.zero_grad()
+                loss = lesson.loss()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=float(loss.detach()), refresh=False)
         optimizer.zero_grad()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[name])

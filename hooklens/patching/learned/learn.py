@@ -26,7 +26,6 @@ from torch import Tensor
 from hooklens.arguments import read_int, read_number, read_one_of, read_seed, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import SweepInterruptedError
@@ -47,6 +46,7 @@ from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions
 from hooklens.patching.runs.tally import finish_or_keep
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 # Gates begin nearly all open; with scores to begin with, as far apart as training moves them in some dozens of steps.
 _FIRST_PROBABILITY = 0.95
@@ -166,8 +166,7 @@ class _Learning:
         """Train, and measure the circuit."""
 
         def work() -> None:
-            tqdm = import_package("tqdm").tqdm
-            with tqdm(total=self.schedule.steps, desc="learning", disable=not progress) as bar:
+            with progress_bar("learning", total=self.schedule.steps, progress=progress) as bar:
                 for _ in self._train():
                     bar.update(1)
             self._measure()

@@ -10,7 +10,6 @@ from torch import Tensor
 from hooklens.arguments import read_flag, read_int, read_number, read_seed, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
-from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import written_names
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.runner import CircuitRunner
@@ -30,6 +29,7 @@ from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.sources import mean_activations
 from hooklens.patching.runs.tally import finish_or_keep
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 # How often the loss on all pairs is looked at; the best constants seen are kept.
 _LOOKS = 10
@@ -143,8 +143,7 @@ class _Fit:
         """Take all steps."""
 
         def work() -> None:
-            tqdm = import_package("tqdm").tqdm
-            with tqdm(total=steps, desc="fitting", disable=not progress) as bar:
+            with progress_bar("fitting", total=steps, progress=progress) as bar:
                 self._fit(steps, lr, seed, lambda: bar.update(1))
 
         def stopped(why: str, partial: OptimalAblation) -> Exception:

@@ -10,7 +10,6 @@ from torch import Tensor
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
-from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.graph.nodes import Writer, check_additive, list_writers, parse_readers, parse_writers
 from hooklens.patching.metrics.function import MetricFunction
@@ -29,6 +28,7 @@ from hooklens.patching.runs.memory import BatchSize, pairs_per_group, tokens_per
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 
 @overload
@@ -175,8 +175,7 @@ class _PathPatching:
         return self.tally.finish("path patching", self._run, self.result)
 
     def _run(self) -> None:
-        tqdm = import_package("tqdm").tqdm
-        with tqdm(total=self.tally.n_values, desc="senders", disable=not self.options.progress) as bar:
+        with progress_bar("senders", total=self.tally.n_values, unit="value", progress=self.options.progress) as bar:
             for group in self.prompts.split(self._pairs_per_group()):
                 for done in self._run_group(group, self._run_baseline(group)):
                     bar.update(done)

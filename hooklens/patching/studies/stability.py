@@ -36,6 +36,7 @@ from hooklens.patching.results.edge_scores import EdgeScores
 from hooklens.patching.results.file import Expectation, Expected, ResultFile, is_list
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.split import draw_rows, read_share, take_metric, take_pairs
+from hooklens.progress import progress_bar
 from hooklens.viz.charts import Backend, draw_heatmaps
 
 if TYPE_CHECKING:
@@ -226,12 +227,13 @@ def stability(
     encoded, n_pairs = as_metric(metric).encode(model), len(prompts)
     generator = torch.Generator().manual_seed(options["seed"])
     drawn, found = [], []
-    for number in import_package("tqdm").tqdm(range(options["n_runs"]), desc="discoveries", disable=not shows):
-        share = options["fraction"]
-        rows = list(range(n_pairs)) if share is None else draw_rows(n_pairs, share, generator)
-        drawn.append(tuple(rows))
-        found.append(run(take_pairs(prompts, rows), take_metric(encoded, rows, n_pairs), options["seed"] + number))
-        _check_found(found[-1], options["size"])
+    with progress_bar("discoveries", range(options["n_runs"]), unit="run", progress=shows) as bar:
+        for number in bar:
+            share = options["fraction"]
+            rows = list(range(n_pairs)) if share is None else draw_rows(n_pairs, share, generator)
+            drawn.append(tuple(rows))
+            found.append(run(take_pairs(prompts, rows), take_metric(encoded, rows, n_pairs), options["seed"] + number))
+            _check_found(found[-1], options["size"])
     tables = [one.edges if isinstance(one, EdgeScores) else one for one in found if not isinstance(one, Circuit)]
     ranks = [[rank_correlation(one, other) for other in tables] for one in tables]
     return Stability(

@@ -23,7 +23,6 @@ from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
 from hooklens.hooks import HookPoint
 from hooklens.hooks.call import thread_listeners
-from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.metric import Cells, Metric, Positions, Values
 from hooklens.patching.runs.checks import check_source
@@ -31,6 +30,7 @@ from hooklens.patching.runs.sites import Grid, grid, lay_out
 from hooklens.patching.sweeps.patch_setters import make_df_from_ranges
 from hooklens.patching.sweeps.sweep import sweep
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas
@@ -135,16 +135,17 @@ def generic_activation_patch(
         streams = (
             model.run_with_cache(corrupted_tokens, names_filter=entering, attention_mask=mask)[1] if starts else {}
         )
-        for index in import_package("tqdm").tqdm(indices, desc="patching"):
-            name = get_act_name(activation_name, index[0])
-            hook = _Setter(patch_setter, index, clean_cache[name])
-            logits = model.run_with_hooks(
-                streams[f"blocks.{index[0]}.hook_resid_pre"] if starts else corrupted_tokens,
-                fwd_hooks=[(name, hook)],
-                start_at_layer=index[0] if starts else None,
-                attention_mask=mask,
-            )
-            values.append(float(_read_number(measure(logits), logits)))
+        with progress_bar("patching", indices, unit="cell", progress=True) as bar:
+            for index in bar:
+                name = get_act_name(activation_name, index[0])
+                hook = _Setter(patch_setter, index, clean_cache[name])
+                logits = model.run_with_hooks(
+                    streams[f"blocks.{index[0]}.hook_resid_pre"] if starts else corrupted_tokens,
+                    fwd_hooks=[(name, hook)],
+                    start_at_layer=index[0] if starts else None,
+                    attention_mask=mask,
+                )
+                values.append(float(_read_number(measure(logits), logits)))
     result = torch.tensor(values, device=model.device).view(*shape)
     return (result, index_df) if return_index_df else result
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.optional import import_package
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.group import MetricGroup
 from hooklens.patching.pairs.loader import GroupSize, PairSource
@@ -24,6 +23,7 @@ from hooklens.patching.sweeps.packing import Segment
 from hooklens.patching.sweeps.passes import Pass
 from hooklens.patching.sweeps.plan import axes_of, can_share, plan_segments
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 
 class SweepRun:
@@ -70,10 +70,9 @@ class SweepRun:
         return self.tally.finish("the sweep", self._run, self.result)
 
     def _run(self) -> None:
-        tqdm = import_package("tqdm").tqdm
         with (
             torch.no_grad(),
-            tqdm(total=self.tally.n_values, desc="patching", disable=not self.options.progress) as bar,
+            progress_bar("patching", total=self.tally.n_values, unit="value", progress=self.options.progress) as bar,
         ):
             for prompts, chosen in self.pairs.groups(self._group_size()):
                 self.array.check_lengths(prompts.lengths, prompts.first)

@@ -27,6 +27,7 @@ from hooklens.patching.runs.tally import Tally
 from hooklens.patching.units.circuit import UnitCircuit
 from hooklens.patching.units.ground import UnitAblation, UnitGround, UnitRunner
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas
@@ -110,8 +111,7 @@ def evaluate_units(
     tally = Tally(len(listed), len(prompts), dtype=wide_dtype(model.dtype), device=model.device)
 
     def work() -> None:
-        tqdm = import_package("tqdm").tqdm
-        with tqdm(total=tally.n_values, desc="circuits", disable=not options.progress) as bar:
+        with progress_bar("circuits", total=tally.n_values, unit="value", progress=options.progress) as bar:
             for pairs in runner.groups():
                 ground = runner.prepare(pairs)
                 masks = _stack_masks(listed, ground)

@@ -21,7 +21,6 @@ from hooklens.arguments import read_one_of, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.splice import Splice
-from hooklens.optional import import_package
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
@@ -30,6 +29,7 @@ from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.units.circuit import UnitScores
 from hooklens.patching.units.ground import UnitAblation, UnitGround, UnitRunner
+from hooklens.progress import progress_bar
 
 
 @torch.inference_mode(mode=False)
@@ -86,7 +86,7 @@ def score_units(
     )  # fmt: skip
     totals: dict[str, Tensor] = {}
     side = 0.0
-    with import_package("tqdm").tqdm(total=len(prompts), desc="scoring units", disable=not options.progress) as bar:
+    with progress_bar("scoring units", total=len(prompts), unit="pair", progress=options.progress) as bar:
         for pairs in runner.groups():
             ground = runner.prepare(pairs)
             side += float((ground.clean - ground.corrupted).double().sum())

@@ -51,6 +51,7 @@ from hooklens.pool.comparing.measures import Measure, compare_vectors
 from hooklens.pool.comparing.prompts import ComparedPrompts
 from hooklens.pool.comparing.result import ModelComparison
 from hooklens.pool.comparing.weights import WeightSums, compare_weights, sum_by_layer
+from hooklens.progress import progress_bar
 from hooklens.tokens import Prompt
 from hooklens.weights.processing import check_transforms_match
 
@@ -258,9 +259,7 @@ class _Run:
         """
         self._check(name, model, prompts, attention_mask)
         n_steps = len(self._prompts.rows) + len(self._kept) * (len(self._points) + self._with_weights)
-        with import_package("tqdm.auto").tqdm(
-            total=n_steps, desc=f"comparing {name}", disable=not self._progress, leave=False
-        ) as bar:
+        with progress_bar(f"comparing {name}", total=n_steps, progress=self._progress) as bar:
             trace = trace_model(
                 model,
                 self._prompts,

@@ -23,6 +23,7 @@ from hooklens.arguments import (
 )
 from hooklens.errors import HookLensError, InputError
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.training.keeping.folder import RunFolder
 from hooklens.training.keeping.weights import PublishedWeights, RunWeights
@@ -104,10 +105,10 @@ class Checkpoints:
             CurveInterruptedError: it failed, or somebody pressed Ctrl-C; `.result` is the table so far.
         """
         tables: list[pandas.DataFrame] = []
-        tqdm = import_package("tqdm.auto").tqdm
         try:
-            for step, model in tqdm(self, desc="checkpoints", unit="checkpoint", disable=not progress):
-                tables.append(_tabulate(step, fn(model)))
+            with progress_bar("checkpoints", self, unit="checkpoint", progress=progress) as bar:
+                for step, model in bar:
+                    tables.append(_tabulate(step, fn(model)))
         except (Exception, KeyboardInterrupt) as error:
             if not tables:
                 raise

@@ -12,6 +12,7 @@ from hooklens.arguments import is_function, read_dtype, read_flag, read_int, rea
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, suggest_names
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.verification.conformance.cases import Bench, Case, Exemption, Options, Outcome, Source, exemptions_for
 from hooklens.verification.conformance.checks import CHECKS
 from hooklens.verification.gradients import ALONE, GRADIENT
@@ -182,8 +183,8 @@ def run(
         n_tokens=n_tokens,
         seed=seed,
     )
-    bar = import_package("tqdm.auto").tqdm(cases, desc="conformance", disable=not progress)
-    return ConformanceReport(tuple(case.outcome() for case in bar))
+    with progress_bar("conformance", cases, unit="case", progress=progress) as bar:
+        return ConformanceReport(tuple(case.outcome() for case in bar))
 
 
 def _read_models(given: object) -> dict[str, Source]:

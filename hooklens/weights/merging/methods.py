@@ -20,7 +20,7 @@ from hooklens.arguments import (
     require,
 )
 from hooklens.errors import HookLensError, InputError
-from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.weights.merging import fusionbench
 from hooklens.weights.merging.formulas import Agreement
 from hooklens.weights.merging.kinds import Target, check_kind
@@ -36,9 +36,6 @@ Thinned = Literal["simple_average", "task_arithmetic", "ties_merging"]
 
 Compat = Literal["fusionbench"]
 """Libraries whose results can be had bit for bit."""
-
-# Seconds that a merge takes before it shows its progress.
-_LONG = 3.0
 
 
 def _read_models(given: object, *, what: str, error: type[HookLensError] = InputError) -> list[Any]:
@@ -347,10 +344,7 @@ def _merge(
         base: stands before the models.
     """
     given, labels = _label(models, base)
-    bar = import_package("tqdm.auto").tqdm(
-        desc="merging", unit="entry", unit_scale=True, delay=_LONG, disable=not progress, leave=False
-    )
-    with bar, torch.no_grad():
+    with progress_bar("merging", unit="entry", scaled=True, progress=progress) as bar, torch.no_grad():
         operands = Operands.of(given, labels, bar.update)
         first = operands.models[0]
         first.check_target(target)

@@ -28,8 +28,8 @@ from hooklens.analysis.lens.rows import Data, encode
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
-from hooklens.optional import import_package
 from hooklens.precision import widen
+from hooklens.progress import progress_bar
 
 Targets = Literal["later", "same"]
 
@@ -64,9 +64,12 @@ def average_jacobians(
     _check_lengths(model, data, skip_first)
     total: Tensor | None = None
     forwards = backwards = 0
-    bar = import_package("tqdm.auto").tqdm(range(len(data)), desc="Jacobian lens", disable=not progress, leave=False)
     # Outside of a caller's inference mode, whose tensors no gradient can pass.
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        progress_bar("Jacobian lens", range(len(data)), unit="prompt", progress=progress) as bar,
+    ):
         for row in bar:
             ids, real = encode(model, data, [row])
             run = _Run(model, ids[real][None], layers, batch_size)

@@ -14,8 +14,8 @@ from hooklens.analysis.lens.transport import apply_affine
 from hooklens.analysis.lens.vocabulary import MOST_LOGITS
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.model.stream_reader import StreamReader
-from hooklens.optional import import_package
 from hooklens.precision import wide_dtype
+from hooklens.progress import progress_bar
 
 if TYPE_CHECKING:
     from hooklens.analysis.lens.fitted.tuned import TunedLens
@@ -68,17 +68,15 @@ def train_translators(
         optimizer = torch.optim.Adam([*weights, *biases], lr=recipe.lr)
         falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.steps)
         batches = draw_batches(rows, recipe.batch_size, recipe.steps, generator)
-        bar = import_package("tqdm.auto").tqdm(
-            batches, total=recipe.steps, desc="tuned lens", disable=not progress, leave=False
-        )
         reader = StreamReader(model)
-        for batch in bar:
-            streams = run_rows(model, data, batch, layers)
-            optimizer.zero_grad()
-            for layer in layers:
-                _set_gradients(reader, streams.entering[layer], streams.final, weights[layer], biases[layer])
-            optimizer.step()
-            falls.step()
+        with progress_bar("tuned lens", batches, total=recipe.steps, progress=progress) as bar:
+            for batch in bar:
+                streams = run_rows(model, data, batch, layers)
+                optimizer.zero_grad()
+                for layer in layers:
+                    _set_gradients(reader, streams.entering[layer], streams.final, weights[layer], biases[layer])
+                optimizer.step()
+                falls.step()
         lens = make(torch.stack(weights).detach(), torch.stack(biases).detach())
         before, after = (
             measure_losses(
