@@ -103,7 +103,7 @@ def declare_site(site: HookSite) -> HookSite:
     if unknown:
         raise HookNameError(f"hook point {site.template!r}: axes {unknown} are unknown; declare_axis adds one")
     known = HOOK_SITES.setdefault(site.template, site)
-    if list(map(_plain_width, known.axes)) != list(map(_plain_width, site.axes)):
+    if known is not site and list(map(_plain_width, known.axes)) != list(map(_plain_width, site.axes)):
         raise HookNameError(
             f"hook point {site.template!r} carries {list(known.axes)} in other networks, not {list(site.axes)}; give "
             "it another name"

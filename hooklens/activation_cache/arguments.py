@@ -1,8 +1,55 @@
 """Reading the arguments of a cache's methods: how components are stacked, entries of an axis."""
 
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from torch import Tensor
+
 from hooklens.arguments import Reader, optional, read_flag, read_int
 from hooklens.errors import CacheError
-from hooklens.hooks.choice import read_choice, resolve_choice
+from hooklens.hooks.choice import Choice, read_choice, resolve_choice
+
+Mode = Literal["all", "mlp", "attn"]
+
+
+if TYPE_CHECKING:
+
+    class StackKeywords(TypedDict, total=False):
+        """Keywords of every stack of components but for the one that its type depends on, `return_labels`."""
+
+        apply_ln: bool
+        pos_slice: Choice
+
+    class StreamKeywords(StackKeywords, total=False):
+        """What `accumulated_resid` takes besides."""
+
+        incl_mid: bool
+        mlp_input: bool
+
+    class OutputKeywords(StackKeywords, total=False):
+        """What `decompose_resid` takes besides."""
+
+        mlp_input: bool
+        mode: Mode
+        incl_embeds: bool
+
+    class HeadKeywords(StackKeywords, total=False):
+        """What `stack_head_results` takes besides."""
+
+        incl_remainder: bool
+        project_output_onto: Tensor | None
+
+    class NeuronKeywords(HeadKeywords, total=False):
+        """What `stack_neuron_results` takes besides."""
+
+        neuron_slice: Choice
+
+    class DecompositionKeywords(StackKeywords, total=False):
+        """What `get_full_resid_decomposition` takes besides."""
+
+        mlp_input: bool
+        expand_neurons: bool
+        project_output_onto: Tensor | None
+
 
 LAYER: dict[str, Reader] = {"layer": optional(read_int)}
 STACKING: dict[str, Reader] = {**LAYER, "apply_ln": read_flag, "return_labels": read_flag}

@@ -1,17 +1,16 @@
 """`ActivationCache`: what a run captured, and what can be read off it."""
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, Literal, SupportsIndex, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.activation_cache.arguments import LAYER, STACKING
+from hooklens.activation_cache.arguments import LAYER, STACKING, Mode
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.components import (
     Components,
-    Mode,
     check_any,
     of_all,
     of_embeddings,
@@ -29,6 +28,17 @@ from hooklens.arguments import read_flag, reads
 from hooklens.errors import CacheError
 from hooklens.hooks.choice import Choice
 from hooklens.precision import widen
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hooklens.activation_cache.arguments import (
+        DecompositionKeywords,
+        HeadKeywords,
+        NeuronKeywords,
+        OutputKeywords,
+        StreamKeywords,
+    )
 
 Stack = Float[Tensor, "component *batch_pos read"]
 Vectors = Float[Tensor, "*components_batch_pos d_model"]
@@ -71,6 +81,25 @@ class ActivationCache(CapturedActivations):
     record of the model, the very tensors: a cache read from a file has none, see `with_weights`.
     """
 
+    if TYPE_CHECKING:
+
+        @overload
+        def accumulated_resid(
+            self,
+            layer: SupportsIndex | None = ...,
+            *,
+            return_labels: Literal[False] = ...,
+            **options: Unpack[StreamKeywords],
+        ) -> Stack: ...
+        @overload
+        def accumulated_resid(
+            self, layer: SupportsIndex | None = ..., *, return_labels: Literal[True], **options: Unpack[StreamKeywords]
+        ) -> tuple[Stack, list[str]]: ...
+        @overload
+        def accumulated_resid(
+            self, layer: SupportsIndex | None = ..., *, return_labels: bool, **options: Unpack[StreamKeywords]
+        ) -> StackAndLabels: ...
+
     @reads(CacheError, **STACKING, mlp_input=read_flag, incl_mid=read_flag)
     def accumulated_resid(
         self,
@@ -97,6 +126,25 @@ class ActivationCache(CapturedActivations):
             "accumulated_resid", point, [of_streams(self, places_up_to(point, incl_mid=incl_mid))],
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+
+        @overload
+        def decompose_resid(
+            self,
+            layer: SupportsIndex | None = ...,
+            *,
+            return_labels: Literal[False] = ...,
+            **options: Unpack[OutputKeywords],
+        ) -> Stack: ...
+        @overload
+        def decompose_resid(
+            self, layer: SupportsIndex | None = ..., *, return_labels: Literal[True], **options: Unpack[OutputKeywords]
+        ) -> tuple[Stack, list[str]]: ...
+        @overload
+        def decompose_resid(
+            self, layer: SupportsIndex | None = ..., *, return_labels: bool, **options: Unpack[OutputKeywords]
+        ) -> StackAndLabels: ...
 
     @reads(CacheError, **STACKING, mlp_input=read_flag, incl_embeds=read_flag)
     def decompose_resid(
@@ -166,6 +214,25 @@ class ActivationCache(CapturedActivations):
             results[f"{attn}.hook_result"] = parts.movedim(0, -2).to(z.dtype)
         return self._derive({**self, **results})
 
+    if TYPE_CHECKING:
+
+        @overload
+        def stack_head_results(
+            self,
+            layer: SupportsIndex | None = ...,
+            *,
+            return_labels: Literal[False] = ...,
+            **options: Unpack[HeadKeywords],
+        ) -> Stack: ...
+        @overload
+        def stack_head_results(
+            self, layer: SupportsIndex | None = ..., *, return_labels: Literal[True], **options: Unpack[HeadKeywords]
+        ) -> tuple[Stack, list[str]]: ...
+        @overload
+        def stack_head_results(
+            self, layer: SupportsIndex | None = ..., *, return_labels: bool, **options: Unpack[HeadKeywords]
+        ) -> StackAndLabels: ...
+
     @reads(CacheError, **STACKING, incl_remainder=read_flag)
     def stack_head_results(
         self,
@@ -184,6 +251,25 @@ class ActivationCache(CapturedActivations):
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
             project_output_onto=project_output_onto,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+
+        @overload
+        def stack_neuron_results(
+            self,
+            layer: SupportsIndex | None = ...,
+            *,
+            return_labels: Literal[False] = ...,
+            **options: Unpack[NeuronKeywords],
+        ) -> Stack: ...
+        @overload
+        def stack_neuron_results(
+            self, layer: SupportsIndex | None = ..., *, return_labels: Literal[True], **options: Unpack[NeuronKeywords]
+        ) -> tuple[Stack, list[str]]: ...
+        @overload
+        def stack_neuron_results(
+            self, layer: SupportsIndex | None = ..., *, return_labels: bool, **options: Unpack[NeuronKeywords]
+        ) -> StackAndLabels: ...
 
     @reads(CacheError, **STACKING, incl_remainder=read_flag)
     def stack_neuron_results(
@@ -212,6 +298,29 @@ class ActivationCache(CapturedActivations):
             apply_ln=apply_ln, pos_slice=pos_slice, return_labels=return_labels,
             project_output_onto=project_output_onto,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+
+        @overload
+        def get_full_resid_decomposition(
+            self,
+            layer: SupportsIndex | None = ...,
+            *,
+            return_labels: Literal[False] = ...,
+            **options: Unpack[DecompositionKeywords],
+        ) -> Stack: ...
+        @overload
+        def get_full_resid_decomposition(
+            self,
+            layer: SupportsIndex | None = ...,
+            *,
+            return_labels: Literal[True],
+            **options: Unpack[DecompositionKeywords],
+        ) -> tuple[Stack, list[str]]: ...
+        @overload
+        def get_full_resid_decomposition(
+            self, layer: SupportsIndex | None = ..., *, return_labels: bool, **options: Unpack[DecompositionKeywords]
+        ) -> StackAndLabels: ...
 
     @reads(CacheError, **STACKING, mlp_input=read_flag, expand_neurons=read_flag)
     def get_full_resid_decomposition(

@@ -15,13 +15,13 @@ has streams that are not the sum of what was written.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.activation_cache.arguments import choose
+from hooklens.activation_cache.arguments import Mode, choose
 from hooklens.activation_cache.captured import CapturedActivations
 from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm, like
 from hooklens.activation_cache.stream import StreamPoint, require_weight, take_positions
@@ -30,8 +30,6 @@ from hooklens.config import ShortformerPositions
 from hooklens.errors import CacheError
 from hooklens.hooks.choice import Choice, read_choice
 from hooklens.precision import widen
-
-Mode = Literal["all", "mlp", "attn"]
 
 
 class LabelledStack(NamedTuple):

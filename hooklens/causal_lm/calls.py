@@ -1,9 +1,9 @@
 """What a call of the model takes: inputs brought to one form, keywords checked before anything runs."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -22,12 +22,46 @@ from hooklens.arguments import (
 )
 from hooklens.errors import HookLensError, InputError, suggest_names
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.plan.documents import read_document_borders, read_document_ids
+from hooklens.model.plan.documents import Borders, read_document_borders, read_document_ids
 from hooklens.model.plan.positions import LogitsAt, TokenPlan
-from hooklens.tokens import Prompt, is_integer
+from hooklens.tokens import PaddingSide, Prompt, is_integer
+
+if TYPE_CHECKING:
+    from hooklens.hooks.arguments import CaptureKeywords, HookKeywords
 
 Input = Prompt | Float[Tensor, "batch pos d_model"]
 ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class InputKeywords(TypedDict, total=False):
+    """Keywords of a call that say how its input is read; `prefill` takes these."""
+
+    prepend_bos: bool | None
+    padding_side: PaddingSide | None
+    attention_mask: Tensor | None
+    positions: Tensor | None
+    document_ids: Tensor | None
+    document_borders: Borders
+    restart_positions: bool | None
+
+
+if TYPE_CHECKING:
+
+    class CallOptions(InputKeywords, total=False):
+        """Keywords of a call but for those that its type depends on, `return_type` and `stop_at_layer`."""
+
+        loss_per_token: bool
+        past_kv_cache: HookedKeyValueCache | None
+        start_at_layer: int | None
+        logits_at: LogitsAt
+
+    class HookedCallOptions(CallOptions, HookKeywords, total=False):
+        """What `run_with_hooks` takes besides what its type depends on."""
+
+    class CachedCallOptions(HookedCallOptions, CaptureKeywords, total=False):
+        """What `run_with_cache` takes besides what its type depends on."""
+
+        remove_batch_dim: bool
 
 
 class LogitsAndLoss(NamedTuple):
@@ -92,37 +126,46 @@ CALLING: dict[str, Reader] = {
 
 
 class CallKeywords:
-    """The keywords of a call, told apart: those that shape the input and those that shape the output.
+    """The keywords of a call, which methods take as `**keywords` and hand on.
 
     Args:
-        prepare: the method that takes the first kind, keyword-only.
-        run: the method that takes the second kind, keyword-only.
+        forward: takes them all, keyword-only.
+        prepare: takes those that shape the input, keyword-only.
     """
 
-    def __init__(self, prepare: Callable[..., Any], run: Callable[..., Any]) -> None:
-        self._prepare = _keyword_only(prepare)
-        self._run = _keyword_only(run)
+    def __init__(self, forward: Callable[..., Any], prepare: Callable[..., Any]) -> None:
+        parameters = inspect.signature(forward).parameters.values()
+        self._parameters = {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY}
+        # Read from the code: `inspect.signature` takes a hundred calls, and this is done on import.
+        code = inspect.unwrap(prepare).__code__
+        self._prepare = frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
 
-    def split(self, keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def split(self, keywords: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keywords for preparing and for running.
 
         Raises:
             TypeError: a keyword that a call does not take.
         """
-        known = self._prepare | self._run
-        unknown = sorted(keywords.keys() - known)
+        unknown = sorted(keywords.keys() - self._parameters)
         if unknown:
             raise TypeError(
-                f"unexpected keyword {unknown[0]!r}.{suggest_names(unknown[0], known)} "
-                f"A call takes {', '.join(sorted(known))}"
+                f"unexpected keyword {unknown[0]!r}.{suggest_names(unknown[0], self._parameters)} "
+                f"A call takes {', '.join(sorted(self._parameters))}"
             )
         prepare = {name: value for name, value in keywords.items() if name in self._prepare}
-        return prepare, {name: value for name, value in keywords.items() if name in self._run}
+        return prepare, {name: value for name, value in keywords.items() if name not in self._prepare}
 
+    def show(self, method: Callable[..., Any], *, names: Collection[str] | None = None) -> None:
+        """Let the signature of a method name the keywords that it hands on, for `help` and notebooks.
 
-def _keyword_only(method: Callable[..., Any]) -> frozenset[str]:
-    parameters = inspect.signature(method).parameters.values()
-    return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+        Args:
+            method: takes `**keywords`.
+            names: those that it takes; None: all.
+        """
+        signature = inspect.signature(method)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        handed_on = [one for name, one in self._parameters.items() if names is None or name in names]
+        method.__signature__ = signature.replace(parameters=[*own, *handed_on])  # type: ignore[attr-defined]
 
 
 def check_return_type(

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from hooklens import tokens as tokenization
 from hooklens.activation_cache import ActivationCache
@@ -15,6 +16,7 @@ from hooklens.causal_lm.calls import (
     CALLING,
     CallKeywords,
     Input,
+    InputKeywords,
     LogitsAndLoss,
     PreparedCall,
     ReturnType,
@@ -52,6 +54,11 @@ from hooklens.tokens import PaddingSide, Tokenizer
 
 if TYPE_CHECKING:
     import pandas
+
+    from hooklens.causal_lm.calls import CachedCallOptions, CallOptions, HookedCallOptions
+
+Output = Tensor | LogitsAndLoss | None
+"""What a call gives, by its `return_type`."""
 
 
 class HookedCausalLM(
@@ -98,8 +105,56 @@ class HookedCausalLM(
         self.generation_config: dict[str, Any] = {}
         self.eval()
 
+    if TYPE_CHECKING:
+
+        @overload
+        def forward(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["logits", "loss"] = ...,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[CallOptions],
+        ) -> Tensor: ...
+        @overload
+        def forward(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["both"],
+            stop_at_layer: None = ...,
+            **options: Unpack[CallOptions],
+        ) -> LogitsAndLoss: ...
+        @overload
+        def forward(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: None = ...,
+            **options: Unpack[CallOptions],
+        ) -> None: ...
+        @overload
+        def forward(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: int,
+            **options: Unpack[CallOptions],
+        ) -> Tensor: ...
+        @overload
+        def forward(
+            self,
+            input: Input,
+            *,
+            return_type: ReturnType,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[CallOptions],
+        ) -> Output: ...
+
     @reads(**CALLING)
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Input,
         *,
@@ -116,7 +171,7 @@ class HookedCausalLM(
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         logits_at: LogitsAt = None,
-    ) -> Tensor | LogitsAndLoss | None:
+    ) -> Output:
         """Run the model.
 
         Args:
@@ -174,6 +229,10 @@ class HookedCausalLM(
             logits_at=logits_at,
         )
 
+    if TYPE_CHECKING:
+        # `nn.Module` says that a call takes and gives anything.
+        __call__ = forward
+
     def _run_call(
         self,
         call: PreparedCall,
@@ -183,7 +242,7 @@ class HookedCausalLM(
         stop_at_layer: int | None = None,
         logits_at: LogitsAt = None,
         listeners: Listeners = NOBODY,
-    ) -> Tensor | LogitsAndLoss | None:
+    ) -> Output:
         wants_loss = return_type in ("loss", "both")
         check_return_type(return_type, loss_per_token, call.start_at_layer, stop_at_layer, logits_at)
         if wants_loss:
@@ -259,8 +318,56 @@ class HookedCausalLM(
         plan = self.make_plan(ids, None if said else attention_mask, positions, past_kv_cache, marks=marks)
         return PreparedCall(ids, plan, past_kv_cache, None)
 
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def run_with_cache(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["logits", "loss"] = ...,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[CachedCallOptions],
+        ) -> tuple[Tensor, ActivationCache]: ...
+        @overload
+        def run_with_cache(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["both"],
+            stop_at_layer: None = ...,
+            **options: Unpack[CachedCallOptions],
+        ) -> tuple[LogitsAndLoss, ActivationCache]: ...
+        @overload
+        def run_with_cache(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: None = ...,
+            **options: Unpack[CachedCallOptions],
+        ) -> tuple[None, ActivationCache]: ...
+        @overload
+        def run_with_cache(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: int,
+            **options: Unpack[CachedCallOptions],
+        ) -> tuple[Tensor, ActivationCache]: ...
+        @overload
+        def run_with_cache(
+            self,
+            input: Input,
+            *,
+            return_type: ReturnType,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[CachedCallOptions],
+        ) -> tuple[Output, ActivationCache]: ...
+
     @reads(**CALLING, **LISTENING, **CAPTURING, remove_batch_dim=read_flag)
-    def run_with_cache(  # type: ignore[override]
+    def run_with_cache(
         self,
         input: Input,
         *,
@@ -275,7 +382,7 @@ class HookedCausalLM(
         edits: Sequence[Edit] = (),
         splices: Sequence[Splice] = (),
         **forward_keywords: Any,
-    ) -> tuple[Any, ActivationCache]:
+    ) -> tuple[Output, ActivationCache]:
         """Run the model and keep activations.
 
         Args:
@@ -348,8 +455,56 @@ class HookedCausalLM(
                     columns_among(columns, held, name)
         return columns
 
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def run_with_hooks(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["logits", "loss"] = ...,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[HookedCallOptions],
+        ) -> Tensor: ...
+        @overload
+        def run_with_hooks(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["both"],
+            stop_at_layer: None = ...,
+            **options: Unpack[HookedCallOptions],
+        ) -> LogitsAndLoss: ...
+        @overload
+        def run_with_hooks(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: None = ...,
+            **options: Unpack[HookedCallOptions],
+        ) -> None: ...
+        @overload
+        def run_with_hooks(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: int,
+            **options: Unpack[HookedCallOptions],
+        ) -> Tensor: ...
+        @overload
+        def run_with_hooks(
+            self,
+            input: Input,
+            *,
+            return_type: ReturnType,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[HookedCallOptions],
+        ) -> Output: ...
+
     @reads(**CALLING, **LISTENING)
-    def run_with_hooks(  # type: ignore[override]
+    def run_with_hooks(
         self,
         input: Input,
         *,
@@ -358,7 +513,7 @@ class HookedCausalLM(
         edits: Sequence[Edit] = (),
         splices: Sequence[Splice] = (),
         **forward_keywords: Any,
-    ) -> Any:
+    ) -> Output:
         """Run the model with hooks and edits that last for this call; other keywords are a call's.
 
         Backward hooks act in every backward pass from the output, also later ones.
@@ -374,7 +529,7 @@ class HookedCausalLM(
         return self._run_call(self._prepare(input, **prepare_keywords), listeners=listeners, **run_keywords)
 
     @reads(**CALLING)
-    def prefill(self, prefix: Input, **forward_keywords: Any) -> HookedKeyValueCache:
+    def prefill(self, prefix: Input, **forward_keywords: Unpack[InputKeywords]) -> HookedKeyValueCache:
         """A frozen key-value cache of a prefix, to run any number of continuations on.
 
         A prefix of one row serves batches of any size. `kv.last_logits` holds the logits at each row's last
@@ -428,4 +583,7 @@ class HookedCausalLM(
 
 _SAYS_DOCUMENTS = ("document_ids", "document_borders", "restart_positions")
 _BY_INPUT = frozenset({"batch", "pos", "query", "key"})
-_KEYWORDS = CallKeywords(HookedCausalLM._prepare, HookedCausalLM._run_call)
+_KEYWORDS = CallKeywords(HookedCausalLM.forward, HookedCausalLM._prepare)
+_KEYWORDS.show(HookedCausalLM.run_with_cache)
+_KEYWORDS.show(HookedCausalLM.run_with_hooks)
+_KEYWORDS.show(HookedCausalLM.prefill, names=InputKeywords.__annotations__)

@@ -12,7 +12,7 @@ from hooklens import tokens as tokenization
 from hooklens.arguments import optional, read_tensor, reads, refusal
 from hooklens.config import HookedConfig
 from hooklens.errors import InputError
-from hooklens.tokens import Ids, PaddingSide, TokenBatch, Tokenizer
+from hooklens.tokens import Ids, Numbers, PaddingSide, Prompt, TextList, TokenBatch, Tokenizer
 
 
 class TextMethods:
@@ -79,6 +79,17 @@ class TextMethods:
         return_attention_mask: Literal[True],
     ) -> TokenBatch: ...
 
+    @overload
+    def to_tokens(
+        self,
+        text: str | Sequence[str],
+        *,
+        prepend_bos: bool | None = ...,
+        padding_side: PaddingSide | None = ...,
+        truncate: bool = ...,
+        return_attention_mask: bool,
+    ) -> Int[Tensor, "batch pos"] | TokenBatch: ...
+
     def to_tokens(
         self,
         text: str | Sequence[str],
@@ -107,11 +118,26 @@ class TextMethods:
             return batch.to(self.device)
         return TokenBatch(batch.tokens.to(self.device), batch.attention_mask.to(self.device))
 
+    @overload
+    def to_string(self, tokens: int | np.integer[Any] | Numbers) -> str: ...
+    @overload
+    def to_string(self, tokens: Sequence[Numbers]) -> list[str]: ...
+    # Only the shape of a tensor says whether it is one prompt, so what comes back may be used as either.
+    @overload
+    def to_string(self, tokens: Tensor | Ids) -> str | Any: ...
     def to_string(self, tokens: int | np.integer[Any] | Tensor | Ids) -> str | list[str]:
         """The text of token ids: a string for one row, a list of strings for several."""
         return tokenization.to_string(self._need_tokenizer(), tokens)
 
-    def to_str_tokens(self, input: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+    @overload
+    def to_str_tokens(self, input: str | Numbers, *, prepend_bos: bool | None = ...) -> list[str]: ...
+    @overload
+    def to_str_tokens(
+        self, input: TextList | Sequence[Numbers], *, prepend_bos: bool | None = ...
+    ) -> list[list[str]]: ...
+    @overload
+    def to_str_tokens(self, input: Prompt, *, prepend_bos: bool | None = ...) -> list[str] | Any: ...
+    def to_str_tokens(self, input: Prompt, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """The text of each token of a prompt or row of ids."""
         return tokenization.to_str_tokens(
             self._need_tokenizer(), input, prepend_bos=self.bos_rule(prepend_bos=prepend_bos)

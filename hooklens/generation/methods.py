@@ -1,20 +1,112 @@
 """The methods `generate` and `generate_stream` of a model."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+from jaxtyping import Int
+from torch import Tensor
 
 from hooklens.arguments import reads
 from hooklens.generation.generate import Generated, generate, generate_stream
 from hooklens.generation.model import GeneratingModel
-from hooklens.generation.options import DELIVERY, GenerationOptions, LogitsFunction, ReturnKind, StopFunction, Streamer
-from hooklens.generation.output import GenerationStep
+from hooklens.generation.options import (
+    DELIVERY,
+    GenerationOptions,
+    LogitsFunction,
+    ReturnKind,
+    StopFunction,
+    Streamer,
+)
+from hooklens.generation.output import GenerationOutput, GenerationStep
 from hooklens.generation.prompts import Input
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
 from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.tokens import Ids, TextList
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hooklens.generation.options import GenerateKeywords
 
 
 class TextGeneration:
     """Gives a model (see `GeneratingModel`) methods that generate."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: str = ...,
+            *,
+            return_type: Literal["input", "str"] = ...,
+            num_return_sequences: Literal[1] = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> str: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: str = ...,
+            *,
+            return_type: Literal["input", "str"] = ...,
+            num_return_sequences: int,
+            **options: Unpack[GenerateKeywords],
+        ) -> str | list[str]: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: TextList,
+            *,
+            return_type: Literal["input", "str"] = ...,
+            num_return_sequences: int = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> list[str]: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: Ids,
+            *,
+            return_type: Literal["input"] = ...,
+            num_return_sequences: int = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> Int[Tensor, "rows pos"]: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: Ids,
+            *,
+            return_type: Literal["str"],
+            num_return_sequences: int = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> str | list[str]: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: Input = ...,
+            *,
+            return_type: Literal["tokens"],
+            num_return_sequences: int = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> Int[Tensor, "rows pos"]: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: Input = ...,
+            *,
+            return_type: Literal["output"],
+            num_return_sequences: int = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> GenerationOutput: ...
+        @overload
+        def generate(
+            self: GeneratingModel,
+            input: Input = ...,
+            *,
+            return_type: ReturnKind = ...,
+            num_return_sequences: int = ...,
+            **options: Unpack[GenerateKeywords],
+        ) -> Generated: ...
 
     @reads(**DELIVERY)
     def generate(

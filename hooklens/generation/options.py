@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,34 @@ LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 StopFunction = Callable[..., Tensor | bool]
 """A stopping criterion in transformers' sense: (ids `[batch pos]`, scores `[batch d_vocab]`) to bools `[batch]`."""
 ReturnKind = Literal["input", "tokens", "str", "output"]
+
+
+if TYPE_CHECKING:
+
+    class GenerateKeywords(TypedDict, total=False):
+        """Keywords of `generate` but for those that its type depends on, `return_type` and `num_return_sequences`."""
+
+        max_new_tokens: int
+        stop_at_eos: bool
+        eos_token_id: int | Sequence[int] | None
+        do_sample: bool
+        temperature: float
+        top_k: int | None
+        top_p: float | None
+        min_p: float | None
+        freq_penalty: float
+        repetition_penalty: float | None
+        stop_strings: str | Sequence[str] | None
+        use_past_kv_cache: bool
+        past_kv_cache: HookedKeyValueCache | None
+        prepend_bos: bool | None
+        seed: int | None
+        logits_processor: Sequence[LogitsFunction]
+        stopping_criteria: Sequence[StopFunction]
+        streamer: "Streamer | None"
+        edits: Sequence[Edit]
+        names_filter: NamesFilter
+        verbose: bool
 
 
 @runtime_checkable

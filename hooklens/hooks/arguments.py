@@ -1,6 +1,9 @@
 """Hooks, edits and captures as the arguments of a call."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
 
 from hooklens.arguments import (
     Reader,
@@ -14,11 +17,32 @@ from hooklens.arguments import (
 )
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.call import HookFunction
+from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
-from hooklens.hooks.splice import read_splices
+from hooklens.hooks.splice import Splice, read_splices
 
 HookList = Sequence[tuple[NamesFilter, HookFunction]]
+
+
+if TYPE_CHECKING:
+
+    class HookKeywords(TypedDict, total=False):
+        """Keywords that say what listens to a call."""
+
+        fwd_hooks: HookList
+        bwd_hooks: HookList
+        edits: Sequence[Edit]
+        splices: Sequence[Splice]
+
+    class CaptureKeywords(TypedDict, total=False):
+        """Keywords that say what a call keeps."""
+
+        names_filter: NamesFilter
+        device: torch.device | str | None
+        dtype: torch.dtype | None
+        incl_bwd: bool
+        pos_slice: Choice
 
 
 def read_pairs(given: object, *, what: str, error: type[HookLensError] = InputError) -> HookList:

@@ -26,7 +26,15 @@ from hooklens.errors import HookLensError
 if TYPE_CHECKING:
     from hooklens.hooks.point import HookPoint
 
-HookFunction = Callable[..., Tensor | None]
+    class HookFunctionByName(Protocol):
+        """A hook function whose point is a keyword."""
+
+        def __call__(self, tensor: Tensor, /, *, hook: HookPoint) -> Tensor | None:
+            """What takes the tensor's place; None: the tensor itself."""
+
+    HookFunction = Callable[[Tensor, HookPoint], Tensor | None] | HookFunctionByName
+else:
+    HookFunction = Callable[..., Tensor | None]
 Direction = Literal["fwd", "bwd"]
 Phase = Literal["prefill", "decode"]
 Returned = TypeVar("Returned")
@@ -79,11 +87,16 @@ class Hook:
     __slots__ = ("by_keyword", "fn", "permanent", "point", "removed")
 
     def __init__(
-        self, fn: HookFunction, point: "HookPoint", *, permanent: bool = False, by_keyword: bool | None = None
+        self,
+        fn: Callable[..., Tensor | None],
+        point: "HookPoint",
+        *,
+        permanent: bool = False,
+        by_keyword: bool | None = None,
     ) -> None:
         if not callable(fn):
             raise HookLensError(f"a hook must be a function fn(tensor, hook), got {type(fn).__name__}")
-        self.fn = fn
+        self.fn: Callable[..., Tensor | None] = fn
         self.point = point
         self.permanent = permanent
         self.removed = False
@@ -99,7 +112,7 @@ class Hook:
         return self.fn(tensor, hook=self.point) if self.by_keyword else self.fn(tensor, self.point)
 
 
-def _takes_hook_by_keyword(fn: HookFunction) -> bool:
+def _takes_hook_by_keyword(fn: Callable[..., Tensor | None]) -> bool:
     """Whether a parameter is called `hook`, which may then stand anywhere in the signature.
 
     Raises:

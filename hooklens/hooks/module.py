@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from hooklens.hooks.point import HookPoint
 from hooklens.hooks.region import place_query_heads
 from hooklens.hooks.splice import Splice, SplicedBlock, SpliceHook, naming
 from hooklens.hooks.tree import HookPointTree
+
+Hooked = TypeVar("Hooked", bound="HookedModule")
 
 
 class HookedModule(HookPointTree):
@@ -219,12 +221,12 @@ class HookedModule(HookPointTree):
 
     @reads(**LISTENING)
     def hooks(
-        self,
+        self: Hooked,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
         splices: Sequence[Splice] = (),
-    ) -> "ListeningBlock[HookedModule]":
+    ) -> "ListeningBlock[Hooked]":
         """Hooks for all calls that the thread makes inside a `with` block.
 
         Other threads and hook functions are outside of it. A generator that yields inside the block leaves it open for

@@ -1,9 +1,12 @@
 """One transformer block, for every wiring."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, overload
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.config import BlockConfig
 from hooklens.hooks import Call, HookPoint
@@ -256,6 +259,22 @@ class Block(Part, place="blocks.{i}"):
             return renormed
         made_by_listeners = _like(normed, changed) - _like(self.ln1.apply_beside(resid, call), changed)
         return renormed + made_by_listeners
+
+
+if TYPE_CHECKING:
+
+    class Blocks(nn.ModuleList):
+        """The blocks of a network, of which `nn.ModuleList` says only that they are modules."""
+
+        @overload
+        def __getitem__(self, idx: slice) -> "Blocks": ...
+        @overload
+        def __getitem__(self, idx: int) -> Block: ...
+        def __getitem__(self, idx: int | slice) -> "Block | Blocks": ...
+        def __iter__(self) -> Iterator[Block]: ...
+
+else:
+    Blocks = nn.ModuleList
 
 
 def _add(stream: Tensor, out: Tensor, norm: Norm | Placed | None, call: Call) -> Float[Tensor, "batch pos d_model"]:

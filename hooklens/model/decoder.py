@@ -24,7 +24,7 @@ from hooklens.hooks.call import NOBODY, Call, Listeners, join_listeners, thread_
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.rotary import RotaryTables
-from hooklens.model.block import Block
+from hooklens.model.block import Block, Blocks
 from hooklens.model.embed import (
     Embed,
     HeadPosEmbed,
@@ -84,7 +84,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
     hook_pos_embed: HookPoint = point(
         STREAM, "position embedding, as it enters the stream, or with shortformer queries and keys", when=_EMBEDDED
     )
-    blocks: nn.ModuleList = inner(Block, lambda cfg: cfg.blocks, per_layer=True)
+    blocks: Blocks = inner(Block, lambda cfg: cfg.blocks, per_layer=True)
     ln_final: Norm | None = norm("final norm", kind=lambda cfg: cfg.final_norm, when=_NORMED_LAST)
     unembed: Unembed = inner(
         unembed_class,

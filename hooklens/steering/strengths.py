@@ -191,7 +191,7 @@ class _Runs:
                     logits_at=logits_at,
                 )
                 cells = [place * len(by_strength) + first + row for row in range(len(edits))]
-                yield cells, found.unflatten(0, (len(edits), n))
+                yield cells, torch.unflatten(found, 0, (len(edits), n))
 
 
 def _measure_effect(

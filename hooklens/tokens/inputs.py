@@ -25,6 +25,12 @@ Ids = (
 )
 """Token ids of one prompt or several, as a caller gives them."""
 
+TextList = list[str] | tuple[str, ...]
+"""Several prompts for a type checker, to which a string is a sequence of strings, too."""
+
+Numbers = Sequence[int | np.integer[Any]]
+"""Token ids of one prompt for a type checker, which does not know how many axes tensors and arrays have."""
+
 Prompt = str | Sequence[str] | Ids
 """A prompt or several, as a caller gives them."""
 
