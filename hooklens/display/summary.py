@@ -42,6 +42,7 @@ class Listing:
         n_rows: how many rows there are; None: those given.
         more: where the rows left out are to be found.
         styles: by row and column, the style of a cell of a page.
+        on_pages: pages have the table, too; False: they show the same in another form.
     """
 
     columns: Sequence[str]
@@ -51,6 +52,7 @@ class Listing:
     n_rows: int | None = None
     more: str = "to_dataframe() has all"
     styles: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    on_pages: bool = True
 
     @property
     def size(self) -> int:
@@ -123,7 +125,7 @@ class Summary:
             blocks.append(note(f"{len(named) - len(shown)} more facts are left out"))
         notes = [note(_shorten(one)) for one in self.notes[:5]]
         room = MOST_BYTES - _KEPT - len(fragment(blocks, notes, label=self.title).encode())
-        if self.listing is not None and self.listing.size:
+        if self.listing is not None and self.listing.size and self.listing.on_pages:
             made, room = _fit_listing(self.listing, room, is_folded=bool(self.pages))
             blocks += made
         views, n_left_out, left_out = "", 0, 0
