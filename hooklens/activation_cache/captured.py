@@ -7,6 +7,7 @@ Such aliases stay aliases in everything a cache gives: they are moved, converted
 import os
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
@@ -21,7 +22,19 @@ from hooklens.activation_cache.storage import read_cache, write_cache
 from hooklens.arguments import read_int
 from hooklens.axes import HOOK_SITES, find_site, get_act_name, layer_of
 from hooklens.config import HookedConfig
-from hooklens.display.numbers import format_bytes
+from hooklens.display import (
+    Displayed,
+    Element,
+    Listing,
+    Summary,
+    fold,
+    format_bytes,
+    format_numbers,
+    format_shape,
+    layer_of_name,
+    merge_layers,
+    table,
+)
 from hooklens.errors import CacheError, HookNameError, join_names, suggest_names
 from hooklens.hooks.capture import GRAD
 from hooklens.hooks.choice import Choice
@@ -34,10 +47,12 @@ Layer = SupportsIndex | str | None
 Key = str | tuple[str] | tuple[str, Layer] | tuple[str, Layer, str | None]
 """A hook name, or a shorthand: `("pattern", 3)`, `("scale", 3, "ln1")`, `"k3"`."""
 
+_COLUMNS = ("name", "axes", "shape", "dtype", "bytes")
+
 AnyCache = TypeVar("AnyCache", bound="CapturedActivations")
 
 
-class CapturedActivations(Mapping[str, Tensor]):
+class CapturedActivations(Displayed, Mapping[str, Tensor]):
     """Activations by hook name, with what is needed to read them; the base of `ActivationCache`.
 
     Full names and shorthands both work, see there. Iteration gives the full names in the order of capture. Two caches
@@ -105,10 +120,37 @@ class CapturedActivations(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def __repr__(self) -> str:
-        """Number of activations, their bytes, and the sizes of the batch and pos axes where these are known."""
+    def _summary(self) -> Summary:
         sizes = [f"{axis} {size}" for axis in ("batch", "pos") if (size := self._find_size(axis)) is not None]
-        return f"ActivationCache({', '.join([f'{len(self)} activations', format_bytes(self.nbytes), *sizes])})"
+        kinds = merge_layers((name, self._describe(name)) for name in self._tensors)
+        rows = [
+            (name, axes, shape, dtype, format_bytes(size) if n == 1 else f"{n:,} x {format_bytes(size)}")
+            for name, (axes, shape, dtype, size), n in kinds
+        ]
+        layers = dict.fromkeys(map(layer_of_name, self._tensors))
+        return Summary(
+            title=f"ActivationCache({', '.join([f'{len(self)} activations', format_bytes(self.nbytes), *sizes])})",
+            facts={
+                "columns captured": None if self.positions is None else format_numbers(self.positions),
+                "transforms": ", ".join(self.transforms) or None,
+            },
+            listing=Listing(columns=_COLUMNS, rows=rows, what="kinds of activations"),
+            pages=[partial(self._fold_layer, layer) for layer in layers] if len(self) > len(rows) else [],
+        )
+
+    def _describe(self, name: str) -> tuple[str, str, str, int]:
+        """Axes, shape, dtype and bytes of an activation."""
+        tensor = self._tensors[name]
+        written = str(tensor.dtype).removeprefix("torch.")
+        return " ".join(self.axes_of(name) or ()), format_shape(tensor.shape), written, tensor.nbytes
+
+    def _fold_layer(self, layer: int | None) -> Element:
+        """The activations of one layer, or those outside the blocks, folded."""
+        names = [name for name in self._tensors if layer_of_name(name) == layer]
+        rows = [(name, *each, format_bytes(size)) for name in names for *each, size in [self._describe(name)]]
+        where = "outside the blocks" if layer is None else f"layer {layer}"
+        size = format_bytes(sum(self._tensors[name].nbytes for name in names))
+        return fold(f"{where}: {len(names)} activations, {size}", table(_COLUMNS, rows, caption=f"activations, {where}"))
 
     @property
     def nbytes(self) -> int:

@@ -26,8 +26,10 @@ from hooklens.causal_lm.calls import (
 from hooklens.causal_lm.checkpoints import CheckpointMethods
 from hooklens.causal_lm.embedding import EmbeddingMethods
 from hooklens.causal_lm.loading import LoadingMethods
+from hooklens.causal_lm.overview import summarise
 from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig, refuse_other_outputs
+from hooklens.display import Displayed, Summary
 from hooklens.documents import NO_DOCUMENT
 from hooklens.errors import InputError
 from hooklens.generation import TextGeneration
@@ -62,6 +64,7 @@ Output = Tensor | LogitsAndLoss | None
 
 
 class HookedCausalLM(
+    Displayed,
     LoadingMethods,
     CheckpointMethods,
     AdapterMethods,
@@ -72,6 +75,9 @@ class HookedCausalLM(
     Decoder,
 ):
     """A decoder-only language model with a named hook point at every activation.
+
+    `print(model)` tells sizes and parts, equal blocks as one, and a notebook shows its tree with all weights and hook
+    points. torch's tree of modules is `torch.nn.Module.__repr__(model)`, and what `print(model.blocks)` shows of a part.
 
     Args:
         cfg: the network.
@@ -552,6 +558,9 @@ class HookedCausalLM(
             logits = self.run(ids.input, plan, past_kv_cache=cache, logits_at=-1)
         cache.last_logits = logits[:, 0].detach()
         return cache.freeze()
+
+    def _summary(self) -> Summary:
+        return summarise(self)
 
     def hook_table(self) -> "pandas.DataFrame":
         """Every hook point of this model: name, axes, shape, on_request, description.

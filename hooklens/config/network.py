@@ -31,7 +31,9 @@ from hooklens.config.positions import (
     positions_from_dict,
     positions_to_dict,
 )
+from hooklens.config.printed import print_config, summarise
 from hooklens.config.settling import ATTENTION, LEFT_OUT, PARTS, InitScheme, Wiring, by_layer, settle
+from hooklens.display import Displayed, Summary
 from hooklens.errors import ConfigError
 
 # Typed as the value that `settle` puts in its place, or misses.
@@ -52,8 +54,8 @@ class Origin:
     hub_config: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class HookedConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HookedConfig(Displayed):
     """All that decides the network's computation and the shapes of its weights.
 
     Attributes:
@@ -202,6 +204,13 @@ class HookedConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+
+    def __repr__(self) -> str:
+        """The call that makes an equal configuration, without what is left out: at most twenty lines."""
+        return print_config(self)
+
+    def _summary(self) -> Summary:
+        return summarise(self)
 
     def block(self, layer: int) -> BlockConfig:
         """The description of one layer, counted from 0."""

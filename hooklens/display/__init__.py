@@ -8,29 +8,40 @@ from hooklens.display.blocks import code, facts, fold, heading, note, paragraph,
 from hooklens.display.colours import diverging, sequential
 from hooklens.display.elements import Child, Element, element, render
 from hooklens.display.labels import visible
+from hooklens.display.layers import format_numbers, layer_of_name, merge_layers
 from hooklens.display.numbers import format_bytes, format_count, format_number, format_shape
 from hooklens.display.page import document, fragment
-from hooklens.display.text import MOST_LINES, columns, shorten
+from hooklens.display.summary import Displayed, Listing, Summary
+from hooklens.display.text import MOST_COLUMNS, MOST_LINES, clip, columns, flatten, shorten
 from hooklens.display.view import View
 
 __all__ = [
+    "MOST_COLUMNS",
     "MOST_LINES",
     "Child",
+    "Displayed",
     "Element",
+    "Listing",
+    "Summary",
     "View",
+    "clip",
     "code",
     "columns",
     "diverging",
     "document",
     "element",
     "facts",
+    "flatten",
     "fold",
     "format_bytes",
     "format_count",
     "format_number",
+    "format_numbers",
     "format_shape",
     "fragment",
     "heading",
+    "layer_of_name",
+    "merge_layers",
     "note",
     "paragraph",
     "render",

@@ -3,6 +3,27 @@
 from collections.abc import Sequence
 
 MOST_LINES = 20
+MOST_COLUMNS = 120
+
+_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+# What would end a line, or move what is printed: line ends of all kinds and control characters.
+_BREAKS = {
+    **{code: chr(0x2400 + code) for code in range(32)},
+    ord("\n"): "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
+    127: "\N{SYMBOL FOR DELETE}",
+    **dict.fromkeys((*range(128, 160), 0x2028, 0x2029), "\N{REPLACEMENT CHARACTER}"),
+    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
+}
+
+
+def flatten(text: str) -> str:
+    """A text in one line: line breaks and control characters by a sign of their own."""
+    return text.translate(_BREAKS)
+
+
+def clip(text: str, most: int) -> str:
+    """A text of at most so many characters, an ellipsis among them where something is left out."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + _ELLIPSIS
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2, right: Sequence[int] = ()) -> list[str]:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.config import HookedConfig
+from hooklens.display import Displayed, Listing, Summary, format_bytes, merge_layers
 from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import (
     read_adapters,
@@ -38,7 +39,7 @@ from hooklens.kv_cache.mask import ColumnMask
 from hooklens.kv_cache.storage import read_cache, write_cache
 
 
-class HookedKeyValueCache(DerivedCaches, ColumnRecord):
+class HookedKeyValueCache(Displayed, DerivedCaches, ColumnRecord):
     """The entries of all layers, with the attention mask of the tokens they hold.
 
     A frozen cache never changes. Caches made from others (`crop`, `select`, `expand`, `to`) share memory with them
@@ -209,13 +210,34 @@ class HookedKeyValueCache(DerivedCaches, ColumnRecord):
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values so far (buffers may hold room for more)."""
-        return sum(entry.past_keys.nbytes + entry.past_values.nbytes for entry in self.entries)
+        return sum(entry.nbytes for entry in self.entries)
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         state = "frozen, " if self.frozen else ""
-        return (
-            f"HookedKeyValueCache({state}{len(self.entries)} layers, batch={self.batch_size}, pos={len(self)}, "
-            f"{self.nbytes / 2**20:.2f} MiB)"
+        kinds = merge_layers((f"blocks.{layer}", entry.describe()) for layer, entry in enumerate(self.entries))
+        rows = [
+            (name, *shapes, format_bytes(size) if n == 1 else f"{n:,} x {format_bytes(size)}")
+            for name, (*shapes, size), n in kinds
+        ]
+        return Summary(
+            title=(
+                f"HookedKeyValueCache({state}{len(self.entries)} layers, batch={self.batch_size}, pos={len(self)}, "
+                f"{format_bytes(self.nbytes)})"
+            ),
+            facts={
+                "padding": "some columns are padding" if self.has_padding else None,
+                "documents": None if self._documents is None else "columns have document ids",
+                "tokens": None if len(self) == 0 or self.token_ids is not None else "ids are not known",
+                "transforms": ", ".join(self.transforms) or None,
+                "adapters": ", ".join(self.adapters) or None,
+                "device": str(self.device),
+            },
+            listing=Listing(
+                columns=("layers", "keys [batch pos kv_head d_head]", "values", "dtype", "bytes"),
+                rows=rows,
+                what="kinds of layers",
+                more="kv.entries has all",
+            ),
         )
 
     def freeze(self) -> "HookedKeyValueCache":

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.config import HookedConfig
+from hooklens.display import Displayed, Summary, format_bytes, format_shape
 from hooklens.errors import CacheError
 from hooklens.kv_cache.arguments import read_count, read_device, read_dtype, require
 from hooklens.kv_cache.inference import lasting_tensors
@@ -20,7 +21,7 @@ class _Held(NamedTuple):
     length: int
 
 
-class HookedKeyValueCacheEntry:
+class HookedKeyValueCacheEntry(Displayed):
     """One layer's past keys and values.
 
     Buffers grow by doubling, so n appends move O(n) bytes in all. Appending writes only to columns that nobody has
@@ -131,6 +132,31 @@ class HookedKeyValueCacheEntry:
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of the keys, and of the values."""
         return self._held.keys.dtype, self._held.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values so far (buffers may hold room for more)."""
+        keys, values, length = self._held
+        return sum(part.shape[0] * length * part.shape[2:].numel() * part.element_size() for part in (keys, values))
+
+    def describe(self) -> tuple[str, str, str, int]:
+        """The shapes of keys and of values, their dtypes, and their bytes, for displays: nothing is read or copied."""
+        keys, values, length = self._held
+        of_keys, of_values = (format_shape((part.shape[0], length, *part.shape[2:])) for part in (keys, values))
+        dtypes = dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in (keys, values))
+        return of_keys, of_values, ", ".join(dtypes), self.nbytes
+
+    def _summary(self) -> Summary:
+        keys, values, dtypes, size = self.describe()
+        state = "frozen, " if self.frozen else ""
+        return Summary(
+            title=f"HookedKeyValueCacheEntry({state}{keys}, {dtypes}, {format_bytes(size)})",
+            facts={
+                "axes": "batch x pos x kv_head x d_head",
+                "values": None if keys == values else values,
+                "device": str(self.device),
+            },
+        )
 
     @property
     def form(self) -> tuple[object, ...]:

@@ -1,0 +1,45 @@
+"""Names that differ by layer, written as one: `blocks.{0-3}.attn.hook_z`."""
+
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+_LAYER = re.compile(r"\bblocks\.(\d+)\b")
+
+
+def format_numbers(numbers: Sequence[int]) -> str:
+    """Whole numbers in short, runs of them by their ends: `"0-3,7"`."""
+    starts = [number for before, number in pairwise([None, *numbers]) if before is None or number != before + 1]
+    ends = [number for number, after in pairwise([*numbers, None]) if after is None or after != number + 1]
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]:
+    """Names that differ in their layer alone and have the same key, each as one.
+
+    Args:
+        named: names, and what has to be equal for two of them to be merged.
+
+    Returns:
+        In the order in which they first come: the merged name, the key, and how many names it stands for.
+    """
+    groups: dict[tuple[str, Key], list[int]] = {}
+    for name, key in named:
+        found = _LAYER.search(name)
+        template = name if found is None else f"{name[: found.start(1)]}\0{name[found.end(1) :]}"
+        groups.setdefault((template, key), []).append(-1 if found is None else int(found[1]))
+    merged = []
+    for (template, key), layers in groups.items():
+        places = sorted(set(layers))
+        written = format_numbers(places)
+        merged.append((template.replace("\0", f"{{{written}}}" if len(places) > 1 else written), key, len(layers)))
+    return merged
+
+
+def layer_of_name(name: str) -> int | None:
+    """The layer that a name speaks of; None where it speaks of none."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
