@@ -9,7 +9,7 @@ Element: TypeAlias = ElementTree.Element
 Child: TypeAlias = "Element | str | Iterable[Child] | None"
 
 # Code points that HTML cannot hold: control characters but tab and line feed, and halves of surrogate pairs.
-_UNWRITABLE = {
+UNWRITABLE = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
     127: "\N{SYMBOL FOR DELETE}",
     **dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}"),
@@ -30,7 +30,7 @@ def element(tag: str, /, *children: Child, **attributes: str | float | bool | No
     for name, value in attributes.items():
         if value is not None and value is not False:
             text = "" if value is True else str(value)
-            made.set(name.rstrip("_").replace("_", "-"), text.translate(_UNWRITABLE))
+            made.set(name.rstrip("_").replace("_", "-"), text.translate(UNWRITABLE))
     _append(made, children)
     return made
 
@@ -40,7 +40,7 @@ def _append(parent: Element, children: Iterable[Child]) -> None:
         if child is None:
             continue
         if isinstance(child, str):
-            text = child.translate(_UNWRITABLE)
+            text = child.translate(UNWRITABLE)
             if len(parent):
                 parent[-1].tail = (parent[-1].tail or "") + text
             else:

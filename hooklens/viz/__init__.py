@@ -5,6 +5,11 @@ Every view shows itself in a notebook, in light and in dark; `.save("x.html")` a
 """
 
 from hooklens.display import View
+from hooklens.viz.attention import Attention, attention
 from hooklens.viz.grid import Grid, grid
+from hooklens.viz.head_circuit import head_circuit
+from hooklens.viz.heads import heads
+from hooklens.viz.lens import lens
+from hooklens.viz.tokens import Tokens, tokens
 
-__all__ = ["Grid", "View", "grid"]
+__all__ = ["Attention", "Grid", "Tokens", "View", "attention", "grid", "head_circuit", "heads", "lens", "tokens"]

@@ -89,7 +89,7 @@ def draw_curve(
         figure.update_yaxes(title_text=labels[1])
         figure.update_layout(title=title)
         return figure
-    figure = _make_figure(6, 4)
+    figure = make_figure(6, 4)
     axes = figure.add_subplot()
     axes.errorbar(x, y, yerr=None if ends is None else [below, above], marker="o")
     if band is not None:
@@ -168,7 +168,7 @@ def _lines_by_plotly(
 def _lines_by_matplotlib(
     x: LabelledAxis, panels: Mapping[str, Mapping[str, Sequence[float]]], names: list[str], title: str
 ) -> Any:
-    figure = _make_figure(4 * len(panels) + 1, 4)
+    figure = make_figure(4 * len(panels) + 1, 4)
     places = list(range(len(x[1])))
     drawn: dict[str, Any] = {}
     for number, (panel, lines) in enumerate(panels.items(), start=1):
@@ -222,7 +222,7 @@ def _plotly_axis(axis: LabelledAxis) -> dict[str, Any]:
 def _heatmaps_by_matplotlib(
     values: Tensor, rows: LabelledAxis, columns: LabelledAxis, panels: Sequence[str], title: str, marks: Tensor | None
 ) -> Any:
-    figure = _make_figure(5 * len(panels) + 1, 4)
+    figure = make_figure(5 * len(panels) + 1, 4)
     limit = float(values.nan_to_num().abs().max()) or 1.0
     for number, (panel, name) in enumerate(zip(values, panels, strict=True), start=1):
         axes = figure.add_subplot(1, len(panels), number)
@@ -238,7 +238,7 @@ def _heatmaps_by_matplotlib(
     return figure
 
 
-def _make_figure(width: float, height: float) -> Any:
+def make_figure(width: float, height: float) -> Any:
     """An empty figure, in inches."""
     figure = import_package("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     # Only figures of pyplot show themselves in a notebook.

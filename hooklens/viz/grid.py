@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.display.blocks import note
-from hooklens.display.colours import diverging, sequential
 from hooklens.display.elements import Child, Element, element
 from hooklens.display.labels import visible
 from hooklens.display.numbers import format_number
@@ -19,16 +19,22 @@ from hooklens.display.view import View
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.viz.charts import draw_heatmaps
+from hooklens.viz.labels import for_matplotlib, for_plotly, read_labels
+from hooklens.viz.scale import Scale, check_scale, furthest, paint, read_script, readout, scale_bar
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Scale = Literal["signed", "amount"]
+Texts = tuple[tuple[tuple[str, ...], ...], ...]
+"""A text for each cell, by panel, row and column."""
 
 MOST_CELLS = 4000
 _MOST_UPRIGHT = 4
 _MOST_LABEL = 18
+# Axes whose labels are tokens, which repeat: what is told of a cell has the place, too.
+_POSITIONS = ("pos", "query", "key")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -42,6 +48,7 @@ class Grid(View):
         panels: what is written above each panel; one panel may have an empty text.
         heading: what the values are.
         texts: what is written in the cells, by panel, row and column; None writes nothing.
+        details: what is told of the cell that is pointed at, beside its value; None tells its text.
         scale: `"signed"`: blue above 0 and orange below, as far to both sides; `"amount"`: from 0 to the largest.
     """
 
@@ -50,23 +57,23 @@ class Grid(View):
     columns: tuple[str, tuple[str, ...]]
     panels: tuple[str, ...]
     heading: str
-    texts: tuple[tuple[tuple[str, ...], ...], ...] | None = None
+    texts: Texts | None = None
+    details: Texts | None = None
     scale: Scale = "signed"
 
     kind: ClassVar[str] = "grid"
     style: ClassVar[str] = read_asset(Path(__file__).with_name("grid.css"))
-    script: ClassVar[str] = read_asset(Path(__file__).with_name("grid.js"))
+    script: ClassVar[str] = read_script(Path(__file__).with_name("grid.js"))
 
     @property
     def title(self) -> str:
         """What the values are."""
         return self.heading
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """The value at the end of the scale."""
-        finite = self.values[self.values.isfinite()]
-        return float(finite.abs().max()) if finite.numel() else 0.0
+        return furthest(self.values.flatten().tolist())
 
     @property
     def description(self) -> list[str]:
@@ -89,7 +96,11 @@ class Grid(View):
         value = float(self.values[panel, row, column])
         where = [self.panels[panel], _name(self.rows, row), _name(self.columns, column)]
         told = ", ".join(part for part in where if part) + f": {format_number(value)}"
-        return told if self.texts is None else f"{told} ({self.texts[panel][row][column]})"
+        if self.details is not None:
+            text = self.details[panel][row][column]
+        else:
+            text = "" if self.texts is None else visible(self.texts[panel][row][column])
+        return f"{told} ({text})" if text else told
 
     def _body(self) -> list[Child]:
         n_panels, n_rows, n_columns = self.values.shape
@@ -105,10 +116,8 @@ class Grid(View):
         blocks: list[Child] = [
             element("h3", self.title),
             element("div", (self._panel(panel) for panel in range(shown)), class_="hl-panels"),
-            element(
-                "div", "Point at a cell, or move with the arrow keys.", class_="hl-readout hl-faint", aria_live="polite"
-            ),
-            self._legend(),
+            readout("Point at a cell, or move with the arrow keys."),
+            scale_bar(self.largest, self.scale),
         ]
         if shown < n_panels:
             blocks.append(note(f"{n_panels - shown} of {n_panels} panels are left out; to_dataframe() has all"))
@@ -145,19 +154,11 @@ class Grid(View):
 
     def _cell(self, panel: int, row: int, column: int) -> Element:
         value = float(self.values[panel, row, column])
-        colour = diverging(value, self.largest) if self.scale == "signed" else sequential(value, self.largest)
         text = "" if self.texts is None else self.texts[panel][row][column]
         told = self._tell(panel, row, column)
-        return element("td", visible(text, _MOST_LABEL), style=colour, aria_label=told, tabindex=-1)
-
-    def _legend(self) -> Element:
-        largest = self.largest
-        low = -largest if self.scale == "signed" else 0.0
-        steps = [low + (largest - low) * step / 8 for step in range(9)]
-        paint = diverging if self.scale == "signed" else sequential
-        stops = ",".join(paint(step, largest).partition(";")[0].removeprefix("background:") for step in steps)
-        bar = element("i", style=f"background:linear-gradient(90deg,{stops})")
-        return element("div", format_number(low), bar, format_number(largest), class_="hl-scale", aria_hidden="true")
+        return element(
+            "td", visible(text, _MOST_LABEL), style=paint(value, self.largest, self.scale), aria_label=told, tabindex=-1
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per cell: the panel, where there are several, the labels of row and column, and the value."""
@@ -179,7 +180,13 @@ class Grid(View):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        return self._draw("matplotlib")
+        figure = self._draw("matplotlib")
+        panels = figure.axes[: len(self.panels)]
+        if self.scale == "amount":
+            for axes in panels:
+                axes.images[0].set(cmap="Blues", clim=(0.0, self.largest or 1.0))
+        self._write_texts(figure, panels)
+        return figure
 
     def to_plotly(self) -> "object":
         """The panels as heatmaps of plotly, a `plotly.graph_objects.Figure`.
@@ -187,24 +194,53 @@ class Grid(View):
         Raises:
             MissingDependencyError: plotly is not installed.
         """
-        return self._draw("plotly")
+        figure = self._draw("plotly")
+        if self.scale == "amount":
+            figure.update_layout(coloraxis={"colorscale": "Blues", "cmin": 0.0, "cmid": None})
+        return figure
 
     def _draw(self, backend: Literal["plotly", "matplotlib"]) -> "Figure":
+        write = for_matplotlib if backend == "matplotlib" else for_plotly
         figure: Figure = draw_heatmaps(
             self.values.detach().double().cpu(),
-            (self.rows[0], [visible(label) for label in self.rows[1]]),
-            (self.columns[0], [visible(label) for label in self.columns[1]]),
-            list(self.panels),
+            (self.rows[0], [write(label) for label in self.rows[1]]),
+            (self.columns[0], [write(label) for label in self.columns[1]]),
+            [write(panel) for panel in self.panels],
             backend=backend,
-            title=self.title,
+            title=self.title.replace("$", r"\$") if backend == "matplotlib" else self.title.replace("<", "&lt;"),
         )
         return figure
+
+    def _write_texts(self, figure: "Figure", panels: "Sequence[Axes]") -> None:
+        """Write the texts into the cells, which are made large enough."""
+        if self.texts is None:
+            return
+        n_panels, n_rows, n_columns = self.values.shape
+        longest = min(_MOST_LABEL, max(len(text) for panel in self.texts for row in panel for text in row))
+        figure.set_size_inches(n_panels * (1.8 + n_columns * max(0.35, 0.085 * longest)), max(4.0, 1.6 + 0.26 * n_rows))
+        for axes, panel in zip(panels, self.texts, strict=True):
+            image = axes.images[0]
+            for row, texts in enumerate(panel):
+                for column, text in enumerate(texts):
+                    red, green, blue, _ = image.cmap(image.norm(image.get_array()[row, column]))
+                    # The relative luminance, without the correction that does not matter for a choice of two.
+                    is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
+                    axes.text(
+                        column,
+                        row,
+                        visible(text, _MOST_LABEL),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if is_dark else "black",
+                        parse_math=False,
+                    )
 
 
 def _name(axis: tuple[str, tuple[str, ...]], place: int) -> str:
     name, labels = axis
     label = visible(labels[place])
-    return f"{name} {label}" if label == str(place) or not name else f"{name} {place} {label}"
+    return f"{name} {place} {label}" if name in _POSITIONS and label != str(place) else f"{name} {label}".strip()
 
 
 def grid(
@@ -215,6 +251,7 @@ def grid(
     panels: Sequence[str] | None = None,
     title: str = "",
     texts: Sequence[Sequence[str]] | Sequence[Sequence[Sequence[str]]] | None = None,
+    details: Sequence[Sequence[str]] | Sequence[Sequence[Sequence[str]]] | None = None,
     scale: Scale = "signed",
 ) -> Grid:
     """Values on a grid, such as the results of patches by layer and position.
@@ -226,6 +263,7 @@ def grid(
         panels: what stands above each panel.
         title: what the values are.
         texts: what is written in the cells, in the shape of `values`.
+        details: what is told of the cell that is pointed at, beside its value, in the same shape; None tells its text.
         scale: `"signed"`: blue above 0 and orange below, as far to both sides; `"amount"`: from 0 to the largest.
 
     Raises:
@@ -236,8 +274,7 @@ def grid(
             f"grid: values have the shape {list(values.shape)}; expected [row column] or [panel row column], none of "
             "them empty"
         )
-    if scale not in ("signed", "amount"):
-        raise InputError(f"grid: scale is {scale!r}; expected 'signed' or 'amount'")
+    check_scale(scale, "grid")
     cube = values.detach().float().cpu().reshape(-1, *values.shape[-2:])
     if panels is None:
         panels = [""] if len(cube) == 1 else [str(number) for number in range(len(cube))]
@@ -249,7 +286,10 @@ def grid(
         columns=_read_axis(columns, cube.shape[2], "columns"),
         panels=tuple(panels),
         heading=title or "values",
-        texts=None if texts is None else _read_texts([texts] if values.ndim == 2 else texts, cube.shape),
+        texts=None if texts is None else _read_texts([texts] if values.ndim == 2 else texts, cube.shape, "texts"),
+        details=None
+        if details is None
+        else _read_texts([details] if values.ndim == 2 else details, cube.shape, "details"),
         scale=scale,
     )
 
@@ -258,12 +298,10 @@ def _read_axis(given: tuple[str, Sequence[object]] | str, size: int, what: str) 
     if isinstance(given, str):
         return given, tuple(map(str, range(size)))
     name, labels = given
-    if len(labels) != size:
-        raise InputError(f"grid: {len(labels)} labels are given for {what}, and the values have {size}")
-    return name, tuple(map(str, labels))
+    return name, read_labels(labels, size, subject="grid", what=what)
 
 
-def _read_texts(given: Sequence[object], shape: Sequence[int]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+def _read_texts(given: Sequence[object], shape: Sequence[int], what: str) -> Texts:
     read = tuple(tuple(tuple(str(cell) for cell in row) for row in panel) for panel in given)  # type: ignore[attr-defined]
     sizes = (
         len(read),
@@ -271,5 +309,5 @@ def _read_texts(given: Sequence[object], shape: Sequence[int]) -> tuple[tuple[tu
         *({len(row) for panel in read for row in panel} or {0}),
     )
     if sizes != tuple(shape) or math.prod(sizes) == 0:
-        raise InputError(f"grid: texts have the sizes {list(sizes)}, and the values have {list(shape)}")
+        raise InputError(f"grid: {what} have the sizes {list(sizes)}, and the values have {list(shape)}")
     return read
