@@ -35,7 +35,19 @@ from hooklens.optional import import_package
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
-    from hooklens import alignment, analysis, evaluation, patching, pool, sae, steering, training, verification, viz
+    from hooklens import (
+        alignment,
+        analysis,
+        datasets,
+        evaluation,
+        patching,
+        pool,
+        sae,
+        steering,
+        training,
+        verification,
+        viz,
+    )
     from hooklens.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
@@ -65,6 +77,7 @@ __all__ = [
     "VerificationReport",
     "alignment",
     "analysis",
+    "datasets",
     "documents",
     "download",
     "edits",
@@ -83,7 +96,19 @@ __all__ = [
 
 # Packages of experiments, imported when first used: `hl.patching.sweep(...)`.
 _LATE = frozenset(
-    {"alignment", "analysis", "evaluation", "patching", "pool", "sae", "steering", "training", "verification", "viz"}
+    {
+        "alignment",
+        "analysis",
+        "datasets",
+        "evaluation",
+        "patching",
+        "pool",
+        "sae",
+        "steering",
+        "training",
+        "verification",
+        "viz",
+    }
 )
 # What stands here of one of them.
 _LATE_NAMES = frozenset({"VerificationReport", "verify"})

@@ -21,7 +21,7 @@ from hooklens.errors import InputError
 NO_DOCUMENT = -1
 """The document id of padding."""
 
-TokenList = Sequence[int] | Int[Tensor, " pos"] | np.ndarray[Any, np.dtype[Any]]
+TokenList = Sequence[int] | Int[Tensor, " _"] | np.ndarray[Any, np.dtype[Any]]
 
 _SHOWN = 10
 

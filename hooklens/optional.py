@@ -11,6 +11,7 @@ _EXTRA_OF = {
     "plotly": "plot",
     "peft": "peft",
     "scipy": "stats",
+    "sklearn": "probes",
     "torchao": "quant",
     "bitsandbytes": "quant",
     "accelerate": "placement",

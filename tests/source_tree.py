@@ -20,7 +20,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("model", "adapters", "generation"),
     ("causal_lm",),
     ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae"),
-    ("alignment", "steering"),
+    ("alignment", "steering", "datasets"),
     ("cli", "compat"),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
@@ -57,6 +57,7 @@ HEAVY = frozenset(
         "peft",
         "yaml",
         "omegaconf",
+    "sklearn",
         "accelerate",
     }
 )

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.arguments import refusal, show
-from hooklens.axes import layer_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError
 from hooklens.evaluation.batching import BatchSize, plan_batches
@@ -16,7 +15,7 @@ from hooklens.evaluation.fingerprint import token_fingerprint
 from hooklens.evaluation.prefix import Text, encode_continuations, encode_prefix
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.hooks.edits import Edit
-from hooklens.hooks.names import NamesFilter
+from hooklens.hooks.vectors import stop_behind
 from hooklens.progress import progress_bar
 from hooklens.steering.errors import SteeringError
 from hooklens.tokens.inputs import Prompt
@@ -223,31 +222,6 @@ def _read_masks(rows: list[Int[Tensor, " _"]], masks: object, *, what: str) -> l
     return read
 
 
-def choose_points(model: HookedCausalLM, at: NamesFilter) -> list[str]:
-    """The hook points that a filter selects, each with a vector at every token.
-
-    Raises:
-        HookNameError: nothing is selected.
-        SteeringError: a point whose tensor has no vector at each token.
-    """
-    if at is None:
-        raise SteeringError("at is None, expected hook points: a name, a word such as 'resid_post', a glob, or a list")
-    points = model.select_hook_points(at)
-    wrong = {
-        name: list(point.site.axes) if point.site else "unknown"
-        for name, point in points.items()
-        if point.site is None
-        or point.site.discrete
-        or point.site.axes[:2] != ("batch", "pos")
-        or len(point.site.axes) not in (3, 4)
-        or name.startswith("unembed.")
-    }
-    if wrong:
-        listed = ", ".join(f"{name!r} (axes {axes})" for name, axes in list(wrong.items())[:5])
-        raise SteeringError(f"at: {listed} hold no vector for each token; choose points such as 'resid_post' or 'z'")
-    return list(points)
-
-
 def run_batches(
     model: HookedCausalLM,
     prompts: Prompts,
@@ -263,7 +237,7 @@ def run_batches(
     Yields:
         Which prompts, the batch, and its activations by name.
     """
-    stop = stop_behind(model, names)
+    stop = stop_behind(names)
     with progress_bar(what, total=len(prompts), unit="prompt", progress=progress) as bar:
         for indices in plan_batches(model, prompts.lengths, n_prefix=0, batch_size=batch_size):
             batch = prompts.take(indices).pad(model.device)
@@ -278,16 +252,6 @@ def run_batches(
                 )
             yield indices, batch, {name: cache[name] for name in names}
             bar.update(len(indices))
-
-
-def stop_behind(model: HookedCausalLM, names: Sequence[str]) -> int | None:
-    """The first block that no point needs; None where one lies behind the blocks."""
-    layers = [layer_of(name) for name in names]
-    if any(
-        layer is None and name.startswith(("ln_final", "unembed")) for layer, name in zip(layers, names, strict=True)
-    ):
-        return None
-    return max(-1 if layer is None else layer for layer in layers) + 1
 
 
 def average_chosen(

@@ -14,8 +14,9 @@ from hooklens.evaluation.prefix import Text
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
+from hooklens.hooks.vectors import choose_vectors
 from hooklens.patching.runs.checks import check_model
-from hooklens.steering.activations import Positions, Prompts, choose_points, encode_prompts, run_batches
+from hooklens.steering.activations import Positions, Prompts, encode_prompts, run_batches
 from hooklens.steering.concept import AffineEraser, ConceptMoments, ErasureMethod
 from hooklens.steering.erasure import Erasure, PointErasure
 from hooklens.steering.errors import SteeringError
@@ -74,7 +75,7 @@ def fit_erasure(
     """
     check_batch_size(batch_size)
     check_model(model, allow_training=False)
-    names = choose_points(model, at)
+    names = choose_vectors(model, at, what="at", error=SteeringError)
     encoded = encode_prompts(model, prompts, what="prompts", positions=positions, prepend_bos=prepend_bos)
     classes, numbered = _read_labels(labels, encoded)
     run = partial(_collect, model, encoded, numbered, len(classes), batch_size=batch_size, progress=progress)

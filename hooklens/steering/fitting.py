@@ -28,13 +28,13 @@ from hooklens.evaluation.prefix import Text
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
+from hooklens.hooks.vectors import choose_vectors
 from hooklens.patching.runs.checks import check_model
 from hooklens.precision import wide_dtype
 from hooklens.steering.activations import (
     Positions,
     Prompts,
     average_chosen,
-    choose_points,
     encode_prompts,
     run_batches,
 )
@@ -95,7 +95,7 @@ def fit(
     """
     check_batch_size(batch_size)
     check_model(model, allow_training=False)
-    names = choose_points(model, at)
+    names = choose_vectors(model, at, what="at", error=SteeringError)
     masks = _split_masks(positions, positive, negative)
     encode = partial(encode_prompts, model, questions=questions, prepend_bos=prepend_bos)
     sides = (

@@ -1,0 +1,171 @@
+"""Shards on their way to the disk, written by a thread of their own while the model runs on."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from hooklens.datasets.manifest import LOCK, NAME, Manifest, Shard, hash_file
+from hooklens.errors import CheckpointError
+from hooklens.files import write_safetensors
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Filled:
+    """What a shard is to hold.
+
+    Attributes:
+        tensors: by name, `[token, ...]`.
+        documents, tokens_read, digest: as of a `Shard`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    documents: int
+    tokens_read: int
+    digest: str
+
+
+class ShardWriter:
+    """Writes shards into a folder, one at a time; one more may wait, so that memory stays what it is.
+
+    Args:
+        folder: the folder, made if it is not there; its parent must be.
+        wanted: what is to be recorded; `shards` are empty.
+
+    Attributes:
+        manifest: what the folder holds.
+
+    Raises:
+        CheckpointError: the folder cannot be used, holds something else, or another process writes there.
+    """
+
+    def __init__(self, folder: Path, wanted: Manifest) -> None:
+        self.folder = folder
+        self._lock = FileLock(folder / LOCK)
+        self._queue: queue.Queue[Filled | None] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="hooklens shards", daemon=True)
+        try:
+            if not folder.exists():
+                folder.mkdir()
+            elif not folder.is_dir():
+                raise CheckpointError(f"cannot record into {folder}: it is no folder")
+            self._acquire()
+            try:
+                self.manifest = self._find(wanted)
+            except BaseException:
+                self._lock.release()
+                raise
+        except OSError as error:
+            raise CheckpointError(f"cannot record into {folder}: {error}") from error
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                f"another process is recording into {self.folder}; wait until it has finished, or choose another folder"
+            ) from None
+
+    def _find(self, wanted: Manifest) -> Manifest:
+        """The manifest that is there, of the same recording; or a new one."""
+        if (self.folder / NAME).exists():
+            found = Manifest.read(self.folder)
+            found.check_same(wanted, self.folder)
+            return found
+        others = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
+        if others:
+            raise CheckpointError(
+                f"cannot record into {self.folder}: it is no activation data set, and it holds {others[:5]}; choose a "
+                "new or an empty folder"
+            )
+        wanted.write(self.folder)
+        return wanted
+
+    def __enter__(self) -> "ShardWriter":
+        self._thread.start()
+        return self
+
+    def put(self, filled: Filled) -> None:
+        """Hand a shard over; waits while one is waiting.
+
+        Raises:
+            CheckpointError: an earlier one could not be written; what was written before is kept.
+        """
+        self._check()
+        while True:
+            try:
+                return self._queue.put(filled, timeout=0.5)
+            except queue.Full:
+                self._check()
+
+    def finish(self) -> None:
+        """Wait until all is written, and say that the set is complete.
+
+        Raises:
+            CheckpointError: something could not be written.
+        """
+        self._stop()
+        self._check()
+        try:
+            complete = replace(self.manifest, complete=True)
+            complete.write(self.folder)
+            self.manifest = complete
+        except OSError as error:
+            raise CheckpointError(self._tell(error)) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stop()
+        finally:
+            self._lock.release()
+
+    def _stop(self) -> None:
+        if not self._thread.is_alive():
+            return
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=0.5)
+                break
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise CheckpointError(self._tell(self._error)) from self._error
+
+    def _tell(self, error: BaseException) -> str:
+        kept = f"{len(self.manifest.shards)} shards with {self.manifest.n_tokens:,} tokens are kept"
+        return (
+            f"cannot write to {self.folder}: {getattr(error, 'strerror', None) or error}; {kept}. Make room and record "
+            "again with the same arguments to go on"
+        )
+
+    def _work(self) -> None:
+        try:
+            while (filled := self._queue.get()) is not None:
+                self._write(filled)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, filled: Filled) -> None:
+        name = f"shard-{len(self.manifest.shards):05d}.safetensors"
+        write_safetensors(self.folder / name, filled.tensors)
+        shard = Shard(
+            name=name,
+            tokens=len(filled.tensors["tokens"]),
+            documents=filled.documents,
+            tokens_read=filled.tokens_read,
+            digest=filled.digest,
+            sha256=hash_file(self.folder / name),
+        )
+        longer = self.manifest.with_shard(shard)
+        longer.write(self.folder)
+        self.manifest = longer
