@@ -116,13 +116,27 @@ def test_metadata(published: Published) -> None:
 def test_extras(published: Published) -> None:
     """An error about a missing package names an extra that installs it; `all` is what users may want."""
     requirements = list_requirements(published)
-    for package, extra in optional._EXTRA_OF.items():
+    for module, extra in optional._EXTRA_OF.items():
+        package = {"sklearn": "scikit-learn"}.get(module, module)
         assert canonicalize_name(package) in names_of(requirements, extra), (package, extra)
     extras = set(published.metadata.get_all("Provides-Extra", []))
-    assert extras == {"all", "bench", "lint", "notebook", "peft", "placement", "plot", "pool", "quant", "stats", "test"}
+    assert extras == {
+        "all",
+        "bench",
+        "lint",
+        "notebook",
+        "peft",
+        "placement",
+        "plot",
+        "pool",
+        "probes",
+        "quant",
+        "stats",
+        "test",
+    }
     (everything,) = (requirement for requirement in requirements if holds_for(requirement, "all"))
     assert everything.name == "hooklens"
-    assert everything.extras == {"notebook", "peft", "placement", "plot", "pool", "stats"}
+    assert everything.extras == {"notebook", "peft", "placement", "plot", "pool", "probes", "stats"}
 
 
 def test_lowest_constraints_are_the_declared_bounds(published: Published) -> None:
