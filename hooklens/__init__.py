@@ -32,6 +32,7 @@ from hooklens.errors import HookLensError
 from hooklens.hooks import HookedModule, HookPoint, edits
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.optional import import_package
+from hooklens.progress import progress_bars
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ __all__ = [
     "is_supported",
     "patching",
     "pool",
+    "progress_bars",
     "sae",
     "steering",
     "training",

@@ -121,6 +121,23 @@ def progress_bar(
     return bar
 
 
+def hub_bars() -> dict[str, Any]:
+    """Keywords for what downloads from the hub, whose client draws bars of its own: none while bars are off."""
+    if _are_shown():
+        return {}
+    kind: Any = import_package("tqdm.std").tqdm
+
+    class SilentBar(kind):  # type: ignore[misc]  # of a package that is imported here
+        """A bar that is never drawn."""
+
+        def __init__(self, *given: Any, **options: Any) -> None:
+            # Options of the client's own class.
+            options.pop("name", None)
+            super().__init__(*given, **{**options, "disable": True})
+
+    return {"tqdm_class": SilentBar}
+
+
 def _are_shown() -> bool:
     """What the switch says, or else the environment."""
     if progress_bars._shown is not None:

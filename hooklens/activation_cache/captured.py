@@ -114,6 +114,24 @@ class CapturedActivations(Displayed, Mapping[str, Tensor]):
             raise MissingActivationError(explain_missing(name, self, self.cfg))
         return self._tensors[name]
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Activations are entries, not attributes: the error says how the one of that name is read."""
+            hint = "" if name.startswith("_") else self._tell_entry(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{hint}")
+
+    def _tell_entry(self, name: str) -> str:
+        """How an activation is read, as the end of a message; where there is none of that name, what is like it."""
+        word = name.removeprefix("hook_")
+        for given, key in (((word,), f"{word!r}"), ((word, 0), f"{word!r}, layer")):
+            try:
+                get_act_name(*given)
+            except HookNameError:
+                continue
+            return f" Activations are entries: cache[{key}]"
+        return suggest_names(name, [one for one in dir(self) if not one.startswith("_")])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -1,7 +1,7 @@
 """Writing checkpoint folders that transformers loads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hooklens.adapters.layout import HubLayout, with_dtype
 from hooklens.config import HookedConfig
 from hooklens.errors import CheckpointError
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.tokens import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -68,8 +69,10 @@ def write_checkpoint(
     with_tokenizer = can_be_written(tokenizer)
     stale = (*ALWAYS_REPLACED, *TOKENIZER_FILES) if with_tokenizer else ALWAYS_REPLACED
     with replace_files(folder, stale=stale) as new:
-        for file, names in plan.filename_to_tensors.items():
-            _write_shard(new / file, layout, names, dtype)
+        n_tensors = sum(map(len, plan.filename_to_tensors.values()))
+        with progress_bar("saving weights", total=n_tensors, unit="tensor", progress=None) as bar:
+            for file, names in plan.filename_to_tensors.items():
+                _write_shard(new / file, layout, names, dtype, bar.update)
         if plan.is_sharded:
             write_json(new / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
         write_json(new / "config.json", config)
@@ -109,7 +112,9 @@ def plan_shards(outlines: Mapping[str, tuple[torch.dtype, Sequence[int]]], max_s
     )
 
 
-def _write_shard(path: Path, layout: HubLayout, names: list[str], dtype: torch.dtype | None) -> None:
+def _write_shard(
+    path: Path, layout: HubLayout, names: list[str], dtype: torch.dtype | None, tell: Callable[[], object]
+) -> None:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in names:
@@ -120,6 +125,7 @@ def _write_shard(path: Path, layout: HubLayout, names: list[str], dtype: torch.d
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
+        tell()
     digest = digest_headers((name, header_of(tensor)) for name, tensor in tensors.items())
     try:
         save_file(tensors, path, metadata={"format": "pt", HEADER_DIGEST: digest})

@@ -23,6 +23,7 @@ import torch
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.activation_cache.components import (
+    EMBEDDINGS,
     Components,
     LabelledStack,
     check_any,
@@ -37,7 +38,8 @@ from hooklens.activation_cache.components import (
 from hooklens.activation_cache.logits import LogitDirections, align_directions, find_directions
 from hooklens.activation_cache.readout import Readout, make_readout
 from hooklens.activation_cache.stream import locate, require, take_positions
-from hooklens.analysis.reading.connection import connect_cache, read_model, read_run
+from hooklens.analysis.reading.connection import connect_cache, read_model
+from hooklens.analysis.reading.runs import Run, read_run_or_prompt, take_run
 from hooklens.analysis.reading.token_columns import choose_tokens, list_tokens, take_columns
 from hooklens.analysis.reading.token_names import Tokens, read_outputs
 from hooklens.arguments import Reader, optional, read_int, reads
@@ -48,8 +50,11 @@ if TYPE_CHECKING:
     import pandas
 
 
-ASKING: dict[str, Reader] = {"model": read_model, "cache": read_run, "pos": read_int}
+ASKING: dict[str, Reader] = {"model": read_model, "cache": read_run_or_prompt, "pos": read_int}
 """Readers of what all attributions take."""
+
+_AT_THE_END = ("hook_resid_post", "hook_scale")
+"""What every attribution reads: denominators of norms, and the last stream."""
 
 _K = optional(partial(read_int, least=1))
 
@@ -58,7 +63,7 @@ _K = optional(partial(read_int, least=1))
 @torch.no_grad()
 def attribute_to_components(
     model: HookedCausalLM,
-    cache: ActivationCache,
+    cache: Run,
     tokens: Tokens,
     incorrect_tokens: Tokens | None = None,
     *,
@@ -71,7 +76,8 @@ def attribute_to_components(
 
     Args:
         model: the model of the run.
-        cache: a cache with `embed` (`pos_embed`), `attn_out`, `mlp_out` and the final `scale`.
+        cache: a run: text or token ids, or a cache with `embed` (`pos_embed`), `attn_out`, `mlp_out` and the final
+            `scale`.
         tokens: a token, or one per row: ids or text, in a list, array or tensor.
         incorrect_tokens: what to compare with, one for each of `tokens`.
         pos: the position whose logits are meant, counted over each row's captured tokens; -1 is a row's last one,
@@ -82,6 +88,7 @@ def attribute_to_components(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, or text is not one token.
     """
+    cache = take_run(model, cache, (*EMBEDDINGS, "hook_attn_out", "hook_mlp_out", *_AT_THE_END))
     components = [of_embeddings(cache), of_outputs(locate(cache.cfg, None))]
     reading = prepare_attribution(model, cache, tokens, incorrect_tokens, pos, _names(components))
     return reading.tabulate(read_components(reading.cache, components, reading.readout))
@@ -91,7 +98,7 @@ def attribute_to_components(
 @torch.no_grad()
 def attribute_to_heads(
     model: HookedCausalLM,
-    cache: ActivationCache,
+    cache: Run,
     tokens: Tokens,
     incorrect_tokens: Tokens | None = None,
     *,
@@ -107,6 +114,7 @@ def attribute_to_heads(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, or text is not one token.
     """
+    cache = take_run(model, cache, ("hook_z", *_AT_THE_END))
     point = locate(cache.cfg, None)
     heads = [of_heads(cache, point.attention_layers)]
     names = [*_names(heads), point.name_in(cache)]
@@ -118,7 +126,7 @@ def attribute_to_heads(
 @torch.no_grad()
 def attribute_to_neurons(
     model: HookedCausalLM,
-    cache: ActivationCache,
+    cache: Run,
     tokens: Tokens,
     incorrect_tokens: Tokens | None = None,
     *,
@@ -132,7 +140,7 @@ def attribute_to_neurons(
 
     Args:
         model: the model of the run.
-        cache: its activations.
+        cache: a run: text or token ids, or the cache of one.
         tokens: a token, or one per row: ids or text, in a list, array or tensor.
         incorrect_tokens: what to compare with, one for each of `tokens`.
         pos: the position whose logits are meant, as there.
@@ -144,6 +152,7 @@ def attribute_to_neurons(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, text is not one token, or `k` is below 1.
     """
+    cache = take_run(model, cache, ("hook_post", *_AT_THE_END))
     point = locate(cache.cfg, None)
     neurons = [of_neurons(cache, point.mlp_layers)]
     names = [*_names(neurons), point.name_in(cache)]

@@ -31,6 +31,7 @@ from hooklens.arguments import read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.optional import import_package
+from hooklens.progress import progress_bar
 from hooklens.weights.factored import FactoredMatrix
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ def copying_scores(model: HookedCausalLM, *, k: int = 5, tokens: Any = None) -> 
     around = W_U @ W_E
     layers = [block.layer for block in model.cfg.blocks if block.attn is not None]
     lines = []
-    for layer in layers:
-        for head in range(model.cfg.n_heads):
+    heads = [(layer, head) for layer in layers for head in range(model.cfg.n_heads)]
+    with progress_bar("copying scores", heads, unit="head", progress=None) as bar:
+        for layer, head in bar:
             circuit = ov_circuit(model, layer, head)
             lines.append(
                 {

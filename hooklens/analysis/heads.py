@@ -36,8 +36,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from hooklens.activation_cache import ActivationCache
+from hooklens.activation_cache.stream import require
 from hooklens.analysis.reading.chosen_heads import Heads, resolve_heads
-from hooklens.analysis.reading.connection import read_model
+from hooklens.analysis.reading.connection import connect_cache, read_model
+from hooklens.analysis.reading.runs import Run
 from hooklens.analysis.targets import duplicate_token_target, induction_target, previous_token_target
 from hooklens.arguments import (
     Reader,
@@ -51,7 +54,7 @@ from hooklens.arguments import (
     reads,
 )
 from hooklens.axes import layer_of
-from hooklens.causal_lm import HookedCausalLM, Input
+from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks import HookPoint
 from hooklens.optional import import_package
@@ -131,7 +134,7 @@ def _n_ordinary(model: HookedCausalLM) -> int:
 @torch.no_grad()
 def score_heads(
     model: HookedCausalLM,
-    input: Input,
+    input: Run,
     target: Kind | AnyTarget,
     *,
     measure: Measure = "mean_attention",
@@ -146,7 +149,7 @@ def score_heads(
 
     Args:
         model: the model.
-        input: text or token ids.
+        input: a run: text or token ids, or a cache with `pattern`, whose own padding counts.
         target: a kind by name, or for each query the keys that count, for all rows or one by one, `torch.bool`; for
             `"mul"` and `"abs"` also attention that is expected, as numbers.
         measure: see the module. With `"mul"`, NaN for a head that pays no attention to what is not excluded.
@@ -177,6 +180,17 @@ def score_heads(
         scores[layer, chosen[layer]] = compare(widen(shown)).to(scores)
 
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in chosen]
+    if isinstance(input, ActivationCache):
+        require(input, patterns, purpose="scoring heads")
+        for name in patterns:
+            pattern = input[name] if input.has_batch_dim else input[name][None]
+            if pattern.shape[-2:] != (tokens.shape[1], tokens.shape[1]):
+                raise InputError(
+                    f"the cache holds patterns {list(pattern.shape[-2:])} of a run of {tokens.shape[1]} tokens; "
+                    "capture all positions (no pos_slice) of a run without past_kv_cache"
+                )
+            score(pattern, model.hook_points()[name])
+        return scores
     model.run_with_hooks(
         tokens, fwd_hooks=[(name, score) for name in patterns], attention_mask=mask, return_type=None,
         stop_at_layer=max(chosen, default=-1) + 1,
@@ -251,7 +265,7 @@ def _fit_target(
 @reads(model=read_model, seed=read_seed)
 @torch.no_grad()
 def head_scores(
-    model: HookedCausalLM, input: Input | None = None, *, attention_mask: Tensor | None = None, seed: int = 0
+    model: HookedCausalLM, input: Run | None = None, *, attention_mask: Tensor | None = None, seed: int = 0
 ) -> "pandas.DataFrame":
     """Previous-token, duplicate-token and induction score of every head, by the measure `"mean_attention"`.
 
@@ -259,7 +273,7 @@ def head_scores(
 
     Args:
         model: the model.
-        input: text or token ids, with repeated tokens; None: repeated random tokens, as long as `n_ctx` allows
+        input: a run, as for `score_heads`, with repeated tokens; None: repeated random tokens, as long as `n_ctx` allows
             up to a period of 32.
         attention_mask: `[batch pos]`, for ids with padding; None: what the model infers.
         seed: decides the random tokens.
@@ -270,8 +284,11 @@ def head_scores(
     if input is None:
         input = repeated_random_tokens(model, period=min(32, (model.cfg.n_ctx - 1) // 2), seed=seed)
     tokens, mask = _tokenize(model, input, attention_mask)
+    is_captured = isinstance(input, ActivationCache)
+    run, run_mask = (input, None) if is_captured else (tokens, mask)
     scores = {
-        kind: score_heads(model, tokens, target(tokens, mask), attention_mask=mask) for kind, target in _TARGETS.items()
+        kind: score_heads(model, run, target(tokens, mask), attention_mask=run_mask)
+        for kind, target in _TARGETS.items()
     }
     return _tabulate(model, scores)
 
@@ -280,7 +297,7 @@ def head_scores(
 @torch.no_grad()
 def detect_heads(
     model: HookedCausalLM,
-    input: Input,
+    input: Run,
     target: Kind | AnyTarget,
     *,
     measure: Measure = "mean_attention",
@@ -296,7 +313,7 @@ def detect_heads(
 
     Args:
         model: the model.
-        input: text or token ids.
+        input: a run: text or token ids, or a cache with `pattern`, whose own padding counts.
         target: a kind by name, or for each query the keys that count, `[query key]` or `[batch query key]`.
         measure, exclude_bos, exclude_current_token: see `score_heads`.
         heads: the heads to list, as for `score_heads`. None: all.
@@ -318,11 +335,20 @@ def detect_heads(
 
 
 def _tokenize(
-    model: HookedCausalLM, input: Input, attention_mask: Tensor | None
+    model: HookedCausalLM, input: Run, attention_mask: Tensor | None
 ) -> tuple[Int[Tensor, "batch pos"], Tensor]:
     """Token ids and mask as the model itself makes them of an input, padding that it finds in ids included."""
-    _, cache = model.run_with_cache(input, names_filter="hook_embed", stop_at_layer=0, attention_mask=attention_mask)
-    assert cache.tokens is not None
+    if isinstance(input, ActivationCache):
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with text or token ids; a cache knows the padding of its run")
+        cache = connect_cache(input, model)
+        if cache.tokens is None:
+            raise InputError("the cache is of a run that did not begin at tokens; capture one of text or token ids")
+    else:
+        _, cache = model.run_with_cache(
+            input, names_filter="hook_embed", stop_at_layer=0, attention_mask=attention_mask
+        )
+        assert cache.tokens is not None
     # Without a mask of its own a second call would look for padding in the ids again.
     mask = torch.ones_like(cache.tokens) if cache.attention_mask is None else cache.attention_mask
     return cache.tokens, mask

@@ -28,6 +28,7 @@ from hooklens.arguments import optional, read_flag, read_int, read_seed, reads, 
 from hooklens.bundled.corpus import held_out_indirect_objects
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
+from hooklens.progress import progress_bar
 
 _SHOWN = 10
 
@@ -141,10 +142,12 @@ def corpus_loss(
     if not long_enough:
         raise InputError(f"corpus_loss: {len(texts)} texts hold no token to predict; give texts of two tokens or more")
     total, n_tokens = 0.0, 0
-    for tokens, mask in _pad_batches(long_enough, batch_size):
-        losses = model(tokens, return_type="loss", loss_per_token=True, attention_mask=mask)
-        total += float(losses.double().sum())
-        n_tokens += int(mask[:, 1:].sum())
+    with progress_bar("corpus loss", total=len(long_enough), unit="text", progress=None) as bar:
+        for tokens, mask in _pad_batches(long_enough, batch_size):
+            losses = model(tokens, return_type="loss", loss_per_token=True, attention_mask=mask)
+            total += float(losses.double().sum())
+            n_tokens += int(mask[:, 1:].sum())
+            bar.update(len(tokens))
     return CorpusLoss(total / n_tokens, n_tokens)
 
 
@@ -224,15 +227,17 @@ def indirect_object_task(
     hits, preferred, differences = 0, 0, []
     ordered = [encoded[index] for index in order]
     unscored = iter(ordered)
-    for tokens, mask in _pad_batches([prompt.tokens for prompt in ordered], batch_size):
-        logits = model(tokens, attention_mask=mask, logits_at=-1)[:, 0].float()
-        group = list(islice(unscored, len(tokens)))
-        answers, wrongs = ([getattr(prompt, side) for prompt in group] for side in ("answer", "wrong"))
-        rows = range(len(group))
-        difference = logits[rows, answers] - logits[rows, wrongs]
-        hits += sum(int(best) == answer for best, answer in zip(logits.argmax(-1), answers, strict=True))
-        preferred += int((difference > 0).sum())
-        differences.extend(difference.tolist())
+    with progress_bar("indirect objects", total=len(ordered), unit="prompt", progress=None) as bar:
+        for tokens, mask in _pad_batches([prompt.tokens for prompt in ordered], batch_size):
+            logits = model(tokens, attention_mask=mask, logits_at=-1)[:, 0].float()
+            group = list(islice(unscored, len(tokens)))
+            answers, wrongs = ([getattr(prompt, side) for prompt in group] for side in ("answer", "wrong"))
+            rows = range(len(group))
+            difference = logits[rows, answers] - logits[rows, wrongs]
+            hits += sum(int(best) == answer for best, answer in zip(logits.argmax(-1), answers, strict=True))
+            preferred += int((difference > 0).sum())
+            differences.extend(difference.tolist())
+            bar.update(len(tokens))
     n = len(prompts)
     return IndirectObjectResult(hits / n, preferred / n, sum(differences) / n, n)
 

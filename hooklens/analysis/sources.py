@@ -26,6 +26,7 @@ from hooklens.activation_cache.components import of_heads
 from hooklens.activation_cache.readout import FrozenNorm, Readout, freeze_norm
 from hooklens.activation_cache.stream import require_weight
 from hooklens.analysis.attribution import ASKING, Attribution, prepare_attribution
+from hooklens.analysis.reading.runs import Run, take_run
 from hooklens.analysis.reading.token_names import Tokens, name_tokens
 from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def attribute_to_sources(
     model: HookedCausalLM,
-    cache: ActivationCache,
+    cache: Run,
     tokens: Tokens,
     incorrect_tokens: Tokens | None = None,
     *,
@@ -56,7 +57,7 @@ def attribute_to_sources(
 
     Args:
         model: the model of the run.
-        cache: a cache of all positions with `pattern`, `v` and the final `scale`.
+        cache: a run: text or token ids, or a cache of all positions with `pattern`, `v` and the final `scale`.
         tokens: a token, or one per row: ids or text, in a list, array or tensor.
         incorrect_tokens: what to compare with, one for each of `tokens`.
         pos: the position whose logits are meant, counted over each row's tokens; -1 is a row's last one.
@@ -66,6 +67,7 @@ def attribute_to_sources(
         CacheError, TransformError: the cache is not this model's, or the tokens do not fit its rows.
         InputError: a row has no such position, text is not one token, or the values of some keys were not captured.
     """
+    cache = take_run(model, cache, ("hook_pattern", "hook_v", "hook_resid_post", "hook_scale"))
     layers = [block.layer for block in model.cfg.blocks if block.attn is not None]
     names = [f"blocks.{layer}.attn.hook_{name}" for layer in layers for name in ("pattern", "v")]
     scales = [name for name in of_heads(cache, layers).names if name.endswith("hook_scale")]

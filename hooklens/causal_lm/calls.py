@@ -20,7 +20,8 @@ from hooklens.arguments import (
     refusal,
     require,
 )
-from hooklens.errors import HookLensError, InputError, suggest_names
+from hooklens.arguments.foreign import explain_keyword
+from hooklens.errors import HookLensError, InputError
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.plan.documents import Borders, read_document_borders, read_document_ids
 from hooklens.model.plan.positions import LogitsAt, TokenPlan
@@ -140,17 +141,23 @@ class CallKeywords:
         code = inspect.unwrap(prepare).__code__
         self._prepare = frozenset(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
 
-    def split(self, keywords: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def split(
+        self, keywords: Mapping[str, object], method: Callable[..., Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keywords for preparing and for running.
+
+        Args:
+            keywords: as they were given.
+            method: what they were given to.
 
         Raises:
             TypeError: a keyword that a call does not take.
         """
         unknown = sorted(keywords.keys() - self._parameters)
         if unknown:
+            hint = explain_keyword(unknown[0], inspect.signature(method).parameters)
             raise TypeError(
-                f"unexpected keyword {unknown[0]!r}.{suggest_names(unknown[0], self._parameters)} "
-                f"A call takes {', '.join(sorted(self._parameters))}"
+                f"unexpected keyword {unknown[0]!r}.{hint} A call takes {', '.join(sorted(self._parameters))}"
             )
         prepare = {name: value for name, value in keywords.items() if name in self._prepare}
         return prepare, {name: value for name, value in keywords.items() if name not in self._prepare}

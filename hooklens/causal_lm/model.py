@@ -415,7 +415,7 @@ class HookedCausalLM(
             HookNameError: a part of the filter selects nothing.
             InputError: `pos_slice` is of another kind, out of range, or keeps nothing; before the forward.
         """
-        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
+        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords, self.run_with_cache)
         require_gradients(incl_bwd or bwd_hooks, "incl_bwd" if incl_bwd else "bwd_hooks")
         if incl_bwd and (forward_keywords.get("return_type") != "loss" or forward_keywords.get("loss_per_token")):
             raise InputError("incl_bwd needs a scalar to run backward from: call with return_type='loss'")
@@ -527,7 +527,7 @@ class HookedCausalLM(
         Raises:
             HookNameError: a hook or edit names no hook point, or none that this call reaches.
         """
-        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
+        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords, self.run_with_hooks)
         require_gradients(bwd_hooks, "bwd_hooks")
         with naming(self, splices):
             idle = self._find_idle(forward_keywords)
@@ -545,7 +545,7 @@ class HookedCausalLM(
             prefix: text or token ids.
             **forward_keywords: keywords of a call (`attention_mask`, `prepend_bos`, ...).
         """
-        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords)
+        prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords, self.prefill)
         clash = sorted({*run_keywords, "past_kv_cache", "start_at_layer"} & forward_keywords.keys())
         if clash:
             raise InputError(f"prefill sets {clash} itself: leave them out")

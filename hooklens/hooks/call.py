@@ -19,7 +19,7 @@ from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.errors import HookLensError
 
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
         def __call__(self, tensor: Tensor, /, *, hook: HookPoint) -> Tensor | None:
             """What takes the tensor's place; None: the tensor itself."""
 
-    HookFunction = Callable[[Tensor, HookPoint], Tensor | None] | HookFunctionByName
+    HookFunction = Callable[[Tensor, HookPoint], Tensor | None] | HookFunctionByName | Callable[[Tensor], Tensor | None]
 else:
     HookFunction = Callable[..., Tensor | None]
+Form = Literal["point", "hook=", "tensor"]
+"""How a hook function is called: as `fn(tensor, point)`, `fn(tensor, hook=point)` or `fn(tensor)`."""
 Direction = Literal["fwd", "bwd"]
 Phase = Literal["prefill", "decode"]
 Returned = TypeVar("Returned")
@@ -81,10 +83,10 @@ class Hook:
         point: the hook point, with the name that the module has for it which attached the hook.
         permanent: survives `reset_hooks`.
         removed: its gradient listeners are silent.
-        by_keyword: the function takes the point as `hook=`.
+        form: how the function is called.
     """
 
-    __slots__ = ("by_keyword", "fn", "permanent", "point", "removed")
+    __slots__ = ("fn", "form", "permanent", "point", "removed")
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Hook:
         point: "HookPoint",
         *,
         permanent: bool = False,
-        by_keyword: bool | None = None,
+        form: Form | None = None,
     ) -> None:
         if not callable(fn):
             raise HookLensError(f"a hook must be a function fn(tensor, hook), got {type(fn).__name__}")
@@ -100,7 +102,7 @@ class Hook:
         self.point = point
         self.permanent = permanent
         self.removed = False
-        self.by_keyword = _takes_hook_by_keyword(fn) if by_keyword is None else by_keyword
+        self.form: Form = read_form(fn, else_form="point") if form is None else form
 
     @property
     def source(self) -> object:
@@ -109,33 +111,62 @@ class Hook:
 
     def run(self, tensor: Tensor, call: "Call") -> Tensor | None:
         """What the function makes of a tensor."""
-        return self.fn(tensor, hook=self.point) if self.by_keyword else self.fn(tensor, self.point)
+        if self.form == "hook=":
+            return self.fn(tensor, hook=self.point)
+        return call_in_form(self.fn, self.form, tensor, self.point)
 
 
-def _takes_hook_by_keyword(fn: Callable[..., Tensor | None]) -> bool:
-    """Whether a parameter is called `hook`, which may then stand anywhere in the signature.
+def call_in_form(
+    fn: Callable[..., Tensor | None], form: Form, tensor: Tensor, point: "HookPoint | None"
+) -> Tensor | None:
+    """What a function makes of a tensor at a hook point."""
+    if form == "point":
+        return fn(tensor, point)
+    return fn(tensor, hook=point) if form == "hook=" else fn(tensor)
+
+
+def read_form(
+    fn: Callable[..., Any], *, else_form: Form, what: str = "a hook", error: type[HookLensError] = HookLensError
+) -> Form:
+    """How a function is called at a hook point, by its parameters.
+
+    One that has a parameter called `hook` is given the point under that name, wherever it stands. Else one that needs
+    two arguments is given the point behind the tensor, and one that takes a single one the tensor alone. Of a module
+    its `forward` counts.
+
+    Args:
+        fn: a function, a method, a `functools.partial`, a module, or any other object that can be called.
+        else_form: the form of what takes either, as `fn(tensor, scale=2)` and `fn(*given)` do.
+        what: what messages call it.
+        error: what is raised.
 
     Raises:
-        HookLensError: the function cannot be called with a tensor and a point.
+        HookLensError: the function cannot be called in any of these forms.
     """
     try:
-        signature = inspect.signature(fn)
+        signature = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
     except (TypeError, ValueError):
-        return False
+        # A built-in function, such as `torch.neg`, which knows no hook points.
+        return "tensor"
     parameter = signature.parameters.get("hook")
     by_keyword = parameter is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
-    try:
-        if by_keyword:
-            signature.bind(None, hook=None)
-        else:
-            signature.bind(None, None)
-    except TypeError as error:
+    forms: dict[Form, tuple[tuple[None, ...], dict[str, None]]] = (
+        {"hook=": ((None,), {"hook": None})} if by_keyword else {"point": ((None, None), {}), "tensor": ((None,), {})}
+    )
+    problems = []
+    for form, (arguments, keywords) in list(forms.items()):
+        try:
+            signature.bind(*arguments, **keywords)
+        except TypeError as problem:
+            problems.append(str(problem))
+            del forms[form]
+    if not forms:
         name = getattr(fn, "__name__", type(fn).__name__)
-        raise HookLensError(
-            f"a hook is called as fn(tensor, hook=point); {name}{signature} cannot be: {error}. Write "
-            "`def fn(tensor, hook): ...`"
-        ) from None
-    return by_keyword
+        raise error(
+            f"{what} is called as fn(tensor), fn(tensor, point) or fn(tensor, hook=point); {name}{signature} cannot "
+            f"be: {problems[0]}. Write `def fn(tensor, hook): ...`"
+        )
+    return else_form if len(forms) > 1 else next(iter(forms))
 
 
 @runtime_checkable

@@ -63,7 +63,7 @@ class Capture:
         # A gradient hook makes a tensor that gradients reach, and the capture keeps that one.
         return {
             point: Listening(
-                gradient_hooks=[Hook(self._keep_gradient, point.called(name), by_keyword=False)], watchers=[self]
+                gradient_hooks=[Hook(self._keep_gradient, point.called(name), form="point")], watchers=[self]
             )
             for point, name in self._names.items()
         }

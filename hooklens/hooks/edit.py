@@ -92,7 +92,8 @@ class Edit(TensorValue, ABC):
         if not chooses and (self.counts_padding or is_unpadded or point.site is None):
             site, name = point.site, point.name or ""
             axes = site.axes if site is not None else tuple(f"axis {i}" for i in range(tensor.ndim))
-            whole = Selection(subject=self._subject(name), tensor_shape=tuple(tensor.shape), n_rows=tensor.shape[0])
+            subject, shape = self._subject(name), tuple(tensor.shape)
+            whole = Selection(subject=subject, point=point, tensor_shape=shape, n_rows=tensor.shape[0])
             return self.compute(tensor, axes, whole)
         return self._apply_to_region(tensor, point, tokens)
 
@@ -148,6 +149,7 @@ class Edit(TensorValue, ABC):
             return None
         selection = Selection(
             subject=subject,
+            point=point,
             tensor_shape=tuple(tensor.shape),
             n_rows=len(rows),
             drop_pos=isinstance(pos, int),

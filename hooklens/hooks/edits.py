@@ -12,14 +12,15 @@ Under grouped queries several query heads read one key-value head. `head` counts
 which are key-value heads at `hook_k` and `hook_v`; `query_head` changes what single query heads read there.
 """
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hooklens.arguments import read_function
 from hooklens.errors import EditError
+from hooklens.hooks.call import Form, HookFunction, call_in_form, read_form
 from hooklens.hooks.edit import Edit
 from hooklens.hooks.region import Selection
 from hooklens.precision import widen
@@ -254,18 +255,35 @@ def _read_rows(given: object, size: int, *, subject: str, what: str) -> Tensor:
 class Custom(Edit):
     """Any other change, as a function.
 
+    The function has any of the forms that hooks have: `fn(tensor)`, `fn(tensor, hook)` or `fn(tensor, *, hook)`, where
+    `hook` is the hook point. One that could be called either way, as `fn(tensor, scale=2)`, is given the tensor alone.
+
     Attributes:
         fn: from the tokens and heads selected (`[token ...]`; the whole tensor when nothing is selected) to new
-            values of the same shape.
+            values of the same shape; None keeps the tensor, or what the function has written into it.
+
+    Raises:
+        EditError: `fn` is no function, or takes other arguments.
     """
 
     computes: ClassVar[bool] = False
 
-    fn: Callable[[Tensor], Tensor]
+    fn: HookFunction
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        what = f"{self._subject()}: fn"
+        fn = read_function(self.fn, what=what, expected="a function fn(tensor) or fn(tensor, hook)", error=EditError)
+        form = read_form(fn, else_form="tensor", what=what, error=EditError)
+        # Beside the fields: it follows from them.
+        object.__setattr__(self, "_form", form)
 
     def compute(self, region: Tensor, region_axes: tuple[str, ...], selection: Selection) -> Tensor:
         """What `fn` makes of the region."""
-        returned: Any = self.fn(region)
+        form: Form = self._form  # type: ignore[attr-defined]
+        returned: Any = call_in_form(self.fn, form, region, selection.point)
+        if returned is None:
+            return region
         if not isinstance(returned, Tensor) or returned.shape != region.shape or returned.dtype != region.dtype:
             found = (
                 f"shape {list(returned.shape)}, {returned.dtype}"

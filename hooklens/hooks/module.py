@@ -20,6 +20,7 @@ from hooklens.hooks.call import (
     Listening,
     ListeningBlock,
     join_listeners,
+    read_form,
     run_listening,
 )
 from hooklens.hooks.capture import Capture
@@ -86,8 +87,8 @@ class HookedModule(HookPointTree):
 
         Args:
             name: a hook name, or anything that selects names.
-            fn: `fn(tensor, hook)` returns None to keep the tensor (or its in-place edit), or one of the same shape,
-                dtype and device to replace it.
+            fn: `fn(tensor, hook)`, where `hook` is the hook point, or `fn(tensor)`. It returns None to keep the tensor
+                (or its in-place edit), or one of the same shape, dtype and device to replace it.
             dir: `"fwd"`, or `"bwd"` for gradients.
             prepend: run before the hooks already there.
             is_permanent: survive `reset_hooks`.
@@ -98,8 +99,9 @@ class HookedModule(HookPointTree):
         Raises:
             HookNameError: `name` selects nothing.
         """
+        form = read_form(fn, else_form="point")
         hooks = [
-            (point, Hook(fn, point.called(called), permanent=is_permanent))
+            (point, Hook(fn, point.called(called), permanent=is_permanent, form=form))
             for called, point in self._find_points(name).items()
         ]
         removals = [point.attach(hook, dir=dir, prepend=prepend).remove for point, hook in hooks]
@@ -187,9 +189,11 @@ class HookedModule(HookPointTree):
                 except HookNameError as error:
                     problems.append(str(error))
                     continue
+                form = read_form(fn, else_form="point")
                 for name, point in points.items():
                     at = made.setdefault(point, Listening())
-                    (at.hooks if direction == "fwd" else at.gradient_hooks).append(Hook(fn, point.called(name)))
+                    hook = Hook(fn, point.called(name), form=form)
+                    (at.hooks if direction == "fwd" else at.gradient_hooks).append(hook)
         for edit in edits:
             try:
                 places = self.find_edit_points(edit, idle=idle)
@@ -339,7 +343,7 @@ class _EditHook(Hook):
     __slots__ = ("edit",)
 
     def __init__(self, edit: Edit, point: HookPoint, *, permanent: bool = False) -> None:
-        super().__init__(edit.apply, point, permanent=permanent, by_keyword=False)
+        super().__init__(edit.apply, point, permanent=permanent, form="point")
         self.edit = edit
 
     @property

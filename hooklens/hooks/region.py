@@ -10,6 +10,7 @@ from hooklens.axes import find_site, layer_of, name_repeats
 from hooklens.errors import EditError, join_names
 from hooklens.hooks.call import TokenIndex
 from hooklens.hooks.choice import Index, resolve_choice
+from hooklens.hooks.point import HookPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Selection:
 
     Attributes:
         subject: the edit, for messages.
+        point: the hook point that the tensor passes.
         tensor_shape: shape of the whole tensor.
         n_rows: rows selected.
         drop_pos, drop_head: a single int was given, so a value has no such axis.
@@ -29,6 +31,7 @@ class Selection:
     """
 
     subject: str
+    point: HookPoint
     tensor_shape: tuple[int, ...]
     n_rows: int
     drop_pos: bool = False

@@ -53,7 +53,7 @@ class SpliceHook(Hook):
     __slots__ = ("splice",)
 
     def __init__(self, fn: SpliceFunction, point: HookPoint, splice: Splice) -> None:
-        super().__init__(fn, point, by_keyword=False)
+        super().__init__(fn, point, form="point")
         self.splice = splice
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import CheckpointError, join_names, suggest_names
 from hooklens.model.parts.part import read_weight
+from hooklens.progress import progress_bar
 from hooklens.weights.layout import hold, logical_view, to_stored
 from hooklens.weights.names import bare_names
 from hooklens.weights.quantised import is_quantised_tensor
@@ -79,29 +80,30 @@ def fill_parameters(
     missing = set(declared)
     modules = dict(decoder.named_modules())
 
-    for name, given in tensors:
-        if name == _TIED and name not in declared:
-            continue
-        weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
-        if weight is None:
-            raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
-        path, _, held_as = weight.parameter.rpartition(".")
-        missing.discard(weight.name)
-        if isinstance(given, nn.Module):
-            modules[path] = _replace_map(decoder, path, given)
-            continue
-        wanted = weight.stored_shape if is_stored else weight.shape
-        if tuple(given.shape) != wanted:
-            raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
-        where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
-        placed = given.detach().to(device=where, dtype=dtype)
-        if placed.is_inference():
-            placed = placed.clone()
-        if not is_stored:
-            placed = (hold if by_columns else to_stored)(placed, weight.stored, weight.axes)
-        elif not placed.is_contiguous():
-            placed = placed.contiguous()
-        modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
+    with progress_bar("loading weights", tensors, total=len(declared), unit="tensor", progress=None) as bar:
+        for name, given in bar:
+            if name == _TIED and name not in declared:
+                continue
+            weight, is_stored = (by_parameter[name], True) if name in by_parameter else (declared.get(name), False)
+            if weight is None:
+                raise CheckpointError(f"the network has no parameter {name!r}.{suggest_names(name, declared)}")
+            path, _, held_as = weight.parameter.rpartition(".")
+            missing.discard(weight.name)
+            if isinstance(given, nn.Module):
+                modules[path] = _replace_map(decoder, path, given)
+                continue
+            wanted = weight.stored_shape if is_stored else weight.shape
+            if tuple(given.shape) != wanted:
+                raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
+            where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
+            placed = given.detach().to(device=where, dtype=dtype)
+            if placed.is_inference():
+                placed = placed.clone()
+            if not is_stored:
+                placed = (hold if by_columns else to_stored)(placed, weight.stored, weight.axes)
+            elif not placed.is_contiguous():
+                placed = placed.contiguous()
+            modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
 

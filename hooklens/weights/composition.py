@@ -34,6 +34,7 @@ from torch.linalg import matrix_norm
 
 from hooklens.errors import InputError
 from hooklens.precision import widen
+from hooklens.progress import progress_bar
 from hooklens.weights.decompositions import right_factor
 from hooklens.weights.factored import FactoredMatrix, broadcast_leading
 
@@ -88,10 +89,11 @@ def all_composition_scores(
     reads = reads.transpose(1, 2).flatten(2, 3)  # [layer, d_model, head * d_head]
     width = reads.shape[-1] // n_heads
     scores = torch.zeros_like(norms)
-    for earlier in range(n_layers):
-        for later in range(earlier + 1, n_layers):
-            product = (writes[earlier] @ reads[later]).view(n_heads, -1, n_heads, width)
-            scores[earlier, :, later] = matrix_norm(product, dim=(1, 3))
+    with progress_bar("composition", range(n_layers), unit="layer", progress=None) as bar:
+        for earlier in bar:
+            for later in range(earlier + 1, n_layers):
+                product = (writes[earlier] @ reads[later]).view(n_heads, -1, n_heads, width)
+                scores[earlier, :, later] = matrix_norm(product, dim=(1, 3))
     return _divide_by_norms(scores, norms).to(W_Q.dtype)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.axes import layer_of
 from hooklens.config import DeclaredWeight, HookedConfig
 from hooklens.errors import TransformError
+from hooklens.progress import progress_bar
 from hooklens.weights.draft import WeightDraft
 from hooklens.weights.shapes import check_state, weight_shapes
 
@@ -74,8 +75,9 @@ def take_steps(chosen: Iterable[ProcessingStep], state: Mapping[str, Tensor], cf
     new_cfg = reduce(lambda config, step: step.change_config(config), steps, cfg)
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()}, torch.float32)
     new_state: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for layer, declared in _weights_by_layer(new_cfg).items():
+    groups = _weights_by_layer(new_cfg).items()
+    with torch.no_grad(), progress_bar("processing weights", groups, unit="layer", progress=None) as bar:
+        for layer, declared in bar:
             draft = WeightDraft(state, declared, dtype=dtype, tied=cfg.tied_unembed)
             for step in steps:
                 step.change(draft, new_cfg, "" if layer is None else f"blocks.{layer}.")

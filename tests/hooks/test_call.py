@@ -101,14 +101,14 @@ class TestListeners:
 
 @pytest.mark.parametrize(
     "fn",
-    [lambda x: x, lambda: None, lambda x, hook, more: x, lambda x, point, *, hooks: x, lambda *, tensor, hook: None],
+    [lambda: None, lambda x, hook, more: x, lambda x, point, *, hooks: x, lambda *, tensor, hook: None],
 )
 def test_what_cannot_be_called_as_a_hook_is_refused_when_it_is_attached(fn):
     """It was a TypeError about positional arguments, in the middle of a forward."""
     model = make_model("bare")
-    with pytest.raises(HookLensError, match=r"a hook is called as fn\(tensor, hook=point\); <lambda>\(.*\) cannot be"):
+    with pytest.raises(HookLensError, match=r"or fn\(tensor, hook=point\); <lambda>\(.*\) cannot be"):
         model.run_with_hooks(IDS, fwd_hooks=[("hook_embed", fn)])
-    with pytest.raises(HookLensError, match="a hook is called as"):
+    with pytest.raises(HookLensError, match=r"a hook is called as fn\(tensor\)"):
         model.add_hook("hook_embed", fn)
     assert is_clean(model)
 

@@ -512,7 +512,7 @@ def test_interchange_has_gradients_to_basis_and_shares():
         (edits.Interchange("x", torch.eye(7), torch.zeros(4)), r"the value has shape \[4\]"),
         (edits.Custom("x", lambda t: t[:1]), r"fn returned shape \[1, 5, 7\], torch.float32; expected .*'d_model'"),
         (edits.Custom("x", lambda t: t.double(), pos=0), r"fn returned shape \[3, 7\], torch.float64; expected"),
-        (edits.Custom("x", lambda t: None), r"fn returned a NoneType"),
+        (edits.Custom("x", lambda t: 3), r"fn returned a int; expected"),
     ],
 )
 def test_refusals(edit, text):

@@ -12,6 +12,7 @@ from hooklens.adapters.files.disk import DiskTensors, weight_file
 from hooklens.adapters.sources.files import COMPANIONS
 from hooklens.errors import CheckpointError
 from hooklens.optional import import_package
+from hooklens.progress import hub_bars
 
 if TYPE_CHECKING:
     from hooklens.adapters.sources.repository import Repository
@@ -148,7 +149,7 @@ class HubFiles:
                     self._name,
                     revision=self._revision,
                     allow_patterns=[f"{self._prefix}{pattern}" for pattern in patterns],
-                    **{**self._options, **options},
+                    **{**self._options, **options, **hub_bars()},
                 )
             )
         return folder / self._subfolder if self._subfolder else folder

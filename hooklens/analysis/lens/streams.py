@@ -10,7 +10,8 @@ from torch import Tensor
 from hooklens.activation_cache import ActivationCache
 from hooklens.activation_cache.stream import locate, places_up_to
 from hooklens.analysis.lens.transport import Transport, carry, read_transport
-from hooklens.analysis.reading.connection import connect_cache, read_model, read_run
+from hooklens.analysis.reading.connection import connect_cache, read_model
+from hooklens.analysis.reading.runs import Run, read_run_or_prompt, take_run
 from hooklens.analysis.reading.token_columns import choose_tokens, list_tokens, take_columns
 from hooklens.arguments import optional, read_flag, reads
 from hooklens.causal_lm import HookedCausalLM
@@ -31,11 +32,11 @@ class LensReading(NamedTuple):
     logprobs: Float[Tensor, "batch pos d_vocab"]
 
 
-@reads(model=read_model, cache=read_run, sublayers=read_flag, transport=optional(read_transport))
+@reads(model=read_model, cache=read_run_or_prompt, sublayers=read_flag, transport=optional(read_transport))
 @torch.no_grad()
 def read_streams(
     model: HookedCausalLM,
-    cache: ActivationCache,
+    cache: Run,
     *,
     sublayers: bool = False,
     pos_slice: Choice = None,
@@ -45,7 +46,8 @@ def read_streams(
 
     Args:
         model: the model of the run.
-        cache: a cache with `resid_pre` of every layer (and `resid_mid`) and the last `resid_post`.
+        cache: a run: text or token ids, or a cache with `resid_pre` of every layer (and `resid_mid`) and the last
+            `resid_post`.
         sublayers: read the streams between attention and MLP, too.
         pos_slice: positions over each row's captured tokens, as many in every row (an int keeps the axis); None is
             all captured columns, padding included.
@@ -58,7 +60,8 @@ def read_streams(
         InputError: a row lacks a position, or rows have different numbers of those that a slice selects; or sublayers
             are asked of a transport, which none is fitted on.
     """
-    cache = connect_cache(cache, model)
+    ends = ("hook_resid_pre", "hook_resid_post", *(["hook_resid_mid"] if sublayers else []))
+    cache = connect_cache(take_run(model, cache, ends), model)
     check_transport(model, transport, sublayers=sublayers)
     if pos_slice is not None:
         tokens, n_captured = list_captured(cache)

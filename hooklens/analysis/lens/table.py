@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hooklens.activation_cache import ActivationCache
 from hooklens.analysis.lens.streams import check_transport, label_streams, list_captured, take_streams, to_columns
 from hooklens.analysis.lens.transport import Transport, read_transport
 from hooklens.analysis.lens.vocabulary import Summary, summarize
-from hooklens.analysis.reading.connection import connect_cache, read_model, read_run
+from hooklens.analysis.reading.connection import connect_cache, read_model
+from hooklens.analysis.reading.runs import Run, read_run_or_prompt, take_run
 from hooklens.analysis.reading.token_columns import choose_tokens
 from hooklens.analysis.reading.token_names import name_tokens, read_token
 from hooklens.arguments import optional, read_flag, read_int, reads
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @reads(
     model=read_model,
-    cache=read_run,
+    cache=read_run_or_prompt,
     sublayers=read_flag,
     k=partial(read_int, least=1),
     transport=optional(read_transport),
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def logit_lens(
     model: HookedCausalLM,
-    cache: ActivationCache,
+    cache: Run,
     *,
     sublayers: bool = False,
     pos_slice: Choice = -1,
@@ -74,7 +74,8 @@ def logit_lens(
 
     Args:
         model: the model of the run.
-        cache: a cache with `resid_pre` of every layer (and `resid_mid`) and the last `resid_post`.
+        cache: a run: text or token ids, or a cache with `resid_pre` of every layer (and `resid_mid`) and the last
+            `resid_post`.
         sublayers: read the streams between attention and MLP, too.
         pos_slice: positions over each row's captured tokens (an int, a slice, or a list, array or tensor of ints);
             -1 is a row's last token, whatever padding follows. None: all tokens.
@@ -94,7 +95,8 @@ def logit_lens(
     if k > d_vocab:
         raise InputError(f"logit_lens: k={k}; expected 1 to {d_vocab}, the size of the vocabulary")
     target_id = None if target is None else read_token(model, target, what="target")
-    cache = connect_cache(cache, model)
+    ends = ("hook_resid_pre", "hook_resid_post", *(["hook_resid_mid"] if sublayers else []))
+    cache = connect_cache(take_run(model, cache, ends), model)
     check_transport(model, transport, sublayers=sublayers)
     tokens, n_captured = list_captured(cache)
     places = choose_tokens(tokens, pos_slice, what="pos_slice")

@@ -23,7 +23,7 @@ class LensHandle(Hook):
         level: int | None = None,
     ) -> None:  # fmt: skip
         # 2.x calls every hook so.
-        super().__init__(fn, point, permanent=permanent, by_keyword=True)
+        super().__init__(fn, point, permanent=permanent, form="hook=")
         self.dir, self.context_level = dir, level
 
     # PyTorch hands backward hooks to the graph in the forward pass: they act in it, though they are removed since.

@@ -107,7 +107,7 @@ class StepEdits:
         """The edits at each of their points."""
         made: dict[HookPoint, Listening] = {}
         for edit, point in self._placed:
-            made.setdefault(point, Listening()).hooks.append(Hook(_Listener(self, edit), point, by_keyword=False))
+            made.setdefault(point, Listening()).hooks.append(Hook(_Listener(self, edit), point, form="point"))
         return made
 
     def begin_step(self, tokens: TokenIndex, rows: Sequence[int] | None, finished: Sequence[int]) -> None:

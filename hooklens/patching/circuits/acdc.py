@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import show
+from hooklens.arguments import reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
@@ -72,6 +72,7 @@ _WRONG_GUESSES = 0.25
 _MEMORY = 0.9
 
 
+@reads()
 def discover_circuit(
     model: HookedCausalLM,
     clean: Pairs,

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import read_int
+from hooklens.arguments import read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
@@ -82,6 +82,7 @@ def evaluate_circuits(
     progress: bool = True,
     allow_training: bool = False,
 ) -> Results[CircuitResult]: ...
+@reads()
 def evaluate_circuits(
     model: HookedCausalLM,
     clean: Pairs,

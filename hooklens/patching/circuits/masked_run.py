@@ -112,7 +112,7 @@ class MaskedRun:
         }
         noted: dict[str, Tensor] = {}
         point = block.attn.hook_result
-        note = Hook(lambda tensor, hook: noted.__setitem__("result", tensor), point, by_keyword=False)
+        note = Hook(lambda tensor, hook: noted.__setitem__("result", tensor), point, form="point")
         plan = self._make_plan()
         standing = self._edits_in(layer, at_reads=False)
         call = Call(join_listeners([self._outside, standing, {point: Listening([note])}]), plan)

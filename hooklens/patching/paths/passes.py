@@ -270,7 +270,7 @@ def share_of_mlp(block: Block) -> float:
 
 
 def _listen(point: HookPoint, fn: Callable[[Tensor], Tensor | None]) -> dict[HookPoint, Listening]:
-    return {point: Listening([Hook(lambda tensor, hook: fn(tensor), point, by_keyword=False)])}
+    return {point: Listening([Hook(lambda tensor, hook: fn(tensor), point, form="point")])}
 
 
 def _put_in(heads: list[int], received: Tensor, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
@@ -65,6 +66,7 @@ def path_patch(
     progress: bool = True,
     allow_training: bool = False,
 ) -> Results[SweepResult]: ...
+@reads()
 def path_patch(
     model: HookedCausalLM,
     clean: Pairs,

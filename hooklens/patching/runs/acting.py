@@ -125,7 +125,7 @@ class GroupEdits:
         points = model.hook_points()
         chosen = {name: acting for name, acting in self.acting.items() if names is None or name in names}
         return {
-            points[name]: Listening([Hook(_Apply(acting, places, first_rows), points[name], by_keyword=False)])
+            points[name]: Listening([Hook(_Apply(acting, places, first_rows), points[name], form="point")])
             for name, acting in chosen.items()
         }
 
@@ -243,7 +243,8 @@ class _Acting:
             value = laid.value[slots]
             assert edit.lays is not None
             edit = replace(edit, **{edit.lays: value[..., : region.shape[-1]]})  # type: ignore[arg-type]
-        whole = Selection(subject=laid.subject, tensor_shape=tuple(region.shape), n_rows=len(region))
+        shape = tuple(region.shape)
+        whole = Selection(subject=laid.subject, point=self.point, tensor_shape=shape, n_rows=len(region))
         return edit.compute(region, laid.axes, whole)
 
     def _lay(self, tensor: Tensor) -> "_Laid":

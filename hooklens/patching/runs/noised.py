@@ -17,4 +17,4 @@ def add_noise(model: HookedCausalLM, added: Float[Tensor, "rows pos d_model"] | 
         return tensor + added
 
     point = model.hook_points()["hook_embed"]
-    return {point: Listening([Hook(add, point, by_keyword=False)])}
+    return {point: Listening([Hook(add, point, form="point")])}

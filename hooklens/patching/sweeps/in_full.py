@@ -32,7 +32,7 @@ def run_in_full(model: HookedCausalLM, baseline: Baseline, cell: Cell, pair: int
         return patched
 
     point = model.hook_points()[cell.name]
-    patch = {point: Listening([Hook(put_in, point, by_keyword=False)])}
+    patch = {point: Listening([Hook(put_in, point, form="point")])}
     standing = baseline.edits.of_one(model, pair)
     return run_one(model, baseline.into, pair, length, standing, baseline.reads[pair], last=patch)
 

@@ -189,8 +189,7 @@ class Pass:
     def _put_in(self, edits: dict[str, list[tuple[Index, Tensor]]]) -> Listeners:
         points = self.model.hook_points()
         return {
-            points[name]: Listening([Hook(_PutIn(made), points[name], by_keyword=False)])
-            for name, made in edits.items()
+            points[name]: Listening([Hook(_PutIn(made), points[name], form="point")]) for name, made in edits.items()
         }
 
     def _collect_edits(self) -> dict[tuple[int, str], list[tuple[Index, Tensor]]]:

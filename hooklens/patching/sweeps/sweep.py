@@ -26,7 +26,7 @@ from typing import overload
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import show
+from hooklens.arguments import reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
@@ -80,6 +80,7 @@ def sweep(
     progress: bool = True,
     allow_training: bool = False,
 ) -> Results[SweepResult]: ...
+@reads()
 def sweep(
     model: HookedCausalLM,
     clean: Pairs,

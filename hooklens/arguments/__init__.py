@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooklens.errors import HookLensError, InputError, suggest_names
+from hooklens.arguments.foreign import explain_keyword
+from hooklens.errors import HookLensError, InputError
 
 Reader = Callable[..., Any]
 """A function `(given, *, what, error)` to a plain value, which raises `error` with a text that begins with `what`."""
@@ -123,8 +124,8 @@ class _Signature:
             reader = self._readers.get(name)
             read[name] = value if reader is None else self._try(reader, value, name, problems)
             if reader is None and self._known is not None and name not in self._known:
-                nearest = suggest_names(name, self._known)
-                raise TypeError(f"{self._subject}() got an unexpected keyword argument {name!r}.{nearest}")
+                hint = explain_keyword(name, self._known)
+                raise TypeError(f"{self._subject}() got an unexpected keyword argument {name!r}.{hint}")
         if problems:
             raise self._error("; ".join(problems))
         return arguments, read
