@@ -75,7 +75,7 @@ def test_checkers_know_every_keyword(tmp_path: Path) -> None:
     lines = ["from typing import Any", "import hooklens as hl", "from hooklens import patching"]
     lines += ["def call(model: hl.HookedCausalLM, cache: hl.ActivationCache, anything: Any) -> None:"]
     for called, function in CALLED.items():
-        first = "" if called.startswith("cache") else "anything, "
+        first = {"cache": "", "patching": "anything, anything, "}.get(called.partition(".")[0], "anything, ")
         lines += [f"    {called}({first}{one.name}=anything)" for one in keywords_of(function)]
         # A keyword that nothing has, which shows that the others are looked at.
         lines += [f"    {called}({first}of_no_function=anything)"]
