@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, overload
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,8 @@ from hooklens.model.plan.positions import LogitsAt, TokenPlan
 from hooklens.tokens import PaddingSide, Prompt, is_integer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from hooklens.hooks.arguments import CaptureKeywords, HookKeywords
 
 Input = Prompt | Float[Tensor, "batch pos d_model"]
@@ -44,6 +46,17 @@ class InputKeywords(TypedDict, total=False):
     document_ids: Tensor | None
     document_borders: Borders
     restart_positions: bool | None
+
+
+class LogitsAndLoss(NamedTuple):
+    """What `return_type="both"` gives."""
+
+    logits: Float[Tensor, "batch pos d_vocab_out"]
+    loss: Tensor
+
+
+Output = Tensor | LogitsAndLoss | None
+"""What a call gives, by its `return_type`."""
 
 
 if TYPE_CHECKING:
@@ -64,12 +77,54 @@ if TYPE_CHECKING:
 
         remove_batch_dim: bool
 
+    class Called(Protocol):
+        """The type of a model's call."""
 
-class LogitsAndLoss(NamedTuple):
-    """What `return_type="both"` gives."""
-
-    logits: Float[Tensor, "batch pos d_vocab_out"]
-    loss: Tensor
+        @overload
+        def __call__(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["logits", "loss"] = ...,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[CallOptions],
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            input: Input,
+            *,
+            return_type: Literal["both"],
+            stop_at_layer: None = ...,
+            **options: Unpack[CallOptions],
+        ) -> LogitsAndLoss: ...
+        @overload
+        def __call__(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: None = ...,
+            **options: Unpack[CallOptions],
+        ) -> None: ...
+        @overload
+        def __call__(
+            self,
+            input: Input,
+            *,
+            return_type: None,
+            stop_at_layer: int,
+            **options: Unpack[CallOptions],
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            input: Input,
+            *,
+            return_type: ReturnType,
+            stop_at_layer: int | None = ...,
+            **options: Unpack[CallOptions],
+        ) -> Output: ...
 
 
 class PreparedCall(NamedTuple):

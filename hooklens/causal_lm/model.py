@@ -18,6 +18,7 @@ from hooklens.causal_lm.calls import (
     Input,
     InputKeywords,
     LogitsAndLoss,
+    Output,
     PreparedCall,
     ReturnType,
     check_return_type,
@@ -57,10 +58,7 @@ from hooklens.tokens import PaddingSide, Tokenizer
 if TYPE_CHECKING:
     import pandas
 
-    from hooklens.causal_lm.calls import CachedCallOptions, CallOptions, HookedCallOptions
-
-Output = Tensor | LogitsAndLoss | None
-"""What a call gives, by its `return_type`."""
+    from hooklens.causal_lm.calls import CachedCallOptions, Called, HookedCallOptions
 
 
 class HookedCausalLM(
@@ -112,55 +110,11 @@ class HookedCausalLM(
         self.eval()
 
     if TYPE_CHECKING:
-
-        @overload
-        def forward(
-            self,
-            input: Input,
-            *,
-            return_type: Literal["logits", "loss"] = ...,
-            stop_at_layer: int | None = ...,
-            **options: Unpack[CallOptions],
-        ) -> Tensor: ...
-        @overload
-        def forward(
-            self,
-            input: Input,
-            *,
-            return_type: Literal["both"],
-            stop_at_layer: None = ...,
-            **options: Unpack[CallOptions],
-        ) -> LogitsAndLoss: ...
-        @overload
-        def forward(
-            self,
-            input: Input,
-            *,
-            return_type: None,
-            stop_at_layer: None = ...,
-            **options: Unpack[CallOptions],
-        ) -> None: ...
-        @overload
-        def forward(
-            self,
-            input: Input,
-            *,
-            return_type: None,
-            stop_at_layer: int,
-            **options: Unpack[CallOptions],
-        ) -> Tensor: ...
-        @overload
-        def forward(
-            self,
-            input: Input,
-            *,
-            return_type: ReturnType,
-            stop_at_layer: int | None = ...,
-            **options: Unpack[CallOptions],
-        ) -> Output: ...
+        # `nn.Module` says that a call takes and gives anything.
+        __call__: Called
 
     @reads(**CALLING)
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Input,
         *,
@@ -234,10 +188,6 @@ class HookedCausalLM(
             stop_at_layer=stop_at_layer,
             logits_at=logits_at,
         )
-
-    if TYPE_CHECKING:
-        # `nn.Module` says that a call takes and gives anything.
-        __call__ = forward
 
     def _run_call(
         self,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
@@ -12,7 +11,7 @@ from hooklens import tokens as tokenization
 from hooklens.arguments import optional, read_tensor, reads, refusal
 from hooklens.config import HookedConfig
 from hooklens.errors import InputError
-from hooklens.tokens import Ids, Numbers, PaddingSide, Prompt, TextList, TokenBatch, Tokenizer
+from hooklens.tokens import Ids, Numbers, OneNumber, PaddingSide, Prompt, TextList, TokenBatch, Tokenizer
 
 
 class TextMethods:
@@ -119,13 +118,13 @@ class TextMethods:
         return TokenBatch(batch.tokens.to(self.device), batch.attention_mask.to(self.device))
 
     @overload
-    def to_string(self, tokens: int | np.integer[Any] | Numbers) -> str: ...
+    def to_string(self, tokens: OneNumber | Numbers) -> str: ...
     @overload
     def to_string(self, tokens: Sequence[Numbers]) -> list[str]: ...
     # Only the shape of a tensor says whether it is one prompt, so what comes back may be used as either.
     @overload
     def to_string(self, tokens: Tensor | Ids) -> str | Any: ...
-    def to_string(self, tokens: int | np.integer[Any] | Tensor | Ids) -> str | list[str]:
+    def to_string(self, tokens: OneNumber | Tensor | Ids) -> str | list[str]:
         """The text of token ids: a string for one row, a list of strings for several."""
         return tokenization.to_string(self._need_tokenizer(), tokens)
 
@@ -151,13 +150,13 @@ class TextMethods:
         """
         return tokenization.to_single_token(self._need_tokenizer(), text)
 
-    def to_single_str_token(self, token: int | np.integer[Any] | Tensor) -> str:
+    def to_single_str_token(self, token: OneNumber | Tensor) -> str:
         """The text of one token id."""
         return tokenization.to_single_str_token(self._need_tokenizer(), token)
 
     def get_token_position(
         self,
-        token: str | int | np.integer[Any] | Tensor,
+        token: str | OneNumber | Tensor,
         input: Any,
         *,
         mode: Literal["first", "last"] = "first",

@@ -14,7 +14,7 @@ from hooklens.tokens.continuation import (
 from hooklens.tokens.decoding import to_str_tokens, to_string
 from hooklens.tokens.encoding import TokenBatch, check_encoded, to_tokens
 from hooklens.tokens.ids import as_usable, check_has_values, check_range, check_token_ids, is_integer, knows_id
-from hooklens.tokens.inputs import Ids, Numbers, Prompt, TextList, is_text, read_input, read_prepend_bos
+from hooklens.tokens.inputs import Ids, Numbers, OneNumber, Prompt, TextList, is_text, read_input, read_prepend_bos
 from hooklens.tokens.padding import PaddingSide, dedicated_pad_id, mask_of_ids, padding_token_id
 from hooklens.tokens.prompts import check_same_tokens, read_prompts
 from hooklens.tokens.single import PositionMode, get_token_position, to_single_str_token, to_single_token
@@ -25,6 +25,7 @@ __all__ = [
     "CallTokens",
     "Ids",
     "Numbers",
+    "OneNumber",
     "PaddingSide",
     "PositionMode",
     "Prompt",

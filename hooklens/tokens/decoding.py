@@ -1,17 +1,14 @@
 """Token ids back to text."""
 
-from typing import Any
-
-import numpy as np
 from torch import Tensor
 
 from hooklens.tokens.encoding import read_rows
 from hooklens.tokens.ids import check_known_ids
-from hooklens.tokens.inputs import Ids, Prompt, read_id_rows
+from hooklens.tokens.inputs import Ids, OneNumber, Prompt, read_id_rows
 from hooklens.tokens.tokenizer import Tokenizer, decode, decode_each
 
 
-def to_string(tokenizer: Tokenizer, tokens: int | np.integer[Any] | Tensor | Ids) -> str | list[str]:
+def to_string(tokenizer: Tokenizer, tokens: OneNumber | Tensor | Ids) -> str | list[str]:
     """Decode ids to text, special tokens included: a string for one row or one id, a list for `[batch pos]`.
 
     Raises:

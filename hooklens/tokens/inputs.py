@@ -28,6 +28,9 @@ Ids = (
 TextList = list[str] | tuple[str, ...]
 """Several prompts for a type checker, to which a string is a sequence of strings, too."""
 
+OneNumber = int | float | np.integer[Any]
+"""A token id. What `Tensor.item()` gives is any number to a type checker; one that is not whole is refused."""
+
 Numbers = Sequence[int | np.integer[Any]]
 """Token ids of one prompt for a type checker, which does not know how many axes tensors and arrays have."""
 

@@ -2,14 +2,13 @@
 
 from typing import Any, Literal, get_args
 
-import numpy as np
 from torch import Tensor
 
 from hooklens.errors import InputError, join_names
 from hooklens.tokens.continuation import TextBefore, encode_behind
 from hooklens.tokens.encoding import read_rows
 from hooklens.tokens.ids import check_known_ids, read_token_id
-from hooklens.tokens.inputs import Prompt
+from hooklens.tokens.inputs import OneNumber, Prompt
 from hooklens.tokens.tokenizer import Tokenizer, decode_each, encode
 from hooklens.tokens.unknown import unknown_pieces
 
@@ -72,7 +71,7 @@ def _find_single(tokenizer: Tokenizer, text: str) -> int | None:
     return alone[0] if len(alone) == 1 and not is_spaced else None
 
 
-def to_single_str_token(tokenizer: Tokenizer, token: int | np.integer[Any] | Tensor) -> str:
+def to_single_str_token(tokenizer: Tokenizer, token: OneNumber | Tensor) -> str:
     """The string of one token id, a space at its beginning included.
 
     Raises:
@@ -89,7 +88,7 @@ def _read_known_id(tokenizer: Tokenizer, token: Any, *, what: str) -> int:
 
 def get_token_position(
     tokenizer: Tokenizer,
-    single_token: str | int | np.integer[Any] | Tensor,
+    single_token: str | OneNumber | Tensor,
     input: Prompt,
     *,
     mode: PositionMode = "first",
