@@ -11,7 +11,7 @@ from hooklens.display.labels import visible
 from hooklens.display.layers import format_numbers, layer_of_name, merge_layers
 from hooklens.display.numbers import format_bytes, format_count, format_number, format_shape
 from hooklens.display.page import document, fragment
-from hooklens.display.summary import Displayed, Listing, Summary
+from hooklens.display.summary import Displayed, Listing, Picture, Summary
 from hooklens.display.text import MOST_COLUMNS, MOST_LINES, clip, columns, flatten, shorten
 from hooklens.display.view import View
 
@@ -22,6 +22,7 @@ __all__ = [
     "Displayed",
     "Element",
     "Listing",
+    "Picture",
     "Summary",
     "View",
     "clip",

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-_LAYER = re.compile(r"\bblocks\.(\d+)\b")
+_LAYER = r"\bblocks\.(\d+)\b"
 
 
 def format_numbers(numbers: Sequence[int]) -> str:
@@ -28,7 +28,7 @@ def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]
     """
     groups: dict[tuple[str, Key], list[int]] = {}
     for name, key in named:
-        found = _LAYER.search(name)
+        found = re.search(_LAYER, name)
         template = name if found is None else f"{name[: found.start(1)]}\0{name[found.end(1) :]}"
         groups.setdefault((template, key), []).append(-1 if found is None else int(found[1]))
     merged = []
@@ -41,5 +41,5 @@ def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]
 
 def layer_of_name(name: str) -> int | None:
     """The layer that a name speaks of; None where it speaks of none."""
-    found = _LAYER.search(name)
+    found = re.search(_LAYER, name)
     return None if found is None else int(found[1])

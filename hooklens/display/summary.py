@@ -18,6 +18,9 @@ from hooklens.display.page import fragment
 from hooklens.display.text import MOST_COLUMNS, MOST_LINES, clip, columns, flatten
 from hooklens.display.view import View
 
+Picture: TypeAlias = "Child | View"
+"""A part of a page."""
+
 Page: TypeAlias = "Callable[[], Child | View]"
 """What makes a part of a page."""
 
@@ -30,7 +33,7 @@ _KEPT = 1000
 """Bytes kept free for the notes of what is left out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Listing:
     """A table of a summary.
 
@@ -81,7 +84,7 @@ class Listing:
         return made if not left_out else [*made, note(_count(left_out, self.what, self.more).strip())]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Summary:
     """What there is to see of an object.
 
@@ -144,6 +147,12 @@ class Summary:
         if n_left_out:
             blocks.append(note(f"{format_count(n_left_out)} parts of {format_bytes(left_out)} are left out here"))
         return fragment(blocks, notes, label=_shorten(self.title)) + views
+
+    def blocks(self, most: int = 20) -> list[Child]:
+        """Title, facts and the first rows of the table, as a part of another page."""
+        named = {name: _shorten(fact) for name, fact in self._facts().items()}
+        listed = [] if self.listing is None or not self.listing.size else self.listing.block(most)
+        return [heading(_shorten(self.title)), facts(dict(islice(named.items(), _MOST_FACTS))), listed]
 
     def _facts(self) -> dict[str, str]:
         return {name: fact for name, fact in self.facts.items() if fact is not None}

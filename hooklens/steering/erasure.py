@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.axes import layer_of
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit, SetComponents
 from hooklens.optional import import_package
@@ -68,8 +69,8 @@ class PointErasure:
         return (x.double() - moved).to(x.dtype)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Erasure:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Erasure(Displayed):
     """A concept's erasure at several hook points.
 
     Attributes:
@@ -159,12 +160,26 @@ class Erasure:
             provenance=Provenance.from_json(described["provenance"]),
         )
 
-    def __repr__(self) -> str:
-        lines = [f"Erasure by {self.provenance.method} of {len(self.classes)} classes at {len(self)} points"]
-        for one in self.points[:15]:
-            removed = ", ".join(f"{part:.1%}" for part in one.removed.reshape(-1)[:4].tolist())
-            lines.append(f"  {one.name}: rank {one.readers.shape[-2]}, removes {removed} of the variance")
-        return "\n".join(lines + ([f"  and {len(self) - 15} more"] if len(self) > 15 else []))
+    def _summary(self) -> Summary:
+        rows = []
+        for one in self.points:
+            removed = one.removed.reshape(-1).tolist()
+            rows.append((one.name, len(removed), one.readers.shape[-2], f"{min(removed):.1%} to {max(removed):.1%}"))
+        return Summary(
+            title=f"Erasure by {self.provenance.method} of {len(self.classes)} classes at {len(self)} points",
+            facts={
+                "classes": ", ".join(map(str, self.classes[:20])) + (", ..." if len(self.classes) > 20 else ""),
+                "fitted": "one after another, each with those before it erased"
+                if self.sequential
+                else "each by itself",
+                **self.provenance.facts(),
+            },
+            listing=Listing(
+                columns=("hook point", "maps", "rank", "of the variance removed"),
+                rows=rows,
+                what="points",
+            ),
+        )
 
 
 _FIELDS = ("mean", "readers", "writers", "removed")

@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.config import HookedConfig
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import CheckpointError, join_names
 from hooklens.files import replace_file
 from hooklens.optional import import_package
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 
 _FORMAT = "hooklens.patching.circuit-1"
 _SHOWN = 6
+_MOST_HEADS, _MOST_EDGES = 40, 200
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Circuit:
+class Circuit(Displayed):
     """A set of edges.
 
     Circuits are compared, united (`|`), cut (`&`), subtracted (`-`) and tested for being part of another (`<=`)
@@ -126,6 +128,26 @@ class Circuit:
         left_out = len(self) - _SHOWN
         more = f", and {left_out} more" if left_out > 0 else ""
         return f"Circuit({len(self)} edges{': ' if shown else ''}{shown}{more})"
+
+    def _summary(self) -> Summary:
+        heads = self.heads()
+        return Summary(
+            title=f"Circuit of {len(self):,} edges",
+            facts={
+                "nodes": f"{len(self.nodes()):,}, {len(heads):,} of them heads",
+                "heads": ", ".join(heads[:_MOST_HEADS]) + (", ..." if len(heads) > _MOST_HEADS else "") or None,
+            },
+            listing=self.edge_listing(),
+        )
+
+    def edge_listing(self) -> Listing:
+        """The edges for a display, those next to the logits first."""
+        return Listing(
+            columns=("writer", "reader"),
+            rows=self.edges[: -_MOST_EDGES - 1 : -1],
+            what="edges",
+            n_rows=len(self),
+        )
 
     def with_edges(self, edges: Iterable[Edge]) -> "Circuit":
         """The circuit with some edges added."""
