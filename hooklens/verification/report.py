@@ -119,10 +119,7 @@ class VerificationReport(Displayed):
         return Summary(
             title=f"VerificationReport: {self._headline()}",
             listing=Listing(columns=_COLUMNS, rows=rows, what="checks", styles=failed, more="print(report) has all"),
-            notes=[
-                *([f"{len(self.failures)} results failed: print(report) lists them"] * bool(self.failures)),
-                *self.notes,
-            ],
+            notes=[*told, *self.notes],
             pages=[self._list_failures] if self.failures else [],
         )
 
