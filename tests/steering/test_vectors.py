@@ -122,7 +122,8 @@ def test_tables_and_texts(vectors, by_head):
     assert list(frame["layer"]) == [0, 1]
     assert list(frame["norm"]) == pytest.approx([float(one.norm) for one in vectors])
     assert len(by_head.to_dataframe()) == 2 * 4
-    assert len(repr(vectors).splitlines()) == 3
+    # A title, two facts, the names of columns, and a line for each vector.
+    assert len(repr(vectors).splitlines()) == 4 + len(vectors)
     assert "4 heads" in repr(by_head)
 
 
