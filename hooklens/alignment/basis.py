@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooklens.alignment.errors import AlignmentError
 from hooklens.arguments import optional, read_int, read_seed, read_tensor, read_text, reads, require, show
-from hooklens.display import MOST_COLUMNS, Displayed, Summary, clip
+from hooklens.display import Displayed, Summary, one_line
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Interchange, Project
 from hooklens.hooks.values import TensorValue
@@ -79,7 +79,7 @@ class Basis(Displayed, TensorValue):
     def __repr__(self) -> str:
         k, d = self.rows.shape
         details = "".join(f", {name}={one!r}" for name, one in self.details.items())
-        return clip(f"Basis({self.name!r}, {k} of {d} directions, {self.origin!r}{details})", MOST_COLUMNS)
+        return one_line(f"Basis({self.name!r}, {k} of {d} directions, {self.origin!r}{details})")
 
     def _summary(self) -> Summary:
         k, d = self.rows.shape

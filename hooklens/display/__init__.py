@@ -12,7 +12,7 @@ from hooklens.display.layers import format_numbers, layer_of_name, merge_layers
 from hooklens.display.numbers import format_bytes, format_count, format_number, format_shape
 from hooklens.display.page import document, fragment
 from hooklens.display.summary import Displayed, Listing, Picture, Summary
-from hooklens.display.text import MOST_COLUMNS, MOST_LINES, clip, columns, flatten, shorten
+from hooklens.display.text import MOST_COLUMNS, MOST_LINES, clip, columns, flatten, one_line, shorten
 from hooklens.display.view import View
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "layer_of_name",
     "merge_layers",
     "note",
+    "one_line",
     "paragraph",
     "render",
     "sequential",

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-_LAYER = r"\bblocks\.(\d+)\b"
+# Of this library's names, and of those that checkpoints of transformers have.
+_LAYER = r"\b(?:blocks|layers)\.(\d+)\b"
 
 
 def format_numbers(numbers: Sequence[int]) -> str:

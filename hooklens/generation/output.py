@@ -164,8 +164,8 @@ class GenerationOutput(Displayed):
         return element("p", told, spans, element("span", f" {ended}", class_="hl-faint"), class_="hl-code")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GenerationStep:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class GenerationStep(Displayed):
     """One step of a stream: a token for every row that had not ended.
 
     Attributes:
@@ -182,3 +182,25 @@ class GenerationStep:
     text: list[str] | None
     logprobs: Float[Tensor, " rows"]
     finish_reasons: list[FinishReason | None]
+
+    def _summary(self) -> Summary:
+        rows = [
+            (
+                str(row),
+                str(int(self.tokens[row])) if self.is_new[row] else None,
+                None if self.text is None else visible(self.text[row]),
+                float(self.logprobs[row]) if self.is_new[row] else None,
+                self.finish_reasons[row],
+            )
+            for row in range(min(len(self.tokens), _MOST_ROWS))
+        ]
+        return Summary(
+            title=f"GenerationStep: {int(self.is_new.sum()):,} new tokens in {len(self.tokens):,} rows",
+            listing=Listing(
+                columns=("row", "token", "text", "log-prob", "ended by"),
+                rows=rows,
+                what="rows",
+                n_rows=len(self.tokens),
+                more="step.tokens has all",
+            ),
+        )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hooklens.arguments import optional, read_flag, read_int, read_path, read_text, reads, refusal, require
-from hooklens.display import MOST_COLUMNS, Displayed, Listing, Summary, clip
+from hooklens.display import Displayed, Listing, Summary, one_line
 from hooklens.errors import InputError, join_names
 from hooklens.optional import import_package
 from hooklens.pool.comparing.compare import compare_models, order_names
@@ -234,7 +234,7 @@ class CausalLMPool(Displayed, LoadMethods, SaveMethods):
         return iter(self.model_names)
 
     def __repr__(self) -> str:
-        return clip(f"{type(self).__name__}({', '.join(self.all_model_names)})", MOST_COLUMNS)
+        return one_line(f"{type(self).__name__}({', '.join(self.all_model_names)})")
 
     def _summary(self) -> Summary:
         settings = self._settings

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PointErasure:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class PointErasure(Displayed):
     """The map `x - writers^T readers (x - mean)` at one hook point; at a point with heads, one for each head.
 
     Attributes:
@@ -40,6 +40,16 @@ class PointErasure:
     readers: Float[Tensor, "*heads rank d"]
     writers: Float[Tensor, "*heads rank d"]
     removed: Float[Tensor, "*heads"]
+
+    def _summary(self) -> Summary:
+        removed = self.removed.reshape(-1).tolist()
+        return Summary(
+            title=f"PointErasure at {self.name}",
+            facts={
+                "maps": f"{len(removed)}, of rank {self.readers.shape[-2]} in {self.mean.shape[-1]} dimensions",
+                "of the variance removed": f"{min(removed):.1%} to {max(removed):.1%}",
+            },
+        )
 
     @property
     def layer(self) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hooklens.alignment.errors import AlignmentError
 from hooklens.arguments import is_function, show
-from hooklens.display import MOST_COLUMNS, Displayed, Listing, Summary, clip
+from hooklens.display import Displayed, Listing, Summary, one_line
 from hooklens.errors import suggest_names
 
 TOKENS = "tokens"
@@ -78,7 +78,7 @@ class CausalModel(Displayed):
 
     def __repr__(self) -> str:
         arrows = [f"{name}({', '.join(self._parents_of(name))})" for name in self._in_order()]
-        return clip(f"CausalModel({'; '.join(arrows)})", MOST_COLUMNS)
+        return one_line(f"CausalModel({'; '.join(arrows)})")
 
     def _summary(self) -> Summary:
         return Summary(

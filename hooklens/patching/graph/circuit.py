@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.config import HookedConfig
-from hooklens.display import Displayed, Listing, Summary
+from hooklens.display import MOST_COLUMNS, Displayed, Listing, Summary
 from hooklens.errors import CheckpointError, join_names
 from hooklens.files import replace_file
 from hooklens.optional import import_package
@@ -124,10 +124,14 @@ class Circuit(Displayed):
         return self._members <= other._members
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{writer} -> {reader}" for writer, reader in self.edges[-_SHOWN:][::-1])
-        left_out = len(self) - _SHOWN
-        more = f", and {left_out} more" if left_out > 0 else ""
-        return f"Circuit({len(self)} edges{': ' if shown else ''}{shown}{more})"
+        """As many of the edges next to the logits as stand in a line."""
+        for n_shown in range(min(_SHOWN, len(self)), -1, -1):
+            shown = ", ".join(f"{writer} -> {reader}" for writer, reader in self.edges[::-1][:n_shown])
+            more = f", and {len(self) - n_shown} more" if len(self) > n_shown > 0 else ""
+            text = f"Circuit({len(self)} edges{': ' if shown else ''}{shown}{more})"
+            if len(text) <= MOST_COLUMNS:
+                break
+        return text
 
     def _summary(self) -> Summary:
         heads = self.heads()

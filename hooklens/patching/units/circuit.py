@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_int, read_one_of, read_seed, require
-from hooklens.display import Displayed, Listing, Summary, format_numbers
+from hooklens.display import Displayed, Listing, Summary, format_numbers, merge_layers, one_line
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.results.file import TEXT, Expectation, ResultFile
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UnitName = tuple[str, int]
 """A hook point's name, and the number of an entry of its last axis."""
 
-_SHOWN, _LISTED = 10, 100
+_LISTED = 100
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -77,9 +77,8 @@ class UnitCircuit(Displayed):
         return isinstance(unit, tuple) and len(unit) == 2 and unit[1] in self.kept.get(unit[0], ())
 
     def __repr__(self) -> str:
-        parts = [f"{name}: {len(entries)}" for name, entries in self.kept.items()]
-        more = f", and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-        return f"UnitCircuit({len(self)} units; {', '.join(parts[:_SHOWN])}{more})"
+        parts = merge_layers((name, len(entries)) for name, entries in self.kept.items())
+        return one_line(f"UnitCircuit({len(self)} units; {', '.join(f'{name}: {n}' for name, n, _ in parts)})")
 
     def _summary(self) -> Summary:
         return Summary(
