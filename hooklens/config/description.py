@@ -71,9 +71,7 @@ class Description(Displayed):
         norms = [name for name, _, _ in merge_layers((name, None) for name in self.norms)]
         return Summary(
             title=f"Description of {len(self.weights):,} weights and {len(self.points):,} hook points",
-            facts={
-                "norms": ", ".join(name for name, _, _ in merge_layers((name, None) for name in self.norms)) or None
-            },
+            facts={"norms": ", ".join(norms) or None},
             listing=Listing(
                 columns=("name", "kind", "axes", "shape"),
                 rows=[(name, *shown) for name, shown, _ in merge_layers(told.items())],

@@ -65,7 +65,7 @@ from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_to
 
 HOSTILE = "</script><b>&\"'\x00\u2028\nnew"
 CFG = make_config()
-LARGE = make_config(n_layers=40, n_heads=32, d_model=64, d_head=2)
+LARGE = make_config(n_layers=24, n_heads=32, d_model=64, d_head=2)
 GRAPH = Graph.of(CFG)
 STATS = SweepStats(cells=2, pairs=3, unchanged=0, forwards=4, tokens=5.5, naive_forwards=6, naive_tokens=7)
 CIRCUIT = Circuit([("embed", "m0"), ("m0", "logits")])
@@ -527,7 +527,7 @@ ODD: dict[str, Callable[[], Any]] = {
         n_layers=20, norm_after=tuple(n % 3 == 0 for n in range(20))
     ),
     "cache of nothing": lambda: ActivationCache({}, cfg=CFG),
-    "cache of many layers": lambda: _cache(200, n_points=5),
+    "cache of many layers": lambda: _cache(60, n_points=5),
     "cache on the meta device": lambda: _cache(device="meta"),
     "empty key-value cache": lambda: HookedKeyValueCache.init_cache(CFG),
     "matrix on the meta device": lambda: FactoredMatrix(

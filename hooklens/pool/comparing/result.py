@@ -46,13 +46,6 @@ class ModelComparison(Displayed):
     n_prompts: int
     n_tokens: int
 
-    def __repr__(self) -> str:
-        n_pairs = len(self._pairs())
-        return (
-            f"ModelComparison({', '.join(self.names)}: {n_pairs} {'pair' if n_pairs == 1 else 'pairs'}, "
-            f"{self.frame['site'].nunique()} hook points, {self.n_tokens} tokens of {self.n_prompts} prompts)"
-        )
-
     def _summary(self) -> Summary:
         shown = self.frame.head(_SHOWN).astype(object).where(self.frame.head(_SHOWN).notna(), None)
         weights = "were not compared" if self.weights is None else f"{len(self.weights):,} compared"
