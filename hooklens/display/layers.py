@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -13,9 +12,13 @@ _LAYER = r"\b(?:blocks|layers)\.(\d+)\b"
 
 def format_numbers(numbers: Sequence[int]) -> str:
     """Whole numbers in short, runs of them by their ends: `"0-3,7"`."""
-    starts = [number for before, number in pairwise([None, *numbers]) if before is None or number != before + 1]
-    ends = [number for number, after in pairwise([*numbers, None]) if after is None or after != number + 1]
-    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in runs)
 
 
 def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]:

@@ -133,8 +133,10 @@ class Summary:
             blocks += made
         views, n_left_out, left_out = "", 0, 0
         for make in self.pages:
-            block = make()
-            written = block._repr_html_() if isinstance(block, View) else "".join(map(render, _elements(block)))
+            made_part = make()
+            # A generator would be empty after its size was taken.
+            block = made_part if isinstance(made_part, View) else list(_elements(made_part))
+            written = block._repr_html_() if isinstance(block, View) else "".join(map(render, block))
             size = len(written.encode())
             if size > room:
                 n_left_out, left_out = n_left_out + 1, left_out + size

@@ -1,6 +1,7 @@
 """What a generation gives back."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -137,13 +138,13 @@ class GenerationOutput(Displayed):
         start = self.prompt_lengths[row]
         new = self._strings(row)[start : start + _MOST_TOLD]
         more = "..." if self.n_new_tokens[row] > _MOST_TOLD else ""
-        return clip(("".join(new) if self.str_tokens is not None else " ".join(new)) + more, _MOST_LETTERS)
+        return clip(_gap(new).join(new) + more, _MOST_LETTERS)
 
     def _draw_row(self, row: int) -> Element:
         """The tokens of a row, the new ones the deeper in colour the more likely they were."""
         start, n_new = self.prompt_lengths[row], self.n_new_tokens[row]
         strings, logprobs = self._strings(row), self._logprobs_of(row)[:_MOST_SPANS].tolist()
-        gap = "" if self.str_tokens is not None else " "
+        gap = _gap(strings)
         before = gap.join(strings[max(0, start - _MOST_SPANS) : start])
         spans = [
             (
@@ -204,3 +205,8 @@ class GenerationStep(Displayed):
                 more="step.tokens has all",
             ),
         )
+
+
+def _gap(strings: Sequence[str]) -> str:
+    """What stands between tokens: nothing where they bring their spaces along."""
+    return "" if any(" " in string for string in strings) else " "
