@@ -4,7 +4,7 @@ A display stands in a notebook or in a file of its own and needs nothing else: n
 script where none is wanted. It has no background of its own and few colours, so that it goes with the page it is on.
 """
 
-from hooklens.display.blocks import code, facts, fold, heading, note, paragraph, table
+from hooklens.display.blocks import Cell, code, facts, fold, heading, note, paragraph, table
 from hooklens.display.colours import diverging, sequential
 from hooklens.display.elements import Child, Element, element, render
 from hooklens.display.labels import visible
@@ -18,6 +18,7 @@ from hooklens.display.view import View
 __all__ = [
     "MOST_COLUMNS",
     "MOST_LINES",
+    "Cell",
     "Child",
     "Displayed",
     "Element",

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_number, reads
-from hooklens.display import Displayed, Listing, Summary
+from hooklens.display import Cell, Displayed, Listing, Summary
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
     NUMBER,
@@ -244,7 +244,7 @@ class DirectionSelection(Displayed):
     def _summary(self) -> Summary:
         admissible, chosen = self.admissible, self.chosen
         order = self.bypass.flatten().nan_to_num(torch.inf).argsort(stable=True)[:_SHOWN].tolist()
-        rows = []
+        rows: list[tuple[Cell, ...]] = []
         for place in order:
             cell = divmod(place, len(self.layers))
             position, layer = self.positions[cell[0]], self.layers[cell[1]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_number, read_one_of, reads
 from hooklens.axes import layer_of
-from hooklens.display import Displayed, Listing, Picture, Summary
+from hooklens.display import Cell, Displayed, Listing, Picture, Summary
 from hooklens.optional import import_package
 from hooklens.patching.results.file import NUMBER, TEXT, WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 from hooklens.steering.errors import SteeringError
@@ -170,6 +170,11 @@ class SteeringTable(Displayed):
         )
 
     def _summary(self) -> Summary:
+        rows: list[tuple[Cell, ...]] = [
+            (name, f"{strength:g}", *(float(found[i, j]) for found in (self.effect, self.kl, self.perplexity)))
+            for i, name in enumerate(self.names)
+            for j, strength in enumerate(self.strengths)
+        ]
         return Summary(
             title=f"SteeringTable: {self.metric} of {self.n_prompts:,} prompts",
             facts={
@@ -179,11 +184,7 @@ class SteeringTable(Displayed):
             },
             listing=Listing(
                 columns=("vector", "strength", "effect", "KL", "perplexity"),
-                rows=[
-                    (name, f"{strength:g}", *(float(found[i, j]) for found in (self.effect, self.kl, self.perplexity)))
-                    for i, name in enumerate(self.names)
-                    for j, strength in enumerate(self.strengths)
-                ][:_SHOWN],
+                rows=rows[:_SHOWN],
                 what="cells",
                 n_rows=self.effect.numel(),
             ),

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.display import Child, Picture, diverging, element, format_number, heading, note, sequential, visible
-from hooklens.viz.grid import Scale, grid
+from hooklens.viz.grid import grid
+from hooklens.viz.scale import Scale
 
 MOST_CELLS = 400
 """The most cells of a grid that says in words what each cell holds."""

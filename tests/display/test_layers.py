@@ -1,5 +1,7 @@
 """Names that differ by layer, written as one."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ def test_numbers_are_read_back(numbers):
     ends = [list(map(int, part.split("-"))) for part in text.split(",") if part]
     assert {number for run in ends for number in range(run[0], run[-1] + 1)} == numbers
     # No shorter list of runs says the same.
-    assert all(after[0] > before[-1] + 1 for before, after in zip(ends, ends[1:], strict=False))
+    assert all(after[0] > before[-1] + 1 for before, after in pairwise(ends))
 
 
 def test_only_names_with_one_key_are_merged():

@@ -50,7 +50,7 @@ class Results(Displayed, Mapping[str, Result], Generic[Result]):
         return len(self.by_metric)
 
     def _summary(self) -> Summary:
-        shown = [(name, one) for name, one in self.items() if isinstance(one, Displayed)]
+        shown: list[tuple[str, Displayed]] = [(name, one) for name, one in self.items() if isinstance(one, Displayed)]
         return Summary(
             title=f"{type(self).__name__} of {len(self)} metrics",
             listing=Listing(
