@@ -7,7 +7,7 @@ twenty lines of at most 120 columns; a page has at most a hundred kilobytes. Bot
 import textwrap
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeAlias
 
@@ -29,6 +29,9 @@ MOST_BYTES = 100_000
 
 _MOST_FACTS = 40
 _MOST_LETTERS = 400
+_MOST_OPEN, _SHOWN = 15, 10
+"""A table of more rows than the first number is folded, but for so many as the second."""
+
 _KEPT = 1000
 """Bytes kept free for the notes of what is left out."""
 
@@ -129,7 +132,7 @@ class Summary:
         notes = [note(_shorten(one)) for one in self.notes[:5]]
         room = MOST_BYTES - _KEPT - len(fragment(blocks, notes, label=self.title).encode())
         if self.listing is not None and self.listing.size and self.listing.on_pages:
-            made, room = _fit_listing(self.listing, room, is_folded=bool(self.pages))
+            made, room = _fit_listing(self.listing, room)
             blocks += made
         views, n_left_out, left_out = "", 0, 0
         for make in self.pages:
@@ -196,20 +199,24 @@ def _wrap(name: str, fact: str) -> list[str]:
     ) or [first.rstrip()]
 
 
-def _fit_listing(listing: Listing, room: int, *, is_folded: bool) -> tuple[list[Child], int]:
-    """A table of as many rows as there is room for, folded where something else is to be seen first."""
+def _fit_listing(listing: Listing, room: int) -> tuple[list[Child], int]:
+    """A table of as many rows as there is room for: the first ones to be seen, a longer one folded below them."""
     most = 100
     while True:
         made = listing.block(most)
         size = len("".join(map(render, made)).encode())
-        if size <= room or most < 2:
+        if size <= room // 2 or most < 2:
             break
         most //= 2
-    if size > room:
+    if size > room // 2:
         return [note(f"{listing.size:,} {listing.what} are left out; {listing.more}")], room
-    if is_folded and listing.size > 12:
-        return [fold(f"{listing.size:,} {listing.what}", made)], room - size
-    return list(made), room - size
+    if listing.size <= _MOST_OPEN:
+        return list(made), room - size
+    first = replace(listing, rows=listing.rows[:_SHOWN], n_rows=None).block(_SHOWN)
+    n_folded = min(most, len(listing.rows))
+    told = f"all {listing.size:,}" if n_folded == listing.size else f"{n_folded:,} of {listing.size:,}"
+    blocks: list[Child] = [*first, fold(f"{told} {listing.what}", made)]
+    return blocks, room - 2 * size
 
 
 def _elements(block: Child) -> Iterable[Element]:

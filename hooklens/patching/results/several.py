@@ -50,7 +50,11 @@ class Results(Displayed, Mapping[str, Result], Generic[Result]):
         return len(self.by_metric)
 
     def _summary(self) -> Summary:
-        shown: list[tuple[str, Displayed]] = [(name, one) for name, one in self.items() if isinstance(one, Displayed)]
+        pages = []
+        for name, one in self.items():
+            result: object = one
+            if isinstance(result, Displayed):
+                pages.append(partial(_fold_result, name, result))
         return Summary(
             title=f"{type(self).__name__} of {len(self)} metrics",
             listing=Listing(
@@ -59,7 +63,7 @@ class Results(Displayed, Mapping[str, Result], Generic[Result]):
                 what="metrics",
                 more="each is found by its name",
             ),
-            pages=[partial(_fold_result, name, one) for name, one in shown],
+            pages=pages,
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":
