@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooklens.alignment.errors import AlignmentError
 from hooklens.arguments import optional, read_int, read_seed, read_tensor, read_text, reads, require, show
+from hooklens.display import Displayed, Summary, one_line
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Interchange, Project
 from hooklens.hooks.values import TensorValue
@@ -27,7 +28,7 @@ _optional_dims = optional(_number_of_dims)
 
 
 @dataclass(frozen=True)
-class Basis(TensorValue):
+class Basis(Displayed, TensorValue):
     """Orthonormal directions at a hook point.
 
     Attributes:
@@ -78,7 +79,18 @@ class Basis(TensorValue):
     def __repr__(self) -> str:
         k, d = self.rows.shape
         details = "".join(f", {name}={one!r}" for name, one in self.details.items())
-        return f"Basis({self.name!r}, {k} of {d} directions, {self.origin!r}{details})"
+        return one_line(f"Basis({self.name!r}, {k} of {d} directions, {self.origin!r}{details})")
+
+    def _summary(self) -> Summary:
+        k, d = self.rows.shape
+        return Summary(
+            title=f"Basis of {k} of {d} directions at {self.name!r}",
+            facts={
+                "from": self.origin,
+                "stored": f"{self.rows.dtype} on {self.rows.device}".removeprefix("torch."),
+                **{name: str(one) for name, one in self.details.items()},
+            },
+        )
 
     @classmethod
     @reads(AlignmentError, n_dims=_optional_dims)

@@ -75,7 +75,7 @@ class HookedCausalLM(
     """A decoder-only language model with a named hook point at every activation.
 
     `print(model)` tells sizes and parts, equal blocks as one, and a notebook shows its tree with all weights and hook
-    points. torch's tree of modules is `torch.nn.Module.__repr__(model)`, and what `print(model.blocks)` shows of a part.
+    points. torch's tree of modules is `torch.nn.Module.__repr__(model)`; of a part, `print(model.blocks[0])`.
 
     Args:
         cfg: the network.

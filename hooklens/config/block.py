@@ -9,6 +9,7 @@ from hooklens.config.checks import check_counts, read_fields
 from hooklens.config.norms import NormConfig
 from hooklens.config.positions import Positions
 from hooklens.config.stream import has_bias
+from hooklens.display import Displayed, Summary
 from hooklens.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ def read_part(given: object, what: str = "part") -> Any:
     return given
 
 
-@dataclass(frozen=True)
-class BlockConfig:
+@dataclass(frozen=True, repr=False)
+class BlockConfig(Displayed):
     """The description of one layer.
 
     What a setting of the network says of a part that the layer lacks has no effect.
@@ -113,6 +114,13 @@ class BlockConfig:
     cfg: "HookedConfig"
     layer: int
     options: Mapping[str, Option] = field(default_factory=dict)
+
+    def _summary(self) -> Summary:
+        own = ("attn", "mlp", "norm", "norm_before", "norm_after", "qk_norm", "positions", "window", "chunk")
+        return Summary(
+            title=f"BlockConfig of layer {self.layer}",
+            facts={name: str(found) for name in own if (found := getattr(self, name)) is not None},
+        )
 
     @property
     def attn(self) -> PartConfig | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hooklens.axes import HookSite
 from hooklens.config.norms import NormConfig
+from hooklens.display import Displayed, Listing, Summary, format_shape, merge_layers
 
 if TYPE_CHECKING:
     from hooklens.config.network import HookedConfig
@@ -48,8 +49,8 @@ class DeclaredWeight:
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.stored)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Description:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Description(Displayed):
     """All that the parts of a network declare.
 
     Attributes:
@@ -63,6 +64,21 @@ class Description:
     points: dict[str, HookSite] = field(default_factory=dict)
     norms: dict[str, NormConfig] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+
+    def _summary(self) -> Summary:
+        told = {name: ("weight", " ".join(one.axes), format_shape(one.shape)) for name, one in self.weights.items()}
+        told |= {name: ("hook point", " ".join(site.axes), "") for name, site in self.points.items()}
+        norms = [name for name, _, _ in merge_layers((name, None) for name in self.norms)]
+        return Summary(
+            title=f"Description of {len(self.weights):,} weights and {len(self.points):,} hook points",
+            facts={"norms": ", ".join(norms) or None},
+            listing=Listing(
+                columns=("name", "kind", "axes", "shape"),
+                rows=[(name, *shown) for name, shown, _ in merge_layers(told.items())],
+                what="kinds of weights and hook points",
+                more="weights and points have all",
+            ),
+        )
 
     def why_absent(self, name: str) -> str | None:
         """Why the network has no weight or point of that name; None where nothing says so."""

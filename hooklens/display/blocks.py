@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from hooklens.display.elements import Child, Element, element
 from hooklens.display.numbers import format_number
 
-Cell = str | int | float | bool | None | Element
+Plain = str | int | float | bool | None
+Cell = Plain | Element
 MOST_ROWS = 200
 
 
@@ -95,10 +96,16 @@ def table(
 def _cells(row: Sequence[Cell], numeric: Sequence[bool], styles: Iterable[str | None]) -> Iterable[Element]:
     for place, (cell, is_number, style) in enumerate(zip(row, numeric, styles, strict=True)):
         tag, scope = ("th", "row") if place == 0 else ("td", None)
-        yield element(tag, cell if isinstance(cell, Element) else write_cell(cell), scope=scope, style=style, class_="hl-number" if is_number else None)
+        yield element(
+            tag,
+            cell if isinstance(cell, Element) else write_cell(cell),
+            scope=scope,
+            style=style,
+            class_="hl-number" if is_number else None,
+        )
 
 
-def write_cell(cell: str | int | float | bool | None) -> str:
+def write_cell(cell: Plain) -> str:
     """What a cell says: numbers in three significant digits, True and False as yes and no, None as nothing."""
     if cell is None:
         return ""

@@ -2,19 +2,23 @@
 
 import re
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-_LAYER = re.compile(r"\bblocks\.(\d+)\b")
+# Of this library's names, and of those that checkpoints of transformers have.
+_LAYER = r"\b(?:blocks|layers)\.(\d+)\b"
 
 
 def format_numbers(numbers: Sequence[int]) -> str:
     """Whole numbers in short, runs of them by their ends: `"0-3,7"`."""
-    starts = [number for before, number in pairwise([None, *numbers]) if before is None or number != before + 1]
-    ends = [number for number, after in pairwise([*numbers, None]) if after is None or after != number + 1]
-    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in runs)
 
 
 def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]:
@@ -28,7 +32,7 @@ def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]
     """
     groups: dict[tuple[str, Key], list[int]] = {}
     for name, key in named:
-        found = _LAYER.search(name)
+        found = re.search(_LAYER, name)
         template = name if found is None else f"{name[: found.start(1)]}\0{name[found.end(1) :]}"
         groups.setdefault((template, key), []).append(-1 if found is None else int(found[1]))
     merged = []
@@ -41,5 +45,5 @@ def merge_layers(named: Iterable[tuple[str, Key]]) -> list[tuple[str, Key, int]]
 
 def layer_of_name(name: str) -> int | None:
     """The layer that a name speaks of; None where it speaks of none."""
-    found = _LAYER.search(name)
+    found = re.search(_LAYER, name)
     return None if found is None else int(found[1])

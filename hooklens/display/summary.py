@@ -7,7 +7,7 @@ twenty lines of at most 120 columns; a page has at most a hundred kilobytes. Bot
 import textwrap
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeAlias
 
@@ -18,6 +18,9 @@ from hooklens.display.page import fragment
 from hooklens.display.text import MOST_COLUMNS, MOST_LINES, clip, columns, flatten
 from hooklens.display.view import View
 
+Picture: TypeAlias = "Child | View"
+"""A part of a page."""
+
 Page: TypeAlias = "Callable[[], Child | View]"
 """What makes a part of a page."""
 
@@ -26,11 +29,14 @@ MOST_BYTES = 100_000
 
 _MOST_FACTS = 40
 _MOST_LETTERS = 400
+_MOST_OPEN, _SHOWN = 15, 10
+"""A table of more rows than the first number is folded, but for so many as the second."""
+
 _KEPT = 1000
 """Bytes kept free for the notes of what is left out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Listing:
     """A table of a summary.
 
@@ -81,7 +87,7 @@ class Listing:
         return made if not left_out else [*made, note(_count(left_out, self.what, self.more).strip())]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Summary:
     """What there is to see of an object.
 
@@ -126,12 +132,14 @@ class Summary:
         notes = [note(_shorten(one)) for one in self.notes[:5]]
         room = MOST_BYTES - _KEPT - len(fragment(blocks, notes, label=self.title).encode())
         if self.listing is not None and self.listing.size and self.listing.on_pages:
-            made, room = _fit_listing(self.listing, room, is_folded=bool(self.pages))
+            made, room = _fit_listing(self.listing, room)
             blocks += made
         views, n_left_out, left_out = "", 0, 0
         for make in self.pages:
-            block = make()
-            written = block._repr_html_() if isinstance(block, View) else "".join(map(render, _elements(block)))
+            made_part = make()
+            # A generator would be empty after its size was taken.
+            block = made_part if isinstance(made_part, View) else list(_elements(made_part))
+            written = block._repr_html_() if isinstance(block, View) else "".join(map(render, block))
             size = len(written.encode())
             if size > room:
                 n_left_out, left_out = n_left_out + 1, left_out + size
@@ -144,6 +152,12 @@ class Summary:
         if n_left_out:
             blocks.append(note(f"{format_count(n_left_out)} parts of {format_bytes(left_out)} are left out here"))
         return fragment(blocks, notes, label=_shorten(self.title)) + views
+
+    def blocks(self, most: int = 20) -> list[Child]:
+        """Title, facts and the first rows of the table, as a part of another page."""
+        named = {name: _shorten(fact) for name, fact in self._facts().items()}
+        listed = [] if self.listing is None or not self.listing.size else self.listing.block(most)
+        return [heading(_shorten(self.title)), facts(dict(islice(named.items(), _MOST_FACTS))), listed]
 
     def _facts(self) -> dict[str, str]:
         return {name: fact for name, fact in self.facts.items() if fact is not None}
@@ -185,20 +199,24 @@ def _wrap(name: str, fact: str) -> list[str]:
     ) or [first.rstrip()]
 
 
-def _fit_listing(listing: Listing, room: int, *, is_folded: bool) -> tuple[list[Child], int]:
-    """A table of as many rows as there is room for, folded where something else is to be seen first."""
+def _fit_listing(listing: Listing, room: int) -> tuple[list[Child], int]:
+    """A table of as many rows as there is room for: the first ones to be seen, a longer one folded below them."""
     most = 100
     while True:
         made = listing.block(most)
         size = len("".join(map(render, made)).encode())
-        if size <= room or most < 2:
+        if size <= room // 2 or most < 2:
             break
         most //= 2
-    if size > room:
+    if size > room // 2:
         return [note(f"{listing.size:,} {listing.what} are left out; {listing.more}")], room
-    if is_folded and listing.size > 12:
-        return [fold(f"{listing.size:,} {listing.what}", made)], room - size
-    return list(made), room - size
+    if listing.size <= _MOST_OPEN:
+        return list(made), room - size
+    first = replace(listing, rows=listing.rows[:_SHOWN], n_rows=None).block(_SHOWN)
+    n_folded = min(most, len(listing.rows))
+    told = f"all {listing.size:,}" if n_folded == listing.size else f"{n_folded:,} of {listing.size:,}"
+    blocks: list[Child] = [*first, fold(f"{told} {listing.what}", made)]
+    return blocks, room - 2 * size
 
 
 def _elements(block: Child) -> Iterable[Element]:

@@ -26,6 +26,11 @@ def clip(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + _ELLIPSIS
 
 
+def one_line(text: str) -> str:
+    """A text as one line of a printed form."""
+    return clip(flatten(text), MOST_COLUMNS)
+
+
 def columns(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2, right: Sequence[int] = ()) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hooklens.arguments import read_path, show
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import InputError, join_names
 from hooklens.evaluation.fingerprint import hash_values
 
@@ -88,8 +89,8 @@ class ItemError:
         return f"{self.path}, line {self.line}: {self.message}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemFile:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ItemFile(Displayed):
     """What a file holds.
 
     Attributes:
@@ -101,6 +102,22 @@ class ItemFile:
     path: Path
     items: dict[int, Item]
     errors: list[ItemError]
+
+    def _summary(self) -> Summary:
+        kinds = dict(Counter(type(item).__name__ for item in self.items.values()))
+        return Summary(
+            title=f"ItemFile of {len(self.items):,} items: {self.path.name}",
+            facts={
+                "items": ", ".join(f"{n:,} {kind}" for kind, n in kinds.items()) or None,
+                "path": str(self.path),
+            },
+            listing=Listing(
+                columns=("line", "error"),
+                rows=[(str(one.line), one.message) for one in self.errors],
+                what="lines that are no items",
+                more="errors has all",
+            ),
+        )
 
     def fault(self, line: int, message: str) -> ItemError:
         """An error about one of its lines."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from hooklens.arguments import optional, read_flag, read_function, reads
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.evaluation.batching import BatchSize, check_batch_size
 from hooklens.evaluation.continuations import describe_score
 from hooklens.evaluation.encoded import EncodedItem, encode_items
@@ -28,8 +29,8 @@ from hooklens.hooks.edits import Edit
 from hooklens.progress import progress_bar
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamSummary:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StreamSummary(Displayed):
     """What a run did.
 
     Attributes:
@@ -41,6 +42,17 @@ class StreamSummary:
     n_scored: int
     n_found: int
     errors: list[ItemError]
+
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"StreamSummary: {self.n_scored:,} items scored, {self.n_found:,} were there already",
+            listing=Listing(
+                columns=("line", "error"),
+                rows=[(str(one.line), one.message) for one in self.errors],
+                what="lines that could not be scored",
+                more="errors has all",
+            ),
+        )
 
 
 @reads(

@@ -15,6 +15,7 @@ from hooklens.generation.output import GenerationOutput, GenerationStep, Generat
 from hooklens.generation.prompts import Input, Prompts, read_prompts
 from hooklens.generation.text import TextPieces
 from hooklens.progress import progress_bar
+from hooklens.tokens.tokenizer import Tokenizer, decode_each
 
 Generated = str | list[str] | Tensor | GenerationOutput
 
@@ -155,4 +156,17 @@ def _build_output(
         cache=decoding.activation_cache(tokens),
         timing=clock.timing(),
         interrupted=interrupted,
+        str_tokens=None
+        if model.tokenizer is None
+        else _name_tokens(model.tokenizer, decoding.prompt_lengths, tokens, rows.new_ids),
     )
+
+
+def _name_tokens(
+    tokenizer: Tokenizer, prompt_lengths: list[int], tokens: Tensor, new_ids: list[list[int]]
+) -> list[list[str]]:
+    """The tokens of each row as strings; each id is decoded once."""
+    lengths = [length + len(new) for length, new in zip(prompt_lengths, new_ids, strict=True)]
+    rows = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    strings = iter(decode_each(tokenizer, [token for row in rows for token in row]))
+    return [[next(strings) for _ in row] for row in rows]

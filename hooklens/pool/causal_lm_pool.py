@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hooklens.arguments import optional, read_flag, read_int, read_path, read_text, reads, refusal, require
+from hooklens.display import Displayed, Listing, Summary, one_line
 from hooklens.errors import InputError, join_names
 from hooklens.optional import import_package
 from hooklens.pool.comparing.compare import compare_models, order_names
@@ -36,7 +37,7 @@ _BY_TARGET: dict[str, "type[CausalLMPool]"] = {}
 """The classes of pools by the kind of `_target_` that names them."""
 
 
-class CausalLMPool(LoadMethods, SaveMethods):
+class CausalLMPool(Displayed, LoadMethods, SaveMethods):
     """Models by name: a base, its fine-tunes, merges and adapters, each loaded when it is asked for.
 
     The keys are FusionBench's, so its YAML files load unchanged (`from_yaml`). Names that start and end with `_` are
@@ -233,7 +234,24 @@ class CausalLMPool(LoadMethods, SaveMethods):
         return iter(self.model_names)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.all_model_names)})"
+        return one_line(f"{type(self).__name__}({', '.join(self.all_model_names)})")
+
+    def _summary(self) -> Summary:
+        settings = self._settings
+        return Summary(
+            title=f"{type(self).__name__} of {len(settings.models):,} models",
+            facts={
+                "tokenizer": None if settings.tokenizer is None else _tell_source(settings.tokenizer),
+                "arguments of every load": ", ".join(settings.model_kwargs) or None,
+                "loading": "tensors by name, read when asked for" if settings.enable_lazy_loading else None,
+            },
+            listing=Listing(
+                columns=("model", "from"),
+                rows=[(name, _tell_source(entry)) for name, entry in settings.models.items()],
+                what="models",
+                more="pool.all_model_names has all",
+            ),
+        )
 
     @reads(PoolError, path=read_path)
     def to_yaml(self, path: str | Path) -> None:
@@ -337,3 +355,13 @@ _BY_TARGET["pool"] = CausalLMPool
 def _class_named(target: str | None) -> type[CausalLMPool] | None:
     """The class of pool that a configuration names."""
     return None if target is None else _BY_TARGET.get(find_target(target, place="_target_").kind, CausalLMPool)
+
+
+def _tell_source(entry: object) -> str:
+    """Where a model comes from; of arguments the path alone, since others may be secrets."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, Mapping):
+        named = next((entry[key] for key in SOURCES if key in entry), None)
+        return f"{named}, with arguments" if isinstance(named, str) else "arguments"
+    return f"a {type(entry).__name__} in memory"

@@ -10,6 +10,7 @@ from hooklens.adapters import open_checkpoint
 from hooklens.adapters.sources import OldFiles, open_files
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import HookedConfig
+from hooklens.display import Displayed, Listing, Summary, merge_layers
 from hooklens.errors import InputError, suggest_names
 from hooklens.pool.arguments import Arguments, to_ours
 from hooklens.pool.errors import WeightNameError
@@ -19,7 +20,7 @@ from hooklens.pool.tokenizer import expand_source
 _WHERE = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "storage_options")
 
 
-class LazyWeights(Mapping[str, Tensor]):
+class LazyWeights(Displayed, Mapping[str, Tensor]):
     """The weights of a model by name, read one by one; each is there once, so a tied unembedding is not.
 
     Nothing that was read is kept: each reading gives a tensor of its own, and editing it changes no later one. What
@@ -66,6 +67,22 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"LazyWeights({len(self)} tensors)"
+
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"LazyWeights of {len(self):,} tensors, each read when it is asked for",
+            facts={
+                "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
+                "device": None if self._device is None else str(self._device),
+                "transforms": ", ".join(self.transforms) or None,
+            },
+            listing=Listing(
+                columns=("weight", "tensors"),
+                rows=[(name, n) for name, _, n in merge_layers((name, None) for name in self)],
+                what="kinds of weights",
+                more="list(weights) has all names",
+            ),
+        )
 
 
 def open_lazily(asked: Request) -> LazyWeights:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.arguments import refusal
+from hooklens.display import Displayed, Listing, Summary, format_bytes, format_count, format_shape
 from hooklens.errors import CheckpointError, InputError, join_names
 from hooklens.sae.config import SAEConfig
 from hooklens.sae.formats import open_sae, write_sae
@@ -21,7 +22,7 @@ _ENCODERS = {
 }
 
 
-class SAE(nn.Module):
+class SAE(Displayed, nn.Module):
     """A sparse autoencoder, or a transcoder.
 
     Its parameters can be trained. `encode` and `decode` are plain functions of tensors; hook points come with `at`.
@@ -63,6 +64,32 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(cfg.width_out))
         if cfg.has_skip:
             self.W_skip = nn.Parameter(torch.zeros(cfg.width_out, cfg.d_in))
+
+    def _summary(self) -> Summary:
+        cfg, trained = self.cfg, self.cfg.training
+        own = dict(self.named_parameters())
+        where = (
+            trained.hook_name
+            if trained.hook_name_out in (None, trained.hook_name)
+            else (f"{trained.hook_name} to {trained.hook_name_out}")
+        )
+        return Summary(
+            title=f"SAE: {cfg.architecture}, {cfg.d_in} -> {cfg.d_sae:,} latents -> {cfg.width_out}",
+            facts={
+                "k": None if cfg.k is None else f"{cfg.k} latents of a token are on",
+                "normalizes": None if cfg.normalize_activations == "none" else cfg.normalize_activations,
+                "reads": where,
+                "trained on": trained.model_name,
+                "parameters": f"{format_count(sum(one.numel() for one in own.values()))}, "
+                f"{format_bytes(sum(one.nbytes for one in own.values()))}, {self.W_enc.dtype} on {self.W_enc.device}",
+            },
+            listing=Listing(
+                columns=("weight", "shape"),
+                rows=[(name, format_shape(one.shape)) for name, one in own.items()],
+                what="weights",
+                more="named_parameters() has all",
+            ),
+        )
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], cfg: SAEConfig) -> "SAE":

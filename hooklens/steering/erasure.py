@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.axes import layer_of
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Edit, SetComponents
 from hooklens.optional import import_package
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PointErasure:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class PointErasure(Displayed):
     """The map `x - writers^T readers (x - mean)` at one hook point; at a point with heads, one for each head.
 
     Attributes:
@@ -39,6 +40,16 @@ class PointErasure:
     readers: Float[Tensor, "*heads rank d"]
     writers: Float[Tensor, "*heads rank d"]
     removed: Float[Tensor, "*heads"]
+
+    def _summary(self) -> Summary:
+        removed = self.removed.reshape(-1).tolist()
+        return Summary(
+            title=f"PointErasure at {self.name}",
+            facts={
+                "maps": f"{len(removed)}, of rank {self.readers.shape[-2]} in {self.mean.shape[-1]} dimensions",
+                "of the variance removed": f"{min(removed):.1%} to {max(removed):.1%}",
+            },
+        )
 
     @property
     def layer(self) -> int | None:
@@ -68,8 +79,8 @@ class PointErasure:
         return (x.double() - moved).to(x.dtype)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Erasure:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Erasure(Displayed):
     """A concept's erasure at several hook points.
 
     Attributes:
@@ -159,12 +170,26 @@ class Erasure:
             provenance=Provenance.from_json(described["provenance"]),
         )
 
-    def __repr__(self) -> str:
-        lines = [f"Erasure by {self.provenance.method} of {len(self.classes)} classes at {len(self)} points"]
-        for one in self.points[:15]:
-            removed = ", ".join(f"{part:.1%}" for part in one.removed.reshape(-1)[:4].tolist())
-            lines.append(f"  {one.name}: rank {one.readers.shape[-2]}, removes {removed} of the variance")
-        return "\n".join(lines + ([f"  and {len(self) - 15} more"] if len(self) > 15 else []))
+    def _summary(self) -> Summary:
+        rows = []
+        for one in self.points:
+            removed = one.removed.reshape(-1).tolist()
+            rows.append((one.name, len(removed), one.readers.shape[-2], f"{min(removed):.1%} to {max(removed):.1%}"))
+        return Summary(
+            title=f"Erasure by {self.provenance.method} of {len(self.classes)} classes at {len(self)} points",
+            facts={
+                "classes": ", ".join(map(str, self.classes[:20])) + (", ..." if len(self.classes) > 20 else ""),
+                "fitted": "one after another, each with those before it erased"
+                if self.sequential
+                else "each by itself",
+                **self.provenance.facts(),
+            },
+            listing=Listing(
+                columns=("hook point", "maps", "rank", "of the variance removed"),
+                rows=rows,
+                what="points",
+            ),
+        )
 
 
 _FIELDS = ("mean", "readers", "writers", "removed")

@@ -41,6 +41,13 @@ class Provenance:
     counts: tuple[int, ...]
     seed: int | None = None
 
+    def facts(self) -> dict[str, str]:
+        """What displays tell of it."""
+        return {
+            "made from": f"{' and '.join(f'{count:,}' for count in self.counts)} of each class; {self.positions}",
+            "model": f"{self.model[:12]}, {self.dtype}" + "".join(f", {step}" for step in self.transforms),
+        }
+
     @classmethod
     def of(
         cls,

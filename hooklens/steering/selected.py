@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_number, reads
+from hooklens.display import Cell, Displayed, Listing, Summary
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
     NUMBER,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+_SHOWN = 100
+
+
 @dataclass(frozen=True, kw_only=True)
 class Criteria:
     """What a candidate has to meet.
@@ -44,8 +48,8 @@ class Criteria:
     deepest: float
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class DirectionSelection:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class DirectionSelection(Displayed):
     """Candidate directions with their scores on held-out prompts; see `hooklens.steering.selection`.
 
     Attributes:
@@ -237,8 +241,27 @@ class DirectionSelection:
             provenance=Provenance.from_json(described["provenance"]),
         )
 
-    def __repr__(self) -> str:
-        return f"DirectionSelection: {self.why}"
+    def _summary(self) -> Summary:
+        admissible, chosen = self.admissible, self.chosen
+        order = self.bypass.flatten().nan_to_num(torch.inf).argsort(stable=True)[:_SHOWN].tolist()
+        rows: list[tuple[Cell, ...]] = []
+        for place in order:
+            cell = divmod(place, len(self.layers))
+            position, layer = self.positions[cell[0]], self.layers[cell[1]]
+            scores = (float(found[cell]) for found in (self.bypass, self.induce, self.kl))
+            verdict = "chosen" if (position, layer) == chosen else "meets them" if admissible[cell] else ""
+            rows.append((str(position), str(layer), *scores, verdict))
+        return Summary(
+            title=f"DirectionSelection of {self.bypass.numel():,} candidates",
+            facts={"found": self.why, **self.provenance.facts()},
+            listing=Listing(
+                columns=("pos", "layer", "bypass", "induce", "KL", "criteria"),
+                rows=rows,
+                what="candidates",
+                caption="candidates with the least bypass scores",
+                n_rows=self.bypass.numel(),
+            ),
+        )
 
 
 _TENSORS = ("directions", "means", "bypass", "induce", "kl")

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from hooklens.arguments import read_number, read_one_of, reads
 from hooklens.axes import layer_of
+from hooklens.display import Cell, Displayed, Listing, Picture, Summary
 from hooklens.optional import import_package
 from hooklens.patching.results.file import NUMBER, TEXT, WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 from hooklens.steering.errors import SteeringError
 from hooklens.steering.provenance import PROVENANCE, Provenance
 from hooklens.viz.charts import Backend, draw_lines
+from hooklens.viz.excerpt import thumbnail
 
 if TYPE_CHECKING:
     import pandas
@@ -39,8 +41,11 @@ class StrengthChoice(NamedTuple):
     perplexity: float
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SteeringTable:
+_SHOWN = 100
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class SteeringTable(Displayed):
     """What each vector does at each strength; see `hooklens.steering.strengths`.
 
     Attributes:
@@ -164,18 +169,35 @@ class SteeringTable:
             provenance=Provenance.from_json(described["provenance"]),
         )
 
-    def __repr__(self) -> str:
-        lines = [
-            f"SteeringTable: {self.metric} of {self.n_prompts} prompts, {self.plain_effect:.4g} unsteered; perplexity "
-            f"{self.plain_perplexity:.4g} unsteered, over {self.n_neutral_tokens} tokens of neutral text"
-        ]
-        cells = [
-            f"  {name} x {strength:g}: {float(self.effect[i, j]):.4g}, KL {float(self.kl[i, j]):.3g}, perplexity "
-            f"{float(self.perplexity[i, j]):.4g}"
+    def _summary(self) -> Summary:
+        rows: list[tuple[Cell, ...]] = [
+            (name, f"{strength:g}", *(float(found[i, j]) for found in (self.effect, self.kl, self.perplexity)))
             for i, name in enumerate(self.names)
             for j, strength in enumerate(self.strengths)
         ]
-        return "\n".join(lines + cells[:15] + ([f"  and {len(cells) - 15} more"] if len(cells) > 15 else []))
+        return Summary(
+            title=f"SteeringTable: {self.metric} of {self.n_prompts:,} prompts",
+            facts={
+                "unsteered": f"{self.metric} {self.plain_effect:.4g}, perplexity {self.plain_perplexity:.4g} over "
+                f"{self.n_neutral_tokens:,} tokens of neutral text",
+                **self.provenance.facts(),
+            },
+            listing=Listing(
+                columns=("vector", "strength", "effect", "KL", "perplexity"),
+                rows=rows[:_SHOWN],
+                what="cells",
+                n_rows=self.effect.numel(),
+            ),
+            pages=[self._draw_small],
+        )
+
+    def _draw_small(self) -> Picture:
+        return thumbnail(
+            (self.effect - self.plain_effect)[None],
+            rows=("vector", self.names),
+            columns=("strength", [f"{strength:g}" for strength in self.strengths]),
+            title=f"change of {self.metric}",
+        )
 
 
 _TENSORS = ("effect", "standard_error", "kl", "perplexity")

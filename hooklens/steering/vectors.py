@@ -13,6 +13,7 @@ from torch import Tensor
 from hooklens.arguments import Reader, optional, read_dtype, read_number, read_one_of, read_seed, reads, refusal
 from hooklens.axes import layer_of
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import join_names
 from hooklens.hooks.choice import Choice
 from hooklens.hooks.edits import Add, Edit, Project, SetComponents
@@ -35,8 +36,8 @@ _READERS: dict[str, Reader] = {
 }
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SteeringVector:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class SteeringVector(Displayed):
     """A direction at one hook point; at a point with heads, one for each head.
 
     Attributes:
@@ -172,14 +173,27 @@ class SteeringVector:
             raise SteeringError(f"{path} holds {len(vectors)} vectors; read it with SteeringVectors.load")
         return vectors.vectors[0]
 
-    def __repr__(self) -> str:
-        norm = ", ".join(f"{one:.3g}" for one in self.norm.reshape(-1)[:4].tolist())
+    def _summary(self) -> Summary:
+        norms = self.norm.reshape(-1).tolist()
         heads = f", {len(self.direction)} heads" if self.direction.ndim > 1 else ""
-        return f"SteeringVector({self.name!r}, {self.provenance.method}, norm {norm}{heads})"
+        norm = ", ".join(f"{one:.3g}" for one in norms[:4]) + (", ..." if len(norms) > 4 else "")
+        levels = [f"{one:.3g}" for one in self.levels.reshape(2, -1)[:, 0].tolist()]
+        return Summary(
+            title=f"SteeringVector({self.name!r}, {self.provenance.method}, norm {norm}{heads})",
+            facts={
+                "component along it": f"{levels[0]} of the average negative prompt, {levels[1]} of the positive one"
+                if self.direction.ndim == 1
+                else None,
+                "share of the differences": None
+                if self.share is None
+                else ", ".join(f"{one:.1%}" for one in self.share.reshape(-1)[:8].tolist()),
+                **self.provenance.facts(),
+            },
+        )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SteeringVectors:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class SteeringVectors(Displayed):
     """Directions at several hook points, made in one pass.
 
     `vectors["resid_post", 3]` or `vectors["blocks.3.hook_resid_post"]` is one of them.
@@ -299,10 +313,23 @@ class SteeringVectors:
         )
         return cls(vectors=vectors)
 
-    def __repr__(self) -> str:
-        lines = [f"SteeringVectors: {len(self)}"]
-        lines += [f"  {one!r}" for one in self.vectors[:15]]
-        return "\n".join(lines + ([f"  and {len(self) - 15} more"] if len(self) > 15 else []))
+    def _summary(self) -> Summary:
+        rows = []
+        for one in self.vectors:
+            norms = one.norm.reshape(-1).tolist()
+            rows.append((one.name, one.provenance.method, min(norms), max(norms), len(norms)))
+        has_heads = any(row[-1] > 1 for row in rows)
+        return Summary(
+            title=f"SteeringVectors: {len(self)}",
+            facts=self.vectors[0].provenance.facts(),
+            listing=Listing(
+                columns=("hook point", "method", "least norm", "largest norm", "heads")
+                if has_heads
+                else ("hook point", "method", "norm"),
+                rows=rows if has_heads else [row[:3] for row in rows],
+                what="vectors",
+            ),
+        )
 
 
 def _is_vector(found: object) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from hooklens.display import Displayed, Listing, Summary, format_count
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.training.metrics import Record
@@ -13,9 +14,11 @@ from hooklens.training.metrics import Record
 if TYPE_CHECKING:
     import pandas
 
+_SHOWN = 100
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainResult(Displayed):
     """A training run.
 
     Attributes:
@@ -32,10 +35,33 @@ class TrainResult:
     records: tuple[Record, ...]
     folder: Path | None
 
+    def _summary(self) -> Summary:
+        columns = list(dict.fromkeys(name for record in self.records for name in record))
+        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return Summary(
+            title=f"TrainResult: {self.step:,} steps",
+            facts={
+                "model": f"{type(self.model).__name__}, {format_count(n_parameters)} parameters",
+                "folder": None if self.folder is None else str(self.folder),
+            },
+            listing=Listing(
+                columns=columns,
+                rows=[_cells(record, columns) for record in self.records[: -_SHOWN - 1 : -1]],
+                what="entries",
+                caption="metrics, the last first",
+                n_rows=len(self.records),
+            ),
+        )
+
     def to_dataframe(self) -> "pandas.DataFrame":
         """The metrics as a table, a row for each entry."""
         table: pandas.DataFrame = import_package("pandas").DataFrame(list(self.records))
         return table
+
+
+def _cells(record: Record, columns: list[str]) -> list[float | None]:
+    """An entry in the order of the columns; steps are whole numbers."""
+    return [int(record[name]) if name == "step" and name in record else record.get(name) for name in columns]
 
 
 class TrainingInterruptedError(HookLensError, RuntimeError):

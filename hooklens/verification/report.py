@@ -1,14 +1,18 @@
 """What a verification found: one result per check and subject, and the report of them all."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from hooklens.display import Displayed, Element, Listing, Summary, columns, table
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     import pandas
+
+_COLUMNS = ("check", "subjects", "nearest to its bound", "result")
+_FAILED = "color:var(--hl-against);font-weight:600"
+_MOST_FAILURES = 50
 
 Relation = Literal["<=", ">", "=="]
 
@@ -58,7 +62,7 @@ class CheckResult:
         return f"{verdict}  {self.check}, {self.subject}: {found}" + (f". {self.message}" if self.message else "")
 
 
-class VerificationReport:
+class VerificationReport(Displayed):
     """All results of a verification.
 
     Attributes:
@@ -89,17 +93,17 @@ class VerificationReport:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per result: check, subject, passed, measured, relation, bound, message."""
-        columns = ["check", "subject", "passed", "measured", "relation", "bound", "message"]
-        rows = [[getattr(result, column) for column in columns] for result in self.results]
-        table: pandas.DataFrame = import_package("pandas").DataFrame(rows, columns=columns)
-        return table
+        names = ["check", "subject", "passed", "measured", "relation", "bound", "message"]
+        rows = [[getattr(result, name) for name in names] for result in self.results]
+        made: pandas.DataFrame = import_package("pandas").DataFrame(rows, columns=names)
+        return made
 
     def __str__(self) -> str:
         """A table with one line per check, the notes, and every failure."""
         lines = [
             self._headline(),
             "",
-            *_align([("check", "subjects", "nearest to its bound", "result"), *self._rows()]),
+            *columns([_COLUMNS, *self._rows()], indent=0),
         ]
         if self.notes:
             lines += ["", *(f"note: {note}" for note in self.notes)]
@@ -108,20 +112,22 @@ class VerificationReport:
             lines += [f"  {failure}" for failure in self.failures]
         return "\n".join(lines)
 
-    def __repr__(self) -> str:
-        return f"<VerificationReport: {self._headline()}>"
+    def _summary(self) -> Summary:
+        rows = self._rows()
+        failed = {(row, 3): _FAILED for row, cells in enumerate(rows) if cells[3] != "passed"}
+        told = [f"{len(self.failures)} results failed; print(report) lists them"] if self.failures else []
+        return Summary(
+            title=f"VerificationReport: {self._headline()}",
+            listing=Listing(columns=_COLUMNS, rows=rows, what="checks", styles=failed, more="print(report) has all"),
+            notes=[*told, *self.notes],
+            pages=[self._list_failures] if self.failures else [],
+        )
 
-    def _repr_html_(self) -> str:
-        header = "".join(f"<th>{word}</th>" for word in ("check", "subjects", "nearest to its bound", "result"))
-        body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
-        )
-        listed = "".join(f"<li>{html.escape(str(failure))}</li>" for failure in self.failures)
-        noted = "".join(f"<p>note: {html.escape(note)}</p>" for note in self.notes)
-        return f"<p><b>{html.escape(self._headline())}</b></p><table><tr>{header}</tr>{body}</table>{noted}" + (
-            f"<ul>{listed}</ul>" if listed else ""
-        )
+    def _list_failures(self) -> list[Element]:
+        shown = [(one.check, one.subject, one.measured, one.relation, one.bound, one.message) for one in self.failures]
+        columns = ("check", "subject", "measured", "", "bound", "message")
+        more = "report.failures has all"
+        return table(columns, shown, caption="results that failed", most=_MOST_FAILURES, more=more)
 
     def _headline(self) -> str:
         if not self.results:
@@ -138,8 +144,3 @@ class VerificationReport:
             nearest = f"{worst.measured:.2g} {worst.relation} {worst.bound:.2g} ({worst.subject})"
             rows.append((name, str(len(results)), nearest, verdict))
         return rows
-
-
-def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from hooklens.display import Displayed, Summary, format_bytes, format_shape
 from hooklens.errors import InputError
 from hooklens.precision import widen
 from hooklens.weights.decompositions import product_svd, right_factor
@@ -24,7 +25,7 @@ from hooklens.weights.decompositions import product_svd, right_factor
 LeadingIndex: TypeAlias = SupportsIndex | slice | EllipsisType | Tensor | Sequence[int] | None
 
 
-class FactoredMatrix:
+class FactoredMatrix(Displayed):
     """The matrix `A B`, or a batch of them over leading axes, held as its two factors.
 
     The leading axes of the factors broadcast. Results of decompositions have the dtype of the factors;
@@ -63,6 +64,21 @@ class FactoredMatrix:
 
     def __repr__(self) -> str:
         return f"FactoredMatrix(shape={tuple(self.shape)}, inner={self.mdim}, dtype={self.A.dtype})"
+
+    def _summary(self) -> Summary:
+        factors = (("A", self.A), ("B", self.B))
+        whole = self.shape.numel() * self.A.element_size()
+        return Summary(
+            title=repr(self),
+            facts={
+                **{
+                    name: f"{format_shape(one.shape)}, {format_bytes(one.numel() * one.element_size())}"
+                    for name, one in factors
+                },
+                "product": f"{format_shape(self.shape)}, {format_bytes(whole)} where .AB makes it",
+                "device": str(self.A.device),
+            },
+        )
 
     @property
     def ndim(self) -> int:

@@ -76,8 +76,11 @@ class TestMapping:
 
 class TestDescription:
     def test_repr(self):
-        assert repr(make_cache(2, 5)) == "ActivationCache(22 activations, 5.72 kB, batch 2, pos 5)"
-        assert repr(make_cache(1, 5).remove_batch_dim()) == "ActivationCache(22 activations, 2.86 kB, pos 5)"
+        assert repr(make_cache(2, 5)).splitlines()[0] == "ActivationCache(22 activations, 5.72 kB, batch 2, pos 5)"
+        assert (
+            repr(make_cache(1, 5).remove_batch_dim()).splitlines()[0]
+            == "ActivationCache(22 activations, 2.86 kB, pos 5)"
+        )
         assert repr(ActivationCache({}, cfg=CFG)) == "ActivationCache(0 activations, 0 B)"
         assert "batch 2, pos 3" in repr(ActivationCache({}, cfg=CFG, tokens=torch.zeros(2, 3, dtype=torch.long)))
 

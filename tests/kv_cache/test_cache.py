@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hooklens import HookedKeyValueCache, HookedKeyValueCacheEntry
+from hooklens.display import format_bytes
 from hooklens.errors import CacheError
 from tests.annotations import unchecked
 from tests.model.networks import make_config, make_model, random_tokens
@@ -225,5 +226,7 @@ def test_batches_that_a_cache_cannot_serve_are_refused():
 
 
 def test_repr_says_what_it_is():
-    assert repr(fill(frozen=True)) == "HookedKeyValueCache(frozen, 2 layers, batch=2, pos=5, 0.00 MiB)"
+    assert repr(fill(frozen=True)).splitlines()[0] == (
+        f"HookedKeyValueCache(frozen, 2 layers, batch=2, pos=5, {format_bytes(fill().nbytes)})"
+    )
     assert repr(fill()).startswith("HookedKeyValueCache(2 layers")

@@ -122,8 +122,10 @@ def test_tables_and_texts(vectors, by_head):
     assert list(frame["layer"]) == [0, 1]
     assert list(frame["norm"]) == pytest.approx([float(one.norm) for one in vectors])
     assert len(by_head.to_dataframe()) == 2 * 4
-    assert len(repr(vectors).splitlines()) == 3
-    assert "4 heads" in repr(by_head)
+    # A title, two facts, the names of columns, and a line for each vector.
+    assert len(repr(vectors).splitlines()) == 4 + len(vectors)
+    assert {line.split()[-1] for line in repr(by_head).splitlines()[4:]} == {"4"}
+    assert "4 heads" in repr(by_head.vectors[0])
 
 
 def test_models_that_do_not_fit(vectors):

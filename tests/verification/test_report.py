@@ -19,7 +19,7 @@ def test_a_report_reads_as_a_table() -> None:
     assert "FAILED  fires once, blocks.0.attn.hook_z: 0, expected == 1" in text
     assert len(table) == len(report.results)
     assert list(table[~table["passed"]]["subject"]) == [failure.subject for failure in report.failures]
-    assert "<table>" in report._repr_html_()
+    assert "<table " in report._repr_html_()
     assert "VerificationReport" in repr(report)
 
 

@@ -14,6 +14,7 @@ from hooklens.adapters.formats.place import Place
 from hooklens.adapters.lora.settings import LoraSettings, read_settings
 from hooklens.adapters.sources import CheckpointFiles, LocalFiles, Repository, open_files
 from hooklens.adapters.sources.fsspec_files import is_url
+from hooklens.display import Displayed, Listing, Summary, format_count, format_shape, merge_layers
 from hooklens.errors import CheckpointError, join_names
 
 CONFIG = "adapter_config.json"
@@ -53,8 +54,8 @@ class LoraModule:
     outside: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class LoraAdapter:
+@dataclass(frozen=True, eq=False, repr=False)
+class LoraAdapter(Displayed):
     """A LoRA adapter.
 
     Attributes:
@@ -71,6 +72,25 @@ class LoraAdapter:
     modules: tuple[LoraModule, ...]
     whole: Mapping[str, Tensor]
     config: Mapping[str, Any]
+
+    def _summary(self) -> Summary:
+        changes = [(one.name, f"{format_shape(one.A.shape)}, {format_shape(one.B.shape)}") for one in self.modules]
+        changes += [(name, f"{format_shape(one.shape)} in its place") for name, one in self.whole.items()]
+        tensors = [tensor for one in self.modules for tensor in (one.A, one.B)] + list(self.whole.values())
+        return Summary(
+            title=f"LoraAdapter of {len(self.modules):,} modules",
+            facts={
+                "from": self.where,
+                "base": self.settings.base,
+                "parameters": format_count(sum(one.numel() for one in tensors)),
+            },
+            listing=Listing(
+                columns=("module", "A and B"),
+                rows=[(name, shapes) for name, shapes, _ in merge_layers(changes)],
+                what="kinds of modules",
+                more="modules and whole have all",
+            ),
+        )
 
 
 @dataclass(eq=False)

@@ -18,14 +18,18 @@ from torch import Tensor
 from hooklens.alignment.causal.model import CausalModel, Ids
 from hooklens.alignment.errors import AlignmentError
 from hooklens.arguments import read_flag, read_int, read_number, read_seed, read_tensor, require, show
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.patching.known.circuit import KnownCircuit
 from hooklens.patching.results.file import WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 
 read_share = partial(read_number, expected="a share above 0 and below 1", allows=lambda share: 0 < share < 1)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Counterfactuals:
+_SHOWN = 20
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Counterfactuals(Displayed):
     """Interchange interventions, and the answers they should lead to.
 
     All prompts have as many tokens, so that positions mean the same in all of them.
@@ -219,8 +223,30 @@ class Counterfactuals:
     def __len__(self) -> int:
         return len(self.base)
 
-    def __repr__(self) -> str:
-        return f"Counterfactuals({len(self)} rows of {self.base.shape[1]} tokens, variables {self.variables})"
+    def _summary(self) -> Summary:
+        columns = {"label": self.labels, **self._shown_values()}
+        rows = zip(*(column[:_SHOWN].tolist() for column in columns.values()), strict=True)
+        return Summary(
+            title=f"Counterfactuals({len(self)} rows of {self.base.shape[1]} tokens, variables {self.variables})",
+            listing=Listing(
+                columns=tuple(columns),
+                rows=[tuple(map(str, row)) for row in rows],
+                what="rows",
+                caption="labels, and the variables' values on both prompts",
+                n_rows=len(self),
+                more="its tensors have all",
+            ),
+        )
+
+    def _shown_values(self) -> dict[str, Tensor]:
+        """The values of variables that have one for each row, on the base and on the source prompts."""
+        known = {"base": self.base_values, "source": self.source_values}
+        return {
+            f"{name} ({where})": values[name]
+            for name in self.variables[:4]
+            for where, values in known.items()
+            if name in values and values[name].ndim == 1
+        }
 
     @property
     def variables(self) -> tuple[str, ...]:

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from hooklens.alignment.errors import AlignmentError
 from hooklens.arguments import is_function, show
+from hooklens.display import Displayed, Listing, Summary, one_line
 from hooklens.errors import suggest_names
 
 TOKENS = "tokens"
 Ids = Int[Tensor, "row pos"]
 
 
-@dataclass(frozen=True, eq=False)
-class CausalModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalModel(Displayed):
     """Variables, and the answer they lead to.
 
     Every function takes what its parameters name: `tokens`, the ids `[row pos]`, or another variable; and gives a
@@ -77,7 +78,19 @@ class CausalModel:
 
     def __repr__(self) -> str:
         arrows = [f"{name}({', '.join(self._parents_of(name))})" for name in self._in_order()]
-        return f"CausalModel({'; '.join(arrows)})"
+        return one_line(f"CausalModel({'; '.join(arrows)})")
+
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"CausalModel of {len(self.variables)} variables",
+            listing=Listing(
+                columns=("variable", "from"),
+                rows=[(name, ", ".join(self._parents_of(name))) for name in self._in_order()],
+                what="variables",
+                caption="variables in the order of the computation, and what each is made from",
+                more="model.variables has all",
+            ),
+        )
 
     def run(self, tokens: Ids, interventions: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The values of all variables, and the answer under `"output"`.

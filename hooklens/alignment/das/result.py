@@ -12,6 +12,7 @@ from torch import Tensor
 from hooklens.alignment.basis import Basis, are_details
 from hooklens.alignment.errors import AlignmentError
 from hooklens.alignment.site import Site
+from hooklens.display import Listing, Summary
 from hooklens.hooks.edits import Interchange
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
@@ -73,15 +74,25 @@ class DasResult(OverPairs):
     def __post_init__(self) -> None:
         object.__setattr__(self, "bases", MappingProxyType(dict(self.bases)))
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         sizes = ", ".join(f"{name!r}: {len(basis)} of {basis.rows.shape[1]}" for name, basis in self.bases.items())
         last = self.history[-1].step if self.history else 0
-        return (
-            f"DasResult({self.site}\n"
-            f"  dimensions of {sizes}\n"
-            f"  interchange accuracy {self.accuracy:.3f} on {len(self.margins)} held-out rows "
-            f"({self.training_accuracy:.3f} on those trained on, {self.unpatched_accuracy:.3f} without any)\n"
-            f"  {last} steps: {self.stopped})"
+        return Summary(
+            title=f"DasResult at {self.site}",
+            facts={
+                "dimensions": sizes,
+                "interchange accuracy": f"{self.accuracy:.3f} on {len(self.margins)} held-out rows "
+                f"({self.training_accuracy:.3f} on those trained on, {self.unpatched_accuracy:.3f} without any)",
+                "training": f"{last} steps: {self.stopped}",
+            },
+            listing=Listing(
+                columns=("step", "loss", "validation loss", "validation accuracy"),
+                # The last looks tell how training ended.
+                rows=[(one.step, one.loss, one.validation_loss, one.validation_accuracy) for one in self.history[::-1]],
+                what="looks at the validation rows",
+                caption="looks at the validation rows, the last first",
+                more="history has all",
+            ),
         )
 
     @property

@@ -13,10 +13,12 @@ from torch import Tensor
 from hooklens.alignment.basis import Basis
 from hooklens.alignment.das.result import BASES, read_bases
 from hooklens.alignment.errors import AlignmentError
+from hooklens.display import Listing, Picture, Summary
 from hooklens.optional import import_package
 from hooklens.patching.results.file import TEXT, WHOLE_NUMBER, Expectation, Expected, ResultFile, is_list
 from hooklens.patching.results.over_pairs import Compute, OverPairs
 from hooklens.viz.charts import Backend, draw_heatmaps
+from hooklens.viz.excerpt import strongest, thumbnail
 
 if TYPE_CHECKING:
     import pandas
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 CellBases = dict[tuple[int, int], Mapping[str, Basis]]
 """By layer and position, bases by variable."""
 
-_SHOWN = 8
+_SHOWN = 100
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -60,21 +62,43 @@ class AlignmentTable(OverPairs):
         for name in ("bases", "controls"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
-    def __repr__(self) -> str:
-        lines = [
-            f"AlignmentTable({self.method} of {', '.join(map(repr, self.variables))} at {self.site!r}: "
-            f"{len(self.layers)} layers, {len(self.positions)} positions, {self.margins.shape[-1]} held-out rows; "
-            f"accuracy without an interchange {self.unpatched_accuracy:.3f}"
-        ]
-        best = self.accuracy.nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)[:_SHOWN]
-        for cell in best.tolist():
-            at, place = divmod(cell, len(self.positions))
-            others = [f"{name} {float(one.accuracy[at, place]):.3f}" for name, one in self.controls.items()]
-            beside = f" ({', '.join(others)})" if others else ""
-            lines.append(
-                f"  layer {self.layers[at]}, pos {self.positions[place]}: {float(self.accuracy[at, place]):.3f}{beside}"
-            )
-        return "\n".join(lines) + ")"
+    def _summary(self) -> Summary:
+        places = strongest(self.accuracy.nan_to_num(-1.0), _SHOWN, base=-1.0)
+        cells = [divmod(place, len(self.positions)) for place in places]
+        tables = {"accuracy": self, **self.controls}
+        accuracies = [one.accuracy for one in tables.values()]
+        return Summary(
+            title=f"AlignmentTable: {self.method} of {', '.join(map(repr, self.variables))} at {self.site!r}",
+            facts={
+                "cells": f"{len(self.layers)} layers x {len(self.positions)} positions",
+                "held-out rows": f"{self.margins.shape[-1]:,}",
+                "accuracy without an interchange": f"{self.unpatched_accuracy:.3f}",
+            },
+            listing=Listing(
+                columns=("layer", "pos", *tables),
+                rows=[
+                    (
+                        str(self.layers[at]),
+                        str(self.positions[place]),
+                        *(float(found[at, place]) for found in accuracies),
+                    )
+                    for at, place in cells
+                ],
+                what="cells",
+                caption="cells with the largest interchange accuracy, and the controls' there",
+                n_rows=self.accuracy.numel(),
+            ),
+            pages=[self._draw_small],
+        )
+
+    def _draw_small(self) -> Picture:
+        return thumbnail(
+            self.accuracy[None],
+            rows=("layer", self.layers),
+            columns=("pos", self.positions),
+            title="interchange accuracy",
+            scale="amount",
+        )
 
     @property
     def accuracy(self) -> Float[Tensor, "layer pos"]:

@@ -1,12 +1,12 @@
 """The forms of a report: lines of text, and a page of HTML.
 
-The page has no colours of its own but two for bars, which show on light and on dark ground, so it stands in a notebook
-as in a file.
+The page is made of the blocks of `hooklens.display`, so it stands in a notebook as in a file, in light and in dark.
 """
 
-import html
 import math
 from typing import TYPE_CHECKING, Any
+
+from hooklens.display import Child, Element, code, document, element, fragment, heading, note, paragraph
 
 if TYPE_CHECKING:
     import pandas
@@ -14,31 +14,13 @@ if TYPE_CHECKING:
     from hooklens.analysis.first_report.page import Finding, Report
 
 _PROMPT = ">>> "
-_STYLE = """
-.hooklens-report{font-family:system-ui,sans-serif;font-size:14px;line-height:1.45;max-width:60em;color:inherit}
-.hooklens-report h2{font-size:1.25em;margin:.4em 0}
-.hooklens-report h3{font-size:1.05em;margin:1.4em 0 .3em}
-.hooklens-report p{margin:.25em 0}
-.hooklens-report .found{font-weight:600}
-.hooklens-report pre{font-size:12px;margin:.5em 0;padding:.5em .7em;overflow-x:auto;background:rgba(127,127,127,.13);
-color:inherit;border-radius:4px}
-.hooklens-report .scroll{overflow-x:auto}
-.hooklens-report table{border-collapse:collapse;font-size:13px;margin:.5em 0;background:none;color:inherit}
-.hooklens-report th,.hooklens-report td{text-align:left;padding:.15em .9em .15em 0;white-space:nowrap;background:none;
-color:inherit;border:none}
-.hooklens-report th{font-weight:600;border-bottom:1px solid rgba(127,127,127,.5)}
-.hooklens-report th.number,.hooklens-report td.number{text-align:right;font-variant-numeric:tabular-nums}
-.hooklens-report td.bar{width:12em;min-width:8em}
-.hooklens-report .track{position:relative;display:block;height:.8em;width:100%}
-.hooklens-report .fill{position:absolute;top:0;bottom:0;border-radius:2px}
-.hooklens-report .for{background:#3b82c4}
-.hooklens-report .against{background:#d9733a}
-.hooklens-report .out{opacity:.75}
-""".strip()
-_HEAD = (
-    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-    '<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
-    "<style>:root{{color-scheme:light dark}}body{{margin:2em auto;padding:0 1em;max-width:64em}}</style></head>\n"
+_STYLE = (
+    ".hooklens .hl-found{font-weight:600}"
+    ".hooklens .hl-part{margin-top:1.4em}"
+    ".hooklens table.hl td.hl-bar{width:12em;min-width:8em}"
+    ".hooklens .hl-track{position:relative;display:block;height:.8em;width:100%}"
+    ".hooklens .hl-fill{position:absolute;top:0;bottom:0;border-radius:2px;background:var(--hl-for)}"
+    ".hooklens .hl-fill.hl-left{background:var(--hl-against)}"
 )
 
 
@@ -73,33 +55,34 @@ def _draw_lines(table: "pandas.DataFrame") -> list[str]:
 
 def draw_document(report: "Report") -> str:
     """A whole HTML document."""
-    title = html.escape(report.headline)
-    return f"{_HEAD.format(title=title)}<body>{draw_page(report)}</body></html>\n"
+    return document(report.headline, draw_page(report))
 
 
 def draw_page(report: "Report") -> str:
     """The page, as a part of a document."""
-    parts = [
-        f'<div class="hooklens-report"><style>{_STYLE}</style>',
-        f"<h2>{html.escape(report.headline)}</h2><p>{html.escape(report.asked)}</p>",
-        _draw_code("\n".join(report.setup)),
-        *map(_draw_finding, report.findings),
-    ]
-    parts += [f'<p class="out">Left out: {html.escape(name)}: {html.escape(why)}</p>' for name, why in report.skipped]
-    return "\n".join([*parts, "</div>"])
+    return fragment(
+        element("h3", report.headline, style="font-size:1.25em"),
+        paragraph(report.asked),
+        code("\n".join(report.setup)),
+        map(_draw_finding, report.findings),
+        (note(f"Left out: {name}: {why}") for name, why in report.skipped),
+        label=report.headline,
+        style=_STYLE,
+    )
 
 
-def _draw_finding(finding: "Finding") -> str:
-    sentences = "".join(f'<p class="found">{html.escape(sentence)}</p>' for sentence in finding.sentences)
-    table = _draw_table(finding.shown, finding.bars)
-    return f"<h3>{html.escape(finding.title)}</h3>{sentences}{table}{_draw_code(finding.code)}"
+def _draw_finding(finding: "Finding") -> Element:
+    return element(
+        "div",
+        heading(finding.title),
+        (element("p", sentence, class_="hl-found") for sentence in finding.sentences),
+        _draw_table(finding.shown, finding.bars, finding.title),
+        code(finding.code),
+        class_="hl-part",
+    )
 
 
-def _draw_code(code: str) -> str:
-    return f"<pre>{html.escape(code)}</pre>"
-
-
-def _draw_table(table: "pandas.DataFrame", bars: tuple[str, ...]) -> str:
+def _draw_table(table: "pandas.DataFrame", bars: tuple[str, ...], caption: str) -> Element:
     """A table; behind each number of some columns stands a bar, to the left of the middle for negative ones.
 
     All bars of a table are on one scale.
@@ -108,31 +91,39 @@ def _draw_table(table: "pandas.DataFrame", bars: tuple[str, ...]) -> str:
     numbers = [float(cell) for name in bars for cell in table[name]]
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0) or 1.0
     signed = any(number < 0 for number in numbers)
-    kinds = [' class="number"' if _holds_numbers(table[column]) else "" for column in table.columns]
-    head = "".join(
-        f"<th{kind}>{html.escape(name)}</th>" + ("<th></th>" if name in bars else "")
+    kinds = ["hl-number" if _holds_numbers(table[column]) else None for column in table.columns]
+    head: list[Child] = [
+        [element("th", name, scope="col", class_=kind), element("th") if name in bars else None]
         for name, kind in zip(columns, kinds, strict=True)
-    )
+    ]
     rows = []
     for row in table.itertuples(index=False, name=None):
-        cells = []
+        cells: list[Child] = []
         for name, kind, cell in zip(columns, kinds, row, strict=True):
-            cells.append(f"<td{kind}>{html.escape(format_cell(cell))}</td>")
+            cells.append(element("td", format_cell(cell), class_=kind))
             if name in bars:
                 cells.append(_draw_bar(float(cell) / largest, signed=signed))
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+        rows.append(element("tr", cells))
+    made = element(
+        "table",
+        element("caption", caption, class_="hl-out"),
+        element("thead", element("tr", head)),
+        element("tbody", rows),
+        class_="hl",
+    )
+    return element("div", made, class_="hl-scroll")
 
 
 def _holds_numbers(column: Any) -> bool:
     return all(isinstance(cell, int | float) for cell in column.tolist())
 
 
-def _draw_bar(share: float, *, signed: bool) -> str:
+def _draw_bar(share: float, *, signed: bool) -> Element:
     width = (50 if signed else 100) * min(1.0, abs(share)) if math.isfinite(share) else 0.0
     left = (50 - width if share < 0 else 50) if signed else 0
-    side = "against" if share < 0 else "for"
-    return (
-        f'<td class="bar"><span class="track"><span class="fill {side}" '
-        f'style="left:{left:.1f}%;width:{width:.1f}%"></span></span></td>'
+    fill = element(
+        "span",
+        class_="hl-fill hl-left" if share < 0 else "hl-fill",
+        style=f"left:{left:.1f}%;width:{width:.1f}%",
     )
+    return element("td", element("span", fill, class_="hl-track"), class_="hl-bar")

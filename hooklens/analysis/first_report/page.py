@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hooklens.analysis.first_report.drawing import draw_document, draw_page, draw_text
 from hooklens.arguments import read_path, reads
+from hooklens.display import MOST_COLUMNS, clip, flatten, shorten
 from hooklens.errors import CheckpointError, InputError
 from hooklens.files import replace_file
 from hooklens.optional import import_package
@@ -87,7 +88,8 @@ class Report:
     def __repr__(self) -> str:
         """The sentences, and what was left out."""
         lines = [self.headline, *(sentence for one in self.findings for sentence in one.sentences)]
-        return "\n".join([*lines, *(f"left out: {name}" for name, _ in self.skipped)])
+        lines += [f"left out: {name}" for name, _ in self.skipped]
+        return shorten([clip(flatten(line), MOST_COLUMNS) for line in lines], more="print(report) has all")
 
     def _repr_html_(self) -> str:
         """The page for a notebook, in the notebook's colours."""

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, require
 from hooklens.config import HookedConfig
+from hooklens.display import Displayed, Listing, Picture, Summary
 from hooklens.errors import InputError, join_names
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge, Graph, inputs_of, split_writer
+from hooklens.viz.excerpt import thumbnail
 
 if TYPE_CHECKING:
     import pandas
 
-_SHOWN = 10
+_SHOWN = 100
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class ScoredEdges:
+class ScoredEdges(Displayed):
     """Scores of edges: those of a file, of a learned mask, of chance, or of `edge_attribution` (`EdgeScores.edges`).
 
     Attributes:
@@ -120,10 +122,32 @@ class ScoredEdges:
             )
         return float(self.scores[self.writers.index(writer), self.readers.index(reader)])
 
-    def __repr__(self) -> str:
-        lines = [f"ScoredEdges({self.n_edges} edges, {int((self.scores != 0).sum())} with a score other than 0)"]
-        lines += [f"  {writer} -> {reader}: {self[writer, reader]:.4g}" for writer, reader in self.top(_SHOWN)]
-        return "\n".join(lines)
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"ScoredEdges({self.n_edges} edges, {int((self.scores != 0).sum())} with a score other than 0)",
+            listing=self.listing(),
+            pages=[self._draw_small],
+        )
+
+    def listing(self) -> Listing:
+        """The edges with the largest scores, for a display."""
+        return Listing(
+            columns=("writer", "reader", "score"),
+            rows=[(*edge, self[edge]) for edge in self.top(_SHOWN)],
+            what="edges",
+            caption="edges with the largest scores",
+            n_rows=self.n_edges,
+            more="scores.by_edge() has all",
+        )
+
+    def _draw_small(self) -> Picture:
+        return thumbnail(
+            self.scores.masked_fill(~self.exists, torch.nan)[None],
+            rows=("writer", self.writers),
+            columns=("reader", self.readers),
+            title="scores of edges",
+            more="scores.by_edge() has all",
+        )
 
     def strength(self, *, signed: bool) -> Float[Tensor, "writer reader"]:
         """What edges are ordered by: scores or their absolute values, minus infinity where there is no edge."""

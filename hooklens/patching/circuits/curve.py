@@ -11,7 +11,7 @@ the behaviour to any edges, and a high number says nothing of the scores.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_one_of, read_seed
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Summary
 from hooklens.errors import CheckpointError, HookLensError, InputError
 from hooklens.hooks.edits import Edit
 from hooklens.patching.choices.chance import random_circuits
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 _RANDOM = "random "
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FaithfulnessCurve:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class FaithfulnessCurve(Displayed):
     """Circuits of growing size, and how faithful they are.
 
     Attributes:
@@ -62,6 +63,18 @@ class FaithfulnessCurve:
 
     result: CircuitResult
     random: CircuitResult | None = None
+
+    def _summary(self) -> Summary:
+        of_circuits = self.result._summary()
+        n_draws = 0 if self.random is None else len(self.random.labels) // max(1, len(self.circuits))
+        return replace(
+            of_circuits,
+            title=(
+                f"FaithfulnessCurve: {self.result.metric} of {len(self.circuits)} circuits, {self.result.ablation} "
+                "ablation"
+            ),
+            facts={**of_circuits.facts, "drawn at random": f"{n_draws} of each size" if n_draws else None},
+        )
 
     @property
     def circuits(self) -> tuple[Circuit, ...]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from hooklens.display import Displayed, Summary, format_number
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.graph.circuit import Circuit
@@ -57,8 +58,8 @@ class DiscoveryStats:
     naive_tokens: int
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Discovery:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Discovery(Displayed):
     """A circuit found by `discover_circuit`.
 
     Attributes:
@@ -76,6 +77,23 @@ class Discovery:
     threshold: float
     metric: str
     stats: DiscoveryStats
+
+    def _summary(self) -> Summary:
+        stats = self.stats
+        n_removed = sum(one.verdict == "removed" for one in self.decisions)
+        return Summary(
+            title=f"Discovery: {len(self.circuit):,} of {stats.edges:,} edges, {self.metric}",
+            facts={
+                "damage": format_number(self.damage),
+                "threshold": f"{format_number(self.threshold)} more damage for each edge removed",
+                "decided": f"{stats.decided:,} edges: {n_removed:,} removed, {stats.unreachable:,} unreachable"
+                + (f"; {stats.edges - stats.decided:,} were not come to" if stats.decided < stats.edges else ""),
+                "took": f"{stats.circuits_run:,} circuits, {stats.forwards:,} forwards; one by one "
+                f"{stats.naive_forwards:,}",
+            },
+            listing=self.circuit.edge_listing(),
+            notes=["trace has what became of each edge"],
+        )
 
     @property
     def trace(self) -> "pandas.DataFrame":

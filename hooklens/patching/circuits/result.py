@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.arguments import read_one_of
+from hooklens.display import Listing, Summary, format_number
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
@@ -34,8 +35,10 @@ from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
 if TYPE_CHECKING:
     import pandas
 
+_SHOWN = 100
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AblationResult(OverPairs):
     """Values of a metric for circuits of whatever kind, all that they do not hold ablated.
 
@@ -187,6 +190,39 @@ class AblationResult(OverPairs):
         columns |= {name: found.tolist() for name, found in more.items()}
         return columns
 
+    def _summary(self) -> Summary:
+        n_circuits, n_pairs = self.per_pair.shape
+        values = {"value": self.values, "standard_error": self.standard_errors}
+        if self.full != self.empty:
+            values["faithfulness_hanna"] = self.faithfulness_hanna
+        values["faithfulness_wang"] = self.faithfulness_wang
+        names, sizes = self._sizes()
+        columns = [found[:_SHOWN].tolist() for found in values.values()]
+        return Summary(
+            title=(
+                f"{type(self).__name__}: {self.metric} of {_count(n_circuits, 'circuit')} on "
+                f"{_count(n_pairs, 'pair')}, {self.ablation} ablation"
+            ),
+            facts={
+                "whole network": format_number(self.full),
+                "all ablated": format_number(self.empty),
+                "took": f"{self.stats.forwards:,} forwards and {format_number(self.stats.tokens)} tokens",
+            },
+            listing=Listing(
+                columns=("circuit", *names, *values),
+                rows=[
+                    (str(label), *sizes[row], *(column[row] for column in columns))
+                    for row, label in enumerate(self.labels[:_SHOWN])
+                ],
+                what="circuits",
+                n_rows=n_circuits,
+            ),
+        )
+
+    def _sizes(self) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+        """What tells how large circuits are: names of columns, and a row for each circuit."""
+        return (), [()] * len(self.labels)
+
     def plot(self, *, backend: Backend = "plotly", title: str | None = None, mark: Mark | None = None) -> Any:
         """`faithfulness_hanna` of each circuit as a row of colours.
 
@@ -213,7 +249,7 @@ class AblationResult(OverPairs):
         return draw_heatmaps(values, ("", [""]), columns, [""], backend=backend, title=heading, marks=marks)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class CircuitResult(AblationResult):
     """Values of a metric for circuits, everything outside them ablated.
 
@@ -245,6 +281,9 @@ class CircuitResult(AblationResult):
         }
         table: pandas.DataFrame = import_package("pandas").DataFrame(columns | self._columns(statistics))
         return table
+
+    def _sizes(self) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+        return ("edges", "heads"), [(len(one), len(one.heads())) for one in self.circuits[:_SHOWN]]
 
     def take(self, rows: Sequence[int], *, labels: Iterable[int | str] | None = None) -> "CircuitResult":
         """Some of the circuits, in an order, with labels of their own or those that they have; `stats` stay."""
@@ -319,6 +358,10 @@ _FILE = ResultFile(
         "stats": expect_numbers_of(SweepStats),
     },
 )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _is_edge(found: Any) -> bool:

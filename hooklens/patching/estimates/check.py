@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_int, show
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 TRUSTED = 0.9
 """The correlation below which a check warns."""
 
+_SHOWN = 100
 # Of two effects this much smaller than the largest, the sign is noise.
 _SMALL = 0.01
 
@@ -58,8 +60,8 @@ class Bound(NamedTuple):
     confidence: float
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EstimateCheck:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class EstimateCheck(Displayed):
     """Estimated and exact effects of some cells.
 
     Attributes:
@@ -151,8 +153,33 @@ class EstimateCheck:
             text += f"; at most {bound.n_cells} others above {bound.effect:.3g} ({bound.confidence:.0%} confidence)"
         return text
 
-    def __repr__(self) -> str:
-        return f"<EstimateCheck of {self.method}: {self.summary}>"
+    def _summary(self) -> Summary:
+        order = self.exact.abs().nan_to_num(-1.0).argsort(descending=True, stable=True)[:_SHOWN].tolist()
+        named = [
+            key
+            for key in (self.cells[0] if self.cells else ())
+            if any(cell.get(key) is not None for cell in self.cells)
+        ]
+        rows = [
+            (
+                *("" if self.cells[row].get(key) is None else str(self.cells[row][key]) for key in named),
+                float(self.estimated[row]),
+                float(self.exact[row]),
+                "top" if self.is_top[row] else "random",
+            )
+            for row in order
+        ]
+        return Summary(
+            title=f"EstimateCheck of {self.method}",
+            facts={"found": self.summary},
+            listing=Listing(
+                columns=(*named, "estimated", "exact", "why"),
+                rows=rows,
+                what="cells",
+                caption="cells with the largest exact effects",
+                n_rows=len(self.cells),
+            ),
+        )
 
     def _counts(self) -> Bool[Tensor, " cell"]:
         """The cells whose sign means something."""

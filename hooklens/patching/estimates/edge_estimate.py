@@ -67,19 +67,10 @@ class EdgeAttributionResult(EdgeScores):
     def _heading(self) -> str:
         return super()._heading() if self.checked is None else f"{super()._heading()}<br>{self.checked.summary}"
 
-    def __repr__(self) -> str:
-        n_edges, n_pairs = int(self.exists.sum()), self.clean_per_pair.numel()
+    def _more_facts(self) -> dict[str, str]:
         known = "not checked: .check(k) patches the strongest edges one by one"
         if self.checked is not None:
             known = self.checked.summary
         elif self.method == "exact":
             known = "exact"
-        strongest = self.to_dataframe().head(5).to_string(index=False).splitlines()
-        return "\n".join(
-            [
-                f"EdgeAttributionResult: {self.metric}, {self.direction}, by {self.method}, rules {self.rules}",
-                f"  {n_edges} edges, {n_pairs} pairs; clean {self.clean:.4g}, corrupted {self.corrupted:.4g}",
-                f"  {known}",
-                *(f"  {line}" for line in strongest),
-            ]
-        )
+        return {"known": known}

@@ -91,18 +91,8 @@ class AttributionResult(SweepResult):
             "not checked: .check(k) runs the strongest cells exactly" if self.checked is None else self.checked.summary
         )
 
-    def __repr__(self) -> str:
-        sizes = " x ".join(f"{len(labels)} {name}" for name, labels in self.axes.items())
-        strongest = self.top(min(5, len(self.cells))).to_string(index=False).splitlines()
-        return "\n".join(
-            [
-                f"AttributionResult: {self.metric}, {self.direction}, estimated by {self._how}",
-                f"  {sizes or 'one cell'}, {self.per_pair.shape[-1]} pairs; clean {self.clean:.4g}, corrupted "
-                f"{self.corrupted:.4g}",
-                f"  {self._checked_line}",
-                *(f"  {line}" for line in strongest),
-            ]
-        )
+    def _more_facts(self) -> dict[str, str]:
+        return {"estimated": f"by {self._how}", "known": self._checked_line}
 
     def save(self, path: str | Path) -> None:
         """Write the estimate to a safetensors file, whole or not at all; without what a check has found.

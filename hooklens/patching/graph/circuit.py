@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.config import HookedConfig
+from hooklens.display import MOST_COLUMNS, Displayed, Listing, Summary
 from hooklens.errors import CheckpointError, join_names
 from hooklens.files import replace_file
 from hooklens.optional import import_package
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 
 _FORMAT = "hooklens.patching.circuit-1"
 _SHOWN = 6
+_MOST_HEADS, _MOST_EDGES = 40, 200
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Circuit:
+class Circuit(Displayed):
     """A set of edges.
 
     Circuits are compared, united (`|`), cut (`&`), subtracted (`-`) and tested for being part of another (`<=`)
@@ -122,10 +124,34 @@ class Circuit:
         return self._members <= other._members
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{writer} -> {reader}" for writer, reader in self.edges[-_SHOWN:][::-1])
-        left_out = len(self) - _SHOWN
-        more = f", and {left_out} more" if left_out > 0 else ""
-        return f"Circuit({len(self)} edges{': ' if shown else ''}{shown}{more})"
+        """As many of the edges next to the logits as stand in a line."""
+        for n_shown in range(min(_SHOWN, len(self)), -1, -1):
+            shown = ", ".join(f"{writer} -> {reader}" for writer, reader in self.edges[::-1][:n_shown])
+            more = f", and {len(self) - n_shown} more" if len(self) > n_shown > 0 else ""
+            text = f"Circuit({len(self)} edges{': ' if shown else ''}{shown}{more})"
+            if len(text) <= MOST_COLUMNS:
+                break
+        return text
+
+    def _summary(self) -> Summary:
+        heads = self.heads()
+        return Summary(
+            title=f"Circuit of {len(self):,} edges",
+            facts={
+                "nodes": f"{len(self.nodes()):,}, {len(heads):,} of them heads",
+                "heads": ", ".join(heads[:_MOST_HEADS]) + (", ..." if len(heads) > _MOST_HEADS else "") or None,
+            },
+            listing=self.edge_listing(),
+        )
+
+    def edge_listing(self) -> Listing:
+        """The edges for a display, those next to the logits first."""
+        return Listing(
+            columns=("writer", "reader"),
+            rows=self.edges[: -_MOST_EDGES - 1 : -1],
+            what="edges",
+            n_rows=len(self),
+        )
 
     def with_edges(self, edges: Iterable[Edge]) -> "Circuit":
         """The circuit with some edges added."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooklens.arguments import read_flag, read_int, read_seed, reads, require
+from hooklens.display import Displayed, Listing, Picture, Summary
 from hooklens.optional import import_package
 from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge
@@ -17,13 +18,16 @@ from hooklens.patching.known.circuit import KnownCircuit
 from hooklens.patching.known.exchange import Exchange
 from hooklens.progress import progress_bar
 from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
+from hooklens.viz.excerpt import thumbnail
 
 if TYPE_CHECKING:
     import pandas
 
+_SHOWN = 100
+
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class KnownCheck:
+class KnownCheck(Displayed):
     """What was found about a known circuit, all as shares of pairs.
 
     Attributes:
@@ -57,15 +61,25 @@ class KnownCheck:
         """The largest share of answers that an edge outside the circuit changes; 0 where there is none."""
         return max((share for edge, share in self.changed.items() if edge not in self.circuit), default=0.0)
 
-    def __repr__(self) -> str:
-        variables = ", ".join(f"{name} {share:.3f}" for name, share in list(self.interchange.items())[:8])
-        return (
-            f"KnownCheck({self.name!r} on {self.n_pairs} pairs: accuracy {self.accuracy:.3f}\n"
-            f"  interchange accuracy: {variables}\n"
-            f"  answers that stay with all {len(self.changed) - len(self.circuit)} other edges exchanged: "
-            f"{self.strictness:.3f}\n"
-            f"  answers that an edge changes: at least {self.least_inside:.3f} in the circuit, at most "
-            f"{self.most_outside:.3f} outside)"
+    def _summary(self) -> Summary:
+        ranked = sorted(self.changed.items(), key=lambda item: (item[0] not in self.circuit, -item[1]))
+        return Summary(
+            title=f"KnownCheck of {self.name!r} on {self.n_pairs:,} pairs",
+            facts={
+                "accuracy": f"{self.accuracy:.3f}",
+                "interchange accuracy": ", ".join(f"{name} {share:.3f}" for name, share in self.interchange.items()),
+                "strictness": f"{self.strictness:.3f} of answers stay with all "
+                f"{len(self.changed) - len(self.circuit):,} other edges exchanged",
+                "answers that an edge changes": f"at least {self.least_inside:.3f} in the circuit, at most "
+                f"{self.most_outside:.3f} outside",
+            },
+            listing=Listing(
+                columns=("writer", "reader", "in circuit", "changed"),
+                rows=[(*edge, edge in self.circuit, float(share)) for edge, share in ranked[:_SHOWN]],
+                what="edges",
+                n_rows=len(ranked),
+            ),
+            pages=[self._draw_small],
         )
 
     def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:
@@ -82,15 +96,30 @@ class KnownCheck:
             MissingDependencyError: the package is not installed.
             HookLensError: an unknown backend.
         """
+        writers, readers, shares, marks = self._table()
+        heading = f"{self.name}: answers changed by one edge; {CROSS}: in the circuit" if title is None else title
+        rows, columns = ("writer", writers), ("reader", readers)
+        return draw_heatmaps(shares, rows, columns, [""], backend=backend, title=heading, marks=marks)
+
+    def _draw_small(self) -> Picture:
+        writers, readers, shares, _ = self._table()
+        return thumbnail(
+            shares,
+            rows=("writer", writers),
+            columns=("reader", readers),
+            title=f"{self.name}: answers changed by one edge",
+            scale="amount",
+        )
+
+    def _table(self) -> tuple[list[str], list[str], Tensor, Tensor]:
+        """Writers, readers, the shares `[1 writer reader]`, NaN where there is no edge, and which are the circuit's."""
         writers, readers = (list(dict.fromkeys(edge[side] for edge in self.changed)) for side in (0, 1))
         shares = torch.full((1, len(writers), len(readers)), torch.nan, dtype=torch.float64)
         marks = torch.zeros(shares.shape, dtype=torch.bool)
         for edge, share in self.changed.items():
             place = 0, writers.index(edge[0]), readers.index(edge[1])
             shares[place], marks[place] = share, edge in self.circuit
-        heading = f"{self.name}: answers changed by one edge; {CROSS}: in the circuit" if title is None else title
-        rows, columns = ("writer", writers), ("reader", readers)
-        return draw_heatmaps(shares, rows, columns, [""], backend=backend, title=heading, marks=marks)
+        return writers, readers, shares, marks
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per edge: writer, reader, whether the circuit has it, the share of answers that it changes."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed, read_tensor, require, show
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Summary
 from hooklens.errors import InputError, suggest_names
 from hooklens.hooks.choice import Choice
 from hooklens.patching.errors import SiteError
@@ -64,7 +65,7 @@ class KnownVariable:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class KnownCircuit:
+class KnownCircuit(Displayed):
     """A model, and the circuit by which it answers.
 
     Attributes:
@@ -96,15 +97,16 @@ class KnownCircuit:
             raise SiteError(f"known circuit {self.name!r}: {'; '.join(problems)}")
         object.__setattr__(self, "variables", MappingProxyType(dict(self.variables)))
 
-    def __repr__(self) -> str:
-        lines = [
-            f"KnownCircuit({self.name!r}: {len(self.circuit)} of {len(Circuit.full(self.model.cfg))} edges",
-            *(f"  {writer} -> {reader}" for writer, reader in self.circuit.edges[:_SHOWN]),
-        ]
-        if len(self.circuit) > _SHOWN:
-            lines.append(f"  ... and {len(self.circuit) - _SHOWN} more")
-        lines += [f"  variable {one.name!r}: {_describe(one)}" for one in list(self.variables.values())[:_SHOWN]]
-        return "\n".join(lines) + ")"
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"KnownCircuit {self.name!r}: {len(self.circuit)} of {len(Circuit.full(self.model.cfg))} edges",
+            facts={
+                "metric": self.metric.name,
+                **{f"variable {one.name!r}": _describe(one) for one in list(self.variables.values())[:_SHOWN]},
+                "other variables": f"{len(self.variables) - _SHOWN}" if len(self.variables) > _SHOWN else None,
+            },
+            listing=self.circuit.edge_listing(),
+        )
 
     def pairs(self, n: int, *, seed: int = 0) -> list[Pair]:
         """Pairs of prompts with different answers; the corrupted prompt's is the clean one's wrong answer.

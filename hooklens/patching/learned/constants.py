@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.display import Displayed, Listing, Summary, format_shape, merge_layers
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
@@ -36,7 +37,7 @@ _ENDS = ("zero", "mean", "resample", "optimal")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class OptimalAblation(Mapping[str, Tensor]):
+class OptimalAblation(Displayed, Mapping[str, Tensor]):
     """Constants by hook name, which `ablation=` takes wherever it takes tensors by hook name.
 
     Attributes:
@@ -67,12 +68,24 @@ class OptimalAblation(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.outputs)
 
-    def __repr__(self) -> str:
-        listed = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
+    def _summary(self) -> Summary:
         where = "each position" if self.each_position else "all positions alike"
-        return (
-            f"OptimalAblation(constants at {len(self)} hook points, {where}, for a circuit of {len(self.circuit)} "
-            f"edges)\n  loss ({self.metric}): {listed}"
+        kinds = merge_layers((name, format_shape(tensor.shape)) for name, tensor in self.outputs.items())
+        return Summary(
+            title=(
+                f"OptimalAblation(constants at {len(self)} hook points, {where}, for a circuit of {len(self.circuit)} "
+                "edges)"
+            ),
+            facts={
+                f"loss ({self.metric})": ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items()),
+                "steps": f"{len(self.history):,}",
+            },
+            listing=Listing(
+                columns=("hook point", "shape"),
+                rows=[(name, shape) for name, shape, _ in kinds],
+                what="kinds of hook points",
+                more="it is a mapping from hook name to tensor",
+            ),
         )
 
     @property

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_int
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.circuits.result import CircuitResult
@@ -38,7 +39,7 @@ _SHOWN_STEPS = 25
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class LearnedCircuit:
+class LearnedCircuit(Displayed):
     """Gates on all edges of a network, trained to keep its behaviour with few of them open.
 
     Attributes:
@@ -75,22 +76,27 @@ class LearnedCircuit:
     method: str
     stats: SweepStats
 
-    def __repr__(self) -> str:
-        n_gates = self.n_gates
-        lines = [
-            f"LearnedCircuit({self.size} of {n_gates} {self.level}s, by {self.method}, {self.ablation} ablation, "
-            f"{len(self.losses)} steps)"
-        ]
-        if len(self.losses):
-            lines.append(f"  loss {float(self.losses[-1]):.4f} of the ablated run's, {float(self.sizes[-1]):.1f} open")
+    def _summary(self) -> Summary:
+        rows = []
         for name, which in (("trained on", ~self.held_out_pairs), ("held out", self.held_out_pairs)):
-            found = self.values[:, which].mean(-1).tolist() if bool(which.any()) else []
-            if found:
-                lines.append(
-                    f"  {name}: {self.metric} {found[0]:.4f} (network {found[1]:.4f}, ablated {found[2]:.4f}), "
-                    f"{int(which.sum())} pairs"
-                )
-        return "\n".join(lines)
+            if bool(which.any()):
+                rows.append((name, int(which.sum()), *self.values[:, which].mean(-1).tolist()))
+        last = None
+        if len(self.losses):
+            last = f"{float(self.losses[-1]):.4f} of the ablated run's, {float(self.sizes[-1]):.1f} {self.level}s open"
+        return Summary(
+            title=(
+                f"LearnedCircuit({self.size} of {self.n_gates} {self.level}s, by {self.method}, {self.ablation} "
+                f"ablation, {len(self.losses)} steps)"
+            ),
+            facts={"metric": self.metric, "loss": last, "took": f"{self.stats.forwards:,} forwards"},
+            listing=Listing(
+                columns=("pairs", "number", "circuit", "network", "all ablated"),
+                rows=rows,
+                what="parts of the pairs",
+                caption=f"{self.metric} of the circuit, of the network, and with everything ablated",
+            ),
+        )
 
     @property
     def n_gates(self) -> int:

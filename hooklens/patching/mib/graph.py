@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hooklens.arguments import require, show
 from hooklens.config import HookedConfig
+from hooklens.display import Displayed, Summary
 from hooklens.errors import CheckpointError, InputError, join_names
 from hooklens.files import replace_file
 from hooklens.patching.choices.scored import ScoredEdges
@@ -38,7 +39,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class ScoredGraph:
+class ScoredGraph(Displayed):
     """What a file of MIB's holds: scores of edges, and of nodes and their outputs' entries where there are any.
 
     Attributes:
@@ -70,11 +71,15 @@ class ScoredGraph:
                     f"{len(self.edges.writers)} writers"
                 )
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         parts = [f"{self.edges.n_edges} edges, {len(self.circuit)} in the circuit"]
         parts += ["scores of nodes"] if self.node_scores is not None else []
         parts += ["scores of neurons"] if self.neuron_scores is not None else []
-        return f"ScoredGraph({', '.join(parts)})"
+        return Summary(
+            title=f"ScoredGraph({', '.join(parts)})",
+            facts={"weighted edges": f"{self.weighted_edge_count:,.1f}"},
+            listing=self.edges.listing(),
+        )
 
     @property
     def weighted_edge_count(self) -> float:

@@ -13,14 +13,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary, sequential, visible
 from hooklens.errors import InputError, suggest_names
 from hooklens.patching.pairs.answers import Token, list_answers
 
 Fields = Mapping[str, str]
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
+@dataclass(frozen=True, eq=False, repr=False)
+class Pair(Displayed):
     """A clean and a corrupted prompt of as many tokens.
 
     Attributes:
@@ -61,6 +62,28 @@ class Pair:
         for name in ("answer", "wrong"):
             if getattr(self, name) is not None:
                 list_answers([getattr(self, name)], what=f"Pair: {name}")
+
+    def _summary(self) -> Summary:
+        differs = [one != other for one, other in zip(self.clean_tokens, self.corrupted_tokens, strict=True)]
+        field_at = {pos: name for name, span in self.spans.items() for pos in span}
+        rows = []
+        for pos, differ in enumerate(differs):
+            shown = (visible(self.clean_tokens[pos]), visible(self.corrupted_tokens[pos]))
+            rows.append((str(pos), *shown, "differs" if differ else "", *([field_at.get(pos, "")] * bool(field_at))))
+        return Summary(
+            title=f"Pair of {len(self.clean):,} tokens, {sum(differs)} of which differ",
+            facts={
+                "answer": None if self.answer is None else _say_answer(self.answer),
+                "wrong": None if self.wrong is None else _say_answer(self.wrong),
+            },
+            listing=Listing(
+                columns=("pos", "clean", "corrupted", "", "field") if field_at else ("pos", "clean", "corrupted", ""),
+                rows=rows,
+                what="positions",
+                more="clean_tokens and corrupted_tokens have all",
+                styles={(pos, column): sequential(0.25) for pos, one in enumerate(differs) if one for column in (1, 2)},
+            ),
+        )
 
     @classmethod
     def from_text(
@@ -218,3 +241,8 @@ def _count_tokens(model: HookedCausalLM, text: str, ids: Tensor, name: str) -> i
             "inside the whole prompt); set the field off by spaces"
         )
     return len(begun)
+
+
+def _say_answer(answer: object) -> str:
+    """An answer as it was given; of a tensor its numbers."""
+    return repr(answer.tolist() if isinstance(answer, Tensor) else answer)

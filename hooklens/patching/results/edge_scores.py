@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed
+from hooklens.display import Listing, Picture, Summary, format_number
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.choices.choice import EdgeChoice, read_choice
@@ -31,12 +32,17 @@ from hooklens.patching.results.file import (
 from hooklens.patching.results.moments import Moments
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.viz.charts import CROSS, Backend, draw_heatmaps
+from hooklens.viz.excerpt import strongest, thumbnail
 
 if TYPE_CHECKING:
     import pandas
 
+_SHOWN = 100
+_MOST_AVERAGED = 50_000_000
+"""The most scores that a display averages: more than these take a second."""
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class EdgeScores(OverPairs):
     """The score of every edge, over pairs of prompts.
 
@@ -307,6 +313,46 @@ class EdgeScores(OverPairs):
 
     def _heading(self) -> str:
         return f"{self.metric}: scores of edges ({self.method}, rules {self.rules})"
+
+    def _summary(self) -> Summary:
+        n_pairs, n_scores = self.clean_per_pair.numel(), 0 if self.per_pair is None else self.per_pair.numel()
+        is_large = n_scores > _MOST_AVERAGED
+        n_edges = int(self.exists.sum())
+        return Summary(
+            title=f"{type(self).__name__}: {self.metric}, {self.direction}, by {self.method}, rules {self.rules}",
+            facts={
+                "edges": f"{n_edges:,}, from {len(self.writers)} writers to {len(self.readers)} readers",
+                "pairs": f"{n_pairs:,}" + ("" if self.per_pair is not None else ", of which sums were kept"),
+                "unpatched": f"clean {format_number(self.clean)}, corrupted {format_number(self.corrupted)}",
+                **self._more_facts(),
+                "took": f"{self.forwards:,} forwards and {format_number(self.tokens)} tokens",
+            },
+            listing=None if is_large else self._list_strongest(n_edges),
+            notes=[f"the {n_scores:,} scores are not averaged for this; to_dataframe() has all"] if is_large else [],
+            pages=[] if is_large else [self._draw_small],
+        )
+
+    def _more_facts(self) -> dict[str, str]:
+        """What a kind of result says besides."""
+        return {}
+
+    def _list_strongest(self, n_edges: int) -> Listing:
+        scores = self.scores
+        places = strongest(scores.masked_fill(~self.exists, torch.nan), min(n_edges, _SHOWN))
+        rows = [divmod(place, len(self.readers)) for place in places]
+        found = scores.flatten()[places].tolist()
+        return Listing(
+            columns=("writer", "reader", "score"),
+            rows=[(self.writers[i], self.readers[j], score) for (i, j), score in zip(rows, found, strict=True)],
+            what="edges",
+            caption="edges with the largest scores",
+            n_rows=n_edges,
+        )
+
+    def _draw_small(self) -> Picture:
+        values = self.scores.masked_fill(~self.exists, torch.nan)[None]
+        rows, columns = ("writer", self.writers), ("reader", self.readers)
+        return thumbnail(values, rows=rows, columns=columns, title=self._heading().replace("<br>", "; "))
 
     def save(self, path: str | Path) -> None:
         """Write the scores to a safetensors file, whole or not at all.

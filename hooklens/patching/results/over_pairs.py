@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_one_of
+from hooklens.display import Displayed
 from hooklens.errors import HookLensError
 from hooklens.patching.results.statistics import (
     Alternative,
@@ -28,7 +29,7 @@ LEVEL = 0.05
 """Marks are of this level, 1 in 20."""
 
 
-class OverPairs:
+class OverPairs(Displayed):
     """A result whose values are means over pairs.
 
     Each kind of result says in `_over_pairs` what it holds for each pair, and what a value is compared with: a patch

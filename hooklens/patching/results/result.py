@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.display import Listing, Picture, Summary, format_number
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.results.file import (
@@ -29,9 +30,13 @@ from hooklens.patching.results.file import (
 from hooklens.patching.results.over_pairs import Compute, Mark, OverPairs, Statistic
 from hooklens.patching.results.scale import find_small_differences
 from hooklens.viz.charts import CROSS, Backend, LabelledAxis, draw_heatmaps
+from hooklens.viz.excerpt import strongest, thumbnail
 
 if TYPE_CHECKING:
     import pandas
+
+
+_SHOWN = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class SweepStats:
     unplanned: int = 0
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SweepResult(OverPairs):
     """Values of a metric on a grid of patches.
 
@@ -253,6 +258,56 @@ class SweepResult(OverPairs):
         shape = (len(titles), len(axes[-2][1]), len(axes[-1][1]))
         return values.reshape(shape), axes[-2], axes[-1], titles
 
+    def _summary(self) -> Summary:
+        sizes = " x ".join(f"{len(labels)} {name}" for name, labels in self.axes.items())
+        n_cells, n_pairs = len(self.cells), self.per_pair.shape[-1]
+        n_missing = int(self.per_pair.isnan().any(-1).sum())
+        same = self.clean == self.corrupted
+        return Summary(
+            title=f"{type(self).__name__}: {self.metric}, {self.direction}",
+            facts={
+                "cells": f"{sizes or 'one cell'}, {n_pairs:,} {'pair' if n_pairs == 1 else 'pairs'}"
+                + (f", {n_missing:,} not run" if n_missing else ""),
+                "unpatched": f"clean {format_number(self.clean)}, corrupted {format_number(self.corrupted)}"
+                + ("; there is no scale between them" if same else ""),
+                **self._more_facts(),
+                "took": f"{self.stats.forwards:,} forwards and {format_number(self.stats.tokens)} tokens; one by one "
+                f"{self.stats.naive_forwards:,} and {self.stats.naive_tokens:,}",
+            },
+            listing=self._list_strongest(),
+            pages=[self._draw_small] if n_cells > 1 else [],
+        )
+
+    def _more_facts(self) -> dict[str, str]:
+        """What a kind of result says besides."""
+        return {}
+
+    def _list_strongest(self) -> Listing:
+        """The cells whose value is furthest from that of the run that was patched."""
+        places = strongest(self.values, _SHOWN, base=float(self.base_per_pair.mean()))
+        named = [
+            key
+            for key in (self.cells[0] if self.cells else ())
+            if any(self.cells[place].get(key) is not None for place in places)
+        ]
+        values = {"value": self.values} | ({} if self.clean == self.corrupted else {"normalized": self.normalized})
+        flat = {name: found.detach().flatten()[places].tolist() for name, found in values.items()}
+        rows = [
+            (*(_say(self.cells[place].get(key)) for key in named), *(found[row] for found in flat.values()))
+            for row, place in enumerate(places)
+        ]
+        return Listing(
+            columns=(*named, *values),
+            rows=rows,
+            what="cells",
+            caption="cells with the largest change",
+            n_rows=len(self.cells),
+        )
+
+    def _draw_small(self) -> Picture:
+        values, rows, columns, panels = self._as_panels(self._labels({}))
+        return thumbnail(values, rows=rows, columns=columns, panels=panels, title=self._heading().replace("<br>", "; "))
+
     def save(self, path: str | Path) -> None:
         """Write the result to a safetensors file, whole or not at all.
 
@@ -284,6 +339,10 @@ class SweepResult(OverPairs):
             CheckpointError: the file is missing, damaged, or no sweep result.
         """
         return cls(**read_fields(RESULT_FILE, path))
+
+
+def _say(label: object) -> str:
+    return "" if label is None else str(label)
 
 
 def read_fields(file: ResultFile, path: str | Path) -> dict[str, Any]:

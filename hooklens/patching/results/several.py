@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
+from hooklens.display import Displayed, Element, Listing, Summary, fold
 from hooklens.errors import HookLensError, suggest_names
 from hooklens.optional import import_package
 
@@ -20,7 +22,7 @@ Result = TypeVar("Result", bound=_Result)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Results(Mapping[str, Result], Generic[Result]):
+class Results(Displayed, Mapping[str, Result], Generic[Result]):
     """The results of several metrics, by the names that the metrics were given.
 
     All are of the same forwards, which the `stats` of each count.
@@ -47,10 +49,22 @@ class Results(Mapping[str, Result], Generic[Result]):
     def __len__(self) -> int:
         return len(self.by_metric)
 
-    def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} of {len(self)} metrics"]
-        lines += [f"  {name!r}: {type(one).__name__}" for name, one in list(self.items())[:15]]
-        return "\n".join([*lines, f"  and {len(self) - 15} more"] if len(self) > 15 else lines)
+    def _summary(self) -> Summary:
+        pages = []
+        for name, one in self.items():
+            result: object = one
+            if isinstance(result, Displayed):
+                pages.append(partial(_fold_result, name, result))
+        return Summary(
+            title=f"{type(self).__name__} of {len(self)} metrics",
+            listing=Listing(
+                columns=("metric", "result"),
+                rows=[(name, repr(one).partition("\n")[0]) for name, one in self.items()],
+                what="metrics",
+                more="each is found by its name",
+            ),
+            pages=pages,
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per cell, with the columns of every metric side by side: `"<metric> value"` and so on.
@@ -76,6 +90,10 @@ class Results(Mapping[str, Result], Generic[Result]):
         if joined.columns.has_duplicates:
             raise HookLensError(f"columns of {list(self)} have the same names; name the metrics otherwise")
         return joined
+
+
+def _fold_result(name: str, result: Displayed) -> Element:
+    return fold(name, result._summary().blocks())
 
 
 # Columns that a metric has, also where the values happen to agree with another's.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import CheckpointError
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
 
 _CIRCUIT, _NETWORK = "circuit: ", "network: "
 _WHOLE = "nothing"
-_SHOWN = 12
+_SHOWN = 100
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Completeness:
+class Completeness(Displayed):
     """A circuit and the network without the same parts.
 
     Attributes:
@@ -79,19 +80,22 @@ class Completeness:
         """The name of the set with the largest incompleteness."""
         return self.sets[int(self.incompleteness.argmax())]
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         worst = self.sets.index(self.worst)
-        lines = [
-            f"Completeness({len(self.sets)} sets, {self.circuit.metric}; largest incompleteness "
-            f"{float(self.incompleteness[worst]):.4g}, without {self.worst})"
-        ]
         order = self.incompleteness.argsort(descending=True, stable=True)[:_SHOWN].tolist()
-        lines += [
-            f"  without {self.sets[row]}: circuit {float(self.circuit.values[row]):.4g}, network "
-            f"{float(self.network.values[row]):.4g}"
-            for row in order
-        ]
-        return "\n".join(lines)
+        values = (self.circuit.values, self.network.values, self.incompleteness)
+        return Summary(
+            title=(
+                f"Completeness({len(self.sets)} sets, {self.circuit.metric}; largest incompleteness "
+                f"{float(self.incompleteness[worst]):.4g}, without {self.worst})"
+            ),
+            listing=Listing(
+                columns=("without", "circuit", "network", "incompleteness"),
+                rows=[(str(self.sets[row]), *(float(found[row]) for found in values)) for row in order],
+                what="sets",
+                n_rows=len(self.sets),
+            ),
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per set: its name, the edges taken out of the circuit, both values, and the incompleteness."""

@@ -6,7 +6,7 @@ list of pairs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooklens.arguments import optional, read_seed
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Summary, format_numbers
 from hooklens.patching.choices.choice import EdgeChoice
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.curve import FaithfulnessCurve, faithfulness_curve
@@ -33,7 +34,7 @@ from hooklens.viz.charts import Backend
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class HeldOutCurve:
+class HeldOutCurve(Displayed):
     """Scores of edges, and the curve of the circuits that they choose.
 
     Attributes:
@@ -47,11 +48,20 @@ class HeldOutCurve:
     discovery_rows: tuple[int, ...]
     evaluation_rows: tuple[int, ...]
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         parted = "other" if set(self.discovery_rows).isdisjoint(self.evaluation_rows) else "the same"
-        return (
-            f"HeldOutCurve({self.scores.method} on {len(self.discovery_rows)} pairs, {len(self.curve.circuits)} "
-            f"circuits on {len(self.evaluation_rows)} {parted} pairs, {self.curve.result.metric})"
+        of_curve = self.curve._summary()
+        return replace(
+            of_curve,
+            title=(
+                f"HeldOutCurve({self.scores.method} on {len(self.discovery_rows)} pairs, {len(self.curve.circuits)} "
+                f"circuits on {len(self.evaluation_rows)} {parted} pairs, {self.curve.result.metric})"
+            ),
+            facts={
+                "edges scored on": f"pairs {format_numbers(self.discovery_rows)}",
+                "circuits run on": f"pairs {format_numbers(self.evaluation_rows)}",
+                **of_curve.facts,
+            },
         )
 
     def plot(self, *, backend: Backend = "plotly", title: str | None = None) -> Any:

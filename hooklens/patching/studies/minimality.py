@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary, format_number
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
 from hooklens.patching.circuits.ablation import Ablation
@@ -36,11 +37,11 @@ from hooklens.viz.charts import Backend, draw_lines
 if TYPE_CHECKING:
     import pandas
 
-_SHOWN = 12
+_SHOWN = 100
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Minimality:
+class Minimality(Displayed):
     """By how much each part of a circuit moves the metric.
 
     Attributes:
@@ -77,11 +78,18 @@ class Minimality:
         """The parts that move the metric by less than a threshold, whatever was taken out beside them."""
         return tuple(part for part, score in zip(self.parts, self.scores.tolist(), strict=True) if score < threshold)
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         order = self.scores.argsort(stable=True)[:_SHOWN].tolist()
-        lines = [f"Minimality({len(self.parts)} parts, {len(self.sets)} sets, {self.metric}; the least needed first)"]
-        lines += [f"  {self.parts[row]}: {float(self.scores[row]):.4g}" for row in order]
-        return "\n".join(lines)
+        return Summary(
+            title=f"Minimality({len(self.parts)} parts, {len(self.sets)} sets, {self.metric}; the least needed first)",
+            facts={"whole network": format_number(self.full)},
+            listing=Listing(
+                columns=("part", "score", "alone"),
+                rows=[(self.parts[row], float(self.scores[row]), float(self.changes[row, 0])) for row in order],
+                what="parts",
+                n_rows=len(self.parts),
+            ),
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per part, the most needed first: part, score, change alone, and the set where it counts most."""

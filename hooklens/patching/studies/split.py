@@ -8,6 +8,7 @@ import torch
 
 from hooklens.arguments import read_number, read_seed
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Summary, format_numbers
 from hooklens.errors import HookLensError, InputError
 from hooklens.patching.metrics.function import FunctionMetric
 from hooklens.patching.metrics.metric import Metric
@@ -18,7 +19,7 @@ from hooklens.patching.pairs.template import Pair
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PairSplit:
+class PairSplit(Displayed):
     """Pairs in two parts, those that a circuit is found on and those that it is tried on.
 
     Attributes:
@@ -31,8 +32,14 @@ class PairSplit:
     discovery_rows: tuple[int, ...]
     evaluation_rows: tuple[int, ...]
 
-    def __repr__(self) -> str:
-        return f"PairSplit({len(self.discovery)} pairs for discovery, {len(self.evaluation)} for evaluation)"
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"PairSplit({len(self.discovery)} pairs for discovery, {len(self.evaluation)} for evaluation)",
+            facts={
+                "discovery": f"pairs {format_numbers(self.discovery_rows)}",
+                "evaluation": f"pairs {format_numbers(self.evaluation_rows)}",
+            },
+        )
 
 
 def split_pairs(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooklens.arguments import optional, read_flag, read_function, read_int, read_number, read_seed, show
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Picture, Summary
 from hooklens.errors import HookLensError, InputError
 from hooklens.optional import import_package
 from hooklens.patching.choices.choice import EdgeChoice
@@ -38,9 +39,12 @@ from hooklens.patching.runs.options import refuse_missing
 from hooklens.patching.studies.split import draw_rows, read_share, take_metric, take_pairs
 from hooklens.progress import progress_bar
 from hooklens.viz.charts import Backend, draw_heatmaps
+from hooklens.viz.excerpt import thumbnail
 
 if TYPE_CHECKING:
     import pandas
+
+_SHOWN = 100
 
 Found = Circuit | EdgeScores | ScoredEdges
 Discover = Callable[[list[Pair], Metric, int], Found]
@@ -48,7 +52,7 @@ Discover = Callable[[list[Pair], Metric, int], Found]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Stability:
+class Stability(Displayed):
     """What a discovery found in each of several runs.
 
     Attributes:
@@ -105,12 +109,29 @@ class Stability:
         )
         return Circuit(edge for edge, found in self.frequencies().items() if found >= least)
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         sizes = sorted({len(circuit) for circuit in self.circuits})
         ranks = "" if self.rank_correlations is None else f", rank correlation {self.rank_correlation:.3f}"
-        return (
-            f"Stability({len(self.circuits)} runs on {len(self.rows[0])} pairs each, circuits of {sizes[0]} to "
-            f"{sizes[-1]} edges, overlap {self.overlap:.3f}{ranks})"
+        found = self.frequencies()
+        return Summary(
+            title=(
+                f"Stability({len(self.circuits)} runs on {len(self.rows[0])} pairs each, circuits of {sizes[0]} to "
+                f"{sizes[-1]} edges, overlap {self.overlap:.3f}{ranks})"
+            ),
+            listing=Listing(
+                columns=("writer", "reader", "share of runs"),
+                rows=[(*edge, share) for edge, share in list(found.items())[:_SHOWN]],
+                what="edges",
+                caption="edges by the share of runs that found them",
+                n_rows=len(found),
+            ),
+            pages=[self._draw_small],
+        )
+
+    def _draw_small(self) -> Picture:
+        runs = ("run", range(len(self.circuits)))
+        return thumbnail(
+            self.overlaps[None], rows=runs, columns=runs, title="overlap of circuits (Jaccard index)", scale="amount"
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":

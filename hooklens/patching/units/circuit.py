@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.arguments import read_int, read_one_of, read_seed, require
+from hooklens.display import Displayed, Listing, Summary, format_numbers, merge_layers, one_line
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 from hooklens.patching.results.file import TEXT, Expectation, ResultFile
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 UnitName = tuple[str, int]
 """A hook point's name, and the number of an entry of its last axis."""
 
-_SHOWN = 10
+_LISTED = 100
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class UnitCircuit:
+class UnitCircuit(Displayed):
     """Entries of activations, those that stay when all others of the same hook points are ablated.
 
     Attributes:
@@ -76,9 +77,19 @@ class UnitCircuit:
         return isinstance(unit, tuple) and len(unit) == 2 and unit[1] in self.kept.get(unit[0], ())
 
     def __repr__(self) -> str:
-        parts = [f"{name}: {len(entries)}" for name, entries in self.kept.items()]
-        more = f", and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-        return f"UnitCircuit({len(self)} units; {', '.join(parts[:_SHOWN])}{more})"
+        parts = merge_layers((name, len(entries)) for name, entries in self.kept.items())
+        return one_line(f"UnitCircuit({len(self)} units; {', '.join(f'{name}: {n}' for name, n, _ in parts)})")
+
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"UnitCircuit of {len(self):,} units",
+            listing=Listing(
+                columns=("hook point", "kept", "entries"),
+                rows=[(name, len(entries), format_numbers(entries)) for name, entries in self.kept.items()],
+                what="hook points",
+                more="circuit.kept has all",
+            ),
+        )
 
     def to_mask(self, name: str, width: int) -> Bool[Tensor, " unit"]:
         """Which entries of a hook point stay.
@@ -95,7 +106,7 @@ class UnitCircuit:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class UnitScores:
+class UnitScores(Displayed):
     """The score of every unit, averaged over pairs.
 
     Attributes:
@@ -120,10 +131,19 @@ class UnitScores:
             raise InputError(f"no unit {unit!r}; units were scored at {', '.join(self.scores)}")
         return float(self.scores[name][entry])
 
-    def __repr__(self) -> str:
-        lines = [f"UnitScores({len(self)} units of {len(self.scores)} hook points, {self.metric}, {self.method})"]
-        lines += [f"  {name}[{entry}]: {self[name, entry]:.4g}" for name, entry in self.top(_SHOWN)]
-        return "\n".join(lines)
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"UnitScores({len(self)} units of {len(self.scores)} hook points, {self.metric}, {self.method})",
+            facts={"ablation": self.ablation},
+            listing=Listing(
+                columns=("hook point", "entry", "score"),
+                rows=[(name, str(entry), self[name, entry]) for name, entry in self.top(_LISTED)],
+                what="units",
+                caption="units with the largest scores",
+                n_rows=len(self),
+                more="scores.top(k) has more",
+            ),
+        )
 
     def top(self, k: int, *, by: Literal["absolute", "signed"] = "absolute") -> list[UnitName]:
         """The `k` units with the largest scores, by absolute value or by those that work for the behaviour.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 UnitCircuits = Mapping[str, UnitCircuit] | Mapping[int, UnitCircuit] | Sequence[UnitCircuit]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class UnitResult(AblationResult):
     """Values of a metric for circuits of units, all other units of their hook points ablated.
 
@@ -44,6 +44,9 @@ class UnitResult(AblationResult):
     """
 
     circuits: tuple[UnitCircuit, ...]
+
+    def _sizes(self) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+        return ("units",), [(len(one),) for one in self.circuits]
 
     def to_dataframe(self, *, statistics: Sequence[Statistic] = ()) -> "pandas.DataFrame":
         """One row per circuit: units, value, its standard error, and faithfulness by both definitions.

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import InputError
 from hooklens.viz.charts import Backend, draw_heatmaps, draw_lines
 
 if TYPE_CHECKING:
     import pandas
 
+_SHOWN = 100
 _TITLES = {
     "cosine": "cosine",
     "relative_norm": "relative norm of the difference",
@@ -24,7 +26,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class ModelComparison:
+class ModelComparison(Displayed):
     """How far models are from each other, layer by layer.
 
     Attributes:
@@ -44,11 +46,22 @@ class ModelComparison:
     n_prompts: int
     n_tokens: int
 
-    def __repr__(self) -> str:
-        n_pairs = len(self._pairs())
-        return (
-            f"ModelComparison({', '.join(self.names)}: {n_pairs} {'pair' if n_pairs == 1 else 'pairs'}, "
-            f"{self.frame['site'].nunique()} hook points, {self.n_tokens} tokens of {self.n_prompts} prompts)"
+    def _summary(self) -> Summary:
+        shown = self.frame.head(_SHOWN).astype(object).where(self.frame.head(_SHOWN).notna(), None)
+        weights = "were not compared" if self.weights is None else f"{len(self.weights):,} compared"
+        return Summary(
+            title=f"ModelComparison of {', '.join(self.names)}",
+            facts={
+                "pairs": f"{len(self._pairs()):,}, at {self.frame['site'].nunique()} hook points",
+                "prompts": f"{self.n_prompts:,}, {self.n_tokens:,} tokens",
+                "weights": weights,
+            },
+            listing=Listing(
+                columns=tuple(map(str, shown.columns)),
+                rows=[tuple(_cell(name, one) for name, one in line.items()) for line in shown.to_dict("records")],
+                what="rows",
+                n_rows=len(self.frame),
+            ),
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":
@@ -139,3 +152,9 @@ class ModelComparison:
 
     def _title(self, given: str | None) -> str:
         return ", ".join(self.names) if given is None else given
+
+
+def _cell(name: object, found: Any) -> str | float | None:
+    if name == "layer" and found is not None:
+        return str(int(found))
+    return found if found is None or isinstance(found, str) else float(found)

@@ -10,6 +10,7 @@ import torch
 
 from hooklens.arguments import is_function, read_dtype, read_flag, read_int, read_seed, refusal, require, show
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import InputError, suggest_names
 from hooklens.optional import import_package
 from hooklens.progress import progress_bar
@@ -25,11 +26,11 @@ Exceptions = Mapping[str, str] | Sequence[Exemption]
 """Reasons by the name of the check that fails, or exemptions that say more."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_SHOWN = 12
+_SHOWN = 100
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ConformanceReport:
+class ConformanceReport(Displayed):
     """What came of a suite.
 
     Attributes:
@@ -48,15 +49,19 @@ class ConformanceReport:
         """What failed."""
         return tuple(one for one in self.outcomes if one.verdict == "failed")
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         counts = dict.fromkeys(("passed", "excepted", "failed", "not applicable"), 0)
         for one in self.outcomes:
             counts[one.verdict] += 1
-        lines = ["ConformanceReport: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())]
-        lines += [f"  {one.model}: {one.check}: {one.message.splitlines()[-1]}" for one in self.failures[:_SHOWN]]
-        if len(self.failures) > _SHOWN:
-            lines.append(f"  ... and {len(self.failures) - _SHOWN} more failures")
-        return "\n".join(lines)
+        return Summary(
+            title="ConformanceReport: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()),
+            listing=Listing(
+                columns=("model", "check that failed", "found"),
+                rows=[(one.model, one.check, one.message.splitlines()[-1]) for one in self.failures[:_SHOWN]],
+                what="failures",
+                n_rows=len(self.failures),
+            ),
+        )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per model and check: model, check, verdict, results, message."""

@@ -59,8 +59,8 @@ def test_tables_figures_and_text():
     assert len(result.plot().data) == 3
     assert len(result.plot(backend="matplotlib").axes) == 2
     text = repr(result)
-    assert "interchange accuracy 0.500 on 4 held-out rows (0.750 on those trained on, 0.250 without any)" in text
-    assert "dimensions of 'a': 2 of 12, 'b': 3 of 12" in text
+    assert "interchange accuracy  0.500 on 4 held-out rows (0.750 on those trained on, 0.250 without any)" in text
+    assert "dimensions            'a': 2 of 12, 'b': 3 of 12" in text
 
 
 def test_a_file_holds_all(tmp_path):

@@ -69,9 +69,9 @@ def test_table_and_text():
     assert table["in_circuit"].sum() == 2
     assert table["changed"].between(0, 1).all()
     text = repr(found)
-    assert text.startswith("KnownCheck('copy' on 16 pairs: accuracy")
+    assert text.startswith(f"KnownCheck of 'copy' on 16 pairs\n  accuracy                      {found.accuracy:.3f}\n")
     assert f"copied {found.interchange['copied']:.3f}" in text
-    assert len(text.splitlines()) == 4
+    assert f"at least {found.least_inside:.3f} in the circuit, at most {found.most_outside:.3f} outside" in text
 
 
 def test_figure():

@@ -120,7 +120,7 @@ def test_what_it_shows_and_its_file(tmp_path):
     found = fit(steps=3, each_position=True)
     lines = repr(found).splitlines()
     assert lines[0] == "OptimalAblation(constants at 5 hook points, each position, for a circuit of 41 edges)"
-    assert lines[1].startswith("  loss (KL): zero ")
+    assert lines[1].startswith("  loss (KL)  zero ")
     assert found.to_dataframe()["ablation"].tolist() == ["zero", "mean", "resample", "optimal"]
     assert [trace.name for trace in found.plot().data] == ["fitted", "zero", "mean", "resample"]
     assert found.plot(backend="matplotlib", title="mine").axes[0].get_title() == "loss"

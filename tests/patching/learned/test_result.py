@@ -98,9 +98,12 @@ def test_what_it_shows():
     text = repr(made())
     assert text.splitlines() == [
         "LearnedCircuit(6 of 110 edges, by lagrangian, mean ablation, 40 steps)",
-        "  loss 0.2500 of the ablated run's, 7.0 open",
-        "  trained on: KL 2.0000 (network 3.0000, ablated 0.0000), 2 pairs",
-        "  held out: KL 2.0000 (network 2.0000, ablated 1.0000), 1 pairs",
+        "  metric  KL",
+        "  loss    0.2500 of the ablated run's, 7.0 edges open",
+        f"  took    {made().stats.forwards} forwards",
+        "  pairs       number  circuit  network  all ablated",
+        "  trained on       2     2.00     3.00          0.0",
+        "  held out         1     2.00     2.00         1.00",
     ]
 
 

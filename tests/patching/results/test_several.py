@@ -55,6 +55,11 @@ def test_columns_that_would_be_one_are_refused(results):
 
 
 def test_the_printed_form_is_short(results):
-    assert repr(results) == "Results of 2 metrics\n  'difference': SweepResult\n  'shift': SweepResult"
+    assert repr(results).splitlines() == [
+        "Results of 2 metrics",
+        "  metric      result",
+        "  difference  SweepResult: difference, denoise",
+        "  shift       SweepResult: shift, denoise",
+    ]
     many = Results({str(i): results["shift"] for i in range(40)})
     assert len(repr(many).splitlines()) <= 20

@@ -33,7 +33,9 @@ def test_scores_and_circuits_are_of_different_pairs():
     assert found.curve.circuits == curve.circuits
     torch.testing.assert_close(found.curve.values, curve.values, rtol=0, atol=1e-10)
     torch.testing.assert_close(found.curve.random.values, curve.random.values, rtol=0, atol=1e-10)
-    assert repr(found) == "HeldOutCurve(eap-ig-inputs on 2 pairs, 2 circuits on 4 other pairs, LogitDiff)"
+    assert (
+        repr(found).splitlines()[0] == "HeldOutCurve(eap-ig-inputs on 2 pairs, 2 circuits on 4 other pairs, LogitDiff)"
+    )
     assert len(found.plot().data) == 3
 
 

@@ -22,7 +22,7 @@ def test_every_pair_is_in_one_part_with_its_answers():
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len(found.discovery) == 3
     assert sorted(found.discovery_rows + found.evaluation_rows) == list(range(7))
-    assert repr(found) == "PairSplit(3 pairs for discovery, 4 for evaluation)"
+    assert repr(found).splitlines()[0] == "PairSplit(3 pairs for discovery, 4 for evaluation)"
     for part, rows in ((found.discovery, found.discovery_rows), (found.evaluation, found.evaluation_rows)):
         for pair, row in zip(part, rows, strict=True):
             assert torch.equal(pair.clean, PAIRS[row].clean)

@@ -56,7 +56,7 @@ def test_what_a_discovery_is_handed():
         _ = found.rank_correlation
     with pytest.raises(HookLensError, match="consensus: share is 0"):
         found.consensus(0.0)
-    assert repr(found) == "Stability(4 runs on 6 pairs each, circuits of 1 to 2 edges, overlap 0.667)"
+    assert repr(found).splitlines()[0] == "Stability(4 runs on 6 pairs each, circuits of 1 to 2 edges, overlap 0.667)"
 
 
 def test_the_search_of_acdc_is_a_discovery():

@@ -41,7 +41,10 @@ def test_choices_by_strength_and_by_sign():
     assert SCORES.circuit(1) == UnitCircuit({"a": [1], "b": []})
     assert SCORES["b", 1] == -0.25
     assert SCORES.to_dataframe().score.tolist() == [-3.0, 2.0, 1.0, 0.5, -0.25]
-    assert repr(SCORES).startswith("UnitScores(5 units of 2 hook points, LogitDiff, atp)\n  a[1]: -3\n")
+    assert [line.split() for line in repr(SCORES).splitlines()[2:4]] == [
+        ["hook", "point", "entry", "score"],
+        ["a", "1", "-3.00"],
+    ]
     with pytest.raises(InputError, match=r"no unit \('b', 2\); units were scored at a, b"):
         SCORES["b", 2]
     with unchecked(), pytest.raises(InputError, match=r"UnitScores\.top: by is 'size'"):

@@ -195,9 +195,11 @@ def test_text_is_read_once_and_alike():
     same = compare_models({"one": one, "two": two}, ids, attention_mask=mask, progress=False)
     assert result.frame.equals(same.frame)
     assert result.n_prompts == len(PROMPTS)
-    assert repr(result) == (
-        f"ModelComparison(one, two: 1 pair, 2 hook points, {result.n_tokens} tokens of {len(PROMPTS)} prompts)"
-    )
+    assert repr(result).splitlines()[:3] == [
+        "ModelComparison of one, two",
+        "  pairs    1, at 2 hook points",
+        f"  prompts  {len(PROMPTS)}, {result.n_tokens} tokens",
+    ]
 
 
 def test_tokenizers_that_differ_are_refused_for_text_alone():

@@ -55,7 +55,7 @@ def test_a_report():
     assert [(one.model, one.check) for one in report.failures] == [("mute alone", "fires once")]
     text = repr(report)
     assert text.startswith("ConformanceReport: 1 passed, 0 excepted, 1 failed, 2 not applicable")
-    assert "  mute alone: fires once: FAILED  fires once, blocks.1.mlp.hook_post: 0, expected == 1" in text
+    assert "  mute alone  fires once         FAILED  fires once, blocks.1.mlp.hook_post: 0, expected == 1" in text
     table = report.to_dataframe()
     assert list(table.columns) == ["model", "check", "verdict", "results", "message"]
     assert table["verdict"].tolist() == ["passed", "not applicable", "failed", "not applicable"]

@@ -50,6 +50,7 @@ from hooklens.arguments import (
     refusal,
 )
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.display import Displayed, Summary, format_bytes, format_numbers
 from hooklens.errors import CheckpointError, HookLensError, InputError
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
@@ -70,7 +71,7 @@ def _read_lenses(given: object, *, what: str, error: type[HookLensError] = Input
 
 
 @dataclass(frozen=True, kw_only=True)
-class JacobianLens(Transport):
+class JacobianLens(Displayed, Transport):
     """The mean Jacobian of the last stream for each of some layers; `JacobianLens.fit(model, texts)` measures them.
 
     Attributes:
@@ -361,6 +362,15 @@ class JacobianLens(Transport):
             lens.check(model)
         return lens
 
-    def __repr__(self) -> str:
-        """One line."""
-        return f"JacobianLens(layers {list(self.layers)}, d_model={self.d_model}, mean over {self.n_prompts} prompts)"
+    def _summary(self) -> Summary:
+        return Summary(
+            title=(
+                f"JacobianLens(layers {format_numbers(self.layers)}, d_model={self.d_model}, "
+                f"mean over {self.n_prompts} prompts)"
+            ),
+            facts={
+                "targets": self.targets or "not said by the published file",
+                "bytes": f"{format_bytes(self.jacobians.nbytes)}, {self.jacobians.dtype}".replace("torch.", ""),
+                "cost": None if self.cost is None else str(self.cost),
+            },
+        )

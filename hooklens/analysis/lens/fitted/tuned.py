@@ -34,6 +34,7 @@ from hooklens.analysis.reading.connection import read_model
 from hooklens.arguments import optional, read_device, read_flag, read_int, read_number, read_path, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
+from hooklens.display import Displayed, Listing, Summary, format_bytes, format_numbers
 from hooklens.errors import CheckpointError, InputError
 from hooklens.optional import import_package
 from hooklens.viz.charts import Backend, draw_lines
@@ -46,7 +47,7 @@ _SHARE = partial(read_number, expected="a number between 0 and 1", allows=lambda
 
 
 @dataclass(frozen=True, kw_only=True)
-class TunedLens(Transport):
+class TunedLens(Displayed, Transport):
     """An affine translator for each layer; `TunedLens.fit(model, texts)` trains one.
 
     Attributes:
@@ -227,13 +228,23 @@ class TunedLens(Transport):
         assert model is not None
         return cls._of(Origin.of(model), weight, bias)
 
-    def __repr__(self) -> str:
-        """One line."""
+    def _summary(self) -> Summary:
         losses = ""
         if self.before:
             old, new = (sum(loss.kl for loss in one) / len(one) for one in (self.before, self.after))
             losses = f"; held-out KL {old:.3f} -> {new:.3f} nats, mean over layers"
-        return f"TunedLens({len(self.layers)} layers, d_model={self.d_model}{losses})"
+        held_out = zip(self.layers, self.before, self.after, strict=False)
+        return Summary(
+            title=f"TunedLens({len(self.layers)} layers, d_model={self.d_model}{losses})",
+            facts={"layers": format_numbers(self.layers), "bytes": format_bytes(self.weight.nbytes + self.bias.nbytes)},
+            listing=Listing(
+                columns=("layer", "KL of the logit lens", "KL of the tuned lens"),
+                rows=[(str(layer), old.kl, new.kl) for layer, old, new in held_out],
+                what="layers",
+                caption="mean divergence from the model's predictions on held-out rows, in nats",
+                more="before and after have all",
+            ),
+        )
 
 
 def _lines(before: Iterable[LayerLoss], after: Iterable[LayerLoss], field: str) -> dict[str, list[float]]:

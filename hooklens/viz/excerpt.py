@@ -1,11 +1,16 @@
-"""Values on a grid as a part of a summary: small ones as a view, larger ones as colours alone, huge ones not at all."""
+"""What a summary shows of many values: the strongest of them, and a grid as small as there is room for.
+
+A small grid is a view, a larger one colours alone, a huge one is not drawn.
+"""
 
 from collections.abc import Sequence
 
+from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.display import Child, View, diverging, element, format_number, heading, note, sequential, visible
-from hooklens.viz.grid import Scale, grid
+from hooklens.display import Child, Picture, diverging, element, format_number, heading, note, sequential, visible
+from hooklens.viz.grid import grid
+from hooklens.viz.scale import Scale
 
 MOST_CELLS = 400
 """The most cells of a grid that says in words what each cell holds."""
@@ -14,6 +19,21 @@ MOST_COLOURS = 1200
 """The most cells of a grid of colours."""
 
 _MOST_LABEL = 18
+
+
+def strongest(values: Float[Tensor, "*axes"], most: int, *, base: float = 0.0) -> list[int]:
+    """The places, in the flattened values, of those that are furthest from a number; of equal ones the first first.
+
+    Args:
+        values: NaN counts as no distance.
+        most: how many places.
+        base: the number.
+    """
+    if values.is_meta:
+        return []
+    distances = (values.detach().flatten() - base).abs().nan_to_num(-1.0)
+    places: list[int] = distances.argsort(descending=True, stable=True)[:most].tolist()
+    return places
 
 
 def thumbnail(
@@ -25,7 +45,7 @@ def thumbnail(
     title: str,
     scale: Scale = "signed",
     more: str = "plot() draws all",
-) -> View | Child:
+) -> Picture:
     """A picture of values, as small as a summary needs it.
 
     Args:
