@@ -203,11 +203,11 @@ class Grid(View):
         write = for_matplotlib if backend == "matplotlib" else for_plotly
         figure: Figure = draw_heatmaps(
             self.values.detach().double().cpu(),
-            (self.rows[0], [write(label) for label in self.rows[1]]),
-            (self.columns[0], [write(label) for label in self.columns[1]]),
+            (self.rows[0], [write(visible(label)) for label in self.rows[1]]),
+            (self.columns[0], [write(visible(label)) for label in self.columns[1]]),
             [write(panel) for panel in self.panels],
             backend=backend,
-            title=self.title.replace("$", r"\$") if backend == "matplotlib" else self.title.replace("<", "&lt;"),
+            title=write(self.title),
         )
         return figure
 

@@ -31,7 +31,7 @@ from hooklens.viz.scale import (
     round_for_script,
     scale_bar,
 )
-from hooklens.viz.text_figure import draw_text
+from hooklens.viz.text.figure import draw_text
 
 if TYPE_CHECKING:
     import pandas

@@ -77,7 +77,7 @@ const tint = (labels, values) => labels.forEach((label, place) => {
 });
 const most = (labels, values) => values.map((value, place) => [value, place]).filter(([value]) => value > 0)
   .sort((one, other) => other[0] - one[0]).slice(0, 5)
-  .map(([value, place]) => `${name(labels[place]).replace(/^\w+ /, "")} ${write(value)}`).join(", ") || "nothing";
+  .map(([value, place]) => `${name(labels[place]).replace(/^\w+ /, "")} ${write(value)}`).join("; ") || "nothing";
 const tell = (query, key) => {
   clear();
   if (key === null) {
