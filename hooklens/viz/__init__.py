@@ -5,6 +5,7 @@ Every view shows itself in a notebook, in light and in dark; `.save("x.html")` a
 """
 
 from hooklens.display import View
+from hooklens.viz.circuits.view import CircuitView, circuit
 from hooklens.viz.grid import Grid, grid
 from hooklens.viz.head_circuit import head_circuit
 from hooklens.viz.heads import heads
@@ -18,12 +19,14 @@ from hooklens.viz.text.tokens import Tokens, tokens
 __all__ = [
     "Attention",
     "Bars",
+    "CircuitView",
     "Curves",
     "Grid",
     "Tokens",
     "View",
     "attention",
     "bars",
+    "circuit",
     "curves",
     "grid",
     "head_circuit",
