@@ -81,9 +81,9 @@ def read_pairs(given: Any) -> dict[tuple[str, str], float]:
         missing = [name for name in ("writer", "reader") if name not in given.columns]
         if missing:
             raise InputError(f"circuit: the table lacks the columns {join_names(missing)}")
-        scores = given["score"].tolist() if "score" in given.columns else [math.nan] * len(given)
-        pairs = zip(given["writer"].tolist(), given["reader"].tolist(), strict=True)
-        return {(str(writer), str(reader)): float(score) for (writer, reader), score in zip(pairs, scores, strict=True)}
+        listed = given["score"].tolist() if "score" in given.columns else [math.nan] * len(given)
+        triples = zip(given["writer"].tolist(), given["reader"].tolist(), listed, strict=True)
+        return {(str(writer), str(reader)): float(score) for writer, reader, score in triples}
     if isinstance(given, Mapping):
         return {_read_pair(pair): float(score) for pair, score in given.items()}
     found: dict[tuple[str, str], float] = {}

@@ -184,23 +184,24 @@ def bars(
         InputError: names without values or the other way round, a table that lacks a column or the row, or `k` below 1.
     """
     read_int(k, what="bars: k", least=1)
+    holds_both = hasattr(names, "columns") or isinstance(names, Mapping)
+    if holds_both and values is not None:
+        raise InputError("bars: values are given beside a table or a mapping, which has its own")
+    if not holds_both and values is None:
+        raise InputError("bars: names have no values; give them too, or a mapping or a table that holds both")
     if hasattr(names, "columns"):
-        if values is not None:
-            raise InputError("bars: values are given beside a table, which has its own")
-        names, values, n_averaged = _read_table(names, row)
+        given, numbers, n_averaged = _read_table(names, row)
         title = title if n_averaged == 1 else f"{title} (mean over {n_averaged} rows)"
     elif row is not None:
         raise InputError("bars: row goes with a table")
     elif isinstance(names, Mapping):
-        if values is not None:
-            raise InputError("bars: values are given beside a mapping, which has its own")
-        names, values = list(names), [float(value) for value in names.values()]
-    if values is None:
-        raise InputError("bars: names have no values; give them too, or a mapping or a table that holds both")
-    read = torch.as_tensor(values).detach().float().cpu()
+        given, numbers = list(names), [float(number) for number in names.values()]
+    else:
+        given, numbers = list(names), values
+    read = torch.as_tensor(numbers).detach().float().cpu()
     if read.ndim != 1 or not read.numel():
         raise InputError(f"bars: values have the shape {list(read.shape)}; expected one axis, not empty")
-    labels = read_labels(names, len(read), subject="bars", what="values")
+    labels = read_labels(given, len(read), subject="bars", what="values")
     return Bars(names=labels, values=read, k=k, heading=title)
 
 

@@ -82,7 +82,7 @@ def _read_norms(cache: Mapping[str, Tensor], name: str, row: int) -> Float[Tenso
         stream = stream[row]
     else:
         row = 0
-    norms = stream.detach().float().norm(dim=-1).cpu()
+    norms: Tensor = torch.linalg.vector_norm(stream.detach().float(), dim=-1).cpu()
     if mask is None:
         return norms
     # The mask covers past and new tokens where there is a past; the captured columns are among the new ones.
