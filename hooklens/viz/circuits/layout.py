@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 from hooklens.viz.circuits.edges import Edge, Level
 
-ACROSS = 62.0
+GAP = 10.0
 DOWN = 66.0
 MARGIN = 26.0
 LEFT = 92.0
-NODE_WIDTH = 52.0
+MOST_LABEL = 16
+"""The most letters of a name that are written into its node."""
+
+_LEAST_NODE = 52.0
+_LETTER = 7.2
 NODE_HEIGHT = 22.0
 PORTS = {"": 0.0, "q": -14.0, "k": 0.0, "v": 14.0}
 _LEAST_WIDTH = 420.0
@@ -24,12 +28,14 @@ class Layout:
         places: the middle of each node.
         levels: the height of each level, the last one on top.
         width, height: of the whole drawing.
+        node_width: of each node.
     """
 
     places: dict[str, tuple[float, float]]
     levels: dict[Level, float]
     width: float
     height: float
+    node_width: float
 
     def curve(self, edge: Edge, node: str) -> tuple[tuple[float, float], ...]:
         """The four points of a Bezier curve from the top of the writer to the bottom of a reader's node."""
@@ -73,7 +79,8 @@ def lay_out(edges: Sequence[Edge], level_of: dict[str, Level]) -> Layout:
             }
             line.sort(key=lambda node: wanted[node])
             at |= {node: _share(place, len(line)) for place, node in enumerate(line)}
-    inner = max(_LEAST_WIDTH, ACROSS * max(map(len, lines.values())))
+    node_width = max(_LEAST_NODE, 10 + _LETTER * min(MOST_LABEL, max(map(len, level_of))))
+    inner = max(_LEAST_WIDTH, (node_width + GAP) * max(map(len, lines.values())))
     height = 2 * MARGIN + DOWN * (len(lines) - 1)
     heights = {level: height - MARGIN - DOWN * place for place, level in enumerate(lines)}
     places = {
@@ -81,7 +88,7 @@ def lay_out(edges: Sequence[Edge], level_of: dict[str, Level]) -> Layout:
         for level, line in lines.items()
         for place, node in enumerate(line)
     }
-    return Layout(places=places, levels=heights, width=LEFT + inner + MARGIN, height=height)
+    return Layout(places=places, levels=heights, width=LEFT + inner + MARGIN, height=height, node_width=node_width)
 
 
 def _share(place: int, count: int) -> float:

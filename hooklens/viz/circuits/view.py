@@ -26,7 +26,7 @@ from hooklens.viz.circuits.edges import (
     name_level,
     read_pairs,
 )
-from hooklens.viz.circuits.layout import LEFT, NODE_HEIGHT, NODE_WIDTH, Layout, lay_out
+from hooklens.viz.circuits.layout import LEFT, MOST_LABEL, NODE_HEIGHT, Layout, lay_out
 from hooklens.viz.labels import for_matplotlib, readable
 from hooklens.viz.scale import read_script, readout
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_TOLD = 8
-_MOST_LABEL = 8
 _WIDTHS = (0.8, 4.5)
 
 
@@ -147,10 +146,11 @@ class CircuitView(View):
 
     def _draw_node(self, node: str) -> Element:
         x, y = self._layout.places[node]
+        width = self._layout.node_width
         return element(
             "g",
-            element("rect", x=-NODE_WIDTH / 2, y=-NODE_HEIGHT / 2, width=NODE_WIDTH, height=NODE_HEIGHT, rx=5),
-            element("text", readable(node, _MOST_LABEL), y=4, text_anchor="middle"),
+            element("rect", x=-width / 2, y=-NODE_HEIGHT / 2, width=width, height=NODE_HEIGHT, rx=5),
+            element("text", readable(node, MOST_LABEL), y=4, text_anchor="middle"),
             class_="hl-node",
             transform=f"translate({x:.5g} {y:.5g})",
             role="img",
@@ -202,11 +202,11 @@ class CircuitView(View):
                 style = {"edgecolor": colour, "linewidth": 0.6 + 3 * share, "alpha": 0.3 + 0.6 * share}
                 axes.add_patch(patches.PathPatch(curve, facecolor="none", **style))
         for node, (x, y) in layout.places.items():
-            corner = x - NODE_WIDTH / 2, y - NODE_HEIGHT / 2
-            box = patches.FancyBboxPatch(corner, NODE_WIDTH, NODE_HEIGHT, boxstyle="round,pad=0,rounding_size=5")
+            corner = x - layout.node_width / 2, y - NODE_HEIGHT / 2
+            box = patches.FancyBboxPatch(corner, layout.node_width, NODE_HEIGHT, boxstyle="round,pad=0,rounding_size=5")
             box.set(facecolor="white", edgecolor="0.4", zorder=2)
             axes.add_patch(box)
-            axes.text(x, y, readable(node, _MOST_LABEL), ha="center", va="center", fontsize=8, parse_math=False)
+            axes.text(x, y, readable(node, MOST_LABEL), ha="center", va="center", fontsize=8, parse_math=False)
         for level, y in layout.levels.items():
             text = name_level(level, is_named=level in self.named)
             axes.text(LEFT - 84, y, text, va="center", fontsize=8, color="0.4")

@@ -26,7 +26,9 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[tuple[float, st
     decimals = max(0, -math.floor(math.log10(step)))
     places = [number * step for number in range(first, last + 1)]
     plain = max(abs(low), abs(high)) < 1e6 and decimals <= 4
-    return [(place, f"{place:,.{decimals}f}" if plain else format_number(place)) for place in places]
+    # As many digits as tell one place from the next.
+    digits = 1 + max(1, math.ceil(math.log10(max(abs(low), abs(high)) / step)))
+    return [(place, f"{place:,.{decimals}f}" if plain else format_number(place, digits)) for place in places]
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
