@@ -5,11 +5,33 @@ Every view shows itself in a notebook, in light and in dark; `.save("x.html")` a
 """
 
 from hooklens.display import View
-from hooklens.viz.attention import Attention, attention
+from hooklens.viz.circuits.view import CircuitView, circuit
 from hooklens.viz.grid import Grid, grid
 from hooklens.viz.head_circuit import head_circuit
 from hooklens.viz.heads import heads
 from hooklens.viz.lens import lens
-from hooklens.viz.tokens import Tokens, tokens
+from hooklens.viz.patterns.view import Attention, attention
+from hooklens.viz.plots.bars import Bars, bars
+from hooklens.viz.plots.curves import Curves, curves
+from hooklens.viz.plots.norms import residual_norms
+from hooklens.viz.text.tokens import Tokens, tokens
 
-__all__ = ["Attention", "Grid", "Tokens", "View", "attention", "grid", "head_circuit", "heads", "lens", "tokens"]
+__all__ = [
+    "Attention",
+    "Bars",
+    "CircuitView",
+    "Curves",
+    "Grid",
+    "Tokens",
+    "View",
+    "attention",
+    "bars",
+    "circuit",
+    "curves",
+    "grid",
+    "head_circuit",
+    "heads",
+    "lens",
+    "residual_norms",
+    "tokens",
+]

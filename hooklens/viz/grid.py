@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -188,13 +188,13 @@ class Grid(View):
         self._write_texts(figure, panels)
         return figure
 
-    def to_plotly(self) -> "object":
+    def to_plotly(self) -> Any:
         """The panels as heatmaps of plotly, a `plotly.graph_objects.Figure`.
 
         Raises:
             MissingDependencyError: plotly is not installed.
         """
-        figure = self._draw("plotly")
+        figure: Any = self._draw("plotly")
         if self.scale == "amount":
             figure.update_layout(coloraxis={"colorscale": "Blues", "cmin": 0.0, "cmid": None})
         return figure
@@ -203,11 +203,11 @@ class Grid(View):
         write = for_matplotlib if backend == "matplotlib" else for_plotly
         figure: Figure = draw_heatmaps(
             self.values.detach().double().cpu(),
-            (self.rows[0], [write(label) for label in self.rows[1]]),
-            (self.columns[0], [write(label) for label in self.columns[1]]),
+            (self.rows[0], [write(visible(label)) for label in self.rows[1]]),
+            (self.columns[0], [write(visible(label)) for label in self.columns[1]]),
             [write(panel) for panel in self.panels],
             backend=backend,
-            title=self.title.replace("$", r"\$") if backend == "matplotlib" else self.title.replace("<", "&lt;"),
+            title=write(self.title),
         )
         return figure
 
@@ -218,11 +218,11 @@ class Grid(View):
         n_panels, n_rows, n_columns = self.values.shape
         longest = min(_MOST_LABEL, max(len(text) for panel in self.texts for row in panel for text in row))
         figure.set_size_inches(n_panels * (1.8 + n_columns * max(0.35, 0.085 * longest)), max(4.0, 1.6 + 0.26 * n_rows))
-        for axes, panel in zip(panels, self.texts, strict=True):
+        for axes, panel, values in zip(panels, self.texts, self.values.tolist(), strict=True):
             image = axes.images[0]
             for row, texts in enumerate(panel):
                 for column, text in enumerate(texts):
-                    red, green, blue, _ = image.cmap(image.norm(image.get_array()[row, column]))
+                    red, green, blue, _ = image.cmap(image.norm(values[row][column]))
                     # The relative luminance, without the correction that does not matter for a choice of two.
                     is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
                     axes.text(

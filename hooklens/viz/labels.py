@@ -25,11 +25,25 @@ def read_labels(given: Sequence[object], size: int, *, subject: str, what: str) 
     return tuple(map(str, given))
 
 
-def for_matplotlib(label: str) -> str:
-    """A label that matplotlib writes as it is: dollars would begin a formula."""
-    return visible(label).replace("$", r"\$")
+def readable(name: str, most: int | None = None) -> str:
+    """A name that may be a token: as `visible`, but that spaces between words stay spaces.
+
+    Args:
+        name: such as `"L3H5"`, `"the other 12"`, `" Mary"`.
+        most: the most characters to write; None writes all.
+    """
+    inner = name.strip(" ")
+    start = len(name) - len(name.lstrip(" ")) if inner else 0
+    middle = " ".join(map(visible, inner.split(" "))) if inner else ""
+    text = visible(name[:start]) + middle + visible(name[start + len(inner) :])
+    return text if most is None or len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def for_plotly(label: str) -> str:
-    """A label that plotly writes as it is: it reads some tags."""
-    return visible(label).replace("&", "&amp;").replace("<", "&lt;")
+def for_matplotlib(text: str) -> str:
+    """A text that matplotlib writes as it is: dollars would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def for_plotly(text: str) -> str:
+    """A text that plotly writes as it is: it reads some tags."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")

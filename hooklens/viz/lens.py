@@ -115,7 +115,7 @@ def _of_table(table: "pandas.DataFrame", *, tokens: Sequence[str] | None, by: st
         line, place = streams.index(stream), places.index(pos)
         values[line, place] = _read_value(number, by)
         texts[line][place] = str(top[0])
-        details[line][place] = ", ".join(
+        details[line][place] = "; ".join(
             f"{visible(str(token))} {format_number(probability)}"
             for token, probability in zip(top, probabilities, strict=True)
         )

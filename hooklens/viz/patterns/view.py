@@ -17,9 +17,9 @@ from hooklens.display.numbers import format_number
 from hooklens.display.page import read_asset
 from hooklens.display.view import View
 from hooklens.optional import import_package
-from hooklens.viz.attention_figure import draw_attention
-from hooklens.viz.pattern_code import PatternCode
-from hooklens.viz.patterns import Patterns, read_patterns
+from hooklens.viz.patterns.code import PatternCode
+from hooklens.viz.patterns.figure import draw_attention
+from hooklens.viz.patterns.reading import Patterns, read_patterns
 from hooklens.viz.scale import read_script, readout
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ class Attention(View):
         )
         blocks: list[Child] = [
             element("h3", self.title),
-            readout("Point at a query, a key or a cell; tab and arrow keys move among heads, tokens and cells."),
             element("div", self._thumbnails(n_shown), _large(shown), class_="hl-attention"),
             note(rounding),
         ]
@@ -197,8 +196,9 @@ def _large(shown: Patterns) -> Element:
     return element(
         "div",
         element("div", element("b", shown.name(0), class_="hl-chosen"), _colour_choice(), class_="hl-bar"),
-        _map(shown),
-        class_="hl-scroll",
+        readout("Point at a query, a key or a cell; tab and arrow keys move among heads, tokens and cells."),
+        element("div", _map(shown), class_="hl-scroll"),
+        class_="hl-large",
     )
 
 

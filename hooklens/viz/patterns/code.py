@@ -36,7 +36,7 @@ class PatternCode:
         Half a step `h` of the root moves `v` by at most `2 sqrt(v) h + h^2`.
         """
         half = 0.5 / self.largest
-        return 2 * up_to**0.5 * half + half**2
+        return float(2 * up_to**0.5 * half + half**2)
 
     def write(self, values: Float[Tensor, " value"]) -> str:
         """The values as text, the larger digit of each first."""
@@ -44,4 +44,5 @@ class PatternCode:
         whole = codes.nan_to_num(self.largest + 1).to(torch.int64).numpy()
         digits = [whole // len(ALPHABET), whole % len(ALPHABET)] if self.width == 2 else [whole]
         letters = np.frombuffer(ALPHABET.encode("ascii"), dtype=np.uint8)
-        return letters[np.stack(digits, axis=-1)].tobytes().decode("ascii")
+        written: bytes = letters[np.stack(digits, axis=-1)].tobytes()
+        return written.decode("ascii")

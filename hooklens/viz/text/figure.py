@@ -39,7 +39,7 @@ def draw_text(tokens: Sequence[str], values: Sequence[float], *, scale: Scale, t
     placed, n_lines = _place(tokens)
     figure: Figure = make_figure(LINE_WIDTH * _LETTER + 0.3, n_lines * _LINE + 0.9)
     axes = figure.add_subplot()
-    axes.set(xlim=(0, LINE_WIDTH), ylim=(n_lines, 0), title=title.replace("$", r"\$"))
+    axes.set(xlim=(0, LINE_WIDTH), ylim=(n_lines, 0), title=for_matplotlib(title))
     axes.set_axis_off()
     largest = furthest(values)
     rectangle = import_package("matplotlib.patches").Rectangle

@@ -31,7 +31,7 @@ from hooklens.viz.scale import (
     round_for_script,
     scale_bar,
 )
-from hooklens.viz.text_figure import draw_text
+from hooklens.viz.text.figure import draw_text
 
 if TYPE_CHECKING:
     import pandas
@@ -147,7 +147,7 @@ class Tokens(View):
         for name, values in zip(self.names, self.values, strict=True):
             table[name or "value"] = values.tolist()
         if self.alternatives is not None:
-            table["alternatives"] = list(self.alternatives)
+            table = table.assign(alternatives=list(self.alternatives))
         return table
 
     def to_matplotlib(self, name: str | None = None) -> "Figure":

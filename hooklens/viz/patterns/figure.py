@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hooklens.display.labels import visible
 from hooklens.viz.charts import make_figure
 from hooklens.viz.labels import for_matplotlib
-from hooklens.viz.patterns import Patterns
+from hooklens.viz.patterns.reading import Patterns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ def draw_attention(patterns: Patterns, *, title: str) -> "Figure":
     draw = _draw_panels if len(patterns.heads) <= MOST_PANELS else _draw_sheet
     figure = draw(patterns)
     figure.colorbar(figure.axes[0].images[0], ax=figure.axes, shrink=0.6)
-    figure.suptitle(title.replace("$", r"\$"))
+    figure.suptitle(for_matplotlib(title))
     return figure
 
 
@@ -47,7 +48,7 @@ def _draw_panels(patterns: Patterns) -> "Figure":
             (axes.set_yticks, [patterns.query(place) for place in range(n_queries)], 0),
         ):
             step = math.ceil(len(labels) / _MOST_TICKS)
-            texts = [for_matplotlib(token) or str(position) for position, token in labels[::step]]
+            texts = [for_matplotlib(visible(token)) or str(position) for position, token in labels[::step]]
             ticks(range(0, len(labels), step), texts, rotation=turned, fontsize=8)
     return figure
 

@@ -1,0 +1,1 @@
+"""Circuits as a view: nodes by layer, edges by score."""

@@ -1,0 +1,1 @@
+"""Attention patterns as a view: read, written compactly, shown, drawn."""

@@ -1,0 +1,1 @@
+"""Ordinary charts as views: bars and curves."""
