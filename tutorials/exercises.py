@@ -195,41 +195,8 @@ def _say_what_changed(before: Tensor, after: Tensor, head: int) -> None:
 
 
 @_gives_verdict
-def check_attribute_heads(
-    attempt: Callable[[hl.HookedCausalLM, hl.ActivationCache, int, int], Tensor], folded: hl.HookedCausalLM
-) -> str:
-    """Exercise 3: each head's direct share of a logit difference."""
-    answer, wrong = folded.to_single_token(" Mary"), folded.to_single_token(" John")
-    _, cache = folded.run_with_cache(PROMPT)
-    shape = [folded.cfg.n_layers, folded.cfg.n_heads]
-    found = _as_table(
-        _run(attempt, lambda: attempt(folded, cache, answer, wrong)), shape, "[layer head]", attempt.__name__
-    )
-
-    def attribute(incorrect: int | None = wrong, pos: int = -1) -> Tensor:
-        frame = analysis.attribution.attribute_to_heads(folded, cache, answer, incorrect, pos=pos)
-        return torch.tensor(frame["value"].tolist()[: shape[0] * shape[1]], dtype=torch.float64).view(shape)
-
-    expected = attribute()
-    scale = cache["ln_final.hook_scale"][0, -1].double()
-    mistakes: Mistakes = [
-        ("the sign is turned round: it is the answer's column of W_U minus the other token's.", -expected),
-        (
-            "the final norm is left out: divide by `cache['ln_final.hook_scale']` at the last position.",
-            expected * scale,
-        ),
-        ("the final norm divides by its scale, and here it multiplies.", expected * scale * scale),
-        ("layers and heads are exchanged in the result.", expected.T),
-        ("this is the answer's logit alone: subtract the other token's column of W_U.", attribute(None)),
-        ("this is read at the first position; the prediction is made at the last one, -1.", attribute(pos=0)),
-    ]
-    _compare(found, expected, mistakes)
-    return f"the heads' shares sum to {float(expected.sum()):.2f} logits."
-
-
-@_gives_verdict
 def check_previous_token_score(attempt: Callable[[Tensor], Tensor], model: hl.HookedCausalLM) -> str:
-    """Exercise 4: how much of its attention each head pays to the token before."""
+    """Exercise 3: how much of its attention each head pays to the token before."""
     tokens = analysis.heads.repeated_random_tokens(model, n_rows=3, period=8)
     _, cache = model.run_with_cache(tokens, names_filter="*hook_pattern")
     layers = range(model.cfg.n_layers)
@@ -266,6 +233,39 @@ def check_previous_token_score(attempt: Callable[[Tensor], Tensor], model: hl.Ho
     _compare(found, scores, mistakes)
     layer, head = divmod(int(scores.argmax()), n_heads)
     return f"of all heads {layer}.{head} scores highest, {float(scores.max()):.2f}."
+
+
+@_gives_verdict
+def check_attribute_heads(
+    attempt: Callable[[hl.HookedCausalLM, hl.ActivationCache, int, int], Tensor], folded: hl.HookedCausalLM
+) -> str:
+    """Exercise 4: each head's direct share of a logit difference."""
+    answer, wrong = folded.to_single_token(" Mary"), folded.to_single_token(" John")
+    _, cache = folded.run_with_cache(PROMPT)
+    shape = [folded.cfg.n_layers, folded.cfg.n_heads]
+    found = _as_table(
+        _run(attempt, lambda: attempt(folded, cache, answer, wrong)), shape, "[layer head]", attempt.__name__
+    )
+
+    def attribute(incorrect: int | None = wrong, pos: int = -1) -> Tensor:
+        frame = analysis.attribution.attribute_to_heads(folded, cache, answer, incorrect, pos=pos)
+        return torch.tensor(frame["value"].tolist()[: shape[0] * shape[1]], dtype=torch.float64).view(shape)
+
+    expected = attribute()
+    scale = cache["ln_final.hook_scale"][0, -1].double()
+    mistakes: Mistakes = [
+        ("the sign is turned round: it is the answer's column of W_U minus the other token's.", -expected),
+        (
+            "the final norm is left out: divide by `cache['ln_final.hook_scale']` at the last position.",
+            expected * scale,
+        ),
+        ("the final norm divides by its scale, and here it multiplies.", expected * scale * scale),
+        ("layers and heads are exchanged in the result.", expected.T),
+        ("this is the answer's logit alone: subtract the other token's column of W_U.", attribute(None)),
+        ("this is read at the first position; the prediction is made at the last one, -1.", attribute(pos=0)),
+    ]
+    _compare(found, expected, mistakes)
+    return f"the heads' shares sum to {float(expected.sum()):.2f} logits."
 
 
 @_gives_verdict
@@ -325,44 +325,8 @@ def check_patch_heads(
 
 
 @_gives_verdict
-def check_enough_and_needed(
-    attempt: Callable[[hl.HookedCausalLM, Tensor, Tensor, int, int], tuple[float, float]], model: hl.HookedCausalLM
-) -> str:
-    """Exercise 6: what one head's clean output restores, and what its corrupted output takes."""
-    clean, corrupted = model.to_tokens(PROMPT), model.to_tokens(OTHER_PROMPT)
-    layer, head = 2, 0
-    found = _run(attempt, lambda: attempt(model, clean, corrupted, layer, head))
-    if not isinstance(found, tuple | list) or len(found) != 2:
-        raise NotYet(f"{attempt.__name__} gives {found!r}; two numbers are asked for, (enough, needed).")
-    pair = torch.stack([_as_number(one, attempt.__name__) for one in found])
-    metric = patching.LogitDiff(" Mary", " John")
-    denoised = patching.sweep(model, clean, corrupted, "z", metric, progress=False)
-    noised = patching.sweep(model, clean, corrupted, "z", metric, direction="noise", progress=False)
-    enough, needed = (result.normalized[layer, head] for result in (denoised, noised))
-    expected = torch.stack([enough, needed])
-    mistakes: Mistakes = [
-        (
-            "the two are exchanged: (clean head into the corrupted run, corrupted head into the clean run).",
-            expected.flip(0),
-        ),
-        (
-            "these are logits. Put each on its scale: 0 is the patched run, 1 the run that the head comes from.",
-            torch.stack([denoised.values[layer, head], noised.values[layer, head]]),
-        ),
-        (
-            "the second is what is left of the difference; asked for is what is lost of it.",
-            torch.stack([enough, 1 - needed]),
-        ),
-        ("the sign of the second is turned round: what is lost counts as positive.", torch.stack([enough, -needed])),
-        ("both are what denoising restores; for the second the clean run is patched.", torch.stack([enough, enough])),
-    ]
-    _compare(pair, expected, mistakes)
-    return f"head {layer}.{head} restores {float(enough):.3f}, and without it {float(needed):.3f} is lost."
-
-
-@_gives_verdict
 def check_copying_score(attempt: Callable[[hl.HookedCausalLM, int, int], float], folded: hl.HookedCausalLM) -> str:
-    """Exercise 7: the eigenvalue score of a head's OV circuit from token to logit."""
+    """Exercise 6: the eigenvalue score of a head's OV circuit from token to logit."""
     heads = [(3, 3), (3, 2), (1, 0)]
     answers = [
         _as_number(_run(attempt, functools.partial(attempt, folded, *place)), attempt.__name__) for place in heads
@@ -393,3 +357,39 @@ def check_copying_score(attempt: Callable[[hl.HookedCausalLM, int, int], float],
     ]
     _compare(torch.stack(answers), expected, mistakes)
     return f"head 3.3 has {float(expected[0]):.2f}: against what it reads. Head 3.2: {float(expected[1]):.2f}."
+
+
+@_gives_verdict
+def check_enough_and_needed(
+    attempt: Callable[[hl.HookedCausalLM, Tensor, Tensor, int, int], tuple[float, float]], model: hl.HookedCausalLM
+) -> str:
+    """Exercise 7: what one head's clean output restores, and what its corrupted output takes."""
+    clean, corrupted = model.to_tokens(PROMPT), model.to_tokens(OTHER_PROMPT)
+    layer, head = 2, 0
+    found = _run(attempt, lambda: attempt(model, clean, corrupted, layer, head))
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise NotYet(f"{attempt.__name__} gives {found!r}; two numbers are asked for, (enough, needed).")
+    pair = torch.stack([_as_number(one, attempt.__name__) for one in found])
+    metric = patching.LogitDiff(" Mary", " John")
+    denoised = patching.sweep(model, clean, corrupted, "z", metric, progress=False)
+    noised = patching.sweep(model, clean, corrupted, "z", metric, direction="noise", progress=False)
+    enough, needed = (result.normalized[layer, head] for result in (denoised, noised))
+    expected = torch.stack([enough, needed])
+    mistakes: Mistakes = [
+        (
+            "the two are exchanged: (clean head into the corrupted run, corrupted head into the clean run).",
+            expected.flip(0),
+        ),
+        (
+            "these are logits. Put each on its scale: 0 is the patched run, 1 the run that the head comes from.",
+            torch.stack([denoised.values[layer, head], noised.values[layer, head]]),
+        ),
+        (
+            "the second is what is left of the difference; asked for is what is lost of it.",
+            torch.stack([enough, 1 - needed]),
+        ),
+        ("the sign of the second is turned round: what is lost counts as positive.", torch.stack([enough, -needed])),
+        ("both are what denoising restores; for the second the clean run is patched.", torch.stack([enough, enough])),
+    ]
+    _compare(pair, expected, mistakes)
+    return f"head {layer}.{head} restores {float(enough):.3f}, and without it {float(needed):.3f} is lost."
