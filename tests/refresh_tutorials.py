@@ -1,27 +1,23 @@
 """`python -m tests.refresh_tutorials`: run the tutorials anew, keep the outputs, and bring quoted numbers up to date.
 
+Exercises run with their solutions and stay unsolved in the file.
+
 For when a bundled checkpoint was trained again or a cell changed. Read the text afterwards: a sentence around a
 number may no longer be true.
 """
 
-import json
 import re
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
 
-from tests.test_tutorials import NO_LIMITS, QUOTE, TUTORIALS, find_quotes, format_like, read
+from tests.test_tutorials import QUOTE, TUTORIALS, execute, find_quotes, format_like, read
 
 
 def refresh(path: Path) -> None:
     """Execute a notebook in place."""
     notebook = read(path)
-    names = [name for _, name in find_quotes(notebook)]
-    report = f"import json; print(json.dumps({{n: globals()[n] for n in {names!r}}}))"
-    notebook.cells.append(nbformat.v4.new_code_cell(report))
-    NotebookClient(notebook, kernel_name="python3", **NO_LIMITS).execute()
-    values = json.loads(notebook.cells.pop().outputs[0].text)
+    values = execute(notebook, [name for _, name in find_quotes(notebook)])
 
     def requote(match: re.Match[str]) -> str:
         return f"**{format_like(match['text'], values[match['name']])}**<!-- {match['name']} -->"
@@ -31,7 +27,6 @@ def refresh(path: Path) -> None:
         if cell.cell_type == "markdown":
             cell.source = QUOTE.sub(requote, cell.source)
         else:
-            cell.metadata.pop("execution", None)
             # Warnings name files of this machine.
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, path)

@@ -16,7 +16,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
+from tests.tutorial_exercises import FOLDER, find_exercises, kind_of, solve
+
+TUTORIALS = sorted(FOLDER.glob("*.ipynb"))
 QUOTE = re.compile(r"\*\*(?P<text>[^*\n]+)\*\*<!-- (?P<name>\w+) -->")
 NUMBER_WITHOUT_A_NAME = re.compile(r"\*\*[-+]?\d[\d.,]*%?\*\*(?!<!--)")
 MOST_BYTES = 200_000
@@ -50,16 +52,31 @@ def format_like(quoted: str, value: object) -> str:
     return f"{value:.{len(quoted.partition('.')[2])}f}"
 
 
-def run_notebook(path: Path, names: list[str]) -> dict[str, Any]:
-    """Execute a notebook in this Python and return the values of some of its variables."""
-    notebook = copy.deepcopy(read(path))
+def execute(notebook: Any, names: list[str]) -> dict[str, Any]:
+    """Run a notebook in place, with its exercises solved, and return the values of some of its variables.
+
+    It runs in the folder of the tutorials, as in Jupyter, and in this Python.
+    """
+    solved = solve(notebook)
     report = (
         f"import json, sys\nprint(json.dumps({{'python': sys.executable, **{{n: globals()[n] for n in {names!r}}}}}))"
     )
-    notebook.cells.append(nbformat.v4.new_code_cell(report))
-    NotebookClient(notebook, kernel_name="python3", **NO_LIMITS).execute()
-    values: dict[str, Any] = json.loads(notebook.cells[-1].outputs[0].text)
+    solved.cells.append(nbformat.v4.new_code_cell(report))
+    NotebookClient(solved, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}, **NO_LIMITS).execute()
+    values: dict[str, Any] = json.loads(solved.cells.pop().outputs[0].text)
+    assert values.pop("python") == sys.executable
+    for cell, ran in zip(notebook.cells, solved.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
     return values
+
+
+def wrong_verdicts(notebook: Any) -> list[str]:
+    """What the checks of a notebook's exercises say, but for those that say that all is right."""
+    checks = [cell for cell in notebook.cells if kind_of(cell) == "check"]
+    texts = [output.data["text/plain"] for cell in checks for output in cell.outputs]
+    assert len(texts) == len(checks)
+    return [text for text in texts if not text.startswith("Right: ")]
 
 
 def test_there_are_tutorials() -> None:
@@ -68,10 +85,11 @@ def test_there_are_tutorials() -> None:
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_runs_and_quotes_what_it_computes(path: Path) -> None:
-    quotes = find_quotes(read(path))
+    notebook = copy.deepcopy(read(path))
+    quotes = find_quotes(notebook)
     assert quotes, "a tutorial whose text quotes nothing is not held to anything"
-    values = run_notebook(path, [name for _, name in quotes])
-    assert values.pop("python") == sys.executable
+    values = execute(notebook, [name for _, name in quotes])
+    assert wrong_verdicts(notebook) == []
     wrong = {name: (text, values[name]) for text, name in quotes if not agrees(text, values[name])}
     assert wrong == {}
 
@@ -88,6 +106,8 @@ def test_tutorial_is_kept_as_its_readers_should_see_it(path: Path) -> None:
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert NUMBER_WITHOUT_A_NAME.findall(text) == []
     assert str(Path.home()) not in path.read_text(encoding="utf-8")
+    assert wrong_verdicts(notebook) == []
+    assert all("NotImplementedError" in exercise.stub for exercise in find_exercises(notebook))
 
 
 @pytest.mark.parametrize(
