@@ -52,7 +52,7 @@ text = "When Mary and John went to the store, {} gave a drink to"
 pairs = [patching.Pair.from_text(model, text.format("John"), text.format("Mary"), answer=" Mary", wrong=" John")]
 
 estimate = patching.attribution(model, pairs, sites="mlp_out", metric=patching.LogitDiff(), progress=False)
-estimate.check(20, progress=False)  # <EstimateCheck of atp, rules norms: checked on 20 top and 20 random of ... cells: ...>
+estimate.check(20, progress=False)  # <EstimateCheck of atp, rules norms: checked on ...>
 estimate  # tells it, too; so does estimate.plot()
 ```
 

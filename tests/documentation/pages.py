@@ -107,7 +107,7 @@ def run_page(path: Path, *, warnings_raise: bool = False) -> Ran:
     return ran
 
 
-def _run_alone(path: Path, connection: Connection, warnings_raise: bool) -> None:  # noqa: FBT001
+def _run_alone(path: Path, connection: Connection, warnings_raise: bool) -> None:
     text = path.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
