@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from tests.test_tutorials import NO_LIMITS, QUOTE, TUTORIALS, find_quotes, format_like, read
+from tests.quotes import QUOTE, format_like
+from tests.test_tutorials import NO_LIMITS, TUTORIALS, find_quotes, read
 
 
 def refresh(path: Path) -> None:

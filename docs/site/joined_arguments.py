@@ -1,4 +1,4 @@
-"""Docstrings that describe several arguments in one entry (`device, dtype: as in ...`) give each an entry of its own."""
+"""Docstrings with several arguments in one entry (`device, dtype: as in ...`) give each an entry of its own."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Links from a page to files of the repository that are no pages (tutorials, demos, CHANGELOG) lead to the repository."""
+"""Links from a page to files of the repository that are no pages (tutorials, demos) lead to the repository."""
 
 import re
 from typing import Any

@@ -150,7 +150,9 @@ class CapturedActivations(Displayed, Mapping[str, Tensor]):
         rows = [(name, *each, format_bytes(size)) for name in names for *each, size in [self._describe(name)]]
         where = "outside the blocks" if layer is None else f"layer {layer}"
         size = format_bytes(sum(self._tensors[name].nbytes for name in names))
-        return fold(f"{where}: {len(names)} activations, {size}", table(_COLUMNS, rows, caption=f"activations, {where}"))
+        return fold(
+            f"{where}: {len(names)} activations, {size}", table(_COLUMNS, rows, caption=f"activations, {where}")
+        )
 
     @property
     def nbytes(self) -> int:

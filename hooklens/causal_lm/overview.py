@@ -44,7 +44,12 @@ def summarise(model: "HookedCausalLM") -> Summary:
     parts = _find_parts(model)
     merged = merge_layers(parts.items())
     rows = [
-        (name or "model", " ".join(word for word, _, _ in weights), _count(weights, n, tied=_is_tied(model, name)), _tell(sites, n))
+        (
+            name or "model",
+            " ".join(word for word, _, _ in weights),
+            _count(weights, n, tied=_is_tied(model, name)),
+            _tell(sites, n),
+        )
         for name, (weights, sites), n in merged
     ]
     family = "" if cfg.origin is None else f" ({cfg.origin.family})"
@@ -181,4 +186,3 @@ def _fold_part(model: "HookedCausalLM", name: str, contents: Contents) -> Elemen
     listed = table(("name", "kind", "axes", "shape", ""), rows, caption=f"weights and hook points of {name}")
     told = ", ".join([count] * bool(count) + [f"{len(sites)} hook points"] * bool(sites))
     return fold(f"{name}: {told}", listed)
-

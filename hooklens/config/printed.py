@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "sizes": ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "n_ctx"),
-    "vocabulary": ("d_vocab", "d_vocab_out", "d_embed", "tied_unembed", "unembed_bias", "logits_softcap", "logits_scale"),
+    "vocabulary": (
+        "d_vocab",
+        "d_vocab_out",
+        "d_embed",
+        "tied_unembed",
+        "unembed_bias",
+        "logits_softcap",
+        "logits_scale",
+    ),
     "stream": (
         *("wiring", "shared_norm", "embed_scale", "embed_scale_rounded", "residual_scale"),
         *("embed_dropout", "resid_dropout"),
@@ -130,7 +138,9 @@ def _is_default(spec: dataclasses.Field[Any], value: object) -> bool:
 def _print_layers(printed: Sequence[str]) -> str:
     """A value for each layer: `(512, None) * 8`, or `(None,) * 3 + (512,)`, whichever is shorter."""
     n = len(printed)
-    period = next(size for size in range(1, n + 1) if n % size == 0 and list(printed[:size]) * (n // size) == list(printed))
+    period = next(
+        size for size in range(1, n + 1) if n % size == 0 and list(printed[:size]) * (n // size) == list(printed)
+    )
     repeated = _print_tuple(printed[:period]) + (f" * {n // period}" if period < n else "")
     runs = [(one, len(list(group))) for one, group in groupby(printed)]
     joined = " + ".join(_print_tuple([one]) + (f" * {size}" if size > 1 else "") for one, size in runs)

@@ -95,7 +95,13 @@ def table(
 def _cells(row: Sequence[Cell], numeric: Sequence[bool], styles: Iterable[str | None]) -> Iterable[Element]:
     for place, (cell, is_number, style) in enumerate(zip(row, numeric, styles, strict=True)):
         tag, scope = ("th", "row") if place == 0 else ("td", None)
-        yield element(tag, cell if isinstance(cell, Element) else write_cell(cell), scope=scope, style=style, class_="hl-number" if is_number else None)
+        yield element(
+            tag,
+            cell if isinstance(cell, Element) else write_cell(cell),
+            scope=scope,
+            style=style,
+            class_="hl-number" if is_number else None,
+        )
 
 
 def write_cell(cell: str | int | float | bool | None) -> str:
