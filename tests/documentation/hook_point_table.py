@@ -9,7 +9,12 @@ from hooklens.model.parts.declared import Point, Slot, When
 from tests.documentation.pages import DOCS
 
 PAGE = DOCS / "hook_points.md"
-_HEAD = """# Hook points
+_HEAD = """---
+hide:
+  - toc
+---
+
+# Hook points
 
 Every kind of hook point there is, in the order of the computation; `{i}` is the layer. `model.hook_table()` and
 `hooklens info MODEL` list those of one model with the sizes of their axes; a point exists if and only if it fires, once

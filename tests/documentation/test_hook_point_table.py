@@ -12,7 +12,7 @@ NETWORKS = {
     "rotary, grouped": {"positions": hl.RotaryPositions(dim=4), "n_kv_heads": 2, "gated_mlp": True},
     "parallel": {"positions": hl.RotaryPositions(dim=4), "wiring": "parallel"},
     "attention only": {"positions": hl.NoPositions(), "attn_only": True, "norm": None, "final_norm": None},
-    "mixture": {"positions": hl.LearnedPositions(), "mlp": hl.MoEConfig(n_experts=4, n_chosen=2, d_expert=8)},
+    "mixture": {"positions": hl.LearnedPositions(), "mlp": hl.MoEConfig(n_experts=4, experts_per_token=2, d_expert=8)},
 }
 
 
