@@ -45,8 +45,14 @@ Whatever is chosen, `.check(k)` runs the `k` strongest cells and as many random 
 over all cells from them, lists the cells with the wrong sign, and warns below 0.9:
 
 ```python
-estimate = patching.attribution(model, pairs, sites="mlp_out", metric=patching.LogitDiff())
-estimate.check(20)  # <EstimateCheck of atp, rules norms: checked on 20 top and 20 random of ... cells: ...>
+from hooklens import HookedCausalLM, patching
+
+model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
+text = "When Mary and John went to the store, {} gave a drink to"
+pairs = [patching.Pair.from_text(model, text.format("John"), text.format("Mary"), answer=" Mary", wrong=" John")]
+
+estimate = patching.attribution(model, pairs, sites="mlp_out", metric=patching.LogitDiff(), progress=False)
+estimate.check(20, progress=False)  # <EstimateCheck of atp, rules norms: checked on ...>
 estimate  # tells it, too; so does estimate.plot()
 ```
 

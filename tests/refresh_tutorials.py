@@ -11,7 +11,8 @@ from pathlib import Path
 
 import nbformat
 
-from tests.test_tutorials import QUOTE, TUTORIALS, execute, find_quotes, format_like, read
+from tests.quotes import QUOTE, format_like
+from tests.test_tutorials import TUTORIALS, execute, find_quotes, read
 
 
 def refresh(path: Path) -> None:

@@ -57,7 +57,7 @@ HEAVY = frozenset(
         "peft",
         "yaml",
         "omegaconf",
-    "sklearn",
+        "sklearn",
         "accelerate",
     }
 )

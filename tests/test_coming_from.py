@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.documentation.pages import read_blocks
+
 PAGE = (Path(__file__).parents[1] / "docs" / "coming_from.md").read_text(encoding="utf-8")
-[PREPARATION] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+[PREPARATION] = [block.code for block in read_blocks(PAGE)]
 ROWS = [
     (title, there, here)
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
