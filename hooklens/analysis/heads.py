@@ -273,8 +273,8 @@ def head_scores(
 
     Args:
         model: the model.
-        input: a run, as for `score_heads`, with repeated tokens; None: repeated random tokens, as long as `n_ctx` allows
-            up to a period of 32.
+        input: a run, as for `score_heads`, with repeated tokens; None: repeated random tokens, as long as `n_ctx`
+            allows up to a period of 32.
         attention_mask: `[batch pos]`, for ids with padding; None: what the model infers.
         seed: decides the random tokens.
 
