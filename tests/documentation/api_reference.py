@@ -46,6 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": ("hooklens.training",),
     "pool": ("hooklens.pool",),
     "sae": ("hooklens.sae",),
+    "datasets": ("hooklens.datasets",),
     "viz": ("hooklens.viz",),
     "verification": ("hooklens.verification", "hooklens.verification.conformance"),
     "adapters": ("hooklens.adapters", "hooklens.adapters.keys"),
