@@ -23,7 +23,6 @@ import torch
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.activation_cache.components import (
-    EMBEDDINGS,
     Components,
     LabelledStack,
     check_any,
@@ -43,6 +42,7 @@ from hooklens.analysis.reading.runs import Run, read_run_or_prompt, take_run
 from hooklens.analysis.reading.token_columns import choose_tokens, list_tokens, take_columns
 from hooklens.analysis.reading.token_names import Tokens, read_outputs
 from hooklens.arguments import Reader, optional, read_int, reads
+from hooklens.axes import EMBEDDINGS
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.optional import import_package
 
