@@ -4,12 +4,16 @@ A display that is added here gets all checks of `test_all_pages.py`.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
-from hooklens import viz
+from hooklens import ActivationCache, HookedCausalLM, HookedConfig, viz
 from hooklens.display import document
+from hooklens.generation.output import GenerationOutput
+from hooklens.patching import Pair
+from hooklens.verification import VerificationReport
+from tests.display.objects import OBJECTS
 
 NASTY = (
     "</script><script>window.broken=1</script>",
@@ -104,6 +108,15 @@ def circuit() -> str:
     return viz.circuit(edges)._repr_html_()
 
 
+SUMMARIES = (HookedCausalLM, HookedConfig, ActivationCache, GenerationOutput, Pair, VerificationReport)
+"""What shows itself by a summary alone; those with a picture have the picture's view, which stands above."""
+
+
+def _summarise(kind: type) -> str:
+    html: str = OBJECTS[kind]()._repr_html_()
+    return html
+
+
 PAGES: list[tuple[str, Callable[[], str]]] = [
     ("attention", attention),
     ("attention behind a prefix", attention_behind_a_prefix),
@@ -116,6 +129,7 @@ PAGES: list[tuple[str, Callable[[], str]]] = [
     ("curves", curves),
     ("curves over labels", curves_over_labels),
     ("circuit", circuit),
+    *((f"summary: {kind.__name__}", partial(_summarise, kind)) for kind in SUMMARIES),
 ]
 
 

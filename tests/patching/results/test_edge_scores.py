@@ -174,3 +174,15 @@ def test_stable_edges_are_those_whose_interval_has_one_sign():
     agreed = SCORES.exists & ((low > 0) | (high < 0))
     assert 0 < int(agreed.sum()) < int(SCORES.exists.sum())
     assert torch.equal(stable.scores, torch.where(agreed, SCORES.edges.scores, 0.0))
+
+
+def test_the_display_shows_the_largest_scores():
+    """The scores printed all their tensors, 251 lines."""
+    listing = SCORES._summary().listing
+    table = SCORES.to_dataframe()
+    assert [tuple(row[:2]) for row in listing.rows[:20]] == list(
+        table[["writer", "reader"]].itertuples(index=False, name=None)
+    )[:20]
+    assert [row[2] for row in listing.rows[:20]] == table["score"].tolist()[:20]
+    assert listing.size == int(SCORES.exists.sum())
+    assert len(repr(SCORES).splitlines()) == 20

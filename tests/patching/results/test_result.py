@@ -174,3 +174,13 @@ def test_plots_write_the_labels_they_are_given(result):
         result.plot(labels={"query": tokens})
     with pytest.raises(HookLensError, match=r"3 labels for axis 'pos' have none for \[3\]"):
         result.plot(labels={"pos": tokens[:3]})
+
+
+def test_the_display_shows_the_cells_of_top(result):
+    """A result printed all its tensors, 63 lines for 60 cells."""
+    # Of cells that change nothing none comes before another.
+    rows, top = result._summary().listing.rows[:8], result.top(8)
+    assert [float(row[-2]) for row in rows] == pytest.approx(top["value"].tolist())
+    assert [float(row[-1]) for row in rows] == pytest.approx(top["normalized"].tolist())
+    assert [list(row[:-2]) for row in rows] == top[["site", "layer", "pos", "head"]].astype(str).to_numpy().tolist()
+    assert 'data-view="grid"' in result._repr_html_()
