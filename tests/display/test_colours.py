@@ -12,10 +12,11 @@ def opacity(style):
 
 @pytest.mark.parametrize(("value", "share"), [(0.0, 0.0), (1.0, 0.25), (-2.0, 0.5), (4.0, 1.0), (9.0, 1.0)])
 def test_opacity_is_the_share_of_the_largest(value, share):
-    assert opacity(diverging(value, 4.0)) == pytest.approx(MOST_OPAQUE * share, abs=0.0005)
+    # Opacities are written in three significant digits.
+    assert opacity(diverging(value, 4.0)) == pytest.approx(MOST_OPAQUE * share, abs=0.00051)
     assert ("orange" in diverging(value, 4.0)) == (value < 0)
     # An amount below 0 is none.
-    assert opacity(sequential(value, 4.0)) == pytest.approx(MOST_OPAQUE * (share if value >= 0 else 0), abs=0.0005)
+    assert opacity(sequential(value, 4.0)) == pytest.approx(MOST_OPAQUE * (share if value >= 0 else 0), abs=0.00051)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

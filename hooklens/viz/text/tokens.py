@@ -147,7 +147,7 @@ class Tokens(View):
         for name, values in zip(self.names, self.values, strict=True):
             table[name or "value"] = values.tolist()
         if self.alternatives is not None:
-            table = table.assign(alternatives=list(self.alternatives))
+            table = table.assign(alternatives=import_package("pandas").Series(self.alternatives, dtype=object))
         return table
 
     def to_matplotlib(self, name: str | None = None) -> "Figure":
