@@ -1,4 +1,4 @@
-"""How a bidirectional classifier tells balanced brackets from others: which part looks for which mistake.
+"""How does a bidirectional classifier tell balanced brackets from others: which part looks for which mistake?
 
 A string of brackets is balanced if the elevation, the number of brackets opened minus those closed so far, ends at zero
 and is never below it. So there are two mistakes, and a string has one of them or both:
@@ -304,6 +304,7 @@ def plot_counting(
 
 def investigate(out: Path, *, steps: int, seed: int) -> dict[str, float]:
     """Train, ask all four questions, print the answers, write figures and tables; gives the main numbers."""
+    print((__doc__ or "").partition("\n")[0])
     model = train(out, steps=steps, seed=seed)
     with torch.no_grad():
         strings = make_strings(2000, seed=seed + 1, held_out=True)
@@ -336,6 +337,14 @@ def investigate(out: Path, *, steps: int, seed: int) -> dict[str, float]:
         plot_counting(model, strings, counted, heads[0], shares, out)
     table.to_csv(out / "components.csv")
     shares.to_csv(out / "accuracy.csv")
+    print(f"The figures and tables are in {out}.")
+    names = " and ".join(f"L{one.layer}H{one.head}" for one in counting)
+    who = f"by {names} for the count, and by others for the order" if counting else "by no head that only counts"
+    print(
+        f"Answer: {who}. Without what counts, mistakes of both kinds are found in "
+        f"{without['both']:.0%} of strings ({whole['both']:.0%} with it), of the count alone in {without['count']:.0%} "
+        f"({whole['count']:.0%}), of the order alone in {without['order']:.0%} ({whole['order']:.0%})."
+    )
     return {
         "accuracy": right,
         "counting heads": len(counting),
@@ -368,7 +377,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         numbers = investigate(options.out, steps=options.steps, seed=options.seed)
     except (HookLensError, OSError) as error:
         parser.exit(1, f"{error}\n")
-    print(f"The figures and tables are in {options.out}.")
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""How a model finds the indirect object: the whole investigation, from the behaviour to the circuit, with figures.
+"""How does a model find the indirect object: which parts carry it, and which edges between them are enough?
 
     python demos/indirect_object.py                                   # a bundled model, no network
     python demos/indirect_object.py --model EleutherAI/pythia-160m    # or another one, whose heads write to the
@@ -213,6 +213,7 @@ def find_circuit(task: Task) -> tuple[patching.FaithfulnessCurve, patching.Circu
 
 def investigate(task: Task) -> dict[str, float]:
     """Ask all six questions, print the answers, write figures and tables; gives the main numbers."""
+    print((__doc__ or "").partition("\n")[0])
     behaviour = measure_behaviour(task)
     means = behaviour[["clean", "corrupted"]].mean()
     print(f"1. Mean logit difference: {means['clean']:.2f} clean, {means['corrupted']:.2f} corrupted.")
@@ -248,6 +249,14 @@ def investigate(task: Task) -> dict[str, float]:
     paths.to_csv(task.out / "paths.csv", index=False)
     table.to_csv(task.out / "circuits.csv", index=False)
     circuit.save(task.out / "circuit.json")
+    print(f"Figures and tables are in {task.out}.")
+    best = parts.set_index("head").iloc[0]
+    by_input = best[["q", "k", "v"]].astype(float)
+    print(
+        f"Answer: mostly through head {best.name}, which alone restores {best['z']:.0%} of the difference: by its "
+        f"{by_input.idxmax()} ({by_input.max():.0%}; its attention pattern {best['pattern']:.0%}). {len(circuit)} of "
+        f"{table['edges'].max()} edges keep four fifths."
+    )
     return {
         "clean": float(means["clean"]),
         "corrupted": float(means["corrupted"]),
@@ -276,7 +285,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         parser.error(str(error))
     with torch.no_grad():
         numbers = investigate(make_task(model, options.out, n_pairs=options.pairs, seed=options.seed))
-    print(f"Figures and tables are in {options.out}.")
     return numbers
 
 

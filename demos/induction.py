@@ -1,4 +1,4 @@
-"""How induction heads form in an attention-only model of two layers, while it is trained.
+"""How do induction heads form in an attention-only model of two layers, while it is trained?
 
 A row of random tokens in which a piece is repeated can be predicted only by looking back: where did this token stand
 before, and what came next? A model of two layers without MLPs learns that with two kinds of heads (Elhage et al.
@@ -113,6 +113,7 @@ def plot(table: pd.DataFrame, previous: str, induction: str, change: tuple[int, 
 
 def investigate(out: Path, *, steps: int, seed: int) -> dict[str, float]:
     """Train, ask all three questions, print the answers, write figure and table; gives the main numbers."""
+    print((__doc__ or "").partition("\n")[0])
     table = train(out, steps=steps, seed=seed).curve(measure).set_index("step")
     first, last = table.iloc[0], table.iloc[-1]
     guessing = float(torch.tensor(float(D_VOCAB)).log())
@@ -133,6 +134,13 @@ def investigate(out: Path, *, steps: int, seed: int) -> dict[str, float]:
     )
     plot(table, previous, induction, change, out)
     table.to_csv(out / "induction.csv")
+    print(f"The figure and the table are in {out}.")
+    print(
+        f"Answer: not evenly, and together with what they need. {induction} goes half of its way in "
+        f"{(change[1] - change[0]) / steps:.0%} of the training, after {change[0] / steps:.0%}; {fallen:.0%} of "
+        f"the fall of the loss is there. {previous}, which attends to the token before, goes from "
+        f"{table[previous][change[0]]:.0%} to {table[previous][change[1]]:.0%} meanwhile."
+    )
     return {
         "loss before": float(first["loss"]),
         "loss after": float(last["loss"]),
@@ -163,7 +171,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         numbers = investigate(options.out, steps=options.steps, seed=options.seed)
     except (HookLensError, OSError) as error:
         parser.exit(1, f"{error}\n")
-    print(f"The figure and the table are in {options.out}.")
     return numbers
 
 

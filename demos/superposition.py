@@ -1,4 +1,4 @@
-"""How a small autoencoder keeps more features than it has dimensions, where features are sparse: superposition.
+"""How does a small autoencoder keep more features than it has dimensions, and what does that cost?
 
     python demos/superposition.py
 
@@ -241,6 +241,7 @@ def plot_products(model: Autoencoder, study: Study, out: Path) -> None:
 
 def investigate(out: Path, *, steps: int, seed: int) -> pd.DataFrame:
     """Train, ask all four questions, print the answers, write figures and table; gives a row for each sparsity."""
+    print((__doc__ or "").partition("\n")[0])
     small, large = (train(study, out, steps=steps, seed=seed) for study in (SMALL, LARGE))
     features = pd.concat([describe_features(small, SMALL), describe_features(large, LARGE)], ignore_index=True)
     counts = features.groupby(["size", "sparsity"])["represented"].sum().unstack("size")
@@ -281,6 +282,13 @@ def investigate(out: Path, *, steps: int, seed: int) -> pd.DataFrame:
     plot_products(small, SMALL, out)
     plot_products(large, LARGE, out)
     features.to_csv(out / "features.csv", index=False)
+    print(f"The figures and the table are in {out}.")
+    print(
+        "Answer: where features are sparse it gives them directions that are not orthogonal, at "
+        f"{sparse['nearest']:.0f} degrees for {sparse['represented']:.0f} features in {SMALL.n_hidden} dimensions. "
+        f"They interfere: taking one out costs the others {sparse['damage']:.0%} of its own error, and "
+        f"{dense['damage']:.0%} where {dense['represented']:.0f} features have a dimension each."
+    )
     return table
 
 
@@ -302,7 +310,6 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         table = investigate(options.out, steps=options.steps, seed=options.seed)
     except (HookLensError, OSError) as error:
         parser.exit(1, f"{error}\n")
-    print(f"The figures and the table are in {options.out}.")
     return table
 
 

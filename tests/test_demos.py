@@ -1,6 +1,7 @@
 """The demos run from beginning to end and find what their text says."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import hooklens as hl
 from hooklens.patching import Circuit
 from tests.torch_version import TORCH
 
@@ -23,6 +25,13 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def check_question_and_answer(printed: str) -> None:
+    """What is printed begins with a question and ends with its answer."""
+    lines = printed.splitlines()
+    assert lines[0].endswith("?")
+    assert lines[-1].startswith("Answer: ")
+
+
 @pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
 def test_indirect_object(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = load("indirect_object")
@@ -36,6 +45,7 @@ def test_indirect_object(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(Circuit.load(tmp_path / "out" / "circuit.json")) == numbers["edges"]
     printed = capsys.readouterr().out
     assert [line for line in range(1, 7) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
 
 
 def test_induction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +63,7 @@ def test_induction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"run", "induction.png", "induction.csv"}
     printed = capsys.readouterr().out
     assert [line for line in range(1, 4) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
     # Interrupted or not, the same command gives the same, from the checkpoints that there are.
     assert demo.main(["--steps", "400", "--out", str(tmp_path)]) == numbers
     with pytest.raises(SystemExit):
@@ -76,6 +87,7 @@ def test_modular_addition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {path.name for path in tmp_path.iterdir()} == {"run", "training.png", "neurons.png", "training.csv"}
     printed = capsys.readouterr().out
     assert [line for line in range(1, 5) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
 
 
 def test_fourier_parts_of_modular_addition() -> None:
@@ -120,6 +132,7 @@ def test_superposition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert {path.name for path in tmp_path.iterdir()} == files | {"run_5_in_2", "run_20_in_5"}
     printed = capsys.readouterr().out
     assert [line for line in range(1, 5) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
 
 
 def test_impossible_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +167,7 @@ def test_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert [line for line in range(1, 5) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
     # Interrupted or not, the same command gives the same.
     assert demo.main(["--steps", "300", "--out", str(tmp_path)]) == numbers
 
@@ -199,3 +213,71 @@ def test_without_matplotlib_the_way_out_is_told(
     with pytest.raises(SystemExit):
         load("indirect_object").main(["--model", "bundled:tiny-lama", "--out", str(tmp_path / "out")])
     assert "Did you mean 'tiny-llama'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "mlp_restores", "mover"),
+    [("tiny-gpt-neox", True, 2), ("tiny-llama", True, None), ("tiny-falcon", False, 0)],
+)
+def test_factual_recall(
+    name: str, mlp_restores: bool, mover: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two models the first MLP at the country looks the fact up; in the third, attention reads it off the name."""
+    demo = load("factual_recall")
+    numbers = demo.main(["--model", f"bundled:{name}", "--draws", "2", "--out", str(tmp_path)])
+    assert numbers["clean"] > 0.95
+    assert numbers["noised"] < 0.5
+    assert numbers["MLP at the country"] == 0
+    assert (numbers["MLP restores"] > 0.8) is mlp_restores
+    assert (numbers["MLP restores"] < 0.3) is not mlp_restores
+    # What the country's token carries goes to the last token by attention, and by nothing else.
+    assert numbers["held attention at the last token"] == pytest.approx(numbers["noised"], abs=0.05)
+    assert numbers["attention names"] > 0.7
+    if mover is not None:
+        assert numbers["attention at the end"] == mover
+        assert numbers["attention restores"] > 0.8
+    figures = {"1_traces.png", "2_reading.png", "traces.csv", "reading.csv", "settings.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == figures
+    printed = capsys.readouterr().out
+    assert [line for line in range(1, 6) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
+
+
+def test_noise_is_on_the_country_alone() -> None:
+    """The position is that of the country, and its activation goes back to what it is without noise, bit for bit."""
+    demo = load("factual_recall")
+    model = hl.HookedCausalLM.from_pretrained("bundled:tiny-llama")
+    with torch.no_grad():
+        task = demo.make_task(model, demo.TEMPLATE, noise=3.0, draws=1, seed=0)
+        assert model.to_str_tokens(task.tokens[0])[task.subject].strip() == next(iter(demo.choose_facts(model)))
+        clean, noised = task.record([]), task.record([task.corruption])
+        changed = (clean["resid_pre", 0] != noised["resid_pre", 0]).any(-1).any(0).nonzero().flatten().tolist()
+        assert changed == [task.subject]
+        # With the embedding as it was nothing is left of the noise.
+        restored = task.probability([task.corruption, demo.put_back(clean, "stream", 0, task.subject)])
+        assert restored == task.probability([])
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama"])
+def test_steering_vector(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A vector beats random ones of its length within the limit of damage; it is baked where there is a bias for it."""
+    demo = load("steering_vector")
+    numbers = demo.main(["--model", f"bundled:{name}", "--neutral", "6", "--out", str(tmp_path / "out")])
+    assert numbers["right"] > 0.95
+    assert numbers["wrong"] < 0.01
+    assert numbers["kl"] <= 1.5
+    assert numbers["effect"] > 0.25
+    assert numbers["effect"] > 5 * numbers["random"]
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files >= {"strengths.png", "strengths.csv", "vector.safetensors"}
+    if name == "tiny-gpt-neox":
+        assert numbers["baked"] == pytest.approx(numbers["effect"], abs=1e-4)
+        assert "baked" in files
+    else:
+        assert math.isnan(numbers["baked"])
+    printed = capsys.readouterr().out
+    assert [line for line in range(1, 6) if f"{line}. " not in printed] == []
+    check_question_and_answer(printed)
+    with pytest.raises(SystemExit):
+        demo.main(["--neutral", "0", "--out", str(tmp_path / "none")])
+    assert "--neutral is 0" in capsys.readouterr().err

@@ -31,7 +31,7 @@ ACCEPTED: dict[str, str] = {
     "05_comparing_and_merging.ipynb": _CELLS,
     "06_coming_from_other_libraries.ipynb": _MODULES,
     # `W_dec /= ...` of a parameter gives a tensor, says torch.
-    "07_sparse_autoencoders.ipynb": r'attribute "W_dec"',
+    "10_sparse_autoencoders.ipynb": r'attribute "W_dec"',
     "attribution.md": _DESCRIBED,
     "merging.md": _DESCRIBED,
 }
