@@ -80,6 +80,7 @@ class AdapterMethods:
 
         def as_decoder(self) -> Decoder:
             """The network."""
+            ...
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ class HookedCausalLM(
 
     if TYPE_CHECKING:
         # `nn.Module` says that a call takes and gives anything.
-        __call__: Called
+        __call__: Called  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @reads(**CALLING)
     def forward(  # type: ignore[override]

@@ -6,7 +6,7 @@ from torch import Tensor
 from hooklens.activation_cache import ActivationCache
 from hooklens.generation.choosing.processors import build_pipeline
 from hooklens.generation.choosing.sampling import RowDraws, sample_tokens, token_log_probs
-from hooklens.generation.choosing.stopping import StopRules
+from hooklens.generation.choosing.stopping import FinishReason, StopRules
 from hooklens.generation.forward import Forward
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions
@@ -72,7 +72,7 @@ class Decoding:
             self._logprobs.append((list(rows.active), token_log_probs(scores, tokens)))
         rows.append(tokens)
         ended = self._stops.ask_criteria(rows.ids, processed) if self._stops.reads_ids else None
-        reasons = [
+        reasons: list[FinishReason | None] = [
             self._stops.reason(row, rows.new_ids[row], criterion=ended is not None and ended[place])
             for place in rows.places
             for row in [rows.active[place]]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
         def __call__(self, tensor: Tensor, /, *, hook: HookPoint) -> Tensor | None:
             """What takes the tensor's place; None: the tensor itself."""
+            ...
 
     HookFunction = Callable[[Tensor, HookPoint], Tensor | None] | HookFunctionByName | Callable[[Tensor], Tensor | None]
 else:
@@ -50,30 +51,37 @@ class TokenIndex(Protocol):
     @property
     def token_index(self) -> Tensor:
         """`[batch pos]`, the position of each column's token in its row's whole sequence; -1 for padding."""
+        ...
 
     @property
     def n_tokens(self) -> Tensor:
         """`[batch]`, real tokens of each row so far, those in a cache included."""
+        ...
 
     @property
     def phase(self) -> Phase:
         """`"prefill"`, or `"decode"` while generating."""
+        ...
 
     @property
     def positions_by_column(self) -> Sequence[int] | None:
         """`token_index` of every row in plain numbers, where all rows have the same; else None."""
+        ...
 
     @property
     def length(self) -> int:
         """`n_tokens` of every row, where `positions_by_column` is known."""
+        ...
 
     @property
     def columns(self) -> Sequence[int] | Tensor | None:
         """Which columns of the call a tensor's position axis holds; None: all of them."""
+        ...
 
     @property
     def n_run(self) -> int:
         """Columns of the call."""
+        ...
 
 
 class Hook:

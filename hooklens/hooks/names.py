@@ -98,7 +98,7 @@ def _split(names_filter: Any) -> Sequence[_Part]:
 
 def _read_shorthand(part: tuple[object, ...]) -> tuple[object, ...]:
     is_layer = len(part) > 1 and isinstance(part[1], int) and not isinstance(part[1], bool)
-    if len(part) not in (2, 3) or not is_layer or not all(isinstance(word, str) for word in (part[0], *part[2:])):
+    if len(part) not in (2, 3) or not is_layer or not all(isinstance(word, str) for word in (*part[:1], *part[2:])):
         raise HookNameError(f"{show(part)} is no hook point; expected (name, layer) or (name, layer, module)")
     return part
 

@@ -140,14 +140,13 @@ class HookPointTree(nn.Module):
             known = {**table.points, **spliced}
             names = select_names(names_filter, known, n_layers=self.n_hooked_layers, idle=idle)
             return {name: known[name] for name in names}
-        is_text = names_filter is None or isinstance(names_filter, str)
-        if is_text and not idle and names_filter in table.selections:
-            return table.selections[names_filter]
-        names = select_names(names_filter, table.points, n_layers=self.n_hooked_layers, idle=idle)
-        selected = {name: table.points[name] for name in names}
-        if is_text and not idle:
-            table.selections[names_filter] = selected  # type: ignore[index]
-        return selected
+        if idle or not (names_filter is None or isinstance(names_filter, str)):
+            names = select_names(names_filter, table.points, n_layers=self.n_hooked_layers, idle=idle)
+            return {name: table.points[name] for name in names}
+        if names_filter not in table.selections:
+            names = select_names(names_filter, table.points, n_layers=self.n_hooked_layers)
+            table.selections[names_filter] = {name: table.points[name] for name in names}
+        return table.selections[names_filter]
 
 
 class _HookPointTable:
@@ -162,7 +161,9 @@ class _HookPointTable:
 
     def __init__(self, root: HookPointTree) -> None:
         modules = dict(root.named_modules())
-        self.points = {name: module for name, module in modules.items() if isinstance(module, HookPoint)}
+        self.points: dict[str, HookPoint] = {
+            name: module for name, module in modules.items() if isinstance(module, HookPoint)
+        }
         self.selections: dict[str | None, dict[str, HookPoint]] = {}
         self._version = count_changes()
         self._plain = [

@@ -19,12 +19,15 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: Any, **options: Any) -> Any:
         """Encode texts; `["input_ids"]` of the result is a list of lists of ids."""
+        ...
 
     def __len__(self) -> int:
         """How many tokens there are, added ones included."""
+        ...
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
         """Decode a list of ids to text."""
+        ...
 
 
 def read_tokenizer(given: object, *, what: str = "tokenizer", error: type[HookLensError] = InputError) -> Tokenizer:

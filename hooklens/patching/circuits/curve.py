@@ -307,46 +307,43 @@ class FaithfulnessCurve(Displayed):
         return self.faithfulness - errors, self.faithfulness + errors
 
 
-@overload
-def faithfulness_curve(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    scores: EdgeScores | ScoredEdges | None = None,
-    metric: Metric | MetricFunction | None = None,
-    *,
-    sizes: Sequence[int] | Literal["mib"] | None = None,
-    connected: bool = True,
-    choice: EdgeChoice | None = None,
-    random_draws: int = 3,
-    seed: int = 0,
-    ablation: Ablation = "resample",
-    batch_size: BatchSize = "auto",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> FaithfulnessCurve: ...
-@overload
-def faithfulness_curve(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    scores: EdgeScores | ScoredEdges | None = None,
-    metric: Mapping[str, Metric | MetricFunction] | None = None,
-    *,
-    sizes: Sequence[int] | Literal["mib"] | None = None,
-    connected: bool = True,
-    choice: EdgeChoice | None = None,
-    random_draws: int = 3,
-    seed: int = 0,
-    ablation: Ablation = "resample",
-    batch_size: BatchSize = "auto",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> Results[FaithfulnessCurve]: ...
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hooklens.patching.circuits.faithfulness import CircuitKeywords
+
+    class CurveKeywords(CircuitKeywords, total=False):
+        """The keywords of a curve of circuits."""
+
+        sizes: Sequence[int] | Literal["mib"] | None
+        connected: bool
+        choice: EdgeChoice | None
+        random_draws: int
+        seed: int
+
+
+if TYPE_CHECKING:
+
+    @overload
+    def faithfulness_curve(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        scores: EdgeScores | ScoredEdges | None = ...,
+        metric: Metric | MetricFunction | None = ...,
+        **options: Unpack[CurveKeywords],
+    ) -> FaithfulnessCurve: ...
+    @overload
+    def faithfulness_curve(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        scores: EdgeScores | ScoredEdges | None = ...,
+        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        **options: Unpack[CurveKeywords],
+    ) -> Results[FaithfulnessCurve]: ...
+
+
 def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,

@@ -19,7 +19,7 @@ that it was measured on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from jaxtyping import Int
@@ -52,36 +52,39 @@ from hooklens.progress import progress_bar
 Circuits = Mapping[str, Circuit] | Mapping[int, Circuit] | Sequence[Circuit]
 
 
-@overload
-def evaluate_circuits(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    circuits: Circuits | None = None,
-    metric: Metric | MetricFunction | None = None,
-    *,
-    ablation: Ablation = "resample",
-    batch_size: BatchSize = "auto",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> CircuitResult: ...
-@overload
-def evaluate_circuits(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    circuits: Circuits | None = None,
-    metric: Mapping[str, Metric | MetricFunction] | None = None,
-    *,
-    ablation: Ablation = "resample",
-    batch_size: BatchSize = "auto",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> Results[CircuitResult]: ...
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hooklens.patching.runs.options import RunKeywords
+
+    class CircuitKeywords(RunKeywords, total=False):
+        """The keywords of runs of circuits."""
+
+        ablation: Ablation
+
+
+if TYPE_CHECKING:
+
+    @overload
+    def evaluate_circuits(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        circuits: Circuits | None = ...,
+        metric: Metric | MetricFunction | None = ...,
+        **options: Unpack[CircuitKeywords],
+    ) -> CircuitResult: ...
+    @overload
+    def evaluate_circuits(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        circuits: Circuits | None = ...,
+        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        **options: Unpack[CircuitKeywords],
+    ) -> Results[CircuitResult]: ...
+
+
 @reads()
 def evaluate_circuits(
     model: HookedCausalLM,

@@ -1,7 +1,7 @@
 """The experiment: what each sender does through the receivers, over any number of pairs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from jaxtyping import Int
@@ -31,41 +31,42 @@ from hooklens.patching.runs.tally import Tally
 from hooklens.precision import wide_dtype
 from hooklens.progress import progress_bar
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@overload
-def path_patch(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    senders: Sequence[str] | None = None,
-    receivers: Sequence[str] | None = None,
-    metric: Metric | MetricFunction | None = None,
-    *,
-    through_mlps: bool = True,
-    batch_size: BatchSize = "auto",
-    direction: Direction = "denoise",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> SweepResult: ...
-@overload
-def path_patch(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    senders: Sequence[str] | None = None,
-    receivers: Sequence[str] | None = None,
-    metric: Mapping[str, Metric | MetricFunction] | None = None,
-    *,
-    through_mlps: bool = True,
-    batch_size: BatchSize = "auto",
-    direction: Direction = "denoise",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> Results[SweepResult]: ...
+    from hooklens.patching.runs.options import RunKeywords
+
+    class PathKeywords(RunKeywords, total=False):
+        """The keywords of path patching."""
+
+        through_mlps: bool
+        direction: Direction
+
+
+if TYPE_CHECKING:
+
+    @overload
+    def path_patch(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        senders: Sequence[str] | None = ...,
+        receivers: Sequence[str] | None = ...,
+        metric: Metric | MetricFunction | None = ...,
+        **options: Unpack[PathKeywords],
+    ) -> SweepResult: ...
+    @overload
+    def path_patch(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        senders: Sequence[str] | None = ...,
+        receivers: Sequence[str] | None = ...,
+        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        **options: Unpack[PathKeywords],
+    ) -> Results[SweepResult]: ...
+
+
 @reads()
 def path_patch(
     model: HookedCausalLM,

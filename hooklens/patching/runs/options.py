@@ -1,16 +1,31 @@
 """How an experiment runs: the options that all of them have, read and checked once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from jaxtyping import Int
+from torch import Tensor
 
 from hooklens.arguments import read_flag, read_one_of
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.patching.runs.baseline import Direction
 from hooklens.patching.runs.checks import check_model
 from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.memory import BatchSize, read_batch_size
+
+if TYPE_CHECKING:
+
+    class RunKeywords(TypedDict, total=False):
+        """Keywords that every experiment on pairs takes."""
+
+        batch_size: BatchSize
+        attention_mask: Int[Tensor, "batch pos"] | None
+        edits: Sequence[Edit]
+        progress: bool
+        allow_training: bool
 
 
 @dataclass(frozen=True, kw_only=True)

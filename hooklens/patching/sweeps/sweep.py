@@ -21,7 +21,7 @@ What is run is planned, and every shortcut gives what one full forward per cell 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from jaxtyping import Int
 from torch import Tensor
@@ -47,39 +47,40 @@ from hooklens.patching.runs.sites import Sites, lay_out
 from hooklens.patching.runs.unpatched import Source
 from hooklens.patching.sweeps.run import SweepRun
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@overload
-def sweep(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    sites: Sites | None = None,
-    metric: Metric | MetricFunction | None = None,
-    *,
-    batch_size: BatchSize = "auto",
-    direction: Direction = "denoise",
-    source: Source = "other",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> SweepResult: ...
-@overload
-def sweep(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    sites: Sites | None = None,
-    metric: Mapping[str, Metric | MetricFunction] | None = None,
-    *,
-    batch_size: BatchSize = "auto",
-    direction: Direction = "denoise",
-    source: Source = "other",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-) -> Results[SweepResult]: ...
+    from hooklens.patching.runs.options import RunKeywords
+
+    class SweepKeywords(RunKeywords, total=False):
+        """The keywords of a sweep."""
+
+        direction: Direction
+        source: Source
+
+
+if TYPE_CHECKING:
+
+    @overload
+    def sweep(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        sites: Sites | None = ...,
+        metric: Metric | MetricFunction | None = ...,
+        **options: Unpack[SweepKeywords],
+    ) -> SweepResult: ...
+    @overload
+    def sweep(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None = ...,
+        sites: Sites | None = ...,
+        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        **options: Unpack[SweepKeywords],
+    ) -> Results[SweepResult]: ...
+
+
 @reads()
 def sweep(
     model: HookedCausalLM,
