@@ -15,7 +15,7 @@ from hooklens.arguments import read_int, read_path, read_seed
 from hooklens.datasets.manifest import COLUMNS, Manifest, Shard, hash_file
 from hooklens.datasets.shuffling import ShuffledBatches
 from hooklens.datasets.statistics import SiteStatistics, StatisticsSum
-from hooklens.display.numbers import format_bytes
+from hooklens.display import Displayed, Listing, Summary, format_bytes, format_shape, merge_layers
 from hooklens.errors import CheckpointError, HookNameError, suggest_names
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 2**16
 
 
-class ActivationDataset:
+class ActivationDataset(Displayed):
     """Activations that `record` has written; neither the model nor the corpus is needed.
 
     Files are mapped into memory, so that only what is looked at is read. What a recording that still runs, or was
@@ -73,15 +73,22 @@ class ActivationDataset:
         per_token = sum(int(np.prod(shape)) for shape in self.manifest.sites.values())
         return len(self) * per_token * self.manifest.torch_dtype.itemsize
 
-    def __repr__(self) -> str:
+    def _summary(self) -> Summary:
         state = "" if self.is_complete else ", not complete"
-        lines = [
-            f"ActivationDataset({len(self):,} tokens, {len(self.sites)} sites, {format_bytes(self.nbytes)}, "
-            f"{self.manifest.dtype}{state})"
-        ]
-        shown = [f"  {name} {list(shape)}" for name, shape in self.manifest.sites.items()]
-        more = [f"  ... and {len(shown) - 15} more sites"] if len(shown) > 16 else []
-        return "\n".join([*lines, *(shown[:15] if more else shown), *more])
+        kinds = merge_layers((name, format_shape(shape)) for name, shape in self.manifest.sites.items())
+        return Summary(
+            title=(
+                f"ActivationDataset({len(self):,} tokens, {len(self.sites)} sites, {format_bytes(self.nbytes)}, "
+                f"{self.manifest.dtype}{state})"
+            ),
+            facts={"folder": str(self.folder), "files": f"{len(self.manifest.shards):,}"},
+            listing=Listing(
+                columns=("site", "shape of a token's values"),
+                rows=[(name, shape) for name, shape, _ in kinds],
+                what="kinds of sites",
+                more="dataset.sites has all",
+            ),
+        )
 
     def __getitem__(self, index: Choice) -> dict[str, Tensor]:
         """What some tokens have at every site, by hook name: `[...]` for one token, `[token ...]` for several.

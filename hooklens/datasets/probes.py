@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_number, read_seed, show
 from hooklens.datasets.dataset import SiteValues
+from hooklens.display import Displayed, Summary
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Probe:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Probe(Displayed):
     """A linear classifier of activations: the class with the largest `x @ weights[class] + bias[class]`.
 
     Attributes:
@@ -69,10 +70,14 @@ class Probe:
         """The class of each token."""
         return [self.classes[index] for index in self.scores(activations).argmax(1).tolist()]
 
-    def __repr__(self) -> str:
-        return (
-            f"Probe({self.site!r}, {len(self.classes)} classes, accuracy {self.accuracy:.3f} on {self.n_test:,} unseen "
-            f"tokens (majority {self.majority:.3f}; seen {self.train_accuracy:.3f} on {self.n_train:,}))"
+    def _summary(self) -> Summary:
+        return Summary(
+            title=f"Probe({self.site!r}, {len(self.classes)} classes)",
+            facts={
+                "accuracy": f"{self.accuracy:.3f} on {self.n_test:,} unseen tokens (majority {self.majority:.3f})",
+                "seen": f"{self.train_accuracy:.3f} on {self.n_train:,}",
+                "classes": ", ".join(map(str, self.classes[:20])) + (", ..." if len(self.classes) > 20 else ""),
+            },
         )
 
     def to_dataframe(self) -> "pandas.DataFrame":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from hooklens.analysis.lens import JacobianLens, TunedLens
 from hooklens.analysis.lens.losses import LayerLoss
 from hooklens.analysis.lens.origin import Origin
 from hooklens.config import NoPositions, RotaryPositions
+from hooklens.datasets import ActivationDataset
+from hooklens.datasets.manifest import Manifest
+from hooklens.datasets.probes import Probe
 from hooklens.evaluation.items import ContinuationItem, ItemError, ItemFile
 from hooklens.evaluation.stream import StreamSummary
 from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
@@ -429,6 +433,13 @@ def _on_meta() -> SAE:
         return SAE(SAEConfig(d_in=4, d_sae=16, architecture="topk", k=2))
 
 
+def _dataset() -> ActivationDataset:
+    with TemporaryDirectory() as folder:
+        sites = {f"blocks.{layer}.hook_resid_pre": (12,) for layer in range(40)}
+        Manifest(run={}, sites=sites, dtype="float32").write(Path(folder))
+        return ActivationDataset(folder)
+
+
 OBJECTS: dict[type[Any], Callable[[], Any]] = {
     HookedCausalLM: _hooked,
     HookedConfig: lambda: CFG,
@@ -508,6 +519,18 @@ OBJECTS: dict[type[Any], Callable[[], Any]] = {
     TunedLens: lambda: _lens(TunedLens),
     SAE: lambda: SAE(SAEConfig(d_in=4, d_sae=16)),
     LoraAdapter: _adapter,
+    ActivationDataset: _dataset,
+    Probe: lambda: Probe(
+        site=HOSTILE,
+        classes=("he", HOSTILE),
+        weights=torch.ones(1, 4),
+        bias=torch.zeros(1),
+        accuracy=0.75,
+        train_accuracy=1.0,
+        majority=NAN,
+        n_train=3,
+        n_test=4,
+    ),
     StreamSummary: lambda: StreamSummary(
         n_scored=3, n_found=1, errors=[ItemError(path=Path("x"), line=3, message=HOSTILE)]
     ),
