@@ -45,7 +45,8 @@ def test_names_in_the_table_exist() -> None:
         "model": hl.HookedCausalLM.from_pretrained("bundled:tiny-llama"),
         "patching": hl.patching,
     }
-    table = "".join(line for line in README.splitlines() if line.startswith("| "))
+    page = (ROOT / "docs" / "what_there_is.md").read_text(encoding="utf-8")
+    table = "".join(line for line in page.splitlines() if line.startswith("| "))
     names = re.findall(rf"(?<![.\w])({'|'.join(places)})\.(\w+(?:\.\w+)*)", table)
     assert {place for place, _ in names} == places.keys()
     for place, name in names:
