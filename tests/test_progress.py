@@ -15,6 +15,7 @@ from hooklens import alignment, evaluation, patching, progress, sae, steering, t
 from hooklens.analysis import lens, task_vectors
 from hooklens.bundled.train import Recipe
 from hooklens.bundled.train import train as train_bundled
+from hooklens.datasets.recording import record
 from hooklens.errors import InputError
 from hooklens.patching import known
 from hooklens.pool.comparing.compare import compare_models
@@ -273,6 +274,9 @@ CALLS = {
     "bundled.train.train": lambda shown, _: train_bundled(
         "tiny-llama", Recipe(steps=2, tokens_per_step=128, row_lengths=((64, 1.0),)), progress=shown
     ),
+    "datasets.recording.record": lambda shown, folder: record(
+        MODEL, [[3, 4, 5], [6, 7]], "resid_post", folder / f"activations {shown}", progress=shown
+    ),
     "evaluation.continuations.score_continuations": lambda shown, _: evaluation.score_continuations(
         MODEL, CLEAN[:1], [[3], [4]], progress=shown
     ),
@@ -383,7 +387,7 @@ CALLS = {
     ),
 }
 # Commands, whose option goes to the function that they call; and what reads the options of several functions.
-NOT_CALLED = {"cli.score.score", "patching.runs.options.RunOptions.read"}
+NOT_CALLED = {"cli.record.record", "cli.score.score", "patching.runs.options.RunOptions.read"}
 
 
 def list_functions() -> set[str]:
