@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from hooklens.causal_lm.calls import CachedCallOptions, Called, HookedCallOptions
 
 
-class HookedCausalLM(
+# What a mixin declares as an attribute (`device`, `W_U`) is a property of the network.
+class HookedCausalLM(  # pyright: ignore[reportIncompatibleVariableOverride]
     Displayed,
     LoadingMethods,
     CheckpointMethods,

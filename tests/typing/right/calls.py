@@ -44,8 +44,14 @@ def look(z: Tensor, *, hook: hl.HookPoint) -> None:
     print(hook.name, hook.layer(), z.shape)
 
 
+def halve(z: Tensor) -> Tensor:
+    """A hook function that does not ask where it is."""
+    return z / 2
+
+
 seen: list[Tensor] = []
 hooked = model.run_with_hooks(prompt, fwd_hooks=[("blocks.0.attn.hook_z", ablate), ("blocks.*.hook_mlp_out", look)])
+model.run_with_hooks(prompt, fwd_hooks=[("blocks.0.attn.hook_z", halve)])
 assert_type(hooked, Tensor)
 model.run_with_hooks(prompt, fwd_hooks=[(("resid_pre", 1), lambda resid, hook: seen.append(resid))])
 listened = model.run_with_hooks(prompt, return_type="loss", bwd_hooks=[("blocks.0.hook_resid_pre", look)])
