@@ -30,6 +30,7 @@ ACCEPTED: dict[str, str] = {
     "04_shared_prefixes.ipynb": rf"{_CELLS}|None|padding_side",
     "05_comparing_and_merging.ipynb": _CELLS,
     "06_coming_from_other_libraries.ipynb": _MODULES,
+    "08_training_a_toy_model.ipynb": _CELLS,
     # `W_dec /= ...` of a parameter gives a tensor, says torch.
     "10_sparse_autoencoders.ipynb": r'attribute "W_dec"',
     "attribution.md": _DESCRIBED,
