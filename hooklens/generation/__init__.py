@@ -8,9 +8,10 @@ from hooklens.generation.choosing.drawing import sample_logits
 from hooklens.generation.methods import TextGeneration
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions
-from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
+from hooklens.generation.output import Alternative, GenerationOutput, GenerationStep, GenerationTiming
 
 __all__ = [
+    "Alternative",
     "GeneratingModel",
     "GenerationOptions",
     "GenerationOutput",

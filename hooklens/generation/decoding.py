@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
 from hooklens.generation.choosing.processors import build_pipeline
-from hooklens.generation.choosing.sampling import RowDraws, sample_tokens, token_log_probs
+from hooklens.generation.choosing.sampling import RowDraws, likeliest_tokens, sample_tokens, token_log_probs
 from hooklens.generation.choosing.stopping import FinishReason, StopRules
 from hooklens.generation.forward import Forward
 from hooklens.generation.model import GeneratingModel
@@ -26,6 +26,7 @@ class Decoding:
         prompts: what to go on from.
         options: how.
         keeps_logprobs: compute the log-probability of every token.
+        n_alternatives: keep so many of the likeliest tokens of every step.
 
     Attributes:
         rows: the tokens so far.
@@ -33,7 +34,13 @@ class Decoding:
     """
 
     def __init__(
-        self, model: GeneratingModel, prompts: Prompts, options: GenerationOptions, *, keeps_logprobs: bool
+        self,
+        model: GeneratingModel,
+        prompts: Prompts,
+        options: GenerationOptions,
+        *,
+        keeps_logprobs: bool,
+        n_alternatives: int = 0,
     ) -> None:
         self._prompts = prompts
         self._stops = StopRules(model, options, prompts)
@@ -55,6 +62,8 @@ class Decoding:
         self._draws = RowDraws(len(self.rows), options.seed, prompts.ids.device) if options.samples else None
         self._newest: Tensor | None = None
         self._logprobs: list[tuple[list[int], Tensor]] | None = [] if keeps_logprobs else None
+        self._n_alternatives = n_alternatives
+        self._likeliest: list[tuple[list[int], Tensor, Tensor]] = []
 
     def step(self) -> None:
         """Add a token to every row that goes on."""
@@ -70,6 +79,8 @@ class Decoding:
         tokens = self._choose(processed)
         if self._logprobs is not None:
             self._logprobs.append((list(rows.active), token_log_probs(scores, tokens)))
+        if self._n_alternatives:
+            self._likeliest.append((list(rows.active), *likeliest_tokens(scores, self._n_alternatives)))
         rows.append(tokens)
         ended = self._stops.ask_criteria(rows.ids, processed) if self._stops.reads_ids else None
         reasons: list[FinishReason | None] = [
@@ -143,6 +154,14 @@ class Decoding:
         lengths = torch.tensor([len(ids) for ids in self.rows.new_ids], device=columns[0].device)
         steps = torch.arange(len(columns), device=columns[0].device)
         return torch.stack(columns, 1).masked_fill(steps >= lengths[:, None], 0.0)
+
+    def alternatives(self) -> list[list[tuple[list[int], list[float]]]]:
+        """Of each row, for each new token the likeliest tokens and their log-probabilities."""
+        found: list[list[tuple[list[int], list[float]]]] = [[] for _ in self.rows.new_ids]
+        for active, tokens, logprobs in self._likeliest:
+            for row, ids, values in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+                found[row].append((ids, values))
+        return [steps[: len(new)] for steps, new in zip(found, self.rows.new_ids, strict=True)]
 
     def text(self, tokens: Tensor) -> list[str]:
         """The text of each row of `tokens()` without special tokens, as it reads behind what is in the cache."""

@@ -11,7 +11,7 @@ from hooklens.errors import InputError, warn_caller
 from hooklens.generation.decoding import Decoding
 from hooklens.generation.model import GeneratingModel
 from hooklens.generation.options import GenerationOptions, ReturnKind, Streamer
-from hooklens.generation.output import GenerationOutput, GenerationStep, GenerationTiming
+from hooklens.generation.output import N_ALTERNATIVES, Alternative, GenerationOutput, GenerationStep, GenerationTiming
 from hooklens.generation.prompts import Input, Prompts, read_prompts
 from hooklens.generation.text import TextPieces
 from hooklens.progress import progress_bar
@@ -54,7 +54,8 @@ def generate(
             f"generate: return_type={return_type!r} needs a tokenizer and the model has none; use 'tokens'"
         )
     prompts = read_prompts(model, input, options)
-    decoding = Decoding(model, prompts, options, keeps_logprobs=return_type == "output")
+    keeps = return_type == "output"
+    decoding = Decoding(model, prompts, options, keeps_logprobs=keeps, n_alternatives=N_ALTERNATIVES if keeps else 0)
     clock = _Clock()
     interrupted = False
     try:
@@ -159,7 +160,22 @@ def _build_output(
         str_tokens=None
         if model.tokenizer is None
         else _name_tokens(model.tokenizer, decoding.prompt_lengths, tokens, rows.new_ids),
+        alternatives=_name_alternatives(model.tokenizer, decoding),
     )
+
+
+def _name_alternatives(tokenizer: Tokenizer | None, decoding: Decoding) -> list[list[list[Alternative]]]:
+    """The likeliest tokens of every step of each row; each id is decoded once."""
+    found = decoding.alternatives()
+    ids = sorted({token for row in found for tokens, _ in row for token in tokens})
+    strings = dict(zip(ids, map(str, ids) if tokenizer is None else decode_each(tokenizer, ids), strict=True))
+    return [
+        [
+            [Alternative(token, strings[token], logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+            for tokens, logprobs in row
+        ]
+        for row in found
+    ]
 
 
 def _name_tokens(

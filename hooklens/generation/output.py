@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,6 +22,9 @@ from hooklens.display import (
     visible,
 )
 from hooklens.generation.choosing.stopping import FinishReason
+
+N_ALTERNATIVES = 5
+"""Likeliest tokens that are kept of every step."""
 
 _MOST_ROWS, _MOST_DRAWN = 100, 8
 _MOST_TOLD, _MOST_LETTERS, _MOST_SPANS = 40, 100, 200
@@ -48,6 +52,21 @@ class GenerationTiming:
         return (self.total - self.time_to_first_token) / (self.n_steps - 1)
 
 
+class Alternative(NamedTuple):
+    """A token that a step could have chosen.
+
+    Attributes:
+        token: its id.
+        string: the token as text; its id in digits without a tokenizer.
+        logprob: its log-probability in nats under the model itself, before penalties, the caller's processors,
+            temperature and truncation.
+    """
+
+    token: int
+    string: str
+    logprob: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenerationOutput(Displayed):
     """The result of a generation; row `i * num_return_sequences + j` is sample `j` of prompt `i`.
@@ -67,6 +86,8 @@ class GenerationOutput(Displayed):
         timing: seconds.
         interrupted: the user broke off (Ctrl-C) and this is what there was.
         str_tokens: each row's tokens as strings, the prompt's and the new ones; None without a tokenizer.
+        alternatives: of each row, for each new token the five likeliest tokens, the likeliest first; the new token is
+            among them or not.
     """
 
     tokens: Int[Tensor, "rows pos"]
@@ -79,6 +100,7 @@ class GenerationOutput(Displayed):
     timing: GenerationTiming
     interrupted: bool = field(default=False)
     str_tokens: list[list[str]] | None = None
+    alternatives: list[list[list[Alternative]]] = field(default_factory=list)
 
     @property
     def new_tokens(self) -> list[Int[Tensor, " new"]]:
@@ -148,21 +170,28 @@ class GenerationOutput(Displayed):
         before = gap.join(strings[max(0, start - _MOST_SPANS) : start])
         spans = [
             (
-                element(
-                    "span",
-                    visible(string),
-                    style=sequential(math.exp(logprob)),
-                    title=f"{format_number(logprob)} nats, probability {format_number(math.exp(logprob))}",
-                ),
+                self._draw_token(row, number, string, logprob),
                 # A place where a line may break.
                 "\N{ZERO WIDTH SPACE}",
                 gap,
             )
-            for string, logprob in zip(strings[start:], logprobs, strict=False)
+            for number, (string, logprob) in enumerate(zip(strings[start:], logprobs, strict=False))
         ]
         ended = f" ({n_new - len(logprobs):,} more tokens)" if n_new > len(logprobs) else ""
         told = element("span", f"row {row} ", "... " if start > _MOST_SPANS else "", before, class_="hl-faint")
         return element("p", told, spans, element("span", f" {ended}", class_="hl-faint"), class_="hl-code")
+
+    def _draw_token(self, row: int, number: int, string: str, logprob: float) -> Element:
+        """A new token, with what it was chosen from for mouse and keyboard."""
+        told = f"{format_number(logprob)} nats, probability {format_number(math.exp(logprob))}"
+        if row < len(self.alternatives):
+            likeliest = self.alternatives[row][number]
+            among = [f"{visible(one.string, 20)} {format_number(math.exp(one.logprob))}" for one in likeliest]
+            told += "; likeliest: " + ", ".join(among)
+        style = sequential(math.exp(logprob))
+        return element(
+            "span", visible(string), style=style, title=told, aria_label=f"{visible(string)}: {told}", tabindex=0
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

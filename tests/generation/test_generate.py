@@ -294,3 +294,29 @@ def test_captures_of_rows_that_outgrow_their_rotary_frequencies_are_refused(kind
         stretched(kind).generate(
             torch.tensor([RAGGED[0]]), max_new_tokens=9, do_sample=False, names_filter="hook_embed", verbose=False
         )
+
+
+@torch.no_grad()
+def test_alternatives_are_the_likeliest_tokens_of_the_model_itself():
+    """Before temperature and truncation, for rows that end at other steps than each other."""
+    model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
+    prompts = ["When Mary and John went to the store , John gave a drink to", "Mary gave"]
+    out = model.generate(
+        prompts, max_new_tokens=6, temperature=1.7, top_k=20, seed=3, return_type="output", verbose=False
+    )
+    assert [len(row) for row in out.alternatives] == out.n_new_tokens
+    for row, new in enumerate(out.n_new_tokens):
+        length = out.prompt_lengths[row] + new
+        logprobs = model(out.tokens[row : row + 1, :length]).log_softmax(-1)[0, out.prompt_lengths[row] - 1 : -1]
+        expected = logprobs.topk(5)
+        for step, found in enumerate(out.alternatives[row]):
+            assert [one.token for one in found] == expected.indices[step].tolist()
+            assert [one.string for one in found] == [model.to_single_str_token(one.token) for one in found]
+            # float32: the cache and the whole row round differently.
+            torch.testing.assert_close(
+                torch.tensor([one.logprob for one in found]), expected.values[step], atol=1e-4, rtol=1e-4
+            )
+    page = out._repr_html_()
+    assert f"likeliest: {out.alternatives[0][0][0].string.replace(' ', chr(0xB7))}" in page
+    plain = model.generate(prompts[0], max_new_tokens=2, return_type="tokens", verbose=False)
+    assert plain.shape[0] == 1

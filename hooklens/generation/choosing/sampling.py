@@ -58,6 +58,12 @@ def sample_tokens(scores: Scores, uniform: Float[Tensor, " batch"]) -> Int[Tenso
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
+def likeliest_tokens(logits: Scores, k: int) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
+    """Each row's `k` likeliest tokens (all, where there are fewer) and their log-probabilities in nats."""
+    found = logits.topk(min(k, logits.shape[-1]))
+    return found.indices, found.values - logits.logsumexp(-1, keepdim=True)
+
+
 def token_log_probs(logits: Scores, tokens: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """The log-probability of each row's token in nats."""
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
