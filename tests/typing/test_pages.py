@@ -23,6 +23,8 @@ _MODULES = r'for class "(Tensor|Module)"|not defined on type "Module"'
 # Packages that no extra installs, which a page compares with or hands something to.
 _OTHER_PACKAGES = r'Import "(transformer_lens|circuitsvis)" could not be resolved'
 ACCEPTED: dict[str, str] = {
+    # pandas-stubs: what stands in a cell is any scalar, which `float` does not take.
+    "08_training_a_toy_model.ipynb": r"ScalarOrNA",
     # `W_dec /= ...` of a parameter gives a tensor, says torch.
     "10_sparse_autoencoders.ipynb": r'attribute "W_dec"',
     "12_coming_from_other_libraries.ipynb": _MODULES,

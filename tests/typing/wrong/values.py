@@ -9,7 +9,7 @@ model = hl.HookedCausalLM.from_pretrained("bundled:tiny-llama")
 prompt = "When Mary and John went to the store"
 
 
-def three_arguments(z: Tensor, hook: hl.HookPoint, head: int) -> Tensor:
+def needs_head(z: Tensor, hook: hl.HookPoint, head: int) -> Tensor:
     """No hook function: nothing says which head."""
     return z[:, :, head]
 
@@ -21,11 +21,9 @@ def gives_text(z: Tensor, hook: hl.HookPoint) -> str:
 
 model(prompt, return_type="logit")  # wrong: call-overload reportArgumentType
 model(prompt, padding_side="middle")  # wrong: call-overload reportArgumentType
-model.run_with_hooks(
-    prompt, fwd_hooks=[("blocks.0.attn.hook_z", three_arguments)]
-)  # wrong: list-item reportArgumentType
+model.run_with_hooks(prompt, fwd_hooks=[("blocks.0.attn.hook_z", needs_head)])  # wrong: list-item reportArgumentType
 model.run_with_hooks(prompt, fwd_hooks=[("blocks.0.attn.hook_z", gives_text)])  # wrong: list-item reportArgumentType
-model.add_hook("blocks.0.attn.hook_z", three_arguments)  # wrong: arg-type reportArgumentType
+model.add_hook("blocks.0.attn.hook_z", needs_head)  # wrong: arg-type reportArgumentType
 model.generate(prompt, return_type="text")  # wrong: call-overload reportArgumentType
 print(model(prompt, return_type="both").shape)  # wrong: attr-defined reportAttributeAccessIssue
 print(model(prompt, return_type=None).shape)  # wrong: attr-defined reportAttributeAccessIssue
