@@ -21,7 +21,7 @@ from hooklens.arguments import (
     require,
 )
 from hooklens.arguments.foreign import explain_keyword
-from hooklens.errors import HookLensError, InputError
+from hooklens.errors import HookLensError, InputError, suggest_names
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.plan.documents import Borders, read_document_borders, read_document_ids
 from hooklens.model.plan.positions import LogitsAt, TokenPlan
@@ -211,6 +211,7 @@ class CallKeywords:
         unknown = sorted(keywords.keys() - self._parameters)
         if unknown:
             hint = explain_keyword(unknown[0], inspect.signature(method).parameters)
+            hint = hint or suggest_names(unknown[0], self._parameters)
             raise TypeError(
                 f"unexpected keyword {unknown[0]!r}.{hint} A call takes {', '.join(sorted(self._parameters))}"
             )

@@ -158,7 +158,10 @@ def test_numbers_in_any_form(model, cache):
 
 def test_what_the_refusals_say(model, cache):
     for call, text in (
-        (lambda: lens.logit_lens(model, "text"), "cache is 'text', expected an ActivationCache: _, cache = model.run_"),
+        (
+            lambda: lens.logit_lens(model, 3.5),
+            "cache is a float; expected text, .*; or give an ActivationCache: _, cache = model.run_with_cache",
+        ),
         (
             lambda: lens.logit_lens(cache, model),
             "model is an ActivationCache, expected a .*; cache is a HookedCausalLM",
