@@ -49,6 +49,8 @@ def test_names_that_are_described_elsewhere_are_described_there() -> None:
     text = (FOLDER / "hooklens.md").read_text(encoding="utf-8")
     described = 0
     for one in public_names("hooklens"):
+        if f"::: {one.path}\n" in text:
+            continue
         place = text.partition(f"[`{one.name}`](")[2].partition(")")[0]
         page, _, anchor = place.partition("#")
         assert (FOLDER / page).is_file(), one
