@@ -158,7 +158,7 @@ def train(out: Path, *, steps: int, seed: int) -> hl.HookedCausalLM:
     """Train the model, or go on; gives it as it is at the end."""
     config = training.TrainConfig(
         steps=steps,
-        learning_rate=4e-3,
+        learning_rate=2e-3,
         schedule="cosine",
         warmup_steps=20,
         weight_decay=0.1,

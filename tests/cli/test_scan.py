@@ -1,5 +1,6 @@
 """`hooklens scan` against the report."""
 
+import html
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_the_report_and_the_page(run: Run, checkpoint: Path, tmp_path: Path) -> 
     assert first == f">>> import hooklens as hl; model = hl.HookedCausalLM.from_pretrained({str(checkpoint)!r})"
     assert rest[:-1] == str(expected).splitlines()
     assert len(rest) <= 60
-    assert "Report on &#x27;Mary gave a drink to&#x27;" in page.read_text()
+    assert "Report on 'Mary gave a drink to'" in html.unescape(page.read_text())
 
 
 def test_a_page_without_a_place_is_refused_before_the_work(
