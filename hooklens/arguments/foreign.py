@@ -89,11 +89,15 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(("is_permanent", "level"), (), "model.add_hook(name, fn, is_permanent=True) adds a hook that stays"),
     # Generation.
     Meaning(("max_length", "max_tokens"), ("max_new_tokens",)),
-    Meaning(("num_beams", "early_stopping", "length_penalty"), ("do_sample",)),
+    Meaning(
+        ("num_beams", "early_stopping", "length_penalty"),
+        (),
+        "there is no beam search: generate(input, do_sample=False) takes the likeliest token at every step",
+    ),
     Meaning(("stop", "stop_sequences"), ("stop_strings",)),
     Meaning(("num_samples", "n"), ("num_return_sequences",)),
     Meaning(("frequency_penalty",), ("freq_penalty",)),
-    Meaning(("pad_token_id",), ("attention_mask",), "leave it out: rows are padded and masked as they need it"),
+    Meaning(("pad_token_id",), (), "leave it out: rows are padded and masked as they need it"),
     # Patching.
     Meaning(("clean_cache", "clean_tokens"), ("clean",)),
     Meaning(("corrupted_tokens", "corrupted_cache"), ("corrupted",)),

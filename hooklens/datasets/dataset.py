@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor
 
 from hooklens.arguments import read_int, read_path, read_seed
@@ -17,6 +16,7 @@ from hooklens.datasets.shuffling import ShuffledBatches
 from hooklens.datasets.statistics import SiteStatistics, StatisticsSum
 from hooklens.display import Displayed, Listing, Summary, format_bytes, format_shape, merge_layers
 from hooklens.errors import CheckpointError, HookNameError, suggest_names
+from hooklens.files import read_safetensors
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
 
@@ -149,8 +149,8 @@ class ActivationDataset(Displayed):
             shuffle: mix; False: in the order of the corpus.
             buffer: tokens that are mixed at a time.
             seed: of the order.
-            drop_last: leave the last batch out where it is smaller.
-            workers: processes that read; each reads shards of its own.
+            drop_last: leave the last batch out where it is smaller; of several workers the last one of each.
+            workers: processes that read; each reads shards of its own, and mixes these.
 
         Raises:
             HookNameError: a site that was not recorded.
@@ -166,7 +166,11 @@ class ActivationDataset(Displayed):
             drop_last=drop_last,
         )
         return torch.utils.data.DataLoader(
-            batches, batch_size=None, num_workers=read_int(workers, what="loader: workers", least=0)
+            batches,
+            batch_size=None,
+            num_workers=read_int(workers, what="loader: workers", least=0),
+            # Seeds the workers, which are made anew for every epoch and cannot count them.
+            generator=torch.Generator().manual_seed(batches.seed),
         )
 
     def statistics(self, name: str, *, covariance: bool = True) -> SiteStatistics:
@@ -208,11 +212,15 @@ class ActivationDataset(Displayed):
     def _map(self, shard: Shard) -> Mapping[str, Tensor]:
         path = self.folder / shard.name
         try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in (*self.sites, *COLUMNS)}
-        except Exception as error:  # safetensors raises kinds of its own
+            found, _ = read_safetensors(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+        except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        wrong = [name for name, tensor in found.items() if len(tensor) != shard.tokens]
+        names = [*self.sites, *COLUMNS]
+        if lacking := [name for name in names if name not in found]:
+            raise CheckpointError(f"{path} is damaged: it lacks {lacking[:5]}")
+        wrong = [name for name in names if len(found[name]) != shard.tokens]
         if wrong:
             raise CheckpointError(f"{path} is damaged: {wrong[:5]} have another number of tokens than {shard.tokens}")
         return found

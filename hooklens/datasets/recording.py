@@ -55,8 +55,8 @@ def record(
 
     Documents are packed into rows, in which none sees another; what a token's activations are does not depend, beyond
     rounding, on what stands beside its document. Blocks above the last site do not run. Tokens are kept in the order
-    of the corpus. A shard is written while the model runs on, and only what is kept stays in memory: about two
-    shards and one batch.
+    of the corpus. A shard is written while the model runs on, and only what is kept stays in memory: a batch,
+    and at most four times `shard_bytes` (a shard that is written, one that waits, one that fills and is put together).
 
     The same call again goes on where an interrupted one stopped, reading the corpus again from its beginning up to
     there; what lies in the folder in the end is byte for byte what an uninterrupted recording leaves, on the same
@@ -86,7 +86,8 @@ def record(
 
     Raises:
         HookNameError: a site that is not there.
-        InputError: a site without a vector for each token, a corpus that is none, or options that are none.
+        InputError: a site without a vector for each token, a corpus that is none, options that are none, functions that
+            act on the model, or dropout in training mode.
         CheckpointError: the folder holds something else or another recording, or the corpus has changed since; another
             process writes there; or the disk is full. Shards that are written are kept.
 
@@ -118,6 +119,11 @@ def record(
         raise InputError(
             f"{what}: functions act on the model: {', '.join(acting.functions[:5])}. Whether they are the same when a "
             "recording goes on cannot be told; give values from hooklens.edits"
+        )
+    if model.drops:
+        raise InputError(
+            f"{what}: the model is in training mode with dropout, so no two runs are alike, and one that goes on would "
+            "record another model; call model.eval() first"
         )
     wanted = Manifest(
         run={

@@ -28,8 +28,12 @@ class ShuffledBatches(IterableDataset[dict[str, Tensor]]):
         sites: the hook points.
         batch_size: tokens of a batch.
         buffer: tokens that are mixed at a time; None: nothing is.
-        seed: of the order.
+        seed: what the order of every epoch follows from.
         drop_last: leave the last batch out where it is smaller.
+
+    Attributes:
+        seed: of the order. In a worker the loader's own seed of the epoch stands in its place, the same for all of
+            them.
     """
 
     def __init__(
@@ -44,17 +48,18 @@ class ShuffledBatches(IterableDataset[dict[str, Tensor]]):
     ) -> None:
         super().__init__()
         self._dataset, self._sites = dataset, list(sites)
-        self._batch_size, self._buffer, self._seed, self._drop_last = batch_size, buffer, seed, drop_last
+        self._batch_size, self._buffer, self.seed, self._drop_last = batch_size, buffer, seed, drop_last
         self._epoch = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self._epoch) % 2**63)
+        worker = get_worker_info()
+        epoch_seed = (self.seed * 1_000_003 + self._epoch) % 2**63 if worker is None else worker.seed - worker.id
+        generator = torch.Generator().manual_seed(epoch_seed)
         self._epoch += 1
         n_shards = len(self._dataset.manifest.shards)
         order = list(range(n_shards))
         if self._buffer is not None:
             order = torch.randperm(n_shards, generator=generator).tolist()
-        worker = get_worker_info()
         if worker is not None:
             order = order[worker.id :: worker.num_workers]
         yield from self._batch(self._mixed(order, generator))

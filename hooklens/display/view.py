@@ -31,10 +31,13 @@ class View(ABC):
     style: ClassVar[str] = ""
     script: ClassVar[str] = ""
 
+    heading: str
+    """What the view shows, in one line."""
+
     @property
-    @abstractmethod
     def title(self) -> str:
         """What the view shows, in one line."""
+        return self.heading
 
     @property
     @abstractmethod

@@ -65,11 +65,6 @@ class Grid(View):
     style: ClassVar[str] = read_asset(Path(__file__).with_name("grid.css"))
     script: ClassVar[str] = read_script(Path(__file__).with_name("grid.js"))
 
-    @property
-    def title(self) -> str:
-        """What the values are."""
-        return self.heading
-
     @cached_property
     def largest(self) -> float:
         """The value at the end of the scale."""

@@ -30,5 +30,9 @@ const point = (container, selector, show, hide) => {
   container.addEventListener("mouseover", (event) => { const item = itemOf(event); if (item) show(item); });
   container.addEventListener("mouseleave", settle);
   container.addEventListener("focusin", (event) => { const item = itemOf(event); if (item) show(item); });
-  container.addEventListener("focusout", () => setTimeout(settle));
+  // At once, not later: what takes the keyboard next may show something of its own.
+  container.addEventListener("focusout", (event) => {
+    const next = event.relatedTarget;
+    if (!next || !container.contains(next) || !next.closest(selector)) hide();
+  });
 };

@@ -71,6 +71,16 @@ def test_a_head_is_chosen_by_mouse_and_by_keyboard(open_page):
     torch.testing.assert_close(opaque(page, ".hl-field canvas") / 255, PATTERNS[0, 2].sqrt(), atol=0.0025, rtol=0)
 
 
+def test_what_the_keyboard_comes_to_stays_told(open_page):
+    """The tokens that it had left cleared the line a moment later, under what the cells had written."""
+    page = open_page(HTML)
+    page.locator(".hl-query").first.focus()
+    page.keyboard.press("Tab")
+    check_cell(page, "query 0 <s> looks at key 0 <s>", PATTERNS[0, 0, 0, 0])
+    page.wait_for_timeout(100)
+    check_cell(page, "query 0 <s> looks at key 0 <s>", PATTERNS[0, 0, 0, 0])
+
+
 def test_tokens_and_cells_are_reached_by_keyboard(open_page):
     page = open_page(HTML)
     page.locator(".hl-thumb").first.focus()

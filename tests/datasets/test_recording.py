@@ -14,7 +14,7 @@ from hooklens.datasets import ActivationDataset, record, writing
 from hooklens.errors import CheckpointError, HookNameError, InputError
 from hooklens.hooks import edits
 from tests.annotations import unchecked
-from tests.model.networks import make_model, random_tokens
+from tests.model.networks import make_config, make_model, random_tokens
 
 MODEL = make_model("grouped")
 SITES = ["resid_post", "z", "hook_embed"]
@@ -286,3 +286,12 @@ def test_blocks_above_the_last_site_do_not_run(tmp_path):
         assert fn is not None
     with pytest.raises(InputError, match="a hook of torch at"):
         record(model, make_documents(), "blocks.0.hook_resid_post", tmp_path / "set", progress=False)
+
+
+def test_dropout_in_training_is_refused(tmp_path):
+    """A recording that went on would have held activations of other draws."""
+    model = make_model(make_config(resid_dropout=0.1)).train()
+    with pytest.raises(InputError, match="training mode with dropout"):
+        record(model, make_documents(), SITES, tmp_path / "set", progress=False)
+    assert not (tmp_path / "set").exists()
+    assert len(record(model.eval(), make_documents(), "resid_post", tmp_path / "set", progress=False))

@@ -128,6 +128,11 @@ def read_source(
         InputError: prompts that do not go together; of a loader, only the first batch is read.
     """
     if isinstance(clean, PromptPairs):
+        if corrupted is not None or attention_mask is not None:
+            raise InputError(
+                "the clean prompts are pairs that were read before, which have their corrupted prompts and no padding; "
+                "leave corrupted and attention_mask out"
+            )
         return PairSource(model, clean)
     if corrupted is None and _is_loader(clean):
         if attention_mask is not None:

@@ -23,7 +23,7 @@ from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import GroupEdits, act_on_pairs
 from hooklens.patching.runs.edits import NO_EDITS, RunEdits
 from hooklens.patching.runs.sources import fit_given
-from hooklens.patching.runs.unpatched import Side, Source, read_logits, run_both, run_both_alone
+from hooklens.patching.runs.unpatched import Ran, Side, Source, read_logits, run_both, run_both_alone
 from hooklens.patching.runs.vocabulary import Vocabulary, find_vocabulary
 
 Direction = Literal["denoise", "noise"]
@@ -234,12 +234,8 @@ def run_baseline(
     entries = {name: find_entry(name, model.cfg, edits.names) for name in names}
     values, replaced, differs = {}, {}, {}
     for name, entry in entries.items():
-        current, new = ran.into[name], ran.other[name]
-        if isinstance(source, str) and source == "other":
-            if edits.is_causal:
-                new = _keep_agreeing(name, current, new, prompts.differ(chosen, width).cumsum(1) > 0)
-        elif not isinstance(source, HookedCausalLM):
-            new = _value_of(source, name, current, chosen, prompts)
+        current = ran.into[name]
+        new = _put_in(name, ran, source, chosen, prompts, is_causal=edits.is_causal)
         differs[name] = _find_differences(name, current, new)
         is_added = is_planned and _is_added(name, entry)
         values[name] = ran.streams[entry.layer] + (new - current) if is_added else new
@@ -264,6 +260,19 @@ def run_baseline(
         vocabulary=vocabulary,
         ends=measured,
     )
+
+
+def _put_in(
+    name: str, ran: Ran, source: Source, pairs: list[int], prompts: PromptPairs, *, is_causal: bool
+) -> Float[Tensor, "pairs pos *rest"]:
+    """The activations that patches at a hook point put in."""
+    current, new = ran.into[name], ran.other[name]
+    if isinstance(source, HookedCausalLM):
+        return new
+    if isinstance(source, str) and source == "other":
+        may_differ = prompts.differ(pairs, max(prompts.lengths[pair] for pair in pairs)).cumsum(1) > 0
+        return _keep_agreeing(name, current, new, may_differ) if is_causal else new
+    return _value_of(source, name, current, pairs, prompts)
 
 
 def take_sides(

@@ -61,11 +61,6 @@ class CircuitView(View):
     script: ClassVar[str] = read_script(Path(__file__).with_name("circuit.js"))
 
     @property
-    def title(self) -> str:
-        """What the view shows."""
-        return self.heading
-
-    @property
     def shown(self) -> tuple[Edge, ...]:
         """The edges that are drawn."""
         return self.edges[: self.k]

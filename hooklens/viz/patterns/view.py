@@ -52,11 +52,6 @@ class Attention(View):
     script: ClassVar[str] = read_script(Path(__file__).with_name("attention.js"))
 
     @property
-    def title(self) -> str:
-        """What the view shows."""
-        return self.heading
-
-    @property
     def description(self) -> list[str]:
         """The sizes, and where each head looks."""
         n_heads, n_queries, n_keys = self.patterns.values.shape

@@ -51,11 +51,6 @@ class Bars(View):
     style: ClassVar[str] = read_asset(Path(__file__).with_name("bars.css"))
 
     @property
-    def title(self) -> str:
-        """What the values are."""
-        return self.heading
-
-    @property
     def shown(self) -> list[tuple[str, float]]:
         """The bars with their names: the `k` values furthest from 0, then the sum of the others."""
         named = list(zip(self.names, self.values.tolist(), strict=True))

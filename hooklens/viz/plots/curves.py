@@ -64,11 +64,6 @@ class Curves(View):
     script: ClassVar[str] = read_script(Path(__file__).with_name("curves.js"))
 
     @property
-    def title(self) -> str:
-        """What the view shows."""
-        return self.heading
-
-    @property
     def description(self) -> list[str]:
         """The places, and of each line its first, lowest, highest and last value."""
         lines = [f"{len(self.x)} places of {self.x_name or 'x'}, from {self._label(0)} to {self._label(-1)}"]

@@ -71,11 +71,6 @@ class Tokens(View):
     script: ClassVar[str] = read_script(Path(__file__).with_name("tokens.js"))
 
     @property
-    def title(self) -> str:
-        """What the view shows."""
-        return self.heading
-
-    @property
     def description(self) -> list[str]:
         """The number of tokens, and of each row of values those furthest from 0."""
         lines = [f"{len(self.tokens):,} tokens"]
@@ -248,6 +243,10 @@ def _read_alternatives(
             "None stands for a token without any"
         )
     return tuple(
-        tuple((str(token), float(probability)) for token, probability in (dict(some) if some else {}).items())
+        # By pairs: two tokens may read alike.
+        tuple(
+            (str(token), float(probability))
+            for token, probability in (some.items() if isinstance(some, Mapping) else some or ())
+        )
         for some in given
     )

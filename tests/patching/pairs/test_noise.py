@@ -3,6 +3,7 @@ import torch
 
 from hooklens import patching
 from hooklens.errors import InputError
+from hooklens.patching.pairs.loader import read_all_pairs
 from hooklens.patching.pairs.noise import Noise
 from hooklens.patching.pairs.prompts import read_pairs
 from tests.annotations import unchecked
@@ -89,3 +90,12 @@ def test_noise_that_does_not_fit_the_prompts(pos, text):
 def test_pairs_that_hold_prompts_cannot_hold_noise():
     with pytest.raises(InputError, match="no Pair can hold it"):
         patching.split_pairs(MODEL, TOKENS, Noise(pos=1, draws=2))
+
+
+def test_pairs_that_were_read_have_their_corrupted_prompts():
+    """Others that were given beside them were dropped."""
+    pairs = read_pairs(MODEL, TOKENS, Noise(pos=1, draws=2))
+    assert read_all_pairs(MODEL, pairs) is pairs
+    for given in ((TOKENS, None), (None, torch.ones_like(TOKENS))):
+        with pytest.raises(InputError, match="pairs that were read before"):
+            read_all_pairs(MODEL, pairs, *given)

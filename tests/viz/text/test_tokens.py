@@ -79,3 +79,9 @@ def test_what_does_not_go_together_is_refused():
         viz.tokens(TOKENS, {"a": [0.0] * 4}).to_matplotlib("c")
     with pytest.raises(InputError, match="scale is 'x'"), unchecked():
         viz.tokens(TOKENS, [0.0] * 4, scale="x")
+
+
+def test_alternatives_that_read_alike_are_all_kept():
+    """Of two ids with one text the second took the first one's place."""
+    view = viz.tokens(["x"], [1.0], alternatives=[[("a", 0.5), ("a", 0.25)]])
+    assert view.alternatives == ((("a", 0.5), ("a", 0.25)),)
