@@ -53,9 +53,10 @@ IDLE = {
 }
 ALLOWED = [(step, name) for step, name in product(STEPS, CONFIGS) if name not in REFUSED.get(step, ())]
 FORBIDDEN = [(step, name) for step, name in product(STEPS, CONFIGS) if name in REFUSED.get(step, ())]
-# float64: rounding of some hundred operations. float32: the same, 2^29 times larger, with room for the
-# conditioning of two random layers. Relative to the largest log-probability: without norms they are in the thousands.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Rounding of some hundred operations, with room for the conditioning of two random layers, whose sums are longer or
+# shorter by the processor's kernels: in float32 40 roundings of the largest log-probability, of which 9 were seen.
+# Without norms log-probabilities are in the hundreds.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}
 
 
 def _snapshot(state):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.axes import EMBEDDINGS, find_site, layer_of
@@ -264,7 +264,7 @@ def run_baseline(
 
 def _put_in(
     name: str, ran: Ran, source: Source, pairs: list[int], prompts: PromptPairs, *, is_causal: bool
-) -> Float[Tensor, "pairs pos *rest"]:
+) -> Shaped[Tensor, "pairs pos *rest"]:
     """The activations that patches at a hook point put in."""
     current, new = ran.into[name], ran.other[name]
     if isinstance(source, HookedCausalLM):
@@ -329,7 +329,7 @@ def _describe_runs(
 
 def _value_of(
     source: str | Mapping[str, Tensor], name: str, like: Tensor, pairs: list[int], prompts: PromptPairs
-) -> Float[Tensor, "pairs pos *rest"]:
+) -> Shaped[Tensor, "pairs pos *rest"]:
     if isinstance(source, str):
         return torch.zeros_like(like)
     if name not in source:
