@@ -5,9 +5,24 @@ import re
 
 import pytest
 
-from hooklens import HookedCausalLM, patching
+import hooklens
+from hooklens import (
+    HookedCausalLM,
+    HookedConfig,
+    alignment,
+    analysis,
+    datasets,
+    evaluation,
+    patching,
+    sae,
+    steering,
+    training,
+    verification,
+    viz,
+)
 from hooklens.analysis import heads
-from hooklens.arguments.foreign import MEANINGS, explain_keyword
+from hooklens.arguments.foreign import ATTRIBUTES, MEANINGS, explain_keyword
+from hooklens.hooks import HookedModule
 from tests.annotations import unchecked
 from tests.model.networks import make_model, random_tokens
 
@@ -24,7 +39,11 @@ FUNCTIONS = [
     HookedCausalLM.prefill,
     patching.sweep,
     heads.detect_heads,
+    HookedConfig,
 ]
+PUBLIC = (hooklens, alignment, analysis, datasets, evaluation, patching, sae, steering, training, verification, viz)
+# What is not called by a user's own code with words of other libraries: functions that are handed to others.
+HANDED_ON = {name for name in patching.__all__ if name.endswith("patch_setter")} | {"get_act_name"}
 
 
 @pytest.mark.parametrize("meaning", MEANINGS, ids=lambda meaning: meaning.words[0])
@@ -98,6 +117,72 @@ def test_all_foreign_words_are_type_errors_that_say_what_to_write(name):
 def test_answers(name, word, text):
     with unchecked(), pytest.raises(TypeError, match=text):
         CALLS[name](**{word: 1})
+
+
+def _public_functions():
+    for module in PUBLIC:
+        for name in getattr(module, "__all__", ()):
+            found = getattr(module, name)
+            if inspect.isfunction(found) and name not in HANDED_ON:
+                yield pytest.param(found, id=f"{module.__name__}.{name}")
+    for name in ("to_tokens", "to_string", "to_str_tokens", "to_single_token", "generate_stream", "get_token_position"):
+        yield pytest.param(getattr(HookedCausalLM, name), id=name)
+    yield pytest.param(HookedConfig, id="HookedConfig")
+
+
+@pytest.mark.parametrize("function", list(_public_functions()))
+def test_every_public_function_explains_words_of_others(function):
+    """`attribution(clean_tokens=...)`, `HookedConfig(hidden_size=...)` and sixty others said only "unexpected"."""
+    known = inspect.signature(function).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return
+    with unchecked(), pytest.raises(TypeError, match=r"'fold_ln'\. Instead: nothing is processed on loading"):
+        function(fold_ln=1)
+    for word in ("input_ids", "clean_tokens", "hidden_size", "torch_dtype"):
+        ours = next((name for name in _keywords_for(word) if name in known), None)
+        if ours is not None:
+            with unchecked(), pytest.raises(TypeError, match=f"Here it is {ours}="):
+                function(**{word: 1})
+
+
+def _keywords_for(word):
+    return next(meaning.keywords for meaning in MEANINGS if word in meaning.words)
+
+
+def test_attributes_of_others_name_what_exists():
+    """`model.transformer.h` said that there is no such attribute, and not what there is."""
+    models = [make_model(name) for name in ("capped", "learned, tied", "rotary")]
+    parts = [part for model in models for part in model.modules() if isinstance(part, HookedModule)]
+    for word, ours in ATTRIBUTES.items():
+        told = set()
+        for part in parts:
+            if hasattr(part, word):
+                continue
+            with pytest.raises(AttributeError, match=rf"has no attribute '{word}'") as found:
+                getattr(part, word)
+            names = re.findall(r"\.(\w+)", str(found.value).partition("Here it is")[2])
+            assert all(name in dir(part) for name in names)
+            told.update(names)
+        assert told
+        assert told <= set(ours), word
+    model = models[0]
+    assert not hasattr(model, "nothing_of_the_kind")
+
+
+@pytest.mark.parametrize(
+    ("find", "text"),
+    [
+        (lambda model: model.model.layers, r"has no attribute 'model'\. Here it is \.blocks$"),
+        (lambda model: model.lm_head, r"Here it is \.unembed$"),
+        (lambda model: model.blocks[0].self_attn, r"'Block' object has no attribute 'self_attn'\. Here it is \.attn$"),
+        (lambda model: model.blocks[0].attn.c_attn, r"Here it is \.W_Q, \.W_K, \.W_V$"),
+        (lambda model: model.trace, r"Here it is \.run_with_cache, \.run_with_hooks$"),
+        (lambda model: model.blcoks, r"has no attribute 'blcoks'$"),
+    ],
+)
+def test_attributes(find, text):
+    with pytest.raises(AttributeError, match=text):
+        find(MODEL)
 
 
 def test_a_slip_of_the_pen_is_still_told():

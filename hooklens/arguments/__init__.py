@@ -30,6 +30,7 @@ Reader = Callable[..., Any]
 Error = type[HookLensError]
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
+Made = TypeVar("Made")
 
 MOST_ENTRIES = 2**31 - 1
 """More rows, positions or files than that are a slip."""
@@ -81,6 +82,12 @@ def reads(
         return checked
 
     return decorate
+
+
+def explains_keywords(cls: type[Made]) -> type[Made]:
+    """Let a class that is called with a keyword of another library name its own; see `hooklens.arguments.foreign`."""
+    setattr(cls, "__init__", reads()(cls.__init__))  # noqa: B010
+    return cls
 
 
 class _Signature:

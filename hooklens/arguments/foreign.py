@@ -1,10 +1,11 @@
-"""Keywords of TransformerLens, nnsight and transformers, and what says the same here.
+"""Keywords and attributes of TransformerLens, nnsight and transformers, and what says the same here.
 
-An unknown keyword is a `TypeError`; where another library has it, the text names the keyword of the called function
-that means the same, or what else does it. There is one table for all functions, by meaning.
+An unknown keyword is a `TypeError`, an unknown attribute an `AttributeError`; where another library has it, the text
+names what means the same here. There is one table of keywords for all functions, by meaning, and one of attributes for
+all modules.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from hooklens.errors import suggest_names
@@ -35,7 +36,7 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(("hf_model", "hf_config"), (), "HookedCausalLM.from_hf(model) takes a model that is in memory"),
     Meaning(("use_auth_token", "hf_token"), ("token",)),
     Meaning(("checkpoint_index", "checkpoint_value", "step"), ("revision",)),
-    Meaning(("first_n_layers", "num_hidden_layers"), ("layers",)),
+    Meaning(("first_n_layers",), ("layers",)),
     Meaning(("n_devices", "device_mesh"), ("device_map",)),
     Meaning(("device_map", "move_to_device"), ("device",), "model.to(device) moves a model"),
     Meaning(("load_in_8bit", "load_in_4bit", "quantization_config"), ("quantize",)),
@@ -103,7 +104,56 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(("corrupted_tokens", "corrupted_cache"), ("corrupted",)),
     Meaning(("patching_metric",), ("metric",)),
     Meaning(("activation_name", "index_axis_names"), ("sites",)),
+    # Configs.
+    Meaning(("hidden_size", "n_embd", "embed_dim"), ("d_model",)),
+    Meaning(("num_hidden_layers", "num_layers", "n_layer"), ("n_layers", "layers")),
+    Meaning(("num_attention_heads", "num_heads", "n_head"), ("n_heads",)),
+    Meaning(("num_key_value_heads", "n_key_value_heads", "num_kv_heads"), ("n_kv_heads",)),
+    Meaning(("head_dim",), ("d_head",)),
+    Meaning(("intermediate_size", "n_inner", "ffn_dim"), ("d_mlp",)),
+    Meaning(("vocab_size",), ("d_vocab",)),
+    Meaning(("max_position_embeddings", "n_positions", "max_seq_len"), ("n_ctx",)),
+    Meaning(("hidden_act", "activation_function"), ("act_fn",)),
+    Meaning(("eps", "layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon", "normalization_type"), ("norm",)),
+    Meaning(
+        ("positional_embedding_type", "rotary_dim", "rotary_base", "rope_theta", "rope_parameters"), ("positions",)
+    ),
+    Meaning(("parallel_attn_mlp", "use_parallel_residual"), ("wiring",)),
+    Meaning(("window_size", "sliding_window", "use_local_attn"), ("windows",)),
+    Meaning(("tie_word_embeddings",), ("tied_unembed",)),
+    Meaning(("attention_dir",), ("causal",)),
+    Meaning(("initializer_range",), ("init_std",)),
+    Meaning(("init_mode",), ("init_scheme",)),
 )
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("model", "transformer", "gpt_neox", "h", "layers", "decoder"), ("blocks",)),
+    **dict.fromkeys(("lm_head", "embed_out", "output"), ("unembed",)),
+    **dict.fromkeys(("wte", "word_embeddings", "embed_tokens", "embed_in"), ("embed",)),
+    "wpe": ("pos_embed",),
+    **dict.fromkeys(("ln_f", "final_layer_norm", "final_layernorm"), ("ln_final",)),
+    "config": ("cfg",),
+    **dict.fromkeys(("self_attn", "self_attention", "attention"), ("attn",)),
+    **dict.fromkeys(("ln_1", "input_layernorm"), ("ln1",)),
+    **dict.fromkeys(("ln_2", "post_attention_layernorm"), ("ln2",)),
+    **dict.fromkeys(("feed_forward", "block_sparse_moe"), ("mlp",)),
+    "q_proj": ("W_Q",),
+    "k_proj": ("W_K",),
+    "v_proj": ("W_V",),
+    **dict.fromkeys(("o_proj", "out_proj"), ("W_O",)),
+    **dict.fromkeys(("query_key_value", "c_attn", "qkv_proj"), ("W_Q", "W_K", "W_V")),
+    **dict.fromkeys(("c_fc", "up_proj", "dense_h_to_4h", "fc_in", "fc1"), ("W_in",)),
+    "gate_proj": ("W_gate",),
+    **dict.fromkeys(("down_proj", "dense_4h_to_h", "fc_out", "fc2"), ("W_out",)),
+    **dict.fromkeys(("trace", "session", "scan"), ("run_with_cache", "run_with_hooks")),
+    "get_input_embeddings": ("embed",),
+    "get_output_embeddings": ("unembed",),
+    "add_perma_hook": ("add_hook",),
+}
+"""Attributes of other libraries' models and of their parts, and what they are called here.
+
+Where `model.model.layers` or `model.transformer.h` begins, the blocks are what is sought.
+"""
 
 _BY_WORD = {word: meaning for meaning in MEANINGS for word in meaning.words}
 
@@ -122,3 +172,14 @@ def explain_keyword(word: str, known: Collection[str]) -> str:
     if ours is not None:
         return f" Here it is {ours}="
     return f" Instead: {meaning.advice.format(word=word)}" if meaning.advice else suggest_names(word, known)
+
+
+def explain_attribute(word: str, has: Callable[[str], bool]) -> str:
+    """What a module has in the place of an attribute of other libraries' models, as the end of a message; may be empty.
+
+    Args:
+        word: the attribute that it lacks.
+        has: whether the module has one of ours, told without computing it.
+    """
+    ours = [f".{name}" for name in ATTRIBUTES.get(word, ()) if has(name)]
+    return f". Here it is {', '.join(ours)}" if ours else ""

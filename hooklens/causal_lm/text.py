@@ -89,6 +89,7 @@ class TextMethods:
         return_attention_mask: bool,
     ) -> Int[Tensor, "batch pos"] | TokenBatch: ...
 
+    @reads()
     def to_tokens(
         self,
         text: str | Sequence[str],
@@ -119,29 +120,37 @@ class TextMethods:
 
     @overload
     def to_string(self, tokens: OneNumber | Numbers) -> str: ...
+    @reads()
     @overload
     def to_string(self, tokens: Sequence[Numbers]) -> list[str]: ...
     # Only the shape of a tensor says whether it is one prompt, so what comes back may be used as either.
+    @reads()
     @overload
     def to_string(self, tokens: Tensor | Ids) -> str | Any: ...
+    @reads()
     def to_string(self, tokens: OneNumber | Tensor | Ids) -> str | list[str]:
         """The text of token ids: a string for one row, a list of strings for several."""
         return tokenization.to_string(self._need_tokenizer(), tokens)
 
+    @reads()
     @overload
     def to_str_tokens(self, input: str | Numbers, *, prepend_bos: bool | None = ...) -> list[str]: ...
+    @reads()
     @overload
     def to_str_tokens(
         self, input: TextList | Sequence[Numbers], *, prepend_bos: bool | None = ...
     ) -> list[list[str]]: ...
+    @reads()
     @overload
     def to_str_tokens(self, input: Prompt, *, prepend_bos: bool | None = ...) -> list[str] | Any: ...
+    @reads()
     def to_str_tokens(self, input: Prompt, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """The text of each token of a prompt or row of ids."""
         return tokenization.to_str_tokens(
             self._need_tokenizer(), input, prepend_bos=self.bos_rule(prepend_bos=prepend_bos)
         )
 
+    @reads()
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token inside a row: `" word"` with its space, `"word"` without.
 
@@ -150,10 +159,12 @@ class TextMethods:
         """
         return tokenization.to_single_token(self._need_tokenizer(), text)
 
+    @reads()
     def to_single_str_token(self, token: OneNumber | Tensor) -> str:
         """The text of one token id."""
         return tokenization.to_single_str_token(self._need_tokenizer(), token)
 
+    @reads()
     def get_token_position(
         self,
         token: str | OneNumber | Tensor,
@@ -171,6 +182,7 @@ class TextMethods:
             self._need_tokenizer(), token, input, mode=mode, prepend_bos=self.bos_rule(prepend_bos=prepend_bos)
         )
 
+    @reads()
     def tokens_to_residual_directions(self, tokens: str | int | Integer[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
         """The unembedding direction of each token: the column of `W_U` whose product with the stream is its logit.
 

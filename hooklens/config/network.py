@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from hooklens.arguments import explains_keywords
 from hooklens.config.activations import Activation
 from hooklens.config.attention import AttentionBackend, NormOver, QueryTemperature
 from hooklens.config.block import BlockConfig, PartConfig, read_part
@@ -54,6 +55,7 @@ class Origin:
     hub_config: str
 
 
+@explains_keywords
 @dataclass(frozen=True, kw_only=True, repr=False)
 class HookedConfig(Displayed):
     """All that decides the network's computation and the shapes of its weights.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_number, read_seed, show
+from hooklens.arguments import read_number, read_seed, reads, show
 from hooklens.datasets.dataset import SiteValues
 from hooklens.display import Displayed, Summary
 from hooklens.errors import InputError
@@ -88,6 +88,7 @@ class Probe(Displayed):
         return table
 
 
+@reads()
 def fit_probe(
     activations: SiteValues | Float[Tensor, "token ..."],
     labels: Sequence[Any] | Int[Tensor, " token"],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hooklens import tokens as tokenization
+from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import pandas
 
 
+@reads()
 def score_continuations(
     model: HookedCausalLM,
     prefix: Text,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hooklens.arguments import read_path, show
+from hooklens.arguments import read_path, reads, show
 from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import InputError, join_names
 from hooklens.evaluation.fingerprint import hash_values
@@ -124,6 +124,7 @@ class ItemFile(Displayed):
         return ItemError(path=self.path, line=line, message=message)
 
 
+@reads()
 def read_items(path: str | Path) -> ItemFile:
     """Read items from a JSON Lines file; empty lines are skipped, faulty ones are listed in `errors`.
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hooklens.arguments import require
+from hooklens.arguments import reads, require
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import InputError
@@ -50,6 +50,7 @@ READINGS = {
 _SHOWN = 10
 
 
+@reads()
 def multiple_choice(
     model: HookedCausalLM,
     items: Iterable[MultipleChoiceItem | Mapping[str, Any]] | str | Path,

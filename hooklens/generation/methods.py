@@ -218,6 +218,7 @@ class TextGeneration:
         )
         return generate(self, input, options, streamer=streamer, return_type=return_type, verbose=verbose)
 
+    @reads()
     def generate_stream(
         self: GeneratingModel,
         input: Input = "",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
 from hooklens.hooks import HookPoint
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LatentMetric = Callable[[Tensor], Tensor]
 
 
+@reads()
 def attribute_latents(
     model: HookedCausalLM,
     splice: SAESplice,
@@ -74,6 +76,7 @@ def attribute_latents(
     return _table(differs, patched, acts, effects, by_position=by_position)
 
 
+@reads()
 def sweep_latents(
     model: HookedCausalLM,
     splice: SAESplice,

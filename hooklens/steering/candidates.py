@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, refusal
+from hooklens.arguments import read_int, reads, refusal
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError
 from hooklens.evaluation.batching import BatchSize, plan_batches
@@ -21,6 +21,7 @@ from hooklens.steering.vectors import SteeringVector
 _STREAM = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
 
 
+@reads()
 def ablate_everywhere(model: HookedCausalLM, vector: SteeringVector | Float[Tensor, " d_model"]) -> list[Edit]:
     """The edits after which nothing in the residual stream lies along a direction (Arditi et al. 2024, section 2.4).
 

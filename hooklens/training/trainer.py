@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from hooklens.arguments import require
+from hooklens.arguments import reads, require
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.optional import import_package
 from hooklens.training.batches import TokenBatch, label_loss, read_token_batch
@@ -99,6 +99,7 @@ class TrainerModel(nn.Module):
         return made
 
 
+@reads()
 def for_trainer(model: HookedCausalLM) -> TrainerModel:
     """A model for Hugging Face's `Trainer`, or for a loop with Accelerate; the weights are the model's own.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, UnsupportedModelError
 from hooklens.progress import progress_bar
@@ -13,6 +14,7 @@ from hooklens.verification.report import VerificationReport
 from hooklens.verification.subject import Subject, describe_limits
 
 
+@reads()
 def verify(
     model: HookedCausalLM | str | Path,
     *,

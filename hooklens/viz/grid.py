@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.display.blocks import note
 from hooklens.display.elements import Child, Element, element
 from hooklens.display.labels import visible
@@ -238,6 +239,7 @@ def _name(axis: tuple[str, tuple[str, ...]], place: int) -> str:
     return f"{name} {place} {label}" if name in _POSITIONS and label != str(place) else f"{name} {label}".strip()
 
 
+@reads()
 def grid(
     values: Float[Tensor, "*panel row column"],
     *,

@@ -6,6 +6,7 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.errors import InputError
 from hooklens.viz.grid import Grid, grid
 from hooklens.viz.labels import read_labels
@@ -28,6 +29,7 @@ class Factored(Protocol):
     B: Tensor
 
 
+@reads()
 def head_circuit(
     matrix: "Factored | Float[Tensor, 'left right']",
     tokens: Sequence[str],

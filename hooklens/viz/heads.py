@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.errors import InputError
 from hooklens.viz.grid import Grid, grid
 from hooklens.viz.scale import Scale
 
 
+@reads()
 def heads(
     values: Float[Tensor, "layer head"],
     *,

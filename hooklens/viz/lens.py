@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.display.labels import visible
 from hooklens.display.numbers import format_number
 from hooklens.errors import InputError
@@ -28,6 +29,7 @@ _TITLES: dict[str, str] = {
 _COLUMN: dict[str, str] = {"reciprocal_rank": "target_rank", "probability": "top_probs"}
 
 
+@reads()
 def lens(
     table: "pandas.DataFrame | Float[Tensor, 'layer pos']",
     texts: Sequence[Sequence[str]] | None = None,

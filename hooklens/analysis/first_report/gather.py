@@ -5,23 +5,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens import tokens as tokenization
 from hooklens.activation_cache import ActivationCache
+from hooklens.activation_cache.stream import locate
 from hooklens.analysis.first_report import findings
 from hooklens.analysis.first_report.page import Finding, Report
 from hooklens.analysis.first_report.question import Question
-from hooklens.analysis.lens.streams import check_transport
+from hooklens.analysis.lens.streams import check_transport, list_captured
 from hooklens.analysis.lens.transport import Transport, read_transport
-from hooklens.analysis.reading.connection import read_model
+from hooklens.analysis.reading.connection import connect_cache, find_real_positions, read_model
+from hooklens.analysis.reading.runs import Run, read_run_or_prompt, take_run
+from hooklens.analysis.reading.token_columns import choose_tokens
 from hooklens.analysis.reading.token_names import read_token
 from hooklens.arguments import optional, read_int, reads, refusal
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.config import refuse_other_outputs
 from hooklens.errors import HookLensError, InputError
-from hooklens.tokens import Prompt
+from hooklens.model.stream_reader import StreamReader
 
 # What the findings read of a run; the rest need not be kept.
 _ENDS = (
@@ -30,11 +33,17 @@ _ENDS = (
 )  # fmt: skip
 
 
-@reads(model=read_model, pos=read_int, k=partial(read_int, least=1), transport=optional(read_transport))
+@reads(
+    model=read_model,
+    prompt=read_run_or_prompt,
+    pos=read_int,
+    k=partial(read_int, least=1),
+    transport=optional(read_transport),
+)
 @torch.no_grad()
 def report(
     model: HookedCausalLM,
-    prompt: Prompt,
+    prompt: Run,
     *,
     answer: str | int | None = None,
     wrong: str | int | None = None,
@@ -52,7 +61,9 @@ def report(
 
     Args:
         model: the model.
-        prompt: a text, or token ids of one row.
+        prompt: a text, or token ids of one row; or the cache of a run of one row, edited ones included. Findings whose
+            hook points a cache lacks are left out, and the report says which; kinds of heads are found by prompts of
+            their own, without the run's edits.
         answer: the token to explain, its text or id; None: the likeliest one.
         wrong: the token to compare it with; None: the likeliest other one.
         pos: the position whose next token is asked about, counted over the prompt's tokens.
@@ -60,15 +71,17 @@ def report(
         transport: what the lens reads through, a `TunedLens` or a `JacobianLens`; None: streams as they are.
 
     Raises:
-        InputError: no prompt of one row, no such position or token, answer and wrong are one, a model whose outputs
-            are no tokens, or a transport of another model.
-        TransformError: the transport was fitted on weights that were processed otherwise.
+        InputError: no prompt of one row (or a cache without its tokens), no such position or token, answer and wrong
+            are one, a model whose outputs are no tokens, or a transport of another model.
+        CacheError: the cache is of another model.
+        MissingActivationError: it has no last `resid_post`, of which the logits are made.
+        TransformError: the transport was fitted on weights that were processed otherwise, or the cache is of such.
     """
     refuse_other_outputs(model.cfg, "a report is on the next token", InputError)
     if k > model.cfg.d_vocab:
         raise InputError(f"report: k={k}; expected 1 to {model.cfg.d_vocab}, the size of the vocabulary")
     check_transport(model, transport, sublayers=False)
-    given = _read_prompt(model, prompt)
+    given, cache = _read_prompt(model, prompt)
     chosen = [
         None if one is None else read_token(model, one, what=what)
         for one, what in (
@@ -76,12 +89,12 @@ def report(
             (wrong, "wrong"),
         )
     ]
-    logits: Any = model(given, logits_at=pos)
-    cache = _run(model, given)
-    pair = _choose(logits[0, 0], *chosen)
+    logits = _find_logits(model, given, pos) if cache is None else _read_logits(model, cache, pos)
+    pair = _choose(logits, *chosen)
     question = Question(
-        model=model, cache=cache, logits=logits[0, 0], answer=pair[0], wrong=pair[1], pos=pos, transport=transport
-    )
+        model=model, cache=take_run(model, given, _ENDS) if cache is None else cache, logits=logits, answer=pair[0],
+        wrong=pair[1], pos=pos, transport=transport,
+    )  # fmt: skip
     found, skipped = _ask(question, k)
     return Report(
         prompt=given if isinstance(given, str) else _tell_ids(model, given),
@@ -89,34 +102,73 @@ def report(
             f"{question.name(pair[0])} against {question.name(pair[1])}: a difference of {question.difference:+.2f} "
             f"logits, at position {pos}"
         ),
-        setup=_write_setup(question, given),
+        setup=_write_setup(question, given, is_run=cache is not None),
         findings=tuple(found),
         skipped=tuple(skipped),
     )
 
 
-def _read_prompt(model: HookedCausalLM, prompt: object) -> str | Int[Tensor, "one pos"]:
-    """A text, or the ids of one row.
+def _read_prompt(model: HookedCausalLM, prompt: Run) -> tuple[str | Int[Tensor, "one token"], ActivationCache | None]:
+    """A text, or the ids of one row; and the cache, where that was given.
 
     Raises:
         InputError: something else.
+        CacheError, TransformError: the cache is not this model's.
     """
+    if isinstance(prompt, ActivationCache):
+        return _read_cache(model, prompt)
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("prompt is '', expected a text that is not empty, or token ids of one row")
-        return prompt
+        return prompt, None
     if tokenization.is_text(prompt):
-        raise refusal(prompt, "prompt", "one text, or token ids of one row", InputError)
+        raise refusal(prompt, "prompt", "one text, token ids of one row, or a cache", InputError)
     ids, mask = tokenization.read_tokens(prompt, model.tokenizer, d_vocab=model.cfg.d_vocab, what="prompt")
     if len(ids) != 1:
         raise InputError(f"prompt has {len(ids)} rows; expected a text, or token ids of one row")
-    return ids if mask is None else ids[:, mask[0].bool()]
+    return ids if mask is None else ids[:, mask[0].bool()], None
 
 
-def _run(model: HookedCausalLM, given: str | Tensor) -> ActivationCache:
-    names = [name for name in model.hook_points() if name.endswith(_ENDS)]
-    _, cache = model.run_with_cache(given, return_type=None, names_filter=names)
-    return cache
+def _read_cache(model: HookedCausalLM, cache: ActivationCache) -> tuple[Int[Tensor, "one token"], ActivationCache]:
+    """The token ids of a cache of one row, and the cache.
+
+    Raises:
+        InputError: several rows, a cache that does not know its tokens, or one of a part of the positions.
+        CacheError, TransformError: it is not this model's.
+    """
+    cache = connect_cache(cache, model)
+    tokens = cache.tokens
+    if tokens is None:
+        raise InputError("prompt is a cache that does not know its tokens (its run began at a layer); give the prompt")
+    if len(tokens) != 1:
+        raise InputError(
+            f"prompt is a cache of {len(tokens)} rows; expected one: cache.unpad(row), or the run of one prompt"
+        )
+    if cache.positions is not None:
+        raise InputError("prompt is a cache of some positions (pos_slice); expected one of the whole prompt")
+    real = find_real_positions(cache, tokens.shape[1])
+    return (tokens if real is None else tokens[:, real[0]]), cache
+
+
+def _find_logits(model: HookedCausalLM, given: str | Tensor, pos: int) -> Float[Tensor, " d_vocab"]:
+    logits: Any = model(given, logits_at=pos)
+    found: Tensor = logits[0, 0]
+    return found
+
+
+def _read_logits(model: HookedCausalLM, cache: ActivationCache, pos: int) -> Float[Tensor, " d_vocab"]:
+    """The logits at a position of a run that was captured, made of the stream behind the last layer.
+
+    Raises:
+        InputError: there is no such position.
+        MissingActivationError: the cache lacks that stream.
+    """
+    tokens, _ = list_captured(cache)
+    [[place]] = choose_tokens(tokens, [pos], what="pos")
+    column = tokens[0][place]
+    stream = locate(cache.cfg, None).read(cache)[..., column, :]
+    reader = StreamReader(model)
+    return reader.unembed(reader.normalize(stream)).view(-1)
 
 
 def _choose(logits: Tensor, answer: int | None, wrong: int | None) -> tuple[int, int]:
@@ -159,18 +211,25 @@ def _ask(question: Question, k: int) -> tuple[list[Finding], list[tuple[str, str
     return found, skipped
 
 
-def _write_setup(question: Question, given: str | Tensor) -> tuple[str, ...]:
+def _write_setup(question: Question, given: str | Tensor, *, is_run: bool) -> tuple[str, ...]:
     prompt = repr(given) if isinstance(given, str) else repr(given.tolist())
     names = ", ".join(question.name(token) for token in (question.answer, question.wrong))
-    return (
-        "from hooklens import analysis",
-        f"prompt, answer, wrong = {prompt}, {question.answer}, {question.wrong}  # {names}",
+    makes = (
         f"logits = model(prompt, logits_at={question.pos})[0, 0]",
         "_, cache = model.run_with_cache(prompt, return_type=None)",
     )
+    reads = (
+        "# cache: the run that the report was made of",
+        f'logits = model.unembed(model.ln_final(cache["resid_post", -1]))[..., {question.pos}, :].flatten()',
+    )
+    return (
+        "from hooklens import analysis",
+        f"prompt, answer, wrong = {prompt}, {question.answer}, {question.wrong}  # {names}",
+        *(reads if is_run else makes),
+    )
 
 
-def _tell_ids(model: HookedCausalLM, ids: Int[Tensor, "one pos"]) -> str:
+def _tell_ids(model: HookedCausalLM, ids: Int[Tensor, "one token"]) -> str:
     if model.tokenizer is None or int(ids.max()) >= len(model.tokenizer):
         return str(ids[0].tolist())
     return str(model.to_string(ids[0]))

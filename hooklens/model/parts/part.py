@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from hooklens.arguments.foreign import explain_attribute
 from hooklens.axes import HookSite, declare_site, find_site
 from hooklens.config import DeclaredWeight, Description, HookedConfig, PartConfig
 from hooklens.errors import ConfigError, InputError
@@ -167,11 +168,15 @@ class Part(HookedModule):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:
-            declared = self.declared.get(name)
-            if declared is None:
-                raise
-        raise AttributeError(f"{type(self).__name__} has no {name} here: {self.absent.get(name, 'it was deleted')}")
+        except AttributeError as error:
+            missing = f"{error}{explain_attribute(name, self._has_declared)}"
+            if name in self.declared:
+                missing = f"{type(self).__name__} has no {name} here: {self.absent.get(name, 'it was deleted')}"
+        raise AttributeError(missing)
+
+    def _has_declared(self, name: str) -> bool:
+        """Whether the part has something of a name, which for stacked weights would take computing."""
+        return name in self._modules or (hasattr(type(self), name) and name not in self.absent)
 
     def read_weight(self, name: str) -> Any:
         """A weight as the network has it; a subclass may show something else under its name."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooklens.arguments import show
+from hooklens.arguments import reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
 from hooklens.patching.errors import SiteError
@@ -28,6 +28,7 @@ Constant = Literal["zero"] | Mapping[str, Tensor]
 _NEURON = re.compile(r"(m(?:0|[1-9]\d*))\.n(0|[1-9]\d*)")
 
 
+@reads()
 def bake_circuit(model: HookedCausalLM, circuit: Circuit, *, ablation: Constant = "zero") -> HookedCausalLM:
     """A new model that computes what a circuit of whole nodes computes with everything else ablated.
 
@@ -67,6 +68,7 @@ def bake_circuit(model: HookedCausalLM, circuit: Circuit, *, ablation: Constant 
     return bake_ablation(model, ablated, ablation=ablation)
 
 
+@reads()
 def bake_ablation(model: HookedCausalLM, nodes: Iterable[str], *, ablation: Constant = "zero") -> HookedCausalLM:
     """A new model in which heads, MLPs and neurons write a constant, whatever they read.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from hooklens.arguments import read_int, read_seed
+from hooklens.arguments import read_int, read_seed, reads
 from hooklens.errors import HookLensError
 from hooklens.patching.choices.choice import EdgeChoice, take_greedily
 from hooklens.patching.choices.scored import ScoredEdges
@@ -14,6 +14,7 @@ from hooklens.patching.graph.circuit import Circuit
 from hooklens.patching.graph.nodes import Edge
 
 
+@reads()
 def random_circuits(
     edges: ScoredEdges, sizes: Sequence[int], *, choice: EdgeChoice | None = None, seed: int = 0
 ) -> list[Circuit]:

@@ -4,11 +4,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.errors import HookLensError
 from hooklens.patching.choices.scored import ScoredEdges
 from hooklens.patching.graph.circuit import Circuit
 
 
+@reads()
 def edge_auroc(found: ScoredEdges | Circuit, known: Circuit, *, edges: ScoredEdges | None = None) -> float:
     """The area under the receiver operating characteristic of scores, against a circuit that is known.
 
@@ -54,12 +56,14 @@ def _rank_auroc(strength: Float[Tensor, " edge"], truth: Bool[Tensor, " edge"]) 
     return float((ranks[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
+@reads()
 def overlap(circuit: Circuit, other: Circuit) -> float:
     """The Jaccard index of two circuits: edges in both over edges in any; 1 for two empty ones."""
     union = len(circuit | other)
     return len(circuit & other) / union if union else 1.0
 
 
+@reads()
 def rank_correlation(scores: ScoredEdges, other: ScoredEdges) -> float:
     """Spearman's rank correlation of the strength of edges, equal ones having the mean of their ranks.
 

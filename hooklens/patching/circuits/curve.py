@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_one_of, read_seed
+from hooklens.arguments import read_int, read_one_of, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Summary
 from hooklens.errors import CheckpointError, HookLensError, InputError
@@ -344,6 +344,7 @@ if TYPE_CHECKING:
     ) -> Results[FaithfulnessCurve]: ...
 
 
+@reads()
 def faithfulness_curve(
     model: HookedCausalLM,
     clean: Pairs,

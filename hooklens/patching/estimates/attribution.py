@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_one_of
+from hooklens.arguments import read_int, read_one_of, reads
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import join_names
@@ -58,6 +58,7 @@ from hooklens.progress import progress_bar
 Method = Literal["atp", "ig"]
 
 
+@reads()
 @torch.inference_mode(mode=False)
 def attribution(
     model: HookedCausalLM,

@@ -38,7 +38,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_flag, read_int, read_one_of
+from hooklens.arguments import read_flag, read_int, read_one_of, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
@@ -66,6 +66,7 @@ from hooklens.progress import progress_bar
 Method = Literal["eap", "eap-ig", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "exact"]
 
 
+@reads()
 @torch.inference_mode(mode=False)
 def edge_attribution(
     model: HookedCausalLM,

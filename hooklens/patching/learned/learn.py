@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_number, read_one_of, read_seed, show
+from hooklens.arguments import read_int, read_number, read_one_of, read_seed, reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.circuits.ablation import Ablation
@@ -53,6 +53,7 @@ _FIRST_PROBABILITY = 0.95
 _WARM_SPREAD = 2.0
 
 
+@reads()
 @torch.inference_mode(mode=False)
 def learn_circuit(
     model: HookedCausalLM,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_flag, read_int, read_number, read_seed, show
+from hooklens.arguments import read_flag, read_int, read_number, read_seed, reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.circuits.ablation import written_names
@@ -35,6 +35,7 @@ from hooklens.progress import progress_bar
 _LOOKS = 10
 
 
+@reads()
 @torch.inference_mode(mode=False)
 def fit_optimal_ablation(
     model: HookedCausalLM,

@@ -12,13 +12,14 @@ of 0.999 and a CMD of 0. A circuit has `int(x * edges)` edges; in a small networ
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hooklens.arguments import read_int, require
+from hooklens.arguments import read_int, reads, require
 from hooklens.errors import InputError
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The sizes of circuits, as fractions of all edges."""
 
 
+@reads()
 def mib_sizes(n_edges: int) -> tuple[int, ...]:
     """The numbers of edges of MIB's ten circuits of a network, 0 among them where it is small.
 
@@ -29,6 +30,7 @@ def mib_sizes(n_edges: int) -> tuple[int, ...]:
     return tuple(int(fraction * total) for fraction in MIB_FRACTIONS)
 
 
+@reads()
 def circuit_performance_ratio(faithfulness: Sequence[float], *, fractions: Sequence[float] = MIB_FRACTIONS) -> float:
     """CPR: the area under the faithfulness of circuits over the fraction of edges that they have.
 
@@ -42,6 +44,7 @@ def circuit_performance_ratio(faithfulness: Sequence[float], *, fractions: Seque
     return _integrate(faithfulness, fractions, "circuit_performance_ratio")
 
 
+@reads()
 def circuit_model_distance(faithfulness: Sequence[float], *, fractions: Sequence[float] = MIB_FRACTIONS) -> float:
     """CMD: the area between the faithfulness of circuits and 1, over the fraction of edges that they have.
 

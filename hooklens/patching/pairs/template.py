@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary, sequential, visible
 from hooklens.errors import InputError, suggest_names
@@ -192,6 +193,7 @@ class Pair(Displayed):
         )
 
 
+@reads()
 def stack_pairs(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs as a batch: clean ids, corrupted ids and the mask of real tokens, each `[pairs pos]`, padded on the right.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
-from hooklens.arguments import show
+from hooklens.arguments import reads, show
 from hooklens.axes import EMBEDDINGS, HookSite, find_site, is_below_blocks
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.hooks.choice import Choice, read_choice, resolve_choice
@@ -99,6 +99,7 @@ class Grid:
     sources: Span
 
 
+@reads()
 def grid(
     site: str,
     *,

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.axes import find_site
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
@@ -28,6 +29,7 @@ from hooklens.patching.pairs.prompts import Prompt, read_prompts
 from hooklens.patching.runs.sites import Grid, Sites
 
 
+@reads()
 def mean_activations(
     model: HookedCausalLM,
     prompts: Prompt,
@@ -71,6 +73,7 @@ def mean_activations(
     return {name: (total / n_summed).to(model.dtype) for name, total in sums.items()}
 
 
+@reads()
 def draw_activations(
     model: HookedCausalLM,
     prompts: Prompt,

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_seed
+from hooklens.arguments import read_int, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import CheckpointError
@@ -152,6 +152,7 @@ class Completeness(Displayed):
         )
 
 
+@reads()
 def completeness(
     model: HookedCausalLM,
     clean: Pairs,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import optional, read_seed
+from hooklens.arguments import optional, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Summary, format_numbers
 from hooklens.patching.choices.choice import EdgeChoice
@@ -73,6 +73,7 @@ class HeldOutCurve(Displayed):
         return self.curve.plot(backend=backend, title=title)
 
 
+@reads()
 def held_out_curve(
     model: HookedCausalLM,
     clean: Pairs,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_seed
+from hooklens.arguments import read_int, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary, format_number
 from hooklens.errors import HookLensError
@@ -139,6 +139,7 @@ class Minimality(Displayed):
         )
 
 
+@reads()
 def minimality(
     model: HookedCausalLM,
     clean: Pairs,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hooklens.arguments import read_number, read_seed
+from hooklens.arguments import read_number, read_seed, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Summary, format_numbers
 from hooklens.errors import HookLensError, InputError
@@ -42,6 +42,7 @@ class PairSplit(Displayed):
         )
 
 
+@reads()
 def split_pairs(
     model: HookedCausalLM,
     clean: Pairs,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import optional, read_flag, read_function, read_int, read_number, read_seed, show
+from hooklens.arguments import optional, read_flag, read_function, read_int, read_number, read_seed, reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Listing, Picture, Summary
 from hooklens.errors import HookLensError, InputError
@@ -196,6 +196,7 @@ class Stability(Displayed):
         )
 
 
+@reads()
 def stability(
     model: HookedCausalLM,
     clean: Pairs,

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens import tokens as tokenization
+from hooklens.arguments import reads
 from hooklens.axes import get_act_name
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError, join_names
@@ -74,6 +75,7 @@ def _read_number(value: Tensor | float, logits: Tensor) -> Float[Tensor, ""]:
     return number.reshape(())
 
 
+@reads()
 def generic_activation_patch(
     model: HookedCausalLM,
     corrupted_tokens: Tokens,
@@ -233,6 +235,7 @@ def _make(word: str, index: str, **spans: str) -> _Patch:
     # Patterns list heads before positions.
     heads_first = word == "pattern" and "dest_pos" in index
 
+    @reads()
     def patch(
         model: HookedCausalLM,
         corrupted_tokens: Tokens,
@@ -275,6 +278,7 @@ get_act_patch_attn_head_v_all_pos = _make("v", "layer kv_head")
 get_act_patch_attn_head_pattern_all_pos = _make("pattern", "layer head")
 
 
+@reads()
 def get_act_patch_attn_head_all_pos_every(
     model: HookedCausalLM,
     corrupted_tokens: Tokens,
@@ -291,6 +295,7 @@ def get_act_patch_attn_head_all_pos_every(
     return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites, attention_mask))
 
 
+@reads()
 def get_act_patch_attn_head_by_pos_every(
     model: HookedCausalLM,
     corrupted_tokens: Tokens,
@@ -307,6 +312,7 @@ def get_act_patch_attn_head_by_pos_every(
     return _stack_heads(_patch(model, corrupted_tokens, clean_cache, metric, sites, attention_mask))
 
 
+@reads()
 def get_act_patch_block_every(
     model: HookedCausalLM,
     corrupted_tokens: Tokens,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.errors import InputError
 from hooklens.optional import import_package
 
@@ -70,6 +71,7 @@ def layer_head_dest_src_pos_pattern_patch_setter(
     return _set(corrupted_activation, index, clean_activation, ("layer", "head", "dest_pos", "src_pos"), 1)
 
 
+@reads()
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> "pandas.DataFrame":
     """All indices below some maxima, one in each row: an `index_df` to take rows of."""
     rows = product(*(range(most) for most in column_max_ranges))

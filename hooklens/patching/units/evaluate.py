@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import read_int
+from hooklens.arguments import read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.splice import Splice
@@ -62,6 +62,7 @@ class UnitResult(AblationResult):
         return table
 
 
+@reads()
 @torch.no_grad()
 def evaluate_units(
     model: HookedCausalLM,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.arguments import read_one_of, show
+from hooklens.arguments import read_one_of, reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.splice import Splice
@@ -32,6 +32,7 @@ from hooklens.patching.units.ground import UnitAblation, UnitGround, UnitRunner
 from hooklens.progress import progress_bar
 
 
+@reads()
 @torch.inference_mode(mode=False)
 def score_units(
     model: HookedCausalLM,

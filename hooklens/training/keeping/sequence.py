@@ -120,6 +120,7 @@ class Checkpoints:
         return _stack(tables)
 
 
+@reads()
 def checkpoints(
     source: Source,
     *,

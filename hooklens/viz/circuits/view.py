@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hooklens.arguments import read_int
+from hooklens.arguments import read_int, reads
 from hooklens.display.blocks import note
 from hooklens.display.elements import Child, Element, data, element
 from hooklens.display.numbers import format_number
@@ -231,6 +231,7 @@ def _join(listed: list[str]) -> str:
     return ", ".join(listed[:_MOST_TOLD]) + more
 
 
+@reads()
 def circuit(
     edges: Any,
     *,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.arguments import read_int
+from hooklens.arguments import read_int, reads
 from hooklens.display.blocks import fold, note, table
 from hooklens.display.elements import Child, Element, data, element
 from hooklens.display.labels import visible
@@ -245,6 +245,7 @@ def _for_script(shown: Patterns, n_heads: int, lengths: tuple[int, ...], code: P
     }
 
 
+@reads()
 def attention(
     patterns: Mapping[str, Tensor] | Tensor,
     layer: int | Sequence[int] | None = None,

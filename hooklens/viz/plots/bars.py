@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.arguments import read_int
+from hooklens.arguments import read_int, reads
 from hooklens.display.blocks import note
 from hooklens.display.elements import Child, Element, element
 from hooklens.display.numbers import format_number
@@ -155,6 +155,7 @@ def _bar(value: float, ends: tuple[float, float]) -> Element:
     return element("i", class_="hl-below" if value < 0 else None, style=style)
 
 
+@reads()
 def bars(
     names: "Sequence[str] | Mapping[str, float] | pandas.DataFrame",
     values: Tensor | Sequence[float] | None = None,

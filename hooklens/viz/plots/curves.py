@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.display.blocks import note
 from hooklens.display.elements import Child, Element, data, element
 from hooklens.display.numbers import format_number
@@ -257,6 +258,7 @@ def _alone(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, fl
     ]
 
 
+@reads()
 def curves(
     lines: Mapping[str, Sequence[float] | Tensor] | Tensor,
     x: Sequence[float] | Sequence[str] | Tensor | None = None,

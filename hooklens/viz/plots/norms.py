@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.arguments import read_int
+from hooklens.arguments import read_int, reads
 from hooklens.axes import get_act_name, layer_of
 from hooklens.display.labels import visible
 from hooklens.errors import InputError
 from hooklens.viz.plots.curves import Curves, YScale, curves
 
 
+@reads()
 def residual_norms(
     cache: Mapping[str, Tensor],
     *,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.arguments import reads
 from hooklens.display.blocks import note
 from hooklens.display.colours import AGAINST, FOR, MOST_OPAQUE, NO_VALUE
 from hooklens.display.elements import Child, Element, data, element
@@ -178,6 +179,7 @@ def _token(token: str, colour: str, told: str) -> Element:
     return element("span", parts, class_="hl-token", style=colour, aria_label=told, tabindex=-1, role="img")
 
 
+@reads()
 def tokens(
     str_tokens: Sequence[str],
     values: Tensor | Sequence[float] | Mapping[str, Sequence[float] | Tensor],

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import hooklens as hl
 from hooklens import analysis
+from hooklens.activation_cache import MissingActivationError
 from hooklens.analysis.first_report import report
 from hooklens.analysis.lens import JacobianLens
 from hooklens.config import HookedConfig, NoPositions
@@ -21,9 +22,9 @@ PROMPT = "When Mary and John went to the store , John gave a drink to"
 NAMES = ["predictions", "lens", "components", "heads", "sources", "kinds"]
 
 
-def rerun(found, model, transport=None):
+def rerun(found, model, transport=None, **given):
     """The tables that the report's own code makes, as somebody who copies it gets them."""
-    space = {"model": model, "transport": transport}
+    space = {"model": model, "transport": transport, **given}
     exec("import torch\n" + "\n".join(found.setup), space)
     return {one.name: eval(one.code, space) for one in found.findings}
 
@@ -190,7 +191,7 @@ def test_the_model_is_as_it_was(model):
         ({"prompt": ""}, "prompt is '', expected a text that is not empty"),
         ({"prompt": 3}, "prompt is an int; expected text"),
         ({"prompt": [[1, 2], [3, 4]]}, "prompt has 2 rows; expected a text, or token ids of one row"),
-        ({"prompt": ["a", "b"]}, "prompt is ['a', 'b'], expected one text, or token ids of one row"),
+        ({"prompt": ["a", "b"]}, "prompt is ['a', 'b'], expected one text, token ids of one row, or a cache"),
         ({"prompt": [[99]]}, "99"),
         ({"answer": 3, "wrong": 3}, "answer and wrong are both token 3"),
         ({"answer": 99}, "answer=99; expected a token id from 0 to 22"),
@@ -211,3 +212,64 @@ def test_a_model_of_other_outputs():
     )
     with pytest.raises(InputError, match="a report is on the next token"):
         analysis.report(hl.HookedCausalLM(cfg), [[1, 2]])
+
+
+class TestOfACache:
+    """`report` took a prompt alone, while every other analysis takes the cache of a run, too."""
+
+    def test_it_is_the_prompts(self, model, found):
+        _, cache = model.run_with_cache(PROMPT)
+        made = report(model, cache)
+        assert made.asked == found.asked
+        assert not made.skipped
+        for name in NAMES:
+            assert_frame_equal(made[name], found[name], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("pos", [-1, 4])
+    def test_an_edited_run_is_reported_as_it_was(self, model, pos):
+        edits = [hl.edits.Zero("blocks.1.attn.hook_z", head=[0])]
+        with model.hooks(edits=edits):
+            logits, cache = model.run_with_cache(PROMPT)
+        made = report(model, cache, pos=pos)
+        assert made["predictions"].token.tolist() == logits[0, pos].topk(3).indices.tolist()
+        assert_close(
+            torch.tensor(made["predictions"].logit.to_numpy(), dtype=torch.float32), logits[0, pos].topk(3).values,
+            rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
+        for name, table in rerun(made, model, cache=cache).items():
+            assert_frame_equal(table, made[name], rtol=1e-5, atol=1e-6)
+
+    def test_padding_and_a_cache_without_a_batch_axis(self, model):
+        _, cache = model.run_with_cache([PROMPT, "Mary went"], padding_side="left")
+        made, alone = report(model, cache.unpad(1)), report(model, "Mary went")
+        assert made.asked == alone.asked
+        for name in NAMES:
+            assert_frame_equal(made[name], alone[name], rtol=1e-4, atol=1e-5)
+        _, cache = model.run_with_cache("Mary went")
+        assert report(model, cache.remove_batch_dim()).asked == alone.asked
+
+    def test_what_a_cache_lacks_is_left_out_and_told(self, model):
+        _, cache = model.run_with_cache(PROMPT, names_filter=["resid_pre", "resid_post"])
+        made = report(model, cache)
+        assert [one.name for one in made.findings] == ["predictions", "lens", "kinds"]
+        assert dict(made.skipped).keys() == {"components", "heads", "sources"}
+        assert "hook_z" in dict(made.skipped)["heads"]
+
+    def test_what_cannot_be_read_is_refused(self, model):
+        _, cache = model.run_with_cache(PROMPT, names_filter="z")
+        with pytest.raises(MissingActivationError, match="hook_resid_post"):
+            report(model, cache)
+        _, cache = model.run_with_cache([PROMPT, PROMPT])
+        with pytest.raises(InputError, match=r"cache of 2 rows; expected one: cache.unpad"):
+            report(model, cache)
+        _, cache = model.run_with_cache(PROMPT, pos_slice=[0, -1])
+        with pytest.raises(InputError, match="cache of some positions"):
+            report(model, cache)
+        stream = torch.zeros(1, 3, model.cfg.d_model)
+        _, cache = model.run_with_cache(stream, start_at_layer=0)
+        with pytest.raises(InputError, match="does not know its tokens"):
+            report(model, cache)
+        other = model.process_weights(fold_ln=True)
+        _, cache = model.run_with_cache(PROMPT)
+        with pytest.raises(TransformError):
+            report(other, cache)
