@@ -88,8 +88,10 @@ def build_model(name: str) -> "PreTrainedModel":
     config = getattr(transformers, config_class)(**_SHARED, **own)
     model: PreTrainedModel = getattr(transformers, model_class)(config)
     if not config.tie_word_embeddings:
+        unembed = model.get_output_embeddings()
+        assert unembed is not None
         with torch.no_grad():
-            model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
+            unembed.weight.copy_(model.get_input_embeddings().weight)
     return model
 
 

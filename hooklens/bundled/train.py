@@ -195,6 +195,7 @@ def measure_run(run: TrainingRun) -> tuple[Metrics, dict[str, Any]]:
 
     metrics = measure(_logits_function(run.model), run.tokenizer)
     chosen = run.model.config._attn_implementation
+    assert chosen is not None
     # Only the eager implementation hands its attention patterns out.
     run.model.set_attn_implementation("eager")
     induction, previous = measure_heads(patterns_of, run.tokenizer)

@@ -34,7 +34,7 @@ _CAPITALS = """
     Denmark Copenhagen; Belgium Brussels; Russia Moscow; Turkey Ankara; Egypt Cairo; Kenya Nairobi; China Beijing;
     Japan Tokyo; Canada Ottawa; Peru Lima
 """
-CAPITALS: dict[str, str] = dict(line.split() for line in _CAPITALS.split(";"))
+CAPITALS: dict[str, str] = dict(map(str.split, _CAPITALS.split(";")))
 
 _FUNCTION_WORDS = """
     the The a and of to in In on at At for from with near around When After While Before Since Then then As Once so

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from hooklens.config.network import HookedConfig
 
 Option = str | int | float | bool | None
-Value = TypeVar("Value")
+Value = TypeVar("Value", bound="PartConfig | NormConfig | QueryTemperature | float | None")
 
 
 class _Options(dict[str, Option]):
     """Options that stay as they are: configurations are compared, hashed and copied."""
 
-    def _refuse(self, *given: object, **named: object) -> NoReturn:
+    def _refuse(self: object, *given: object, **named: object) -> NoReturn:
         raise TypeError("the options of a part do not change; make a new PartConfig")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse

@@ -1,7 +1,7 @@
 """Copies of models that share the original's memory until one of the two is written to.
 
-PyTorch copies a tensor lazily (`torch._lazy_clone`): both have one memory, and the first write to either gives that one
-a memory of its own, as forked processes share theirs. Reading a model, running and training it are what they always
+PyTorch copies a tensor lazily (`Tensor._lazy_clone`): both have one memory, and the first write to either gives that
+one a memory of its own, as forked processes share theirs. Reading a model, running and training it are what they always
 are. What asks for the address of a weight (`data_ptr`, `numpy()`, safetensors' writer) counts as a write.
 """
 
@@ -47,7 +47,7 @@ def copy_on_write(model: Model) -> Model:
 def clone_lazily(tensor: Tensor) -> Tensor:
     """A copy that shares memory until one of the two is written to; copied at once where PyTorch cannot share it."""
     with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
-        return torch._lazy_clone(tensor)
+        return tensor._lazy_clone()
     return tensor.clone()
 
 

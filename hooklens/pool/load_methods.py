@@ -39,22 +39,27 @@ class LoadMethods:
         @property
         def model_names(self) -> list[str]:
             """The names of the models, without special ones."""
+            ...
 
         @property
         def all_model_names(self) -> list[str]:
             """The names of all models."""
+            ...
 
         @property
         def has_pretrained(self) -> bool:
             """Whether there is a model that the others were trained from."""
+            ...
 
         @property
         def enable_lazy_loading(self) -> bool:
             """Whether tensors are given in place of models."""
+            ...
 
         @property
         def max_loaded(self) -> int:
             """How many models the pool keeps."""
+            ...
 
     @reads(hooked=read_flag, lazy=optional(read_flag))
     def load_model(

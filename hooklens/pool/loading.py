@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from hooklens.pool.copying import copy_on_write
 from hooklens.pool.errors import PoolError
 from hooklens.pool.tokenizer import expand_source, make_tokenizer
 from hooklens.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _AUTO = "transformers.AutoModelForCausalLM"
 
@@ -170,7 +173,7 @@ def _make(value: Any, *, what: str) -> Any:
     return make_tokenizer(target.class_name, None, merge_arguments(made, {}, {}, what=what))
 
 
-def _as_wanted(model: Any, asked: Request) -> Any:
+def _as_wanted(model: "HookedCausalLM | PreTrainedModel", asked: Request) -> Any:
     """A model as a hooked one or as transformers', whatever it came as."""
     if isinstance(model, HookedCausalLM):
         return model if asked.hooked else model.to_hf()

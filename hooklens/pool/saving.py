@@ -30,7 +30,12 @@ _STALE = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "genera
 
 
 def save(
-    model: Any, folder: Path, *, dtype: torch.dtype | None, tokenizer: Tokenizer | None, max_shard_size: int | str
+    model: "HookedCausalLM | PreTrainedModel",
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    tokenizer: Tokenizer | None,
+    max_shard_size: int | str,
 ) -> None:
     """Write a checkpoint in one step, and leave the model as it is.
 
@@ -83,9 +88,11 @@ class SaveMethods:
         @property
         def config(self) -> dict[str, Any]:
             """The pool's configuration."""
+            ...
 
         def load_tokenizer(self, **overrides: Any) -> Tokenizer:
             """The pool's tokenizer."""
+            ...
 
     @reads(
         PoolError,

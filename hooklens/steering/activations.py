@@ -182,7 +182,7 @@ def _choose(
         if positions != "answer":
             raise refusal(positions, "positions", "positions, 'answer', or a mask for each prompt", SteeringError)
         return [torch.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
-    if _is_masks(positions):
+    if is_masks(positions):
         assert isinstance(positions, Sequence)
         return _read_masks(rows, positions, what=what)
     index = read_choice(positions, what="positions", error=SteeringError)
@@ -198,7 +198,8 @@ def _choose(
     return chosen
 
 
-def _is_masks(positions: object) -> bool:
+def is_masks(positions: object) -> bool:
+    """Whether these are masks, one for each prompt; a number may be a tensor without axes."""
     if isinstance(positions, list | tuple):
         return any(isinstance(one, list | tuple) or (isinstance(one, Tensor) and one.ndim) for one in positions)
     return isinstance(positions, Tensor) and positions.ndim == 2

@@ -124,7 +124,8 @@ class CandidateRuns:
     ) -> None:
         self._model, self._directions, self._layers = model, directions, list(layers)
         self._tokens, self._add_at = tokens, add_at
-        self._batch_size, self._progress = batch_size, progress
+        self._batch_size: BatchSize = batch_size
+        self._progress = progress
 
     @torch.no_grad()
     def score(self, positive: Prompts, negative: Prompts) -> CandidateScores:

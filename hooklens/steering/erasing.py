@@ -80,6 +80,7 @@ def fit_erasure(
     classes, numbered = _read_labels(labels, encoded)
     run = partial(_collect, model, encoded, numbered, len(classes), batch_size=batch_size, progress=progress)
     erasers: dict[str, list[AffineEraser]] = {}
+    moments: dict[str, list[ConceptMoments]] = {}
     if sequential:
         acting = list(edits)
         for name in names:

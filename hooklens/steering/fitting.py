@@ -12,7 +12,7 @@ With `x_i` the mean activation of prompt `i` over the tokens that count, every p
 Sums are taken in float64, batch by batch: memory does not grow with the number of prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -36,6 +36,7 @@ from hooklens.steering.activations import (
     Prompts,
     average_chosen,
     encode_prompts,
+    is_masks,
     run_batches,
 )
 from hooklens.steering.errors import SteeringError
@@ -126,17 +127,15 @@ def fit(
 
 def _split_masks(positions: Positions, positive: object, negative: object) -> tuple[Positions, Positions]:
     """Masks of the positive and of the negative prompts; anything else counts for both."""
-    is_masks = isinstance(positions, list | tuple) and any(isinstance(one, list | tuple | Tensor) for one in positions)
-    if not is_masks:
+    if not isinstance(positions, list | tuple) or not is_masks(positions):
         return positions, positions
-    assert isinstance(positions, list | tuple)
-    sizes = [1 if isinstance(side, str) else len(side) for side in (positive, negative) if hasattr(side, "__len__")]
+    sizes = [1 if isinstance(side, str) else len(side) for side in (positive, negative) if isinstance(side, Sized)]
     if sum(sizes) != len(positions):
         raise SteeringError(
             f"positions has {len(positions)} masks; expected one for each of the positive prompts, then one for each "
             f"of the negative ones, {sum(sizes)} in all"
         )
-    return list(positions[: sizes[0]]), list(positions[sizes[0] :])
+    return positions[: sizes[0]], positions[sizes[0] :]
 
 
 @dataclass(eq=False, kw_only=True)

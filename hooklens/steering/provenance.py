@@ -84,7 +84,7 @@ class Provenance:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Provenance":
         """What `to_json` gave."""
-        return cls(**{**found, "transforms": tuple(found["transforms"]), "counts": tuple(found["counts"])})
+        return cls(**dict(found, transforms=tuple(found["transforms"]), counts=tuple(found["counts"])))
 
 
 def _is_record(found: Any) -> bool:

@@ -150,7 +150,8 @@ class _Runs:
         *,
         batch_size: BatchSize,
     ) -> None:
-        self.model, self._steered, self._batch_size = model, steered, batch_size
+        self.model, self._steered = model, steered
+        self._batch_size: BatchSize = batch_size
         self._layers = [vector.layer for vector in vectors]
         self.n_cells = len(steered) * len(steered[0])
 
@@ -204,25 +205,26 @@ def _measure_effect(
     for indices, batch in runs.batches(prompts, whole=metric.needs_all_pairs):
         lengths = tuple(prompts.lengths[i] for i in indices)
         metric.find_reads(lengths, batch.ids.shape[1])
-        for cells, logits in runs.run(batch, metric.positions):
-            if not cells:
-                seen = Runs(
-                    model=runs.model,
-                    pairs=tuple(indices),
-                    n_pairs=len(prompts),
-                    width=width,
-                    tokens=batch.ids,
-                    clean_tokens=batch.ids,
-                    corrupted_tokens=batch.ids,
-                    lengths=lengths,
-                    clean_logits=logits[0],
-                    corrupted_logits=logits[0],
-                )
-                prepared = prepare_metric(metric, seen)
-                plain = plain.add([0], prepared.measure(logits))
-            else:
-                moments = moments.add(cells, prepared.measure(logits))
-            update(len(indices) * max(1, len(cells)))
+        steps = runs.run(batch, metric.positions)
+        _, logits = next(steps)
+        seen = Runs(
+            model=runs.model,
+            pairs=tuple(indices),
+            n_pairs=len(prompts),
+            width=width,
+            tokens=batch.ids,
+            clean_tokens=batch.ids,
+            corrupted_tokens=batch.ids,
+            lengths=lengths,
+            clean_logits=logits[0],
+            corrupted_logits=logits[0],
+        )
+        prepared = prepare_metric(metric, seen)
+        plain = plain.add([0], prepared.measure(logits))
+        update(len(indices))
+        for cells, logits in steps:
+            moments = moments.add(cells, prepared.measure(logits))
+            update(len(indices) * len(cells))
     return moments, plain
 
 
@@ -242,16 +244,17 @@ def _measure_damage(runs: _Runs, prompts: Prompts, update: Callable[[int], objec
     for indices, batch in runs.batches(prompts):
         sums.n_tokens += int(batch.mask.sum())
         sums.n_predicted += int(batch.mask[:, 1:].sum())
-        for cells, logits in runs.run(batch):
+        steps = runs.run(batch)
+        _, logits = next(steps)
+        plain = logits.double().log_softmax(-1)
+        sums.loss[0] += _sum_losses(plain, batch.ids, batch.mask)[0]
+        update(len(indices))
+        for cells, logits in steps:
             logprobs = logits.double().log_softmax(-1)
-            if not cells:
-                plain = logprobs[0]
-                sums.loss[0] += _sum_losses(logprobs, batch.ids, batch.mask)[0]
-            else:
-                divergence = (plain.exp() * (plain - logprobs)).sum(-1).masked_fill(~batch.mask, 0.0)
-                sums.kl[cells] += divergence.sum((1, 2))
-                sums.loss[[cell + 1 for cell in cells]] += _sum_losses(logprobs, batch.ids, batch.mask)
-            update(len(indices) * max(1, len(cells)))
+            divergence = (plain.exp() * (plain - logprobs)).sum(-1).masked_fill(~batch.mask, 0.0)
+            sums.kl[cells] += divergence.sum((1, 2))
+            sums.loss[[cell + 1 for cell in cells]] += _sum_losses(logprobs, batch.ids, batch.mask)
+            update(len(indices) * len(cells))
     return sums
 
 

@@ -110,12 +110,13 @@ def read_token_batch(batch: object) -> TokenBatch:
     Raises:
         InputError: another form, unknown keys, or tensors that do not fit each other; all that is wrong.
     """
+    names: tuple[str, ...] | None = getattr(batch, "_fields", None)
     if isinstance(batch, Tensor):
         given: dict[str, Any] = {"input_ids": batch}
     elif isinstance(batch, Mapping):
         given = dict(batch)
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        given = {_FIELD_NAMES.get(name, name): value for name, value in zip(batch._fields, batch, strict=True)}
+    elif isinstance(batch, tuple) and names is not None:
+        given = {_FIELD_NAMES.get(name, name): value for name, value in zip(names, batch, strict=True)}
     elif isinstance(batch, list | tuple) and len(batch) == 1:
         given = {"input_ids": batch[0]}
     else:

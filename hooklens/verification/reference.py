@@ -82,7 +82,8 @@ def reference_loader(source: str | Path | HookedCausalLM, device: torch.device) 
             )
         # The model is asked for float64 later, which the product that runs all experts at once refuses.
         model.set_experts_implementation("eager")
-        return model.eval().to(device=device)
+        # transformers' `to` is typed as no method.
+        return type(model).to(model.eval(), device=device)
 
     return load
 
@@ -123,7 +124,9 @@ def check_logits(probe: Probe, load: LoadReference, dtypes: Sequence[torch.dtype
         expected, narrows = _run_reference(theirs, asked, batches)
         # The same weights, widened: what is left is the error of the computation.
         exact = (
-            expected if dtype == torch.float64 else _run_reference(theirs.to(dtype=torch.float64), asked, batches)[0]
+            expected
+            if dtype == torch.float64
+            else _run_reference(type(theirs).to(theirs, dtype=torch.float64), asked, batches)[0]
         )
         del theirs
         for label, logits in found.items():

@@ -79,8 +79,8 @@ def all_composition_scores(
     """
     _check_heads(W_Q, W_K, W_V, mode)
     n_layers, n_heads = W_Q.shape[:2]
-    W_K, W_V = (_repeat_for_groups(weight, n_heads) for weight in (W_K, W_V))
-    OV, QK = FactoredMatrix(W_V, W_O), FactoredMatrix(W_Q, W_K.mT)
+    keys, values = (_repeat_for_groups(weight, n_heads) for weight in (W_K, W_V))
+    OV, QK = FactoredMatrix(values, W_O), FactoredMatrix(W_Q, keys.mT)
     reader = {"Q": QK, "K": QK.T, "V": OV}[mode]
 
     writes, reads = _write_side(OV), _read_side(reader)

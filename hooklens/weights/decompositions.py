@@ -22,12 +22,12 @@ def right_factor(matrix: Float[Tensor, "*leading rows columns"]) -> Float[Tensor
     Gradients are those of functions that a rotation of `R` from the left does not change. They have none themselves.
     """
     wide = widen(matrix)
-    R: Tensor
+    factor: Tensor
     if torch.is_grad_enabled() and wide.requires_grad:
-        R = _RightFactor.apply(wide)  # type: ignore[no-untyped-call]
+        factor = _RightFactor.apply(wide)  # type: ignore[no-untyped-call]
     else:
-        R = torch.linalg.qr(wide, mode="r").R
-    return R
+        factor = torch.linalg.qr(wide, mode="r").R
+    return factor
 
 
 class _RightFactor(torch.autograd.Function):
@@ -41,10 +41,14 @@ class _RightFactor(torch.autograd.Function):
         return R
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_R: Tensor) -> Tensor:
-        Q: Tensor = ctx.saved_tensors[0]
-        return Q @ grad_R
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _rotate_back(ctx, *gradients)
+
+
+@once_differentiable
+def _rotate_back(ctx: Any, grad_R: Tensor) -> Tensor:
+    Q: Tensor = ctx.saved_tensors[0]
+    return Q @ grad_R
 
 
 def product_svd(
@@ -74,13 +78,14 @@ class _ProductSvd(torch.autograd.Function):
     def forward(ctx: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Q_A, R_A = torch.linalg.qr(A)
         Q_B, R_B = torch.linalg.qr(B.mT)
-        U, S, V_transposed = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
-        U, V = Q_A @ U, Q_B @ V_transposed.mT
+        U_small, S, V_small = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
+        U, V = Q_A @ U_small, Q_B @ V_small.mT
         ctx.save_for_backward(A, B, U, S, V)
         return U, S, V
 
     @staticmethod
-    def backward(ctx: Any, grad_U: Tensor, grad_S: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        grad_U, grad_S, grad_V = gradients
         A, B, U, S, V = ctx.saved_tensors
         row, column = S[..., :, None], S[..., None, :]
         turns = _skew(U.mT @ grad_U) * column + row * _skew(V.mT @ grad_V)

@@ -233,12 +233,12 @@ class FactoredMatrix(Displayed):
             taken += _axes_taken(parts[split])
             split += 1
         leading, matrix = parts[:split], parts[split:]
-        A, B = (self.A[leading], self.B[leading]) if leading else (self.A, self.B)
+        left, right = (self.A[leading], self.B[leading]) if leading else (self.A, self.B)
         if matrix:
-            A = A[..., _matrix_index(matrix[0], self.ldim, "row"), :]
+            left = left[..., _matrix_index(matrix[0], self.ldim, "row"), :]
         if len(matrix) > 1:
-            B = B[..., _matrix_index(matrix[1], self.rdim, "column")]
-        return type(self)(A, B)
+            right = right[..., _matrix_index(matrix[1], self.rdim, "column")]
+        return type(self)(left, right)
 
     def _expand_ellipsis(self, parts: tuple[LeadingIndex, ...]) -> tuple[LeadingIndex, ...]:
         given = sum(map(_axes_taken, parts))

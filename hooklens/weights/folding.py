@@ -41,17 +41,17 @@ def _fold_norm(draft: WeightDraft, norm: NormConfig, name: str, readers: list[De
     weight = draft.read(f"{name}.w") if norm.weight else None
     bias = draft.read(f"{name}.b") if norm.bias else None
     for reader in readers:
-        W, axis = draft.read(reader.name), reader.axes.index(over)
+        tensor, axis = draft.read(reader.name), reader.axes.index(over)
         if bias is not None:
             assert reader.bias is not None
-            moved = torch.tensordot(bias, W, dims=([0], [axis]))
+            moved = torch.tensordot(bias, tensor.movedim(axis, 0), dims=1)
             draft.write(reader.bias, draft.read(reader.bias) + moved)
         if weight is not None:
             scale = 1 + weight if norm.unit_offset else weight
-            W = scale.view([-1 if place == axis else 1 for place in range(W.ndim)]) * W
+            tensor = scale.view([-1 if place == axis else 1 for place in range(tensor.ndim)]) * tensor
         if norm.kind == "layer":
-            W = W - W.mean(dim=axis, keepdim=True)
-        draft.write(reader.name, W)
+            tensor = tensor - tensor.mean(dim=axis, keepdim=True)
+        draft.write(reader.name, tensor)
     if weight is not None:
         draft.write(f"{name}.w", torch.zeros_like(weight) if norm.unit_offset else torch.ones_like(weight))
     if bias is not None:

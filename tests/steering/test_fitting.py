@@ -97,6 +97,13 @@ def test_masks_say_token_by_token_what_counts():
     assert torch.equal(as_lists.vectors[0].direction, vector.direction)
 
 
+def test_positions_that_are_tensors_are_positions():
+    """A list of tensors without axes was taken for masks, and refused since there were not as many as prompts."""
+    [vector] = fit(POSITIVE, NEGATIVE, positions=[torch.tensor(0), torch.tensor(-1)], at="blocks.0.hook_resid_post")
+    [expected] = fit(POSITIVE, NEGATIVE, positions=[0, -1], at="blocks.0.hook_resid_post")
+    assert torch.equal(vector.direction, expected.direction)
+
+
 def test_ids_and_texts_are_the_same_prompts_and_others_are_not():
     model = word_model()
     ids = [model.to_tokens(one)[0].tolist() for one in POSITIVE]

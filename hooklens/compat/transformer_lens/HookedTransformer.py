@@ -162,7 +162,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             )  # fmt: skip
             if stop_at_layer is not None or return_type in ("logits", None):
                 return out
-            assert out is not None
+            assert isinstance(out, Tensor)
             assert tokens is not None, "tokens must be passed in if return_type is 'loss' or 'both'"
             loss = self.loss_fn(out, tokens, attention_mask, per_token=loss_per_token)
             return loss if return_type == "loss" else Output(out, loss)

@@ -207,4 +207,5 @@ class HookedTransformerConfig(_OfModel):
                 "model made from them is another network"
             )
         words |= {"init_mode": cfg.init_scheme} if cfg.init_scheme in _INIT_MODES else {}
-        return cls(**{**words, "initializer_range": cfg.init_std if cfg.init_scheme == "gpt2" else -1.0, **more})
+        words["initializer_range"] = cfg.init_std if cfg.init_scheme == "gpt2" else -1.0
+        return cls(**{**words, **more})

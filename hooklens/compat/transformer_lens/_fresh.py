@@ -27,8 +27,7 @@ def _in_turn(hooked: HookedCausalLM, cfg: HookedTransformerConfig) -> Iterator[t
     yield "embed.W_E", hooked.embed.W_E
     if cfg.positional_embedding_type != "rotary":
         # Networks with linear biases have such a table there.
-        table = torch.empty(cfg.n_ctx, cfg.d_model)
-        yield "pos_embed.W_pos", table if hooked.pos_embed is None else hooked.pos_embed.W_pos
+        yield "pos_embed.W_pos", getattr(hooked.pos_embed, "W_pos", torch.empty(cfg.n_ctx, cfg.d_model))
     for block in hooked.block_list():
         for name in ("W_Q", "W_O", "W_K", "W_V"):
             yield name, block.attn.read_weight(name)

@@ -62,10 +62,10 @@ class LoadingMethods(nn.Module):
         else:
             found = loading.find_source(model_name, checkpoint_index, checkpoint_value)
             words |= found.words
-            n_ctx = _cap(n_ctx, found.n_ctx, found.source, {**found.keywords, **where})
+            keywords: dict[str, Any] = {**found.keywords, **where}
+            n_ctx = _cap(n_ctx, found.n_ctx, found.source, keywords)
             hooked = HookedCausalLM.from_pretrained(
-                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx,
-                **{**found.keywords, **where},
+                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx, **keywords,
             )  # fmt: skip
         starts_with_bos = loading.prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos
         hooked = bake(hooked)

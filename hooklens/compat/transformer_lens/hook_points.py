@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hooklens.compat.transformer_lens._hook_point import Dir, HookFunction, HookPoint, LensHandle  # noqa: F401
+from hooklens.compat.transformer_lens._hook_point import Dir, HookFunction, HookPoint, LensHandle
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
 
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
@@ -38,7 +38,7 @@ class HookedRootModule(nn.Module):
         self.mod_dict, self.hook_dict = {}, {}
         for name, module in self.named_modules():
             if name:
-                module.name = name
+                module.__dict__["name"] = name
                 self.mod_dict[name] = module
                 if isinstance(module, HookPoint):
                     self.hook_dict[name] = module
@@ -49,7 +49,7 @@ class HookedRootModule(nn.Module):
 
     def list_hooks(
         self, dir: Dir = "both", level: int | None = None, including_permanent: bool = True
-    ) -> dict[str, Any]:
+    ) -> dict[str, list[LensHandle]]:
         """The hooks there are, by the names of their points."""
         found = {name: point.select_hooks(dir, including_permanent, level) for name, point in self.hook_dict.items()}
         return {name: chosen for name, chosen in found.items() if chosen}

@@ -54,11 +54,9 @@ _IN_MLP = ("pre", "post", "mid", "pre_linear")
 class Slice:
     """Part of an axis: an int drops it, a tuple is the arguments of `slice`, a list or tensor chooses, None is all."""
 
-    slice: Any
-
     def __init__(self, input_slice: SliceInput | slice = None) -> None:
         if isinstance(input_slice, tuple | slice):
-            self.slice = slice(*input_slice) if isinstance(input_slice, tuple) else input_slice
+            self.slice: Any = slice(*input_slice) if isinstance(input_slice, tuple) else input_slice
             self.mode = "slice"
         elif isinstance(input_slice, int):
             self.slice, self.mode = input_slice, "int"

@@ -149,7 +149,7 @@ def compare_models(
     return run.result()
 
 
-def _order(models: Models, base: str | None) -> Iterable[object]:
+def _order(models: object, base: str | None) -> object:
     """Names and models, of a mapping the base before all others.
 
     Raises:
@@ -183,7 +183,7 @@ def order_names(names: Sequence[str] | None, base: str | None, there: Sequence[s
     return chosen if first is None else [first, *(name for name in chosen if name != first)]
 
 
-def _list_models(pairs: Iterable[object]) -> Iterator[tuple[str, HookedCausalLM]]:
+def _list_models(pairs: object) -> Iterator[tuple[str, HookedCausalLM]]:
     """Names and models.
 
     Raises:

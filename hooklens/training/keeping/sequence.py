@@ -150,15 +150,12 @@ def checkpoints(
         CheckpointError: the folder holds no run.
     """
     read = optional(read_tokenizer)(tokenizer, what="tokenizer")
-    keywords = {
-        "tokenizer": read,
-        "dtype": None if isinstance(dtype, str) and dtype == "auto" else read_dtype(dtype, what="dtype"),
-        "device": read_device(device, what="device"),
-    }
+    cast_to = None if isinstance(dtype, str) and dtype == "auto" else read_dtype(dtype, what="dtype")
+    place = read_device(device, what="device")
     require(model, kind=(nn.Module, type(None)), what="model", expected="a torch.nn.Module, or None")
     if revisions is None and not isinstance(source, Mapping):
         folder = RunFolder(read_path(source, what="source"))
-        weights = RunWeights(folder, model, **keywords)
+        weights = RunWeights(folder, model, tokenizer=read, dtype=cast_to, device=place)
         steps = folder.steps()
         if not steps:
             raise InputError(f"{folder.path} holds no checkpoint yet")
@@ -170,7 +167,7 @@ def checkpoints(
         "cache_dir": optional(read_path)(cache_dir, what="cache_dir"),
         "local_files_only": read_flag(local_files_only, what="local_files_only"),
     }
-    return Checkpoints(PublishedWeights(places, hub, **keywords), list(places))
+    return Checkpoints(PublishedWeights(places, hub, tokenizer=read, dtype=cast_to, device=place), list(places))
 
 
 def _read_places(source: object, revisions: object) -> dict[int, tuple[str | Path, str | None]]:
@@ -218,7 +215,7 @@ def _name_steps(revisions: object) -> dict[int, str]:
 
 def _tabulate(step: int, found: object) -> "pandas.DataFrame":
     """A row, or several, of one checkpoint."""
-    frame = import_package("pandas").DataFrame
+    frame: type[pandas.DataFrame] = import_package("pandas").DataFrame
     if isinstance(found, frame):
         if "step" in found:
             raise InputError("the function of a curve gave a table with a column 'step', which is the checkpoint's")

@@ -33,7 +33,7 @@ class Mixture:
         at: Callable[[str], Tensor],
     ) -> None:
         self.mixture, self.weights, self.place, self.at = mixture, weights, place, at
-        self.act_fn = act_fn if mixture.act_fn is None else mixture.act_fn
+        self.act_fn: Activation = act_fn if mixture.act_fn is None else mixture.act_fn
         self.gates_input = mixture.router == "sigmoid_input"
 
     def formulas(self, read: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:

@@ -68,27 +68,34 @@ class Operand(Protocol):
 
     def outlines(self) -> Mapping[str, Outline]:
         """All of its tensors."""
+        ...
 
     def same(self) -> Mapping[str, str]:
         """For a name under which a weight, or its transpose, stands once more: the name under which it counts."""
+        ...
 
     def read(self, name: str, span: slice) -> Tensor:
         """Some entries of a tensor, flat, in the order of rows."""
+        ...
 
     def differences(self, other: Any) -> list[str]:
         """What of the networks differs, beside tensors, from those of another operand of the kind."""
+        ...
 
     def check_target(self, target: Target) -> None:
         """Refuse what does not go with the kind, before any work."""
 
     def build(self, merged: MergedTensors, target: Target) -> Any:
         """A model of the kind, like this one, with merged tensors."""
+        ...
 
     def transformers_state(self) -> dict[str, Tensor]:
         """The state dict of the transformers model: all names, tied ones sharing memory, in the module's order."""
+        ...
 
     def build_transformers(self, state: dict[str, Tensor], target: Target) -> Any:
         """A model of the kind, like this one, with the state dict of a transformers model."""
+        ...
 
 
 @singledispatch

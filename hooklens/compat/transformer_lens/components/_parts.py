@@ -230,7 +230,7 @@ class TransformerBlock(Component, block.Block):
         self.start(cfg)
 
     def _count_copies(self) -> tuple[int, int, int]:
-        return (self.cfg.n_heads,) * 3 if getattr(self.attn, "is_ungrouped", False) else super()._count_copies()
+        return (n := self.cfg.n_heads, n, n) if getattr(self.attn, "is_ungrouped", False) else super()._count_copies()
 
     def forward(self, resid_pre: Tensor, *rest: Any, **words: Any) -> Tensor:  # type: ignore[override]
         """The stream leaving the block; a plan behind the stream makes it a call of HookLens's."""
