@@ -99,7 +99,9 @@ class CapturedActivations(Displayed, Mapping[str, Tensor]):
 
     # Mapping compares item by item, which has no truth value for tensors.
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     def __getitem__(self, key: Key) -> Tensor:
         """The activation under a full name or a shorthand.
@@ -124,9 +126,9 @@ class CapturedActivations(Displayed, Mapping[str, Tensor]):
     def _tell_entry(self, name: str) -> str:
         """How an activation is read, as the end of a message; where there is none of that name, what is like it."""
         word = name.removeprefix("hook_")
-        for given, key in (((word,), f"{word!r}"), ((word, 0), f"{word!r}, layer")):
+        for layer, key in ((None, f"{word!r}"), (0, f"{word!r}, layer")):
             try:
-                get_act_name(*given)
+                get_act_name(word, layer)
             except HookNameError:
                 continue
             return f" Activations are entries: cache[{key}]"
@@ -308,7 +310,8 @@ class CapturedActivations(Displayed, Mapping[str, Tensor]):
 
     def _derive(self: AnyCache, tensors: Mapping[str, Tensor], **changes: Any) -> AnyCache:
         """A cache of the same run with other tensors; `changes` are arguments of the constructor that change, too."""
-        return type(self)(tensors, **{**self._record(), "weights": self.weights, **changes})
+        changes.setdefault("weights", self.weights)
+        return type(self)(tensors, **{**self._record(), **changes})
 
     def _record(self) -> dict[str, Any]:
         """All that a cache is made of but tensors and weights, by keyword of the constructor."""

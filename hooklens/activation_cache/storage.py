@@ -89,9 +89,9 @@ def _interpret(stored: dict[str, Tensor], header: object) -> tuple[dict[str, Ten
     """The tensors and the record in a file, checked; `KeyError`, `TypeError` and `ValueError` say what is wrong."""
     if not isinstance(header, dict):
         raise ValueError(f"the header is a {type(header).__name__}, not an object")
-    # The positions are the younger part of the format.
-    header = {"positions": None, **header}
-    place_of, positions, has_batch_dim = header["place_of"], header["positions"], header["has_batch_dim"]
+    place_of, has_batch_dim = header["place_of"], header["has_batch_dim"]
+    # The younger part of the format.
+    positions = header.get("positions")
     if not isinstance(place_of, dict) or not isinstance(header["cfg"], dict):
         raise ValueError("place_of and cfg are not both objects")
     if not isinstance(has_batch_dim, bool):

@@ -39,9 +39,11 @@ class TensorSource(Protocol):
 
     def names(self) -> Collection[str]:
         """Names of all tensors."""
+        ...
 
     def header(self, name: str) -> TensorHeader:
         """The dtype and shape of a tensor, without reading it."""
+        ...
 
     def read(self, name: str, *, apart: bool = False) -> Tensor:
         """The tensor itself.
@@ -50,6 +52,7 @@ class TensorSource(Protocol):
             name: which.
             apart: it will be copied from and let go, so it should keep no memory that outlives it.
         """
+        ...
 
 
 @runtime_checkable
@@ -58,6 +61,7 @@ class PaddedSource(TensorSource, Protocol):
 
     def is_padding(self, name: str) -> bool:
         """Whether it is a bias of zeros where the network has none."""
+        ...
 
 
 class MemoryTensors:

@@ -94,21 +94,27 @@ class KeptSource(Protocol):
     @property
     def method(self) -> str:
         """The name of the way in which they are."""
+        ...
 
     def is_quantised(self, name: str) -> bool:
         """Whether a tensor is."""
+        ...
 
     def shape_of_map(self, name: str) -> tuple[int, ...]:
         """Outputs and inputs of a quantised one; before them experts, where it holds those of all."""
+        ...
 
     def is_turned(self, name: str) -> bool:
         """Whether the plain checkpoint holds a quantised one as `[in, out]`, behind experts that it may have."""
+        ...
 
     def why_not_kept(self, name: str, rows: Rows) -> str | None:
         """Why rows of a quantised one cannot be taken as they are stored; None where they can."""
+        ...
 
     def keep(self, name: str, rows: Rows) -> Kept:
         """Rows of a quantised one, of every expert where it holds those of all."""
+        ...
 
 
 class KeptMaps:

@@ -44,24 +44,30 @@ class WeightRule(Protocol):
     @property
     def hub(self) -> str:
         """Name on disk, with `{i}` in the place of the layer and `{e}` in that of the number among several."""
+        ...
 
     @property
     def ours(self) -> tuple[str, ...]:
         """HookLens names, with `{i}` in the place of the layer."""
+        ...
 
     @property
     def when(self) -> Condition:
         """Whether a network of this config has its parameters in such a tensor."""
+        ...
 
     @property
     def part(self) -> str | None:
         """The kind of part at the MLP's place that it is a rule of; None: of any."""
+        ...
 
     def load(self, tensor: Tensor, cfg: HookedConfig) -> tuple[Tensor, ...]:
         """Give the parameters named by `ours`, in that order, in their logical shapes."""
+        ...
 
     def save(self, parameters: tuple[Tensor, ...], cfg: HookedConfig) -> Tensor:
         """Undo `load`; the result has the shape on disk and need not be contiguous."""
+        ...
 
 
 @dataclass(frozen=True)

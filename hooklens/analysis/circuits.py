@@ -91,10 +91,10 @@ def read_mlp_directions(
         InputError: no such layer or weight, or a number out of range.
     """
     check_place(model, layer, "mlp")
+    matrix = mlp_writer(model, layer) if weight == "out" else mlp_reader(model, layer)
+    U, S, V_transposed = torch.linalg.svd(matrix, full_matrices=False)
     if weight == "out":
-        _, S, V_transposed = torch.linalg.svd(mlp_writer(model, layer), full_matrices=False)
         return _tabulate(model, S, writes=unembedding(model).T @ V_transposed.mT, n_directions=n_directions, k=k)
-    U, S, _ = torch.linalg.svd(mlp_reader(model, layer), full_matrices=False)
     return _tabulate(model, S, reads=embedding(model) @ U, n_directions=n_directions, k=k)
 
 

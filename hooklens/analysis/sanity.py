@@ -80,14 +80,17 @@ class Prompt(Protocol):
     @property
     def prompt(self) -> str:
         """Text that ends where the answer is due."""
+        ...
 
     @property
     def answer(self) -> str:
         """The word that should come next."""
+        ...
 
     @property
     def wrong(self) -> str:
         """The word to compare it with."""
+        ...
 
 
 _BATCH = partial(read_int, least=1)

@@ -101,14 +101,15 @@ def task_vector_directions(
         for weight in bar:
             changes = zip(_list_matrices(base, weight), _list_matrices(tuned, weight), strict=True)
             for one, other in changes:
-                described = {
+                side = "writes" if weight.writes else "reads"
+                described: dict[str, object] = {
                     "layer": layer_of(weight.name),
                     "weight": weight.name.split(".", 2)[2],
                     **({} if one.expert is None else {"expert": one.expert}),
-                    "side": "writes" if weight.writes else "reads",
+                    "side": side,
                 }
                 change = other.matrix.to(one.matrix.device) - one.matrix
-                lines += _describe(base, change, readers[described["side"]], described, n_directions=n_directions, k=k)
+                lines += _describe(base, change, readers[side], described, n_directions=n_directions, k=k)
         table: pandas.DataFrame = import_package("pandas").DataFrame(lines, columns=None if lines else _COLUMNS)
     return table.astype({"expert": "Int64"}) if "expert" in table else table
 

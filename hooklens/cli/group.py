@@ -57,8 +57,9 @@ class HookLensGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command; an error is a message on stderr and an exit code, see `describe_exit_codes`."""
         # What a terminal's encoding lacks is printed as an escape, not lost with all that comes behind it.
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(sys.stdout, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
         try:
             with telling_interrupts("the command has not finished"):
                 return super().invoke(ctx)

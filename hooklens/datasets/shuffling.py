@@ -18,6 +18,7 @@ class Shards(Protocol):
 
     def shard(self, number: int) -> Mapping[str, Tensor]:
         """The tensors of one file."""
+        ...
 
 
 class ShuffledBatches(IterableDataset[dict[str, Tensor]]):

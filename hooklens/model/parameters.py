@@ -78,7 +78,7 @@ def fill_parameters(
     declared = _held_weights(decoder.cfg)
     by_parameter = {weight.parameter: weight for weight in declared.values()}
     missing = set(declared)
-    modules = dict(decoder.named_modules())
+    modules: dict[str, nn.Module] = dict(decoder.named_modules())
 
     with progress_bar("loading weights", tensors, total=len(declared), unit="tensor", progress=None) as bar:
         for name, given in bar:

@@ -226,14 +226,14 @@ def _heatmaps_by_matplotlib(
     limit = float(values.nan_to_num().abs().max()) or 1.0
     for number, (panel, name) in enumerate(zip(values, panels, strict=True), start=1):
         axes = figure.add_subplot(1, len(panels), number)
-        image = axes.imshow(panel.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        axes.imshow(panel.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=name, xlabel=columns[0], ylabel=rows[0])
         for row, col in [] if marks is None else marks[number - 1].nonzero().tolist():
             axes.text(col, row, CROSS, ha="center", va="center")
         upright = max(map(len, columns[1])) > 3
         axes.set_xticks(range(len(columns[1])), columns[1], rotation=90 if upright else 0)
         axes.set_yticks(range(len(rows[1])), rows[1])
-    figure.colorbar(image, ax=figure.axes)
+    figure.colorbar(figure.axes[-1].images[0], ax=figure.axes)
     figure.suptitle(title)
     return figure
 

@@ -12,7 +12,7 @@ Two numbers lie in a byte, the high half first. With double quantisation `absmax
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ class Bnb4Bit:
     name = "bitsandbytes, 4 bits"
     markers = tuple(map(_STATE.format, _KINDS))
     plain = ".weight"
-    parts: ClassVar[Mapping[str, str]] = {
+    parts: Mapping[str, str] = {
         "entries": ".weight",
         "absmax": ".weight.absmax",
         "quant_map": ".weight.quant_map",
     }
-    extras: ClassVar[Mapping[str, str]] = {
+    extras: Mapping[str, str] = {
         **{kind: _STATE.format(kind) for kind in _KINDS},
         **{role: f".weight.{role}" for role in _NESTED},
     }
@@ -113,8 +113,8 @@ class Bnb8Bit:
     name = "bitsandbytes, 8 bits"
     markers = (".SCB",)
     plain = ".weight"
-    parts: ClassVar[Mapping[str, str]] = {"entries": ".weight", "scales": ".SCB"}
-    extras: ClassVar[Mapping[str, str]] = {"format": ".weight_format"}
+    parts: Mapping[str, str] = {"entries": ".weight", "scales": ".SCB"}
+    extras: Mapping[str, str] = {"format": ".weight_format"}
     ignored = ()
     dtype = torch.float32
     is_turned = False

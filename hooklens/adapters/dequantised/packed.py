@@ -8,7 +8,6 @@ compressed-tensors (`pack-quantized`) packs rows along their inputs, and zero po
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -123,8 +122,8 @@ class Gptq:
     name = "gptq"
     markers = (".qweight",)
     plain = ".weight"
-    parts: ClassVar[Mapping[str, str]] = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
-    extras: ClassVar[Mapping[str, str]] = {"g_idx": ".g_idx"}
+    parts: Mapping[str, str] = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
+    extras: Mapping[str, str] = {"g_idx": ".g_idx"}
     ignored = ()
     dtype = torch.float32
     is_turned = False
@@ -188,8 +187,8 @@ class Awq:
     name = "awq"
     markers = (".qweight",)
     plain = ".weight"
-    parts: ClassVar[Mapping[str, str]] = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
-    extras: ClassVar[Mapping[str, str]] = {}
+    parts: Mapping[str, str] = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
+    extras: Mapping[str, str] = {}
     ignored = ()
     dtype = torch.float32
     is_turned = False
@@ -258,7 +257,7 @@ class CompressedPacked:
     name = "compressed-tensors, packed"
     markers = (".weight_packed",)
     plain = ".weight"
-    extras: ClassVar[Mapping[str, str]] = {"zeros": ".weight_zero_point", "g_idx": ".weight_g_idx"}
+    extras: Mapping[str, str] = {"zeros": ".weight_zero_point", "g_idx": ".weight_g_idx"}
     ignored = OF_ACTIVATIONS
     dtype = torch.float32
     is_turned = False

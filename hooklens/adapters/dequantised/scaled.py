@@ -8,7 +8,6 @@ block is the whole row where scales are by output (`"channel"` in compressed-ten
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Scaled:
     """
 
     plain = ".weight"
-    extras: ClassVar[Mapping[str, str]] = {"zero_point": ".weight_zero_point"}
+    extras: Mapping[str, str] = {"zero_point": ".weight_zero_point"}
     ignored = OF_ACTIVATIONS
     dtype = torch.float32
     is_turned = False
@@ -136,8 +135,8 @@ class Mxfp4:
     name = "mxfp4"
     markers = ("_blocks",)
     plain = ""
-    parts: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
-    extras: ClassVar[Mapping[str, str]] = {}
+    parts: Mapping[str, str] = {"blocks": "_blocks", "scales": "_scales"}
+    extras: Mapping[str, str] = {}
     ignored = ()
     dtype = torch.bfloat16
     is_turned = True

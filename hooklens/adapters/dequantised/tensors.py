@@ -55,38 +55,47 @@ class QuantFormat(Protocol):
     @property
     def name(self) -> str:
         """What it is called."""
+        ...
 
     @property
     def markers(self) -> Collection[str]:
         """Endings of names on disk; what stands before is a weight's name without `plain`."""
+        ...
 
     @property
     def plain(self) -> str:
         """The ending of a weight's name in a plain checkpoint."""
+        ...
 
     @property
     def parts(self) -> Mapping[str, str]:
         """Endings of the names of the tensors that every weight is made of, by role."""
+        ...
 
     @property
     def extras(self) -> Mapping[str, str]:
         """The same of those that some weights have."""
+        ...
 
     @property
     def ignored(self) -> Collection[str]:
         """Endings of the names of tensors that are no part of any weight: scales of activations and of caches."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Of dequantised weights; the weights are exact in it, or as exact as float32 makes them."""
+        ...
 
     @property
     def is_turned(self) -> bool:
         """Whether the plain checkpoint always has inputs before outputs."""
+        ...
 
     @property
     def pads_biases(self) -> bool:
         """Whether maps without bias are given one of zeros."""
+        ...
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         """The shape of the weight: outputs and inputs, before them experts where it holds those of all.
@@ -94,15 +103,19 @@ class QuantFormat(Protocol):
         Raises:
             CheckpointError: its tensors do not fit together; the text begins with what is wrong.
         """
+        ...
 
     def dequantise(self, parts: Parts) -> Tensor:
         """The weight, in that shape."""
+        ...
 
     def why_not_kept(self, parts: Parts, rows: Rows) -> str | None:
         """Why rows of a weight cannot be taken as they are stored; None where they can."""
+        ...
 
     def keep(self, parts: Parts, rows: Rows) -> Kept:
         """Rows of a weight as they are stored, of every expert where it holds those of all."""
+        ...
 
 
 class DequantisedTensors:

@@ -6,7 +6,6 @@ Groups are of equal size and in order; mostly a row is one.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ class TorchaoInt8:
     name = "torchao, 8 bits"
     markers = ("._weight_qdata",)
     plain = ".weight"
-    parts: ClassVar[Mapping[str, str]] = {"entries": "._weight_qdata", "scales": "._weight_scale"}
-    extras: ClassVar[Mapping[str, str]] = {"zeros": "._weight_zero_point"}
+    parts: Mapping[str, str] = {"entries": "._weight_qdata", "scales": "._weight_scale"}
+    extras: Mapping[str, str] = {"zeros": "._weight_zero_point"}
     ignored = ()
     dtype = torch.float32
     is_turned = False

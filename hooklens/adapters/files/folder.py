@@ -22,9 +22,6 @@ from hooklens.arguments import show
 from hooklens.errors import CheckpointError
 from hooklens.files import force_folder_to_disk, force_to_disk, make_draft
 
-if sys.platform != "win32":
-    import fcntl
-
 _PENDING = ".hooklens-save"
 _PLAN = "plan.json"
 _FILES = "files"
@@ -120,30 +117,34 @@ def _commit(draft: Path, folder: Path) -> None:
             finish_replacement(folder)
 
 
-@contextmanager
-def _alone(pending: Path) -> Iterator[bool]:
-    """Waits for other processes that finish the same save; gives whether there is something left to do.
+if sys.platform == "win32":
 
-    Windows has no such lock: there one process opens the folder at a time.
-    """
-    if sys.platform == "win32":
+    @contextmanager
+    def _alone(pending: Path) -> Iterator[bool]:
+        """Gives True: Windows has no lock of folders, and there one process opens one at a time."""
         yield True
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            descriptor = os.open(pending, os.O_RDONLY)
-        except FileNotFoundError:
-            yield False
-            return
-        stack.callback(os.close, descriptor)
-        # Some network file systems have no locks for folders.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            is_there = os.path.samestat(os.fstat(descriptor), pending.stat())
-        except FileNotFoundError:
-            is_there = False
-        yield is_there
+
+else:
+    import fcntl
+
+    @contextmanager
+    def _alone(pending: Path) -> Iterator[bool]:
+        """Waits for other processes that finish the same save; gives whether there is something left to do."""
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = os.open(pending, os.O_RDONLY)
+            except FileNotFoundError:
+                yield False
+                return
+            stack.callback(os.close, descriptor)
+            # Some network file systems have no locks for folders.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                is_there = os.path.samestat(os.fstat(descriptor), pending.stat())
+            except FileNotFoundError:
+                is_there = False
+            yield is_there
 
 
 def _move(pending: Path, folder: Path) -> None:

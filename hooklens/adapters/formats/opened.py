@@ -21,6 +21,7 @@ class OpenedModel(Protocol):
 
     def tensors(self, layers: Sequence[int] | None = None, *, n_ctx: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """HookLens names and tensors in their logical shapes; see `hooklens.adapters.Checkpoint`."""
+        ...
 
 
 @runtime_checkable
@@ -30,16 +31,20 @@ class OldCheckpoint(Protocol):
     @property
     def place(self) -> Place:
         """The folder that it lies in."""
+        ...
 
     @property
     def names(self) -> Collection[str]:
         """The names of its own files there."""
+        ...
 
     def read_network(self) -> HookedConfig:
         """The network, by the config alone where the format has one."""
+        ...
 
     def open(self) -> OpenedModel:
         """The checkpoint, its weights mapped into memory."""
+        ...
 
 
 class FieldModel:

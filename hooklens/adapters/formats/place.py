@@ -15,12 +15,16 @@ class Place(Protocol):
     @property
     def where(self) -> str:
         """What to call it in texts of errors."""
+        ...
 
     def names(self) -> Collection[str]:
         """The names of its files, with `/` between folders; on this machine of those in it and in `EARLIER`."""
+        ...
 
     def fetch(self, names: Collection[str]) -> Path:
         """A local folder that holds the files of these names."""
+        ...
 
     def companions(self) -> Path:
         """A local folder that holds what stands beside the weights (a tokenizer's files)."""
+        ...

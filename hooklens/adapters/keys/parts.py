@@ -16,12 +16,15 @@ class ConfigPart(Protocol):
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys the part reads, old spellings included."""
+        ...
 
-    def read(self, reader: ConfigReader, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, reader: ConfigReader, fields: Mapping[str, Any], /) -> dict[str, Any]:
         """Fields decided by this part; `fields` are those of the parts before it."""
+        ...
 
-    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, fields: Mapping[str, Any], /) -> dict[str, Any]:
         """The keys, in the spelling that transformers 5 writes, for the fields of a `HookedConfig`."""
+        ...
 
 
 def _unchanged(value: Any) -> Any:

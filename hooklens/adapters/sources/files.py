@@ -35,15 +35,19 @@ class CheckpointFiles(Protocol):
     @property
     def where(self) -> str:
         """What to call the place in texts of errors."""
+        ...
 
     def config_folder(self) -> Path:
         """A local folder that holds `config.json`, and maybe more."""
+        ...
 
     def folder(self) -> Path:
         """A local folder that holds all but the weights."""
+        ...
 
     def weights(self) -> TensorSource:
         """The weights, fetched or read as they are asked for."""
+        ...
 
 
 class LocalFiles:

@@ -35,9 +35,11 @@ class Repository(Protocol):
 
     def names(self) -> Collection[str]:
         """The names of all files, with `/` between folders."""
+        ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes of a file from `start` to before `stop`; None: to its end."""
+        ...
 
 
 class RepositoryFiles:

@@ -292,7 +292,7 @@ def write_values(cfg: HookedConfig) -> dict[str, Any]:
     if cfg.origin is not None and cfg.origin.family == ORIGIN:
         known = json.loads(cfg.origin.hub_config)
     base = cfg.positions.base if isinstance(cfg.positions, RotaryPositions) else known["theta"]
-    written = {
+    written: dict[str, Any] = {
         **known,
         "vocab_size": cfg.d_vocab,
         "embedding_dim": cfg.d_model,

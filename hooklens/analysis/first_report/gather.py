@@ -177,7 +177,7 @@ def _choose(logits: Tensor, answer: int | None, wrong: int | None) -> tuple[int,
     Raises:
         InputError: they are one.
     """
-    best = logits.topk(min(3, len(logits))).indices.tolist()
+    best: list[int] = logits.topk(min(3, len(logits))).indices.tolist()
     if answer is None:
         answer = next(token for token in best if token != wrong)
     if wrong is None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
@@ -106,8 +107,7 @@ def _widen_heads(*tensors: Tensor) -> list[Tensor]:
 
 def _in_transform_without_kernel() -> bool:
     """Whether the `torch.func` transforms at work are others than one `grad` alone."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return [level.key() for level in stack] != [torch._C._functorch.TransformType.Grad]
+    return [level.key() for level in get_interpreter_stack() or []] != [TransformType.Grad]
 
 
 def _kernel_takes_groups(q: Tensor, mask: Tensor | None) -> bool:
@@ -186,25 +186,29 @@ class _AttendInParts(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        q, z, log_sum, sinks, *tensors = ctx.saved_tensors
-        batch, n_query, n_heads, _ = q.shape
-        of_q = None
-        of_tensors: list[Tensor] = []
-        for part in _build_parts(tensors, ctx.masks):
-            rows = part.k.shape[0]
-            log_sum_of_part = log_sum
-            if rows != batch:
-                log_sum_of_part = log_sum.transpose(0, 1).reshape(1, n_heads, batch * n_query)
-            of_part, of_k, of_v = differentiate_part(
-                _fold(grad_z, rows), _fold(q, rows), part, _fold(z, rows), log_sum_of_part, ctx.rule
-            )
-            of_part = of_part.reshape(q.shape)
-            of_q = of_part if of_q is None else of_q + of_part
-            of_tensors += [of_k, of_v]
-        of_sinks = None if sinks is None else _differentiate_sinks(grad_z, z, log_sum, sinks)
-        return of_q, None, None, of_sinks, *of_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, *gradients)
+
+
+@once_differentiable
+def _differentiate(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    q, z, log_sum, sinks, *tensors = ctx.saved_tensors
+    batch, n_query, n_heads, _ = q.shape
+    of_q = None
+    of_tensors: list[Tensor] = []
+    for part in _build_parts(tensors, ctx.masks):
+        rows = part.k.shape[0]
+        log_sum_of_part = log_sum
+        if rows != batch:
+            log_sum_of_part = log_sum.transpose(0, 1).reshape(1, n_heads, batch * n_query)
+        of_part, of_k, of_v = differentiate_part(
+            _fold(grad_z, rows), _fold(q, rows), part, _fold(z, rows), log_sum_of_part, ctx.rule
+        )
+        of_part = of_part.reshape(q.shape)
+        of_q = of_part if of_q is None else of_q + of_part
+        of_tensors += [of_k, of_v]
+    of_sinks = None if sinks is None else _differentiate_sinks(grad_z, z, log_sum, sinks)
+    return of_q, None, None, of_sinks, *of_tensors
 
 
 def _build_parts(tensors: Sequence[Tensor], masks: list[tuple[Tensor | None, bool]]) -> list[Part]:

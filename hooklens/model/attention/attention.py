@@ -247,9 +247,10 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         if keys is None and values is None:
             return None
         if entry is not None and not entry.frozen:
-            point = self.hook_v_per_head if keys is None else self.hook_k_per_head
+            points = ((self.hook_k_per_head, keys), (self.hook_v_per_head, values))
+            edited = next(point.describe(heads) for point, heads in points if heads is not None)
             raise CacheError(
-                f"{point.describe(copies)} was edited (or asked for gradients) in a call that appends to a key-value "
+                f"{edited} was edited (or asked for gradients) in a call that appends to a key-value "
                 f"cache; the cache keeps one key and value for each of {self.cfg.n_kv_heads} key-value heads, so later "
                 "calls would read them without the edit. Run the whole sequence without a cache (past_kv_cache=None, "
                 "in generate use_past_kv_cache=False) or on a frozen one, or edit the key-value head at hook_k or "

@@ -60,11 +60,13 @@ class HeadNorm(Norm):
         changed = False
         if self.hook_scale.listens(call):
             scale, changed = self.hook_scale.watch(scale, call)
-        if self.hook_normalized.listens(call):
-            normalized, edited = self.hook_normalized.watch((centred / scale).to(x.dtype), call)
+        listens = self.hook_normalized.listens(call)
+        if not (changed or listens):
+            return self.apply_weights(x)
+        normalized = (centred / scale).to(x.dtype)
+        if listens:
+            normalized, edited = self.hook_normalized.watch(normalized, call)
             changed = changed or edited
-        elif changed:
-            normalized = (centred / scale).to(x.dtype)
         return self._weigh(widen(normalized)).to(x.dtype) if changed else self.apply_weights(x)
 
 

@@ -119,8 +119,8 @@ class Part(HookedModule):
         if len(sizes) == 3:
             return StackedLinear(sizes[0], sizes[2], sizes[1], bias=bias)
         out_of, into = sizes
-        holder: nn.Linear = _BlankLinear(into, out_of, bias=bias)
-        holder.__class__ = nn.Linear
+        holder = _BlankLinear(into, out_of, bias=bias)
+        object.__setattr__(holder, "__class__", nn.Linear)
         return holder
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:

@@ -26,9 +26,9 @@ class UnevenLinear(nn.Linear):
     dequantised as one row, as they were quantised.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x W^T + b`."""
-        return F.linear(x, dense_weight(self), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """`input W^T + b`."""
+        return F.linear(input, dense_weight(self), self.bias)
 
 
 def is_quantised(module: nn.Module | None) -> bool:

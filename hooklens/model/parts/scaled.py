@@ -99,12 +99,12 @@ class ScaledLinear(nn.Linear):
         grouped *= scales
         return numbers
 
-    def forward(self, x: Float[Tensor, "*axes into"]) -> Float[Tensor, "*axes out_of"]:
-        """`x W^T + b`."""
-        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-            made: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+    def forward(self, input: Float[Tensor, "*axes into"]) -> Float[Tensor, "*axes out_of"]:
+        """`input W^T + b`."""
+        if torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling():
+            made: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
         else:
-            made = F.linear(x, self.dequantise())
+            made = F.linear(input, self.dequantise())
         return made if self.bias is None else made + self.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
@@ -136,9 +136,12 @@ class _Product(torch.autograd.Function):
         ctx.linear = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
         return gradient @ ctx.linear.dequantise(gradient.dtype), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        tangent, _ = tangents
+        assert tangent is not None
         return F.linear(tangent, ctx.linear.dequantise())

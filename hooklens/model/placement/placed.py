@@ -85,10 +85,12 @@ class Placed:
         @property
         def device(self) -> torch.device:
             """Where token ids go."""
+            ...
 
         @property
         def dtype(self) -> torch.dtype:
             """The dtype of the weights."""
+            ...
 
     @property
     def device_map(self) -> dict[str, torch.device]:

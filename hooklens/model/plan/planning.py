@@ -31,14 +31,17 @@ class Planning:
         @property
         def device(self) -> torch.device:
             """Where token ids go."""
+            ...
 
         @property
         def cache_device(self) -> torch.device | tuple[torch.device, ...]:
             """Where keys and values lie."""
+            ...
 
         @property
         def dtype(self) -> torch.dtype:
             """The dtype of the weights."""
+            ...
 
     @property
     def active_adapters(self) -> tuple[str, ...]:

@@ -104,7 +104,8 @@ class TokenPlan:
                 setattr(moved, name, value.to(device))
             elif isinstance(value, TokenPlan | DocumentColumns):
                 setattr(moved, name, value.on(device))
-        moved.device, moved._places, moved._home = device, None, weakref.ref(self)
+        moved.device, moved._places = device, None
+        moved._home = weakref.ref(self)
         moved._seen, moved._sights = {}, {}
         # Plain numbers, which a device was waited for, hold on every device.
         moved._made = {key: made for key, made in self._made.items() if isinstance(made, int)}
@@ -317,7 +318,7 @@ class ChosenColumns:
     def __init__(self, plan: TokenPlan, columns: Sequence[int] | Int[Tensor, "batch chosen"]) -> None:
         self._plan = plan
         self.columns = columns
-        self.phase = plan.phase
+        self.phase: Phase = plan.phase
         self.length = plan.length
         self.n_run = plan.n_run
 
@@ -375,7 +376,7 @@ class ChosenTokens:
     def __init__(self, plan: TokenPlan, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]) -> None:
         self._plan, self._rows = plan, rows
         self.columns = columns[:, None]
-        self.phase = plan.phase
+        self.phase: Phase = plan.phase
         self.length = plan.length
         self.n_run = plan.n_run
 

@@ -39,10 +39,12 @@ class Sides(Protocol):
     @property
     def key_mask(self) -> Bool[Tensor, "batch key"] | None:
         """Which keys are tokens; None: all."""
+        ...
 
     @property
     def key_positions(self) -> Int[Tensor, "rows key"]:
         """The position of each key."""
+        ...
 
 
 @runtime_checkable
@@ -51,9 +53,11 @@ class Rule(Protocol):
 
     def acts(self, sides: Sides, keys: range) -> bool:
         """Whether the rule can hide any of the keys; known without a look at a tensor."""
+        ...
 
     def hide(self, sides: Sides, keys: range) -> Hidden:
         """True where a query may not see one of the keys."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,17 @@ if TYPE_CHECKING:
         clean: Pairs,
         corrupted: Corrupted | None = ...,
         scores: EdgeScores | ScoredEdges | None = ...,
-        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        *,
+        metric: Mapping[str, Metric | MetricFunction],
+        **options: Unpack[CurveKeywords],
+    ) -> Results[FaithfulnessCurve]: ...
+    @overload
+    def faithfulness_curve(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None,
+        scores: EdgeScores | ScoredEdges | None,
+        metric: Mapping[str, Metric | MetricFunction],
         **options: Unpack[CurveKeywords],
     ) -> Results[FaithfulnessCurve]: ...
 

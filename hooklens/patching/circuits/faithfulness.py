@@ -80,7 +80,17 @@ if TYPE_CHECKING:
         clean: Pairs,
         corrupted: Corrupted | None = ...,
         circuits: Circuits | None = ...,
-        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        *,
+        metric: Mapping[str, Metric | MetricFunction],
+        **options: Unpack[CircuitKeywords],
+    ) -> Results[CircuitResult]: ...
+    @overload
+    def evaluate_circuits(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None,
+        circuits: Circuits | None,
+        metric: Mapping[str, Metric | MetricFunction],
         **options: Unpack[CircuitKeywords],
     ) -> Results[CircuitResult]: ...
 

@@ -67,7 +67,8 @@ class CircuitRunner:
         check_batch_size(batch_size)
         check_ablation(model, prompts, ablation)
         check_node_edits(edits, prompts)
-        self.model, self.prompts, self.batch_size, self.edits = model, prompts, batch_size, edits
+        self.model, self.prompts, self.edits = model, prompts, edits
+        self.batch_size: BatchSize = batch_size
         self.metrics = metric if isinstance(metric, MetricGroup) else MetricGroup.read(metric)
         self.wiring = Wiring.of(model.cfg)
         self.graph = self.wiring.graph

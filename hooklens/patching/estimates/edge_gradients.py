@@ -73,7 +73,8 @@ class EdgeGradients:
     ) -> None:
         self.rules, self.edits = rules, edits
         self.is_exact = rules.find(ExactSoftmax) is not None
-        self.model, self.prompts, self.metric, self.moves, self.direction = model, prompts, metric, moves, direction
+        self.model, self.prompts, self.metric, self.moves = model, prompts, metric, moves
+        self.direction: Direction = direction
         self.forwards, self.tokens = 0, 0.0
         graph = Graph.of(model.cfg)
         self.shape = (len(graph.writers), len(graph.readers))

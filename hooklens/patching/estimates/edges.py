@@ -175,7 +175,8 @@ class _EdgeRun:
         keep_pairs: bool,
     ) -> None:
         self.model, self.prompts, self.metric, self.method = model, prompts, metric, method
-        self.rules, self.options, self.direction = rules, options, options.direction
+        self.rules, self.options = rules, options
+        self.direction: Direction = options.direction
         self.graph = Graph.of(model.cfg)
         self.exists = self.graph.exists().T.to(model.device)
         self.tally = (Tally if keep_pairs else SumTally)(

@@ -21,6 +21,7 @@ class RunExactly(Protocol):
 
     def __call__(self, chosen: Sequence[int], *, progress: bool) -> Float[Tensor, " run"]:
         """The exact effects of some cells, by their number, averaged over pairs."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -249,7 +249,7 @@ RULE_SETS: dict[RuleSet, tuple[GradientRule, ...]] = {
 Rules = RuleSet | Sequence[GradientRule]
 
 # A product of an activation is halved behind the line, and a softmax reads the scores that are halved already.
-_ORDER = [HoldNormScale, LinearizeActivations, HalveProducts, SoftenSoftmax, HoldPattern]
+_ORDER: list[type[GradientRule]] = [HoldNormScale, LinearizeActivations, HalveProducts, SoftenSoftmax, HoldPattern]
 
 
 @dataclass(frozen=True)

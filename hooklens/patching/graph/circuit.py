@@ -125,13 +125,14 @@ class Circuit(Displayed):
 
     def __repr__(self) -> str:
         """As many of the edges next to the logits as stand in a line."""
-        for n_shown in range(min(_SHOWN, len(self)), -1, -1):
+        n_shown = min(_SHOWN, len(self))
+        while True:
             shown = ", ".join(f"{writer} -> {reader}" for writer, reader in self.edges[::-1][:n_shown])
             more = f", and {len(self) - n_shown} more" if len(self) > n_shown > 0 else ""
             text = f"Circuit({len(self)} edges{': ' if shown else ''}{shown}{more})"
-            if len(text) <= MOST_COLUMNS:
-                break
-        return text
+            if len(text) <= MOST_COLUMNS or not n_shown:
+                return text
+            n_shown -= 1
 
     def _summary(self) -> Summary:
         heads = self.heads()

@@ -130,7 +130,11 @@ def learn_circuit(
     )
     check_additive(model.cfg)
     check_heads_apart(model.cfg)
-    measured = KL() if isinstance(metric, str) and metric == "kl" else as_metric(metric)
+    match metric:
+        case str("kl"):
+            measured: Metric = KL()
+        case _:
+            measured = as_metric(metric)
     if share and measured.needs_all_pairs:
         raise InputError(
             f"learn_circuit: metric {measured.name} is a function that sees all pairs at once, so none can be held "

@@ -110,7 +110,11 @@ def fit_optimal_ablation(
             f"fit_optimal_ablation: each_position=True needs prompts of one length, in which positions mean the same; "
             f"these have between {min(prompts.lengths)} and {max(prompts.lengths)} tokens"
         )
-    measured = KL() if isinstance(metric, str) and metric == "kl" else as_metric(metric)
+    match metric:
+        case str("kl"):
+            measured: Metric = KL()
+        case _:
+            measured = as_metric(metric)
     with torch.no_grad():
         encoded = measured.encode(model)
         runners = {

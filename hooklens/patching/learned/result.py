@@ -264,8 +264,13 @@ class LearnedCircuit(Displayed):
             CheckpointError: the file is missing, damaged, or holds no learned circuit.
         """
         tensors, described = _FILE.read(path, _expect_tensors)
-        nodes = {"writers": tuple(described["writers"]), "readers": tuple(described["readers"])}
-        return cls(**{**tensors, **described, **nodes, "stats": SweepStats(**described["stats"])})
+        described.update(
+            tensors,
+            writers=tuple(described["writers"]),
+            readers=tuple(described["readers"]),
+            stats=SweepStats(**described["stats"]),
+        )
+        return cls(**described)
 
 
 _TENSORS = ("log_alpha", "losses", "sizes", "targets", "held_out_pairs", "values")

@@ -126,14 +126,18 @@ class _AddChanges(torch.autograd.Function):
         return torch.baddbmm(total, masks, own.flatten(2))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (masks,) = ctx.saved_tensors
-        table, index = ctx.table, ctx.index
-        own = table if index is None else table.take_along_dim(index[None, None], 3)
-        of_masks = grad @ own.flatten(2).mT
-        of_changes = (masks.mT @ grad).view(own.shape)
-        if index is not None:
-            places = index.expand(*own.shape[:2], *index.shape[:2], own.shape[-1])
-            of_changes = torch.zeros_like(table).scatter_(3, places, of_changes)
-        return grad, of_masks, None, None, *of_changes.unbind(1)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, *gradients)
+
+
+@once_differentiable
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (masks,) = ctx.saved_tensors
+    table, index = ctx.table, ctx.index
+    own = table if index is None else table.take_along_dim(index[None, None], 3)
+    of_masks = grad @ own.flatten(2).mT
+    of_changes = (masks.mT @ grad).view(own.shape)
+    if index is not None:
+        places = index.expand(*own.shape[:2], *index.shape[:2], own.shape[-1])
+        of_changes = torch.zeros_like(table).scatter_(3, places, of_changes)
+    return grad, of_masks, None, None, *of_changes.unbind(1)

@@ -62,7 +62,18 @@ if TYPE_CHECKING:
         corrupted: Corrupted | None = ...,
         senders: Sequence[str] | None = ...,
         receivers: Sequence[str] | None = ...,
-        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        *,
+        metric: Mapping[str, Metric | MetricFunction],
+        **options: Unpack[PathKeywords],
+    ) -> Results[SweepResult]: ...
+    @overload
+    def path_patch(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None,
+        senders: Sequence[str] | None,
+        receivers: Sequence[str] | None,
+        metric: Mapping[str, Metric | MetricFunction],
         **options: Unpack[PathKeywords],
     ) -> Results[SweepResult]: ...
 

@@ -376,13 +376,14 @@ class EdgeScores(OverPairs):
             CheckpointError: the file is missing, damaged, or holds no edge scores.
         """
         tensors, described = _FILE.read(path, _expect_tensors)
+        described.update(writers=tuple(described["writers"]), readers=tuple(described["readers"]))
         return cls(
             per_pair=tensors.get("per_pair"),
             moments=Moments(tensors["moments"]) if "moments" in tensors else None,
             exists=tensors["exists"],
             clean_per_pair=tensors["clean_per_pair"],
             corrupted_per_pair=tensors["corrupted_per_pair"],
-            **{**described, "writers": tuple(described["writers"]), "readers": tuple(described["readers"])},
+            **described,
         )
 
 

@@ -48,7 +48,8 @@ class SweepRun:
         source: Source,
     ) -> None:
         self.model, self.pairs, self.array, self.metrics = model, pairs, array, metrics
-        self.options, self.source = options, source
+        self.options = options
+        self.source: Source = source
         self.names = list(dict.fromkeys(cell.name for cell in array.cells))
         self.tallies = [
             Tally(len(array.cells), pairs.n_pairs, dtype=wide_dtype(model.dtype), device=model.device)

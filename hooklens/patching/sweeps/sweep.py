@@ -76,7 +76,17 @@ if TYPE_CHECKING:
         clean: Pairs,
         corrupted: Corrupted | None = ...,
         sites: Sites | None = ...,
-        metric: Mapping[str, Metric | MetricFunction] | None = ...,
+        *,
+        metric: Mapping[str, Metric | MetricFunction],
+        **options: Unpack[SweepKeywords],
+    ) -> Results[SweepResult]: ...
+    @overload
+    def sweep(
+        model: HookedCausalLM,
+        clean: Pairs,
+        corrupted: Corrupted | None,
+        sites: Sites | None,
+        metric: Mapping[str, Metric | MetricFunction],
         **options: Unpack[SweepKeywords],
     ) -> Results[SweepResult]: ...
 

@@ -86,7 +86,8 @@ class UnitRunner:
         ablation: UnitAblation,
         batch_size: BatchSize,
     ) -> None:
-        self.model, self.prompts, self.metric, self.batch_size = model, prompts, metric, batch_size
+        self.model, self.prompts, self.metric = model, prompts, metric
+        self.batch_size: BatchSize = batch_size
         self.names, self.splices = list(names), list(splices)
         self.forwards, self.tokens = 0, 0.0
         self.ablation_name = ablation if isinstance(ablation, str) else "given"

@@ -140,7 +140,7 @@ class Attention(View):
             "query_token": [patterns.queries[place] for place in queries.tolist()],
             "key_token": [patterns.keys[place] for place in keys.tolist()],
         }
-        columns: dict[str, list[object]] = {
+        columns: dict[str, Sequence[object]] = {
             "layer": [layer for layer, _ in patterns.heads for _ in range(n_cells)],
             "head": [head for _, head in patterns.heads for _ in range(n_cells)],
             **{name: values * len(patterns.heads) for name, values in repeated.items()},

@@ -105,6 +105,5 @@ class PlotArea:
             return [(numbers[0], f"{numbers[0]:g}")]
         ticks = linear_ticks(numbers[0], numbers[-1], 10)
         if all(number == int(number) for number in numbers):
-            ticks = [tick for tick in ticks if abs(tick[0] - round(tick[0])) < 1e-9]
-            ticks = [(round(place), f"{round(place):,}") for place, _ in ticks]
+            return [(round(place), f"{round(place):,}") for place, _ in ticks if abs(place - round(place)) < 1e-9]
         return ticks

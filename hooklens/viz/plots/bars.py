@@ -185,7 +185,7 @@ def bars(
         raise InputError("bars: values are given beside a table or a mapping, which has its own")
     if not holds_both and values is None:
         raise InputError("bars: names have no values; give them too, or a mapping or a table that holds both")
-    given: list[str]
+    given: Sequence[object]
     numbers: Tensor | Sequence[float] | None
     if hasattr(names, "columns"):
         given, numbers, n_averaged = _read_table(names, row)

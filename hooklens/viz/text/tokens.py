@@ -91,17 +91,18 @@ class Tokens(View):
         n_shown = self._n_shown
         values = self.values[:, :n_shown].tolist()
         largest = [furthest(row) for row in values]
-        choice = None
+        first = self.names[0]
+        above: Child = note(first) if first else None
         if len(self.names) > 1:
             options = (element("option", name, value=place) for place, name in enumerate(self.names))
-            choice = element("label", "values ", element("select", options))
+            above = element("label", "values ", element("select", options))
         shown = (
             _token(token, paint(value, largest[0], self.scales[0]), f"{place} {visible(token)}: {format_number(value)}")
             for place, (token, value) in enumerate(zip(self.tokens[:n_shown], values[0], strict=True))
         )
         blocks: list[Child] = [
             element("h3", self.title),
-            choice if choice is not None else (note(self.names[0]) if self.names[0] else None),
+            above,
             element("div", shown, class_="hl-text", role="group", aria_label="tokens"),
             readout("Point at a token, or move with the arrow keys."),
             element("div", class_="hl-alternatives") if self.alternatives else None,

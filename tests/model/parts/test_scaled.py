@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hooklens.model.parts import scaled
-from hooklens.model.parts.quantised import compute_dtype, dense_weight, set_compute_dtype
+from hooklens.model.parts.quantised import UnevenLinear, compute_dtype, dense_weight, set_compute_dtype
 from hooklens.model.parts.scaled import KINDS, ScaledLinear
 
 _E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -66,6 +66,13 @@ def test_it_is_the_linear_map_of_its_weight() -> None:
     asking = x.clone().requires_grad_()
     assert torch.equal(linear(asking), expected)
     assert dense_weight(linear).equal(weight)
+
+
+@pytest.mark.parametrize("linear", [make("int8")[0], UnevenLinear(D_IN, D_OUT)], ids=["scaled", "uneven"])
+def test_the_input_is_named_as_that_of_the_plain_map(linear) -> None:
+    """It was `x`, so what called an `nn.Linear` as `map(input=...)` failed with a quantised map in its place."""
+    x = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(linear(input=x), linear(x))
 
 
 def test_derivatives() -> None:
