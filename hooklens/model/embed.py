@@ -115,7 +115,7 @@ class PosEmbed(_Table, place="pos_embed"):
         assert isinstance(cfg.positions, LearnedPositions | ShortformerPositions)
         self.offset = cfg.positions.offset
 
-    def forward(self, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
+    def forward(self, *, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
         """The row of `W_pos` of each position."""
         return self._look_up(positions + self.offset if self.offset else positions)
 
@@ -136,7 +136,7 @@ class SinusoidalPosEmbed(Part, place="pos_embed"):
         assert isinstance(cfg.positions, SinusoidalPositions)
         self.positions = cfg.positions
 
-    def forward(self, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
+    def forward(self, *, positions: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows pos d_model"]:
         """The vector of each position, in float32."""
         kind, n_pairs = self.positions, self.cfg.d_model // 2
         step = math.log(kind.base) / (n_pairs - 1 if kind.includes_base else n_pairs)

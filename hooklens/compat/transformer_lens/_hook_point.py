@@ -101,7 +101,10 @@ class HookPoint(hooks.HookPoint):
             raise ValueError(f"Invalid direction {dir}")
         self.attach(LensHandle(hook, self, dir=dir, permanent=is_permanent, level=level), dir=dir, prepend=prepend)
 
-    def remove_hooks(self, dir: Dir = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+    # By position or by name takes all that by name alone does; pyright says otherwise.
+    def remove_hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, dir: Dir = "fwd", including_permanent: bool = False, level: int | None = None
+    ) -> None:
         """Remove the hooks of a direction and level; of all levels where permanent ones go, too."""
         if dir not in ("fwd", "bwd", "both"):
             raise ValueError(f"Invalid direction {dir}")

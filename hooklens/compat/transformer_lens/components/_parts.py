@@ -179,7 +179,7 @@ class PosEmbed(Component, embed.PosEmbed):
 
     changes: ClassVar[dict[str, Any]] = {"positional_embedding_type": "standard"}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor | None = None,
         past_kv_pos_offset: int = 0,
