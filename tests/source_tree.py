@@ -271,11 +271,11 @@ class SourceTree:
         ]
 
     def family_words(self) -> list[str]:
-        """Family names outside the packages that may know them: `compat` translates the names of other libraries."""
+        """Family names outside what may know them: `compat` and `arguments.foreign` translate other libraries' names."""
         return [
             f"{module.name}:{line} says {word!r}"
             for module in self.modules.values()
-            if module.part not in ("adapters", "bundled", "compat")
+            if module.part not in ("adapters", "bundled", "compat") and module.name != "hooklens.arguments.foreign"
             for line, word in module.family_words()
         ]
 

@@ -1,10 +1,10 @@
 """The suite: every check on every model, as parameters of a test or as a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Exceptions = Mapping[str, str] | Sequence[Exemption]
 """Reasons by the name of the check that fails, or exemptions that say more."""
+
+Test = TypeVar("Test", bound=Callable[..., object])
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SHOWN = 100
@@ -127,7 +129,7 @@ def parametrize(
     dtypes: Sequence[torch.dtype] = _DTYPES,
     n_tokens: int = 20,
     seed: int = 0,
-) -> Any:
+) -> Callable[[Test], Test]:
     """The suite as a pytest decorator: one test for each model and check, handed in as `case`.
 
     Args:
@@ -153,7 +155,10 @@ def parametrize(
         n_tokens=n_tokens,
         seed=seed,
     )
-    return pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in cases])
+    decorator: Callable[[Test], Test] = pytest.mark.parametrize(
+        "case", [pytest.param(case, id=str(case)) for case in cases]
+    )
+    return decorator
 
 
 def run(
