@@ -271,7 +271,7 @@ class SourceTree:
         ]
 
     def family_words(self) -> list[str]:
-        """Family names outside what may know them: `compat` and `arguments.foreign` translate other libraries' names."""
+        """Family names outside what may know them: `compat` and `arguments.foreign` have the names of others."""
         return [
             f"{module.name}:{line} says {word!r}"
             for module in self.modules.values()

@@ -163,8 +163,8 @@ def test_attributes_of_others_name_what_exists():
             names = re.findall(r"\.(\w+)", str(found.value).partition("Here it is")[2])
             assert all(name in dir(part) for name in names)
             told.update(names)
-        assert told
-        assert told <= set(ours), word
+        assert told, word
+        assert told <= set(ours)
     model = models[0]
     assert not hasattr(model, "nothing_of_the_kind")
 

@@ -176,7 +176,8 @@ class Part(HookedModule):
 
     def _has_declared(self, name: str) -> bool:
         """Whether the part has something of a name, which for stacked weights would take computing."""
-        return name in self._modules or (hasattr(type(self), name) and name not in self.absent)
+        is_here = name in self._modules or self.__dict__.get(name) is not None
+        return is_here or (hasattr(type(self), name) and name not in self.absent)
 
     def read_weight(self, name: str) -> Any:
         """A weight as the network has it; a subclass may show something else under its name."""
