@@ -44,6 +44,7 @@ from hooklens.patching.results.several import Results
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import refuse_missing
 from hooklens.viz.charts import Backend, draw_curve
+from hooklens.viz.plots.curves import Curves, curves
 
 if TYPE_CHECKING:
     import pandas
@@ -74,6 +75,24 @@ class FaithfulnessCurve(Displayed):
                 "ablation"
             ),
             facts={**of_circuits.facts, "drawn at random": f"{n_draws} of each size" if n_draws else None},
+            # A line needs two places, and one value at each.
+            pages=[self._draw] if len(set(self.sizes)) == len(self.circuits) > 1 else [],
+        )
+
+    def _draw(self) -> Curves:
+        """The metric over the number of edges, with the mean of circuits drawn at random, from lowest to highest."""
+        lines, bands = {"circuits": self.values}, {}
+        if self.random is not None and len(self.circuits):
+            draws = self.random.values.view(-1, len(self.circuits))
+            lines["drawn at random"] = draws.mean(0)
+            bands["drawn at random"] = (draws.amin(0), draws.amax(0))
+        return curves(
+            lines,
+            list(map(float, self.sizes)),
+            x_name="edges",
+            y_name=self.result.metric,
+            bands=bands,
+            title=f"{self.result.metric} by the number of edges",
         )
 
     @property

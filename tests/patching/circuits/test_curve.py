@@ -210,6 +210,13 @@ def test_random_circuits_of_equal_size_stand_beside_a_curve():
     table = found.to_dataframe()
     assert table.random_low.tolist() == found.random_faithfulness.amin(0).tolist()
     assert table.random_mean[1] == pytest.approx(float(found.random_faithfulness[:, 1].mean()))
+    # A display draws what the table says; one size is no line.
+    drawn = found._draw()
+    assert drawn.x == (3, 10, 40)
+    torch.testing.assert_close(drawn.values[0], found.values)
+    torch.testing.assert_close(drawn.values[1], found.random.values.view(2, 3).mean(0))
+    assert "by the number of edges" in found._repr_html_()
+    assert "by the number of edges" not in curve(sizes=[3], random_draws=2)._repr_html_()
     assert "random_mean" not in curve(sizes=[3], random_draws=0).to_dataframe()
     with pytest.raises(HookLensError, match="no random circuits beside it; run faithfulness_curve with random_draws=3"):
         _ = curve(sizes=[3], random_draws=0).random_faithfulness
