@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.arguments import read_int, read_path, read_seed
-from hooklens.datasets.manifest import COLUMNS, Manifest, Shard, hash_file
+from hooklens.arguments import read_int, read_seed
+from hooklens.datasets.folder import hash_file, open_folder
+from hooklens.datasets.manifest import COLUMNS, Manifest, Shard
 from hooklens.datasets.shuffling import ShuffledBatches
 from hooklens.datasets.statistics import SiteStatistics, StatisticsSum
 from hooklens.display import Displayed, Listing, Summary, format_bytes, format_shape, merge_layers
@@ -34,24 +35,44 @@ class ActivationDataset(Displayed):
     interrupted, has written so far can be read, too.
 
     Args:
-        folder: where it was recorded.
+        folder: where it was recorded, a path or a URL. Files at a URL are downloaded when they are first looked at.
+        storage_options: of a URL, what its file system is made with; see fsspec.
+        cache_dir: where files of a URL are kept on this machine, to be found there the next time. None: the last few
+            are kept until the object is gone.
 
     Attributes:
-        folder: the folder.
+        folder: the path or URL.
         manifest: what it holds, and how it was recorded.
 
     Raises:
-        CheckpointError: it holds no activation data set, or a file is missing or damaged.
+        CheckpointError: it holds no activation data set, it cannot be reached, or a file is missing or damaged.
+        MissingDependencyError: the package of a URL's file system is not installed.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = read_path(folder, what="ActivationDataset: folder")
-        self.manifest = Manifest.read(self.folder)
-        lacking = [shard.name for shard in self.manifest.shards if not (self.folder / shard.name).is_file()]
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self._folder = open_folder(
+            folder, what="ActivationDataset: folder", storage_options=storage_options, cache_dir=cache_dir
+        )
+        self.folder = str(self._folder)
+        self.manifest = Manifest.read(self._folder)
+        there = self._list()
+        lacking = [shard.name for shard in self.manifest.shards if shard.name not in there]
         if lacking:
             raise CheckpointError(f"{self.folder} lacks {lacking[:10]}, which its manifest lists")
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)]).tolist()
         self._open: dict[int, Mapping[str, Tensor]] = {}
+
+    def _list(self) -> set[str]:
+        try:
+            return set(self._folder.names())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.folder}: {error}") from error
 
     def __len__(self) -> int:
         """Tokens that were kept."""
@@ -81,7 +102,7 @@ class ActivationDataset(Displayed):
                 f"ActivationDataset({len(self):,} tokens, {len(self.sites)} sites, {format_bytes(self.nbytes)}, "
                 f"{self.manifest.dtype}{state})"
             ),
-            facts={"folder": str(self.folder), "files": f"{len(self.manifest.shards):,}"},
+            facts={"folder": self.folder, "files": f"{len(self.manifest.shards):,}"},
             listing=Listing(
                 columns=("site", "shape of a token's values"),
                 rows=[(name, shape) for name, shape, _ in kinds],
@@ -195,7 +216,7 @@ class ActivationDataset(Displayed):
         Raises:
             CheckpointError: some are damaged; all are named.
         """
-        damaged = [shard.name for shard in self.manifest.shards if hash_file(self.folder / shard.name) != shard.sha256]
+        damaged = [shard.name for shard in self.manifest.shards if hash_file(self._fetch(shard)) != shard.sha256]
         if damaged:
             raise CheckpointError(f"{self.folder}: {damaged[:10]} are not what was written; record them anew")
 
@@ -209,8 +230,14 @@ class ActivationDataset(Displayed):
             self._open[number] = self._map(self.manifest.shards[number])
         return self._open[number]
 
+    def _fetch(self, shard: Shard) -> Path:
+        try:
+            return self._folder.fetch(shard.name)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.folder}/{shard.name}: {error}") from error
+
     def _map(self, shard: Shard) -> Mapping[str, Tensor]:
-        path = self.folder / shard.name
+        path = self._fetch(shard)
         try:
             found, _ = read_safetensors(path)
         except OSError as error:

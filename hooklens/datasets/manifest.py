@@ -8,22 +8,19 @@ A shard is in the manifest when it lies whole on the disk, so whatever the manif
 recording goes on or after it was killed. Nothing in the folder depends on when it was written.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hooklens.arguments import show
+from hooklens.datasets.folder import Folder
 from hooklens.errors import CheckpointError
-from hooklens.files import replace_file
 
 FORMAT = "hooklens.activations-1"
 NAME = "manifest.json"
-LOCK = "recording.lock"
 COLUMNS = ("tokens", "document", "position")
 """What stands beside activations in a shard."""
 
@@ -84,7 +81,7 @@ class Manifest:
         """One more shard."""
         return replace(self, shards=(*self.shards, shard))
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Write the manifest, whole or not at all.
 
         Raises:
@@ -98,19 +95,18 @@ class Manifest:
             "complete": self.complete,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        with replace_file(folder / NAME) as draft:
-            draft.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        folder.write(NAME, (json.dumps(contents, indent=1) + "\n").encode())
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Folder) -> "Manifest":
         """The manifest of a folder.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        path = folder / NAME
+        path = f"{folder}/{NAME}"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(folder.read(NAME).decode())
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} holds no activation data set: it has no {NAME}; hooklens.datasets.record writes one"
@@ -140,7 +136,7 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged: dtype is {show(manifest.dtype)}, which torch does not have")
         return manifest
 
-    def check_same(self, wanted: "Manifest", folder: Path) -> None:
+    def check_same(self, wanted: "Manifest", folder: Folder) -> None:
         """Refuse to go on with another recording.
 
         Raises:
@@ -155,12 +151,3 @@ class Manifest:
         ]
         if differing:
             raise CheckpointError(f"{folder} holds another recording: {'; '.join(differing)}. {_WAY_OUT}")
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()

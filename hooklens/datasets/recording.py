@@ -1,17 +1,19 @@
 """Record activations of a corpus into a folder of shards, in one pass that goes on after an interruption."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hooklens.arguments import optional, read_flag, read_function, read_int, read_path, reads
+from hooklens.arguments import optional, read_flag, read_function, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.datasets.blocks import Block, Chooser, Keep, make_blocks
 from hooklens.datasets.corpus import Corpus, check_corpus, read_documents
 from hooklens.datasets.dataset import ActivationDataset
+from hooklens.datasets.folder import open_folder
 from hooklens.datasets.manifest import COLUMNS, Manifest
 from hooklens.datasets.writing import Filled, ShardWriter
 from hooklens.errors import CheckpointError, InputError
@@ -49,6 +51,7 @@ def record(
     batch_tokens: int = 8192,
     shard_bytes: int = 2**28,
     edits: Sequence[Edit] = (),
+    storage_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> ActivationDataset:
     """Run a model on a corpus and keep the activations of some hook points, all of them in one pass.
@@ -66,7 +69,8 @@ def record(
         model: the model; it is run without gradients.
         corpus: the documents, see `hooklens.datasets.corpus`.
         sites: hook points with a vector for each token: a word (`"resid_post"`), a name, a glob, or a list of these.
-        out: the folder, made if it is not there.
+        out: the folder, made if it is not there; or the URL of one (`s3://...`, `gs://...`; what fsspec reaches), where
+            a shard is put together on this machine and then uploaded.
         dtype: of what is kept; None: the model's.
         positions: tokens of each document to keep, negative ones from its end; those that a document does not have are
             passed over. None: all.
@@ -79,6 +83,7 @@ def record(
         batch_tokens: about how many tokens run at once.
         shard_bytes: about how many bytes of activations a file holds.
         edits: values from `hooklens.edits` that act while it runs.
+        storage_options: of a URL, what its file system is made with (credentials, endpoint); see fsspec.
         progress: show a progress bar.
 
     Returns:
@@ -90,6 +95,7 @@ def record(
             act on the model, or dropout in training mode.
         CheckpointError: the folder holds something else or another recording, or the corpus has changed since; another
             process writes there; or the disk is full. Shards that are written are kept.
+        MissingDependencyError: the package of a URL's file system is not installed.
 
     Example:
         >>> texts = [" ".join(["When Mary and John went to the store , John gave a drink to Mary ."] * 8)] * 100
@@ -112,7 +118,7 @@ def record(
     kept_as = model.dtype if dtype is None else dtype
     if not isinstance(kept_as, torch.dtype) or not kept_as.is_floating_point:
         raise InputError(f"{what}: dtype is {dtype!r}; expected a floating dtype of torch, such as torch.float16")
-    folder = read_path(out, what=f"{what}: out")
+    folder = open_folder(out, what=f"{what}: out", storage_options=storage_options)
 
     acting = find_interventions(model, edits)
     if acting.functions:
@@ -151,7 +157,7 @@ def record(
                 for done in recording.run(_limit(documents, limit), at_once, width):
                     bar.update(done)
             writer.finish()
-    return ActivationDataset(folder)
+    return ActivationDataset(out, storage_options=storage_options)
 
 
 def _shape_of(model: HookedCausalLM, name: str) -> tuple[int, ...]:

@@ -5,15 +5,13 @@ import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from hooklens.datasets.manifest import LOCK, NAME, Manifest, Shard, hash_file
+from hooklens.datasets.folder import Folder, hold
+from hooklens.datasets.manifest import NAME, Manifest, Shard
 from hooklens.errors import CheckpointError
-from hooklens.files import write_safetensors
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,44 +43,30 @@ class ShardWriter:
         CheckpointError: the folder cannot be used, holds something else, or another process writes there.
     """
 
-    def __init__(self, folder: Path, wanted: Manifest) -> None:
+    def __init__(self, folder: Folder, wanted: Manifest) -> None:
         self.folder = folder
-        self._lock = FileLock(folder / LOCK)
         self._queue: queue.Queue[Filled | None] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="hooklens shards", daemon=True)
-        try:
-            if not folder.exists():
-                folder.mkdir()
-            elif not folder.is_dir():
-                raise CheckpointError(f"cannot record into {folder}: it is no folder")
-            self._acquire()
+        with contextlib.ExitStack() as held:
             try:
+                folder.make()
+                held.enter_context(hold(folder))
                 self.manifest = self._find(wanted)
-            except BaseException:
-                self._lock.release()
-                raise
-        except OSError as error:
-            raise CheckpointError(f"cannot record into {folder}: {error}") from error
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise CheckpointError(
-                f"another process is recording into {self.folder}; wait until it has finished, or choose another folder"
-            ) from None
+            except OSError as error:
+                raise CheckpointError(f"cannot record into {folder}: {error}") from error
+            self._held = held.pop_all()
 
     def _find(self, wanted: Manifest) -> Manifest:
         """The manifest that is there, of the same recording; or a new one."""
-        if (self.folder / NAME).exists():
+        names = self.folder.names()
+        if NAME in names:
             found = Manifest.read(self.folder)
             found.check_same(wanted, self.folder)
             return found
-        others = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
-        if others:
+        if names:
             raise CheckpointError(
-                f"cannot record into {self.folder}: it is no activation data set, and it holds {others[:5]}; choose a "
+                f"cannot record into {self.folder}: it is no activation data set, and it holds {names[:5]}; choose a "
                 "new or an empty folder"
             )
         wanted.write(self.folder)
@@ -126,7 +110,7 @@ class ShardWriter:
         try:
             self._stop()
         finally:
-            self._lock.release()
+            self._held.close()
 
     def _stop(self) -> None:
         if not self._thread.is_alive():
@@ -157,14 +141,14 @@ class ShardWriter:
 
     def _write(self, filled: Filled) -> None:
         name = f"shard-{len(self.manifest.shards):05d}.safetensors"
-        write_safetensors(self.folder / name, filled.tensors)
+        checksum = self.folder.write_tensors(name, filled.tensors)
         shard = Shard(
             name=name,
             tokens=len(filled.tensors["tokens"]),
             documents=filled.documents,
             tokens_read=filled.tokens_read,
             digest=filled.digest,
-            sha256=hash_file(self.folder / name),
+            sha256=checksum,
         )
         longer = self.manifest.with_shard(shard)
         longer.write(self.folder)

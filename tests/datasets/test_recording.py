@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hooklens as hl
-from hooklens.datasets import ActivationDataset, record, writing
+from hooklens.datasets import ActivationDataset, folder, record
 from hooklens.errors import CheckpointError, HookNameError, InputError
 from hooklens.hooks import edits
 from tests.annotations import unchecked
@@ -177,7 +177,7 @@ def test_a_complete_recording_runs_nothing_again(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
-    write = writing.write_safetensors
+    write = folder.write_safetensors
 
     def fail_at_third(path, tensors):
         if path.name == "shard-00002.safetensors":
@@ -185,7 +185,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
         write(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "write_safetensors", fail_at_third)
+        patch.setattr(folder, "write_safetensors", fail_at_third)
         with pytest.raises(CheckpointError) as told:
             record_small(tmp_path / "set")
     assert "No space left on device; 2 shards with" in str(told.value)

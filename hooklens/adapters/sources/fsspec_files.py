@@ -15,6 +15,26 @@ def is_url(source: str) -> bool:
     return _URL.fullmatch(source) is not None
 
 
+def open_file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
+    """The file system of a URL, and the path of the URL's folder on it.
+
+    Raises:
+        MissingDependencyError: the package of that file system is not installed.
+        CheckpointError: there is no such kind of file system, or it cannot be reached.
+    """
+    core = import_package("fsspec.core")
+    try:
+        files, root = core.url_to_fs(url, **(storage_options or {}))
+    except ImportError as error:
+        raise MissingDependencyError(f"{url}: {error}") from error
+    except Exception as error:
+        # Any file system, with errors of its own.
+        raise CheckpointError(
+            f"{url}: cannot be opened ({type(error).__name__}: {error}); check the address and storage_options"
+        ) from error
+    return files, root.rstrip("/")
+
+
 class FsspecRepository:
     """A folder on a file system of fsspec, as a `Repository`.
 
@@ -30,17 +50,7 @@ class FsspecRepository:
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self._url = url.rstrip("/")
-        core = import_package("fsspec.core")
-        try:
-            self._files, self._root = core.url_to_fs(url, **(storage_options or {}))
-        except ImportError as error:
-            raise MissingDependencyError(f"{url}: {error}") from error
-        except Exception as error:
-            # Any file system, with errors of its own.
-            raise CheckpointError(
-                f"{url}: cannot be opened ({type(error).__name__}: {error}); check the address and storage_options"
-            ) from error
-        self._root = self._root.rstrip("/")
+        self._files, self._root = open_file_system(url, storage_options)
 
     def __str__(self) -> str:
         return self._url
