@@ -12,6 +12,7 @@ _EXTRA_OF = {
     "peft": "peft",
     "scipy": "stats",
     "sklearn": "probes",
+    "datasets": "datasets",
     "torchao": "quant",
     "bitsandbytes": "quant",
     "accelerate": "placement",

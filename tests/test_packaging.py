@@ -124,6 +124,7 @@ def test_extras(published: Published) -> None:
     assert extras == {
         "all",
         "bench",
+        "datasets",
         "docs",
         "lint",
         "notebook",
@@ -138,7 +139,7 @@ def test_extras(published: Published) -> None:
     }
     (everything,) = (requirement for requirement in requirements if holds_for(requirement, "all"))
     assert everything.name == "hooklens"
-    assert everything.extras == {"notebook", "peft", "placement", "plot", "pool", "probes", "stats"}
+    assert everything.extras == {"datasets", "notebook", "peft", "placement", "plot", "pool", "probes", "stats"}
 
 
 def test_lowest_constraints_are_the_declared_bounds(published: Published) -> None:

@@ -22,7 +22,9 @@ def record(
             metavar="CORPUS", help='JSON Lines, perhaps .gz: {"text": "..."} or {"tokens": [1, 2]} for each document.'
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or that of an interrupted recording.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A new folder (or its URL), or that of an interrupted recording.")
+    ],
     *,
     site: Annotated[
         list[str],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooklens.arguments import read_int, read_seed
 from hooklens.datasets.folder import hash_file, open_folder
+from hooklens.datasets.hugging_face import make_view
 from hooklens.datasets.manifest import COLUMNS, Manifest, Shard
 from hooklens.datasets.shuffling import ShuffledBatches
 from hooklens.datasets.statistics import SiteStatistics, StatisticsSum
@@ -22,6 +23,7 @@ from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
+    import datasets
     import pandas
     from torch.utils.data import DataLoader
 
@@ -146,6 +148,23 @@ class ActivationDataset(Displayed):
         columns = {"token": self.tokens(), "document": self.documents(), "position": self.positions()}
         table: pandas.DataFrame = import_package("pandas").DataFrame({k: v.numpy() for k, v in columns.items()})
         return table
+
+    def to_hf(self, sites: Sequence[str] | None = None) -> "datasets.Dataset":
+        """A view as a data set of Hugging Face's `datasets`, a row for each token.
+
+        Columns are `index`, `token`, `document` and `position`; the activations of the rows that are looked at are
+        read from the files then. Filtering, sorting, shuffling and splitting move the columns alone.
+
+        Args:
+            sites: hook points; None: all.
+
+        Raises:
+            HookNameError: a site that was not recorded.
+            MissingDependencyError: `datasets` is not installed.
+        """
+        chosen = self.sites if sites is None else [self.site(name).name for name in sites]
+        view: datasets.Dataset = make_view(self, chosen)
+        return view
 
     def loader(
         self,
