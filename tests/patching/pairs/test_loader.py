@@ -61,7 +61,14 @@ def test_pairs_in_every_form_equal_each_pair_alone(form, group, monkeypatch):
         torch.testing.assert_close(result.clean_per_pair[number], alone.clean_per_pair[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# One of each wiring and kind of position; the others are of the same kinds to a sweep.
+KINDS = ("neox-parallel", "neox-sequential", "llama-gqa", "llama-dynamic", "llama-yarn")
+KINDS += ("falcon-7b", "falcon-rw", "falcon-40b")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in VARIANTS]
+)
 def test_loaders_of_ragged_pairs_equal_one_forward_per_cell_in_every_wiring(variant):
     over = "mean" if len(variant) % 2 else "logsumexp"
     model = HookedCausalLM.from_hf(build_variant(variant, dtype=torch.float64))
@@ -91,10 +98,13 @@ def test_texts_and_torchs_own_loader():
     torch.testing.assert_close(result.values, expected.values, rtol=0, atol=1e-6)
 
 
-def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch):
+def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch, request):
     monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 2)
     model = make_model("grouped")
     alive, most = weakref.WeakSet(), 0
+    # What other tests have left is not looked through for each pair.
+    gc.freeze()
+    request.addfinalizer(gc.unfreeze)
 
     def loader():
         nonlocal most
