@@ -10,12 +10,12 @@ from hooklens.patching import known
 from tests.annotations import unchecked
 
 INDUCTION = known.induction()
-QUERY = Counterfactuals.of_known(INDUCTION, 1500, variables=["query"])
-QUICK = DasOptions(steps=80, lr=0.05)
+QUERY = Counterfactuals.of_known(INDUCTION, 1000, variables=["query"])
+QUICK = DasOptions(steps=50, lr=0.05)
 
 
 def test_labels_are_what_the_algorithm_answers():
-    clean, corrupted = INDUCTION.prompts(1500)
+    clean, corrupted = INDUCTION.prompts(1000)
     assert torch.equal(QUERY.base, clean)
     assert torch.equal(QUERY.sources["query"], corrupted)
     expected = INDUCTION.answer(clean, {"query": corrupted[:, -1]})
@@ -81,7 +81,7 @@ def test_das_finds_the_query_and_controls_do_not():
 @pytest.mark.parametrize("name", ["query", "answer"])
 def test_das_finds_variables_at_their_own_sites(name):
     variable = INDUCTION.variables[name]
-    data = Counterfactuals.of_known(INDUCTION, 1500, variables=[name])
+    data = Counterfactuals.of_known(INDUCTION, 1000, variables=[name])
     site = Site(variable.hook_name, variable.pos, variable.head)
     result = train_das(INDUCTION.model, data, site, n_dims=len(variable.basis), options=QUICK, progress=False)
     assert result.accuracy >= 0.99

@@ -12,23 +12,23 @@ from tests.model.networks import ALL_CONFIGS, Allocations, make_config, make_mod
 
 @pytest.mark.parametrize("network", ALL_CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pos", [-1, -2])
-def test_sources_sum_to_the_heads(network, side, pos):
+def test_sources_sum_to_the_heads(network, side):
     model = make_model(network)
     tokens, mask = pad_rows([random_tokens(1, n, seed=n)[0] for n in (6, 3)], side)
     _, cache = model.run_with_cache(tokens, attention_mask=mask)
     answers, wrong = torch.tensor([3, 8]), torch.tensor([1, 2])
-    table = attribute_to_sources(model, cache, answers, wrong, pos=pos)
-    heads = attribute_to_heads(model, cache, answers, wrong, pos=pos).set_index(["component", "row"]).value
-    sums = table.groupby(["component", "row"]).value.sum()
-    assert set(sums.index.get_level_values(0)) == set(model.all_head_labels())
-    for place, value in sums.items():
-        assert value == pytest.approx(heads[place], abs=1e-12)
-    for row, length in ((0, 6), (1, 3)):
-        lines = table[(table.row == row) & (table.component == model.all_head_labels()[0])]
-        assert lines.source.tolist() == list(range(length + pos + 1))
-        real = tokens[row][mask[row].bool()]
-        assert lines.token.tolist() == real[: length + pos + 1].tolist()
+    for pos in (-1, -2):
+        table = attribute_to_sources(model, cache, answers, wrong, pos=pos)
+        heads = attribute_to_heads(model, cache, answers, wrong, pos=pos).set_index(["component", "row"]).value
+        sums = table.groupby(["component", "row"]).value.sum()
+        assert set(sums.index.get_level_values(0)) == set(model.all_head_labels())
+        for place, value in sums.items():
+            assert value == pytest.approx(heads[place], abs=1e-12)
+        for row, length in ((0, 6), (1, 3)):
+            lines = table[(table.row == row) & (table.component == model.all_head_labels()[0])]
+            assert lines.source.tolist() == list(range(length + pos + 1))
+            real = tokens[row][mask[row].bool()]
+            assert lines.token.tolist() == real[: length + pos + 1].tolist()
 
 
 @pytest.mark.parametrize("network", ALL_CONFIGS)

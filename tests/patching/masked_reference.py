@@ -1,4 +1,7 @@
-"""The reference for circuits: one full forward per node, with hooks of a few lines, and sums in plain loops."""
+"""The reference for circuits: one full forward per node, with hooks of a few lines, and sums in plain loops.
+
+What a node writes depends on the circuit's edges above it alone, so circuits that agree there share its forward.
+"""
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ class MaskedReference:
         self.streams = {str(reader): self.part(own, reader) for reader in self.readers}
         self.own = {str(writer): self.part(own, writer) for writer in self.writers}
         self.ablated = {}
+        self.written: dict[tuple[str, frozenset], Tensor] = {}
         for writer in self.writers:
             resampled = self.part(other, writer)
             self.ablated[str(writer)] = {
@@ -38,9 +42,10 @@ class MaskedReference:
     def logits(self, circuit: Circuit) -> Tensor:
         """`[pairs pos d_vocab]`."""
         written: dict[str, Tensor] = {}
+        above: dict[str, frozenset] = {}
         for writer in self.writers:
             if writer.kind == "embed":
-                written["embed"] = self.own["embed"]
+                written["embed"], above["embed"] = self.own["embed"], frozenset()
                 continue
             group = self.cfg.n_heads // self.cfg.n_kv_heads
             names = {
@@ -51,10 +56,15 @@ class MaskedReference:
                     f"a{writer.layer}.h{writer.head // group}.v",
                 ],
             }[writer.kind]
-            _, cache = self.model.run_with_cache(
-                self.clean, names_filter=writer.hook_name, edits=self.edits + self.give(names, circuit, written)
-            )
-            written[str(writer)] = self.part(cache, writer)
+            edges = [(sender, name) for name in names for sender in written if (sender, name) in circuit]
+            above[str(writer)] = frozenset(edges).union(*(above[sender] for sender, _ in edges))
+            at = str(writer), above[str(writer)]
+            if at not in self.written:
+                _, cache = self.model.run_with_cache(
+                    self.clean, names_filter=writer.hook_name, edits=self.edits + self.give(names, circuit, written)
+                )
+                self.written[at] = self.part(cache, writer)
+            written[str(writer)] = self.written[at]
         return self.model.run_with_hooks(self.clean, edits=self.edits + self.give(["logits"], circuit, written))
 
     def give(self, names, circuit: Circuit, written: dict[str, Tensor]):

@@ -2,7 +2,9 @@
 
 A path is a sender and the readers that it meets, `("a0.h1", "m0", "a1.h2.q", "logits")` for the one from head 1 of
 block 0 through two others. Every copy of a node knows the path from it to the logits, and computes its output from
-inputs of its own. No two copies share anything, so the number of runs grows with the number of paths.
+inputs of its own. Were no two copies to share anything, the number of runs would grow with the number of paths; but a
+path from the sender is chosen or not by its first nodes, and where these leave it open, by the rest alone. So copies
+of a node differ only in whether the path onward from them chooses such a path, and there are two of each.
 """
 
 import math
@@ -26,10 +28,13 @@ def is_chosen(path: tuple[str, ...], receivers: list[str], *, through_mlps: bool
 
 
 class PathTree:
-    """A network of whatever wiring, evaluated path by path on unpadded prompts `[pair pos]`."""
+    """A network of whatever wiring, evaluated path by path on unpadded prompts `[pair pos]`.
 
-    def __init__(self, model: HookedCausalLM, into: Tensor, other: Tensor) -> None:
-        self.model, self.cfg = model, model.cfg
+    `is_shared=False` evaluates each copy anew.
+    """
+
+    def __init__(self, model: HookedCausalLM, into: Tensor, other: Tensor, *, is_shared: bool = True) -> None:
+        self.model, self.cfg, self.is_shared = model, model.cfg, is_shared
         self.writers = list_writers(model.cfg)
         self.last = list_readers(model.cfg)[-1]
         self.embedded = self.embed(into)
@@ -67,8 +72,15 @@ class PathTree:
     @torch.no_grad()
     def logits(self, sender: str, receivers: list[str], *, through_mlps: bool = True) -> Tensor:
         """`[pair pos d_vocab]` of the run in which the sender's part of every chosen path is the other run's."""
+        made: dict[tuple[str, bool], Tensor] = {}
 
         def output(writer: Writer, onward: tuple[str, ...]) -> Tensor:
+            copy = str(writer), is_chosen(("", *onward), receivers, through_mlps=through_mlps)
+            if copy not in made or not self.is_shared:
+                made[copy] = compute(writer, onward)
+            return made[copy]
+
+        def compute(writer: Writer, onward: tuple[str, ...]) -> Tensor:
             if str(writer) == sender and is_chosen((sender, *onward), receivers, through_mlps=through_mlps):
                 return self.patched[sender]
             if writer.kind == "embed":

@@ -40,7 +40,7 @@ NETWORKS = {
 @pytest.mark.parametrize("network", ["shortformer, clipped", "sinks"])
 def test_sweeps(network):
     model = make_model(NETWORKS[network])
-    clean, corrupted = pair()
+    clean, corrupted = pair(n=5)
     for grid in every_grid(model):
         if network.startswith("shortformer") and grid.site == "hook_pos_embed":
             continue

@@ -17,7 +17,8 @@ from hooklens.patching.pairs.prompts import read_pairs
 from tests.model.networks import ALL_CONFIGS, D_VOCAB, make_model, random_tokens
 
 METRIC = LogitDiff(3, 5)
-NETWORKS = ["rotary", "grouped", "alibi", "learned, tied", "shared norm", "capped", "latent attention"]
+NETWORKS = ["rotary", "grouped", "learned, tied", "capped", "latent attention"]
+NETWORKS += [pytest.param(network, marks=pytest.mark.slow) for network in ("alibi", "shared norm")]
 NOISE = Noise(pos=[1, -2], std=0.7, draws=2, seed=3)
 # float64 rounding through two layers, far below any real difference.
 TOLERANCE = 1e-10

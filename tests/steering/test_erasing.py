@@ -47,8 +47,8 @@ def test_maps_are_those_of_the_formula(at, batch_size):
 @pytest.mark.parametrize("method", ["leace", "mean_difference"])
 def test_probes_of_a_trained_model_are_at_chance(method):
     model = HookedCausalLM.from_pretrained("bundled:tiny-llama")
-    positive, negative = naming_prompts(100, held_out=False, seed=0)
-    prompts, labels = [*positive, *negative], [1] * 100 + [0] * 100
+    positive, negative = naming_prompts(50, held_out=False, seed=0)
+    prompts, labels = [*positive, *negative], [1] * 50 + [0] * 50
     name = "blocks.2.hook_resid_post"
     erasure = steering.fit_erasure(model, prompts, labels, at=name, method=method, positions=-1, progress=False)
     numbered = torch.tensor(labels)
@@ -58,7 +58,7 @@ def test_probes_of_a_trained_model_are_at_chance(method):
     assert probe_gain(before, numbered, 2) > 0.69
     # What float32 leaves of the means is amplified by the search for a probe.
     assert probe_gain(after, numbered, 2) < 1e-3
-    assert erasure.provenance.counts == (100, 100)
+    assert erasure.provenance.counts == (50, 50)
     if method == "leace":
         orthogonal = steering.fit_erasure(
             model, prompts, labels, at=name, method="mean_difference", positions=-1, progress=False

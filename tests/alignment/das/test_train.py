@@ -21,7 +21,8 @@ PAIRS = make_pair_model()
 HERE = Site("blocks.1.hook_resid_pre", -1)
 ONE = Counterfactuals.draw(PAIRS.causal_model, PAIRS.prompts, 200, variables=["first"])
 BOTH = Counterfactuals.draw(PAIRS.causal_model, PAIRS.prompts, 200, changed=False)
-SHORT = DasOptions(steps=40, check_every=10)
+SHORT = DasOptions(steps=10, check_every=5)
+QUICK = DasOptions(steps=100, lr=0.05)
 
 
 def fit(data=ONE, site=HERE, **options):
@@ -34,7 +35,7 @@ def differences(rows):
 
 
 def test_a_variable_is_found_where_it_is():
-    result = fit(n_dims=2)
+    result = fit(n_dims=2, options=DasOptions(steps=200, lr=0.05))
     assert result.accuracy == 1.0
     assert result.unpatched_accuracy == 0.0
     assert result.basis.overlap(differences(PAIRS.first)) > 0.9
@@ -44,11 +45,11 @@ def test_a_variable_is_found_where_it_is():
 
 @pytest.mark.parametrize("site", [Site("blocks.1.hook_resid_pre", 0), Site("blocks.0.hook_resid_pre", -1)])
 def test_it_is_not_found_where_it_is_not(site):
-    assert fit(site=site, n_dims=3).accuracy == 0.0
+    assert fit(site=site, n_dims=3, options=QUICK).accuracy == 0.0
 
 
 def test_several_variables_get_orthogonal_parts():
-    result = fit(BOTH, n_dims={"second": 2, "first": 2})
+    result = fit(BOTH, n_dims={"second": 2, "first": 2}, options=DasOptions(steps=200, lr=0.05))
     assert result.accuracy == 1.0
     assert list(result.bases) == ["first", "second"]
     products = result.bases["first"].rows @ result.bases["second"].rows.T
@@ -59,7 +60,7 @@ def test_several_variables_get_orthogonal_parts():
 
 
 def test_boundless_training_finds_how_many_dimensions_it_takes():
-    result = fit(BOTH, boundless=True)
+    result = fit(BOTH, boundless=True, options=QUICK)
     assert result.accuracy == 1.0
     sizes = {name: len(basis) for name, basis in result.bases.items()}
     assert all(2 <= size <= 4 for size in sizes.values()), sizes
@@ -69,8 +70,8 @@ def test_boundless_training_finds_how_many_dimensions_it_takes():
 def test_a_variable_is_found_in_a_single_head():
     """At `hook_v` of the head that copies it, the variable is in three of four entries of the first position."""
     site = Site("blocks.0.attn.hook_v", [0], 0)
-    assert fit(site=site, n_dims=2).accuracy == 1.0
-    assert fit(site=Site("blocks.0.attn.hook_v", [1], 0), n_dims=2).accuracy == 0.0
+    assert fit(site=site, n_dims=2, options=QUICK).accuracy == 1.0
+    assert fit(site=Site("blocks.0.attn.hook_v", [1], 0), n_dims=2, options=QUICK).accuracy == 0.0
 
 
 def test_the_network_and_the_random_state_stay_as_they_are():
@@ -91,7 +92,7 @@ def test_the_network_and_the_random_state_stay_as_they_are():
 
 def test_batches_make_no_difference():
     one, split = (fit(n_dims=2, options=SHORT, batch_size=size) for size in ("auto", 7))
-    # 1e-3: sums of gradients in another order, over 40 steps in float32.
+    # 1e-3: sums of gradients in another order, over 10 steps in float32.
     torch.testing.assert_close(one.basis.rows, split.basis.rows, rtol=1e-3, atol=1e-3)
 
 

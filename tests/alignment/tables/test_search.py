@@ -14,7 +14,7 @@ ONE = Counterfactuals.draw(PAIRS.causal_model, PAIRS.prompts, 200, variables=["f
 BOTH = Counterfactuals.draw(PAIRS.causal_model, PAIRS.prompts, 200, changed=False)
 # Where the first token's identity is: at its own position before layer 0 has copied it, at the last one afterwards.
 TRUTH = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-SHORT = DasOptions(steps=100, lr=0.05)
+SHORT = DasOptions(steps=60, lr=0.05)
 
 
 def find(data=ONE, **options):
@@ -76,7 +76,7 @@ def test_several_variables_at_once():
 
 
 def test_boundless_and_its_placebo_have_as_many_dimensions():
-    table = find(layers=[1], positions=[1], method="boundless", controls=["placebo"])
+    table = find(layers=[1], positions=[1], method="boundless", options=SHORT, controls=["placebo"])
     assert table.accuracy.tolist() == [[1.0]]
     assert table.controls["placebo"].n_dims == table.n_dims
 
@@ -84,7 +84,7 @@ def test_boundless_and_its_placebo_have_as_many_dimensions():
 def test_the_model_and_the_random_state_stay_and_the_seed_says_all():
     weights = {name: one.clone() for name, one in PAIRS.model.state_dict().items()}
     state = torch.get_rng_state()
-    options = {"n_dims": 1, "options": DasOptions(steps=10), "layers": 1, "controls": ["random_model", "placebo"]}
+    options = {"n_dims": 1, "options": DasOptions(steps=4), "layers": 1, "controls": ["random_model", "placebo"]}
     one, same, other = (find(seed=seed, **options) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.margins, same.margins)

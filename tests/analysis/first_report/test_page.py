@@ -50,7 +50,7 @@ def test_the_text_has_all_sentences_and_calls_within_60_lines(found):
 
 
 def test_a_deep_model_has_as_short_a_text():
-    model = make_model(make_config(n_layers=40))
+    model = make_model(make_config(n_layers=40, n_heads=2))
     found = report(model, random_tokens(1, 8))
     assert len(str(found).splitlines()) <= 60
     lines = [line.split()[0] for line in str(found).splitlines() if "_pre" in line and line.startswith("   ")]

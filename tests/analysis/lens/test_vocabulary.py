@@ -29,7 +29,7 @@ def whole(model, stream, final, k, targets):
     }
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     network=st.sampled_from(["rotary", "capped", "alibi", "learned, tied"]),
     chunk=st.integers(1, D_VOCAB + 2),

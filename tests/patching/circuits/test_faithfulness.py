@@ -144,13 +144,13 @@ def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
     """One ground held as many pairs as fitted into a quarter of the memory, and the next was made beside it."""
     monkeypatch.setattr(runner, "_BYTES_ON_CPU", 2**19)
     peaks = []
-    for n in (32, 64, 192):
+    for n in (32, 192):
         clean, corrupted = random_tokens(n, 12, seed=1), random_tokens(n, 12, seed=2)
         with LiveBytes() as live:
             patching.evaluate_circuits(MODEL, clean, corrupted, CIRCUITS, LogitDiff(3, 5), progress=False)
         peaks.append(live.peak)
     # Token ids and values themselves: some hundred bytes for each pair.
-    assert peaks[2] - peaks[0] < 160 * 1000
+    assert peaks[1] - peaks[0] < 160 * 1000
     assert max(peaks) < 3 * 2**19
 
 

@@ -50,7 +50,7 @@ def test_full_circuit_is_the_clean_run_and_empty_the_corrupted_one(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_random_circuits_equal_the_reference(network, data):
     model = MODELS[network]

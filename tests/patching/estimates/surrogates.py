@@ -94,34 +94,47 @@ def index_of(cell):
     return tuple(index)
 
 
-@torch.no_grad()
-def derivative(model, clean, corrupted, cell, metric, rules, *, step=1e-4):
-    """The surrogate's derivative as one cell's activation moves from the corrupted run's to the clean run's."""
-    name, index = cell["site"], index_of(cell)
-    scales = values_at(model, corrupted, named(model, "hook_scale"))
-    target, start = values_at(model, clean, [name])[name], values_at(model, corrupted, [name])[name]
-    change = torch.where(target == start, 0.0, target - start)
-    hooks = hooks_for(model, corrupted, rules)
+class Surrogate:
+    """The network that some rules take for the real one, around the corrupted run."""
 
-    def value(fraction):
-        def move(tensor, hook):
-            moved = tensor.clone()
-            moved[index] = moved[index] + fraction * change[index]
-            return moved
+    def __init__(self, model, clean, corrupted, rules):
+        self.model, self.clean, self.corrupted = model, clean, corrupted
+        self.scales = values_at(model, corrupted, named(model, "hook_scale"))
+        self.hooks = hooks_for(model, corrupted, rules)
+        self.held = any(isinstance(rule, HoldNormScale) for rule in rules)
+        self.changes = {}
 
-        def norm_copies(norm, x, call):
-            scale = scales[norm.hook_scale.name]
-            if x.ndim == 4 and scale.ndim == 3:
-                scale = scale[:, :, None]
-            elif x.ndim == 4:
-                scale = scale.repeat_interleave(x.shape[2] // scale.shape[2], 2)
-            centred = x - x.mean(-1, keepdim=True) if norm.norm.kind == "layer" else x
-            return norm._weigh_divided(centred / scale, x)
+    def change(self, name):
+        """From the corrupted run's activation to the clean run's."""
+        if name not in self.changes:
+            target, start = (values_at(self.model, tokens, [name])[name] for tokens in (self.clean, self.corrupted))
+            self.changes[name] = torch.where(target == start, 0.0, target - start)
+        return self.changes[name]
 
-        # What is normed beside a norm's input has the same denominator. Hooks of the rules come first, so that what is
-        # moved is what the network reads.
-        held = any(isinstance(rule, HoldNormScale) for rule in rules)
-        with mock.patch.object(Norm, "apply_beside", norm_copies if held else Norm.apply_beside):
-            return metric(model.run_with_hooks(corrupted, fwd_hooks=[*hooks, (name, move)]))
+    @torch.no_grad()
+    def derivative(self, cell, metric, *, step=1e-4):
+        """As one cell's activation moves from the corrupted run's to the clean run's."""
+        name, index = cell["site"], index_of(cell)
+        change = self.change(name)
 
-    return (value(step) - value(-step)) / (2 * step)
+        def value(fraction):
+            def move(tensor, hook):
+                moved = tensor.clone()
+                moved[index] = moved[index] + fraction * change[index]
+                return moved
+
+            def norm_copies(norm, x, call):
+                scale = self.scales[norm.hook_scale.name]
+                if x.ndim == 4 and scale.ndim == 3:
+                    scale = scale[:, :, None]
+                elif x.ndim == 4:
+                    scale = scale.repeat_interleave(x.shape[2] // scale.shape[2], 2)
+                centred = x - x.mean(-1, keepdim=True) if norm.norm.kind == "layer" else x
+                return norm._weigh_divided(centred / scale, x)
+
+            # What is normed beside a norm's input has the same denominator. Hooks of the rules come first, so that what
+            # is moved is what the network reads.
+            with mock.patch.object(Norm, "apply_beside", norm_copies if self.held else Norm.apply_beside):
+                return metric(self.model.run_with_hooks(self.corrupted, fwd_hooks=[*self.hooks, (name, move)]))
+
+        return (value(step) - value(-step)) / (2 * step)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -28,20 +29,28 @@ def assert_scores(found, table, atol):
     assert bool((found.per_pair[~found.exists] == 0).all())
 
 
-@pytest.mark.parametrize("network", WIRINGS)
-@pytest.mark.parametrize(
-    ("options", "reference"),
-    [
-        ({"method": "eap", "rules": "gradient"}, published.eap),
-        ({"method": "eap-ig-inputs", "steps": 3}, partial(published.eap_ig_inputs, weights=[1 / 3, 2 / 3, 1.0])),
-        ({"method": "eap-ig", "steps": 2, "rule": "left"}, partial(published.eap_ig_inputs, weights=[0.0, 0.5])),
-        ({"method": "eap-ig", "steps": 2, "rule": "midpoint"}, partial(published.eap_ig_inputs, weights=[0.25, 0.75])),
-        ({"method": "eap-ig-activations", "steps": 2}, partial(published.eap_ig_activations, weights=[0.5, 1.0])),
-        ({"method": "clean-corrupted", "rules": []}, published.clean_corrupted),
-        ({"method": "exact"}, published.exact),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
-)
+METHODS = [
+    ({"method": "eap", "rules": "gradient"}, published.eap),
+    ({"method": "eap-ig-inputs", "steps": 3}, partial(published.eap_ig_inputs, weights=[1 / 3, 2 / 3, 1.0])),
+    ({"method": "eap-ig", "steps": 2, "rule": "left"}, partial(published.eap_ig_inputs, weights=[0.0, 0.5])),
+    ({"method": "eap-ig", "steps": 2, "rule": "midpoint"}, partial(published.eap_ig_inputs, weights=[0.25, 0.75])),
+    ({"method": "eap-ig-activations", "steps": 2}, partial(published.eap_ig_activations, weights=[0.5, 1.0])),
+    ({"method": "clean-corrupted", "rules": []}, published.clean_corrupted),
+    ({"method": "exact"}, published.exact),
+]
+# One gradient is taken in every network; methods that take it at other points, and patches, see these kinds.
+TRIED_WITH_ALL = {"eap": WIRINGS, "exact": ["grouped", "shared norm", "attention only", *WIRINGS[-2:]]}
+TRIED_OTHERWISE = ["grouped", "shared norm", "heads and MLPs apart"]
+
+
+def methods_and_networks():
+    for (options, reference), network in product(METHODS, WIRINGS):
+        is_tried = network in TRIED_WITH_ALL.get(options["method"], TRIED_OTHERWISE)
+        name = "-".join([*map(str, options.values()), network])
+        yield pytest.param(network, options, reference, id=name, marks=() if is_tried else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("network", "options", "reference"), methods_and_networks())
 def test_scores_are_the_published_ones(network, options, reference):
     """The default was the corrupted run's gradient, and integrated gradients took midpoints, under the papers' names.
 
@@ -104,7 +113,7 @@ def test_averaged_gradients_add_up_to_the_whole_difference():
     """All edges into the first readers of the embeddings carry the whole change of the metric (completeness)."""
     model = make_model("shared norm")
     clean, corrupted = random_tokens(1, 5, seed=1), random_tokens(1, 5, seed=2)
-    scores = patching.edge_attribution(model, clean, corrupted, METRIC, method="eap-ig", steps=400, rule="midpoint")
+    scores = patching.edge_attribution(model, clean, corrupted, METRIC, method="eap-ig", steps=50, rule="midpoint")
     embed = scores.scores[scores.writers.index("embed")]
     assert float(embed.sum()) == pytest.approx(scores.corrupted - scores.clean, abs=0.02)
 

@@ -40,12 +40,13 @@ def effect_by_autograd(model, from_tokens, into_tokens, cell, made, pair):
     return value.detach() + change[index].sum()
 
 
+@pytest.mark.parametrize("n_examples", [10, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_attribution_is_the_gradient_of_the_edited_model(network):
+def test_attribution_is_the_gradient_of_the_edited_model(network, n_examples):
     model = MODELS[network]
 
     @seed_of(network)
-    @settings(max_examples=25)
+    @settings(max_examples=n_examples)
     @given(st.data())
     def check(data):
         lengths = data.draw(st.sampled_from([(WIDTH,), (WIDTH, 4)]))

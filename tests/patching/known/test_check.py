@@ -18,7 +18,7 @@ from tests.patching.masked_reference import MaskedReference
 @pytest.mark.parametrize("norm", [None, "rms"])
 def test_a_circuit_set_by_hand_holds(norm):
     known = patching.known.induction(norm=norm)
-    found = check(known, n=64)
+    found = check(known, n=16)
     assert found.accuracy == found.strictness == found.least_inside == 1.0
     assert found.most_outside == 0.0
     assert dict(found.interchange) == dict.fromkeys(("token", "previous", "query", "answer"), 1.0)
@@ -53,10 +53,10 @@ def test_shares_against_one_forward_at_a_time():
 def test_a_circuit_that_lacks_an_edge_is_found_out():
     known = patching.known.induction()
     missing = known.circuit.edges[-1]
-    found = check(replace(known, circuit=known.circuit.without_edges([missing])), n=32)
+    found = check(replace(known, circuit=known.circuit.without_edges([missing])), n=8)
     assert found.strictness == 0.0
     assert found.most_outside == found.changed[missing] == 1.0
-    more = check(replace(known, circuit=known.circuit.with_edges([("embed", "logits")])), n=32)
+    more = check(replace(known, circuit=known.circuit.with_edges([("embed", "logits")])), n=8)
     assert more.least_inside == 0.0
     assert more.strictness == 1.0
 

@@ -10,11 +10,11 @@ from tests.patching.known.test_induction import auroc
 
 @pytest.fixture(scope="module")
 def known() -> KnownCircuit:
-    # At 200 steps of 400 all answers are right, and training takes most of the time of these tests.
-    return patching.known.train_small_algorithm(n_values=5, steps=200, progress=False)
+    # At 150 steps of 400 all answers are right, and training takes most of the time of these tests.
+    return patching.known.train_small_algorithm(n_values=4, steps=150, progress=False)
 
 
-def every_prompt(n_values=5):
+def every_prompt(n_values=4):
     numbers = torch.cartesian_prod(*[torch.arange(n_values)] * 3)
     return torch.cat([numbers, torch.full((len(numbers), 1), n_values)], 1)
 

@@ -21,9 +21,9 @@ def parameters_of(known):
 
 def test_a_claim_comes_true():
     claim = make_claim()
-    before = check(claim)
+    before = check(claim, n=64)
     assert before.accuracy < 0.5
-    found = check(train(claim))
+    found = check(train(claim), n=64)
     assert found.accuracy == found.interchange["copied"] == found.strictness == 1.0
     assert found.least_inside == 1.0
     assert found.most_outside == 0.0
@@ -34,7 +34,7 @@ def test_without_strictness_the_answer_comes_by_other_ways():
     claim = make_claim()
     lax = replace(claim, circuit=Circuit.full(claim.model.cfg), variables={})
     trained = replace(train(lax), circuit=claim.circuit)
-    found = check(trained)
+    found = check(trained, n=64)
     assert found.accuracy == 1.0
     assert found.strictness < 0.9
 

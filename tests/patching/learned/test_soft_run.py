@@ -80,7 +80,7 @@ def test_gates_of_0_and_1_give_what_the_circuit_gives_bit_for_bit(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 999), share=st.sampled_from([0.0, 0.3]), ablation=st.sampled_from(["resample", "zero"]))
 def test_gates_blend_each_edge_with_its_ablation(network, seed, share, ablation):
     model = MODELS[network]

@@ -31,7 +31,7 @@ METRICS = {
 }
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(
     st.lists(st.sampled_from(list(METRICS)), min_size=1, max_size=4, unique=True),
     st.sampled_from([(WIDTH, WIDTH, WIDTH), (WIDTH, 4, 5)]),

@@ -9,9 +9,10 @@ from hooklens.errors import InputError
 from hooklens.patching import KL, LogitDiff, Pair, SiteError, SweepInterruptedError
 from hooklens.patching.pairs.loader import read_source
 from tests.annotations import unchecked
-from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
+from tests.checkpoints import D_VOCAB, build_variant
 from tests.model.networks import make_model, random_tokens
 from tests.patching.naive import patch_naively
+from tests.patching.variants import variants
 
 LENGTHS = (6, 4, 5, 6, 3)
 ANSWERS = ([3, 4], [5], [6, 7, 8], [9], [1, 2])
@@ -61,7 +62,7 @@ def test_pairs_in_every_form_equal_each_pair_alone(form, group, monkeypatch):
         torch.testing.assert_close(result.clean_per_pair[number], alone.clean_per_pair[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants())
 def test_loaders_of_ragged_pairs_equal_one_forward_per_cell_in_every_wiring(variant):
     over = "mean" if len(variant) % 2 else "logsumexp"
     model = HookedCausalLM.from_hf(build_variant(variant, dtype=torch.float64))
@@ -91,10 +92,13 @@ def test_texts_and_torchs_own_loader():
     torch.testing.assert_close(result.values, expected.values, rtol=0, atol=1e-6)
 
 
-def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch):
+def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch, request):
     monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 2)
     model = make_model("grouped")
     alive, most = weakref.WeakSet(), 0
+    # What other tests have left is not looked through for each pair.
+    gc.freeze()
+    request.addfinalizer(gc.unfreeze)
 
     def loader():
         nonlocal most

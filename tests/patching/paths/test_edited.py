@@ -105,12 +105,13 @@ def drawn_edits(draw, model):
     return made, changes
 
 
+@pytest.mark.parametrize("n_examples", [5, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", WIRINGS)
-def test_every_sender_equals_the_tree_of_paths(network):
+def test_every_sender_equals_the_tree_of_paths(network, n_examples):
     model = small_model(network)
 
     @seed_of(network)
-    @settings(max_examples=12)
+    @settings(max_examples=n_examples)
     @given(st.data())
     def check(data):
         made, changes = data.draw(drawn_edits(model))

@@ -68,6 +68,21 @@ def test_the_reference_computes_the_network(network):
 
 
 @pytest.mark.parametrize("through_mlps", [True, False])
+@pytest.mark.parametrize("receivers", ["logits", "an MLP and the logits", "heads above heads, an MLP and the logits"])
+def test_copies_of_a_node_may_share_a_run_of_the_reference(receivers, through_mlps):
+    model = small_model("grouped")
+    clean, corrupted = two_prompts(model)
+    for sender in ("embed", "a0.h0", "m0"):
+        shared, apart = (
+            PathTree(model, corrupted, clean, is_shared=is_shared).logits(
+                sender, RECEIVERS[receivers], through_mlps=through_mlps
+            )
+            for is_shared in (True, False)
+        )
+        assert torch.equal(shared, apart)
+
+
+@pytest.mark.parametrize("through_mlps", [True, False])
 @pytest.mark.parametrize(
     ("network", "receivers"),
     [

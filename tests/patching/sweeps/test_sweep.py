@@ -10,9 +10,10 @@ from hooklens.errors import HookNameError, InputError, TransformError
 from hooklens.patching import KL, FunctionMetric, LogitDiff, LogProb
 from hooklens.patching.runs.tally import Tally
 from tests.annotations import unchecked
-from tests.checkpoints import D_VOCAB, VARIANTS, build_variant
+from tests.checkpoints import D_VOCAB, build_variant
 from tests.model.networks import CONFIGS, activations_of, make_model, pad_rows, random_tokens
 from tests.patching.naive import patch_naively
+from tests.patching.variants import variants
 
 METRIC = LogitDiff(3, 5)
 N_TOKENS = 6
@@ -54,7 +55,7 @@ def assert_exact(model, clean, corrupted, result, tolerance, *, n_cells=2, into_
 @pytest.mark.parametrize("network", CONFIGS)
 def test_every_site_equals_one_full_forward_per_cell(network):
     model = make_model(network)
-    clean, corrupted = pair()
+    clean, corrupted = pair(n=4)
     for grid in every_grid(model):
         # 1e-10: float64 rounding through two layers, far below any real difference.
         result = patching.sweep(model, clean, corrupted, grid, METRIC, progress=False)
@@ -92,7 +93,7 @@ def test_the_last_mlp_runs_for_tokens_that_are_read_only(network):
     assert seen == [2 * N_TOKENS, N_TOKENS]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_checkpoint_variants(variant, dtype, tolerance):
     model = HookedCausalLM.from_hf(build_variant(variant, dtype=dtype))
@@ -131,7 +132,7 @@ def test_a_key_counted_from_the_end_is_each_prompts_own(word):
     ]
     (clean, mask), (corrupted, _) = pad_rows(rows[0], "right"), pad_rows(rows[1], "right")
     for sources in (-2, [-1, 1], [-3, 0]):
-        grid = patching.grid(word, positions=[-1, 2], sources=sources)
+        grid = patching.grid(word, positions=[-1, 2], sources=sources, heads=[0, 3])
         result = patching.sweep(model, clean, corrupted, grid, METRIC, attention_mask=mask, progress=False)
         for cell, values in zip(result.cells, result.per_pair.flatten(0, -2), strict=True):
             for i in range(3):

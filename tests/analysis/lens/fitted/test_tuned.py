@@ -18,7 +18,7 @@ from tests.model.networks import make_model, random_tokens
 def test_it_lowers_the_losses_of_every_layer_on_held_out_text(name):
     """The contract: divergence and cross-entropy, on text that is drawn apart from what the lens was fitted on."""
     model = hl.HookedCausalLM.from_pretrained(f"bundled:{name}")
-    lens = TunedLens.fit(model, make_texts(120, seed=1), steps=40, lr=3e-3, batch_size=16, progress=False)
+    lens = TunedLens.fit(model, make_texts(60, seed=1), steps=20, lr=6e-3, batch_size=16, progress=False)
     unseen = make_texts(16, seed=2)
     plain = lens_losses(model, unseen, progress=False)
     tuned = lens_losses(model, unseen, transport=lens, progress=False)
