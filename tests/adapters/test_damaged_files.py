@@ -133,7 +133,7 @@ def sharded(tmp_path) -> Saved:
     return Saved(tmp_path, "60KB")
 
 
-def damage(data: bytes, *, up_to: int | None = None, n: int = 30) -> Iterator[bytes]:
+def damage(data: bytes, *, up_to: int | None = None, n: int = 60) -> Iterator[bytes]:
     """The data cut off, and with some bits of its beginning flipped."""
     generator = random.Random(0)
     yield b""
@@ -210,7 +210,7 @@ def test_damaged_tokenizer_files(whole, name) -> None:
     path = whole.folder / name
     data = path.read_bytes()
     loaded = []
-    for changed in damage(data, n=20):
+    for changed in damage(data, n=40):
         path.write_bytes(changed)
         loaded.append(whole.loads(same=True))
     for key in json.loads(data):
