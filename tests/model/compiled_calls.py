@@ -34,15 +34,14 @@ def calls(model):
         "everything": lambda ids: model.run_with_cache(ids),  # noqa: PLW0108 -- the names are read without a model
         "edits": lambda ids: (model.run_with_hooks(ids, edits=declared), {}),
         "both": lambda ids: model.run_with_cache(ids, names_filter="resid_post", edits=declared, logits_at=-1),
+        "everything, edited": lambda ids: model.run_with_cache(ids, edits=declared),
         "to a layer": lambda ids: model.run_with_cache(ids, names_filter="resid_pre", stop_at_layer=1),
     }
 
 
-# Each call of one network, and of the others what holds the rest: every capture, and edits of each kind.
+# Each call of one network, and of the others one that holds the rest: every capture, and edits of each kind.
 CASES = [
-    pytest.param(
-        network, call, marks=() if network == "grouped" or call in {"everything", "edits"} else pytest.mark.slow
-    )
+    pytest.param(network, call, marks=() if network == "grouped" or call == "everything, edited" else pytest.mark.slow)
     for network in ALL_CONFIGS
     for call in calls(None)
 ]

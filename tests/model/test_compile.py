@@ -16,13 +16,13 @@ pytestmark = traces_whole
 
 
 def test_compiled_calls():
-    """Two calls of every network, six of one, documents said in two ways in one, and two tests more."""
-    assert run("not slow") == 2 * len(ALL_CONFIGS) + 4 + 2 + 2
+    """A call of every network, seven of one, documents said in two ways in one, and two tests more."""
+    assert run("not slow") == len(ALL_CONFIGS) + 6 + 2 + 2
 
 
 @pytest.mark.slow
 def test_more_compiled_calls():
-    assert run("slow") == 4 * (len(ALL_CONFIGS) - 1) + 6
+    assert run("slow") == 6 * (len(ALL_CONFIGS) - 1) + 6
 
 
 def run(marks: str) -> int:
