@@ -2,6 +2,7 @@
 
 import ast
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,37 @@ def test_a_notebook_with_widgets_gets_one(monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "tqdm.auto [0, 1, 2]\n" in done.stdout
+
+
+IN_A_KERNEL = """
+import time, warnings
+import hooklens.progress as progress
+progress.DELAY = 0
+with progress.progress_bar("probing", range(3), progress={progress}) as bar:
+    for _ in bar:
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("has_widgets", [False, True])
+def test_in_a_real_kernel(tmp_path, monkeypatch, has_widgets):
+    """A cell's outputs: a widget, or a line of text where there is no ipywidgets; never a red warning."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipywidgets")
+    if not has_widgets:
+        (tmp_path / "ipywidgets.py").write_text("raise ImportError('No module named ipywidgets')\n")
+    paths = [str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+    cells = [nbformat.v4.new_code_cell(IN_A_KERNEL.format(progress=shown)) for shown in ("True", "False")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    drawn, silent = (cell.outputs for cell in notebook.cells)
+    assert silent == []
+    text = "".join(one.get("text", "") for one in drawn)
+    assert "Warning" not in text
+    widgets = [one for one in drawn if "application/vnd.jupyter.widget-view+json" in one.get("data", {})]
+    assert bool(widgets) == has_widgets
+    assert ("probing:   0%|" in text) == (not has_widgets)
 
 
 def test_the_bars_of_downloads_follow_the_switch(monkeypatch):
