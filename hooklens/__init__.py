@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         verification,
         viz,
     )
+    from hooklens.causal_lm.memory.plan import MemoryPlan, plan
     from hooklens.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "HookedModule",
     "LearnedPositions",
     "MLAConfig",
+    "MemoryPlan",
     "MoEConfig",
     "NoPositions",
     "NormConfig",
@@ -86,6 +88,7 @@ __all__ = [
     "get_act_name",
     "is_supported",
     "patching",
+    "plan",
     "pool",
     "progress_bars",
     "sae",
@@ -112,13 +115,18 @@ _LATE = frozenset(
         "viz",
     }
 )
-# What stands here of one of them.
-_LATE_NAMES = frozenset({"VerificationReport", "verify"})
+# What stands here of modules that are imported when first used.
+_LATE_NAMES = {
+    "MemoryPlan": "causal_lm.memory.plan",
+    "VerificationReport": "verification",
+    "plan": "causal_lm.memory.plan",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
         return import_package(f"{__name__}.{name}")
     if name in _LATE_NAMES:
-        return getattr(import_package(f"{__name__}.verification"), name)
+        return getattr(import_package(f"{__name__}.{_LATE_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,10 @@ class InputError(HookLensError, ValueError):
     """What was handed to a model call (tokens, text, masks, positions, layers) cannot be run."""
 
 
+class InsufficientMemoryError(HookLensError, MemoryError):
+    """A call would take more memory than is free, which is known before it runs."""
+
+
 class HookNameError(HookLensError, LookupError):
     """A name, glob or predicate selects no hook point."""
 

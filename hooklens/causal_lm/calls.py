@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         """What `run_with_cache` takes besides what its type depends on."""
 
         remove_batch_dim: bool
+        check_memory: bool
 
     class Called(Protocol):
         """The type of a model's call."""

@@ -27,6 +27,7 @@ from hooklens.causal_lm.calls import (
 from hooklens.causal_lm.checkpoints import CheckpointMethods
 from hooklens.causal_lm.embedding import EmbeddingMethods
 from hooklens.causal_lm.loading import LoadingMethods
+from hooklens.causal_lm.memory.guard import refuse_beyond_memory
 from hooklens.causal_lm.overview import summarise
 from hooklens.causal_lm.text import TextMethods
 from hooklens.config import HookedConfig, refuse_other_outputs
@@ -323,7 +324,7 @@ class HookedCausalLM(  # pyright: ignore[reportIncompatibleVariableOverride]
             **options: Unpack[CachedCallOptions],
         ) -> tuple[Output, ActivationCache]: ...
 
-    @reads(**CALLING, **LISTENING, **CAPTURING, remove_batch_dim=read_flag)
+    @reads(**CALLING, **LISTENING, **CAPTURING, remove_batch_dim=read_flag, check_memory=read_flag)
     def run_with_cache(
         self,
         input: Input,
@@ -338,6 +339,7 @@ class HookedCausalLM(  # pyright: ignore[reportIncompatibleVariableOverride]
         bwd_hooks: HookList = (),
         edits: Sequence[Edit] = (),
         splices: Sequence[Splice] = (),
+        check_memory: bool = True,
         **forward_keywords: Any,
     ) -> tuple[Output, ActivationCache]:
         """Run the model and keep activations.
@@ -357,6 +359,8 @@ class HookedCausalLM(  # pyright: ignore[reportIncompatibleVariableOverride]
             bwd_hooks: the same for gradients.
             edits: values from `hooklens.edits`.
             splices: sparse autoencoders and the like (`sae.at(name)`); they act after `edits`.
+            check_memory: refuse a call that takes more than the free memory (`hooklens.plan`). Calls that are small
+                beside it are not looked at; functions of one's own (`fwd_hooks`, `bwd_hooks`) are not counted.
             **forward_keywords: keywords of a call (`return_type`, `attention_mask`, ...).
 
         Returns:
@@ -364,6 +368,7 @@ class HookedCausalLM(  # pyright: ignore[reportIncompatibleVariableOverride]
 
         Raises:
             HookNameError: a part of the filter selects nothing.
+            InsufficientMemoryError: the call does not fit into the free memory; before the forward.
             InputError: `pos_slice` is of another kind, out of range, or keeps nothing; before the forward.
         """
         prepare_keywords, run_keywords = _KEYWORDS.split(forward_keywords, self.run_with_cache)
@@ -376,6 +381,10 @@ class HookedCausalLM(  # pyright: ignore[reportIncompatibleVariableOverride]
             points = self.select_hook_points(names_filter, idle=idle)
             own = self.listen(fwd_hooks, bwd_hooks, edits, splices=splices, idle=idle)
         columns = self._choose_columns(pos_slice, run_keywords.get("logits_at"), call, points)
+        if check_memory:
+            said: dict[str, Any] = {"device": device, "dtype": dtype, "incl_bwd": incl_bwd, "pos_slice": pos_slice}
+            said |= {"names_filter": names_filter, "edits": edits, "splices": splices, **forward_keywords}
+            refuse_beyond_memory(self, input, call, len(points), said)
         capture = Capture(points, device=device, dtype=dtype, pos_slice=columns, incl_bwd=incl_bwd)
         listeners = join_listeners([own, capture.listeners])
         output = self._run_call(call, listeners=listeners, **run_keywords)
