@@ -5,7 +5,7 @@ A new command is a module here with a documented function, and one line below.
 
 import typer
 
-from hooklens.cli import convert, demo, generate, info, merge, patch, record, scan, score, verify
+from hooklens.cli import convert, demo, generate, info, merge, patch, plan, record, scan, score, verify
 from hooklens.cli.group import HookLensGroup, describe_exit_codes
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for command, failed in (
     (generate.generate, None),
     (score.score, "some items could not be scored, the others were"),
     (patch.patch, None),
+    (plan.plan, "the free memory does not hold the call"),
     (record.record, None),
     (scan.scan, None),
 ):

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hooklens.causal_lm.calls import Input, PreparedCall
 from hooklens.causal_lm.memory.free import free_bytes
-from hooklens.display import format_bytes
 from hooklens.errors import InputError, InsufficientMemoryError
 from hooklens.optional import import_package
 
@@ -68,14 +67,18 @@ def _bound(model: "HookedCausalLM", call: PreparedCall, n_points: int) -> int:
 def describe(plan: "MemoryPlan") -> str:
     """The refusal of a call that does not fit: its numbers, and what to do."""
     short = "; ".join(
-        f"{format_bytes(peak)} on {device}, where {format_bytes(plan.free[device])} are free"
+        f"{_tell(peak)} on {device}, where {_tell(plan.free[device])} are free"
         for device, peak in plan.peaks.items()
         if peak > plan.free.get(device, peak)
     )
-    remedies = ", or ".join(f"{one.change} (spares about {format_bytes(one.saves)})" for one in plan.suggestions[:4])
+    remedies = ", or ".join(f"{one.change} (spares about {_tell(one.saves)})" for one in plan.suggestions[:4])
     return (
-        f"run_with_cache would take {short}: {format_bytes(plan.captured)} of {len(plan.sites)} activations, "
-        f"{format_bytes(plan.output)} of output and what the forward holds besides. Expected a call that fits; "
+        f"run_with_cache would take {short}: {_tell(plan.captured)} of {len(plan.sites)} activations, "
+        f"{_tell(plan.output)} of output and what the forward holds besides. Expected a call that fits; "
         f"{f'take {remedies}; ' if remedies else ''}hooklens.plan(model, input, ...) tells more, and "
         "check_memory=False runs the call as it is"
     )
+
+
+def _tell(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -12,7 +12,7 @@ from hooklens.arguments import optional, read_flag, reads, require
 from hooklens.causal_lm.calls import Input
 from hooklens.causal_lm.memory.free import free_bytes
 from hooklens.causal_lm.memory.replay import Replay, count_storages, find_tensors
-from hooklens.causal_lm.memory.suggestions import SiteBytes, Suggestion, suggest
+from hooklens.causal_lm.memory.suggestions import Held, SiteBytes, Suggestion, suggest
 from hooklens.causal_lm.model import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary, format_bytes, format_shape, merge_layers
 from hooklens.errors import InputError
@@ -171,7 +171,9 @@ class _Planned:
     def __init__(
         self, model: HookedCausalLM, input: Input, call: dict[str, Any], *, capture: bool, records: bool, backward: bool
     ) -> None:
-        self.model, self.input, self.call = model, input, call
+        self.model, self.input, self.call = model, input, dict(call)
+        # What drops the axis of the kept tensors looks at their addresses.
+        self.drops_batch = bool(self.call.pop("remove_batch_dim", False))
         self.capture, self.records, self.backward = capture, records, backward
         self.replay = Replay(input.numel() if isinstance(input, Tensor) else 0)
 
@@ -187,48 +189,59 @@ class _Planned:
             point.__dict__["own"] = None
         with replay.running(grad=self.records):
             output, kept = self._run(copied, input, call)
-        forward, gradients = dict(replay.peak), 0
+        forward = dict(replay.peak)
         peaks, after = forward, None
-        held = sum(replay.live.values())
+        held = self._sort_held(output, kept)
         if self.backward:
             replay.start_anew()
             with replay.running(grad=True):
                 _go_back(output)
             after = dict(replay.peak)
             peaks = {device: max(size, forward.get(device, 0)) for device, size in after.items()}
-        gradients = count_storages(one.grad for one in copied.parameters() if one.grad is not None)
-        sites = _list_sites(kept)
-        output_bytes = count_storages(find_tensors(output))
         cache = call.get("past_kv_cache")
-        captured = sum(site.added for site in sites)
-        devices = {device: free_bytes(device) for device in peaks}
-        free = {device: size for device, size in devices.items() if size is not None}
-        peak = max(peaks.values(), default=0)
-        logits = output if isinstance(output, Tensor) and output.ndim == 3 and "stop_at_layer" not in call else None
+        known = {device: free_bytes(device) for device in peaks}
+        free = {device: size for device, size in known.items() if size is not None}
+        main = max(peaks, key=lambda device: peaks[device], default=model.device)
+        sites = [site for site, _ in held["sites"]]
         return MemoryPlan(
             weights=count_storages([*model.parameters(), *model.buffers()]),
-            kv_cache=0 if cache is None else count_storages(find_tensors(cache, [call])),
-            sites=sites,
-            captured=captured,
-            output=output_bytes,
+            kv_cache=0 if cache is None else count_storages(find_tensors(cache)),
+            sites=tuple(sites),
+            captured=sum(site.added for site in sites),
+            output=count_storages(_tensors_of(output)),
             forward=max(forward.values(), default=0),
             backward=None if after is None else max(after.values(), default=0),
-            gradients=gradients,
+            gradients=count_storages(one.grad for one in copied.parameters() if one.grad is not None),
             peaks=peaks,
             free=free,
             suggestions=suggest(
-                sites,
                 call,
-                peak=peak,
-                logits=0 if logits is None else output_bytes,
-                n_reads=1 if logits is None else logits.shape[1],
-                n_rows=_count_rows(self.input),
-                graph=max(0, held - captured - output_bytes) if self.records and not self._goes_back() else 0,
-                free=free.get(model.device),
-                device=model.device,
+                Held(
+                    **held,
+                    n_rows=_count_rows(self.input),
+                    free=free.get(main),
+                    peak=peaks.get(main, 0),
+                    peak_if=lambda shares: replay.peak_if(shares).get(main, 0),
+                ),
+                model.device,
             ),
             notes=(f"hooks that are attached to {len(attached)} points of the model are left out",) * bool(attached),
         )
+
+    def _sort_held(self, output: Any, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the storages are that a forward has left."""
+        replay = self.replay
+        sites = _list_sites(kept, drops_batch=self.drops_batch)
+        of_sites = [replay.find_held([tensor]) for tensor in kept.values()]
+        given = replay.find_held(_tensors_of(output))
+        graph = replay.held - given.union(*of_sites) if self.records and not self._goes_back() else set()
+        has_logits = isinstance(output, Tensor) and output.ndim == 3
+        return {
+            "sites": list(zip(sites, of_sites, strict=True)),
+            "logits": given if has_logits else set(),
+            "graph": graph,
+            "n_reads": output.shape[1] if has_logits else 1,
+        }
 
     def _goes_back(self) -> bool:
         return self.backward or bool(self.call.get("incl_bwd"))
@@ -238,6 +251,11 @@ class _Planned:
             return model.run_with_hooks(input, **call), {}
         output, cache = model.run_with_cache(input, **{**call, "check_memory": False})
         return output, cache
+
+
+def _tensors_of(output: Any) -> list[Tensor]:
+    """What a call gives: one tensor, logits and a loss, or nothing."""
+    return [one for one in (output if isinstance(output, tuple) else (output,)) if one is not None]
 
 
 def _go_back(output: Any) -> None:
@@ -255,14 +273,17 @@ def _count_rows(input: Input) -> int:
     return len(input) if many and not isinstance(input, str) else 1
 
 
-def _list_sites(kept: Mapping[str, Tensor]) -> tuple[SiteBytes, ...]:
+def _list_sites(kept: Mapping[str, Tensor], *, drops_batch: bool) -> tuple[SiteBytes, ...]:
     """What is kept of each point; a storage counts where it comes first."""
+    n_rows = next((tensor.shape[0] for tensor in kept.values()), 1)
+    if drops_batch and n_rows != 1:
+        raise InputError(f"plan: remove_batch_dim=True needs a batch of one row, this one has {n_rows}; leave it out")
     seen: set[int] = set()
     sites = []
     for name, tensor in kept.items():
         storage = tensor.untyped_storage()
         added = 0 if storage._cdata in seen else storage.nbytes()
         seen.add(storage._cdata)
-        size = tensor.numel() * tensor.itemsize
-        sites.append(SiteBytes(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, bytes=size, added=added))
+        size, shape = tensor.numel() * tensor.itemsize, tuple(tensor.shape[drops_batch:])
+        sites.append(SiteBytes(name=name, shape=shape, dtype=tensor.dtype, bytes=size, added=added))
     return tuple(sites)

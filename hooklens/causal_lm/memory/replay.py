@@ -14,7 +14,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Literal, TypeVar
@@ -58,7 +58,9 @@ class Replay(TorchDispatchMode):
         self.live: Counter[torch.device] = Counter()
         self.peak: Counter[torch.device] = Counter()
         self._shapes = FakeTensorMode()
-        self._counted: set[int] = set()
+        # By address of a storage that is held the place in the log where it was made; and what was made and freed.
+        self._held: dict[int, int] = {}
+        self._log: list[tuple[torch.device, int, int]] = []
 
     def copy(self, original: Copied, *, shared: Iterable[object] = ()) -> Copied:
         """A copy of objects, whose tensors have no values but for small ones of whole numbers and flags.
@@ -82,6 +84,29 @@ class Replay(TorchDispatchMode):
         """Let the peak count from here on."""
         self.peak = Counter(self.live)
 
+    def find_held(self, tensors: Iterable[Tensor]) -> set[int]:
+        """Which of the storages that were made, and are still held, some tensors lie in: their places in the log."""
+        held = (self._held.get(one.untyped_storage()._cdata) for one in tensors)
+        return {place for place in held if place is not None}
+
+    @property
+    def held(self) -> set[int]:
+        """All storages that were made and are still held."""
+        return set(self._held.values())
+
+    def peak_if(self, shares: Mapping[int, float]) -> dict[torch.device, int]:
+        """What the peaks would be if some storages were smaller.
+
+        Args:
+            shares: by storage the part of its size that is left.
+        """
+        live: Counter[torch.device] = Counter()
+        peak: Counter[torch.device] = Counter()
+        for device, place, size in self._log:
+            live[device] += int(size * shares.get(place, 1.0))
+            peak[device] = max(peak[device], live[device])
+        return dict(peak)
+
     @contextmanager
     def running(self, *, grad: bool) -> Iterator[None]:
         """Run a block.
@@ -96,7 +121,8 @@ class Replay(TorchDispatchMode):
             # Leaving inference_mode, whose tensors count no changes, turns the recording of gradients on.
             with torch.inference_mode(mode=False), torch.set_grad_enabled(grad), self:
                 yield
-        except HookLensError:
+        except (HookLensError, TypeError):
+            # Of arguments, as the call itself would raise.
             raise
         except Exception as error:
             raise InputError(
@@ -144,12 +170,13 @@ class Replay(TorchDispatchMode):
         for tensor in _tensors_in(out):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in before or key in self._counted:
+            if key in before or key in self._held:
                 continue
             size, device = storage.nbytes(), tensor.device
             self.live[device] += size
             self.peak[device] = max(self.peak[device], self.live[device])
-            self._counted.add(key)
+            self._held[key] = len(self._log)
+            self._log.append((device, len(self._log), size))
             weakref.finalize(storage, self._forget, key, size, device)
         return out
 
@@ -157,7 +184,7 @@ class Replay(TorchDispatchMode):
         return tensor.numel() > self._most_with_values
 
     def _forget(self, key: int, size: int, device: torch.device) -> None:
-        self._counted.discard(key)
+        self._log.append((device, self._held.pop(key), -size))
         self.live[device] -= size
 
 
