@@ -1,4 +1,4 @@
-"""`python -m tests.memory_table`: plans beside what torch's allocator reports of the same calls, into docs/memory.md."""
+"""`python -m tests.memory_table`: plans beside what torch's allocator reports of the calls, into docs/memory.md."""
 
 import gc
 from collections.abc import Callable
@@ -45,7 +45,9 @@ def _own(**fields: Any) -> Callable[[], hl.HookedCausalLM]:
 
 CALLS = (
     PlannedCall("all sites, 8 x 100", _bundled("llama"), (8, 100), {"grad": False}),
-    PlannedCall("one filter, shared norm", _bundled("gpt-neox"), (8, 100), {"names_filter": "resid_post", "grad": False}),
+    PlannedCall(
+        "one filter, shared norm", _bundled("gpt-neox"), (8, 100), {"names_filter": "resid_post", "grad": False}
+    ),
     PlannedCall(
         "patterns, one key-value head, logits_at=-1",
         _bundled("falcon"),

@@ -74,6 +74,7 @@ from hooklens.patching.sweeps.act_patch import (
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
 )
+from hooklens.patching.sweeps.memory import plan_sweep
 from hooklens.patching.sweeps.patch_setters import (
     layer_head_dest_src_pos_pattern_patch_setter,
     layer_head_pattern_patch_setter,
@@ -194,6 +195,7 @@ __all__ = [
     "minimality",
     "overlap",
     "path_patch",
+    "plan_sweep",
     "random_circuits",
     "rank_correlation",
     "score_units",

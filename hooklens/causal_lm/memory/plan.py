@@ -55,9 +55,34 @@ class MemoryPlan(Displayed):
     suggestions: tuple[Suggestion, ...]
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of_peaks(
+        cls, peaks: Mapping[torch.device, int], *, weights: int, output: int, notes: tuple[str, ...] = ()
+    ) -> "MemoryPlan":
+        """The plan of what keeps no activations and runs no backward pass.
+
+        Args:
+            peaks, weights, output, notes: as the attributes.
+        """
+        known = {device: free_bytes(device) for device in peaks}
+        return cls(
+            weights=weights,
+            kv_cache=0,
+            sites=(),
+            captured=0,
+            output=output,
+            forward=max(peaks.values(), default=0),
+            backward=None,
+            gradients=0,
+            peaks=peaks,
+            free={device: size for device, size in known.items() if size is not None},
+            suggestions=(),
+            notes=notes,
+        )
+
     @property
     def peak(self) -> int:
-        """The most that the call holds at once, besides what was there before it; of several devices, on the fullest."""
+        """The most that the call holds at once, besides what was there before; of several devices, on the fullest."""
         return max(self.peaks.values(), default=0)
 
     @property
@@ -93,8 +118,9 @@ class MemoryPlan(Displayed):
 
     def _summary(self) -> Summary:
         sites = merge_layers((site.name, (format_shape(site.shape), site.bytes, site.added)) for site in self.sites)
-        rows = [(name, n, shape, format_bytes(n * size), format_bytes(n * added))
-                for name, (shape, size, added), n in sites]
+        rows = [
+            (name, n, shape, format_bytes(n * size), format_bytes(n * added)) for name, (shape, size, added), n in sites
+        ]
         told = {name: format_bytes(size) for name, size in self._parts().items() if size}
         free = ", ".join(f"{format_bytes(size)} on {device}" for device, size in self.free.items())
         changes = "; ".join(map(str, self.suggestions[:3]))
@@ -249,7 +275,8 @@ class _Planned:
     def _run(self, model: HookedCausalLM, input: Input, call: dict[str, Any]) -> tuple[Any, Mapping[str, Tensor]]:
         if not self.capture:
             return model.run_with_hooks(input, **call), {}
-        output, cache = model.run_with_cache(input, **{**call, "check_memory": False})
+        options: dict[str, Any] = {**call, "check_memory": False}
+        output, cache = model.run_with_cache(input, **options)
         return output, cache
 
 

@@ -31,12 +31,14 @@ Copied = TypeVar("Copied")
 
 # Whole numbers and flags of up to so many entries have values: 8 MiB of int64.
 _ALWAYS_WITH_VALUES = 2**20
+# Numbers that code makes to try something out, such as whether a dtype can be converted.
+_MOST_FLOATS = 16
 
 # What a copy shares with its original, so nothing in it is looked for.
 _SHARED_KINDS = (type, ModuleType, FunctionType, BuiltinFunctionType, weakref.ref, str, bytes, int, float, torch.dtype)
 
 
-class Replay(TorchDispatchMode):
+class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs what stands in its block without values, and counts what it holds.
 
     Every storage that an operator makes counts from then until it is freed; what existed before does not.
@@ -51,7 +53,7 @@ class Replay(TorchDispatchMode):
     """
 
     def __init__(self, n_tokens: int, *, unknown: Literal[0] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._unknown = unknown
         # Ids, masks and positions of past and new tokens have values, and what else is as small.
         self._most_with_values = max(_ALWAYS_WITH_VALUES, 4 * n_tokens)
@@ -127,8 +129,8 @@ class Replay(TorchDispatchMode):
         except Exception as error:
             raise InputError(
                 f"the memory of this call is not known before it runs: without values it stops with "
-                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. Leave out what looks at values (functions "
-                "in edits, parts of one's own that branch on activations)"
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. Leave out what looks at values: functions "
+                "in edits, parts of one's own that branch on activations"
             ) from error
 
     @classmethod
@@ -152,7 +154,7 @@ class Replay(TorchDispatchMode):
             return self._count(func(*args, **kwargs), given)
 
     def _can_have_values(self, func: Any, given: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
-        """Whether all that an operator reads has values, and what it makes is small and not floating."""
+        """Whether all that an operator reads has values, and what it makes is small: whole numbers, flags, few floats."""
         if any(isinstance(one, FakeTensor) or self._is_large(one) for one in given):
             return False
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
@@ -163,7 +165,9 @@ class Replay(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self.without_values, (args, kwargs))
         with self._shapes:
             made = func(*args, **kwargs)
-        return not any(one.is_floating_point() or self._is_large(one) for one in _tensors_in(made))
+        return not any(
+            self._is_large(one) or (one.is_floating_point() and one.numel() > _MOST_FLOATS) for one in _tensors_in(made)
+        )
 
     def _count(self, out: Any, given: Sequence[Tensor]) -> Any:
         before = {one.untyped_storage()._cdata for one in given}

@@ -117,7 +117,9 @@ def _of_captures(call: Mapping[str, Any], held: Held, device: torch.device) -> I
         change = "a names_filter without " + " ".join(word for word, _ in largest)
         yield held.spare(change, f"of what is kept these are {shares}", storages)
     # Whole numbers stay what they are.
-    wide = [(site, storages) for site, storages in held.sites if site.dtype.is_floating_point and site.dtype.itemsize > 2]
+    wide = [
+        (site, storages) for site, storages in held.sites if site.dtype.is_floating_point and site.dtype.itemsize > 2
+    ]
     if call.get("dtype") is None and wide:
         halved = {one for _, storages in wide for one in storages}
         share = 2 / max(site.dtype.itemsize for site, _ in wide)

@@ -154,6 +154,46 @@ def sweep(
         >>> repaired = patching.sweep(model, pairs, sites="z", metric=patching.LogitDiff(), edits=movers)
         >>> (repaired.values - result.values).abs()
     """
+    run = begin_sweep(
+        model,
+        clean,
+        corrupted,
+        sites,
+        metric,
+        batch_size=batch_size,
+        direction=direction,
+        source=source,
+        attention_mask=attention_mask,
+        edits=edits,
+        progress=progress,
+        allow_training=allow_training,
+    )
+    return run.finish()
+
+
+def begin_sweep(
+    model: HookedCausalLM,
+    clean: Pairs,
+    corrupted: Corrupted | None = None,
+    sites: Sites | None = None,
+    metric: Metrics | None = None,
+    *,
+    batch_size: BatchSize = "auto",
+    direction: Direction = "denoise",
+    source: Source = "other",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    progress: bool = True,
+    allow_training: bool = False,
+    kind: type[SweepRun] = SweepRun,
+) -> SweepRun:
+    """A sweep that is checked and has not run.
+
+    Args:
+        model, clean, corrupted, sites, metric, batch_size, direction, source, attention_mask, edits, progress,
+            allow_training: as of `sweep`, which says what is raised.
+        kind: what runs it.
+    """
     refuse_missing("sweep", sites=sites, metric=metric)
     assert sites is not None
     assert metric is not None
@@ -183,7 +223,7 @@ def sweep(
     if isinstance(source, HookedCausalLM):
         names = list(dict.fromkeys(cell.name for cell in array.cells))
         check_other_model(model, source, names, allow_training=options.allow_training)
-    return SweepRun(model, pairs, array, measured, options, source).finish()
+    return kind(model, pairs, array, measured, options, source)
 
 
 def _check_activations(model: HookedCausalLM, source: Source) -> None:

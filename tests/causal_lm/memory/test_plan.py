@@ -111,12 +111,12 @@ def test_suggestions_spare_what_they_say() -> None:
         n_layers=3, d_model=32, n_heads=2, d_mlp=64, d_vocab=500, n_ctx=32, positions=hl.NoPositions(), gated_mlp=False
     )
     model, tokens = hl.HookedCausalLM(cfg), torch.randint(2, 200, (4, 32))
-    keywords = {"names_filter": ["mlp.hook_post", "z", "ln_final.hook_scale"]}
+    keywords = {"names_filter": ["post", "z", "ln_final.hook_scale"]}
     plan = hl.plan(model, tokens, grad=False, **keywords)
     changes = {
         "logits_at=-1": {"logits_at": -1},
         "dtype=torch.bfloat16": {"dtype": torch.bfloat16},
-        "a names_filter without post z": {"names_filter": "ln_final.hook_scale"},
+        "a names_filter without post": {"names_filter": ["z", "ln_final.hook_scale"]},
     }
     said = {one.change: one.saves for one in plan.suggestions}
     assert list(said.values()) == sorted(said.values(), reverse=True)
