@@ -107,7 +107,7 @@ def test_help_tells_the_exit_codes(run: Run, command: str | None) -> None:
     assert "Exit codes: 0 success" in told
     for code in ("2 an error, told on stderr", "70 a fault of HookLens", "130 interrupted with Ctrl-C"):
         assert code in told
-    assert ("; 1 " in told) == (command in (None, "verify", "score"))
+    assert ("; 1 " in told) == (command in (None, "verify", "score", "plan"))
 
 
 def test_output_that_the_encoding_lacks_is_escaped(checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ FOLDER = DOCS / "api"
 ROOMS: dict[str, tuple[str, ...]] = {
     "hooklens": ("hooklens",),
     "causal_lm": ("hooklens.causal_lm",),
+    "memory": ("hooklens.causal_lm.memory.plan",),
     "activation_cache": ("hooklens.activation_cache",),
     "kv_cache": ("hooklens.kv_cache",),
     "hooks": ("hooklens.hooks", "hooklens.axes"),

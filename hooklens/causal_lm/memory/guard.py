@@ -8,18 +8,21 @@ from torch import Tensor
 from hooklens.causal_lm.calls import Input, PreparedCall
 from hooklens.causal_lm.memory.free import free_bytes
 from hooklens.errors import InputError, InsufficientMemoryError
+from hooklens.model.decoder import Decoder
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
     from hooklens.causal_lm.memory.plan import MemoryPlan
-    from hooklens.causal_lm.model import HookedCausalLM
+
+# Imported where a call is planned: it knows the model.
+_PLAN = "hooklens.causal_lm.memory.plan"
 
 # What is surely below needs no look at the free memory.
 _SMALL = 2**28
 
 
 def refuse_beyond_memory(
-    model: "HookedCausalLM",
+    model: Decoder,
     input: Input,
     call: PreparedCall,
     n_points: int,
@@ -48,7 +51,7 @@ def refuse_beyond_memory(
         return
     planned = {name: value for name, value in keywords.items() if name not in ("fwd_hooks", "bwd_hooks")}
     try:
-        plan: MemoryPlan = import_package("hooklens.causal_lm.memory.plan").plan(model, input, **planned)
+        plan: MemoryPlan = import_package(_PLAN).plan(model, input, **planned)
     except InputError:
         # What cannot be known before the call is no reason to refuse it.
         return
@@ -56,7 +59,7 @@ def refuse_beyond_memory(
         raise InsufficientMemoryError(describe(plan))
 
 
-def _bound(model: "HookedCausalLM", call: PreparedCall, n_points: int) -> int:
+def _bound(model: Decoder, call: PreparedCall, n_points: int) -> int:
     """Bytes that a capture of so many points takes at most."""
     cfg = model.cfg
     n_tokens = call.plan.batch * call.plan.n_new

@@ -129,8 +129,8 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception as error:
             raise InputError(
                 f"the memory of this call is not known before it runs: without values it stops with "
-                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. Leave out what looks at values: functions "
-                "in edits, parts of one's own that branch on activations"
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. Leave out what looks at values: "
+                "functions in edits, parts of one's own that branch on activations"
             ) from error
 
     @classmethod
@@ -154,7 +154,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._count(func(*args, **kwargs), given)
 
     def _can_have_values(self, func: Any, given: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
-        """Whether all that an operator reads has values, and what it makes is small: whole numbers, flags, few floats."""
+        """Whether all that an operator reads has values, and its result is small: whole numbers, flags, few floats."""
         if any(isinstance(one, FakeTensor) or self._is_large(one) for one in given):
             return False
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
