@@ -62,8 +62,8 @@ def cut_window(context: Sequence[int], continuation: Sequence[int], n_ctx: int) 
         )
     if len(continuation) > n_ctx:
         raise InputError(
-            f"a continuation of {len(continuation)} tokens is longer than the {n_ctx} that run at once; expected all of "
-            "it to fit: shorten it, or score it as a rolling log-likelihood"
+            f"a continuation of {len(continuation)} tokens is longer than the {n_ctx} that run at once; expected all "
+            "of it to fit: shorten it, or score it in parts (a rolling log-likelihood)"
         )
     kept = n_ctx + 1 - len(continuation)
     return Window(tuple(context[-kept:]), tuple(continuation))

@@ -64,16 +64,17 @@ _Base: Any = _find_base()
 class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absent
     """A HookLens model as lm-evaluation-harness asks it, with the numbers of the harness' own `hf` backend.
 
-    Log-likelihoods run what contexts share once: a context with several continuations, and what contexts have in common
-    at their start. Tokens of a context that does not fit are cut from its start. A text has the tokens that the model's
-    BOS rule gives it; what a tokenizer puts behind a text (an EOS, in some) is left out.
+    Log-likelihoods run what contexts share once: a context with several continuations, and what contexts have in
+    common at their start. Tokens of a context that does not fit are cut from its start. A text has the tokens that the
+    model's BOS rule gives it; what a tokenizer puts behind a text (an EOS, in some) is left out.
 
     Edits and steering act on every token that runs: in log-likelihoods on a context with its continuation but for its
     last token, in generation at every step. Positions count from the first token that runs. While log-likelihoods are
     computed, positions from the end are refused, and edits with `when="decode"` have nothing to act on.
 
     Example:
-        >>> lm_eval.simple_evaluate(model=HookLensLM(model, edits=[hl.edits.Zero("blocks.3.hook_mlp_out")]), tasks=[...])
+        >>> edited = HookLensLM(model, edits=[hl.edits.Zero("blocks.3.hook_mlp_out")])
+        >>> lm_eval.simple_evaluate(model=edited, tasks=["lambada_openai"])
 
     Args:
         pretrained: a model, or what `HookedCausalLM.from_pretrained` loads (`"bundled:tiny-llama"`).
@@ -88,8 +89,8 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
         add_bos_token: whether a text begins with the BOS token; None: the model's `default_prepend_bos`.
         prefix_token_id: stands before a text without a context; None: the BOS token, or else the EOS token.
         chat_template_args: further keywords for the tokenizer's chat template.
-        device: where a model that is loaded runs; None: on the GPU where torch sees one. `"cuda:0"` counts as None where
-            torch sees none, or with `device_map`: the harness' command line says so where nobody does.
+        device: where a model that is loaded runs; None: on the GPU where torch sees one. `"cuda:0"` counts as None
+            where torch sees none, or with `device_map`: the harness' command line says so where nobody does.
         max_batch_size: the harness' bound for its own search of a batch size; only None.
         progress: show progress bars.
         **loading: further keywords of `HookedCausalLM.from_pretrained` (`dtype`, `revision`, `tokenizer`, `adapter`).
@@ -405,8 +406,8 @@ def _read_batch_size(given: object, most: object) -> BatchSize:
     """
     if most is not None:
         raise InputError(
-            f"max_batch_size is {most!r}: 'auto' asks the memory, with no search to bound; leave it out, or give a number "
-            "as batch_size"
+            f"max_batch_size is {most!r}: 'auto' asks the memory, with no search to bound; leave it out, or give a "
+            "number as batch_size"
         )
     if isinstance(given, str) and given.partition(":")[0] == "auto":
         return "auto"

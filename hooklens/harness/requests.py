@@ -43,7 +43,7 @@ class Asked:
     def cut(self, text: str) -> str:
         """An answer up to the first of the texts that end it."""
         for end in self.until:
-            text = text.split(end)[0]
+            text = text.partition(end)[0]
         return text
 
 
@@ -130,8 +130,8 @@ def plan_prompts(
     too_long = sorted({one.max_new_tokens for one in asked if one.max_new_tokens >= max_length})
     if too_long:
         raise InputError(
-            f"generation_kwargs: max_gen_toks is {', '.join(map(str, too_long))}, and a context and its answer have room "
-            f"for {max_length} tokens together; ask for fewer, in the task or by --gen_kwargs max_gen_toks=..."
+            f"generation_kwargs: max_gen_toks is {', '.join(map(str, too_long))}, and a context and its answer have "
+            f"room for {max_length} tokens together; ask for fewer, in the task or by --gen_kwargs max_gen_toks=..."
         )
     alike: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for index, (row, one) in enumerate(zip(rows, asked, strict=True)):

@@ -266,7 +266,7 @@ def test_chat_templates_are_those_of_the_tokenizer():
     turns = [{"role": "system", "content": "Be brief ."}, {"role": "user", "content": "Mary went"}]
     for one in (ours, other):
         one.tokenizer.chat_template = template
-    assert ours.chat_template(True) == other.chat_template(True) == template  # noqa: FBT003
+    assert ours.chat_template(True) == other.chat_template(True) == template
     assert ours.tokenizer_name == other.tokenizer_name
     with pytest.warns(UserWarning, match="no system"):
         assert ours.apply_chat_template(turns) == other.apply_chat_template(turns) == "user: Mary went\nassistant:"
@@ -350,7 +350,7 @@ def test_vectors_of_another_model_are_refused(tmp_path):
     _, vectors = write_vectors(tmp_path, hl.HookedCausalLM.from_pretrained("bundled:tiny-llama"))
     narrow = dataclasses.replace(vectors["blocks.1.hook_resid_post"], direction=torch.ones(4))
     narrow.save(tmp_path / "other.safetensors")
-    with pytest.raises(SteeringError, match="blocks.1.hook_resid_post"):
+    with pytest.raises(SteeringError, match=r"blocks\.1\.hook_resid_post"):
         HookLensLM("bundled:tiny-llama", steering=tmp_path / "other.safetensors")
 
 
