@@ -137,7 +137,7 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
     ) -> None:
         import_package("lm_eval.api.model")
         super().__init__()
-        self._batch_size = _read_batch_size(batch_size, max_batch_size)
+        self._batch_size: BatchSize = _read_batch_size(batch_size, max_batch_size)
         check_edits(edits)
         if steering is None and (strength, how, steer_at) != (None, None, None):
             raise InputError(
@@ -366,7 +366,7 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
         return [answers[index] for index in range(len(given))]
 
     def _generate(self, batch: PromptBatch, contexts: list[str]) -> "GenerationOutput":
-        output = self.hooked.generate(
+        output: GenerationOutput = self.hooked.generate(
             contexts if batch.ids is None else torch.tensor(batch.ids),
             max_new_tokens=batch.asked.max_new_tokens,
             eos_token_id=self._end_token_ids() or None,
@@ -434,7 +434,7 @@ def _load(given: object, device: torch.device | str | None, loading: dict[str, A
         device = None
     if device is None and "device_map" not in loading:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = {} if device is None else {"device": device}
+    place: dict[str, Any] = {} if device is None else {"device": device}
     return HookedCausalLM.from_pretrained(source, **place, **loading)
 
 
