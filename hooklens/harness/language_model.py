@@ -228,7 +228,7 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
             "steering": self._steering or "",
         }
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_unused: Any) -> list[int]:  # noqa: FBT001
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:  # noqa: FBT001
         """The tokens of a text, by the BOS rule; an empty one has at most the BOS token."""
         asked = self.add_bos_token if add_special_tokens is None else add_special_tokens
         rule = self.hooked.bos_rule(prepend_bos=asked)
@@ -287,7 +287,7 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
         return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Pair], *, disable_tqdm: bool = False, **_unused: Any
+        self, requests: Sequence[Pair], *, disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         windows = self._cut(requests)
         answers: dict[int, tuple[float, bool]] = {}
