@@ -17,6 +17,7 @@ _EXTRA_OF = {
     "bitsandbytes": "quant",
     "accelerate": "placement",
     "omegaconf": "pool",
+    "lm_eval": "harness",
     "transformer_lens": "bench",
 }
 

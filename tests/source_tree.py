@@ -21,7 +21,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("causal_lm",),
     ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae"),
     ("alignment", "steering", "datasets"),
-    ("cli", "compat"),
+    ("cli", "compat", "harness"),
 )
 """Bottom row first. A row may import the rows below it; neighbours in a row never import each other.
 
@@ -59,6 +59,7 @@ HEAVY = frozenset(
         "omegaconf",
         "sklearn",
         "accelerate",
+        "lm_eval",
     }
 )
 """Packages that `import hooklens` must not load: their use goes through `hooklens.optional.import_package`."""

@@ -118,7 +118,7 @@ def test_extras(published: Published) -> None:
     """An error about a missing package names an extra that installs it; `all` is what users may want."""
     requirements = list_requirements(published)
     for module, extra in optional._EXTRA_OF.items():
-        package = {"sklearn": "scikit-learn"}.get(module, module)
+        package = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}.get(module, module)
         assert canonicalize_name(package) in names_of(requirements, extra), (package, extra)
     extras = set(published.metadata.get_all("Provides-Extra", []))
     assert extras == {
@@ -126,6 +126,7 @@ def test_extras(published: Published) -> None:
         "bench",
         "datasets",
         "docs",
+        "harness",
         "lint",
         "notebook",
         "peft",

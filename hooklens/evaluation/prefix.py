@@ -75,7 +75,7 @@ def encode_prefix(
         InputError: as `make_prefix`.
     """
     tokens = _read_row(model, text, "the prefix", prepend_bos=prepend_bos).to(model.device)
-    _check_edits(edits)
+    check_edits(edits)
     return Prefix(tokens=tokens, text=text if isinstance(text, str) else None, edits=tuple(edits))
 
 
@@ -255,7 +255,12 @@ def _read_row(
     return ids if mask is None else ids[:, mask[0].bool()]
 
 
-def _check_edits(edits: Sequence[Edit]) -> None:
+def check_edits(edits: Sequence[Edit]) -> None:
+    """Check that edits may act on rows in any order.
+
+    Raises:
+        InputError: some name rows.
+    """
     with_rows = [f"{type(edit).__name__}({edit.name!r})" for edit in edits if edit.rows is not None]
     if with_rows:
         raise InputError(

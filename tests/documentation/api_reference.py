@@ -50,6 +50,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "datasets": ("hooklens.datasets",),
     "viz": ("hooklens.viz",),
     "verification": ("hooklens.verification", "hooklens.verification.conformance"),
+    "harness": ("hooklens.harness",),
     "adapters": ("hooklens.adapters", "hooklens.adapters.keys"),
     "compat": ("hooklens.compat",),
     "errors": ("hooklens.errors", "hooklens.optional"),

@@ -33,6 +33,8 @@ ACCEPTED: dict[str, str] = {
     # transformers: keywords of a config of any kind.
     "11_adding_an_architecture.ipynb": r'parameter "model_type"',
     "12_coming_from_other_libraries.ipynb": _MODULES,
+    # lm_eval: which may be absent, has no stubs, and makes its functions when they are asked for.
+    "harness.md": r'"lm_eval|"lm", "task_dict"|No parameter named "(model|tasks|task_manager)"|EvalResults|type "None"',
     # The same name from the layer, and from the package in whose place it stands.
     "transformer_lens.md": rf"{_OTHER_PACKAGES}|HookedTransformer\" (is imported more|already defined)",
     "views.md": _OTHER_PACKAGES,
