@@ -148,7 +148,8 @@ class RemoteFolder(Folder):
         return {name: self.__dict__[name] for name in ("_url", "_options", "_cache_dir", "_seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         self._open()
 
     @contextmanager
