@@ -17,10 +17,11 @@ from hooklens.alignment.errors import AlignmentError
 from hooklens.alignment.site import Site, find_place
 from hooklens.arguments import require, show
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm.memory.free import assume_free_bytes
 from hooklens.hooks.edits import Edit
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.patching.runs.checks import check_model
-from hooklens.patching.runs.memory import BatchSize, free_bytes, tokens_per_pass
+from hooklens.patching.runs.memory import BatchSize, tokens_per_pass
 from hooklens.precision import widen
 
 _SHARE_OF_FREE_MEMORY = 0.25
@@ -103,7 +104,7 @@ class InterchangeRuns:
             else max(1, tokens_per_pass(model, width, 1, watches_pattern=False) // width)
         )
         self._first, self._stop = self._find_columns(width)
-        self._keeps = self._bytes_of(len(data)) < _SHARE_OF_FREE_MEMORY * free_bytes(model.device)
+        self._keeps = self._bytes_of(len(data)) < _SHARE_OF_FREE_MEMORY * assume_free_bytes(model.device)
         self._kept: Batch | None = None
 
     @property

@@ -1,12 +1,10 @@
 """How many continuations run at once: as many as a share of the free memory holds."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import torch
-
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm.memory.free import assume_free_bytes
 from hooklens.config import AlibiPositions
 from hooklens.errors import InputError
 
@@ -72,7 +70,7 @@ def estimate_bytes_for_prefix(model: HookedCausalLM, n_prefix: int) -> int:
 
 def choose_batch_size(model: HookedCausalLM, n_prefix: int, width: int) -> int:
     """Rows of `width` tokens that fit a quarter of the free memory, at most 1 GiB and 512 rows; at least one."""
-    budget = min(_MOST_BYTES, int(_SHARE_OF_FREE_MEMORY * _free_memory(model.device)))
+    budget = min(_MOST_BYTES, int(_SHARE_OF_FREE_MEMORY * assume_free_bytes(model.device)))
     per_row = estimate_bytes_per_token(model, n_prefix, width) * max(width, 1)
     return max(1, min(_MOST_ROWS, (budget - estimate_bytes_for_prefix(model, n_prefix)) // per_row))
 
@@ -91,13 +89,3 @@ def plan_batches(
         size = choose_batch_size(model, n_prefix, width) if batch_size == "auto" else batch_size
         yield order[start : start + size]
         start += size
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes; four times the largest budget where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    names = getattr(os, "sysconf_names", {})
-    if "SC_AVPHYS_PAGES" in names and "SC_PAGE_SIZE" in names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * _MOST_BYTES

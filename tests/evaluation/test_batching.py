@@ -31,7 +31,7 @@ def test_every_row_is_planned_once_longest_first(lengths, batch_size):
 
 def test_batches_shrink_with_the_rows_and_with_memory(monkeypatch):
     model = make_model("capped")
-    monkeypatch.setattr("hooklens.evaluation.batching._free_memory", lambda device: 2**22)
+    monkeypatch.setattr("hooklens.evaluation.batching.assume_free_bytes", lambda device: 2**22)
     small, large = choose_batch_size(model, 10, 1), choose_batch_size(model, 10, 8)
     assert small > large > 1
     assert choose_batch_size(model, 100_000, 8) == 1

@@ -12,6 +12,7 @@ _CONTAINERS = (
 )
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_WHERE_NOT_KNOWN = 4 * 2**30
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -27,6 +28,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     known = [size for size in (_free_of_system(), _free_of_container()) if size is not None]
     return min(known, default=None)
+
+
+def assume_free_bytes(device: torch.device) -> int:
+    """The same, to choose the size of batches by; 4 GiB where it is not known."""
+    known = free_bytes(device)
+    return _WHERE_NOT_KNOWN if known is None else known
 
 
 def _free_of_system() -> int | None:

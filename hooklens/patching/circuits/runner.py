@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm.memory.free import assume_free_bytes
 from hooklens.hooks.call import NOBODY
 from hooklens.patching.circuits.ablation import Ablation, average_edited, check_ablation, written_names
 from hooklens.patching.circuits.ground import Ground, prepare_ground
@@ -20,7 +21,7 @@ from hooklens.patching.metrics.group import MetricGroup
 from hooklens.patching.metrics.metric import Metric, Values
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.edits import NO_EDITS, RunEdits, check_node_edits
-from hooklens.patching.runs.memory import BatchSize, check_batch_size, free_bytes
+from hooklens.patching.runs.memory import BatchSize, check_batch_size
 from hooklens.patching.runs.sources import mean_activations
 from hooklens.patching.runs.vocabulary import unembed
 
@@ -159,7 +160,7 @@ class CircuitRunner:
         return max(1, self._budget() // (width * per_token + n_reads * self._bytes_per_read()))
 
     def _budget(self) -> int:
-        budget = int(_SHARE_OF_FREE_MEMORY * free_bytes(self.model.device))
+        budget = int(_SHARE_OF_FREE_MEMORY * assume_free_bytes(self.model.device))
         return min(budget, _BYTES_ON_CPU) if self.model.device.type == "cpu" else budget
 
     def _bytes_per_token(self) -> int:

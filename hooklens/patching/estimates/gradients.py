@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.axes import EMBEDDINGS, is_past_blocks
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm.memory.free import assume_free_bytes
 from hooklens.errors import InputError
 from hooklens.hooks import HookPoint
 from hooklens.hooks.call import NOBODY, Listeners, ListeningBlock, join_listeners
@@ -19,7 +20,7 @@ from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.acting import Places
 from hooklens.patching.runs.baseline import Baseline, Direction, take_sides
-from hooklens.patching.runs.memory import BatchSize, free_bytes
+from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.noised import add_noise
 from hooklens.patching.runs.unpatched import Side
 from hooklens.patching.runs.vocabulary import unembed
@@ -266,7 +267,7 @@ def pairs_per_graph(
     n_reads = width if metric.positions is None else len(metric.positions)
     # Logits, their softmax and its gradient.
     per_pair = width * (graph_size(model, width) + held) + 4 * n_reads * model.cfg.d_vocab
-    size = int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // (per_pair * model.dtype.itemsize)
+    size = int(_SHARE_OF_FREE_MEMORY * assume_free_bytes(model.device)) // (per_pair * model.dtype.itemsize)
     return max(1, min(size, _TOKENS_ON_CPU // width) if model.device.type == "cpu" else size)
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm.memory.free import assume_free_bytes
 from hooklens.patching.circuits.ground import Ground
 from hooklens.patching.circuits.masked_run import MaskedRun
 from hooklens.patching.circuits.reach import Wiring
 from hooklens.patching.circuits.runner import CircuitRunner
-from hooklens.patching.runs.memory import free_bytes
 
 _SHARE_OF_FREE_MEMORY = 0.25
 _PAIRS_PER_UPDATE = 32
@@ -105,7 +105,7 @@ def pairs_per_step(runner: CircuitRunner) -> int:
     width = max(runner.prompts.lengths)
     n_reads = width if runner.metric.positions is None else len(runner.metric.positions)
     per_pair = (width * per_token + 4 * n_reads * cfg.d_vocab) * itemsize
-    limit = int(_SHARE_OF_FREE_MEMORY * free_bytes(runner.model.device)) // per_pair
+    limit = int(_SHARE_OF_FREE_MEMORY * assume_free_bytes(runner.model.device)) // per_pair
     return max(1, min(_PAIRS_PER_UPDATE, limit))
 
 

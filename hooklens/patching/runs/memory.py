@@ -1,12 +1,10 @@
 """How many tokens a pass may run at once, and how many pairs a baseline may hold, by memory."""
 
-import os
 from typing import Literal
-
-import torch
 
 from hooklens.arguments import Error, read_int, show
 from hooklens.causal_lm import HookedCausalLM
+from hooklens.causal_lm.memory.free import assume_free_bytes
 from hooklens.errors import InputError
 
 BatchSize = int | Literal["auto"]
@@ -39,16 +37,6 @@ def check_batch_size(batch_size: BatchSize) -> None:
     read_batch_size(batch_size)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 * 2**30
-
-
 def tokens_per_pass(model: HookedCausalLM, width: int, n_reads: int, *, watches_pattern: bool) -> int:
     """How many tokens to run at once.
 
@@ -64,7 +52,7 @@ def tokens_per_pass(model: HookedCausalLM, width: int, n_reads: int, *, watches_
     of_attention = 2 * width * (3 * cfg.n_heads if watches_pattern else 2)
     of_logits = 3 * n_reads * cfg.d_vocab // width
     bytes_per_token = (of_stream + of_attention + of_logits) * model.dtype.itemsize
-    limit = int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // bytes_per_token
+    limit = int(_SHARE_OF_FREE_MEMORY * assume_free_bytes(model.device)) // bytes_per_token
     return max(width, min(limit, _TOKENS_ON_CPU) if model.device.type == "cpu" else limit)
 
 
@@ -83,4 +71,4 @@ def pairs_per_group(model: HookedCausalLM, width: int, names: list[str], n_reads
     widest = max(cfg.d_model, cfg.n_heads * cfg.d_head, cfg.mlp_width, cfg.n_heads * width)
     held = 3 * len(names) * width * widest + 6 * n_reads * cfg.d_vocab
     bytes_per_pair = (streams + keys_values + held) * model.dtype.itemsize
-    return max(1, int(_SHARE_OF_FREE_MEMORY * free_bytes(model.device)) // bytes_per_pair)
+    return max(1, int(_SHARE_OF_FREE_MEMORY * assume_free_bytes(model.device)) // bytes_per_pair)

@@ -171,8 +171,8 @@ def test_pairs_of_an_update(monkeypatch):
     assert pairs_per_step(runner) == 3
     runner = CircuitRunner(model, prompts, SOME, ablation="zero", batch_size="auto")
     assert pairs_per_step(runner) == 32
-    monkeypatch.setattr(soft_run, "free_bytes", lambda device: 2**21)
+    monkeypatch.setattr(soft_run, "assume_free_bytes", lambda device: 2**21)
     few = pairs_per_step(runner)
     assert 1 <= few < 32
-    monkeypatch.setattr(soft_run, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(soft_run, "assume_free_bytes", lambda device: 1)
     assert pairs_per_step(runner) == 1
