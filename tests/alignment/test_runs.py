@@ -108,7 +108,7 @@ def test_what_does_not_fit_into_memory_is_made_anew(monkeypatch):
     kept = InterchangeRuns(model, data, site)
     kept_margins = kept.margins(bases)
     assert kept._kept is not None
-    monkeypatch.setattr(runs, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(runs, "assume_free_bytes", lambda device: 1000)
     anew = InterchangeRuns(model, data, site, batch_size=2)
     torch.testing.assert_close(anew.margins(bases), kept_margins, rtol=1e-10, atol=1e-10)
     assert anew._kept is None

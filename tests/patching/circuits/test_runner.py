@@ -37,7 +37,7 @@ def test_sizes_follow_the_memory(monkeypatch):
     assert list(ample.groups()) == [[0, 1, 2, 3, 4]]
     rows = ample.rows_per_batch(ample.prepare([0, 1]))
     assert rows > 10
-    monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(module, "assume_free_bytes", lambda device: 1000)
     scarce = runner()
     assert list(scarce.groups()) == [[0], [1], [2], [3], [4]]
     assert scarce.rows_per_batch(scarce.prepare([0])) == 1
