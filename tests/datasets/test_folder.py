@@ -123,7 +123,7 @@ def test_files_are_kept_where_one_says(files, tmp_path):
     kept = ActivationDataset(URL, cache_dir=tmp_path)
     values = kept.site(kept.sites[0])[:].clone()
     names = [shard.name for shard in kept.manifest.shards]
-    assert len(names) > 10
+    assert len(names) > 8
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     # What is here is not downloaded again.
     files.get_file = None

@@ -16,8 +16,10 @@ from hooklens.alignment.das.result import Step
 from hooklens.analysis.lens import JacobianLens, TunedLens
 from hooklens.analysis.lens.losses import LayerLoss
 from hooklens.analysis.lens.origin import Origin
+from hooklens.causal_lm.memory.plan import MemoryPlan, plan
 from hooklens.config import NoPositions, RotaryPositions
 from hooklens.datasets import ActivationDataset
+from hooklens.datasets.folder import LocalFolder
 from hooklens.datasets.manifest import Manifest
 from hooklens.datasets.probes import Probe
 from hooklens.evaluation.items import ContinuationItem, ItemError, ItemFile
@@ -436,13 +438,14 @@ def _on_meta() -> SAE:
 def _dataset() -> ActivationDataset:
     with TemporaryDirectory() as folder:
         sites = {f"blocks.{layer}.hook_resid_pre": (12,) for layer in range(40)}
-        Manifest(run={}, sites=sites, dtype="float32").write(Path(folder))
+        Manifest(run={}, sites=sites, dtype="float32").write(LocalFolder(Path(folder)))
         return ActivationDataset(folder)
 
 
 OBJECTS: dict[type[Any], Callable[[], Any]] = {
     HookedCausalLM: _hooked,
     HookedConfig: lambda: CFG,
+    MemoryPlan: lambda: plan(_hooked(), [[1, 2, 3]]),
     type(CFG.block(0)): lambda: CFG.block(1),
     type(CFG.description): lambda: CFG.description,
     ActivationCache: _cache,

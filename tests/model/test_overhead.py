@@ -40,13 +40,13 @@ MORE_FOR_RMS = 0 if TorchVersion(torch.__version__) >= TorchVersion("2.9") else 
 # Functions and operators of a layer, by wiring and call.
 TAKES = {
     ("sequential, gated, RMS", "plain"): (80, 28),
-    ("sequential, gated, RMS", "caching everything"): (130, 40 + MORE_FOR_RMS),
+    ("sequential, gated, RMS", "caching everything"): (131, 40 + MORE_FOR_RMS),
     ("sequential, gated, RMS", "caching the stream"): (81, 28),
     ("parallel, part of a head turns", "plain"): (78, 30),
-    ("parallel, part of a head turns", "caching everything"): (119, 40),
+    ("parallel, part of a head turns", "caching everything"): (120, 40),
     ("parallel, part of a head turns", "caching the stream"): (79, 30),
     ("parallel, shared norm, one key-value head", "plain"): (73, 25),
-    ("parallel, shared norm, one key-value head", "caching everything"): (107, 35),
+    ("parallel, shared norm, one key-value head", "caching everything"): (108, 35),
     ("parallel, shared norm, one key-value head", "caching the stream"): (74, 25),
 }
 

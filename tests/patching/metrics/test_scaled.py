@@ -70,7 +70,7 @@ def test_a_function_is_scaled_with_all_pairs_at_hand(monkeypatch):
     """The scaled function was handed groups of pairs, and took row `i` for pair `i`."""
     model = make_model("rotary")
     clean, corrupted = random_tokens(3, 5), random_tokens(3, 5, seed=9)
-    monkeypatch.setattr("hooklens.patching.runs.memory.free_bytes", lambda device: 0)
+    monkeypatch.setattr("hooklens.patching.runs.memory.assume_free_bytes", lambda device: 0)
     answers = torch.tensor([3, 4, 5])
 
     def of_row(logits):
