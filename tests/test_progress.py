@@ -419,10 +419,7 @@ CALLS = {
     ),
 }
 # Commands, whose option goes to the function that they call; and what reads the options of several functions.
-NOT_CALLED = {
-    "cli.record.record", "cli.score.score", "patching.runs.options.RunOptions.read",
-    "patching.sweeps.sweep.begin_sweep",  # `sweep` calls it.
-}  # fmt: skip
+NOT_CALLED = {"cli.record.record", "cli.score.score", "patching.runs.options.RunOptions.read"}
 
 
 def list_functions() -> set[str]:

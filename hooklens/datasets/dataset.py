@@ -39,8 +39,8 @@ class ActivationDataset(Displayed):
     Args:
         folder: where it was recorded, a path or a URL. Files at a URL are downloaded when they are first looked at.
         storage_options: of a URL, what its file system is made with; see fsspec.
-        cache_dir: where files of a URL are kept on this machine, to be found there the next time. None: the last few
-            are kept until the object is gone.
+        cache_dir: where files of a URL are kept on this machine, to be found there the next time; several data sets
+            may share it. None: the last few are kept until the object is gone.
 
     Attributes:
         folder: the path or URL.
@@ -251,7 +251,7 @@ class ActivationDataset(Displayed):
 
     def _fetch(self, shard: Shard) -> Path:
         try:
-            return self._folder.fetch(shard.name)
+            return self._folder.fetch(shard.name, shard.sha256)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.folder}/{shard.name}: {error}") from error
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hooklens.adapters.sources.fsspec_files import is_url, open_file_system
-from hooklens.arguments import read_path
+from hooklens.arguments import read_path, require
 from hooklens.errors import CheckpointError, InputError
 from hooklens.files import replace_file, write_safetensors
 
@@ -60,8 +60,8 @@ class Folder(ABC):
         """Write a file of tensors, and give its SHA-256. It may be there in part until this returns."""
 
     @abstractmethod
-    def fetch(self, name: str) -> Path:
-        """A file as one on this machine, to map into memory."""
+    def fetch(self, name: str, checksum: str) -> Path:
+        """A file as one on this machine, to map into memory; its SHA-256 tells it from others of its name."""
 
 
 class LocalFolder(Folder):
@@ -106,7 +106,7 @@ class LocalFolder(Folder):
         write_safetensors(self._path / name, tensors)
         return hash_file(self._path / name)
 
-    def fetch(self, name: str) -> Path:
+    def fetch(self, name: str, checksum: str) -> Path:
         """A file as one on this machine."""
         return self._path / name
 
@@ -135,7 +135,7 @@ class RemoteFolder(Folder):
 
     def _open(self) -> None:
         self._files, self._root = open_file_system(self._url, self._options)
-        self._fetched: OrderedDict[str, Path] = OrderedDict()
+        self._fetched: OrderedDict[Path, None] = OrderedDict()
         self._here = self._cache_dir or Path(tempfile.mkdtemp(prefix="hooklens-"))
         if self._cache_dir is None:
             weakref.finalize(self, shutil.rmtree, self._here, ignore_errors=True)
@@ -178,7 +178,11 @@ class RemoteFolder(Folder):
         """The names of its files."""
         with self._told():
             self._files.invalidate_cache()
-            found = self._files.ls(self._root, detail=False)
+            try:
+                found = self._files.ls(self._root, detail=False)
+            except FileNotFoundError:
+                # Where files have no folders but names alone (S3), one without files is not there.
+                found = []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def read(self, name: str) -> bytes:
@@ -213,18 +217,19 @@ class RemoteFolder(Folder):
         finally:
             draft.unlink(missing_ok=True)
 
-    def fetch(self, name: str) -> Path:
+    def fetch(self, name: str, checksum: str) -> Path:
         """A file as one on this machine."""
-        path = self._here / name
-        if name not in self._fetched and not (self._cache_dir is not None and path.is_file()):
+        # Other data sets may keep files there, and one that was recorded anew has other files of the same names.
+        path = self._here / f"{checksum[:32]}-{name}"
+        if path not in self._fetched and not (self._cache_dir is not None and path.is_file()):
             self._here.mkdir(parents=True, exist_ok=True)
             with self._told(), replace_file(path) as draft:
                 self._files.get_file(f"{self._root}/{name}", str(draft))
-        self._fetched[name] = path
-        self._fetched.move_to_end(name)
+        self._fetched[path] = None
+        self._fetched.move_to_end(path)
         while self._cache_dir is None and len(self._fetched) > _LEFT_IN_PLACE:
             # What is mapped from it stays readable.
-            _, oldest = self._fetched.popitem(last=False)
+            oldest, _ = self._fetched.popitem(last=False)
             oldest.unlink(missing_ok=True)
         return path
 
@@ -249,6 +254,9 @@ def open_folder(
         CheckpointError, MissingDependencyError: as for `RemoteFolder`.
     """
     if isinstance(given, str) and is_url(given):
+        if storage_options is not None:
+            expected = "what the file system is made with, by name"
+            require(storage_options, kind=Mapping, what="storage_options", expected=expected)
         kept_in = None if cache_dir is None else read_path(cache_dir, what="cache_dir")
         return RemoteFolder(given, storage_options, kept_in)
     path = read_path(given, what=what)

@@ -17,7 +17,6 @@ from hooklens.arguments import (
     read_path,
     read_text,
     reads,
-    refusal,
     require,
 )
 from hooklens.causal_lm import HookedCausalLM
@@ -26,6 +25,7 @@ from hooklens.evaluation.batching import BatchSize
 from hooklens.evaluation.interventions import find_interventions
 from hooklens.evaluation.prefix import check_edits
 from hooklens.evaluation.windows import Window, cut_window, score_windows
+from hooklens.harness.arguments import load_model, make_steering, read_batch_size
 from hooklens.harness.requests import PromptBatch, plan_prompts, read_asked
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.edits import Edit
@@ -46,8 +46,6 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """What the harness names a request by, and the tokens of its context and its continuation."""
 
 _MOST_NEW = 256
-# What the harness' command line gives where nobody names a device.
-_DEFAULT_DEVICE = "cuda:0"
 
 
 def _find_base() -> Any:
@@ -137,18 +135,18 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
     ) -> None:
         import_package("lm_eval.api.model")
         super().__init__()
-        self._batch_size: BatchSize = _read_batch_size(batch_size, max_batch_size)
+        self._batch_size: BatchSize = read_batch_size(batch_size, max_batch_size)
         check_edits(edits)
         if steering is None and (strength, how, steer_at) != (None, None, None):
             raise InputError(
                 "strength, how and steer_at say how to steer, and there are no vectors; give steering=FILE"
             )
         vectors = None if steering is None else SteeringVectors.load(steering)
-        self.hooked = _load(pretrained, device, loading)
+        self.hooked = load_model(pretrained, device, loading)
         if self.hooked.tokenizer is None:
             raise InputError("the model has no tokenizer, and tasks are text; load it with tokenizer=...")
         self.tokenizer: Any = self.hooked.tokenizer
-        steered = [] if vectors is None else _steer(self.hooked, vectors, steer_at, strength, how)
+        steered = [] if vectors is None else make_steering(self.hooked, vectors, steer_at, strength, how)
         for edit in (*edits, *steered):
             self.hooked.find_edit_points(edit)
         self.edits: tuple[Edit, ...] = (*edits, *steered)
@@ -396,63 +394,6 @@ class HookLensLM(_Base):  # type: ignore[misc]  # of a package that may be absen
 def _arguments(requests: Sequence[Any]) -> list[tuple[Any, ...]]:
     """What each of the harness' requests asks."""
     return [request.args for request in requests]
-
-
-def _read_batch_size(given: object, most: object) -> BatchSize:
-    """A batch size as the harness writes it: a number, also as text, `auto`, or `auto:N`.
-
-    Raises:
-        InputError: anything else, or a bound for a search that is not made.
-    """
-    if most is not None:
-        raise InputError(
-            f"max_batch_size is {most!r}: 'auto' asks the memory, with no search to bound; leave it out, or give a "
-            "number as batch_size"
-        )
-    if isinstance(given, str) and given.partition(":")[0] == "auto":
-        return "auto"
-    number = int(given) if isinstance(given, str) and given.isdecimal() else given
-    try:
-        return read_int(number, what="batch_size", least=1, most=MOST_ENTRIES)
-    except InputError:
-        raise refusal(given, "batch_size", "'auto' or a whole number >= 1") from None
-
-
-def _load(given: object, device: torch.device | str | None, loading: dict[str, Any]) -> HookedCausalLM:
-    """The model that a caller gave, or one that is loaded.
-
-    Raises:
-        InputError: a model, with keywords for loading one.
-    """
-    if isinstance(given, HookedCausalLM):
-        named = [*(["device"] if device is not None else []), *loading]
-        if named:
-            raise InputError(f"{', '.join(named)}: these say how to load a model, and one was given; load it with them")
-        return given
-    source: Any = given
-    if device == _DEFAULT_DEVICE and ("device_map" in loading or not torch.cuda.is_available()):
-        device = None
-    if device is None and "device_map" not in loading:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place: dict[str, Any] = {} if device is None else {"device": device}
-    return HookedCausalLM.from_pretrained(source, **place, **loading)
-
-
-def _steer(
-    model: HookedCausalLM,
-    vectors: SteeringVectors,
-    at: str | None,
-    strength: float | None,
-    how: Literal["add", "ablate", "clamp"] | None,
-) -> list[Edit]:
-    """The edits that steer.
-
-    Raises:
-        SteeringError: there is no such vector, or it does not fit the model.
-    """
-    chosen = vectors if at is None else vectors[at]
-    chosen.check(model)
-    return chosen.edits(strength=1.0 if strength is None else strength, how=how or "add", dtype=model.dtype)
 
 
 if _Base is not object:

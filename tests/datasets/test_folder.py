@@ -122,9 +122,9 @@ def test_files_are_kept_where_one_says(files, tmp_path):
     record_small(URL, shard_bytes=500, batch_tokens=16)
     kept = ActivationDataset(URL, cache_dir=tmp_path)
     values = kept.site(kept.sites[0])[:].clone()
-    names = [shard.name for shard in kept.manifest.shards]
+    names = [f"{shard.sha256[:32]}-{shard.name}" for shard in kept.manifest.shards]
     assert len(names) > 8
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     # What is here is not downloaded again.
     files.get_file = None
     try:
@@ -132,6 +132,35 @@ def test_files_are_kept_where_one_says(files, tmp_path):
         assert torch.equal(again.site(again.sites[0])[:], values)
     finally:
         del files.get_file
+
+
+def test_data_sets_share_a_folder_of_downloads(files, tmp_path):
+    """A file was found by its name, which all data sets have: a second one gave the first one's activations."""
+    first = record_small(URL)
+    other = record_small("memory://bucket/other", make_documents()[::-1])
+    name = first.sites[0]
+    expected = [found.site(name)[:].clone() for found in (first, other)]
+    assert not torch.equal(*expected)
+    for url, values in zip((URL, "memory://bucket/other"), expected, strict=True):
+        assert torch.equal(ActivationDataset(url, cache_dir=tmp_path).site(name)[:], values)
+    # One that is recorded anew at the same place has files of the same names, too.
+    files.store.clear()
+    record_small(URL, make_documents()[::-1])
+    assert torch.equal(ActivationDataset(URL, cache_dir=tmp_path).site(name)[:], expected[1])
+
+
+def test_a_file_system_without_folders(files, monkeypatch):
+    """S3 has names alone: a folder without files could not be listed, so that nothing could be recorded there."""
+    ls = type(files).ls
+
+    def list_names(self, path, detail=True, **options):
+        if not any(name.startswith(f"/{path.strip('/')}/") for name in self.store):
+            raise FileNotFoundError(path)
+        return ls(self, path, detail=detail, **options)
+
+    monkeypatch.setattr(type(files), "makedirs", lambda self, path, exist_ok=False: None)
+    monkeypatch.setattr(type(files), "ls", list_names)
+    assert record_small(URL).is_complete
 
 
 def test_few_files_are_kept_where_nobody_says_and_none_when_it_is_gone(files):
@@ -172,6 +201,8 @@ def test_what_cannot_be_opened(files, tmp_path):
     for option in ({"storage_options": {"key": 1}}, {"cache_dir": tmp_path}):
         with unchecked(), pytest.raises(InputError, match="is for a URL"):
             open_folder(str(tmp_path), what="out", **option)
+    with unchecked(), pytest.raises(InputError, match="storage_options is 'secret', expected what the file system"):
+        open_folder(URL, what="out", storage_options="secret")
     assert isinstance(open_folder(URL, what="out"), RemoteFolder)
 
 

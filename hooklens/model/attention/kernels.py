@@ -368,5 +368,5 @@ def rms_norm_with_scale(
     x: Float[Tensor, "*axes size"], size: tuple[int, ...], weight: Float[Tensor, " size"] | None, eps: float
 ) -> tuple[Float[Tensor, "*axes size"], Float[Tensor, "*axes one"]]:
     """RMSNorm over the last axis, and the inverse of its denominator; ask `can_show_rms` first."""
-    out, inverse_scale = torch.ops.aten._fused_rms_norm(x, size, weight, eps)
+    out, inverse_scale = torch.ops.aten._fused_rms_norm.default(x, size, weight, eps)
     return out, inverse_scale

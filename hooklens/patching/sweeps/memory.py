@@ -1,10 +1,11 @@
 """The memory plan of a sweep: the sweep itself, gone through without values."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.arguments import reads, require
@@ -14,12 +15,16 @@ from hooklens.causal_lm.memory.plan import MemoryPlan
 from hooklens.causal_lm.memory.replay import Replay, count_storages
 from hooklens.config import HookedConfig
 from hooklens.errors import InputError
+from hooklens.hooks.edits import Edit
 from hooklens.patching.errors import SweepInterruptedError
 from hooklens.patching.metrics.group import Metrics
 from hooklens.patching.pairs.loader import Pairs
 from hooklens.patching.pairs.prompts import Corrupted, PromptPairs
-from hooklens.patching.runs.baseline import Baseline
+from hooklens.patching.runs.baseline import Baseline, Direction
+from hooklens.patching.runs.memory import BatchSize
+from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.sites import Sites
+from hooklens.patching.runs.unpatched import Source
 from hooklens.patching.sweeps.run import SweepRun
 from hooklens.patching.sweeps.sweep import begin_sweep
 
@@ -73,7 +78,13 @@ def plan_sweep(
     corrupted: Corrupted | None = None,
     sites: Sites | None = None,
     metric: Metrics | None = None,
-    **options: Any,
+    *,
+    batch_size: BatchSize = "auto",
+    direction: Direction = "denoise",
+    source: Source = "other",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    edits: Sequence[Edit] = (),
+    allow_training: bool = False,
 ) -> MemoryPlan:
     """What a sweep would take of memory, without running it: `forward` and `peak` are the most it holds at once.
 
@@ -82,8 +93,8 @@ def plan_sweep(
     differs is taken to change something.
 
     Args:
-        model, clean, corrupted, sites, metric: as of `sweep`.
-        **options: keywords of `sweep`; `batch_size="auto"` is settled by the memory that is free now.
+        model, clean, corrupted, sites, metric, direction, source, attention_mask, edits, allow_training: as of `sweep`.
+        batch_size: as of `sweep`; `"auto"` is settled by the memory that is free now.
 
     Raises:
         InputError: what `sweep` refuses, or a sweep that depends on values, as a function that is a metric may.
@@ -92,15 +103,22 @@ def plan_sweep(
     Example:
         >>> patching.plan_sweep(model, clean, corrupted, "z", patching.LogitDiff(" Mary", " John")).peak
     """
+    refuse_missing("plan_sweep", sites=sites, metric=metric)
     replay = Replay(_N_TOKENS, unknown=0)
     shared = [model.tokenizer, model.cfg, *(one for one in (clean, corrupted) if isinstance(one, Tensor))]
-    copied, source, edits = replay.copy(
-        (model, options.get("source", "other"), options.get("edits", ())), shared=shared
-    )
-    given: dict[str, Any] = {**options, "source": source, "edits": edits, "progress": False}
+    copied, other, acting = replay.copy((model, source, edits), shared=shared)
     try:
         with replay.running(grad=False):
-            run = begin_sweep(copied, clean, corrupted, sites, metric, **given, kind=_SweepWithoutValues)
+            options = RunOptions.read(
+                copied,
+                batch_size=batch_size,
+                direction=direction,
+                progress=False,
+                allow_training=allow_training,
+                edits=acting,
+            )
+            prompts = (clean, corrupted, attention_mask)
+            run = begin_sweep(_SweepWithoutValues, copied, prompts, sites, metric, options, other)
             run.finish()
     except SweepInterruptedError as stopped:
         raise InputError(

@@ -154,49 +154,7 @@ def sweep(
         >>> repaired = patching.sweep(model, pairs, sites="z", metric=patching.LogitDiff(), edits=movers)
         >>> (repaired.values - result.values).abs()
     """
-    run = begin_sweep(
-        model,
-        clean,
-        corrupted,
-        sites,
-        metric,
-        batch_size=batch_size,
-        direction=direction,
-        source=source,
-        attention_mask=attention_mask,
-        edits=edits,
-        progress=progress,
-        allow_training=allow_training,
-    )
-    return run.finish()
-
-
-def begin_sweep(
-    model: HookedCausalLM,
-    clean: Pairs,
-    corrupted: Corrupted | None = None,
-    sites: Sites | None = None,
-    metric: Metrics | None = None,
-    *,
-    batch_size: BatchSize = "auto",
-    direction: Direction = "denoise",
-    source: Source = "other",
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-    edits: Sequence[Edit] = (),
-    progress: bool = True,
-    allow_training: bool = False,
-    kind: type[SweepRun] = SweepRun,
-) -> SweepRun:
-    """A sweep that is checked and has not run.
-
-    Args:
-        model, clean, corrupted, sites, metric, batch_size, direction, source, attention_mask, edits, progress,
-            allow_training: as of `sweep`, which says what is raised.
-        kind: what runs it.
-    """
     refuse_missing("sweep", sites=sites, metric=metric)
-    assert sites is not None
-    assert metric is not None
     options = RunOptions.read(
         model,
         batch_size=batch_size,
@@ -205,9 +163,32 @@ def begin_sweep(
         allow_training=allow_training,
         edits=edits,
     )
+    return begin_sweep(SweepRun, model, (clean, corrupted, attention_mask), sites, metric, options, source).finish()
+
+
+def begin_sweep(
+    kind: type[SweepRun],
+    model: HookedCausalLM,
+    prompts: tuple[Pairs, Corrupted | None, Int[Tensor, "batch pos"] | None],
+    sites: Sites | None,
+    metric: Metrics | None,
+    options: RunOptions,
+    source: Source,
+) -> SweepRun:
+    """A sweep that is checked and has not run.
+
+    Args:
+        kind: what runs it.
+        model: the model.
+        prompts: `clean`, `corrupted` and `attention_mask` of `sweep`.
+        sites, metric, source: as of `sweep`, which says what is raised.
+        options: its other keywords.
+    """
+    assert sites is not None
+    assert metric is not None
     _check_activations(model, source)
     measured = MetricGroup.read(metric).encode(model)
-    pairs = read_source(model, clean, corrupted, attention_mask)
+    pairs = read_source(model, *prompts)
     if pairs.n_pairs is None and measured.needs_all_pairs:
         raise InputError(
             f"metric {measured.name} is a function that sees all pairs at once, so it cannot go through a loader; give "

@@ -47,6 +47,11 @@ def test_refusals_are_the_sweeps() -> None:
         plan_sweep(model, CLEAN, CORRUPTED, "z")
     with pytest.raises(TypeError, match="batchsize"):
         plan_sweep(model, CLEAN, CORRUPTED, "z", METRIC, batchsize=3)
+    # A plan has no bar, and said nothing of a keyword that it did not use; it told of one by another function's name.
+    with pytest.raises(TypeError, match=r"^plan_sweep\(\) got an unexpected keyword argument 'progress'"):
+        plan_sweep(model, CLEAN, CORRUPTED, "z", METRIC, progress=True)
+    with pytest.raises(TypeError, match=r"^plan_sweep\(\) got .* 'patching_metric'\. Here it is metric="):
+        plan_sweep(model, CLEAN, CORRUPTED, "z", patching_metric=METRIC)
 
     def of_values(logits: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(logits[:, -1, 0].numpy())
