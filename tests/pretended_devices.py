@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hooklens.weights.offloaded import OffloadedTensor
+
 KIND = "lazy"
 FIRST, SECOND, THIRD = (torch.device(KIND, number) for number in range(3))
 _MOVING = frozenset({"aten::copy_", "aten::_to_copy"})
@@ -43,7 +45,7 @@ class PretendedTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return NotImplemented if _is_elsewhere(types) else _run(func, args, kwargs or {})
 
     def __repr__(self):
         return f"{self.held!r} on {self.device}"
@@ -57,6 +59,11 @@ class PretendedTensor(Tensor):
 
     def data_ptr(self):
         return self.held.data_ptr()
+
+
+def _is_elsewhere(types):
+    """Whether a tensor lies elsewhere than it computes, which brings itself to its device first."""
+    return any(issubclass(kind, OffloadedTensor) for kind in types)
 
 
 def _run(func, args, kwargs):
@@ -99,7 +106,7 @@ class _Pretending(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return NotImplemented if _is_elsewhere(types) else _run(func, args, kwargs or {})
 
 
 @contextmanager

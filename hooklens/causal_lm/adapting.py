@@ -32,6 +32,7 @@ from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights
 from hooklens.model.parts.adapted import AdapterSwitch, adapted_maps
 from hooklens.optional import import_package
+from hooklens.weights.offloaded import refuse_offloaded
 
 if TYPE_CHECKING:
     from hooklens.adapters.lora.keeping import KeptChange
@@ -181,11 +182,17 @@ class AdapterMethods:
         tokens up alone, a tied unembedding gets a weight of its own.
 
         Raises:
-            InputError: no adapter is beside the weights.
+            InputError: no adapter is beside the weights, or some of these are offloaded.
         """
         kept = self._kept_adapters()
         if kept is None:
             raise InputError("merge_adapter: this model has no adapters; add_adapter(name, folder) adds one")
+        refuse_offloaded(
+            self.as_decoder(),
+            "merge_adapter: the merged model would have all weights in memory",
+            InputError,
+            otherwise="from_pretrained(..., adapter=folder, device_map=...) merges while it offloads, weight by weight",
+        )
         weights = {name: weight.clone() for name, weight in PinnedWeights(self.as_decoder(), kept).items()}
         cfg, state = self.cfg, self.__dict__
         if cfg.tied_unembed and not torch.equal(weights["unembed.W_U"], weights["embed.W_E"].T):

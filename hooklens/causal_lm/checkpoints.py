@@ -47,6 +47,7 @@ from hooklens.model.parts.adapted import adapted_maps, refuse_adapters
 from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.model.placement.placement import find_place
 from hooklens.tokens import Tokenizer, read_tokenizer
+from hooklens.weights.offloaded import refuse_offloaded
 from hooklens.weights.processing import process_weights
 from hooklens.weights.steps import Processed, ProcessingStep, take_steps
 
@@ -271,9 +272,15 @@ class CheckpointMethods:
         """The transformers model with equal logits: quantised weights dequantised, acting adapters merged.
 
         Raises:
-            UnsupportedModelError: no Hugging Face architecture can hold this network.
+            UnsupportedModelError: no Hugging Face architecture can hold this network, or weights are offloaded.
         """
         decoder = self.as_decoder()
+        refuse_offloaded(
+            decoder,
+            "to_hf: the transformers model would have all weights in memory",
+            UnsupportedModelError,
+            otherwise="save_pretrained(folder), and transformers loads that with a device_map of its own",
+        )
         if adapted_maps(decoder):
             merged: Any = self
             plain: PreTrainedModel = merged.merge_adapter().to_hf()
@@ -306,8 +313,8 @@ class CheckpointMethods:
         See `hooklens.weights.processing` for what each step does, and what it preserves.
 
         Raises:
-            TransformError: a step cannot hold for this architecture; the text says why. Or weights are quantised, or
-                have adapters beside them.
+            TransformError: a step cannot hold for this architecture; the text says why. Or weights are quantised,
+                offloaded, or have adapters beside them.
         """
         self._require_processable("process_weights")
         return self._rebuild(
@@ -330,8 +337,8 @@ class CheckpointMethods:
             what: what messages call it.
 
         Raises:
-            TransformError: a step cannot hold for this architecture; or weights are quantised, or have adapters beside
-                them.
+            TransformError: a step cannot hold for this architecture; or weights are quantised, offloaded, or have
+                adapters beside them.
         """
         self._require_processable(what)
         return self._rebuild(take_steps(steps, self._weights_to_process(), self.cfg))
@@ -340,6 +347,12 @@ class CheckpointMethods:
         """Refuse weights of which a change would leave a part as it was, or have to be rounded again."""
         self._require_plain(
             f"{what}: what is changed in weights would stay in the adapters beside them", TransformError, f"{what}(...)"
+        )
+        refuse_offloaded(
+            self.as_decoder(),
+            f"{what}: a new model would have all weights in memory",
+            TransformError,
+            otherwise=f"call {what}(...) on the model in memory, save_pretrained(folder), and load that with device_map",
         )
         if maps := quantised_maps(self.as_decoder()):
             raise TransformError(
@@ -363,10 +376,16 @@ class CheckpointMethods:
         Without quantised weights it is a copy of the weights alone: hooks stay behind.
 
         Raises:
-            InputError: there are adapters beside the weights.
+            InputError: there are adapters beside the weights, or weights are offloaded.
         """
         self._require_plain(
             "dequantize: adapters would have to be merged, too", InputError, "is the plain model with them merged"
+        )
+        refuse_offloaded(
+            self.as_decoder(),
+            "dequantize: a new model would have all weights in memory",
+            InputError,
+            otherwise="offloaded weights are plain, and copy.deepcopy(model) shares them",
         )
         weights = {name: weight.clone() for name, weight in ModelWeights(self.as_decoder()).items()}
         model = self.from_state_dict(weights, self.cfg, self.tokenizer)

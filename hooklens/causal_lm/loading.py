@@ -40,7 +40,15 @@ from hooklens.errors import HookLensError, InputError, UnsupportedModelError, jo
 from hooklens.hooks.choice import read_choice
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import fill_parameters
-from hooklens.model.placement.placed import DeviceMap, plan_placement, read_kind, read_max_memory
+from hooklens.model.placement.offloading import Offload, open_offload
+from hooklens.model.placement.placed import (
+    DeviceMap,
+    plan_placement,
+    read_execution_device,
+    read_kind,
+    read_max_memory,
+    read_offload_folder,
+)
 from hooklens.model.placement.placement import Placement
 from hooklens.tokens import Tokenizer, read_tokenizer
 
@@ -128,6 +136,8 @@ class LoadingMethods:
         device=read_device,
         device_map=optional(read_kind),
         max_memory=read_max_memory,
+        offload_folder=read_offload_folder,
+        execution_device=read_execution_device,
         tokenizer=optional(read_tokenizer),
         quantize=partial(read_one_of, options=("int8", "int4", "keep", None)),
         adapter=optional(_read_adapter),
@@ -145,6 +155,8 @@ class LoadingMethods:
         device: torch.device | str = "cpu",
         device_map: DeviceMap | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
+        offload_folder: str | Path | None = None,
+        execution_device: torch.device | str | int | None = None,
         layers: Sequence[int] | None = None,
         n_ctx: int | None = None,
         tokenizer: Tokenizer | None = None,
@@ -188,9 +200,16 @@ class LoadingMethods:
                 from parts (`"embed"`, `"pos_embed"`, `"blocks.0"` and so on or `"blocks"` for all of them,
                 `"ln_final"`, `"unembed"`; `""` is the whole network) to devices, or `"auto"`, `"balanced"`,
                 `"balanced_low_0"`, `"sequential"`, which need the package accelerate. What finds no room on the
-                accelerators lies on the CPU, and computes there.
+                accelerators lies on the CPU, and what finds none there, with `offload_folder`, on the disk. A mapping
+                may say `"disk"`, too.
             max_memory: what an automatic `device_map` may use, bytes or a text such as `"10GiB"` by number of an
                 accelerator, or `"cpu"`; None: what is free.
+            offload_folder: where the weights of parts on `"disk"` are written, each once, while they are read: as many
+                bytes as they have. They are mapped from there, and their files have no names: the room is free
+                again when the model, or the process, is gone. Such weights cannot be changed or trained.
+            execution_device: where parts on `"cpu"` and `"disk"` compute: each weight is brought to it for the operator
+                that reads it, and let go of. None: parts on `"cpu"` compute there, those on `"disk"` on the first
+                accelerator of `device_map`, else on the CPU.
             layers: keep only these blocks, in this order.
             n_ctx: longest sequence the model accepts; None: the checkpoint's. Computed positions (rotary, ALiBi) go on
                 past the checkpoint's length, unchanged; of learned ones there are only those that were learned.
@@ -219,8 +238,9 @@ class LoadingMethods:
                 kept as they are. Or an adapter is of a kind that is not implemented, or cannot be added to these
                 weights.
             InputError: a layer does not exist, there are fewer than `n_ctx` learned positions, an option that this
-                kind of source has not, a dtype in which quantised maps do not compute, or names, devices or memory in
-                `device_map` that do not fit the network; before any weight is read.
+                kind of source has not, a dtype in which quantised maps do not compute, names, devices or memory in
+                `device_map` that do not fit the network, quantised weights that would be offloaded, or a folder that
+                cannot be written to or has too little room; before any weight is read.
             MissingDependencyError: the package of the URL's file system, or the one that quantises, is not installed,
                 or accelerate is not.
         """
@@ -228,6 +248,9 @@ class LoadingMethods:
             raise InputError(f"device={str(device)!r} and device_map both say where weights go; give one of them")
         if max_memory is not None and device_map is None:
             raise InputError("max_memory goes with device_map='auto', and no device_map was given")
+        for word, value in (("offload_folder", offload_folder), ("execution_device", execution_device)):
+            if value is not None and device_map is None:
+                raise InputError(f"{word} goes with device_map, and no device_map was given")
         named = _open_adapters(
             adapter,
             merge=merge,
@@ -254,9 +277,23 @@ class LoadingMethods:
         if not isinstance(made_in, torch.dtype):
             made_in = checkpoint.dtype
         place: torch.device | str | Placement = device
+        offload: Offload | None = None
         if device_map is not None:
             make_meta: Any = cls
-            place = plan_placement(device_map, cfg, made_in, make_meta, max_memory=max_memory)
+            # Read above.
+            folder: Any = offload_folder
+            computes: Any = execution_device
+            place = plan_placement(
+                device_map,
+                cfg,
+                made_in,
+                make_meta,
+                max_memory=max_memory,
+                may_spill=folder is not None,
+                execution_device=computes,
+            )
+            _refuse_offloading(place, quantize)
+            offload = open_offload(place, cfg, made_in, folder, device_map=device_map)
         model: Any = build_from_tensors(
             cls,
             cfg,
@@ -265,6 +302,7 @@ class LoadingMethods:
             device=place,
             dtype=made_in,
             by_columns=True,
+            offload=offload,
         )
         model.transforms = checkpoint.transforms
         model.generation_config = dict(checkpoint.generation_config)
@@ -334,6 +372,19 @@ class LoadingMethods:
                 made = made.to_empty(device=device)
                 made.initialize(seed=seed)
         return made  # type: ignore[no-any-return]
+
+
+def _refuse_offloading(place: Placement, quantize: Quantisation | None) -> None:
+    """Refuse quantised weights that would lie elsewhere than they compute.
+
+    Raises:
+        InputError: there would be some.
+    """
+    if quantize is not None and place.offloaded:
+        raise InputError(
+            f"quantize={quantize!r} and device_map offloads {join_names(list(place.offloaded), limit=6)}: quantised "
+            "weights are not offloaded. Leave out one of the two"
+        )
 
 
 def _open_adapters(
@@ -418,6 +469,7 @@ def build_from_tensors(
     device: torch.device | str | Placement,
     dtype: torch.dtype | None = None,
     by_columns: bool = False,
+    offload: Offload | None = None,
 ) -> Model:
     """A model of a class from its weights, read one after another.
 
@@ -429,13 +481,14 @@ def build_from_tensors(
         device: where to put the weights, all of them or each part.
         dtype: of the weights; None: their own.
         by_columns: see `fill_parameters`.
+        offload: likewise.
     """
     with torch.device("meta"):
         model = kind(cfg, tokenizer)  # type: ignore[call-arg]
     assert isinstance(model, Decoder)
     # Also what the tensors are made of is read here.
     with torch.inference_mode(mode=False):
-        fill_parameters(model, tensors, device=device, dtype=dtype, by_columns=by_columns)
+        fill_parameters(model, tensors, device=device, dtype=dtype, by_columns=by_columns, offload=offload)
         if isinstance(device, Placement):
             model.settle_placement(device)
     return model

@@ -12,6 +12,7 @@ from hooklens.causal_lm.settings import hand_on_settings
 from hooklens.errors import InputError, join_names
 from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.weights.merging.kinds import MergedTensors, Outline, Target, collect, open_operand
+from hooklens.weights.offloaded import refuse_offloaded
 
 
 class HookedModel:
@@ -22,7 +23,7 @@ class HookedModel:
         label: what to call it in messages.
 
     Raises:
-        InputError: its weights have been processed, are quantised, hold no values, or are not alone.
+        InputError: its weights have been processed, are quantised, offloaded, hold no values, or are not alone.
     """
 
     noun = "hooked models"
@@ -36,6 +37,12 @@ class HookedModel:
             )
         if maps := quantised_maps(decoder):
             raise InputError(f"{label}: {describe_maps(maps)}; merge model.dequantize(), of each")
+        refuse_offloaded(
+            decoder,
+            f"{label}: the merged model would have all weights in memory",
+            InputError,
+            otherwise="merge folders, which are merged tensor by tensor, and load what comes out with device_map",
+        )
         self._model = model
         self._parameters = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
         declared = {weight.parameter for weight in model.cfg.description.weights.values()}

@@ -22,6 +22,7 @@ from hooklens.display import (
     merge_layers,
     table,
 )
+from hooklens.weights.offloaded import is_offloaded, lies_on_disk
 
 if TYPE_CHECKING:
     from hooklens.causal_lm.model import HookedCausalLM
@@ -136,7 +137,12 @@ def _tell_weights(model: "HookedCausalLM") -> str:
     devices = dict.fromkeys(str(one.device) for one in model.parameters())
     size = sum(tensor.nbytes for tensor in kept)
     where = "without values (meta)" if list(devices) == ["meta"] else f"on {', '.join(devices)}"
-    return f"{', '.join(dtypes)}, {format_bytes(size)} {where}"
+    beside = {
+        "on the disk": sum(one.nbytes for one in kept if lies_on_disk(one)),
+        "on the CPU for other devices": sum(one.nbytes for one in kept if is_offloaded(one) and not lies_on_disk(one)),
+    }
+    told = "".join(f", {format_bytes(n)} of them {words}" for words, n in beside.items() if n)
+    return f"{', '.join(dtypes)}, {format_bytes(size)} {where}{told}"
 
 
 def _tell_tokenizer(model: "HookedCausalLM") -> str:

@@ -50,6 +50,7 @@ from hooklens.model.plan.documents import Borders
 from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
 from hooklens.model.plan.positions import ChosenColumns, LogitsAt, TokenPlan
 from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
+from hooklens.weights.offloaded import refuse_offloaded
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -116,8 +117,14 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
                 `"kaiming_normal"`, `"muP"`, `"small"`, `"wang"`. None: `cfg.init_scheme`.
 
         Raises:
-            InputError: weights are quantised, or have adapters beside them.
+            InputError: weights are quantised, offloaded, or have adapters beside them.
         """
+        refuse_offloaded(
+            self,
+            "initialize: offloaded weights cannot be changed",
+            InputError,
+            otherwise="make the network of model.cfg anew",
+        )
         refuse_adapters(
             self,
             "initialize: fresh weights would have adapters beside them that are made for others",
@@ -293,9 +300,15 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
             assign: use the tensors themselves, where the names are those of `state_dict()`.
 
         Raises:
-            CheckpointError: the field's names with other shapes, or quantised weights, here or there; or `assign` with
-                adapters beside the weights.
+            CheckpointError: the field's names with other shapes, or quantised weights, here or there; weights that are
+                offloaded here; or `assign` with adapters beside the weights.
         """
+        refuse_offloaded(
+            self,
+            "load_state_dict: offloaded weights cannot be changed",
+            CheckpointError,
+            otherwise='model.dispatch({"": device}) brings them into memory first',
+        )
         if maps := quantised_maps(self):
             raise CheckpointError(
                 f"load_state_dict: {describe_maps(maps)}, and take no others; load a checkpoint with quantize=, or "

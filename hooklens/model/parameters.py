@@ -17,11 +17,13 @@ from hooklens.model.parts.part import read_weight
 from hooklens.progress import progress_bar
 from hooklens.weights.layout import hold, logical_view, to_stored
 from hooklens.weights.names import bare_names
+from hooklens.weights.offloaded import OffloadedTensor
 from hooklens.weights.quantised import is_quantised_tensor
 from hooklens.weights.transformer_lens import join_experts, move_input_biases, rename
 
 if TYPE_CHECKING:
     from hooklens.model.decoder import Decoder
+    from hooklens.model.placement.offloading import Offload
     from hooklens.model.placement.placement import Placement
 
 _TIED = "unembed.W_U"
@@ -57,6 +59,7 @@ def fill_parameters(
     device: "torch.device | str | Placement" = "cpu",
     dtype: torch.dtype | None = None,
     by_columns: bool = False,
+    offload: "Offload | None" = None,
 ) -> None:
     """Put tensors in the place of a network's parameters, one after another.
 
@@ -71,9 +74,11 @@ def fill_parameters(
         dtype: of the weights; None: their own.
         by_columns: weights that lie by columns become parameters as they lie. Else all parameters lie by rows: two
             networks of equal weights compute equal numbers then, to the last bit, wherever the weights came from.
+        offload: takes the weights of parts that do not lie where they compute; None: there are none.
 
     Raises:
         CheckpointError: a name the network does not have, a wrong shape, or a parameter left without tensor.
+        InputError: a weight cannot be written to the disk.
     """
     declared = _held_weights(decoder.cfg)
     by_parameter = {weight.parameter: weight for weight in declared.values()}
@@ -95,15 +100,22 @@ def fill_parameters(
             wanted = weight.stored_shape if is_stored else weight.shape
             if tuple(given.shape) != wanted:
                 raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
+            takes = offload is not None and offload.takes(name)
             where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
-            placed = given.detach().to(device=where, dtype=dtype)
+            if isinstance(given, OffloadedTensor):
+                # A weight of another model, which it may not be changed with.
+                given = given.bring().clone()
+            placed = given.detach().to(device="cpu" if takes else where, dtype=dtype)
             if placed.is_inference():
                 placed = placed.clone()
             if not is_stored:
                 placed = (hold if by_columns else to_stored)(placed, weight.stored, weight.axes)
             elif not placed.is_contiguous():
                 placed = placed.contiguous()
-            modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
+            if offload is not None and takes:
+                modules[path]._parameters[held_as] = offload.put(name, placed)
+            else:
+                modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
     if missing:
         raise CheckpointError(f"{len(missing)} parameters have no tensor: {join_names(sorted(missing))}")
 

@@ -17,6 +17,7 @@ from hooklens.causal_lm.model import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary, format_bytes, format_shape, merge_layers
 from hooklens.errors import InputError
 from hooklens.optional import import_package
+from hooklens.weights.offloaded import lies_on_disk
 
 if TYPE_CHECKING:
     import pandas
@@ -27,7 +28,7 @@ class MemoryPlan(Displayed):
     """What a call takes of memory, in bytes.
 
     Attributes:
-        weights: what the model's weights take, which are there before the call.
+        weights: what the model's weights take, which are there before the call; those on the disk take nothing.
         kv_cache: what the key-value cache takes after the call; 0 without one.
         sites: what is kept of each hook point.
         captured: what the capture keeps in all; memory that sites share counts once.
@@ -230,7 +231,7 @@ class _Planned:
         main = max(peaks, key=lambda device: peaks[device], default=model.device)
         sites = [site for site, _ in held["sites"]]
         return MemoryPlan(
-            weights=count_storages([*model.parameters(), *model.buffers()]),
+            weights=count_storages(one for one in (*model.parameters(), *model.buffers()) if not lies_on_disk(one)),
             kv_cache=0 if cache is None else count_storages(find_tensors(cache)),
             sites=tuple(sites),
             captured=sum(site.added for site in sites),

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from hooklens.errors import HookLensError, InputError
+from hooklens.weights.offloaded import OffloadedTensor, is_offloaded
 
 Copied = TypeVar("Copied")
 
@@ -73,13 +74,16 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         memo: dict[int, Any] = {id(one): one for one in shared}
         for tensor in find_tensors(original, shared):
-            if tensor.is_floating_point() or self._is_large(tensor):
+            if tensor.is_floating_point() or self._is_large(tensor) or is_offloaded(tensor):
                 memo[id(tensor)] = self.without_values(tensor)
         copied: Copied = copy.deepcopy(original, memo)
         return copied
 
     def without_values(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape, dtype, device and layout in memory."""
+        if isinstance(tensor, OffloadedTensor):
+            with self._shapes:
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         return tensor if isinstance(tensor, FakeTensor) else self._shapes.from_tensor(tensor)
 
     def start_anew(self) -> None:

@@ -12,6 +12,7 @@ from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.quantised import dense_weight, is_quantised
 from hooklens.model.parts.stacked import QuantisedStack, StackedLinear
 from hooklens.weights.layout import logical_view, parse_stored, stored_view
+from hooklens.weights.offloaded import OffloadedTensor, explain_change
 
 if TYPE_CHECKING:
     from hooklens.model.parts.part import Part
@@ -205,6 +206,9 @@ class Weight(Declared):
             )
         # A parameter brings its own requires_grad; a tensor takes over the old one's.
         old = holder._parameters.get(self.held_as, stored)
+        held: object = old
+        if isinstance(held, OffloadedTensor):
+            raise ConfigError(f"{self.name} = {list(value.shape)}: {explain_change(held)}")
         trains = value.requires_grad if isinstance(value, nn.Parameter) or old is None else old.requires_grad
         setattr(holder, self.held_as, nn.Parameter(stored, requires_grad=trains))
 

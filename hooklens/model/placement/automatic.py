@@ -1,7 +1,7 @@
 """A network spread over the devices of a machine by their memory: what accelerate computes from the sizes of the parts.
 
-accelerate is asked for the placement only. Nothing of it runs in a call, and nothing is offloaded: a part that finds no
-room on the accelerators lies on the CPU, and computes there.
+accelerate is asked for the placement only, and nothing of it runs in a call. A part that finds no room on the
+accelerators lies on the CPU, and one that finds none there on the disk, where the caller has a folder for it.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import nn
 from hooklens.arguments import read_int, show
 from hooklens.config import HookedConfig
 from hooklens.errors import HookLensError, InputError, join_names
-from hooklens.model.placement.placement import Placement, list_parts, read_part_device
+from hooklens.model.placement.placement import Placement, list_parts, offload_parts, read_part_device, read_place
 from hooklens.optional import import_package
 
 Automatic = Literal["auto", "balanced", "balanced_low_0", "sequential"]
@@ -26,6 +26,8 @@ def spread_network(
     kind: Automatic,
     max_memory: Mapping[Any, int | str] | None,
     *,
+    may_spill: bool = False,
+    execution_device: torch.device | None = None,
     what: str = "device_map",
 ) -> Placement:
     """Where the parts of a network go.
@@ -37,6 +39,8 @@ def spread_network(
             `"sequential"`: each is filled before the next.
         max_memory: bytes, or a text such as `"10GiB"`, by number of an accelerator, or `"cpu"`; what is left out is not
             used. None: what is free.
+        may_spill: parts that find no room on any device lie on the disk.
+        execution_device: see `hooklens.model.placement.placement.offload_parts`.
         what: the argument, for messages.
 
     Raises:
@@ -46,9 +50,9 @@ def spread_network(
     memory = None if max_memory is None else read_memory(max_memory)
     for key in memory or ():
         read_part_device(key, what=f"max_memory: {key!r}")
-    places = spread_parts(meta, cfg, kind, memory, what=what)
-    devices = {place: read_part_device(place, what=what) for place in set(places.values())}
-    return Placement({part: devices[place] for part, place in places.items()})
+    found = spread_parts(meta, cfg, kind, memory, may_spill=may_spill, what=what)
+    places = {place: read_place(place, what=what) for place in set(found.values())}
+    return offload_parts({part: places[place] for part, place in found.items()}, cfg, execution_device)
 
 
 def read_memory(given: object) -> dict[int | str, int]:
@@ -73,7 +77,7 @@ def read_memory(given: object) -> dict[int | str, int]:
 
 def _read_key(key: object) -> int | str:
     if key == "disk":
-        raise InputError("max_memory: 'disk', where no weights are read from during a call")
+        raise InputError("max_memory: 'disk' has no bound: what finds no room goes there, if offload_folder= is given")
     if isinstance(key, str) and key not in _BY_NAME:
         kind, _, number = key.partition(":")
         key = int(number) if kind != "cpu" and number.isdecimal() else key
@@ -100,13 +104,14 @@ def spread_parts(
     kind: Automatic,
     memory: dict[int | str, int] | None,
     *,
+    may_spill: bool = False,
     what: str = "device_map",
 ) -> dict[str, int | str]:
-    """The number of an accelerator, or the name of a device, for each part; see `spread_network`."""
+    """The number of an accelerator, the name of a device, or `"disk"`, for each part; see `spread_network`."""
     utils: Any = import_package("accelerate.utils")
     parts = list_parts(cfg)
     available = utils.get_max_memory(None if memory is None else dict(memory))
-    if memory is None and not any(isinstance(key, int) or key == "mps" for key in available):
+    if memory is None and not may_spill and not any(isinstance(key, int) or key == "mps" for key in available):
         return dict.fromkeys(parts, "cpu")
     skeleton = _bare_network(meta, cfg)
     whole = sorted({type(meta.get_submodule(part)).__name__ for part in parts})
@@ -122,8 +127,10 @@ def spread_parts(
     )
     found = {name.partition("_")[2]: place for name, place in found.items()}
     places = {part: found[part] if part in found else found[part.partition(".")[0]] for part in parts}
+    if cfg.tied_unembed:
+        places["unembed"] = places["embed"]
     homeless = [part for part, place in places.items() if place == "disk"]
-    if homeless:
+    if homeless and not may_spill:
         raise InputError(_describe_shortage(meta, homeless, available, n_layers=cfg.n_layers, what=what))
     return places
 
@@ -147,9 +154,9 @@ def _describe_shortage(
     listed = ", ".join(f"{key}: {_show_bytes(amount)}" for key, amount in memory.items() if key != "disk")
     return (
         f"{what}: no room for {join_names(homeless, limit=6)} of {n_layers} blocks. The weights take "
-        f"{_show_bytes(needed)}, devices may hold {listed}, of which some stays free for the largest block, and "
-        "weights are not read from the disk during a call. Allow more (max_memory=), load fewer layers (layers=) or a "
-        "narrower dtype, or say where each part goes (device_map={...})"
+        f"{_show_bytes(needed)}, devices may hold {listed}, of which some stays free for the largest block. "
+        "Give a folder on the disk for the rest (offload_folder=), allow more (max_memory=), load fewer layers "
+        "(layers=) or a narrower dtype, or say where each part goes (device_map={...})"
     )
 
 

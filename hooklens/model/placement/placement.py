@@ -1,10 +1,12 @@
 """Which device each part of a network lies on: embedding, blocks, final norm, unembedding.
 
 A part lies on one device whole. A mapping names parts as `state_dict()` does,
-`{"embed": 0, "blocks": 1, "unembed": 1}`; `""` is the whole network, `"blocks"` all its blocks.
+`{"embed": 0, "blocks": 1, "unembed": 1}`; `""` is the whole network, `"blocks"` all its blocks. A part may compute on a
+device and lie elsewhere, see `hooklens.weights.offloaded`.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +15,32 @@ from hooklens.arguments import read_device, show
 from hooklens.config import HookedConfig
 from hooklens.errors import HookLensError, InputError, join_names, suggest_names
 from hooklens.model.embed import embeds_positions
+from hooklens.weights.offloaded import Lies
 
 _TIED = "unembed.W_U"
+_CPU = torch.device("cpu")
+
+Place: TypeAlias = torch.device | Literal["disk"]
+"""Where the weights of a part are to lie."""
+_Named = TypeVar("_Named", bound=Place)
 
 
 class Placement(Mapping[str, torch.device]):
     """The device of each part, by name: `"embed"`, `"blocks.0"`, ..., `"unembed"`; never changed once it is made.
 
     Args:
-        devices: of all parts of the network, in order.
+        devices: that all parts of the network compute on, in order.
+        offloaded: what the weights of a part lie in, where that is not its device's memory.
 
     Attributes:
+        offloaded: as given.
         layers: those of the blocks, by layer.
         all: all of them, each once, that of the embedding first.
     """
 
-    def __init__(self, devices: dict[str, torch.device]) -> None:
+    def __init__(self, devices: dict[str, torch.device], offloaded: Mapping[str, Lies] | None = None) -> None:
         self._devices = devices
+        self.offloaded: dict[str, Lies] = dict(offloaded or {})
         self.layers = tuple(device for name, device in devices.items() if name.startswith("blocks."))
         self.all = tuple(dict.fromkeys(devices.values()))
 
@@ -46,7 +57,7 @@ class Placement(Mapping[str, torch.device]):
         return f"Placement({', '.join(f'{name!r}: {str(device)!r}' for name, device in self._devices.items())})"
 
     def of_weight(self, name: str) -> torch.device:
-        """Where a weight or parameter lies."""
+        """Where a weight or parameter computes."""
         return self._devices[part_of(name)]
 
 
@@ -97,17 +108,62 @@ def find_placement(network: nn.Module, cfg: HookedConfig, before: Placement | No
     return Placement(_fill_in(found, cfg))
 
 
-def _fill_in(devices: dict[str, torch.device], cfg: HookedConfig) -> dict[str, torch.device]:
+def _fill_in(devices: dict[str, _Named], cfg: HookedConfig) -> dict[str, _Named]:
     """The devices of all parts: those that are not named have no weights, and lie where what they read comes from."""
-    filled: dict[str, torch.device] = {}
+    filled: dict[str, _Named] = {}
     for part in list_parts(cfg):
         before = "embed" if part == "unembed" else next(reversed(filled), "embed")
         filled[part] = devices[part] if part in devices else filled[before]
     return filled
 
 
-def read_device_map(given: object, cfg: HookedConfig, *, what: str = "device_map") -> Placement:
-    """A mapping from names of parts to devices.
+def offload_parts(
+    places: Mapping[str, Place], cfg: HookedConfig, execution_device: torch.device | None = None
+) -> Placement:
+    """The placement of parts of which some lie on the disk, or in the CPU's memory for another device.
+
+    Args:
+        places: of all parts, in order.
+        cfg: the network.
+        execution_device: where parts on the CPU and the disk compute. None: those on the CPU there, those on the disk
+            on the first other device that a part lies on, else on the CPU.
+    """
+    others = (place for place in places.values() if place != "disk" and place.type != "cpu")
+    main = next(others, _CPU) if execution_device is None else execution_device
+    streams = execution_device is not None and execution_device.type != "cpu"
+    held = _list_holding(cfg)
+    devices: dict[str, torch.device] = {}
+    offloaded: dict[str, Lies] = {}
+    for part, place in places.items():
+        lies: Lies | None = None
+        if place == "disk":
+            lies = "disk"
+        elif place.type == "cpu" and streams:
+            lies = "cpu"
+        devices[part] = place if lies is None and place != "disk" else main
+        if lies is not None and part in held:
+            offloaded[part] = lies
+    return Placement(devices, offloaded)
+
+
+def _list_holding(cfg: HookedConfig) -> set[str]:
+    """The parts that hold weights of their own."""
+    held = {part_of(weight) for weight in cfg.description.weights}
+    if cfg.tied_unembed:
+        held.discard("unembed")
+    return held
+
+
+def read_device_map(
+    given: object, cfg: HookedConfig, *, execution_device: torch.device | None = None, what: str = "device_map"
+) -> Placement:
+    """A mapping from names of parts to devices, or `"disk"`.
+
+    Args:
+        given: the mapping.
+        cfg: the network.
+        execution_device: see `offload_parts`.
+        what: the argument, for messages.
 
     Raises:
         InputError: no mapping; or names that the network does not have, parts without or with several devices, devices
@@ -118,7 +174,7 @@ def read_device_map(given: object, cfg: HookedConfig, *, what: str = "device_map
     parts = list_parts(cfg)
     problems: list[str] = []
     named: dict[str, list[str]] = {part: [] for part in parts}
-    devices: dict[str, torch.device] = {}
+    devices: dict[str, Place] = {}
     for name, device in given.items():
         covered = _find_covered(name, parts)
         if not covered:
@@ -126,14 +182,12 @@ def read_device_map(given: object, cfg: HookedConfig, *, what: str = "device_map
         for part in covered:
             named[part].append(name)
         try:
-            placed = read_part_device(device, what=f"{what}[{name!r}]")
+            placed = read_place(device, what=f"{what}[{name!r}]")
         except HookLensError as error:
             problems.append(str(error))
             continue
         devices.update(dict.fromkeys(covered, placed))
-    held = {part_of(weight) for weight in cfg.description.weights}
-    if cfg.tied_unembed:
-        held.discard("unembed")
+    held = _list_holding(cfg)
     missing = [part for part, names in named.items() if not names and part in held]
     if missing:
         problems.append(f"no device for {join_names(missing)}")
@@ -148,7 +202,16 @@ def read_device_map(given: object, cfg: HookedConfig, *, what: str = "device_map
             f"{what}: 'embed' is put on {placed_all['embed']} and 'unembed' on {placed_all['unembed']}, but the "
             "unembedding is tied to the embedding: they are one weight. Put both on one device"
         )
-    return Placement(placed_all)
+    return offload_parts(placed_all, cfg, execution_device)
+
+
+def read_place(given: object, *, what: str) -> Place:
+    """Where the weights of a part can lie: a device, or `"disk"`.
+
+    Raises:
+        InputError: neither.
+    """
+    return "disk" if isinstance(given, str) and given == "disk" else read_part_device(given, what=what)
 
 
 def read_part_device(given: object, *, what: str) -> torch.device:
@@ -157,11 +220,6 @@ def read_part_device(given: object, *, what: str) -> torch.device:
     Raises:
         InputError: none, or one that holds no weights.
     """
-    if isinstance(given, str) and given == "disk":
-        raise InputError(
-            f"{what} is 'disk': weights are not read from the disk during a call. Load fewer layers (layers=...), in a "
-            "narrower dtype (dtype='bfloat16'), or put the part on 'cpu', where it then computes"
-        )
     device = read_device(given, what=what)
     if device.type == "meta":
         raise InputError(f"{what} is {show(given)}, where tensors have no values; expected a device that computes")
