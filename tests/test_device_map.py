@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(monkeypatch):
     for options, message in (
         ({"device_map": {"embed": "cpu", "blocks.9": "cpu"}}, r"no part 'blocks.9'.*no device for 'blocks.0'"),
         ({"device_map": "everywhere"}, "'sequential', or devices by part"),
-        ({"device_map": {"": "disk"}}, "not read from the disk"),
+        ({"device_map": {"": "disk"}}, "on 'disk', and no offload_folder was given"),
         ({"device_map": "auto", "max_memory": {"cpu": 1000}}, "no room for 'embed'"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": 1}}, "max_memory goes with an automatic device_map"),
         ({"max_memory": {"cpu": 1}}, "no device_map was given"),

@@ -20,6 +20,7 @@ from hooklens.errors import CheckpointError
 from hooklens.optional import import_package
 from hooklens.progress import progress_bar
 from hooklens.tokens import Tokenizer
+from hooklens.weights.offloaded import values_of
 
 INDEX = "model.safetensors.index.json"
 """The file that says which of several files a tensor is in."""
@@ -118,7 +119,7 @@ def _write_shard(
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in names:
-        tensor = layout.make(name)
+        tensor = values_of(layout.make(name))
         tensor = tensor if dtype is None else tensor.to(dtype)
         # safetensors refuses tensors that share storage, as an untied unembedding may still do.
         if tensor.untyped_storage().data_ptr() in storages:

@@ -39,6 +39,8 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(("first_n_layers",), ("layers",)),
     Meaning(("n_devices", "device_mesh"), ("device_map",)),
     Meaning(("device_map", "move_to_device"), ("device",), "model.to(device) moves a model"),
+    Meaning(("offload_dir",), ("offload_folder",)),
+    Meaning(("main_device",), ("execution_device",)),
     Meaning(("load_in_8bit", "load_in_4bit", "quantization_config"), ("quantize",)),
     Meaning(
         (

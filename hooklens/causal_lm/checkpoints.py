@@ -352,7 +352,7 @@ class CheckpointMethods:
             self.as_decoder(),
             f"{what}: a new model would have all weights in memory",
             TransformError,
-            otherwise=f"call {what}(...) on the model in memory, save_pretrained(folder), and load that with device_map",
+            otherwise=f"call {what}(...) on the model in memory, save_pretrained(folder), load that with device_map",
         )
         if maps := quantised_maps(self.as_decoder()):
             raise TransformError(

@@ -100,12 +100,12 @@ def fill_parameters(
             wanted = weight.stored_shape if is_stored else weight.shape
             if tuple(given.shape) != wanted:
                 raise CheckpointError(f"{name!r} has shape {list(given.shape)}; expected {list(wanted)}")
+            # A weight of another model that is offloaded may not be changed with it.
+            placed = given.bring().clone() if isinstance(given, OffloadedTensor) else given.detach()
             takes = offload is not None and offload.takes(name)
-            where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
-            if isinstance(given, OffloadedTensor):
-                # A weight of another model, which it may not be changed with.
-                given = given.bring().clone()
-            placed = given.detach().to(device="cpu" if takes else where, dtype=dtype)
+            if not takes:
+                where = device.of_weight(name) if isinstance(device, Mapping) else torch.device(device)
+                placed = placed.to(device=where, dtype=dtype)
             if placed.is_inference():
                 placed = placed.clone()
             if not is_stored:
@@ -113,7 +113,7 @@ def fill_parameters(
             elif not placed.is_contiguous():
                 placed = placed.contiguous()
             if offload is not None and takes:
-                modules[path]._parameters[held_as] = offload.put(name, placed)
+                modules[path]._parameters[held_as] = offload.put(name, placed, dtype)
             else:
                 modules[path]._parameters[held_as] = nn.Parameter(placed, requires_grad=placed.is_floating_point())
     if missing:

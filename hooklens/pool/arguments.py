@@ -126,6 +126,7 @@ _SHARED = frozenset(
         "device",
         "device_map",
         "max_memory",
+        "offload_folder",
         "cache_dir",
         "local_files_only",
     }
@@ -178,7 +179,6 @@ _WITHOUT_COUNTERPART: dict[str, tuple[tuple[Any, ...], str]] = {
     "load_in_4bit": ((False,), _QUANTISED),
     "output_attentions": ((False,), "run_with_cache gives the patterns; leave it out"),
     "output_hidden_states": ((False,), "run_with_cache gives them; leave it out"),
-    "offload_folder": ((), "what finds no room on accelerators stays on the CPU; leave it out"),
     "offload_state_dict": ((False,), "weights are read one by one; leave it out"),
     "config": ((), "the checkpoint's own config is read; leave it out"),
     "force_download": ((False,), "delete the copy in the hub's cache instead"),

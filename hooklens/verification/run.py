@@ -62,7 +62,8 @@ def verify(
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
-        InputError: hooks are attached to the model, it lies on several devices, or layers it does not have.
+        InputError: hooks are attached to the model, it lies on several devices or is offloaded, or layers it does not
+            have.
     """
     subject = Subject.open(model, layers=layers, n_tokens=n_tokens, device=device, seed=seed)
     _check_dtypes(dtypes)

@@ -17,6 +17,7 @@ from hooklens.verification.report import CheckResult
 from hooklens.verification.round_trip import check_round_trip
 from hooklens.verification.stages import SMALL_MODEL, Stage, find_unknown, stage_groups
 from hooklens.verification.watching import check_firing
+from hooklens.weights.offloaded import refuse_offloaded
 
 FIRING = "firing"
 ROUND_TRIP = "round trip"
@@ -52,7 +53,8 @@ class Subject:
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
-            InputError: hooks are attached to the model, it lies on several devices, or layers it does not have.
+            InputError: hooks are attached to the model, it lies on several devices or is offloaded, or layers it does
+                not have.
         """
         folder = None if isinstance(model, HookedCausalLM) else find_folder(model)
         if isinstance(model, HookedCausalLM):
@@ -63,6 +65,12 @@ class Subject:
                     f"({', '.join(map(str, model.devices))}); verify it on one, after model.to(device), or give the "
                     "checkpoint and device="
                 )
+            refuse_offloaded(
+                model,
+                "verify changes copies of the weights, in float64, too, and holds these in memory",
+                InputError,
+                otherwise='verify it after model.dispatch({"": device}), or with layers=',
+            )
         else:
             loaded, name = HookedCausalLM.from_pretrained(find_folder(model), device=device), str(model)
         probe = make_probe(loaded, layers=layers, n_tokens=n_tokens, seed=seed)

@@ -40,7 +40,7 @@ class OffloadedTensor(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device, lies: Lies) -> "OffloadedTensor":
         """A tensor without values of its own."""
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: OffloadedTensor = make(
             cls,
             held.size(),
@@ -54,10 +54,12 @@ class OffloadedTensor(Tensor):
     def __init__(self, held: Tensor, device: torch.device, lies: Lies) -> None:
         self.held, self.lies = held.detach(), lies
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operator: on a view of what is held, or on values that were brought to the device."""
         kwargs = kwargs or {}
         _refuse_writes(func, args, kwargs)
@@ -87,7 +89,7 @@ class OffloadedTensor(Tensor):
         return self.held.to(self.device)
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """Whether its gradient is recorded: never."""
         return False
 
@@ -112,23 +114,24 @@ class OffloadedTensor(Tensor):
         """Another tensor over the same values, which nothing changes."""
         copied = OffloadedTensor(self.held, self.device, self.lies)
         if isinstance(self, nn.Parameter):
-            copied._is_param = True  # type: ignore[attr-defined]
+            copied._is_param = True
         memo[id(self)] = copied
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle holds the values: what is read from it is an ordinary tensor on the device."""
-        plain = self.bring().clone()
+        plain: Any = self.bring().clone()
         if isinstance(self, nn.Parameter):
             trains = plain.is_floating_point()
             return torch._utils._rebuild_parameter, (plain, trains, OrderedDict())
         return plain.__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """The values, where they lie and where they compute."""
         return f"OffloadedTensor({self.held!r}, lies={self.lies!r}, device={str(self.device)!r})"
 
-    # What PyTorch gives of no subclass without memory of its own.
+    # What PyTorch gives of no subclass without memory of its own. Its storage stays an empty one: `torch.compile` takes
+    # what has values there for a view of them.
     def numpy(self, *, force: bool = False) -> Any:
         """The values as an array that cannot be written to."""
         array = self.held.numpy(force=force)
@@ -138,10 +141,6 @@ class OffloadedTensor(Tensor):
     def tolist(self) -> Any:
         """The values as numbers."""
         return self.held.tolist()
-
-    def untyped_storage(self) -> Any:
-        """The memory of what is held."""
-        return self.held.untyped_storage()
 
     def data_ptr(self) -> int:
         """The address of what is held."""
@@ -156,6 +155,11 @@ def offload(tensor: Tensor, device: torch.device, lies: Lies) -> nn.Parameter:
 def is_offloaded(tensor: object) -> bool:
     """Whether a tensor lies elsewhere than it computes, or on the disk."""
     return isinstance(tensor, OffloadedTensor)
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """What an offloaded tensor holds, on the CPU, to be read only; another tensor itself."""
+    return tensor.held if isinstance(tensor, OffloadedTensor) else tensor
 
 
 def lies_on_disk(tensor: object) -> bool:

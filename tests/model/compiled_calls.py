@@ -9,6 +9,7 @@ import torch
 
 from hooklens import edits
 from hooklens.errors import HookLensError
+from hooklens.weights.offloaded import offload
 from tests.model.networks import ALL_CONFIGS, make_model, random_tokens
 
 
@@ -97,6 +98,27 @@ def test_compiled_code_and_its_gradients():
     model(tokens, return_type="loss").backward()
     for gradient, parameter in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lies", ["disk", "cpu"])
+def test_offloaded_weights_break_no_graph(lies, tmp_path):
+    model, tokens = make_model("grouped", dtype=torch.float32), random_tokens(2, 6)
+    expected = model(tokens, return_type="loss")
+    if lies == "disk":
+        model.dispatch({"": "disk"}, offload_folder=tmp_path)
+    else:
+        for part in model.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    # As on an accelerator, but that it is the CPU.
+                    part._parameters[name] = offload(parameter.detach(), torch.device("cpu"), "cpu")
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(tokens, return_type="loss")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    stream = torch.full((2, 6, model.cfg.d_model), 0.5, requires_grad=True)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(stream, start_at_layer=0).sum().backward()
+    (gradient,) = torch.autograd.grad(model(stream, start_at_layer=0).sum(), stream)
+    torch.testing.assert_close(stream.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_that_outlive_a_call_are_seen_or_refused():

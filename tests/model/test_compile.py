@@ -16,8 +16,8 @@ pytestmark = traces_whole
 
 
 def test_compiled_calls():
-    """A call of every network, seven of one, documents said in two ways in one, and two tests more."""
-    assert run("not slow") == len(ALL_CONFIGS) + 6 + 2 + 2
+    """A call of every network, seven of one, documents said, and weights offloaded, in two ways in one, two tests more."""
+    assert run("not slow") == len(ALL_CONFIGS) + 6 + 2 + 2 + 2
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from hooklens.causal_lm.model import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary, format_bytes, format_shape, merge_layers
 from hooklens.errors import InputError
 from hooklens.optional import import_package
-from hooklens.weights.offloaded import lies_on_disk
+from hooklens.weights.offloaded import lies_on_disk, offloaded_parameters, values_of
 
 if TYPE_CHECKING:
     import pandas
@@ -216,14 +216,15 @@ class _Planned:
             point.__dict__["own"] = None
         with replay.running(grad=self.records):
             output, kept = self._run(copied, input, call)
-        forward = dict(replay.peak)
+        brought = _count_brought(model)
+        forward = _add(replay.peak, brought)
         peaks, after = forward, None
         held = self._sort_held(output, kept)
         if self.backward:
             replay.start_anew()
             with replay.running(grad=True):
                 _go_back(output)
-            after = dict(replay.peak)
+            after = _add(replay.peak, brought)
             peaks = {device: max(size, forward.get(device, 0)) for device, size in after.items()}
         cache = call.get("past_kv_cache")
         known = {device: free_bytes(device) for device in peaks}
@@ -231,7 +232,9 @@ class _Planned:
         main = max(peaks, key=lambda device: peaks[device], default=model.device)
         sites = [site for site, _ in held["sites"]]
         return MemoryPlan(
-            weights=count_storages(one for one in (*model.parameters(), *model.buffers()) if not lies_on_disk(one)),
+            weights=count_storages(
+                values_of(one) for one in (*model.parameters(), *model.buffers()) if not lies_on_disk(one)
+            ),
             kv_cache=0 if cache is None else count_storages(find_tensors(cache)),
             sites=tuple(sites),
             captured=sum(site.added for site in sites),
@@ -279,6 +282,20 @@ class _Planned:
         options: dict[str, Any] = {**call, "check_memory": False}
         output, cache = model.run_with_cache(input, **options)
         return output, cache
+
+
+def _count_brought(model: HookedCausalLM) -> dict[torch.device, int]:
+    """By device the largest weight that lies elsewhere and is brought there for an operator."""
+    brought: dict[torch.device, int] = {}
+    for _, weight in offloaded_parameters(model):
+        if weight.device.type != "cpu":
+            brought[weight.device] = max(weight.nbytes, brought.get(weight.device, 0))
+    return brought
+
+
+def _add(peaks: Mapping[torch.device, int], brought: Mapping[torch.device, int]) -> dict[torch.device, int]:
+    """The peaks with what is brought beside them, which is at most one weight at a time."""
+    return {device: peaks.get(device, 0) + brought.get(device, 0) for device in (*peaks, *brought)}
 
 
 def _tensors_of(output: Any) -> list[Tensor]:

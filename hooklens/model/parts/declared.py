@@ -206,11 +206,19 @@ class Weight(Declared):
             )
         # A parameter brings its own requires_grad; a tensor takes over the old one's.
         old = holder._parameters.get(self.held_as, stored)
-        held: object = old
-        if isinstance(held, OffloadedTensor):
-            raise ConfigError(f"{self.name} = {list(value.shape)}: {explain_change(held)}")
+        self.refuse_change(old, value)
         trains = value.requires_grad if isinstance(value, nn.Parameter) or old is None else old.requires_grad
         setattr(holder, self.held_as, nn.Parameter(stored, requires_grad=trains))
+
+    def refuse_change(self, held: object, value: object) -> None:
+        """Refuse to put a value in the place of a weight that is offloaded.
+
+        Raises:
+            ConfigError: it is.
+        """
+        if isinstance(held, OffloadedTensor):
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"{self.name} = {found}: {explain_change(held)}")
 
 
 def _read_held(holder: nn.Module, held_as: str) -> Tensor | None:

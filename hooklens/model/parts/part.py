@@ -40,6 +40,7 @@ from hooklens.model.parts.adapted import Adapted
 from hooklens.model.parts.declared import Declared, Point, Slot, Spec, Weight
 from hooklens.model.parts.quantised import is_quantised
 from hooklens.model.parts.stacked import StackedLinear
+from hooklens.weights.offloaded import is_offloaded
 
 
 class Part(HookedModule):
@@ -162,6 +163,8 @@ class Part(HookedModule):
         if isinstance(declared, Weight) and declared.module is not None:
             # nn.Module would register a parameter of that name beside the view.
             declared.__set__(self, value)
+        elif isinstance(declared, Weight) and is_offloaded(self._parameters.get(name)):
+            declared.refuse_change(self._parameters[name], value)
         else:
             super().__setattr__(name, value)
 

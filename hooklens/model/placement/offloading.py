@@ -1,8 +1,8 @@
 """Parts whose weights lie on the disk, or in the CPU's memory for another device, and the files of the first.
 
 A weight on the disk is written once, into a file of its own, and mapped: the system reads its pages when they are
-touched, and gives them back when memory is short. A file loses its name as soon as it is mapped, so nobody can damage it
-while it is read, and it goes with the last tensor that reads it, however the process ends. A system that does not
+touched, and gives them back when memory is short. A file loses its name as soon as it is mapped: so nobody can damage
+it while it is read, and it goes with the last tensor that reads it, however the process ends. A system that does not
 remove a mapped file (Windows) leaves it in the folder.
 """
 
@@ -12,8 +12,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from hooklens.model.parts.quantised import quantised_maps
 from hooklens.model.placement.placement import Placement, part_of
 from hooklens.weights.offloaded import OffloadedTensor, offload
 
+_PIECE = 2**24
 _WHERE = "expected a folder on a disk that can be written to and has room for what does not fit into memory"
 
 
@@ -56,40 +58,52 @@ class OffloadFolder:
                 f"{format_bytes(free)} are free there; {_WHERE}"
             )
 
-    def write(self, name: str, tensor: Tensor) -> Tensor:
+    def write(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The same values, mapped from a file, with the strides that they have in memory.
+
+        They are written through the mapping, so that no memory is taken for a converted copy.
 
         Args:
             name: of the weight, for messages.
-            tensor: on the CPU, without gaps between its entries.
+            tensor: on any device, without gaps between its entries.
+            dtype: of what is written; None: that of the tensor.
 
         Raises:
-            InputError: the file cannot be written whole.
+            InputError: there is no room for the file.
         """
+        dtype = tensor.dtype if dtype is None else dtype
         if not tensor.numel():
-            return tensor.clone()
+            return tensor.to("cpu", dtype, copy=True)
         # By columns, or whatever the order of the axes is, entries go into the file as they lie in memory.
         order = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), -axis), reverse=True)
-        dense = tensor.detach().permute(order).contiguous()
+        n_bytes = tensor.numel() * dtype.itemsize
         path = None
         try:
             number, made = tempfile.mkstemp(prefix="hooklens-", suffix=".weight", dir=self.path)
             path = Path(made)
             with os.fdopen(number, "wb") as file:
-                file.write(dense.reshape(-1).view(torch.uint8).numpy().data)
-            storage = torch.UntypedStorage.from_file(str(path), False, dense.nbytes)  # noqa: FBT003
+                _take_room(file, n_bytes)
+            storage: Any = torch.UntypedStorage.from_file(str(path), True, n_bytes)  # noqa: FBT003
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"offload_folder={show(str(self.path))}: {name!r} of {format_bytes(dense.nbytes)} could not be written "
+                f"offload_folder={show(str(self.path))}: {name!r} of {format_bytes(n_bytes)} could not be written "
                 f"there ({error}); {_WHERE}"
             ) from error
         finally:
             if path is not None:
                 with contextlib.suppress(PermissionError):
                     path.unlink()
-        mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, dense.shape, dense.stride())
-        back = [order.index(axis) for axis in range(tensor.ndim)]
-        return mapped.permute(back)
+        mapped = torch.empty(0, dtype=dtype).set_(storage).view([tensor.shape[axis] for axis in order])
+        return mapped.permute([order.index(axis) for axis in range(tensor.ndim)]).copy_(tensor.detach())
+
+
+def _take_room(file: BinaryIO, n_bytes: int) -> None:
+    """Make a file of a size whose bytes have their place on the disk: to write to it cannot fail later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return
+    for start in range(0, n_bytes, _PIECE):
+        file.write(bytes(min(_PIECE, n_bytes - start)))
 
 
 class Offload:
@@ -107,8 +121,13 @@ class Offload:
         """Whether a weight or parameter of that name is offloaded."""
         return part_of(name) in self._placement.offloaded
 
-    def put(self, name: str, tensor: Tensor) -> nn.Parameter:
+    def put(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
         """The parameter of a weight that is offloaded.
+
+        Args:
+            name: of the weight or parameter.
+            tensor: as it is stored.
+            dtype: of the parameter; None: that of the tensor.
 
         Raises:
             InputError: its file cannot be written.
@@ -118,12 +137,11 @@ class Offload:
         if isinstance(tensor, OffloadedTensor):
             if tensor.lies == lies:
                 return offload(tensor.held, device, lies)
-            tensor = tensor.held.clone()
-        held = tensor.detach().cpu()
-        if lies == "disk":
-            assert self._folder is not None
-            held = self._folder.write(name, held)
-        return offload(held, device, lies)
+            tensor = tensor.held
+        if lies == "cpu":
+            return offload(tensor.detach().to("cpu", dtype, copy=True), device, lies)
+        assert self._folder is not None
+        return offload(self._folder.write(name, tensor, dtype), device, lies)
 
 
 def open_offload(
@@ -192,18 +210,17 @@ def move_parts(network: Any, placement: Placement, offload: Offload | None) -> N
     for part, device in placement.items():
         module: nn.Module = network.get_submodule(part)
         if part in placement.offloaded and offload is not None:
-            put = offload.put
-            _replace_parameters(module, lambda name, tensor, put=put, part=part: put(f"{part}.{name}", tensor))
+            _replace_parameters(module, part, offload.put)
             for inside in module.modules():
                 inside._buffers = {
                     name: None if one is None else one.to(device) for name, one in inside._buffers.items()
                 }
         else:
-            _replace_parameters(module, lambda name, tensor, device=device: _take_back(tensor, device))
+            _replace_parameters(module, part, partial(_take_back, device))
             module.to(device)
 
 
-def _take_back(tensor: Tensor, device: torch.device) -> Tensor:
+def _take_back(device: torch.device, name: str, tensor: Tensor) -> Tensor:
     """An ordinary parameter in the place of one that is offloaded."""
     if not isinstance(tensor, OffloadedTensor):
         return tensor
@@ -212,8 +229,10 @@ def _take_back(tensor: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(plain, requires_grad=plain.is_floating_point())
 
 
-def _replace_parameters(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    for path, inside in module.named_modules():
-        for name, parameter in inside._parameters.items():
+def _replace_parameters(module: nn.Module, name: str, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Put in the place of each parameter of a part what is made of its name in the network, and of itself."""
+    for path, inside in module.named_modules(prefix=name):
+        for own, parameter in inside._parameters.items():
             if parameter is not None:
-                inside._parameters[name] = make(f"{path}.{name}" if path else name, parameter)  # type: ignore[assignment]
+                made: Any = make(f"{path}.{own}", parameter)
+                inside._parameters[own] = made

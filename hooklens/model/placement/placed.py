@@ -21,7 +21,7 @@ from hooklens.model.placement.placement import (
     read_part_device,
 )
 from hooklens.optional import import_package
-from hooklens.weights.offloaded import Lies, offloaded_parameters, refuse_offloaded
+from hooklens.weights.offloaded import Lies, offloaded_parameters, refuse_offloaded, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,13 +230,22 @@ class Placed:
             decoder,
             "to, cuda, half and their like would bring all weights into the memory of one device",
             InputError,
-            otherwise='model.dispatch({"": device}) does so where that is wanted, and dtype= of from_pretrained converts '
-            "weights while they are read",
+            otherwise='model.dispatch({"": device}) does so where that is wanted, and from_pretrained(dtype=...) '
+            "converts weights while they are read",
         )
         moved: Network = super()._apply(fn, recurse)  # type: ignore[misc]
         if self.placement is not None:
             self.settle_placement(self.placement)
         return moved
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        """The parameters by name, as `nn.Module.state_dict` gives them; offloaded ones as they lie on the CPU."""
+        state = super().state_dict(*arguments, **keywords)  # type: ignore[misc]
+        if keywords.get("keep_vars"):
+            return state
+        for name, value in state.items():
+            state[name] = values_of(value) if isinstance(value, torch.Tensor) else value
+        return state
 
     def requires_grad_(self: Network, requires_grad: bool = True) -> Network:  # noqa: FBT001, FBT002
         """Have the gradients of all parameters recorded, or of none, as `nn.Module.requires_grad_` does.
@@ -250,8 +259,8 @@ class Placed:
                 decoder,
                 "requires_grad_: offloaded weights are not trained",
                 InputError,
-                otherwise='model.dispatch({"": device}) brings them back, and layers=, dtype= or adapters (add_adapter) '
-                "make a model that can be trained smaller",
+                otherwise='model.dispatch({"": device}) brings them into memory; an adapter beside them (add_adapter) '
+                "can be trained as they are",
             )
         set_up: Network = super().requires_grad_(requires_grad)  # type: ignore[misc]
         return set_up

@@ -131,7 +131,8 @@ def offload_parts(
     others = (place for place in places.values() if place != "disk" and place.type != "cpu")
     main = next(others, _CPU) if execution_device is None else execution_device
     streams = execution_device is not None and execution_device.type != "cpu"
-    held = _list_holding(cfg)
+    tied = {_TIED} if cfg.tied_unembed else set()
+    held = {part_of(weight) for weight in cfg.description.weights if weight not in tied}
     devices: dict[str, torch.device] = {}
     offloaded: dict[str, Lies] = {}
     for part, place in places.items():
@@ -144,14 +145,6 @@ def offload_parts(
         if lies is not None and part in held:
             offloaded[part] = lies
     return Placement(devices, offloaded)
-
-
-def _list_holding(cfg: HookedConfig) -> set[str]:
-    """The parts that hold weights of their own."""
-    held = {part_of(weight) for weight in cfg.description.weights}
-    if cfg.tied_unembed:
-        held.discard("unembed")
-    return held
 
 
 def read_device_map(
@@ -187,7 +180,9 @@ def read_device_map(
             problems.append(str(error))
             continue
         devices.update(dict.fromkeys(covered, placed))
-    held = _list_holding(cfg)
+    held = {part_of(weight) for weight in cfg.description.weights}
+    if cfg.tied_unembed:
+        held.discard("unembed")
     missing = [part for part, names in named.items() if not names and part in held]
     if missing:
         problems.append(f"no device for {join_names(missing)}")

@@ -65,9 +65,9 @@ def test_what_holds_no_weights_follows_what_it_reads():
         ),
         ({"": FIRST, "pos_embed": FIRST}, ROTARY, ["the network has no 'pos_embed': its positions are no vectors"]),
         (
-            {"embed": "disk", "blocks": "meta", "ln_final": "nowhere", "unembed": True},
+            {"embed": "Disk", "blocks": "meta", "ln_final": "nowhere", "unembed": True},
             ROTARY,
-            ["weights are not read from the disk", "'meta', where tensors have no values", "'nowhere'", "is True"],
+            ["'Disk'", "'meta', where tensors have no values", "'nowhere'", "is True"],
         ),
         (
             {"embed": FIRST, "pos_embed": FIRST, "blocks": FIRST, "ln_final": FIRST, "unembed": SECOND},
