@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _rebuild_parameter
 from torch.utils._pytree import tree_map_only
 
 from hooklens.errors import HookLensError, InputError
@@ -38,7 +39,7 @@ class OffloadedTensor(Tensor):
     lies: Lies
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device, lies: Lies) -> "OffloadedTensor":
+    def __new__(cls: type["OffloadedTensor"], held: Tensor, device: torch.device, lies: Lies) -> "OffloadedTensor":
         """A tensor without values of its own."""
         make: Any = Tensor._make_wrapper_subclass
         made: OffloadedTensor = make(
@@ -97,7 +98,10 @@ class OffloadedTensor(Tensor):
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> "OffloadedTensor":  # noqa: FBT001, FBT002
+    def requires_grad_(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        requires_grad: bool = True,  # noqa: FBT001, FBT002
+    ) -> "OffloadedTensor":
         """Leave it as it is.
 
         Raises:
@@ -123,7 +127,7 @@ class OffloadedTensor(Tensor):
         plain: Any = self.bring().clone()
         if isinstance(self, nn.Parameter):
             trains = plain.is_floating_point()
-            return torch._utils._rebuild_parameter, (plain, trains, OrderedDict())
+            return _rebuild_parameter, (plain, trains, OrderedDict())
         return plain.__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -16,7 +16,7 @@ pytestmark = traces_whole
 
 
 def test_compiled_calls():
-    """A call of every network, seven of one, documents said, and weights offloaded, in two ways in one, two tests more."""
+    """A call of every network, seven of one, documents and offloaded weights in two ways each, and two tests more."""
     assert run("not slow") == len(ALL_CONFIGS) + 6 + 2 + 2 + 2
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from hooklens.arguments import read_int, show
 from hooklens.config import HookedConfig
 from hooklens.errors import HookLensError, InputError, join_names
-from hooklens.model.placement.placement import Placement, list_parts, offload_parts, read_part_device, read_place
+from hooklens.model.placement.placement import Place, Placement, list_parts, offload_parts, read_part_device, read_place
 from hooklens.optional import import_package
 
 Automatic = Literal["auto", "balanced", "balanced_low_0", "sequential"]
@@ -51,8 +51,9 @@ def spread_network(
     for key in memory or ():
         read_part_device(key, what=f"max_memory: {key!r}")
     found = spread_parts(meta, cfg, kind, memory, may_spill=may_spill, what=what)
-    places = {place: read_place(place, what=what) for place in set(found.values())}
-    return offload_parts({part: places[place] for part, place in found.items()}, cfg, execution_device)
+    places: dict[int | str, Place] = {place: read_place(place, what=what) for place in set(found.values())}
+    placed: dict[str, Place] = {part: places[place] for part, place in found.items()}
+    return offload_parts(placed, cfg, execution_device)
 
 
 def read_memory(given: object) -> dict[int | str, int]:

@@ -247,7 +247,7 @@ class Placed:
             state[name] = values_of(value) if isinstance(value, torch.Tensor) else value
         return state
 
-    def requires_grad_(self: Network, requires_grad: bool = True) -> Network:  # noqa: FBT001, FBT002
+    def requires_grad_(self, requires_grad: bool = True) -> Any:  # noqa: FBT001, FBT002
         """Have the gradients of all parameters recorded, or of none, as `nn.Module.requires_grad_` does.
 
         Raises:
@@ -262,5 +262,4 @@ class Placed:
                 otherwise='model.dispatch({"": device}) brings them into memory; an adapter beside them (add_adapter) '
                 "can be trained as they are",
             )
-        set_up: Network = super().requires_grad_(requires_grad)  # type: ignore[misc]
-        return set_up
+        return super().requires_grad_(requires_grad)  # type: ignore[misc]
