@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,18 @@ from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
 from hooklens.model.plan.positions import ChosenColumns, LogitsAt, TokenPlan
 from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
 
+
+
+class Processes(Protocol):
+    """The processes that share the blocks of a network."""
+
+    def run_blocks(
+        self, stream: Tensor, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, layers: range
+    ) -> Tensor:
+        """The stream behind some blocks, in every process."""
+        ...
+
+
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch chosen d_vocab_out"]
@@ -68,7 +80,11 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
     Attributes:
         cfg: the network's configuration.
         transforms: the weight-processing steps that were done, in order; a key-value cache records them.
+        processes: what runs the blocks where several processes share them, see `hooklens.parallel`; None: this one
+            does.
     """
+
+    processes: "Processes | None" = None
 
     # The caller's own tensor enters.
     hook_tokens: HookPoint = point(
@@ -344,6 +360,23 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
     def _run_blocks(
         self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
     ) -> Stream:
+        if self.processes is not None:
+            return self.processes.run_blocks(stream, plan, call, cache, range(start, stop))
+        return self.run_layers(stream, plan, call, cache, start, stop)
+
+    def run_layers(
+        self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
+    ) -> Stream:
+        """The stream behind some blocks, all of which this process runs.
+
+        Args:
+            stream: as it enters the first.
+            plan: the tokens.
+            call: who listens.
+            cache: what came before these tokens.
+            start: the first block.
+            stop: one past the last.
+        """
         blocks = self.block_list()
         may_recompute = self.is_gradient_checkpointing and cache is None and torch.is_grad_enabled()
         places = None if self.placement is None else self.placement.layers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hooklens.config import AlibiPositions, AttentionBackend, BlockConfig, QueryTemperature, RotaryPositions
 from hooklens.errors import CacheError
 from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.spread import Spread
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.alibi import AlibiTables, fold_into_heads, fold_into_keys
 from hooklens.model.attention.attend import (
@@ -23,7 +24,7 @@ from hooklens.model.attention.attend import (
 )
 from hooklens.model.attention.backends import attend_by_flex, attend_by_pattern, make_blocks
 from hooklens.model.attention.head_norm import HeadNorm
-from hooklens.model.attention.heads import EditedHeads, HeadSource, join_past, project_heads
+from hooklens.model.attention.heads import EditedHeads, HeadSource, join_past, project_heads, project_own_heads, own_part, write_own_heads
 from hooklens.model.attention.kernels import Part as KeyPart
 from hooklens.model.attention.rotary import CosSin, rotary_tables
 from hooklens.model.norm import Norm, norm
@@ -79,6 +80,10 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     Where query heads share keys and values, `hook_k_per_head` and `hook_v_per_head` show a copy of `hook_k` and
     `hook_v` for each query head. A changed copy goes through the norm and the rotation by itself, and attention
     goes on with keys and values of as many heads as queries.
+
+    Attributes:
+        spread: how processes share the heads: projections give this one's, the write to the stream sums over all; None:
+            it computes all of them.
     """
 
     can_be_replaced = False
@@ -109,6 +114,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     b_O: Float[Tensor, " d_model"] | None = weight("d_model", module="o_proj", writes=True, when=_OUT_BIASED)
     sinks: nn.Parameter = weight("head", when=_SUNK)
     _pos_embed: nn.Module | None
+    spread: Spread | None = None
 
     hook_q: HookPoint = point(_PER_HEAD, "queries, before query-key norm, clipping and rotary")
     hook_k: HookPoint = point(_PER_KV_HEAD, "keys, before query-key norm, clipping and rotary")
@@ -179,7 +185,11 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             if positions is None:
                 positions = plan.remember(pos_embed, partial(pos_embed, positions=plan.positions))
             x = x + (positions if x.ndim == 3 else positions[:, :, None])
-        heads = project_heads(x, self._modules[f"{letter}_proj"], self.cfg.d_head, call)
+        linear = self._modules[f"{letter}_proj"]
+        if self.spread is not None and x.ndim == 4:
+            heads = project_own_heads(self.spread.scatter(x, 2), linear, self.cfg.d_head)
+        else:
+            heads = project_heads(x, linear, self.cfg.d_head, call)
         return heads.clamp(-self.clip, self.clip) if self.clip is not None and letter == "v" else heads
 
     def forward(
@@ -226,16 +236,29 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             k, v = edited.take_over(k, v)
             # A frozen entry of no tokens adds nothing.
             entry = entry if entry is not None and len(entry) else None
+        if self.spread is not None and entry is not None:
+            n_own = self.cfg.n_kv_heads // self.spread.n_parts
+            entry = entry.hold_heads(self.spread.part * n_own, (self.spread.part + 1) * n_own)
         if entry is not None and (not entry.frozen or not len(entry)):
             k, v = entry.append(k, v)
             entry = None
         return self._write(self.hook_z(self._attend(q, k, v, plan, call, entry), call), call)
 
+    @property
+    def _n_own_heads(self) -> int:
+        """The query heads that this process computes."""
+        return self.cfg.n_heads if self.spread is None else self.cfg.n_heads // self.spread.n_parts
+
+    def _own_sinks(self) -> Float[Tensor, " head"] | None:
+        """The sinks of the heads that this process computes."""
+        sinks: Any = self._parameters["sinks"]
+        return sinks if sinks is None or self.spread is None else sinks.to_local()
+
     def _watch_per_head(
         self, k: Tensor, v: Tensor, table: CosSin | None, call: Call, entry: HookedKeyValueCacheEntry | None
     ) -> "EditedHeads | None":
         """What listeners made of the keys and values that query heads read; None where they changed neither."""
-        n_heads, keys, values = self.cfg.n_heads, None, None
+        n_heads, keys, values = self._n_own_heads, None, None
         if self.hook_k_per_head.listens(call):
             copies, changed = self.hook_k_per_head.watch(repeat_heads(k, n_heads), call)
             if changed:
@@ -321,7 +344,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             mask=sight.mask,
             is_causal=sight.is_causal,
             softcap=self.cfg.attn_softcap,
-            sinks=self._parameters["sinks"],
+            sinks=self._own_sinks(),
         )
         return z if self.alibi is None else z[..., : self.cfg.d_head]
 
@@ -335,7 +358,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             "score_scale": self.score_scale,
             "softcap": self.cfg.attn_softcap,
             "term": term,
-            "sinks": self._parameters["sinks"],
+            "sinks": self._own_sinks(),
         }
         if self.backend == "explicit":
             return attend_by_pattern(q, k, v, sight=sight, **options)
@@ -362,7 +385,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             q, k, v = fold_into_heads(q, k, v, self.alibi.entries(plan, plan.new, q.dtype))
         parts = [KeyPart(past_k, past_v, past.mask), KeyPart(k, v, new.mask, new.is_causal)]
         z = attend_in_parts(
-            q, parts, score_scale=self.score_scale, softcap=self.cfg.attn_softcap, sinks=self._parameters["sinks"]
+            q, parts, score_scale=self.score_scale, softcap=self.cfg.attn_softcap, sinks=self._own_sinks()
         )
         return z if self.alibi is None else z[..., : self.cfg.d_head]
 
@@ -387,7 +410,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         if not (scores_changed or watched or drops):
             return scores, False
         can_hide_all, pattern_changed = sight.can_hide_all or scores_changed, False
-        pattern = compute_pattern(scores, can_hide_all=can_hide_all, sinks=self._parameters["sinks"])
+        pattern = compute_pattern(scores, can_hide_all=can_hide_all, sinks=self._own_sinks())
         if drops:
             pattern = F.dropout(pattern, self.dropout)
         if watched:
@@ -413,6 +436,9 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         self, z: Tensor, o_proj: nn.Module
     ) -> tuple[Float[Tensor, "batch pos head d_model"], Float[Tensor, "..."] | None]:
         """What each head writes, and the bias that is added to their sum."""
+        if self.spread is not None:
+            # Whole from here on: their sum is over the heads of all processes.
+            return self.spread.gather(write_own_heads(z, o_proj), 2), own_part(o_proj._parameters["bias"])
         if is_plain(o_proj):
             return torch.einsum("bpnh,nhm->bpnm", z, self.W_O), self.b_O
         # Whatever stands there is linear: what it makes of one head alone, less what it makes of nothing.
