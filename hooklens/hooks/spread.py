@@ -40,6 +40,10 @@ class Spread(Protocol):
         """This process's part of a tensor that all have; its gradient is put together of those of the parts."""
         ...
 
+    def use(self, whole: Tensor) -> Tensor:
+        """A tensor that all have, of which each process uses what it needs; their gradients are summed."""
+        ...
+
 
 class Relay(Protocol):
     """What a call does at hook points whose listeners are in other processes, too, or whose rows are."""

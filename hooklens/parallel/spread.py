@@ -2,7 +2,7 @@
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 
 class MeshSpread:
@@ -32,3 +32,8 @@ class MeshSpread:
         """This process's part of a tensor that all have; its gradient is put together of those of the parts."""
         replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
         return replicated.redistribute(placements=[Shard(dim % whole.ndim)]).to_local()
+
+    def use(self, whole: Tensor) -> Tensor:
+        """A tensor that all have, of which each process uses what it needs; their gradients are summed."""
+        replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+        return replicated.to_local(grad_placements=[Partial()])

@@ -2,7 +2,7 @@
 
 Each process computes some heads of every layer and some neurons of every MLP, as Megatron-LM does (Shoeybi et al. 2019,
 arXiv:1909.08053): maps into heads and neurons have their rows taken apart, maps back their columns, and what these
-write is summed over the processes. The residual stream, embeddings and norms are the same everywhere. Mixtures of
+write is summed over the processes. Where there are fewer key-value heads than processes, each computes all of these. The residual stream, embeddings and norms are the same everywhere. Mixtures of
 experts, latent attention and MLPs with a norm of the neurons stay whole in each process.
 """
 
@@ -67,7 +67,8 @@ class TensorParallel:
         part = ".".join(weight.name.split(".")[:3])
         if part in self.attentions:
             inside_norm = len(weight.name.split(".")) > 4
-            shared = () if inside_norm else _OF_HEADS
+            whole_keys = _has_whole_keys(self.attentions[part], self.spread.n_parts)
+            shared = () if inside_norm else _OF_HEADS[:1] if whole_keys else _OF_HEADS
         else:
             shared = _OF_NEURONS if part in self.mlps else ()
         return next((place for place, axis in enumerate(weight.axes) if axis in shared), None)
@@ -95,7 +96,9 @@ class TensorParallel:
             _sum_gradients(module._parameters[name], self.mesh)
 
     def _install_attention(self, attn: Attention) -> None:
-        self._install_maps(attn, ("q_proj", "k_proj", "v_proj"), "o_proj")
+        attn.keys_are_whole = _has_whole_keys(attn, self.spread.n_parts)
+        into = ("q_proj",) if attn.keys_are_whole else ("q_proj", "k_proj", "v_proj")
+        self._install_maps(attn, into, "o_proj")
         attn.spread = self.spread
         sinks = attn._parameters["sinks"]
         if sinks is not None:
@@ -103,14 +106,17 @@ class TensorParallel:
         if attn.alibi is not None:
             attn.alibi.part = (self.spread.part, self.spread.n_parts)
         self._install_points(attn, _OF_HEADS)
+        if attn.keys_are_whole:
+            for point in _key_points(attn):
+                point.spread = None
         # What heads write is whole before it is shown, see `Attention`.
         attn.hook_result.spread = None
         for norm in (attn.q_norm, attn.k_norm):
-            if isinstance(norm, HeadNorm):
+            if isinstance(norm, HeadNorm) and not (norm is attn.k_norm and attn.keys_are_whole):
                 norm.spread = SpreadPoint(self.spread, -2)
                 for point in (norm.hook_scale, norm.hook_normalized):
                     point.spread = None
-            elif norm is not None:
+            elif norm is not None and not (norm is attn.k_norm and attn.keys_are_whole):
                 self._replicated += [(norm, name) for name, one in norm._parameters.items() if one is not None]
 
     def _install_maps(self, part: nn.Module, into: tuple[str, ...], back: str) -> None:
@@ -129,6 +135,20 @@ def is_split(part: nn.Module | None) -> Any:
     return type(part) is Attention or (type(part) is MLP and part.ln is None)
 
 
+def _has_whole_keys(attn: Attention, n_parts: int) -> bool:
+    """Whether there are fewer key-value heads than processes, each of whose query heads read one of them."""
+    n_kv_heads: int = attn.shapes["W_K"][0]
+    return n_kv_heads < n_parts and n_parts % n_kv_heads == 0
+
+
+def _key_points(attn: Attention) -> Iterator[HookPoint]:
+    """The hook points of keys and values."""
+    for name, point in attn.named_modules():
+        of_keys = name.startswith(("hook_k", "hook_v", "hook_rot_k", "k_norm"))
+        if isinstance(point, HookPoint) and of_keys:
+            yield point
+
+
 def _find_axis(site: HookSite | None, shared: tuple[str, ...]) -> int | None:
     axes = () if site is None else site.axes
     return next((place for place, axis in enumerate(axes) if axis in shared), None)
@@ -136,7 +156,7 @@ def _find_axis(site: HookSite | None, shared: tuple[str, ...]) -> int | None:
 
 def _check_sizes(decoder: Decoder, parts: dict[str, Any], n_parts: int) -> None:
     problems: dict[str, list[int]] = {}
-    for name, size, layer in _shared_sizes(parts):
+    for name, size, layer in _shared_sizes(parts, n_parts):
         if size % n_parts:
             problems.setdefault(f"{size} {name}", []).append(layer)
     if problems:
@@ -147,12 +167,13 @@ def _check_sizes(decoder: Decoder, parts: dict[str, Any], n_parts: int) -> None:
         )
 
 
-def _shared_sizes(parts: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+def _shared_sizes(parts: dict[str, Any], n_parts: int) -> Iterator[tuple[str, int, int]]:
     for name, part in parts.items():
         layer = int(name.split(".")[1])
         if isinstance(part, Attention):
             yield "heads", part.shapes["W_Q"][0], layer
-            yield "key-value heads", part.shapes["W_K"][0], layer
+            if not _has_whole_keys(part, n_parts):
+                yield "key-value heads", part.shapes["W_K"][0], layer
         else:
             yield "neurons", part.shapes["W_in"][1], layer
 

@@ -82,7 +82,7 @@ class AlibiTables:
                 self._slopes(plan),
                 plan.key_positions[:n_rows, keys.start : keys.stop],
                 n_positions=plan.n_positions,
-                n_kv_heads=self._cfg.n_kv_heads // self.part[1],
+                n_kv_heads=max(1, self._cfg.n_kv_heads // self.part[1]),
                 score_scale=self._score_scale,
                 dtype=dtype,
             ),

@@ -84,6 +84,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     Attributes:
         spread: how processes share the heads: projections give this one's, the write to the stream sums over all; None:
             it computes all of them.
+        keys_are_whole: where there are fewer key-value heads than processes, each computes all of them.
     """
 
     can_be_replaced = False
@@ -115,6 +116,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     sinks: nn.Parameter = weight("head", when=_SUNK)
     _pos_embed: nn.Module | None
     spread: Spread | None = None
+    keys_are_whole: bool = False
 
     hook_q: HookPoint = point(_PER_HEAD, "queries, before query-key norm, clipping and rotary")
     hook_k: HookPoint = point(_PER_KV_HEAD, "keys, before query-key norm, clipping and rotary")
@@ -186,7 +188,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
                 positions = plan.remember(pos_embed, partial(pos_embed, positions=plan.positions))
             x = x + (positions if x.ndim == 3 else positions[:, :, None])
         linear = self._modules[f"{letter}_proj"]
-        if self.spread is not None and x.ndim == 4:
+        if self.spread is not None and x.ndim == 4 and not (self.keys_are_whole and letter != "q"):
             heads = project_own_heads(self.spread.scatter(x, 2), linear, self.cfg.d_head)
         else:
             heads = project_heads(x, linear, self.cfg.d_head, call)
@@ -236,18 +238,36 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             k, v = edited.take_over(k, v)
             # A frozen entry of no tokens adds nothing.
             entry = entry if entry is not None and len(entry) else None
-        if self.spread is not None and entry is not None:
+        if self.spread is not None and entry is not None and not self.keys_are_whole:
             n_own = self.cfg.n_kv_heads // self.spread.n_parts
             entry = entry.hold_heads(self.spread.part * n_own, (self.spread.part + 1) * n_own)
         if entry is not None and (not entry.frozen or not len(entry)):
             k, v = entry.append(k, v)
             entry = None
+        if self.keys_are_whole and self.spread is not None:
+            k, v, entry = self._own_keys(k, self.spread), self._own_keys(v, self.spread), self._own_past(entry, self.spread)
         return self._write(self.hook_z(self._attend(q, k, v, plan, call, entry), call), call)
 
     @property
     def _n_own_heads(self) -> int:
         """The query heads that this process computes."""
         return self.cfg.n_heads if self.spread is None else self.cfg.n_heads // self.spread.n_parts
+
+    def _own_keys(self, x: Float[Tensor, "batch key all_heads d"], spread: Spread) -> Float[Tensor, "batch key own d"]:
+        """Of keys or values of all heads those that the query heads of this process read."""
+        n_own = self._n_own_heads
+        first = spread.part * n_own
+        if x.shape[2] != self.cfg.n_heads:
+            # Edited for single query heads there are as many as these; else one that all of these read.
+            first, n_own = first * self.cfg.n_kv_heads // self.cfg.n_heads, 1
+        return spread.use(x)[:, :, first : first + n_own]
+
+    def _own_past(self, entry: HookedKeyValueCacheEntry | None, spread: Spread) -> HookedKeyValueCacheEntry | None:
+        """The same of a frozen past."""
+        if entry is None:
+            return None
+        first = spread.part * self.cfg.n_kv_heads // spread.n_parts
+        return entry.hold_heads(first, first + 1)
 
     def _own_sinks(self) -> Float[Tensor, " head"] | None:
         """The sinks of the heads that this process computes."""
@@ -258,7 +278,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         self, k: Tensor, v: Tensor, table: CosSin | None, call: Call, entry: HookedKeyValueCacheEntry | None
     ) -> "EditedHeads | None":
         """What listeners made of the keys and values that query heads read; None where they changed neither."""
-        n_heads, keys, values = self._n_own_heads, None, None
+        n_heads, keys, values = self.cfg.n_heads if self.keys_are_whole else self._n_own_heads, None, None
         if self.hook_k_per_head.listens(call):
             copies, changed = self.hook_k_per_head.watch(repeat_heads(k, n_heads), call)
             if changed:
