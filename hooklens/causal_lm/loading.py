@@ -85,6 +85,7 @@ def _read_token(given: object, *, what: str, error: type[HookLensError]) -> str 
 
 
 def read_loaded_dtype(given: object, *, what: str, error: type[HookLensError]) -> torch.dtype | str:
+    """A dtype, or "auto"."""
     return "auto" if isinstance(given, str) and given == "auto" else read_dtype(given, what=what, error=error)
 
 

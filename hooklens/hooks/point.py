@@ -26,7 +26,7 @@ from hooklens.hooks.call import (
     thread_listeners,
 )
 from hooklens.hooks.changes import note_change
-from hooklens.hooks.spread import SpreadPoint, shows_parts
+from hooklens.hooks.spread import SpreadPoint, is_tapped, shows_parts, tap_alike
 
 _NO_CALL = Call()
 
@@ -186,7 +186,7 @@ class HookPoint(nn.Module):
         # With gradients the computation goes through what was shown: so it has one.
         if not (changed or left.requires_grad):
             return part, False
-        return (left if self.spread is None else self.spread.scatter(left)), changed
+        return (left if self.spread is None else tap_alike(self.spread.scatter(left), left)), changed
 
     def fire(self, tensor: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
         """What some listeners leave of a tensor, and whether it differs."""
@@ -214,7 +214,7 @@ class HookPoint(nn.Module):
         if not needs_verdict:
             return current, False
         # A traced graph cannot ask, and goes on from what the hooks left.
-        changed = is_traced or current is not handed or _is_tapped(handed)
+        changed = is_traced or current is not handed or is_tapped(handed)
         if not changed:
             changed = handed._version != version if version is not None else not torch.equal(handed, before)  # type: ignore[arg-type]
         if self.shared and not changed and not handed.requires_grad:
@@ -279,8 +279,3 @@ def join_listening(own: Listening | None, heard: Listening | None) -> Listening:
     if own is None:
         return heard or Listening()
     return own.joined(heard)
-
-
-def _is_tapped(tensor: Tensor) -> bool:
-    """Whether a hook asked for the tensor's own gradient, by `retain_grad` or `register_hook`."""
-    return tensor.requires_grad and (tensor.retains_grad or bool(tensor._backward_hooks))

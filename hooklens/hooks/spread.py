@@ -8,7 +8,7 @@ taken apart again. All processes make the same call with the same listeners.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _shows_parts: ContextVar[bool] = ContextVar("hooklens_shows_parts", default=False)
 
 
+@runtime_checkable
 class Spread(Protocol):
     """How the processes of a group share a tensor: each holds a part of it, along one axis."""
 
@@ -45,6 +46,7 @@ class Spread(Protocol):
         ...
 
 
+@runtime_checkable
 class Relay(Protocol):
     """What a call does at hook points whose listeners are in other processes, too, or whose rows are."""
 
@@ -71,6 +73,18 @@ class SpreadPoint:
     def scatter(self, whole: Tensor) -> Tensor:
         """What the process goes on with."""
         return self.spread.scatter(whole, self.dim)
+
+
+def tap_alike(part: Tensor, whole: Tensor) -> Tensor:
+    """The part of a tensor; where somebody waits for the gradient of the whole, it can be told of the part, too."""
+    if is_tapped(whole) and part.requires_grad:
+        part.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
+    return part
+
+
+def is_tapped(tensor: Tensor) -> bool:
+    """Whether somebody asked for the tensor's own gradient, by `retain_grad` or `register_hook`."""
+    return tensor.requires_grad and (tensor.retains_grad or bool(tensor._backward_hooks))
 
 
 def shows_parts() -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +46,14 @@ from hooklens.model.parts.declared import When, inner, point
 from hooklens.model.parts.part import Part, describe_parts
 from hooklens.model.parts.quantised import describe_maps, quantised_maps, set_compute_dtype
 from hooklens.model.placement.placed import Placed
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.model.plan.documents import Borders
 from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
 from hooklens.model.plan.positions import ChosenColumns, LogitsAt, TokenPlan
 from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
 
 
-
+@runtime_checkable
 class Processes(Protocol):
     """The processes that share the blocks of a network."""
 
@@ -134,6 +135,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
         Raises:
             InputError: weights are quantised, or have adapters beside them.
         """
+        refuse_shared(self, "initialize", InputError)
         refuse_adapters(
             self,
             "initialize: fresh weights would have adapters beside them that are made for others",
@@ -312,6 +314,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
             CheckpointError: the field's names with other shapes, or quantised weights, here or there; or `assign` with
                 adapters beside the weights.
         """
+        refuse_shared(self, "load_state_dict", CheckpointError)
         if maps := quantised_maps(self):
             raise CheckpointError(
                 f"load_state_dict: {describe_maps(maps)}, and take no others; load a checkpoint with quantize=, or "

@@ -7,7 +7,8 @@ run in each, on whole activations; `local_parts` shows what the process itself h
 """
 
 from hooklens.hooks.spread import local_parts
+from hooklens.parallel.caches import gather_cache
 from hooklens.parallel.config import ParallelConfig
 from hooklens.parallel.loading import load
 
-__all__ = ["ParallelConfig", "load", "local_parts"]
+__all__ = ["ParallelConfig", "gather_cache", "load", "local_parts"]

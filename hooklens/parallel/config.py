@@ -3,16 +3,13 @@
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hooklens.arguments import read_int
 from hooklens.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("pipeline", "data", "fully_sharded", "tensor")
 """The axes of the mesh of processes, neighbours along the last one nearest to each other."""
@@ -55,7 +52,7 @@ class ParallelConfig:
         return self.data * self.fully_sharded
 
 
-def make_mesh(config: ParallelConfig) -> "DeviceMesh":
+def make_mesh(config: ParallelConfig) -> DeviceMesh:
     """The mesh of processes that `torchrun` started; joins them where that has not happened yet.
 
     They talk through NCCL where each has an accelerator of its own, else through gloo.
@@ -63,11 +60,11 @@ def make_mesh(config: ParallelConfig) -> "DeviceMesh":
     Raises:
         InputError: this process was started by itself, or there are more or fewer than the config says.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if not distributed.is_available():
-        raise InputError("parallel: this build of torch has no torch.distributed; install one that does")
     if not distributed.is_initialized():
+        if config.n_processes == 1 and "RANK" not in os.environ:
+            # A process by itself needs nobody to tell it of the others.
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+            return make_mesh(config)
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise InputError(
                 "parallel: this process was not started by torchrun, so there is nobody to share the network with; "
@@ -89,8 +86,7 @@ def make_mesh(config: ParallelConfig) -> "DeviceMesh":
 
 def own_device() -> torch.device:
     """Where this process computes: on its own accelerator where there is one for each, else on the CPU."""
-    is_joined = distributed.is_available() and distributed.is_initialized()
-    if is_joined and distributed.get_backend() == "gloo":
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

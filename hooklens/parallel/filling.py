@@ -73,7 +73,7 @@ def _fill(
     # In a memory of its own: else the whole tensor, or the file that it is mapped from, would live on.
     kept: Any = own.detach().to(device=device, dtype=dtype, copy=True).contiguous()
     if isinstance(blank, DTensor):
-        kept = DTensor(kept, blank._spec, requires_grad=False)
+        kept = DTensor(kept, blank._spec, requires_grad=False)  # type: ignore[no-untyped-call]
     holder._parameters[held_as] = nn.Parameter(kept, requires_grad=kept.is_floating_point())
 
 

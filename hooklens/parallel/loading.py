@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from hooklens.adapters import open_checkpoint
 from hooklens.arguments import optional, reads, require
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.causal_lm.loading import PLACES, VARIANT, Source, read_loaded_dtype
-from hooklens.errors import ConfigError
+from hooklens.errors import ConfigError, InputError
 from hooklens.model.decoder import Decoder
 from hooklens.parallel.config import ParallelConfig, make_mesh, own_device
 from hooklens.parallel.filling import fill_own_parts
@@ -133,16 +134,14 @@ def _check_combination(config: ParallelConfig, heads: TensorParallel | None) -> 
         )
     if heads is not None and heads.has_replicated:
         raise ConfigError(
-            f"{config}: this network has weights that act on the heads or neurons of each process (norms of queries and "
-            "keys, or of its activation), whose gradients would stay apart where they lie in shares; take tensor= with "
-            "data= or pipeline="
+            f"{config}: this network has weights that act on the heads or neurons of each process (norms of queries "
+            "and keys, or of its activation), whose gradients would stay apart where they lie in shares; take tensor= "
+            "with data= or pipeline="
         )
 
 
 def _shard(model: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Have each block's weights lie in shares, put together for the time that it runs, by torch's FSDP2."""
-    from torch.distributed.fsdp import fully_shard
-
     axes = ("data", "fully_sharded") if config.data > 1 else ("fully_sharded",)
     for block in model.block_list():
         sharded: Any = fully_shard(block, mesh=mesh[axes], reshard_after_forward=True)
@@ -150,11 +149,26 @@ def _shard(model: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> None:
         sharded.set_gradient_divide_factor(1.0)
 
 
+def _refuse_block(layer: int, *arguments: Any, **keywords: Any) -> Any:
+    """In the place of a block's forward in a process that does not have it.
+
+    Raises:
+        InputError: says why it cannot run by itself.
+    """
+    raise InputError(
+        f"layer {layer} lies in another process (pipeline=), and runs there in calls of the whole network only. What runs "
+        "single blocks (sweeps of patches, paths, circuits) needs all layers in each process: share the network by "
+        "tensor=, data= or fully_sharded="
+    )
+
+
 def _settle(model: Decoder, own: range, device: torch.device) -> None:
     """What is no weight comes to the device; layers of other processes stay without values, and are not trained."""
     for layer, block in enumerate(model.block_list()):
         if layer not in own:
             block.requires_grad_(requires_grad=False)
+            # Not through nn.Module, which would look for a module.
+            block.__dict__["forward"] = partial(_refuse_block, layer)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -13,7 +13,7 @@ from hooklens.model.decoder import Decoder
 from hooklens.parallel.config import ParallelConfig, own_device
 from hooklens.parallel.rows import OwnRows, RowsOfCache
 from hooklens.parallel.stages import StageRun, share_layers, trained_parameters
-from hooklens.parallel.wire import Wire
+from hooklens.parallel.wire import DONE, Wire
 
 if TYPE_CHECKING:
     from hooklens.model.plan.positions import TokenPlan
@@ -55,11 +55,12 @@ class SharedBlocks:
                 "the model is in training mode with dropout, which the processes that share it would draw each for "
                 "itself; call model.eval(), or load it with the dropouts of its config at 0"
             )
-        rows, held = None, cache
+        rows = None
+        held: Any = cache
         if self._row_mesh is not None:
             rows = OwnRows(self._row_mesh, len(stream), stream.device)
             stream, plan = rows.take(stream), plan.take_rows(rows.index)
-            held = None if cache is None else RowsOfCache(cache, rows)  # type: ignore[assignment]
+            held = None if cache is None else RowsOfCache(cache, rows)
             call = call.through(rows)
         if self.config.pipeline == 1:
             stream = self._decoder.run_layers(stream, plan, call, held, layers.start, layers.stop)
@@ -69,6 +70,18 @@ class SharedBlocks:
                 if begin < end:
                     stream = self._run_stage(stage, range(begin, end), stream, plan, call, held, rows)
         return stream if rows is None else rows.gather(stream)
+
+    def share_of_layer(self, layer: int, held: Tensor) -> Tensor:
+        """What the stage that has a layer holds of it, in every stage."""
+        if self.config.pipeline == 1:
+            return held
+        owner = next(stage for stage, own in enumerate(self.stages) if layer in own)
+        if owner == self.stage:
+            self._wire.send(owner, DONE, tensor=held)
+            return held
+        _, _, received = self._wire.receive(owner)
+        assert received is not None
+        return received
 
     def _run_stage(
         self,
@@ -85,7 +98,12 @@ class SharedBlocks:
             _pass_over(cache, layers, stream.shape[1])
         blocks = decoder.block_list()[layers.start : layers.stop]
         run = StageRun(
-            self._wire, stage, list(decoder.hook_points().values()), call, rows, is_own=is_own  # type: ignore[arg-type]
+            self._wire,
+            stage,
+            list(decoder.hook_points().values()),
+            call,
+            rows,
+            is_own=is_own,
         )
 
         def run_layers(entering: Tensor, call: Call) -> Tensor:

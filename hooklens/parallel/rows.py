@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hooklens.hooks.call import Call, Listening
+from hooklens.hooks.spread import tap_alike
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.parallel.spread import MeshSpread
 
@@ -52,10 +53,10 @@ class OwnRows:
         whole = self._spread.gather(own, 0)
         return whole if self._n_run == self.batch else whole[: self.batch].clone()
 
-    def fire(self, point: "HookPoint", own: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
+    def fire(self, point: "HookPoint", tensor: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
         """Show listeners all rows: this process's of what they leave, and whether it differs."""
-        left, changed = point.fire(self.gather(own), call, listening)
-        return self.take(left), changed
+        left, changed = point.fire(self.gather(tensor), call, listening)
+        return tap_alike(self.take(left), left), changed
 
 
 class RowsOfCache:
@@ -82,12 +83,14 @@ class RowsOfEntry:
     @property
     def past_keys(self) -> Float[Tensor, "own pos kv_head d_head"]:
         """The keys so far; one row that serves all stays one."""
-        return self._own(self._entry.past_keys)
+        own: Tensor = self._own(self._entry.past_keys)
+        return own
 
     @property
     def past_values(self) -> Float[Tensor, "own pos kv_head d_head_v"]:
         """The values so far, likewise."""
-        return self._own(self._entry.past_values)
+        own: Tensor = self._own(self._entry.past_values)
+        return own
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Past + new keys and values of these rows; all rows are stored, unless the entry is frozen."""

@@ -12,14 +12,16 @@ One stage computes at a time.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hooklens.errors import HookLensError
-from hooklens.hooks.call import Call, Listening, run_apart
+from hooklens.hooks.call import Call, Hook, Listening, run_apart
 from hooklens.hooks.point import HookPoint, join_listening
+from hooklens.hooks.spread import tap_alike
 from hooklens.parallel.rows import OwnRows
 from hooklens.parallel.wire import DONE, FAILED, FIRED, GRADIENT, Wire
 
@@ -27,19 +29,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Fired(NamedTuple):
-    """What passed a hook point in a stage, as its hooks left it, and who is to be shown it.
+class Awaited(NamedTuple):
+    """A gradient that somebody waits for, of what passed a hook point in a stage.
 
     Attributes:
-        point: the point.
-        tensor: in the stage's own process part of its graph.
-        listening: the watchers and gradient hooks.
+        hooks: who does.
         call: the call.
     """
 
-    point: HookPoint
-    tensor: Tensor
-    listening: Listening
+    hooks: Sequence[Hook]
     call: Call
 
 
@@ -60,7 +58,7 @@ class StageRun:
     ) -> None:
         self.wire, self.stage, self.is_own, self.points, self.rows = wire, stage, is_own, points, rows
         self.call = call
-        self.fired: list[Fired] = []
+        self.awaited: list[Awaited] = []
         self._numbers = {id(point): number for number, point in enumerate(points)}
         self._traces = torch.is_grad_enabled()
         self._within: tuple[Tensor, Tensor] | None = None
@@ -78,11 +76,8 @@ class StageRun:
             return self._run_own(blocks, stream) if self.is_own else self._follow()
         # So that the function is part of the graph in every process.
         anchor = torch.zeros((), requires_grad=True)
-        left, *shown = _Stage.apply(self, blocks, anchor, stream, *parameters)  # type: ignore[no-untyped-call]
-        for fired, tensor in zip(self.fired, shown, strict=True):
-            for watcher in fired.listening.watchers:
-                watcher.keep(tensor, fired.point, fired.call)
-        return left  # type: ignore[no-any-return]
+        left: Tensor = _Stage.apply(self, blocks, anchor, stream, *parameters)  # type: ignore[no-untyped-call]
+        return left
 
     def fire(self, point: HookPoint, tensor: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
         """In the stage's own process: tell the others what passes, and show it to the listeners here."""
@@ -91,23 +86,21 @@ class StageRun:
         if number is not None:
             self.wire.send(self.stage, FIRED, number, whole)
         left, changed = self._show(point, whole, call, listening)
-        return (left if self.rows is None else self.rows.take(left)), changed
+        return (left if self.rows is None else tap_alike(self.rows.take(left), left)), changed
 
     def _show(self, point: HookPoint, whole: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
-        """Run hooks, and show watchers what they leave: with gradients only once the stage is part of the graph."""
-        if not self._traces:
+        if not (self._traces and listening.gradient_hooks):
             return point.fire(whole, call, listening)
-        left, changed = point.fire(whole, call, Listening(listening.hooks)) if listening.hooks else (whole, False)
-        if not (listening.watchers or listening.gradient_hooks):
-            return left, changed
+        left = point.fire(whole, call, Listening(listening.hooks))[0] if listening.hooks else whole
         if left.is_floating_point():
             left = left.view_as(left) if left.requires_grad else left.detach().requires_grad_()
-        fired = Fired(point, left, listening, call)
-        self.fired.append(fired)
-        if self.is_own and left.is_floating_point() and listening.gradient_hooks:
-            number = len(self.fired) - 1
-            left.register_hook(lambda gradient: self.wire.send(self.stage, GRADIENT, number, gradient))  # type: ignore[no-untyped-call]
-            left, _ = point.fire(left, call, Listening((), listening.gradient_hooks))
+            number = len(self.awaited)
+            self.awaited.append(Awaited(listening.gradient_hooks, call))
+            if self.is_own:
+                left.register_hook(lambda gradient: self.wire.send(self.stage, GRADIENT, number, gradient))  # type: ignore[no-untyped-call]
+                left = point.fire(left, call, Listening((), listening.gradient_hooks))[0]
+        for watcher in listening.watchers:
+            watcher.keep(left, point, call)
         return left, True
 
     def _run_own(self, blocks: Callable[[Tensor, Call], Tensor], stream: Tensor) -> Tensor:
@@ -135,7 +128,9 @@ class StageRun:
                     # The messages that follow are waited for all the same: the other process goes on sending them.
                     problem = error
             elif kind == FAILED:
-                raise problem or HookLensError("a stage of the pipeline broke off in another process; its error says why")
+                raise problem or HookLensError(
+                    "a stage of the pipeline broke off in another process; its error says why"
+                )
             elif kind == DONE and tensor is not None:
                 if problem is not None:
                     raise problem
@@ -148,42 +143,35 @@ class StageRun:
                 tensor = tensor.requires_grad_().clone()
             self._show(point, tensor, self.call, listening)
 
-    def make_graph(self, blocks: Callable[[Tensor, Call], Tensor], stream: Tensor) -> tuple[Tensor, ...]:
-        """What leaves the stage and what fired in it, without a graph; in its own process the graph is kept here."""
+    def make_graph(self, blocks: Callable[[Tensor, Call], Tensor], stream: Tensor) -> Tensor:
+        """What leaves the stage, without a graph; in its own process the graph is kept here."""
         if not self.is_own:
-            left = self._follow()
-        else:
-            with torch.enable_grad():
-                entered = stream.detach().requires_grad_()
-                entered.register_hook(self._check_way)  # type: ignore[no-untyped-call]
-                left = self._run_own(blocks, entered)
-            self._within = entered, left
-        return (left.detach(), *(fired.tensor.detach() for fired in self.fired))
+            return self._follow()
+        with torch.enable_grad():
+            entered = stream.detach().requires_grad_()
+            entered.register_hook(self._check_way)  # type: ignore[no-untyped-call]
+            left = self._run_own(blocks, entered)
+        self._within = entered, left
+        return left.detach()
 
     def _check_way(self, gradient: Tensor) -> None:
         if not self._goes_back:
             raise HookLensError(
-                "a gradient goes through a tensor that a hook function kept from inside a stage of the pipeline: it would "
-                "end where the stage begins. Take the tensor from run_with_cache, whose graph goes on"
+                "a gradient goes through a tensor that a hook function kept from inside a stage of the pipeline, and "
+                "would end where the stage begins. Take gradients where the activation is (a backward hook, or "
+                "run_with_cache with incl_bwd=True), or share the network otherwise (tensor=, fully_sharded=)"
             )
 
-    def backward(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def backward(self, parameters: Sequence[Tensor], gradient: Tensor) -> Sequence[Tensor | None]:
         """The gradients of what entered and, in the stage's own process, of its parameters."""
         if not self.is_own:
             return self._follow_back()
         assert self._within is not None
         entered, left = self._within
-        ends = [left, *(fired.tensor for fired in self.fired)]
-        given = [(end, one) for end, one in zip(ends, gradients, strict=True) if one is not None and end.requires_grad]
+        wanted = [entered, *parameters]
         self._goes_back = True
         try:
-            found = torch.autograd.grad(
-                [end for end, _ in given],
-                [entered, *parameters],
-                [one for _, one in given],
-                allow_unused=True,
-                retain_graph=True,
-            )
+            found = torch.autograd.grad(left, wanted, gradient, allow_unused=True, retain_graph=True)
         except BaseException:
             self.wire.send(self.stage, FAILED)
             raise
@@ -197,15 +185,17 @@ class StageRun:
         while True:
             kind, number, tensor = self.wire.receive(self.stage)
             if kind == GRADIENT and problem is None and tensor is not None:
-                fired = self.fired[number]
+                awaited = self.awaited[number]
                 try:
-                    for hook in fired.listening.gradient_hooks:
+                    for hook in awaited.hooks:
                         if not hook.removed:
-                            run_apart(hook.run, tensor, fired.call)
+                            run_apart(hook.run, tensor, awaited.call)
                 except BaseException as error:
                     problem = error
             elif kind == FAILED:
-                raise problem or HookLensError("a stage of the pipeline broke off in another process; its error says why")
+                raise problem or HookLensError(
+                    "a stage of the pipeline broke off in another process; its error says why"
+                )
             elif kind == DONE:
                 if problem is not None:
                     raise problem
@@ -218,15 +208,11 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: StageRun, blocks: Any, anchor: Tensor, stream: Tensor, *parameters: Tensor) -> Any:
         ctx.run, ctx.parameters = run, parameters
-        made = run.make_graph(blocks, stream)
-        ctx.mark_non_differentiable(*(tensor for tensor in made if not tensor.is_floating_point()))
-        ctx.set_materialize_grads(False)
-        return made
+        return run.make_graph(blocks, stream)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        of_stream, *of_parameters = ctx.run.backward(ctx.parameters, gradients)
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        of_stream, *of_parameters = ctx.run.backward(ctx.parameters, gradients[0])
         return None, None, None, of_stream, *of_parameters
 
 
@@ -234,7 +220,7 @@ def share_layers(n_layers: int, n_stages: int) -> list[range]:
     """The layers of each stage: equally many, the first ones one more where that does not go."""
     each, more = divmod(n_layers, n_stages)
     begins = [stage * each + min(stage, more) for stage in range(n_stages + 1)]
-    return [range(first, last) for first, last in zip(begins, begins[1:], strict=False)]
+    return [range(first, last) for first, last in pairwise(begins)]
 
 
 def trained_parameters(blocks: "Sequence[nn.Module]") -> list[Tensor]:

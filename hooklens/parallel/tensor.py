@@ -2,8 +2,9 @@
 
 Each process computes some heads of every layer and some neurons of every MLP, as Megatron-LM does (Shoeybi et al. 2019,
 arXiv:1909.08053): maps into heads and neurons have their rows taken apart, maps back their columns, and what these
-write is summed over the processes. Where there are fewer key-value heads than processes, each computes all of these. The residual stream, embeddings and norms are the same everywhere. Mixtures of
-experts, latent attention and MLPs with a norm of the neurons stay whole in each process.
+write is summed over the processes. Where there are fewer key-value heads than processes, each computes all of these.
+The residual stream, embeddings and norms are the same everywhere. Mixtures of experts, latent attention and MLPs with
+a norm of the neurons stay whole in each process.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class _Written(RowwiseParallel):
     """A map back to the stream, which waits for the sum: a hook is shown a tensor and no promise of one."""
 
     @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, device_mesh: Any) -> Any:
+    def _prepare_output_fn(output_layouts: Any, use_local_output: Any, mod: Any, outputs: Any, device_mesh: Any) -> Any:
         summed = outputs.redistribute(placements=output_layouts, async_op=False)
         return summed.to_local()
 

@@ -64,7 +64,7 @@ class AlibiTables:
 
     def __init__(self, alibi: AlibiPositions, cfg: HookedConfig, score_scale: float) -> None:
         self._alibi, self._cfg, self._score_scale = alibi, cfg, score_scale
-        self.part = (0, 1)
+        self.part: tuple[int, int] = (0, 1)
 
     def term(self, plan: TokenPlan, dtype: torch.dtype) -> Float[Tensor, "rows key head"]:
         """What each head adds to its scores at each key of a call."""

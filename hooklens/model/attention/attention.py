@@ -24,7 +24,15 @@ from hooklens.model.attention.attend import (
 )
 from hooklens.model.attention.backends import attend_by_flex, attend_by_pattern, make_blocks
 from hooklens.model.attention.head_norm import HeadNorm
-from hooklens.model.attention.heads import EditedHeads, HeadSource, join_past, project_heads, project_own_heads, own_part, write_own_heads
+from hooklens.model.attention.heads import (
+    EditedHeads,
+    HeadSource,
+    join_past,
+    own_part,
+    project_heads,
+    project_own_heads,
+    write_own_heads,
+)
 from hooklens.model.attention.kernels import Part as KeyPart
 from hooklens.model.attention.rotary import CosSin, rotary_tables
 from hooklens.model.norm import Norm, norm
@@ -245,7 +253,11 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             k, v = entry.append(k, v)
             entry = None
         if self.keys_are_whole and self.spread is not None:
-            k, v, entry = self._own_keys(k, self.spread), self._own_keys(v, self.spread), self._own_past(entry, self.spread)
+            k, v, entry = (
+                self._own_keys(k, self.spread),
+                self._own_keys(v, self.spread),
+                self._own_past(entry, self.spread),
+            )
         return self._write(self.hook_z(self._attend(q, k, v, plan, call, entry), call), call)
 
     @property
@@ -271,8 +283,8 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
 
     def _own_sinks(self) -> Float[Tensor, " head"] | None:
         """The sinks of the heads that this process computes."""
-        sinks: Any = self._parameters["sinks"]
-        return sinks if sinks is None or self.spread is None else sinks.to_local()
+        own: Tensor | None = own_part(self._parameters["sinks"])
+        return own
 
     def _watch_per_head(
         self, k: Tensor, v: Tensor, table: CosSin | None, call: Call, entry: HookedKeyValueCacheEntry | None

@@ -40,9 +40,7 @@ class HeadNorm(Norm):
         spread = self.spread
         return super().forward(x, call) if spread is None else spread.scatter(super().forward(spread.gather(x), call))
 
-    def apply_beside(
-        self, x: Float[Tensor, "*axes heads d_head"], call: Call
-    ) -> Float[Tensor, "*axes heads d_head"]:
+    def apply_beside(self, x: Float[Tensor, "*axes heads d_head"], call: Call) -> Float[Tensor, "*axes heads d_head"]:
         """The norm of what stands beside its input in a call; hook points do not fire."""
         spread = self.spread
         if spread is None:

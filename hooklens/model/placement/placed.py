@@ -11,6 +11,7 @@ from hooklens.arguments import optional, reads, refusal, require
 from hooklens.config import HookedConfig
 from hooklens.errors import HookLensError, InputError
 from hooklens.model.placement.placement import Placement, find_placement, list_parts, read_device_map
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.optional import import_package
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class Placed:
             MissingDependencyError: an automatic placement without accelerate.
         """
         decoder: Any = self
+        refuse_shared(decoder, "dispatch", InputError)
         if self.device.type == "meta":
             raise InputError("dispatch: the network lies on the device 'meta' and has no weights to put anywhere")
         make_meta: Any = type(self)
