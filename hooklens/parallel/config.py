@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hooklens.arguments import read_int
@@ -63,7 +64,7 @@ def make_mesh(config: ParallelConfig) -> DeviceMesh:
     if not distributed.is_initialized():
         if config.n_processes == 1 and "RANK" not in os.environ:
             # A process by itself needs nobody to tell it of the others.
-            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+            distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
             return make_mesh(config)
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise InputError(

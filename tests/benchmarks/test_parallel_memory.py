@@ -60,6 +60,5 @@ def test_a_process_of_two_peaks_at(config: dict[str, int], tmp_path: Path, recor
     del model
     (alone,) = run_in_processes(1, measure, str(tmp_path), {})
     each = run_in_processes(2, measure, str(tmp_path), config)
-    print(f"\n{config}: {[round(one / 1e6) for one in each]} MB, {alone / 1e6:.0f} MB alone: {max(each) / alone:.2f}")
     record_property("ratio", max(each) / alone)
     assert max(each) / alone < 0.75
