@@ -19,7 +19,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
     ("causal_lm",),
-    ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae"),
+    ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae", "parallel"),
     ("alignment", "steering", "datasets"),
     ("cli", "compat", "harness"),
 )

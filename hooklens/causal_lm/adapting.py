@@ -31,6 +31,7 @@ from hooklens.files import write_safetensors
 from hooklens.model.decoder import Decoder
 from hooklens.model.parameters import ModelWeights
 from hooklens.model.parts.adapted import AdapterSwitch, adapted_maps
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.optional import import_package
 from hooklens.weights.offloaded import refuse_offloaded
 
@@ -124,6 +125,7 @@ class AdapterMethods:
                 f"add_adapter: there is an adapter {name!r} already; delete_adapter({name!r}) takes it out"
             )
         refuse_processed(self.transforms, "add_adapter")
+        refuse_shared(self.as_decoder(), "add_adapter", InputError)
         cfg, layers = self.__dict__.get("_checkpoint", (self.cfg, None))
         kept = self._kept_adapters() or KeptAdapters(cfg, layers)
         adapter = import_package(KEEPING).keep_adapter(open_adapter(folder), kept.cfg, kept.layers)

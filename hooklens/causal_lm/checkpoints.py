@@ -46,6 +46,7 @@ from hooklens.model.parameters import ModelWeights, check_tied, name_as_field
 from hooklens.model.parts.adapted import adapted_maps, refuse_adapters
 from hooklens.model.parts.quantised import describe_maps, quantised_maps
 from hooklens.model.placement.placement import find_place
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.tokens import Tokenizer, read_tokenizer
 from hooklens.weights.offloaded import refuse_offloaded
 from hooklens.weights.processing import process_weights
@@ -281,6 +282,7 @@ class CheckpointMethods:
             UnsupportedModelError,
             otherwise="save_pretrained(folder), and transformers loads that with a device_map of its own",
         )
+        refuse_shared(decoder, "to_hf", UnsupportedModelError)
         if adapted_maps(decoder):
             merged: Any = self
             plain: PreTrainedModel = merged.merge_adapter().to_hf()
@@ -395,12 +397,14 @@ class CheckpointMethods:
 
     def _require_plain(self, what: str, error: type[HookLensError], then: str) -> None:
         """Refuse what needs plain weights where adapters are beside them."""
+        refuse_shared(self.as_decoder(), what, error)
         way_out = f"model.merge_adapter(){' ' if then.startswith('is ') else '.'}{then}"
         refuse_adapters(self.as_decoder(), what, error, otherwise=way_out)
 
     def _weights_to_process(self) -> Mapping[str, Tensor]:
         """The weights; on several devices with the final norm's beside the unembedding, to be folded into it."""
         decoder = self.as_decoder()
+        refuse_shared(decoder, "process_weights", TransformError)
         weights = ModelWeights(decoder)
         place = decoder.device_map["unembed"]
         if decoder.device_map.get("ln_final", place) == place:

@@ -92,7 +92,8 @@ def _read_token(given: object, *, what: str, error: type[HookLensError]) -> str 
     raise error(f"{what} is {type(given).__name__}; expected a text, or False for none")
 
 
-def _read_loaded_dtype(given: object, *, what: str, error: type[HookLensError]) -> torch.dtype | str:
+def read_loaded_dtype(given: object, *, what: str, error: type[HookLensError]) -> torch.dtype | str:
+    """A dtype, or "auto"."""
     return "auto" if isinstance(given, str) and given == "auto" else read_dtype(given, what=what, error=error)
 
 
@@ -111,13 +112,13 @@ _ON_THE_HUB: dict[str, Any] = {
     "token": optional(_read_token),
     "cache_dir": optional(read_path),
 }
-_PLACES: dict[str, Any] = {
+PLACES: dict[str, Any] = {
     **_ON_THE_HUB,
     "local_files_only": read_flag,
     "storage_options": optional(partial(require, kind=Mapping, expected="options of the file system, by name")),
 }
 """Readers of the arguments that say where a checkpoint lies."""
-_VARIANT: dict[str, Any] = {"variant": optional(read_text)}
+VARIANT: dict[str, Any] = {"variant": optional(read_text)}
 _KEPT: dict[str, Any] = {
     "layers": optional(_read_layers),
     "n_ctx": optional(partial(read_int, least=1, most=MOST_ENTRIES)),
@@ -129,10 +130,10 @@ class LoadingMethods:
 
     @classmethod
     @reads(
-        **_PLACES,
-        **_VARIANT,
+        **PLACES,
+        **VARIANT,
         **_KEPT,
-        dtype=_read_loaded_dtype,
+        dtype=read_loaded_dtype,
         device=read_device,
         device_map=optional(read_kind),
         max_memory=read_max_memory,
@@ -311,7 +312,7 @@ class LoadingMethods:
 
     @classmethod
     @reads(
-        **_PLACES,
+        **PLACES,
         **_KEPT,
         dtype=read_dtype,
         device=read_device,
@@ -494,7 +495,7 @@ def build_from_tensors(
     return model
 
 
-@reads(**_PLACES)
+@reads(**PLACES)
 def is_supported(
     source: Source,
     *,
@@ -537,7 +538,7 @@ def is_supported(
     return True
 
 
-@reads(**_ON_THE_HUB, **_VARIANT)
+@reads(**_ON_THE_HUB, **VARIANT)
 def download(
     source: Source,
     *,

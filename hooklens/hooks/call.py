@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.errors import HookLensError
+from hooklens.hooks.spread import Relay
 
 if TYPE_CHECKING:
     from hooklens.hooks.point import HookPoint
@@ -228,17 +229,20 @@ class Call:
         tokens: which tokens the columns of tensors are, at the points that are reached next; None where a module
             has no tokens.
         switches: what runs of modules that can compute in several ways, as the thread's `with` blocks say it.
+        relay: what shows activations to listeners in other processes; None: all are here.
     """
 
-    __slots__ = ("listeners", "switches", "tokens")
+    __slots__ = ("listeners", "relay", "switches", "tokens")
 
     def __init__(
         self,
         listeners: Listeners = NOBODY,
         tokens: TokenIndex | None = None,
         switches: "Switches | None" = None,
+        relay: "Relay | None" = None,
     ) -> None:
         self.listeners = listeners
+        self.relay = relay
         self.tokens = tokens
         self.switches = thread_switches() if switches is None else switches
 
@@ -248,7 +252,11 @@ class Call:
 
     def on(self, tokens: TokenIndex) -> "Call":
         """The same call where tensors hold other columns."""
-        return Call(self.listeners, tokens, self.switches)
+        return Call(self.listeners, tokens, self.switches, self.relay)
+
+    def through(self, relay: "Relay") -> "Call":
+        """The same call, where a relay shows activations."""
+        return Call(self.listeners, self.tokens, self.switches, relay)
 
 
 def open_call() -> Call:
@@ -259,7 +267,9 @@ def open_call() -> Call:
     if not _all_entries:
         return Call()
     around = next((entry.call for entry in reversed(_entries.get()) if entry.call is not None), None)
-    return Call(thread_listeners(), None if around is None else around.tokens)
+    if around is None:
+        return Call(thread_listeners())
+    return Call(thread_listeners(), around.tokens, relay=around.relay)
 
 
 def join_listeners(groups: Iterable[Listeners]) -> Listeners:

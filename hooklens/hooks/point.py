@@ -26,6 +26,7 @@ from hooklens.hooks.call import (
     thread_listeners,
 )
 from hooklens.hooks.changes import note_change
+from hooklens.hooks.spread import SpreadPoint, is_tapped, shows_parts, tap_alike
 
 _NO_CALL = Call()
 
@@ -43,6 +44,7 @@ class HookPoint(nn.Module):
             has for it through which the hook was attached.
         ctx: a dictionary for hook functions to keep things in between calls.
         own: what `add_hook` attached; None: nothing.
+        spread: how several processes share what passes here; None: each has all of it.
     """
 
     name: str | None
@@ -50,11 +52,12 @@ class HookPoint(nn.Module):
     site: HookSite | None
     shared: bool
     own: Listening | None
+    spread: SpreadPoint | None
 
     def __init__(self, site: HookSite | None = None, *, shared: bool = False) -> None:
         super().__init__()
         # Past nn.Module's __setattr__: a model has hundreds of points.
-        self.__dict__.update(name=None, ctx={}, site=site, shared=shared, own=None)
+        self.__dict__.update(name=None, ctx={}, site=site, shared=shared, own=None, spread=None)
 
     def __call__(self, tensor: Tensor, call: Call | None = None) -> Tensor:
         """Pass the tensor on; with listeners, as they leave it.
@@ -69,11 +72,13 @@ class HookPoint(nn.Module):
         listening = heard.get(self)
         if listening is None and own is None:
             return tensor
+        if (self.spread is not None or (call is not None and call.relay is not None)) and not shows_parts():
+            return self._fire_whole(tensor, call or open_call(), join_listening(own, listening))[0]
         if own is None and listening is not None and not (listening.hooks or listening.gradient_hooks):
             for watcher in listening.watchers:
                 watcher.keep(tensor, self, open_call() if call is None else call)
             return tensor
-        return self._fire(tensor, call or open_call(), _join(own, listening), needs_verdict=self.shared)[0]
+        return self._fire(tensor, call or open_call(), join_listening(own, listening), needs_verdict=self.shared)[0]
 
     @property
     def listening(self) -> bool:
@@ -92,11 +97,13 @@ class HookPoint(nn.Module):
             edited, or gradients are to flow through it.
         """
         listening = call.listeners.get(self)
+        if (self.spread is not None or call.relay is not None) and not shows_parts():
+            return self._fire_whole(tensor, call, join_listening(self.own, listening))
         if self.own is None and listening is not None and not (listening.hooks or listening.gradient_hooks):
             for watcher in listening.watchers:
                 watcher.keep(tensor, self, call)
             return tensor, False
-        return self._fire(tensor, call, _join(self.own, listening), needs_verdict=True)
+        return self._fire(tensor, call, join_listening(self.own, listening), needs_verdict=True)
 
     def layer(self) -> int:
         """The layer in the point's name.
@@ -167,6 +174,24 @@ class HookPoint(nn.Module):
             watcher.keep(current, self, call)
         return current, changed
 
+    def _fire_whole(self, part: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
+        """Show listeners the whole tensor of which this process holds a part; what they leave of that part, and
+        whether they changed anything.
+        """
+        whole = part if self.spread is None else self.spread.gather(part)
+        if call.relay is None:
+            left, changed = self.fire(whole, call, listening)
+        else:
+            left, changed = call.relay.fire(self, whole, call, listening)
+        # With gradients the computation goes through what was shown: so it has one.
+        if not (changed or left.requires_grad):
+            return part, False
+        return (left if self.spread is None else tap_alike(self.spread.scatter(left), left)), changed
+
+    def fire(self, tensor: Tensor, call: Call, listening: Listening) -> tuple[Tensor, bool]:
+        """What some listeners leave of a tensor, and whether it differs."""
+        return self._fire(tensor, call, listening, needs_verdict=True)
+
     def _run_hooks(
         self, tensor: Tensor, call: Call, hooks: Sequence[Hook], *, needs_verdict: bool
     ) -> tuple[Tensor, bool]:
@@ -189,7 +214,7 @@ class HookPoint(nn.Module):
         if not needs_verdict:
             return current, False
         # A traced graph cannot ask, and goes on from what the hooks left.
-        changed = is_traced or current is not handed or _is_tapped(handed)
+        changed = is_traced or current is not handed or is_tapped(handed)
         if not changed:
             changed = handed._version != version if version is not None else not torch.equal(handed, before)  # type: ignore[arg-type]
         if self.shared and not changed and not handed.requires_grad:
@@ -249,13 +274,8 @@ class HookPoint(nn.Module):
         return repr(self.name) if self.name else ""
 
 
-def _join(own: Listening | None, heard: Listening | None) -> Listening:
+def join_listening(own: Listening | None, heard: Listening | None) -> Listening:
     """What listens: what the point has of its own, then what the call brings."""
     if own is None:
         return heard or Listening()
     return own.joined(heard)
-
-
-def _is_tapped(tensor: Tensor) -> bool:
-    """Whether a hook asked for the tensor's own gradient, by `retain_grad` or `register_hook`."""
-    return tensor.requires_grad and (tensor.retains_grad or bool(tensor._backward_hooks))

@@ -65,7 +65,10 @@ class DerivedCaches:
         with lasting_tensors():
             entries = [
                 HookedKeyValueCacheEntry(
-                    change_one(entry.past_keys, layer), change_one(entry.past_values, layer), self.frozen
+                    change_one(entry.past_keys, layer),
+                    change_one(entry.past_values, layer),
+                    self.frozen,
+                    n_heads=entry.n_heads,
                 )
                 for layer, entry in enumerate(self.entries)
             ]

@@ -34,6 +34,7 @@ class HookedKeyValueCacheEntry(Displayed):
             Under `torch.autocast` the dtypes of keys and values may differ (rotary embeddings leave float32): each
             keeps its own.
         frozen: appending stores nothing.
+        n_heads: key-value heads of the layer, where other processes hold more of them; None: these are all.
 
     Raises:
         CacheError: keys and values do not go together.
@@ -44,6 +45,8 @@ class HookedKeyValueCacheEntry(Displayed):
         past_keys: Float[Tensor, "batch pos kv_head d_head"],
         past_values: Float[Tensor, "batch pos kv_head d_head_v"],
         frozen: bool = False,  # noqa: FBT001, FBT002
+        *,
+        n_heads: int | None = None,
     ) -> None:
         for what, tensor in (("past_keys", past_keys), ("past_values", past_values)):
             _check_heads(tensor, what)
@@ -56,6 +59,7 @@ class HookedKeyValueCacheEntry(Displayed):
         self._held = _Held(past_keys, past_values, past_keys.shape[1])
         self._n_unchanged = 0
         self.frozen = frozen
+        self.n_heads = past_keys.shape[2] if n_heads is None else n_heads
 
     @classmethod
     def init_cache_entry(
@@ -111,7 +115,7 @@ class HookedKeyValueCacheEntry(Displayed):
 
     def __copy__(self) -> "HookedKeyValueCacheEntry":
         """An entry of views: two that share a buffer's spare room would write over each other's columns."""
-        return HookedKeyValueCacheEntry(self.past_keys, self.past_values, self.frozen)
+        return HookedKeyValueCacheEntry(self.past_keys, self.past_values, self.frozen, n_heads=self.n_heads)
 
     @property
     def batch_size(self) -> int:
@@ -120,8 +124,8 @@ class HookedKeyValueCacheEntry(Displayed):
 
     @property
     def head_shape(self) -> tuple[int, int, int]:
-        """Key-value heads, and the widths of keys and values."""
-        return self._held.keys.shape[2], self._held.keys.shape[3], self._held.values.shape[3]
+        """Key-value heads, those of other processes included, and the widths of keys and values."""
+        return self.n_heads, self._held.keys.shape[3], self._held.values.shape[3]
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +167,7 @@ class HookedKeyValueCacheEntry(Displayed):
         """All that decides what the entry can be used with: equal for entries of the same tokens and the same kind."""
         keys, values, length = self._held
         shape = (keys.shape[0], keys.shape[2:], values.shape[3])
-        return self.frozen, length, *shape, keys.dtype, values.dtype, keys.device
+        return self.frozen, self.n_heads, length, *shape, keys.dtype, values.dtype, keys.device
 
     @property
     def n_unchanged(self) -> int:
@@ -173,6 +177,33 @@ class HookedKeyValueCacheEntry(Displayed):
     def mark_unchanged(self) -> None:
         """Count from here on which columns stay as they are."""
         self._n_unchanged = len(self)
+
+    def hold_heads(self, begin: int, end: int) -> "HookedKeyValueCacheEntry":
+        """The entry with the keys and values of some heads only, as a process holds them that computes these.
+
+        One that is not frozen changes: it holds no others from here on.
+
+        Args:
+            begin: the first of these heads.
+            end: one past the last.
+
+        Raises:
+            CacheError: it holds others.
+        """
+        held = self._readable()
+        if held.keys.shape[2] == end - begin:
+            return self
+        if held.keys.shape[2] != self.n_heads:
+            raise CacheError(
+                f"the entry holds {held.keys.shape[2]} of {self.n_heads} key-value heads, and heads {begin} to {end} "
+                "are asked of it; make the cache with the model that reads it"
+            )
+        keys, values = (x[:, : held.length, begin:end] for x in (held.keys, held.values))
+        if self.frozen:
+            return HookedKeyValueCacheEntry(keys, values, frozen=True, n_heads=self.n_heads)
+        # No spare room: others may see the buffers through views, so the next append copies.
+        self._held = _Held(keys, values, held.length)
+        return self
 
     def append_columns(self, n: int) -> None:
         """Count new tokens in a layer without attention, whose entry has 0 heads: columns that hold nothing."""

@@ -28,6 +28,11 @@ def write_cache(path: str | os.PathLike[str], cache: "HookedKeyValueCache") -> N
         CacheError: the file cannot be written.
     """
     _check_path(path)
+    if any(entry.past_keys.shape[2] != entry.head_shape[0] for entry in cache.entries):
+        raise CacheError(
+            "this cache holds the keys and values of some heads or layers, others lie in other processes; put it "
+            "together first, hooklens.parallel.gather_cache(model, cache)"
+        )
     tensors = {"attention_mask": cache.previous_attention_mask.to(torch.uint8)}
     for layer, entry in enumerate(cache.entries):
         tensors[f"{layer}.keys"], tensors[f"{layer}.values"] = entry.past_keys, entry.past_values

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,24 @@ from hooklens.model.parts.declared import When, inner, point
 from hooklens.model.parts.part import Part, describe_parts
 from hooklens.model.parts.quantised import describe_maps, quantised_maps, set_compute_dtype
 from hooklens.model.placement.placed import Placed
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.model.plan.documents import Borders
 from hooklens.model.plan.planning import Planning, documents_to_keep, new_mask
 from hooklens.model.plan.positions import ChosenColumns, LogitsAt, TokenPlan
 from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run_checkpointed
 from hooklens.weights.offloaded import refuse_offloaded
+
+
+@runtime_checkable
+class Processes(Protocol):
+    """The processes that share the blocks of a network."""
+
+    def run_blocks(
+        self, stream: Tensor, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, layers: range
+    ) -> Tensor:
+        """The stream behind some blocks, in every process."""
+        ...
+
 
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -69,7 +82,11 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
     Attributes:
         cfg: the network's configuration.
         transforms: the weight-processing steps that were done, in order; a key-value cache records them.
+        processes: what runs the blocks where several processes share them, see `hooklens.parallel`; None: this one
+            does.
     """
+
+    processes: "Processes | None" = None
 
     # The caller's own tensor enters.
     hook_tokens: HookPoint = point(
@@ -125,6 +142,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
             InputError,
             otherwise="make the network of model.cfg anew",
         )
+        refuse_shared(self, "initialize", InputError)
         refuse_adapters(
             self,
             "initialize: fresh weights would have adapters beside them that are made for others",
@@ -309,6 +327,7 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
             CheckpointError,
             otherwise='model.dispatch({"": device}) brings them into memory first',
         )
+        refuse_shared(self, "load_state_dict", CheckpointError)
         if maps := quantised_maps(self):
             raise CheckpointError(
                 f"load_state_dict: {describe_maps(maps)}, and take no others; load a checkpoint with quantize=, or "
@@ -357,6 +376,23 @@ class Decoder(Planning, GradientCheckpointing, Placed, Part, place=""):
     def _run_blocks(
         self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
     ) -> Stream:
+        if self.processes is not None:
+            return self.processes.run_blocks(stream, plan, call, cache, range(start, stop))
+        return self.run_layers(stream, plan, call, cache, start, stop)
+
+    def run_layers(
+        self, stream: Stream, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, start: int, stop: int
+    ) -> Stream:
+        """The stream behind some blocks, all of which this process runs.
+
+        Args:
+            stream: as it enters the first.
+            plan: the tokens.
+            call: who listens.
+            cache: what came before these tokens.
+            start: the first block.
+            stop: one past the last.
+        """
         blocks = self.block_list()
         may_recompute = self.is_gradient_checkpointing and cache is None and torch.is_grad_enabled()
         places = None if self.placement is None else self.placement.layers

@@ -48,6 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "pool": ("hooklens.pool",),
     "sae": ("hooklens.sae",),
     "datasets": ("hooklens.datasets",),
+    "parallel": ("hooklens.parallel",),
     "viz": ("hooklens.viz",),
     "verification": ("hooklens.verification", "hooklens.verification.conformance"),
     "harness": ("hooklens.harness",),

@@ -57,10 +57,14 @@ class AlibiTables:
         alibi: how the term is rounded and scaled.
         cfg: the network's heads.
         score_scale: what the scores are multiplied by.
+
+    Attributes:
+        part: which of how many equal parts of the heads are computed here.
     """
 
     def __init__(self, alibi: AlibiPositions, cfg: HookedConfig, score_scale: float) -> None:
         self._alibi, self._cfg, self._score_scale = alibi, cfg, score_scale
+        self.part: tuple[int, int] = (0, 1)
 
     def term(self, plan: TokenPlan, dtype: torch.dtype) -> Float[Tensor, "rows key head"]:
         """What each head adds to its scores at each key of a call."""
@@ -78,15 +82,16 @@ class AlibiTables:
                 self._slopes(plan),
                 plan.key_positions[:n_rows, keys.start : keys.stop],
                 n_positions=plan.n_positions,
-                n_kv_heads=self._cfg.n_kv_heads,
+                n_kv_heads=max(1, self._cfg.n_kv_heads // self.part[1]),
                 score_scale=self._score_scale,
                 dtype=dtype,
             ),
         )
 
     def _slopes(self, plan: TokenPlan) -> Float[Tensor, " head"]:
-        n_heads = self._cfg.n_heads
-        return plan.remember(("alibi slopes", n_heads), lambda: alibi_slopes(n_heads, plan.device))
+        n_heads, (part, n_parts) = self._cfg.n_heads, self.part
+        slopes = plan.remember(("alibi slopes", n_heads), lambda: alibi_slopes(n_heads, plan.device))
+        return slopes if n_parts == 1 else slopes.chunk(n_parts)[part]
 
 
 def alibi_slopes(n_heads: int, device: torch.device | str = "cpu") -> Float[Tensor, " head"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hooklens.config import AlibiPositions, AttentionBackend, BlockConfig, QueryTemperature, RotaryPositions
 from hooklens.errors import CacheError
 from hooklens.hooks import Call, HookPoint
+from hooklens.hooks.spread import Spread
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model.attention.alibi import AlibiTables, fold_into_heads, fold_into_keys
 from hooklens.model.attention.attend import (
@@ -23,7 +24,15 @@ from hooklens.model.attention.attend import (
 )
 from hooklens.model.attention.backends import attend_by_flex, attend_by_pattern, make_blocks
 from hooklens.model.attention.head_norm import HeadNorm
-from hooklens.model.attention.heads import EditedHeads, HeadSource, join_past, project_heads
+from hooklens.model.attention.heads import (
+    EditedHeads,
+    HeadSource,
+    join_past,
+    own_part,
+    project_heads,
+    project_own_heads,
+    write_own_heads,
+)
 from hooklens.model.attention.kernels import Part as KeyPart
 from hooklens.model.attention.rotary import CosSin, rotary_tables
 from hooklens.model.norm import Norm, norm
@@ -79,6 +88,11 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     Where query heads share keys and values, `hook_k_per_head` and `hook_v_per_head` show a copy of `hook_k` and
     `hook_v` for each query head. A changed copy goes through the norm and the rotation by itself, and attention
     goes on with keys and values of as many heads as queries.
+
+    Attributes:
+        spread: how processes share the heads: projections give this one's, the write to the stream sums over all; None:
+            it computes all of them.
+        keys_are_whole: where there are fewer key-value heads than processes, each computes all of them.
     """
 
     can_be_replaced = False
@@ -109,6 +123,8 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
     b_O: Float[Tensor, " d_model"] | None = weight("d_model", module="o_proj", writes=True, when=_OUT_BIASED)
     sinks: nn.Parameter = weight("head", when=_SUNK)
     _pos_embed: nn.Module | None
+    spread: Spread | None = None
+    keys_are_whole: bool = False
 
     hook_q: HookPoint = point(_PER_HEAD, "queries, before query-key norm, clipping and rotary")
     hook_k: HookPoint = point(_PER_KV_HEAD, "keys, before query-key norm, clipping and rotary")
@@ -179,7 +195,11 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             if positions is None:
                 positions = plan.remember(pos_embed, partial(pos_embed, positions=plan.positions))
             x = x + (positions if x.ndim == 3 else positions[:, :, None])
-        heads = project_heads(x, self._modules[f"{letter}_proj"], self.cfg.d_head, call)
+        linear = self._modules[f"{letter}_proj"]
+        if self.spread is not None and x.ndim == 4 and not (self.keys_are_whole and letter != "q"):
+            heads = project_own_heads(self.spread.scatter(x, 2), linear, self.cfg.d_head)
+        else:
+            heads = project_heads(x, linear, self.cfg.d_head, call)
         return heads.clamp(-self.clip, self.clip) if self.clip is not None and letter == "v" else heads
 
     def forward(
@@ -226,16 +246,51 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             k, v = edited.take_over(k, v)
             # A frozen entry of no tokens adds nothing.
             entry = entry if entry is not None and len(entry) else None
+        if self.spread is not None and entry is not None and not self.keys_are_whole:
+            n_own = self.cfg.n_kv_heads // self.spread.n_parts
+            entry = entry.hold_heads(self.spread.part * n_own, (self.spread.part + 1) * n_own)
         if entry is not None and (not entry.frozen or not len(entry)):
             k, v = entry.append(k, v)
             entry = None
+        if self.keys_are_whole and self.spread is not None:
+            k, v, entry = (
+                self._own_keys(k, self.spread),
+                self._own_keys(v, self.spread),
+                self._own_past(entry, self.spread),
+            )
         return self._write(self.hook_z(self._attend(q, k, v, plan, call, entry), call), call)
+
+    @property
+    def _n_own_heads(self) -> int:
+        """The query heads that this process computes."""
+        return self.cfg.n_heads if self.spread is None else self.cfg.n_heads // self.spread.n_parts
+
+    def _own_keys(self, x: Float[Tensor, "batch key all_heads d"], spread: Spread) -> Float[Tensor, "batch key own d"]:
+        """Of keys or values of all heads those that the query heads of this process read."""
+        n_own = self._n_own_heads
+        first = spread.part * n_own
+        if x.shape[2] != self.cfg.n_heads:
+            # Edited for single query heads there are as many as these; else one that all of these read.
+            first, n_own = first * self.cfg.n_kv_heads // self.cfg.n_heads, 1
+        return spread.use(x)[:, :, first : first + n_own]
+
+    def _own_past(self, entry: HookedKeyValueCacheEntry | None, spread: Spread) -> HookedKeyValueCacheEntry | None:
+        """The same of a frozen past."""
+        if entry is None:
+            return None
+        first = spread.part * self.cfg.n_kv_heads // spread.n_parts
+        return entry.hold_heads(first, first + 1)
+
+    def _own_sinks(self) -> Float[Tensor, " head"] | None:
+        """The sinks of the heads that this process computes."""
+        own: Tensor | None = own_part(self._parameters["sinks"])
+        return own
 
     def _watch_per_head(
         self, k: Tensor, v: Tensor, table: CosSin | None, call: Call, entry: HookedKeyValueCacheEntry | None
     ) -> "EditedHeads | None":
         """What listeners made of the keys and values that query heads read; None where they changed neither."""
-        n_heads, keys, values = self.cfg.n_heads, None, None
+        n_heads, keys, values = self.cfg.n_heads if self.keys_are_whole else self._n_own_heads, None, None
         if self.hook_k_per_head.listens(call):
             copies, changed = self.hook_k_per_head.watch(repeat_heads(k, n_heads), call)
             if changed:
@@ -321,7 +376,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             mask=sight.mask,
             is_causal=sight.is_causal,
             softcap=self.cfg.attn_softcap,
-            sinks=self._parameters["sinks"],
+            sinks=self._own_sinks(),
         )
         return z if self.alibi is None else z[..., : self.cfg.d_head]
 
@@ -335,7 +390,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             "score_scale": self.score_scale,
             "softcap": self.cfg.attn_softcap,
             "term": term,
-            "sinks": self._parameters["sinks"],
+            "sinks": self._own_sinks(),
         }
         if self.backend == "explicit":
             return attend_by_pattern(q, k, v, sight=sight, **options)
@@ -362,7 +417,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             q, k, v = fold_into_heads(q, k, v, self.alibi.entries(plan, plan.new, q.dtype))
         parts = [KeyPart(past_k, past_v, past.mask), KeyPart(k, v, new.mask, new.is_causal)]
         z = attend_in_parts(
-            q, parts, score_scale=self.score_scale, softcap=self.cfg.attn_softcap, sinks=self._parameters["sinks"]
+            q, parts, score_scale=self.score_scale, softcap=self.cfg.attn_softcap, sinks=self._own_sinks()
         )
         return z if self.alibi is None else z[..., : self.cfg.d_head]
 
@@ -387,7 +442,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         if not (scores_changed or watched or drops):
             return scores, False
         can_hide_all, pattern_changed = sight.can_hide_all or scores_changed, False
-        pattern = compute_pattern(scores, can_hide_all=can_hide_all, sinks=self._parameters["sinks"])
+        pattern = compute_pattern(scores, can_hide_all=can_hide_all, sinks=self._own_sinks())
         if drops:
             pattern = F.dropout(pattern, self.dropout)
         if watched:
@@ -413,6 +468,9 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         self, z: Tensor, o_proj: nn.Module
     ) -> tuple[Float[Tensor, "batch pos head d_model"], Float[Tensor, "..."] | None]:
         """What each head writes, and the bias that is added to their sum."""
+        if self.spread is not None:
+            # Whole from here on: their sum is over the heads of all processes.
+            return self.spread.gather(write_own_heads(z, o_proj), 2), own_part(o_proj._parameters["bias"])
         if is_plain(o_proj):
             return torch.einsum("bpnh,nhm->bpnm", z, self.W_O), self.b_O
         # Whatever stands there is linear: what it makes of one head alone, less what it makes of nothing.

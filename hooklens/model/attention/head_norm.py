@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.hooks import Call
+from hooklens.hooks.spread import SpreadPoint
 from hooklens.model.norm import Norm, NormSpec
 from hooklens.precision import widen
 
@@ -20,12 +21,31 @@ class HeadNorm(Norm):
 
     Of keys it may be given a copy for each query head: those of a group have the weights of their key-value head, and
     a norm over all heads goes over all copies.
+
+    Attributes:
+        spread: how processes share the heads; they are normed together all the same, by each process.
     """
+
+    spread: SpreadPoint | None = None
 
     def __init__(self, spec: NormSpec, *, place: str | None = None) -> None:
         super().__init__(spec, place=place)
         self._over_all = spec.cfg.qk_norm_over == "all_heads"
         self._axes = _ALL_HEADS if self._over_all else _ALL_HEADS[-1:]
+
+    def forward(
+        self, x: Float[Tensor, "*axes heads d_head"], call: Call | None = None
+    ) -> Float[Tensor, "*axes heads d_head"]:
+        """Normalize, showing listeners what they asked for."""
+        spread = self.spread
+        return super().forward(x, call) if spread is None else spread.scatter(super().forward(spread.gather(x), call))
+
+    def apply_beside(self, x: Float[Tensor, "*axes heads d_head"], call: Call) -> Float[Tensor, "*axes heads d_head"]:
+        """The norm of what stands beside its input in a call; hook points do not fire."""
+        spread = self.spread
+        if spread is None:
+            return super().apply_beside(x, call)
+        return spread.scatter(super().apply_beside(spread.gather(x), call))
 
     def apply_weights(self, x: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
         """The norm as a plain function; hook points do not fire."""

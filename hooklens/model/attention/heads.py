@@ -1,7 +1,7 @@
 """Queries, keys and values head by head: made by a linear map, edited for single query heads, joined with the past."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -86,3 +86,33 @@ def _take_own_heads(each: Tensor, d_head: int) -> Float[Tensor, "batch pos heads
     """Of all heads of every copy, `[batch pos copy (heads d_head)]`, each copy's own."""
     heads = torch.unflatten(each, -1, (-1, d_head))
     return heads.diagonal(dim1=2, dim2=3).movedim(-1, 2)
+
+
+def own_part(parameter: Tensor | None) -> Any:
+    """What this process holds of a parameter that several share."""
+    shared: Any = parameter
+    return shared.to_local() if hasattr(shared, "to_local") else shared
+
+
+def project_own_heads(
+    x: Float[Tensor, "batch pos head d_model"], linear: nn.Module | None, d_head: int
+) -> Float[Tensor, "batch pos head d_head"]:
+    """`x W + b` of the heads that this process computes, on a copy of the input for each.
+
+    Args:
+        x: the copies of these heads.
+        linear: the map, whose weight several processes share.
+        d_head: the width of a head.
+    """
+    assert linear is not None
+    weight, bias = own_part(linear._parameters["weight"]), own_part(linear._parameters["bias"])
+    heads: Tensor = torch.einsum("bpnm,nhm->bpnh", x, weight.view(-1, d_head, x.shape[-1]))
+    return heads if bias is None else heads + bias.view(-1, d_head)
+
+
+def write_own_heads(
+    z: Float[Tensor, "batch pos head d_head"], linear: nn.Module
+) -> Float[Tensor, "batch pos head d_model"]:
+    """What each head that this process computes writes to the stream, without the bias."""
+    weight = own_part(linear._parameters["weight"])
+    return torch.einsum("bpnh,mnh->bpnm", z, weight.view(len(weight), *z.shape[2:]))

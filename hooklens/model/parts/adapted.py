@@ -301,7 +301,10 @@ def base_map(module: nn.Module | None) -> nn.Module:
 
 def whole_weight(module: nn.Module) -> Tensor:
     """The weight `[out, in]` that a map multiplies with, in plain numbers: a quantised one's, an adapted one's."""
-    return module.effective_weight() if isinstance(module, Adapted) else dense_weight(module)
+    weight: Any = module.effective_weight() if isinstance(module, Adapted) else dense_weight(module)
+    # Where several processes share it.
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
 
 
 def refuse_adapters(network: nn.Module, what: str, error: type[HookLensError], *, otherwise: str) -> None:

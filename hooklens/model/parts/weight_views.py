@@ -13,6 +13,7 @@ from hooklens.errors import ConfigError
 from hooklens.model.decoder import Decoder
 from hooklens.model.parts.part import read_weight
 from hooklens.model.parts.quantised import quantised_maps
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.weights.composition import all_composition_scores
 from hooklens.weights.factored import FactoredMatrix
 
@@ -44,6 +45,7 @@ class _Stacked:
         if views is None:
             return self
         decoder, name = views.as_decoder(), self._name
+        refuse_shared(decoder, name, ConfigError)
         parts = [getattr(block, self._module) for block in decoder.block_list()]
         found = [_read(part, name) for part in parts]
         declared = [decoder.cfg.description.weights.get(f"blocks.{i}.{self._module}.{name}") for i in range(len(parts))]

@@ -20,6 +20,7 @@ from hooklens.model.placement.placement import (
     read_device_map,
     read_part_device,
 )
+from hooklens.model.placement.shared_weights import refuse_shared
 from hooklens.optional import import_package
 from hooklens.weights.offloaded import Lies, offloaded_parameters, refuse_offloaded, values_of
 
@@ -188,6 +189,7 @@ class Placed:
             MissingDependencyError: an automatic placement without accelerate.
         """
         decoder: Any = self
+        refuse_shared(decoder, "dispatch", InputError)
         if self.device.type == "meta":
             raise InputError("dispatch: the network lies on the device 'meta' and has no weights to put anywhere")
         make_meta: Any = type(self)

@@ -8,6 +8,7 @@ block; what no block asks for is not computed.
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -110,6 +111,26 @@ class TokenPlan:
         # Plain numbers, which a device was waited for, hold on every device.
         moved._made = {key: made for key, made in self._made.items() if isinstance(made, int)}
         return moved
+
+    def take_rows(self, rows: Int[Tensor, " row"]) -> "TokenPlan":
+        """The plan of some of its rows, by number."""
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            # One row stands for all.
+            return tensor if tensor is None or (len(tensor) == 1 and self.batch > 1) else tensor[rows]
+
+        taken = copy(self)
+        taken.batch = len(rows)
+        taken.attention_mask, taken.key_mask = take(self.attention_mask), take(self.key_mask)
+        taken.past_mask, taken.given_positions = take(self.past_mask), take(self.given_positions)
+        taken.embedded_positions = take(self.embedded_positions)
+        if self.documents is not None:
+            ids = take(self.documents.ids)
+            assert ids is not None
+            taken.documents = replace(self.documents, ids=ids, key_mask=take(self.documents.key_mask))
+        taken._places = taken._home = None
+        taken._seen, taken._sights, taken._made = {}, {}, {}
+        return taken
 
     def _join_masks(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
         """Real columns of past + new, `[batch key]`; None when all are."""

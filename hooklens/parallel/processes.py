@@ -1,0 +1,138 @@
+"""The processes that share a network's blocks, and how a call runs through them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from hooklens.errors import InputError
+from hooklens.hooks.call import Call
+from hooklens.kv_cache import HookedKeyValueCache
+from hooklens.model.decoder import Decoder
+from hooklens.parallel.config import ParallelConfig, own_device
+from hooklens.parallel.rows import OwnRows, RowsOfCache
+from hooklens.parallel.stages import StageRun, share_layers, trained_parameters
+from hooklens.parallel.wire import DONE, Wire
+
+if TYPE_CHECKING:
+    from hooklens.model.plan.positions import TokenPlan
+
+
+class SharedBlocks:
+    """Runs the blocks of a network that several processes share.
+
+    Args:
+        decoder: the network.
+        config: how they share it.
+        mesh: the processes.
+
+    Attributes:
+        config: as given.
+        mesh: as given.
+        stages: the layers of each stage of the pipeline.
+        stage: which of them this process has.
+    """
+
+    def __init__(self, decoder: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.stages = share_layers(decoder.cfg.n_layers, config.pipeline)
+        self.stage = mesh["pipeline"].get_local_rank()
+        self._decoder = decoder
+        self._wire = Wire(mesh["pipeline"], own_device())
+        self._row_mesh = _flatten_rows(mesh) if config.n_row_parts > 1 else None
+
+    def run_blocks(
+        self, stream: Tensor, plan: "TokenPlan", call: Call, cache: HookedKeyValueCache | None, layers: range
+    ) -> Tensor:
+        """The stream behind some blocks, in every process.
+
+        Raises:
+            InputError: dropout, which processes would draw each for itself.
+        """
+        if self._decoder.drops:
+            raise InputError(
+                "the model is in training mode with dropout, which the processes that share it would draw each for "
+                "itself; call model.eval(), or load it with the dropouts of its config at 0"
+            )
+        rows = None
+        held: Any = cache
+        if self._row_mesh is not None:
+            rows = OwnRows(self._row_mesh, len(stream), stream.device)
+            stream, plan = rows.take(stream), plan.take_rows(rows.index)
+            held = None if cache is None else RowsOfCache(cache, rows)
+            call = call.through(rows)
+        if self.config.pipeline == 1:
+            stream = self._decoder.run_layers(stream, plan, call, held, layers.start, layers.stop)
+        else:
+            for stage, own in enumerate(self.stages):
+                begin, end = max(own.start, layers.start), min(own.stop, layers.stop)
+                if begin < end:
+                    stream = self._run_stage(stage, range(begin, end), stream, plan, call, held, rows)
+        return stream if rows is None else rows.gather(stream)
+
+    def share_of_layer(self, layer: int, held: Tensor) -> Tensor:
+        """What the stage that has a layer holds of it, in every stage."""
+        if self.config.pipeline == 1:
+            return held
+        owner = next(stage for stage, own in enumerate(self.stages) if layer in own)
+        if owner == self.stage:
+            self._wire.send(owner, DONE, tensor=held)
+            return held
+        _, _, received = self._wire.receive(owner)
+        assert received is not None
+        return received
+
+    def _run_stage(
+        self,
+        stage: int,
+        layers: range,
+        stream: Tensor,
+        plan: "TokenPlan",
+        call: Call,
+        cache: Any,
+        rows: OwnRows | None,
+    ) -> Tensor:
+        decoder, is_own = self._decoder, stage == self.stage
+        if not is_own and cache is not None:
+            _pass_over(cache, layers, stream.shape[1])
+        blocks = decoder.block_list()[layers.start : layers.stop]
+        run = StageRun(
+            self._wire,
+            stage,
+            list(decoder.hook_points().values()),
+            call,
+            rows,
+            is_own=is_own,
+        )
+
+        def run_layers(entering: Tensor, call: Call) -> Tensor:
+            return decoder.run_layers(entering, plan, call, cache, layers.start, layers.stop)
+
+        return run.run(run_layers, stream, trained_parameters(blocks) if is_own else [])
+
+
+def _pass_over(cache: Any, layers: range, n_new: int) -> None:
+    """Count the new tokens in layers whose keys and values another process holds."""
+    for layer in layers:
+        entry = cache.entries[layer].hold_heads(0, 0)
+        if not entry.frozen:
+            entry.append_columns(n_new)
+
+
+def _flatten_rows(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes that share the rows of a batch, along one dimension."""
+    return mesh["data", "fully_sharded"]._flatten("rows")
+
+
+def sum_over_rows(parameter: Any, mesh: DeviceMesh) -> None:
+    """Have a parameter's gradient, which each process has of its own rows, summed over all of them."""
+    group = mesh.get_group()
+
+    def add_up(gradient: Any) -> Any:
+        total = gradient.clone()
+        held = total.to_local() if hasattr(total, "to_local") else total
+        torch.distributed.all_reduce(held, group=group)
+        return total
+
+    parameter.register_hook(add_up)

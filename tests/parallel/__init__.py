@@ -1,0 +1,1 @@
+"""Networks in several processes, against the same network in one."""

@@ -1,0 +1,45 @@
+"""Functions that run in several processes at once, as `torchrun` would start them."""
+
+import os
+import pickle
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def run_in_processes(n: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function gives in each of some processes that are joined by gloo.
+
+    Args:
+        n: how many.
+        work: a function of a module, with the arguments.
+        arguments: picklable.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_run, (n, port, folder, work, arguments), nprocs=n)
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(n)]
+
+
+def _run(rank: int, n: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(n),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(n),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    given = work(*arguments)
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(given))
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
