@@ -32,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class Mortal(Holder):
-    """A worker that dies by SIGKILL at its `number`th task if there is a file `before-number`, or behind it `after-...`.
+    """A worker that dies by SIGKILL before or behind its task 0, 1, ... where there is a file `before-1` or `after-1`.
 
     Each file is taken away first, so that one worker dies.
     """
