@@ -6,8 +6,7 @@ was at when it died done again by another.
 """
 
 from hooklens.workers.engine import Engine, check_portable, read_engine
-from hooklens.workers.errors import WorkerError
 from hooklens.workers.ray_workers import RayWorkers
 from hooklens.workers.work import Work
 
-__all__ = ["Engine", "RayWorkers", "Work", "WorkerError", "check_portable", "read_engine"]
+__all__ = ["Engine", "RayWorkers", "Work", "check_portable", "read_engine"]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hooklens.errors import WorkerError
 from hooklens.optional import import_package
-from hooklens.workers.errors import WorkerError
-from hooklens.workers.work import Settings, Work, unpack_work
+from hooklens.workers.work import Settings, Work, unpack
 
 
 def describe_versions() -> dict[str, str]:
@@ -29,7 +29,7 @@ class Holder:
         self._work: Work | None = None
         self._begun = 0
 
-    def prepare(self, packed: list[Any], device: str, settings: Settings, versions: dict[str, str]) -> None:
+    def prepare(self, packed: list[Any], settings: Settings, versions: dict[str, str]) -> None:
         """Take up the work.
 
         Raises:
@@ -43,12 +43,15 @@ class Holder:
             raise WorkerError(f"a worker of Ray has {', '.join(differing)}; install the same on all machines")
         settings.apply()
         # A reference in a list is not looked up by Ray, so that the bytes go when this method ends.
-        self._work = unpack_work(import_package("ray").get(packed[0]), device)
+        self._work = self._get(packed)
 
     def run(self, task: Any, begun: int, shared: list[Any]) -> Any:
         """The result of a task."""
         assert self._work is not None
         if shared and begun != self._begun:
-            self._work.begin(import_package("ray").get(shared[0]))
+            self._work.begin(self._get(shared))
             self._begun = begun
         return self._work.run(task)
+
+    def _get(self, packed: list[Any]) -> Any:
+        return unpack(import_package("ray").get(packed[0]))

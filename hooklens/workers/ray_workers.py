@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from hooklens.errors import InputError
+from hooklens.errors import InputError, WorkerError
 from hooklens.optional import import_package
-from hooklens.workers.errors import WorkerError
 from hooklens.workers.holder import Holder, describe_versions
-from hooklens.workers.work import Settings, Work, pack_work
+from hooklens.workers.work import Settings, Work, pack
 
 _MOST_DEATHS = 3
 """How often workers may die at one task, or one after another before they are ready."""
@@ -69,7 +68,7 @@ class RayWorkers:
         self._n_begun = 0
         try:
             self.n_workers = self._count(workers)
-            self._packed = self._ray.put(pack_work(work))
+            self._packed = self._ray.put(pack(work))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -99,7 +98,7 @@ class RayWorkers:
             Exception: what `Work` raised there.
         """
         self._n_begun += 1
-        reference = [] if shared is None else [self._ray.put(shared)]
+        reference = [] if shared is None else [self._ray.put(pack(shared))]
         source = (_Task(number, content) for number, content in enumerate(tasks))
         again: deque[_Task] = deque()
         done: dict[int, Any] = {}
@@ -144,9 +143,7 @@ class RayWorkers:
     def _start(self) -> _Worker:
         options = {"num_cpus": 1, "num_gpus": 1} if self._on_gpu else {"num_cpus": self._settings.threads}
         actor = self._ray.remote(Holder).options(max_restarts=0, **options).remote()
-        prepared = actor.prepare.remote(
-            [self._packed], "cuda" if self._on_gpu else "cpu", self._settings, describe_versions()
-        )
+        prepared = actor.prepare.remote([self._packed], self._settings, describe_versions())
         return _Worker(actor, prepared)
 
     def _free(self) -> _Worker | None:
@@ -172,7 +169,7 @@ class RayWorkers:
             value = self._ray.get(result)
         except errors.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
-        except (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
+        except (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError) as error:
             self._replace(worker, again, error)
             return
         if not worker.is_ready:
@@ -192,8 +189,8 @@ class RayWorkers:
         if deaths >= _MOST_DEATHS:
             where = "the same task" if worker.is_ready else "taking up the model"
             raise WorkerError(
-                f"{self._what}: {deaths} workers died at {where}, perhaps for want of memory (they keep a copy of the "
-                f"model each); give fewer workers, or smaller batches. Ray says: {error}"
+                f"{self._what}: {deaths} workers died at {where}, perhaps for want of memory (each keeps a copy of the "
+                "model); give fewer workers, or smaller batches"
             ) from error
         again.extendleft(reversed(lost))
         # It may only be out of reach.

@@ -22,18 +22,25 @@ class Work(ABC):
         """The result of a task: the same, bit for bit, on every worker, and harmless to do twice."""
 
 
-def pack_work(work: Work) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Work as bytes, with every tensor as it is: strides, shared memory, dtype and all entries."""
+Packed = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def pack(content: Any) -> Packed:
+    """Anything as bytes, with every tensor as it is: strides, shared memory, dtype and all entries."""
     buffer = io.BytesIO()
     # Functions and classes of notebooks travel by value.
-    torch.save(work, buffer, pickle_module=import_package("ray.cloudpickle"))
+    torch.save(content, buffer, pickle_module=import_package("ray.cloudpickle"))
     return np.frombuffer(buffer.getbuffer(), dtype=np.uint8)
 
 
-def unpack_work(packed: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> Work:
-    """The work again, its tensors on a device."""
-    work: Work = torch.load(io.BytesIO(packed.data), map_location=device, weights_only=False)
-    return work
+def unpack(packed: Packed) -> Any:
+    """The same again; what lay on a GPU lies on the one that this process sees."""
+    return torch.load(io.BytesIO(packed.data), map_location=_place, weights_only=False)
+
+
+def _place(storage: Any, location: str) -> Any:
+    here = "cpu" if location == "cpu" else "cuda:0"
+    return torch.serialization.default_restore_location(storage, here)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def test_engines() -> None:
     assert read_engine("ray", 3, what="f") == ("ray", 3)
     with pytest.raises(InputError, match=r"f: engine is 'spark', expected 'local' or 'ray'"):
         read_engine("spark", None, what="f")
-    with pytest.raises(InputError, match=r"f: workers is 0; expected a whole number >= 1"):
+    with pytest.raises(InputError, match=r"f: workers is 0, expected a whole number >= 1"):
         read_engine("ray", 0, what="f")
     with pytest.raises(InputError, match=r"f: workers is 2, and engine='local' computes in this process; give engine="):
         read_engine("local", 2, what="f")
