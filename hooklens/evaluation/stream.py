@@ -186,7 +186,8 @@ class _Scoring(Work):
 
     def __init__(self, model: HookedCausalLM, prefix: Prefix, target_delimiter: str, batch_size: BatchSize) -> None:
         self._model, self._prefix = model, prefix
-        self._delimiter, self._batch_size = target_delimiter, batch_size
+        self._delimiter = target_delimiter
+        self._batch_size: BatchSize = batch_size
 
     def cut(self, pending: Sequence[EncodedItem]) -> Iterator[list[EncodedItem]]:
         """Items that are scored together: continuations batch by batch, then questions one by one."""

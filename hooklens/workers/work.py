@@ -39,8 +39,8 @@ def unpack(packed: Packed) -> Any:
 
 
 def _place(storage: Any, location: str) -> Any:
-    here = "cpu" if location == "cpu" else "cuda:0"
-    return torch.serialization.default_restore_location(storage, here)
+    restore: Any = torch.serialization.default_restore_location
+    return restore(storage, "cpu" if location == "cpu" else "cuda:0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def test_two_workers_against_one(record: Any, tmp_path: Path) -> None:
     """
     torch.set_num_threads(1)
     # Else workers stand behind all other processes of the machine, this one included.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 -- as Ray spells it
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     model, site = make_network(), "blocks.11.hook_resid_post"
     rows = torch.randint(1000, (N_TOKENS // ROW, ROW), generator=torch.Generator().manual_seed(1))

@@ -46,7 +46,8 @@ class SweepWork(Work):
         self, model: HookedCausalLM, array: CellArray, metrics: MetricGroup, options: RunOptions, source: Source
     ) -> None:
         self._model, self._array, self._metrics = model, array, metrics
-        self._options, self._source = options, source
+        self._options = options
+        self._source: Source = source
         self._runner: ChunkRunner | None = None
 
     @torch.no_grad()
