@@ -19,7 +19,7 @@ if importlib.util.find_spec("ray") is None:
 
 import ray
 
-N_TOKENS = int(os.environ.get("HOOKLENS_RAY_TOKENS", "2000000"))
+N_TOKENS = int(os.environ.get("HOOKLENS_RAY_TOKENS", "500000"))
 TURNS = 3
 
 
