@@ -59,6 +59,10 @@ class MissingDependencyError(HookLensError, ImportError):
     """An optional package is needed and not installed."""
 
 
+class WorkerError(HookLensError, RuntimeError):
+    """Processes that work for a call died again and again, or have other versions than the one that calls."""
+
+
 class PaddingWarning(UserWarning):
     """Token ids look padded, but their padding cannot be told from tokens."""
 

@@ -18,6 +18,7 @@ _EXTRA_OF = {
     "accelerate": "placement",
     "omegaconf": "pool",
     "lm_eval": "harness",
+    "ray": "ray",
     "transformer_lens": "bench",
 }
 

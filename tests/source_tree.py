@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("config", "hooks", "viz"),
     ("weights", "kv_cache", "activation_cache", "tokens", "documents", "bundled"),
     ("model", "adapters", "generation"),
-    ("causal_lm",),
+    ("causal_lm", "workers"),
     ("patching", "analysis", "evaluation", "verification", "training", "pool", "sae", "parallel"),
     ("alignment", "steering", "datasets"),
     ("cli", "compat", "harness"),
@@ -60,6 +60,7 @@ HEAVY = frozenset(
         "sklearn",
         "accelerate",
         "lm_eval",
+        "ray",
     }
 )
 """Packages that `import hooklens` must not load: their use goes through `hooklens.optional.import_package`."""

@@ -135,6 +135,7 @@ def test_extras(published: Published) -> None:
         "pool",
         "probes",
         "quant",
+        "ray",
         "stats",
         "test",
     }

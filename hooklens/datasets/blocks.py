@@ -5,7 +5,7 @@ of a block runs the very batches that it would have run.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,6 @@ class Block:
         tokens: its id.
         document: its document, counted in the corpus.
         position: its position there.
-        n_documents, n_tokens: of the block, with those that are not kept.
     """
 
     ids: Int[Tensor, "row pos"]
@@ -40,8 +39,6 @@ class Block:
     tokens: Int[Tensor, " kept"]
     document: Int[Tensor, " kept"]
     position: Int[Tensor, " kept"]
-    n_documents: int
-    n_tokens: int
 
 
 class Chooser:
@@ -90,17 +87,58 @@ class Chooser:
         return resolve_choice(positions, length, what=self._what, noun="tokens")
 
 
-def make_blocks(
-    documents: Iterable[Int[Tensor, " _"]], chooser: Chooser, *, first: int, batch_tokens: int, row_length: int
-) -> Iterator[Block]:
-    """Documents in blocks of about `batch_tokens` tokens.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cut:
+    """Documents that run at once.
+
+    Attributes:
+        documents: their tokens.
+        chosen: of all their tokens, one document behind the other, which are kept.
+        first: the number of the first document in the corpus.
+    """
+
+    documents: Sequence[Int[Tensor, " _"]]
+    chosen: Bool[Tensor, " pos"]
+    first: int
+
+    @property
+    def n_kept(self) -> int:
+        """How many tokens are kept."""
+        return int(self.chosen.sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens there are."""
+        return len(self.chosen)
+
+    def pack(self, row_length: int) -> Block:
+        """The documents in rows of so many columns; longer documents are cut into pieces."""
+        documents, chosen = list(self.documents), self.chosen
+        ids, document_ids = pack(documents, row_length, split=True)
+        flat = document_ids.flatten()
+        # In rows, pieces of a document stand in their order, so a stable sort by documents is the order of the corpus.
+        places = torch.argsort(torch.where(flat == NO_DOCUMENT, len(documents), flat), stable=True)[: len(chosen)]
+        lengths = torch.tensor([len(tokens) for tokens in documents])
+        return Block(
+            ids=ids,
+            document_ids=document_ids,
+            places=places[chosen],
+            tokens=torch.cat(documents)[chosen],
+            document=(torch.arange(len(documents)) + self.first).repeat_interleave(lengths)[chosen],
+            position=torch.cat([torch.arange(len(tokens)) for tokens in documents])[chosen],
+        )
+
+
+def cut_documents(
+    documents: Iterable[Int[Tensor, " _"]], chooser: Chooser, *, first: int, batch_tokens: int
+) -> Iterator[Cut]:
+    """Documents in parts of about `batch_tokens` tokens.
 
     Args:
         documents: their tokens.
         chooser: which of these are kept.
         first: the number of the first document in the corpus.
-        batch_tokens: a block ends with the document that reaches it.
-        row_length: columns of a row; longer documents are cut into pieces.
+        batch_tokens: a part ends with the document that reaches it.
     """
     waiting: list[Tensor] = []
     n_waiting = 0
@@ -108,26 +146,12 @@ def make_blocks(
         waiting.append(tokens)
         n_waiting += len(tokens)
         if n_waiting >= batch_tokens:
-            yield _make_block(waiting, chooser, first, row_length)
+            yield _cut(waiting, chooser, first)
             first, waiting, n_waiting = first + len(waiting), [], 0
     if waiting:
-        yield _make_block(waiting, chooser, first, row_length)
+        yield _cut(waiting, chooser, first)
 
 
-def _make_block(documents: list[Tensor], chooser: Chooser, first: int, row_length: int) -> Block:
-    chosen = torch.cat([chooser.choose(tokens, first + number) for number, tokens in enumerate(documents)])
-    ids, document_ids = pack(documents, row_length, split=True)
-    flat = document_ids.flatten()
-    # In rows, pieces of a document stand in their order, so a stable sort by documents is the order of the corpus.
-    places = torch.argsort(torch.where(flat == NO_DOCUMENT, len(documents), flat), stable=True)[: len(chosen)]
-    lengths = torch.tensor([len(tokens) for tokens in documents])
-    return Block(
-        ids=ids,
-        document_ids=document_ids,
-        places=places[chosen],
-        tokens=torch.cat(documents)[chosen],
-        document=(torch.arange(len(documents)) + first).repeat_interleave(lengths)[chosen],
-        position=torch.cat([torch.arange(len(tokens)) for tokens in documents])[chosen],
-        n_documents=len(documents),
-        n_tokens=len(chosen),
-    )
+def _cut(documents: list[Tensor], chooser: Chooser, first: int) -> Cut:
+    chosen = [chooser.choose(tokens, first + number) for number, tokens in enumerate(documents)]
+    return Cut(documents=documents, chosen=torch.cat(chosen), first=first)

@@ -77,6 +77,10 @@ class LocalFolder(Folder):
     def __str__(self) -> str:
         return str(self._path)
 
+    def absolute(self) -> "LocalFolder":
+        """The same folder, for processes that work elsewhere."""
+        return LocalFolder(self._path.absolute())
+
     def make(self) -> None:
         """Make it, if it is not there."""
         if not self._path.exists():

@@ -27,6 +27,11 @@ COLUMNS = ("tokens", "document", "position")
 _WAY_OUT = "record into another folder, or delete this one to start anew"
 
 
+def name_shard(number: int) -> str:
+    """The name of a shard's file."""
+    return f"shard-{number:05d}.safetensors"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file.
@@ -76,6 +81,16 @@ class Manifest:
     def n_tokens(self) -> int:
         """Kept tokens of all shards."""
         return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Documents read up to the end of the last shard."""
+        return self.shards[-1].documents if self.shards else 0
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of these, kept or not."""
+        return self.shards[-1].tokens_read if self.shards else 0
 
     def with_shard(self, shard: Shard) -> "Manifest":
         """One more shard."""

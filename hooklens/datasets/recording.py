@@ -10,22 +10,25 @@ from torch import Tensor
 
 from hooklens.arguments import optional, read_flag, read_function, read_int, reads
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.datasets.blocks import Block, Chooser, Keep, make_blocks
+from hooklens.datasets.blocks import Chooser, Cut, Keep, cut_documents
+from hooklens.datasets.capturing import Capturing, Part
 from hooklens.datasets.corpus import Corpus, check_corpus, read_documents
 from hooklens.datasets.dataset import ActivationDataset
 from hooklens.datasets.folder import open_folder
-from hooklens.datasets.manifest import COLUMNS, Manifest
+from hooklens.datasets.manifest import Manifest
+from hooklens.datasets.sharding import run_on_ray
 from hooklens.datasets.writing import Filled, ShardWriter
 from hooklens.errors import CheckpointError, InputError
 from hooklens.evaluation.fingerprint import describe_precision, model_fingerprint, tokenizer_fingerprint
 from hooklens.evaluation.interventions import find_interventions
-from hooklens.hooks import HookPoint
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.choice import Choice, read_choice
 from hooklens.hooks.edits import Edit
 from hooklens.hooks.names import NamesFilter
-from hooklens.hooks.vectors import choose_vectors, stop_behind
+from hooklens.hooks.vectors import choose_vectors
+from hooklens.optional import import_package
 from hooklens.progress import progress_bar
+from hooklens.workers import Engine, check_portable, read_engine
 
 _ROW_LENGTH = 1024
 
@@ -52,6 +55,8 @@ def record(
     shard_bytes: int = 2**28,
     edits: Sequence[Edit] = (),
     storage_options: Mapping[str, Any] | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
     progress: bool = True,
 ) -> ActivationDataset:
     """Run a model on a corpus and keep the activations of some hook points, all of them in one pass.
@@ -84,6 +89,10 @@ def record(
         shard_bytes: about how many bytes of activations a file holds.
         edits: values from `hooklens.edits` that act while it runs.
         storage_options: of a URL, what its file system is made with (credentials, endpoint); see fsspec.
+        engine: `"ray"` computes on workers that Ray keeps, on this machine or on many, which write the shards;
+            the folder in the end holds the same bytes. A worker runs with as many threads as torch has here, or on a
+            GPU of its own if the model lies on one. It is `keep` and the corpus that stay in this process.
+        workers: of Ray, how many; None: as many as it has room for.
         progress: show a progress bar.
 
     Returns:
@@ -95,7 +104,8 @@ def record(
             act on the model, or dropout in training mode.
         CheckpointError: the folder holds something else or another recording, or the corpus has changed since; another
             process writes there; or the disk is full. Shards that are written are kept.
-        MissingDependencyError: the package of a URL's file system is not installed.
+        MissingDependencyError: the package of a URL's file system is not installed, or Ray.
+        WorkerError: workers of Ray died at the same shard again and again; shards before it are kept.
 
     Example:
         >>> texts = [" ".join(["When Mary and John went to the store , John gave a drink to Mary ."] * 8)] * 100
@@ -118,6 +128,10 @@ def record(
     kept_as = model.dtype if dtype is None else dtype
     if not isinstance(kept_as, torch.dtype) or not kept_as.is_floating_point:
         raise InputError(f"{what}: dtype is {dtype!r}; expected a floating dtype of torch, such as torch.float16")
+    where, n_workers = read_engine(engine, workers, what=what)
+    if where == "ray":
+        import_package("ray")
+        check_portable(model, what=what)
     folder = open_folder(out, what=f"{what}: out", storage_options=storage_options)
 
     acting = find_interventions(model, edits)
@@ -131,6 +145,7 @@ def record(
             f"{what}: the model is in training mode with dropout, so no two runs are alike, and one that goes on would "
             "record another model; call model.eval() first"
         )
+    sites_of = {name: _shape_of(model, name) for name in names}
     wanted = Manifest(
         run={
             "model": model_fingerprint(model),
@@ -144,7 +159,7 @@ def record(
             "shard_bytes": size,
             "max_tokens": limit,
         },
-        sites={name: _shape_of(model, name) for name in names},
+        sites=sites_of,
         dtype=str(kept_as).removeprefix("torch."),
     )
     with ShardWriter(folder, wanted) as writer:
@@ -152,9 +167,19 @@ def record(
             documents = read_documents(
                 model, corpus, text_key=text_key, prepend_bos=prepend_bos, what=f"{what}: corpus"
             )
-            recording = _Recording(model, names, kept_as, edits, writer, chooser, size)
+            capturing = Capturing(
+                model=model, sites=sites_of, dtype=kept_as, edits=edits, batch_tokens=at_once, row_length=width
+            )
+            limited = _limit(documents, limit)
             with progress_bar("recording", total=limit, unit="token", progress=progress) as bar:
-                for done in recording.run(_limit(documents, limit), at_once, width):
+                bar.update(_skip(limited, chooser, writer))
+                cuts = cut_documents(limited, chooser, first=writer.manifest.documents, batch_tokens=at_once)
+                steps = (
+                    _run_here(cuts, capturing, writer, chooser, size)
+                    if where == "local"
+                    else run_on_ray(cuts, capturing, writer, chooser, size, workers=n_workers)
+                )
+                for done in steps:
                     bar.update(done)
             writer.finish()
     return ActivationDataset(out, storage_options=storage_options)
@@ -177,109 +202,51 @@ def _limit(documents: Iterator[Tensor], most: int | None) -> Iterator[Tensor]:
             return
 
 
-class _Recording:
-    """A recording in progress: what has been kept and not yet handed to the writer."""
+def _skip(documents: Iterator[Tensor], chooser: Chooser, writer: ShardWriter) -> int:
+    """Read the documents of the shards that are there again; gives how many tokens these are.
 
-    def __init__(
-        self,
-        model: HookedCausalLM,
-        names: Sequence[str],
-        dtype: torch.dtype,
-        edits: Sequence[Edit],
-        writer: ShardWriter,
-        chooser: Chooser,
-        shard_bytes: int,
-    ) -> None:
-        self.model, self.names, self.dtype, self.edits = model, list(names), dtype, edits
-        self.writer, self.chooser, self.shard_bytes = writer, chooser, shard_bytes
-        self.stop = stop_behind(self.names)
-        shards = writer.manifest.shards
-        self.documents = shards[-1].documents if shards else 0
-        self.tokens_read = shards[-1].tokens_read if shards else 0
-        self.parts: list[dict[str, Tensor]] = []
-        self.nbytes = 0
-
-    def run(self, documents: Iterator[Tensor], batch_tokens: int, row_length: int) -> Iterator[int]:
-        """Record what follows the shards that are there; gives the tokens of each step."""
-        yield self._skip(documents)
-        blocks = make_blocks(
-            documents, self.chooser, first=self.documents, batch_tokens=batch_tokens, row_length=row_length
+    Raises:
+        CheckpointError: they are others.
+    """
+    manifest = writer.manifest
+    if not manifest.shards:
+        return 0
+    n_read = 0
+    for number in range(manifest.documents):
+        tokens = next(documents, None)
+        if tokens is None:
+            break
+        chooser.choose(tokens, number)
+        n_read += len(tokens)
+    if chooser.digest != manifest.shards[-1].digest:
+        raise CheckpointError(
+            f"{writer.folder} holds {manifest.documents:,} documents of this recording, and the corpus, or which of "
+            "its tokens are kept, is no longer the same up to there; record into another folder"
         )
-        for block in blocks:
-            part = self._capture(block, max(1, batch_tokens // row_length))
-            part |= {"tokens": block.tokens.int(), "document": block.document, "position": block.position.int()}
-            self.parts.append(part)
-            self.nbytes += sum(part[name].nbytes for name in self.names)
-            self.documents += block.n_documents
-            self.tokens_read += block.n_tokens
-            if self.nbytes >= self.shard_bytes:
-                self._hand_over()
-            yield block.n_tokens
-        if any(len(part["tokens"]) for part in self.parts):
-            self._hand_over()
+    return n_read
 
-    def _skip(self, documents: Iterator[Tensor]) -> int:
-        """Read the documents of the shards that are there again.
 
-        Raises:
-            CheckpointError: they are others.
-        """
-        shards = self.writer.manifest.shards
-        if not shards:
-            return 0
-        n_read = 0
-        for number in range(shards[-1].documents):
-            tokens = next(documents, None)
-            if tokens is None:
-                break
-            self.chooser.choose(tokens, number)
-            n_read += len(tokens)
-        if self.chooser.digest != shards[-1].digest:
-            raise CheckpointError(
-                f"{self.writer.folder} holds {shards[-1].documents:,} documents of this recording, and the corpus, or "
-                "which of its tokens are kept, is no longer the same up to there; record into another folder"
-            )
-        return n_read
+def _run_here(
+    cuts: Iterator[Cut], capturing: Capturing, writer: ShardWriter, chooser: Chooser, shard_bytes: int
+) -> Iterator[int]:
+    """Record in this process, a block at a time; gives the tokens of each."""
+    documents, tokens_read = writer.manifest.documents, writer.manifest.tokens_read
+    parts: list[Part] = []
 
-    def _hand_over(self) -> None:
-        names = [*self.names, *COLUMNS]
-        tensors = {name: torch.cat([part[name] for part in self.parts]) for name in names}
-        self.parts, self.nbytes = [], 0
-        self.writer.put(
-            Filled(
-                tensors=tensors,
-                documents=self.documents,
-                tokens_read=self.tokens_read,
-                digest=self.chooser.digest,
-            )
-        )
+    def hand_over() -> None:
+        tensors = capturing.join(parts)
+        parts.clear()
+        writer.put(Filled(tensors=tensors, documents=documents, tokens_read=tokens_read, digest=chooser.digest))
 
-    @torch.no_grad()
-    def _capture(self, block: Block, rows_at_once: int) -> dict[str, Tensor]:
-        """The activations of the tokens that are kept, in the order of the corpus, on the CPU."""
-        n_kept, width = len(block.places), block.ids.shape[1]
-        kept = {name: torch.empty(n_kept, *self.writer.manifest.sites[name], dtype=self.dtype) for name in self.names}
-        for first in range(0, len(block.ids), rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            begins, ends = first * width, (first + rows_at_once) * width
-            where = ((block.places >= begins) & (block.places < ends)).nonzero()[:, 0]
-            if len(where):
-                self._run(block.ids[rows], block.document_ids[rows], block.places[where] - begins, where, kept)
-        return kept
-
-    def _run(self, ids: Tensor, document_ids: Tensor, places: Tensor, where: Tensor, kept: dict[str, Tensor]) -> None:
-        device = self.model.device
-        chosen = places.to(device)
-
-        def take(tensor: Tensor, hook: HookPoint) -> None:
-            # Taken here, so that no more than these tokens outlives the pass.
-            kept[str(hook.name)][where] = tensor.flatten(0, 1)[chosen.to(tensor.device)].to("cpu", self.dtype)
-
-        self.model.run_with_hooks(
-            ids.to(device),
-            document_ids=document_ids.to(device),
-            fwd_hooks=[(name, take) for name in self.names],
-            edits=self.edits,
-            return_type=None,
-            stop_at_layer=self.stop,
-        )
+    nbytes = 0
+    for cut in cuts:
+        parts.append(capturing.run(cut))
+        nbytes += cut.n_kept * capturing.bytes_per_token
+        documents += len(cut.documents)
+        tokens_read += cut.n_tokens
+        if nbytes >= shard_bytes:
+            hand_over()
+            nbytes = 0
+        yield cut.n_tokens
+    if nbytes:
+        hand_over()

@@ -10,7 +10,7 @@ from types import TracebackType
 from torch import Tensor
 
 from hooklens.datasets.folder import Folder, hold
-from hooklens.datasets.manifest import NAME, Manifest, Shard
+from hooklens.datasets.manifest import NAME, Manifest, Shard, name_shard
 from hooklens.errors import CheckpointError
 
 
@@ -102,7 +102,7 @@ class ShardWriter:
             complete.write(self.folder)
             self.manifest = complete
         except OSError as error:
-            raise CheckpointError(self._tell(error)) from error
+            raise CheckpointError(self.tell(error)) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -123,9 +123,10 @@ class ShardWriter:
 
     def _check(self) -> None:
         if self._error is not None:
-            raise CheckpointError(self._tell(self._error)) from self._error
+            raise CheckpointError(self.tell(self._error)) from self._error
 
-    def _tell(self, error: BaseException) -> str:
+    def tell(self, error: BaseException) -> str:
+        """In words, that something could not be written, and what is kept."""
         kept = f"{len(self.manifest.shards)} shards with {self.manifest.n_tokens:,} tokens are kept"
         return (
             f"cannot write to {self.folder}: {getattr(error, 'strerror', None) or error}; {kept}. Make room and record "
@@ -140,7 +141,7 @@ class ShardWriter:
             self._error = error
 
     def _write(self, filled: Filled) -> None:
-        name = f"shard-{len(self.manifest.shards):05d}.safetensors"
+        name = name_shard(len(self.manifest.shards))
         checksum = self.folder.write_tensors(name, filled.tensors)
         shard = Shard(
             name=name,
@@ -150,6 +151,14 @@ class ShardWriter:
             digest=filled.digest,
             sha256=checksum,
         )
+        self.add(shard)
+
+    def add(self, shard: Shard) -> None:
+        """Say in the manifest that one more shard lies there.
+
+        Raises:
+            OSError: the manifest cannot be written.
+        """
         longer = self.manifest.with_shard(shard)
         longer.write(self.folder)
         self.manifest = longer

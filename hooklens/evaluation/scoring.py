@@ -67,19 +67,56 @@ def score_rows(
     Raises:
         InputError: rows that do not fit the model's context.
     """
+    listed = [_Row(row, len(row)) for row in rows] if n_scored is None else list(map(_Row, rows, n_scored))
+    for batch in plan_rows(model, prefix, rows, batch_size=batch_size, runs_last=runs_last):
+        chosen = [listed[index] for index in batch]
+        scores = _score_together(model, prefix, chosen, runs_last=runs_last, may_halve=batch_size == "auto")
+        yield dict(zip(batch, scores, strict=True))
+
+
+def plan_rows(
+    model: HookedCausalLM,
+    prefix: Prefix,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: BatchSize = "auto",
+    runs_last: bool = True,
+) -> Iterator[list[int]]:
+    """Which rows run together, in the order in which they do; arguments as of `score_rows`.
+
+    Raises:
+        InputError: rows that do not fit the model's context.
+    """
     check_batch_size(batch_size)
     check_context(model, len(prefix), [len(row) for row in rows], runs_last=runs_last)
-    listed = [_Row(row, len(row)) for row in rows] if n_scored is None else list(map(_Row, rows, n_scored))
-    whole = [i for i, row in enumerate(rows) if prefix.cache_for(model, len(prefix) + len(row)) is None]
+    whole = [index for index, row in enumerate(rows) if prefix.cache_for(model, len(prefix) + len(row)) is None]
+    yield from ([index] for index in whole)
     apart = set(whole)
-    for index in whole:
-        yield {index: _score_whole(model, prefix, listed[index], runs_last=runs_last)}
     on_cache = [index for index in range(len(rows)) if index not in apart]
     lengths = [len(rows[index]) for index in on_cache]
     for batch in plan_batches(model, lengths, n_prefix=len(prefix), batch_size=batch_size):
-        indices = [on_cache[i] for i in batch]
-        scores = _score_or_halve(model, prefix, [listed[index] for index in indices], may_halve=batch_size == "auto")
-        yield dict(zip(indices, scores, strict=True))
+        yield [on_cache[index] for index in batch]
+
+
+def score_together(
+    model: HookedCausalLM, prefix: Prefix, rows: Sequence[Sequence[int]], *, may_halve: bool
+) -> list[RowScore]:
+    """Score rows that `plan_rows` has put together.
+
+    Args:
+        model, prefix: as of `score_rows`.
+        rows: token ids.
+        may_halve: where memory runs out, go on in halves.
+    """
+    return _score_together(model, prefix, [_Row(row, len(row)) for row in rows], runs_last=True, may_halve=may_halve)
+
+
+def _score_together(
+    model: HookedCausalLM, prefix: Prefix, rows: list[_Row], *, runs_last: bool, may_halve: bool
+) -> list[RowScore]:
+    if len(rows) == 1 and prefix.cache_for(model, len(prefix) + len(rows[0].ids)) is None:
+        return [_score_whole(model, prefix, rows[0], runs_last=runs_last)]
+    return _score_or_halve(model, prefix, rows, may_halve=may_halve)
 
 
 def check_context(model: HookedCausalLM, n_prefix: int, lengths: Sequence[int], *, runs_last: bool = True) -> None:

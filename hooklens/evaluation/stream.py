@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hooklens.arguments import optional, read_flag, read_function, reads
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.display import Displayed, Listing, Summary
@@ -23,10 +25,12 @@ from hooklens.evaluation.items import ContinuationItem, ItemError, ItemFile, Mul
 from hooklens.evaluation.multiple_choice import answer_item, check_target_delimiter
 from hooklens.evaluation.prefix import Prefix, Text, make_prefix
 from hooklens.evaluation.results_file import ResultsFile
-from hooklens.evaluation.scoring import RowScore, score_rows
+from hooklens.evaluation.scoring import RowScore, plan_rows, score_together
 from hooklens.hooks.arguments import read_edits
 from hooklens.hooks.edits import Edit
+from hooklens.optional import import_package
 from hooklens.progress import progress_bar
+from hooklens.workers import Engine, RayWorkers, Work, check_portable, read_engine
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -70,6 +74,8 @@ def score_file(
     batch_size: BatchSize = "auto",
     edits: Sequence[Edit] = (),
     prepend_bos: bool | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
     progress: bool = True,
     on_errors: Callable[[list[ItemError]], object] | None = None,
 ) -> StreamSummary:
@@ -94,13 +100,23 @@ def score_file(
         batch_size: rows at once.
         edits: values from `hooklens.edits`, as in `score_continuations`.
         prepend_bos: for a prefix that is text.
+        engine: `"ray"` scores on workers that Ray keeps, on this machine or on many; the results are the same, in the
+            same order. A worker runs with as many threads as torch has here, or on a GPU of its own if the model lies
+            on one.
+        workers: of Ray, how many; None: as many as it has room for.
         progress: show a progress bar.
         on_errors: is called with the lines that cannot be scored, before any is scored.
 
     Raises:
         InputError: a file cannot be used, another process writes the results, or they belong to another run. Lines
             that cannot be scored do not raise; the summary lists them.
+        MissingDependencyError: Ray is not installed.
+        WorkerError: workers of Ray died at the same items again and again; results before these are kept.
     """
+    where, n_workers = read_engine(engine, workers, what="score_file")
+    if where == "ray":
+        import_package("ray")
+        check_portable(model, what="score_file")
     check_batch_size(batch_size)
     check_target_delimiter(target_delimiter)
     file = read_items(items)
@@ -113,7 +129,8 @@ def score_file(
             on_errors(errors)
         n_scored = 0
         with progress_bar("scoring", total=len(pending), unit="item", progress=progress) as bar:
-            for records in _score_pending(model, ready, pending, target_delimiter, batch_size):
+            scoring = _Scoring(model, ready, target_delimiter, batch_size)
+            for records in _score_pending(scoring, pending, where, n_workers, model.device):
                 out.append(records)
                 n_scored += len(records)
                 bar.update(len(records))
@@ -158,22 +175,53 @@ def _list_errors(file: ItemFile, faults: Mapping[int, str]) -> list[ItemError]:
     return sorted([*file.errors, *found], key=lambda error: error.line)
 
 
+class _Scoring(Work):
+    """Scores parts of the items behind a prefix.
+
+    Args:
+        model: scores.
+        prefix: what stands before every item.
+        target_delimiter, batch_size: as of `score_file`.
+    """
+
+    def __init__(self, model: HookedCausalLM, prefix: Prefix, target_delimiter: str, batch_size: BatchSize) -> None:
+        self._model, self._prefix = model, prefix
+        self._delimiter = target_delimiter
+        self._batch_size: BatchSize = batch_size
+
+    def cut(self, pending: Sequence[EncodedItem]) -> Iterator[list[EncodedItem]]:
+        """Items that are scored together: continuations batch by batch, then questions one by one."""
+        continuations = [encoded for encoded in pending if isinstance(encoded.item, ContinuationItem)]
+        rows = [encoded.rows[0] for encoded in continuations]
+        for batch in plan_rows(self._model, self._prefix, rows, batch_size=self._batch_size):
+            yield [continuations[index] for index in batch]
+        yield from ([encoded] for encoded in pending if isinstance(encoded.item, MultipleChoiceItem))
+
+    def run(self, task: Sequence[EncodedItem]) -> list[dict[str, Any]]:
+        """Their records."""
+        if isinstance(task[0].item, MultipleChoiceItem):
+            [encoded] = task
+            record = answer_item(
+                self._model, encoded, self._prefix, target_delimiter=self._delimiter, batch_size=self._batch_size
+            )
+            return [{**record, **_identify(encoded)}]
+        rows = [encoded.rows[0] for encoded in task]
+        scores = score_together(self._model, self._prefix, rows, may_halve=self._batch_size == "auto")
+        return [
+            _describe_continuation(self._model, encoded, score) for encoded, score in zip(task, scores, strict=True)
+        ]
+
+
 def _score_pending(
-    model: HookedCausalLM,
-    prefix: Prefix,
-    pending: Sequence[EncodedItem],
-    target_delimiter: str,
-    batch_size: BatchSize,
+    scoring: _Scoring, pending: Sequence[EncodedItem], engine: Engine, workers: int | None, device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
-    """Records of items as they are scored: continuations batch by batch, then questions one by one."""
-    continuations = [encoded for encoded in pending if isinstance(encoded.item, ContinuationItem)]
-    rows = [encoded.rows[0] for encoded in continuations]
-    for batch in score_rows(model, prefix, rows, batch_size=batch_size):
-        yield [_describe_continuation(model, continuations[index], score) for index, score in batch.items()]
-    for encoded in pending:
-        if isinstance(encoded.item, MultipleChoiceItem):
-            record = answer_item(model, encoded, prefix, target_delimiter=target_delimiter, batch_size=batch_size)
-            yield [{**record, **_identify(encoded)}]
+    """Records of items as they are scored."""
+    tasks = scoring.cut(pending)
+    if engine == "local" or not pending:
+        yield from map(scoring.run, tasks)
+        return
+    with RayWorkers(scoring, device=device, workers=workers, what="score_file") as team:
+        yield from team.run(tasks)
 
 
 def _describe_continuation(model: HookedCausalLM, encoded: EncodedItem, score: RowScore) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One network in several processes: heads, layers, rows and weights shared under `torchrun`.
 
-    model = hl.parallel.load("meta-llama/Llama-3.1-70B", hl.parallel.ParallelConfig(tensor=4, pipeline=2))
+    model = hl.parallel.load("some-lab/model-of-70b", hl.parallel.ParallelConfig(tensor=4, pipeline=2))
 
 Every process runs the same script, makes the same calls on the same input, and gets the whole result. Hook functions
 run in each, on whole activations; `local_parts` shows what the process itself holds.

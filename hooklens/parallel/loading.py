@@ -157,8 +157,8 @@ def _refuse_block(layer: int, *arguments: Any, **keywords: Any) -> Any:
     """
     raise InputError(
         f"layer {layer} lies in another process (pipeline=), and runs there in calls of the whole network only. What "
-        "runs single blocks (sweeps of patches, paths, circuits) needs all layers in each process: share the network by "
-        "tensor=, data= or fully_sharded="
+        "runs single blocks (sweeps of patches, paths, circuits) needs all layers in each process: share the network "
+        "by tensor=, data= or fully_sharded="
     )
 
 

@@ -68,6 +68,7 @@ WITHIN = {
     "hooklens.compat.names": "what `hooklens.compat` makes public of it stands there",
     "hooklens.display": "what displays are made of",
     "hooklens.tokens": "what `to_tokens` and the other methods of a model are made of",
+    "hooklens.workers": 'what `engine="ray"` of other packages is made of',
     "hooklens.verification.explicit": "the network in plain arithmetic, which `verify` compares with",
     "hooklens.compat.transformer_lens": "has the modules and names of TransformerLens 2.x: docs/transformer_lens.md",
 }

@@ -10,7 +10,7 @@ from tests.documentation.pages import DOCS, ROOT, pages, read_blocks, run_page, 
 PAGES = pages(of_errors=False)
 MOST_NOT_RUN = 4
 # Packages of extras that the tests' own does not bring.
-NEEDS = {"harness.md": ("lm_eval", "harness")}
+NEEDS = {"harness.md": ("lm_eval", "harness"), "ray.md": ("ray", "ray")}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -141,6 +141,11 @@ class CellArray:
     axes: dict[str, tuple[int | str, ...]]
     length: int | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The hook points of the cells, each once."""
+        return list(dict.fromkeys(cell.name for cell in self.cells))
+
     def check_lengths(self, lengths: Sequence[int], first: int) -> None:
         """Refuse prompts that come later and have other positions than those counted out.
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.patching.errors import MetricError
@@ -18,10 +17,8 @@ from hooklens.patching.runs.options import RunOptions
 from hooklens.patching.runs.sites import CellArray
 from hooklens.patching.runs.tally import Tally
 from hooklens.patching.runs.unpatched import Source
-from hooklens.patching.sweeps.in_full import run_in_full
-from hooklens.patching.sweeps.packing import Segment
-from hooklens.patching.sweeps.passes import Pass
-from hooklens.patching.sweeps.plan import axes_of, can_share, plan_segments
+from hooklens.patching.sweeps.chunks import Chunk, ChunkRunner, Measured
+from hooklens.patching.sweeps.plan import axes_of, plan_segments
 from hooklens.precision import wide_dtype
 from hooklens.progress import progress_bar
 
@@ -50,7 +47,7 @@ class SweepRun:
         self.model, self.pairs, self.array, self.metrics = model, pairs, array, metrics
         self.options = options
         self.source: Source = source
-        self.names = list(dict.fromkeys(cell.name for cell in array.cells))
+        self.names = array.names
         self.tallies = [
             Tally(len(array.cells), pairs.n_pairs, dtype=wide_dtype(model.dtype), device=model.device)
             for _ in metrics.metrics
@@ -158,29 +155,32 @@ class SweepRun:
         self.unchanged += n_cells * n_pairs - len(segments)
         yield len(still) * n_pairs
 
-        for chunk in self._chunks(segments, baseline):
-            cells = list(dict.fromkeys(segment.cell for segment in chunk))
-            yield self._measure(cells, self._run_chunk(chunk, cells, baseline), baseline)
+        runner = self._make_runner(baseline)
+        for measured in self._run_chunks(runner, runner.split(segments)):
+            yield self._keep(measured)
 
     def _run_unplanned(self, baseline: Baseline) -> Iterator[int]:
         """Run all cells of a group of pairs in full, each prompt by itself."""
-        for index, cell in enumerate(self.array.cells):
-            logits = [run_in_full(self.model, baseline, cell, pair) for pair in range(len(baseline.pairs))]
-            self.forwards += len(logits)
-            self.unplanned += len(logits)
-            self.token_layers += sum(baseline.lengths) * self.model.cfg.n_layers
-            yield self._measure([index], torch.stack(logits)[None], baseline)
+        chunks = (Chunk(cells=[cell], segments=None) for cell in range(len(self.array.cells)))
+        for measured in self._run_chunks(self._make_runner(baseline), chunks):
+            self.unplanned += measured.forwards
+            yield self._keep(measured)
 
-    def _measure(self, cells: list[int], logits: Tensor, baseline: Baseline) -> int:
-        """Measure cells and keep their values; gives how many these are."""
-        values = baseline.metrics.measure(logits)
-        for metric, measured in zip(self.metrics.metrics.values(), values, strict=True):
-            if bool(measured.isnan().any()):
-                cell = cells[int(measured.isnan().any(1).nonzero()[0])]
+    def _run_chunks(self, runner: ChunkRunner, chunks: Iterator[Chunk]) -> Iterator[Measured]:
+        """What chunks of a group come to, in their order."""
+        return map(runner.run, chunks)
+
+    def _keep(self, measured: Measured) -> int:
+        """Keep what was measured; gives how many values these are."""
+        self.forwards += measured.forwards
+        self.token_layers += measured.token_layers
+        for metric, values in zip(self.metrics.metrics.values(), measured.values, strict=True):
+            if bool(values.isnan().any()):
+                cell = measured.cells[int(values.isnan().any(1).nonzero()[0])]
                 raise MetricError(f"metric {metric.name} is NaN for the patch at {self.array.cells[cell]}")
-        for tally, measured in zip(self.tallies, values, strict=True):
-            tally.store(cells, measured)
-        return values[0].numel()
+        for tally, values in zip(self.tallies, measured.values, strict=True):
+            tally.store(measured.cells, values)
+        return measured.values[0].numel()
 
     def _n_unpatched(self, baseline: Baseline) -> int:
         """Passes that the unpatched runs took."""
@@ -189,23 +189,14 @@ class SweepRun:
             return 2 if of_other else 1
         return len(baseline.pairs) + (1 if of_other else len(baseline.pairs))
 
-    def _chunks(self, segments: list[Segment], baseline: Baseline) -> Iterator[list[Segment]]:
-        """Whole cells, as many as run at once, in the order in which they enter."""
-        by_cell: dict[int, list[Segment]] = {}
-        for segment in sorted(segments, key=lambda s: (s.layer, s.start, s.cell)):
-            by_cell.setdefault(segment.cell, []).append(segment)
-        limit = self._limit(baseline)
-        chunk: list[Segment] = []
-        size = 0
-        for members in by_cell.values():
-            cost = sum(self._cost(segment) for segment in members)
-            if chunk and size + cost > limit:
-                yield chunk
-                chunk, size = [], 0
-            chunk += members
-            size += cost
-        if chunk:
-            yield chunk
+    def _make_runner(self, baseline: Baseline) -> ChunkRunner:
+        return ChunkRunner(
+            model=self.model,
+            array=self.array,
+            baseline=baseline,
+            limit=self._limit(baseline),
+            counts_tokens=self.options.batch_size == "auto",
+        )
 
     def _limit(self, baseline: Baseline) -> int:
         if self.options.batch_size != "auto":
@@ -213,39 +204,3 @@ class SweepRun:
         watches_pattern = any("key" in axes_of(name) for name in self.names)
         width = max(baseline.lengths)
         return tokens_per_pass(self.model, width, baseline.reads.shape[1], watches_pattern=watches_pattern)
-
-    def _cost(self, segment: Segment) -> int:
-        return segment.stop - segment.start if self.options.batch_size == "auto" else 1
-
-    def _run_chunk(self, chunk: list[Segment], cells: list[int], baseline: Baseline) -> Tensor:
-        """Logits `[cells pairs read d_vocab]`; pairs whose patch changes nothing have the unpatched run's."""
-        limit = self._limit(baseline)
-        parts: list[list[Segment]] = [[]]
-        size = 0
-        for segment in sorted(chunk, key=lambda s: (s.layer, s.start, s.cell)):
-            size += self._cost(segment)
-            lengths_clash = (
-                not can_share(self.model, baseline)
-                and parts[-1]
-                and (parts[-1][-1].stop - parts[-1][-1].start != segment.stop - segment.start)
-            )
-            if parts[-1] and (size > limit or lengths_clash):
-                parts.append([])
-                size = self._cost(segment)
-            parts[-1].append(segment)
-        place = {cell: index for index, cell in enumerate(cells)}
-        pieces = []
-        for part in parts:
-            run = Pass(self.model, baseline, self.array.cells, part)
-            pieces.append(run.run())
-            self.forwards += 1
-            self.token_layers += run.token_layers
-        found = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        ordered = [segment for part in parts for segment in part]
-        at_cell = [place[segment.cell] for segment in ordered]
-        at_pair = [segment.pair for segment in ordered]
-        if len(baseline.pairs) == 1 and at_cell == list(range(len(cells))):
-            return found[:, None]
-        logits = baseline.into_logits[None].repeat(len(cells), 1, 1, 1)
-        logits[at_cell, at_pair] = found
-        return logits

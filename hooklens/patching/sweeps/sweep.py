@@ -20,8 +20,9 @@ What is run is planned, and every shortcut gives what one full forward per cell 
 - a patch that puts in what was there already is not run at all.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from jaxtyping import Int
 from torch import Tensor
@@ -30,11 +31,12 @@ from hooklens.arguments import reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
+from hooklens.optional import import_package
 from hooklens.patching.errors import SiteError
 from hooklens.patching.metrics.function import MetricFunction
 from hooklens.patching.metrics.group import MetricGroup, Metrics
 from hooklens.patching.metrics.metric import Metric
-from hooklens.patching.pairs.loader import Pairs, read_source
+from hooklens.patching.pairs.loader import Pairs, PairSource, read_source
 from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.results.result import SweepResult
 from hooklens.patching.results.several import Results
@@ -43,9 +45,13 @@ from hooklens.patching.runs.checks import check_source
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
 from hooklens.patching.runs.other_model import check_other_model
-from hooklens.patching.runs.sites import Sites, lay_out
+from hooklens.patching.runs.sites import CellArray, Sites, lay_out
 from hooklens.patching.runs.unpatched import Source
+from hooklens.patching.sweeps.ray_run import RaySweepRun
 from hooklens.patching.sweeps.run import SweepRun
+from hooklens.workers import Engine, check_portable, read_engine
+
+Run = TypeVar("Run", bound=SweepRun)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,6 +63,8 @@ if TYPE_CHECKING:
 
         direction: Direction
         source: Source
+        engine: Engine
+        workers: int | None
 
 
 if TYPE_CHECKING:
@@ -104,6 +112,8 @@ def sweep(
     source: Source = "other",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     edits: Sequence[Edit] = (),
+    engine: Engine = "local",
+    workers: int | None = None,
     progress: bool = True,
     allow_training: bool = False,
 ) -> SweepResult | Results[SweepResult]:
@@ -129,6 +139,11 @@ def sweep(
         edits: values from `hooklens.edits` that act in every run, the unpatched ones included (but for that of another
             model); the patch acts last at its own hook point. `hooklens.patching.runs.edits` says what their rows and
             positions mean; `result.stats.unplanned` counts the full forwards that functions of one's own take.
+        engine: `"ray"` runs the cells on workers that Ray keeps, on this machine or on many; the values are the same.
+            A worker runs with as many threads as torch has here, or on a GPU of its own if the model lies on one. It
+            makes the unpatched runs for itself, and has a copy of functions that are metrics or edits: what these keep
+            for themselves stays there.
+        workers: of Ray, how many; None: as many as it has room for.
         progress: show a progress bar.
         allow_training: accept a model in training mode.
 
@@ -140,6 +155,7 @@ def sweep(
         TransformError: a source that is a model with other processing, or the cache of one.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         SweepInterruptedError: the sweep was stopped, or failed on the way; it holds what was measured.
+        MissingDependencyError: Ray is not installed.
 
     Example:
         >>> result = patching.sweep(model, clean, corrupted, "resid_pre", patching.LogitDiff(" Mary", " John"))
@@ -163,22 +179,29 @@ def sweep(
         allow_training=allow_training,
         edits=edits,
     )
-    return begin_sweep(SweepRun, model, (clean, corrupted, attention_mask), sites, metric, options, source).finish()
+    where, n_workers = read_engine(engine, workers, what="sweep")
+    if where == "ray":
+        import_package("ray")
+        check_portable(model, what="sweep")
+        if isinstance(source, HookedCausalLM):
+            check_portable(source, what="sweep: source")
+    kind = SweepRun if where == "local" else partial(RaySweepRun, workers=n_workers)
+    return begin_sweep(kind, model, (clean, corrupted, attention_mask), sites, metric, options, source).finish()
 
 
 def begin_sweep(
-    kind: type[SweepRun],
+    kind: Callable[[HookedCausalLM, PairSource, CellArray, MetricGroup, RunOptions, Source], Run],
     model: HookedCausalLM,
     prompts: tuple[Pairs, Corrupted | None, Int[Tensor, "batch pos"] | None],
     sites: Sites | None,
     metric: Metrics | None,
     options: RunOptions,
     source: Source,
-) -> SweepRun:
+) -> Run:
     """A sweep that is checked and has not run.
 
     Args:
-        kind: what runs it.
+        kind: makes what runs it.
         model: the model.
         prompts: `clean`, `corrupted` and `attention_mask` of `sweep`.
         sites, metric, source: as of `sweep`, which says what is raised.
@@ -202,8 +225,7 @@ def begin_sweep(
     options.edits.check_pairs(pairs.at_hand.lengths, pairs.n_pairs)
     array = lay_out(sites, model, pairs.at_hand.lengths, more_follow=pairs.n_pairs is None)
     if isinstance(source, HookedCausalLM):
-        names = list(dict.fromkeys(cell.name for cell in array.cells))
-        check_other_model(model, source, names, allow_training=options.allow_training)
+        check_other_model(model, source, array.names, allow_training=options.allow_training)
     return kind(model, pairs, array, measured, options, source)
 
 
