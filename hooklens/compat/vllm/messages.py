@@ -37,8 +37,8 @@ def edit_to_plain(edit: Edit) -> dict[str, Any]:
     kind = type(edit).__name__
     if KINDS.get(kind) is not type(edit):
         raise EditError(
-            f"edit {kind}({edit.name!r}) cannot be used on a served model: an engine runs the tokens of a batch in parts, "
-            f"and functions do not travel to its workers; use one of {', '.join(KINDS)}"
+            f"edit {kind}({edit.name!r}) cannot be used on a served model: an engine runs the tokens of a batch in "
+            f"parts, and functions do not travel to its workers; use one of {', '.join(KINDS)}"
         )
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(edit):

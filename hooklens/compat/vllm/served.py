@@ -24,7 +24,8 @@ class VLLMModel:
 
     Example:
         `llm = LLM(folder, enforce_eager=True, enable_prefix_caching=False, worker_extension_cls=EXTENSION)` with
-        `EXTENSION = "hooklens.compat.vllm.WorkerExtension"`, then `VLLMModel(llm).run_with_cache(prompts, "resid_post")`.
+        `EXTENSION = "hooklens.compat.vllm.WorkerExtension"`, then
+        `VLLMModel(llm).run_with_cache(prompts, "resid_post")`.
 
     Attributes:
         llm: the engine, `vllm.LLM`.
@@ -89,7 +90,7 @@ class VLLMModel:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling_params: Any = None, *, edits: Sequence[Edit] = ()
     ) -> list[Any]:
-        """vLLM's outputs with edits in force, on the prompts and on new tokens (an edit's `when`).
+        """VLLM's outputs with edits in force, on the prompts and on new tokens (an edit's `when`).
 
         Arguments and errors are those of `run_with_cache`.
         """
