@@ -1,7 +1,7 @@
 """A stub of vLLM's worker interface: its layer layout, packed tokens, chunked prefill and decode steps, on the CPU.
 
 Written after vllm 0.33's model runner V2 and its Llama: prompts in parts of a token budget, decodes beside them,
-padding behind the tokens, ids with a random suffix, steps' batches made by `prepare_inputs`. Weights are a HookedCausalLM's.
+padding behind the tokens, ids with a random suffix, batches made by `prepare_inputs`. Weights are a HookedCausalLM's.
 """
 
 from types import SimpleNamespace

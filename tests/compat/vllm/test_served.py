@@ -59,7 +59,7 @@ def test_edits_change_logits_as_they_do_here(model, point, layer, kind):
         "slice": edits.Add(name, _vector(model, 2), pos=slice(1, 3)),
         "project": edits.Project(name, vector),
         "set": edits.SetComponents(name, vector, 4.0, when="prefill"),
-        "scale": edits.Scale(name, 0.5, pos=1),
+        "scale": edits.Scale(name, 0.5, pos=-1),
         "zero": edits.Zero(name),
     }[kind]
     llm = StubLLM(model, budget=4)
