@@ -53,7 +53,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "verification": ("hooklens.verification", "hooklens.verification.conformance"),
     "harness": ("hooklens.harness",),
     "adapters": ("hooklens.adapters", "hooklens.adapters.keys"),
-    "compat": ("hooklens.compat",),
+    "compat": ("hooklens.compat", "hooklens.compat.vllm"),
     "errors": ("hooklens.errors", "hooklens.optional"),
 }
 """The pages, and the modules that each is about."""
