@@ -8,7 +8,7 @@ taken apart again. All processes make the same call with the same listeners.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,40 +19,38 @@ if TYPE_CHECKING:
 _shows_parts: ContextVar[bool] = ContextVar("hooklens_shows_parts", default=False)
 
 
-@runtime_checkable
-class Spread(Protocol):
+class Spread:
     """How the processes of a group share a tensor: each holds a part of it, along one axis."""
 
     @property
     def n_parts(self) -> int:
         """How many processes there are."""
-        ...
+        raise NotImplementedError
 
     @property
     def part(self) -> int:
         """Which part this process holds."""
-        ...
+        raise NotImplementedError
 
     def gather(self, part: Tensor, dim: int) -> Tensor:
         """The whole tensor, of the parts; its gradient, which all processes have, goes to each part."""
-        ...
+        raise NotImplementedError
 
     def scatter(self, whole: Tensor, dim: int) -> Tensor:
         """This process's part of a tensor that all have; its gradient is put together of those of the parts."""
-        ...
+        raise NotImplementedError
 
     def use(self, whole: Tensor) -> Tensor:
         """A tensor that all have, of which each process uses what it needs; their gradients are summed."""
-        ...
+        raise NotImplementedError
 
 
-@runtime_checkable
-class Relay(Protocol):
+class Relay:
     """What a call does at hook points whose listeners are in other processes, too, or whose rows are."""
 
     def fire(self, point: Any, tensor: Tensor, call: "Call", listening: "Listening") -> tuple[Tensor, bool]:
         """Show listeners everywhere what passes a point: what this process goes on with, and whether it differs."""
-        ...
+        raise NotImplementedError
 
 
 class SpreadPoint:

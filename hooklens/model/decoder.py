@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +54,14 @@ from hooklens.model.recomputing import GradientCheckpointing, can_recompute, run
 from hooklens.weights.offloaded import refuse_offloaded
 
 
-@runtime_checkable
-class Processes(Protocol):
+class Processes:
     """The processes that share the blocks of a network."""
 
     def run_blocks(
         self, stream: Tensor, plan: TokenPlan, call: Call, cache: HookedKeyValueCache | None, layers: range
     ) -> Tensor:
         """The stream behind some blocks, in every process."""
-        ...
+        raise NotImplementedError
 
 
 Tokens = Int[Tensor, "batch pos"]

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hooklens.errors import InputError
 from hooklens.hooks.call import Call
 from hooklens.kv_cache import HookedKeyValueCache
-from hooklens.model.decoder import Decoder
+from hooklens.model.decoder import Decoder, Processes
 from hooklens.parallel.config import ParallelConfig, own_device
 from hooklens.parallel.rows import OwnRows, RowsOfCache
 from hooklens.parallel.stages import StageRun, share_layers, trained_parameters
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hooklens.model.plan.positions import TokenPlan
 
 
-class SharedBlocks:
+class SharedBlocks(Processes):
     """Runs the blocks of a network that several processes share.
 
     Args:

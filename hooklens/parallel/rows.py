@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hooklens.hooks.call import Call, Listening
-from hooklens.hooks.spread import tap_alike
+from hooklens.hooks.spread import Relay, tap_alike
 from hooklens.kv_cache import HookedKeyValueCache, HookedKeyValueCacheEntry
 from hooklens.parallel.spread import MeshSpread
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hooklens.hooks import HookPoint
 
 
-class OwnRows:
+class OwnRows(Relay):
     """The rows of one call that this process runs.
 
     Args:

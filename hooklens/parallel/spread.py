@@ -4,8 +4,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from hooklens.hooks.spread import Spread
 
-class MeshSpread:
+
+class MeshSpread(Spread):
     """A tensor of equal parts along one axis, one for each process of a mesh of one dimension."""
 
     def __init__(self, mesh: DeviceMesh) -> None:

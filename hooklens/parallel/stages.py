@@ -21,7 +21,7 @@ from torch import Tensor
 from hooklens.errors import HookLensError
 from hooklens.hooks.call import Call, Hook, Listening, run_apart
 from hooklens.hooks.point import HookPoint, join_listening
-from hooklens.hooks.spread import tap_alike
+from hooklens.hooks.spread import Relay, tap_alike
 from hooklens.parallel.rows import OwnRows
 from hooklens.parallel.wire import DONE, FAILED, FIRED, GRADIENT, Wire
 
@@ -41,7 +41,7 @@ class Awaited(NamedTuple):
     call: Call
 
 
-class StageRun:
+class StageRun(Relay):
     """One run of a stage, in one process.
 
     Args:

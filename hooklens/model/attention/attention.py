@@ -265,7 +265,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         """The query heads that this process computes."""
         return self.cfg.n_heads if self.spread is None else self.cfg.n_heads // self.spread.n_parts
 
-    def _own_keys(self, x: Float[Tensor, "batch key all_heads d"], spread: Spread) -> Float[Tensor, "batch key own d"]:
+    def _own_keys(self, x: Tensor, spread: Spread) -> Tensor:
         """Of keys or values of all heads those that the query heads of this process read."""
         n_own = self._n_own_heads
         first = spread.part * n_own
@@ -281,7 +281,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         first = spread.part * self.cfg.n_kv_heads // spread.n_parts
         return entry.hold_heads(first, first + 1)
 
-    def _own_sinks(self) -> Float[Tensor, " head"] | None:
+    def _own_sinks(self) -> Tensor | None:
         """The sinks of the heads that this process computes."""
         own: Tensor | None = own_part(self._parameters["sinks"])
         return own

@@ -9,6 +9,8 @@ from hooklens.hooks.spread import SpreadPoint
 from hooklens.model.norm import Norm, NormSpec
 from hooklens.precision import widen
 
+PerHead = Float[Tensor, "*axes heads d_head"]
+
 # The last axes, heads and entries.
 _ALL_HEADS = (-2, -1)
 
@@ -33,21 +35,19 @@ class HeadNorm(Norm):
         self._over_all = spec.cfg.qk_norm_over == "all_heads"
         self._axes = _ALL_HEADS if self._over_all else _ALL_HEADS[-1:]
 
-    def forward(
-        self, x: Float[Tensor, "*axes heads d_head"], call: Call | None = None
-    ) -> Float[Tensor, "*axes heads d_head"]:
+    def forward(self, x: PerHead, call: Call | None = None) -> PerHead:
         """Normalize, showing listeners what they asked for."""
         spread = self.spread
         return super().forward(x, call) if spread is None else spread.scatter(super().forward(spread.gather(x), call))
 
-    def apply_beside(self, x: Float[Tensor, "*axes heads d_head"], call: Call) -> Float[Tensor, "*axes heads d_head"]:
+    def apply_beside(self, x: PerHead, call: Call) -> PerHead:
         """The norm of what stands beside its input in a call; hook points do not fire."""
         spread = self.spread
         if spread is None:
             return super().apply_beside(x, call)
         return spread.scatter(super().apply_beside(spread.gather(x), call))
 
-    def apply_weights(self, x: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
+    def apply_weights(self, x: PerHead) -> PerHead:
         """The norm as a plain function; hook points do not fire."""
         wide = widen(x)
         size = tuple(x.shape[axis] for axis in self._axes)
@@ -57,7 +57,7 @@ class HeadNorm(Norm):
             normalized = F.rms_norm(wide, size, None, self.norm.eps)
         return self._weigh(normalized).to(x.dtype)
 
-    def apply_holding_scale(self, x: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
+    def apply_holding_scale(self, x: PerHead) -> PerHead:
         """The norm as a plain function through whose denominator no gradient goes; hook points do not fire."""
         centred, scale = self._run_parts(widen(x))
         return self._weigh(centred / scale.detach()).to(x.dtype)
@@ -67,7 +67,7 @@ class HeadNorm(Norm):
         centred = wide - wide.mean(self._axes, keepdim=True) if self.norm.kind == "layer" else wide
         return centred, (centred.pow(2).mean(self._axes, keepdim=True) + self.norm.eps).sqrt()
 
-    def _weigh(self, normalized: Float[Tensor, "*axes heads d_head"]) -> Float[Tensor, "*axes heads d_head"]:
+    def _weigh(self, normalized: PerHead) -> PerHead:
         """Weight and bias."""
         gain, bias = self._gain(), self._parameters["b"]
         scaled = normalized if gain is None else normalized * _like(gain, normalized)

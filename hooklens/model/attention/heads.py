@@ -19,6 +19,8 @@ HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos _ d_mo
 # What queries, keys or values are made of: that, or in latent attention a latent of it.
 HeadSource = Float[Tensor, "batch pos _"] | Float[Tensor, "batch pos _ _"]
 
+PerHead = Float[Tensor, "batch pos head _"]
+
 
 class EditedHeads(NamedTuple):
     """Keys and values that listeners changed for single query heads.
@@ -94,9 +96,7 @@ def own_part(parameter: Tensor | None) -> Any:
     return shared.to_local() if hasattr(shared, "to_local") else shared
 
 
-def project_own_heads(
-    x: Float[Tensor, "batch pos head d_model"], linear: nn.Module | None, d_head: int
-) -> Float[Tensor, "batch pos head d_head"]:
+def project_own_heads(x: PerHead, linear: nn.Module | None, d_head: int) -> PerHead:
     """`x W + b` of the heads that this process computes, on a copy of the input for each.
 
     Args:
@@ -110,9 +110,7 @@ def project_own_heads(
     return heads if bias is None else heads + bias.view(-1, d_head)
 
 
-def write_own_heads(
-    z: Float[Tensor, "batch pos head d_head"], linear: nn.Module
-) -> Float[Tensor, "batch pos head d_model"]:
+def write_own_heads(z: PerHead, linear: nn.Module) -> PerHead:
     """What each head that this process computes writes to the stream, without the bias."""
     weight = own_part(linear._parameters["weight"])
     return torch.einsum("bpnh,mnh->bpnm", z, weight.view(len(weight), *z.shape[2:]))
