@@ -112,7 +112,7 @@ class TokenPlan:
         moved._made = {key: made for key, made in self._made.items() if isinstance(made, int)}
         return moved
 
-    def take_rows(self, rows: Int[Tensor, " row"]) -> "TokenPlan":
+    def take_rows(self, rows: Tensor) -> "TokenPlan":
         """The plan of some of its rows, by number."""
 
         def take(tensor: Tensor | None) -> Tensor | None:
