@@ -43,14 +43,28 @@ EVERY_KIND = (
 )
 
 
+# Their layers differ from one another, so that each is looked at; of the others one layer is, now the first, now the
+# last: what it does is what the other does, and `slow` looks at both.
+EVERY_LAYER = ("not-causal", "qk-norm-per-head-after-rotary", "parts-by-layer", "shortformer", "sinks", *CHECKED)
+ONE_LAYER = [name for name in EVERY_KIND if name not in EVERY_LAYER]
+
+
 @pytest.mark.parametrize(
-    "name", [name if name in EVERY_KIND else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+    "name", [name if name in EVERY_LAYER else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
 def test_every_configuration_passes(name: str) -> None:
     run = verify if name in CHECKED else verify_points
     report = run(build(name), logits=False, gradients=True, progress=False)
 
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize(("name", "layer"), [(name, number % 2) for number, name in enumerate(ONE_LAYER)])
+def test_a_layer_of_every_kind_passes(name: str, layer: int) -> None:
+    report = verify_points(build(name), layers=[layer], gradients=True)
+
+    assert report.passed, str(report)
+    assert {SHOWN, EXPLICIT} <= set(report.by_check())
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in EVERY_KIND])
@@ -61,9 +75,21 @@ def test_every_configuration_computes_what_is_defined(name: str) -> None:
     assert {SHOWN, EXPLICIT} <= set(report.by_check())
 
 
-@pytest.mark.parametrize("name", ["qk-rms-norm", "norms-around", "learned", "gated-shared-norm"])
-def test_half_precision_passes(name: str) -> None:
-    report = verify_points(build(name).to(torch.bfloat16))
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("qk-rms-norm", [0]),
+        ("norms-around", [1]),
+        ("learned", [1]),
+        ("gated-shared-norm", [0]),
+        *(
+            pytest.param(name, None, marks=pytest.mark.slow)
+            for name in ("qk-rms-norm", "norms-around", "learned", "gated-shared-norm")
+        ),
+    ],
+)
+def test_half_precision_passes(name: str, layers: list[int] | None) -> None:
+    report = verify_points(build(name).to(torch.bfloat16), layers=layers)
 
     assert report.passed, str(report)
 
@@ -92,7 +118,7 @@ def test_verifying_leaves_the_model_as_it_was() -> None:
 
 def test_layers_are_sampled_in_a_deep_model_and_the_report_says_so() -> None:
     model = HookedCausalLM(
-        HookedConfig(d_model=8, n_layers=7, n_heads=2, d_vocab=11, n_ctx=16, positions=NoPositions())
+        HookedConfig(d_model=8, n_layers=7, n_heads=1, d_vocab=11, n_ctx=16, attn_only=True, positions=NoPositions())
     )
 
     report = verify_points(model)
@@ -127,6 +153,6 @@ def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_report() -> None:
-    one, other = (verify_points(build(), seed=3) for _ in range(2))
+    one, other = (verify_points(build(), seed=3, layers=[1]) for _ in range(2))
 
     assert one.results == other.results
