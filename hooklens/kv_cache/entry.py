@@ -59,7 +59,8 @@ class HookedKeyValueCacheEntry(Displayed):
         self._held = _Held(past_keys, past_values, past_keys.shape[1])
         self._n_unchanged = 0
         self.frozen = frozen
-        self.n_heads = past_keys.shape[2] if n_heads is None else n_heads
+        held = past_keys.shape[2]
+        self.n_heads = held if n_heads is None else read_count(n_heads, what="n_heads", least=held)
 
     @classmethod
     def init_cache_entry(

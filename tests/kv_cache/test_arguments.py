@@ -111,8 +111,8 @@ def test_anything_is_taken_rightly_or_refused_by_the_library(name, argument):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_keyword_that_is_not_there_is_a_type_error(name):
-    with unchecked(), pytest.raises(TypeError, match="unexpected keyword argument 'n_heads'"):
-        CALLS[name](**good_arguments(name), n_heads=1)
+    with unchecked(), pytest.raises(TypeError, match="unexpected keyword argument 'n_kv_heads'"):
+        CALLS[name](**good_arguments(name), n_kv_heads=1)
 
 
 @pytest.mark.parametrize("value", [one for one in ANYTHING if not isinstance(one, str)])

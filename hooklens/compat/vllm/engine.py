@@ -258,7 +258,7 @@ class WorkerExtension:
         if session is None:
             return pack({"error": None, "rows": []})
         session.close()
-        self._hooklens_session = None
+        del self._hooklens_session
         # Other workers' copies would be sent for nothing.
         rows = [request.pieces for request in session.requests.values()] if getattr(self, "rank", 0) == 0 else []
         return pack({"error": session.error, "rows": rows})
