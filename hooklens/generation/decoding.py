@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hooklens.activation_cache import ActivationCache
+from hooklens.errors import InputError
 from hooklens.generation.choosing.processors import build_pipeline
 from hooklens.generation.choosing.sampling import RowDraws, likeliest_tokens, sample_tokens, token_log_probs
 from hooklens.generation.choosing.stopping import FinishReason, StopRules
@@ -59,6 +60,11 @@ class Decoding:
             keeps_all=self._forward.keeps_all_rows,
             needs_table=self._reads_ids or not options.use_past_kv_cache or self._forward.may_start_anew,
         )
+        if options.samples and options.seed is None and getattr(model, "processes", None) is not None:
+            raise InputError(
+                "generate: several processes share this network (hooklens.parallel), and each would draw tokens of its "
+                "own; give seed=, the same in all of them, or do_sample=False"
+            )
         self._draws = RowDraws(len(self.rows), options.seed, prompts.ids.device) if options.samples else None
         self._newest: Tensor | None = None
         self._logprobs: list[tuple[list[int], Tensor]] | None = [] if keeps_logprobs else None

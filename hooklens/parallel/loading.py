@@ -17,7 +17,8 @@ from hooklens.errors import ConfigError, InputError
 from hooklens.model.decoder import Decoder
 from hooklens.parallel.config import ParallelConfig, make_mesh, own_device
 from hooklens.parallel.filling import fill_own_parts
-from hooklens.parallel.processes import SharedBlocks, sum_over_rows
+from hooklens.parallel.processes import SharedBlocks
+from hooklens.parallel.spread import sum_gradients
 from hooklens.parallel.tensor import TensorParallel
 from hooklens.tokens import Tokenizer, read_tokenizer
 
@@ -114,7 +115,7 @@ def load(
         for block in model.block_list():
             for parameter in block.parameters():
                 if parameter.requires_grad:
-                    sum_over_rows(parameter, mesh["data"])
+                    sum_gradients(parameter, mesh["data"])
     model.processes = shared
     model.transforms = checkpoint.transforms
     model.generation_config = dict(checkpoint.generation_config)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hooklens.errors import InputError
+from hooklens.errors import ConfigError, InputError
 from hooklens.hooks.call import Call
 from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder, Processes
@@ -32,9 +32,17 @@ class SharedBlocks(Processes):
         mesh: as given.
         stages: the layers of each stage of the pipeline.
         stage: which of them this process has.
+
+    Raises:
+        ConfigError: there are more stages than layers.
     """
 
     def __init__(self, decoder: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> None:
+        if config.pipeline > decoder.cfg.n_layers:
+            raise ConfigError(
+                f"pipeline={config.pipeline}: the network has {decoder.cfg.n_layers} layers, and each stage takes one at "
+                "least; choose fewer stages"
+            )
         self.config, self.mesh = config, mesh
         self.stages = share_layers(decoder.cfg.n_layers, config.pipeline)
         self.stage = mesh["pipeline"].get_local_rank()
@@ -123,16 +131,3 @@ def _pass_over(cache: Any, layers: range, n_new: int) -> None:
 def _flatten_rows(mesh: DeviceMesh) -> DeviceMesh:
     """The processes that share the rows of a batch, along one dimension."""
     return mesh["data", "fully_sharded"]._flatten("rows")
-
-
-def sum_over_rows(parameter: Any, mesh: DeviceMesh) -> None:
-    """Have a parameter's gradient, which each process has of its own rows, summed over all of them."""
-    group = mesh.get_group()
-
-    def add_up(gradient: Any) -> Any:
-        total = gradient.clone()
-        held = total.to_local() if hasattr(total, "to_local") else total
-        torch.distributed.all_reduce(held, group=group)
-        return total
-
-    parameter.register_hook(add_up)

@@ -1,6 +1,8 @@
 """The parts of a tensor that the processes of a group hold, by torch's own DTensor."""
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -39,3 +41,15 @@ class MeshSpread(Spread):
         """A tensor that all have, of which each process uses what it needs; their gradients are summed."""
         replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
         return replicated.to_local(grad_placements=[Partial()])
+
+
+def sum_gradients(parameter: Any, mesh: DeviceMesh) -> None:
+    """Have a parameter's gradient, of which each process has what its own rows, heads or neurons make, summed."""
+    group = mesh.get_group()
+
+    def add_up(gradient: Any) -> Any:
+        total = gradient.clone()
+        distributed.all_reduce(total.to_local() if hasattr(total, "to_local") else total, group=group)
+        return total
+
+    parameter.register_hook(add_up)

@@ -10,7 +10,7 @@ a norm of the neurons stay whole in each process.
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -24,7 +24,7 @@ from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.head_norm import HeadNorm
 from hooklens.model.decoder import Decoder
 from hooklens.model.mlp import MLP
-from hooklens.parallel.spread import MeshSpread
+from hooklens.parallel.spread import MeshSpread, sum_gradients
 
 _OF_HEADS = ("head", "kv_head")
 _OF_NEURONS = ("d_mlp",)
@@ -94,7 +94,7 @@ class TensorParallel:
     def sum_gradients(self) -> None:
         """Have the gradients of weights that act on each process's own heads or neurons summed over the processes."""
         for module, name in self._replicated:
-            _sum_gradients(module._parameters[name], self.mesh)
+            sum_gradients(module._parameters[name], self.mesh)
 
     def _install_attention(self, attn: Attention) -> None:
         attn.keys_are_whole = _has_whole_keys(attn, self.spread.n_parts)
@@ -177,15 +177,3 @@ def _shared_sizes(parts: dict[str, Any], n_parts: int) -> Iterator[tuple[str, in
                 yield "key-value heads", part.shapes["W_K"][0], layer
         else:
             yield "neurons", part.shapes["W_in"][1], layer
-
-
-def _sum_gradients(parameter: Any, mesh: DeviceMesh) -> None:
-    """Have the gradient of a parameter that acts on each process's own heads or neurons summed over the processes."""
-    group = mesh.get_group()
-
-    def add_up(gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        distributed.all_reduce(total, group=group)
-        return total
-
-    parameter.register_hook(add_up)

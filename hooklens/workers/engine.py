@@ -8,6 +8,7 @@ from torch import nn
 from hooklens.arguments import read_int, read_one_of
 from hooklens.errors import InputError
 from hooklens.hooks.call import thread_listeners
+from hooklens.model.placement.shared_weights import refuse_shared
 
 Engine = Literal["local", "ray"]
 """Where a call computes: in the process that calls, or in processes that Ray keeps."""
@@ -37,9 +38,10 @@ def check_portable(model: nn.Module, *, what: str) -> None:
     """Refuse a model of which other processes would compute something else than this one.
 
     Raises:
-        InputError: it lies on several devices or on one that workers do not have, hooks of a `with` block act on this
+        InputError: processes share it, it lies on several devices or on one that workers do not have, hooks of a `with` block act on this
             thread, or autocast is on.
     """
+    refuse_shared(model, f"{what}: engine='ray'", InputError)
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if len(devices) > 1 or torch.device(devices[0]).type not in _DEVICES:
         raise InputError(

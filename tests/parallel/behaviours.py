@@ -1,5 +1,7 @@
 """What a network that processes share does beside the plain calls: in each process, as a dictionary of findings."""
 
+import shutil
+import tempfile
 from typing import Any
 
 import torch
@@ -55,9 +57,10 @@ def break_off(config: dict[str, int]) -> dict[str, Any]:
 def refuse(config: dict[str, int]) -> dict[str, str]:
     """What a shared network does not do."""
     _, shared = both(config)
+    folder = tempfile.mkdtemp()
     cache = shared.prefill(PROMPT)
     tried = {
-        "save_pretrained": lambda: shared.save_pretrained("nowhere"),
+        "save_pretrained": lambda: shared.save_pretrained(folder),
         "to_hf": shared.to_hf,
         "process_weights": lambda: shared.process_weights(fold_ln=True),
         "load_state_dict": lambda: shared.load_state_dict({}),
@@ -65,7 +68,8 @@ def refuse(config: dict[str, int]) -> dict[str, str]:
         "W_Q": lambda: shared.W_Q,
         "dispatch": lambda: shared.dispatch("auto"),
         "train": lambda: shared.train()(PROMPT),
-        "cache.save": lambda: cache.save("nowhere"),
+        "cache.save": lambda: cache.save(f"{folder}/cache"),
+        "generate": lambda: shared.generate(PROMPT[0], max_new_tokens=1),
         "load": lambda: load("bundled:tiny-llama", ParallelConfig(tensor=3)),
     }
     told: dict[str, str] = {}
@@ -76,6 +80,7 @@ def refuse(config: dict[str, int]) -> dict[str, str]:
             told[name] = str(error)
         else:
             told[name] = "done"
+    shutil.rmtree(folder)
     return told
 
 

@@ -117,6 +117,8 @@ class Compared:
             return
         texts = [model.generate(self.ids[1:], max_new_tokens=3, do_sample=False) for model in self.models]
         self.note("generation", *(torch.as_tensor(text) for text in texts))
+        drawn = [model.generate(self.ids[1:], max_new_tokens=3, seed=5) for model in self.models]
+        self.note("generation", *(torch.as_tensor(text) for text in drawn), detail="drawn")
         prefixes = [model.prefill(self.ids[:1, :3]) for model in self.models]
         pairs = zip(self.models, prefixes, strict=True)
         self.note("frozen prefix", *(model(self.ids[:, 3:], past_kv_cache=prefix) for model, prefix in pairs))

@@ -7,6 +7,8 @@ import torch
 
 import hooklens as hl
 from hooklens.parallel import ParallelConfig, load
+from hooklens.parallel.processes import SharedBlocks
+from hooklens.parallel.tensor import TensorParallel
 from tests.parallel import behaviours
 from tests.parallel.launching import run_in_processes
 
@@ -53,6 +55,7 @@ class TestBehaviours:
             assert "load the checkpoint whole" in told["dispatch"]
             assert "ParallelConfig(tensor=3" in told["load"]
             assert "takes 3" in told["load"]
+            assert "give seed=" in told["generate"]
             holds_part = set(config) & {"tensor", "pipeline"}
             assert ("gather_cache" in told["cache.save"]) == bool(holds_part)
 
@@ -86,8 +89,6 @@ def test_sizes_are_positive_numbers(size: Any) -> None:
 
 
 def test_heads_that_cannot_be_shared_are_told_with_their_layers() -> None:
-    from hooklens.parallel.tensor import TensorParallel
-
     class Three:
         def size(self) -> int:
             return 3
@@ -96,3 +97,10 @@ def test_heads_that_cannot_be_shared_are_told_with_their_layers() -> None:
         model = hl.HookedCausalLM.from_config_of("bundled:tiny-llama")
     with pytest.raises(hl.HookLensError, match=r"heads \(layers \[0, 1, 2, 3\]\) cannot be shared equally by 3"):
         TensorParallel(model, Three())  # type: ignore[arg-type]
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    """A process without a layer loaded nothing, or failed later and elsewhere."""
+    model = hl.HookedCausalLM.from_config_of("bundled:tiny-llama")
+    with pytest.raises(hl.HookLensError, match="pipeline=5: the network has 4 layers"):
+        SharedBlocks(model, ParallelConfig(pipeline=5), None)  # type: ignore[arg-type]

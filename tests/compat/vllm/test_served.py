@@ -151,9 +151,8 @@ def test_bad_input_is_refused_before_the_engine_runs(model):
     assert not llm.logits
 
 
-def test_tokens_that_pass_no_hook_are_told(model, monkeypatch):
+def test_tokens_that_pass_no_hook_are_told(model):
     served = VLLMModel(llm := StubLLM(model))
-    monkeypatch.setattr(llm.worker.model_runner, "model", llm.worker.model_runner.model)
     real = llm.generate
     llm.generate = lambda prompts, *args, **keywords: real(
         [{"prompt_token_ids": one["prompt_token_ids"][:-1]} for one in prompts], *args, **keywords
