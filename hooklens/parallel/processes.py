@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -40,8 +39,8 @@ class SharedBlocks(Processes):
     def __init__(self, decoder: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> None:
         if config.pipeline > decoder.cfg.n_layers:
             raise ConfigError(
-                f"pipeline={config.pipeline}: the network has {decoder.cfg.n_layers} layers, and each stage takes one at "
-                "least; choose fewer stages"
+                f"pipeline={config.pipeline}: the network has {decoder.cfg.n_layers} layers, and each stage takes one "
+                "at least; choose fewer stages"
             )
         self.config, self.mesh = config, mesh
         self.stages = share_layers(decoder.cfg.n_layers, config.pipeline)

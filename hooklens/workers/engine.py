@@ -38,8 +38,8 @@ def check_portable(model: nn.Module, *, what: str) -> None:
     """Refuse a model of which other processes would compute something else than this one.
 
     Raises:
-        InputError: processes share it, it lies on several devices or on one that workers do not have, hooks of a `with` block act on this
-            thread, or autocast is on.
+        InputError: processes share it, it lies on several devices or on one that workers do not have, hooks of a
+            `with` block act on this thread, or autocast is on.
     """
     refuse_shared(model, f"{what}: engine='ray'", InputError)
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
