@@ -9,6 +9,7 @@ import hooklens as hl
 from hooklens.parallel import ParallelConfig, load
 from hooklens.parallel.processes import SharedBlocks
 from hooklens.parallel.tensor import TensorParallel
+from tests.annotations import unchecked
 from tests.parallel import behaviours
 from tests.parallel.launching import run_in_processes
 
@@ -95,12 +96,12 @@ def test_heads_that_cannot_be_shared_are_told_with_their_layers() -> None:
 
     with torch.device("meta"):
         model = hl.HookedCausalLM.from_config_of("bundled:tiny-llama")
-    with pytest.raises(hl.HookLensError, match=r"heads \(layers \[0, 1, 2, 3\]\) cannot be shared equally by 3"):
+    with unchecked(), pytest.raises(hl.HookLensError, match=r"heads \(layers \[0, 1, 2, 3\]\) cannot be shared equally by 3"):
         TensorParallel(model, Three())  # type: ignore[arg-type]
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     """A process without a layer loaded nothing, or failed later and elsewhere."""
     model = hl.HookedCausalLM.from_config_of("bundled:tiny-llama")
-    with pytest.raises(hl.HookLensError, match="pipeline=5: the network has 4 layers"):
+    with unchecked(), pytest.raises(hl.HookLensError, match="pipeline=5: the network has 4 layers"):
         SharedBlocks(model, ParallelConfig(pipeline=5), None)  # type: ignore[arg-type]
