@@ -96,7 +96,10 @@ def test_heads_that_cannot_be_shared_are_told_with_their_layers() -> None:
 
     with torch.device("meta"):
         model = hl.HookedCausalLM.from_config_of("bundled:tiny-llama")
-    with unchecked(), pytest.raises(hl.HookLensError, match=r"heads \(layers \[0, 1, 2, 3\]\) cannot be shared equally by 3"):
+    with (
+        unchecked(),
+        pytest.raises(hl.HookLensError, match=r"4 heads \(layers \[0, 1, 2, 3\]\); .* cannot be shared equally by 3"),
+    ):
         TensorParallel(model, Three())  # type: ignore[arg-type]
 
 
