@@ -282,7 +282,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         return entry.hold_heads(first, first + 1)
 
     def _own_sinks(self) -> Tensor | None:
-        """The sinks of the heads that this process computes."""
+        """The sinks of the heads that this process computes, where several share them."""
         own: Tensor | None = own_part(self._parameters["sinks"])
         return own
 
@@ -368,6 +368,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         sight = plan.sight(self.reach, q.dtype)
         if self.alibi is not None:
             q, k, v = fold_into_heads(q, k, v, self.alibi.entries(plan, plan.keys, q.dtype))
+        sinks = self._parameters["sinks"] if self.spread is None else self._own_sinks()
         z = attend(
             q,
             k,
@@ -376,7 +377,7 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             mask=sight.mask,
             is_causal=sight.is_causal,
             softcap=self.cfg.attn_softcap,
-            sinks=self._own_sinks(),
+            sinks=sinks,
         )
         return z if self.alibi is None else z[..., : self.cfg.d_head]
 
@@ -386,11 +387,12 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         """Attention the one way that the config asks for."""
         sight = plan.visibility(self.reach).sight(plan.keys, q.dtype, explicit=True)
         term = None if self.alibi is None else self.alibi.term(plan, q.dtype)
+        sinks = self._parameters["sinks"] if self.spread is None else self._own_sinks()
         options: dict[str, Any] = {
             "score_scale": self.score_scale,
             "softcap": self.cfg.attn_softcap,
             "term": term,
-            "sinks": self._own_sinks(),
+            "sinks": sinks,
         }
         if self.backend == "explicit":
             return attend_by_pattern(q, k, v, sight=sight, **options)
@@ -416,9 +418,8 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
             )
             q, k, v = fold_into_heads(q, k, v, self.alibi.entries(plan, plan.new, q.dtype))
         parts = [KeyPart(past_k, past_v, past.mask), KeyPart(k, v, new.mask, new.is_causal)]
-        z = attend_in_parts(
-            q, parts, score_scale=self.score_scale, softcap=self.cfg.attn_softcap, sinks=self._own_sinks()
-        )
+        sinks = self._parameters["sinks"] if self.spread is None else self._own_sinks()
+        z = attend_in_parts(q, parts, score_scale=self.score_scale, softcap=self.cfg.attn_softcap, sinks=sinks)
         return z if self.alibi is None else z[..., : self.cfg.d_head]
 
     def _watch_pattern(self, q: Tensor, k: Tensor, plan: TokenPlan, call: Call, *, drops: bool) -> tuple[Tensor, bool]:
@@ -442,7 +443,8 @@ class Attention(Part, place="blocks.{i}.attn", kind="attention"):
         if not (scores_changed or watched or drops):
             return scores, False
         can_hide_all, pattern_changed = sight.can_hide_all or scores_changed, False
-        pattern = compute_pattern(scores, can_hide_all=can_hide_all, sinks=self._own_sinks())
+        sinks = self._parameters["sinks"] if self.spread is None else self._own_sinks()
+        pattern = compute_pattern(scores, can_hide_all=can_hide_all, sinks=sinks)
         if drops:
             pattern = F.dropout(pattern, self.dropout)
         if watched:

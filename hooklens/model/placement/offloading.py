@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from hooklens.arguments import show
 from hooklens.config import HookedConfig
 from hooklens.display import format_bytes
 from hooklens.errors import InputError, join_names
@@ -51,10 +50,10 @@ class OffloadFolder:
                 pass
             free = shutil.disk_usage(path).free
         except OSError as error:
-            raise InputError(f"offload_folder={show(str(path))} cannot be written to ({error}); {_WHERE}") from error
+            raise InputError(f"offload_folder={str(path)!r} cannot be written to ({error}); {_WHERE}") from error
         if free < needed:
             raise InputError(
-                f"offload_folder={show(str(path))}: the parts on the disk take {format_bytes(needed)}, and "
+                f"offload_folder={str(path)!r}: the parts on the disk take {format_bytes(needed)}, and "
                 f"{format_bytes(free)} are free there; {_WHERE}"
             )
 
@@ -86,7 +85,7 @@ class OffloadFolder:
             storage: Any = torch.UntypedStorage.from_file(str(path), True, n_bytes)  # noqa: FBT003
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"offload_folder={show(str(self.path))}: {name!r} of {format_bytes(n_bytes)} could not be written "
+                f"offload_folder={str(self.path)!r}: {name!r} of {format_bytes(n_bytes)} could not be written "
                 f"there ({error}); {_WHERE}"
             ) from error
         finally:

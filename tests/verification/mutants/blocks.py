@@ -241,7 +241,7 @@ BLOCKS = (
     ),
     Mutant(
         "stop_at_layer stops a layer early",
-        "model.decoder:Decoder._run_blocks",
+        "model.decoder:Decoder.run_layers",
         (("range(start, stop)", "range(start, stop - (0 < stop < self.cfg.n_layers))"),),
         stage=CHOICES,
     ),

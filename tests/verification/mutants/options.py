@@ -14,7 +14,7 @@ OPTIONS = (
     Mutant(
         "the shown pattern leaves the sinks out",
         "model.attention.attention:Attention._watch_pattern",
-        (('can_hide_all=can_hide_all, sinks=self._parameters["sinks"]', "can_hide_all=can_hide_all"),),
+        (("can_hide_all=can_hide_all, sinks=sinks", "can_hide_all=can_hide_all"),),
         "sinks",
     ),
     Mutant(
