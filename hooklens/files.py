@@ -149,11 +149,12 @@ def _remove_stale_drafts(target: Path) -> None:
     prefix = _draft_prefix(target)
     for draft in target.parent.glob(f"{prefix}*.draft"):
         process = draft.name.removeprefix(prefix).partition("-")[0]
-        if process.isdecimal() and not _is_running(int(process)):
+        if process.isdecimal() and not is_running(int(process)):
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine; where that cannot be asked, there is."""
     # Elsewhere `os.kill` would end the process, not ask for it.
     if os.name != "posix":
         return True

@@ -1,5 +1,6 @@
 """What runs in a worker's process."""
 
+import os
 import platform
 import sys
 from typing import Any
@@ -29,8 +30,11 @@ class Holder:
         self._work: Work | None = None
         self._begun = 0
 
-    def prepare(self, packed: list[Any], settings: Settings, versions: dict[str, str]) -> None:
+    def prepare(self, packed: list[Any], settings: Settings, versions: dict[str, str]) -> tuple[str, int]:
         """Take up the work.
+
+        Returns:
+            The machine and the number of this process.
 
         Raises:
             WorkerError: this process has other versions than the one that calls.
@@ -44,6 +48,7 @@ class Holder:
         settings.apply()
         # A reference in a list is not looked up by Ray, so that the bytes go when this method ends.
         self._work = self._get(packed)
+        return platform.node(), os.getpid()
 
     def run(self, task: Any, begun: int, shared: list[Any]) -> Any:
         """The result of a task."""

@@ -1,5 +1,7 @@
 """Workers that Ray keeps: each holds the work once; tasks go to whoever is free, results come back in order."""
 
+import platform
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from hooklens.errors import InputError, WorkerError
+from hooklens.files import is_running
 from hooklens.optional import import_package
 from hooklens.workers.holder import Holder, describe_versions
 from hooklens.workers.work import Settings, Work, pack
@@ -17,6 +20,8 @@ _MOST_DEATHS = 3
 """How often workers may die at one task, or one after another before they are ready."""
 _AT_ONCE = 2
 """Tasks that a worker has: one that runs and one that waits, so that it never waits itself."""
+_PATIENCE = 10.0
+"""Seconds that workers which were told to end are waited for."""
 _AHEAD = 4
 """Tasks for each worker that may be given and not yet be passed on, because an earlier one is not done."""
 
@@ -30,11 +35,12 @@ class _Task:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process; `given` has the tasks that it has not done, by what Ray calls their results."""
+    """A process, by machine and number; `given` has the tasks that it has not done, by what Ray calls their results."""
 
     actor: Any
     preparing: Any
     is_ready: bool = False
+    process: tuple[str, int] | None = None
     given: dict[Any, _Task] = field(default_factory=dict)
 
 
@@ -82,6 +88,8 @@ class RayWorkers:
     ) -> None:
         for worker in self._workers:
             self._ray.kill(worker.actor)
+        # Ray does not wait, and who goes on here may meet what a dying worker still writes.
+        _wait_for_ends([worker.process for worker in self._workers if worker.process is not None])
         self._workers = []
         if self._started:
             self._ray.shutdown()
@@ -173,7 +181,7 @@ class RayWorkers:
             self._replace(worker, again, error)
             return
         if not worker.is_ready:
-            worker.is_ready, self._failed_starts = True, 0
+            worker.is_ready, worker.process, self._failed_starts = True, value, 0
             return
         task = worker.given.pop(result)
         done[task.number] = value
@@ -196,3 +204,13 @@ class RayWorkers:
         # It may only be out of reach.
         self._ray.kill(worker.actor)
         self._workers[self._workers.index(worker)] = self._start()
+
+
+def _wait_for_ends(processes: list[tuple[str, int]]) -> None:
+    """Wait until the processes on this machine have ended, or for some seconds."""
+    here = {number for machine, number in processes if machine == platform.node()}
+    until = time.monotonic() + _PATIENCE
+    while here and time.monotonic() < until:
+        here = {number for number in here if is_running(number)}
+        if here:
+            time.sleep(0.02)

@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.gl
 # torch: what a module has under a name that its class does not declare is a tensor or a module.
 _MODULES = r'for class "(Tensor|Module)"|not defined on type "Module"'
 # Packages that no extra installs, which a page compares with or hands something to.
-_OTHER_PACKAGES = r'Import "(transformer_lens|circuitsvis)" could not be resolved'
+_OTHER_PACKAGES = r'Import "(transformer_lens|circuitsvis|vllm)" could not be resolved'
 ACCEPTED: dict[str, str] = {
     # pandas-stubs: what stands in a cell is any scalar, which `float` does not take.
     "08_training_a_toy_model.ipynb": r'ScalarOrNA|Argument 1 to "float"',
@@ -38,6 +38,8 @@ ACCEPTED: dict[str, str] = {
     # The same name from the layer, and from the package in whose place it stands.
     "transformer_lens.md": rf"{_OTHER_PACKAGES}|HookedTransformer\" (is imported more|already defined)",
     "views.md": _OTHER_PACKAGES,
+    # vllm: its wheel brings a CUDA build of torch, and no test installs it.
+    "serving.md": rf'{_OTHER_PACKAGES}|Import "vllm"|module named "vllm"|"(LLM|SamplingParams)"',
     # Examples of errors: what they do is wrong, or done behind the back of the types.
     "AlignmentInterruptedError.md": r'"forward"|Cannot assign to a method|Incompatible types in assignment',
     "HookLensError.md": "HookPoint",
