@@ -17,8 +17,7 @@ from hooklens.errors import ConfigError, InputError
 from hooklens.model.decoder import Decoder
 from hooklens.parallel.config import ParallelConfig, make_mesh, own_device
 from hooklens.parallel.filling import fill_own_parts
-from hooklens.parallel.processes import SharedBlocks
-from hooklens.parallel.spread import sum_gradients
+from hooklens.parallel.processes import BlockRunner, SharedBlocks
 from hooklens.parallel.tensor import TensorParallel
 from hooklens.tokens import Tokenizer, read_tokenizer
 
@@ -104,18 +103,18 @@ def load(
         heads.install(model)
     if config.fully_sharded > 1:
         _check_combination(config, heads)
-        _shard(model, config, mesh)
+        shared.runner = _shard(model, config, mesh)
     layers = None if config.pipeline == 1 else list(own)
     with torch.inference_mode(mode=False):
         fill_own_parts(model, checkpoint.tensors(layers), heads, layers=own, device=device, dtype=made_in)
     _settle(model, own, device)
     if heads is not None:
-        heads.sum_gradients()
+        heads.sum_gradients(shared.sums)
     if config.data > 1 and config.fully_sharded == 1:
         for block in model.block_list():
             for parameter in block.parameters():
                 if parameter.requires_grad:
-                    sum_gradients(parameter, mesh["data"])
+                    shared.sums.add(parameter, mesh["data"])
     model.processes = shared
     model.transforms = checkpoint.transforms
     model.generation_config = dict(checkpoint.generation_config)
@@ -141,13 +140,20 @@ def _check_combination(config: ParallelConfig, heads: TensorParallel | None) -> 
         )
 
 
-def _shard(model: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> None:
-    """Have each block's weights lie in shares, put together for the time that it runs, by torch's FSDP2."""
+def _shard(model: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> BlockRunner:
+    """Have each block's weights lie in shares, put together for the time that it runs, by torch's FSDP2.
+
+    Returns:
+        What runs the blocks: inside of one module they let go of each other's buffers.
+    """
     axes = ("data", "fully_sharded") if config.data > 1 else ("fully_sharded",)
     for block in model.block_list():
         sharded: Any = fully_shard(block, mesh=mesh[axes], reshard_after_forward=True)
         # Each process has the gradient of its own rows, and what is wanted is their sum.
         sharded.set_gradient_divide_factor(1.0)
+    runner = BlockRunner(model.block_list())
+    fully_shard(runner, mesh=mesh[axes])
+    return runner
 
 
 def _refuse_block(layer: int, *arguments: Any, **keywords: Any) -> Any:

@@ -1,8 +1,10 @@
 """The processes that share a network's blocks, and how a call runs through them."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hooklens.errors import ConfigError, InputError
@@ -11,11 +13,24 @@ from hooklens.kv_cache import HookedKeyValueCache
 from hooklens.model.decoder import Decoder, Processes
 from hooklens.parallel.config import ParallelConfig, own_device
 from hooklens.parallel.rows import OwnRows, RowsOfCache
+from hooklens.parallel.spread import GradientSums
 from hooklens.parallel.stages import StageRun, share_layers, trained_parameters
 from hooklens.parallel.wire import DONE, Wire
 
 if TYPE_CHECKING:
     from hooklens.model.plan.positions import TokenPlan
+
+
+class BlockRunner(nn.Module):
+    """Runs blocks inside of a module, which torch's sharded weights want around those that they belong to."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """What a function gives that runs the blocks."""
+        return run(*arguments)
 
 
 class SharedBlocks(Processes):
@@ -31,6 +46,8 @@ class SharedBlocks(Processes):
         mesh: as given.
         stages: the layers of each stage of the pipeline.
         stage: which of them this process has.
+        sums: the parameters whose gradients are summed over processes.
+        runner: what runs the blocks, where their weights lie in shares; None: the network.
 
     Raises:
         ConfigError: there are more stages than layers.
@@ -45,6 +62,8 @@ class SharedBlocks(Processes):
         self.config, self.mesh = config, mesh
         self.stages = share_layers(decoder.cfg.n_layers, config.pipeline)
         self.stage = mesh["pipeline"].get_local_rank()
+        self.runner: BlockRunner | None = None
+        self.sums = GradientSums(in_stages=config.pipeline > 1)
         self._decoder = decoder
         self._wire = Wire(mesh["pipeline"], own_device())
         self._row_mesh = _flatten_rows(mesh) if config.n_row_parts > 1 else None
@@ -70,7 +89,8 @@ class SharedBlocks(Processes):
             held = None if cache is None else RowsOfCache(cache, rows)
             call = call.through(rows)
         if self.config.pipeline == 1:
-            stream = self._decoder.run_layers(stream, plan, call, held, layers.start, layers.stop)
+            run = self._decoder.run_layers if self.runner is None else partial(self.runner, self._decoder.run_layers)
+            stream = run(stream, plan, call, held, layers.start, layers.stop)
         else:
             for stage, own in enumerate(self.stages):
                 begin, end = max(own.start, layers.start), min(own.stop, layers.stop)
@@ -110,6 +130,7 @@ class SharedBlocks(Processes):
             list(decoder.hook_points().values()),
             call,
             rows,
+            self.sums,
             is_own=is_own,
         )
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, zeros_like
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -43,13 +43,36 @@ class MeshSpread(Spread):
         return replicated.to_local(grad_placements=[Partial()])
 
 
-def sum_gradients(parameter: Any, mesh: DeviceMesh) -> None:
-    """Have a parameter's gradient, of which each process has what its own rows, heads or neurons make, summed."""
-    group = mesh.get_group()
+class GradientSums:
+    """Parameters whose gradients each process has of its own rows, heads or neurons only, and who sums them.
 
-    def add_up(gradient: Any) -> Any:
-        total = gradient.clone()
-        distributed.all_reduce(total.to_local() if hasattr(total, "to_local") else total, group=group)
-        return total
+    In a pipeline the gradients of a stage are made by a backward pass inside of another: hooks on parameters would act
+    in both.
 
-    parameter.register_hook(add_up)
+    Args:
+        in_stages: the sums are taken where a stage's gradients are made.
+    """
+
+    def __init__(self, *, in_stages: bool) -> None:
+        self._in_stages = in_stages
+        self._meshes: dict[int, list[DeviceMesh]] = {}
+
+    def add(self, parameter: Any, mesh: DeviceMesh) -> None:
+        """Have the gradients of a parameter summed over the processes of a mesh."""
+        if self._in_stages:
+            self._meshes.setdefault(id(parameter), []).append(mesh)
+        else:
+            parameter.register_hook(lambda gradient: _sum(gradient, mesh))
+
+    def take(self, parameter: Any, gradient: Any) -> Any:
+        """The sum of the gradients that the processes have in a stage; None is nothing."""
+        for mesh in self._meshes.get(id(parameter), ()):
+            gradient = _sum(zeros_like(parameter) if gradient is None else gradient, mesh)
+        return gradient
+
+
+def _sum(gradient: Any, mesh: DeviceMesh) -> Any:
+    total = gradient.clone()
+    held = total.to_local() if hasattr(total, "to_local") else total
+    distributed.all_reduce(held, group=mesh.get_group())
+    return total

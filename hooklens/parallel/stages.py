@@ -23,6 +23,7 @@ from hooklens.hooks.call import Call, Hook, Listening, run_apart
 from hooklens.hooks.point import HookPoint, join_listening
 from hooklens.hooks.spread import Relay, tap_alike
 from hooklens.parallel.rows import OwnRows
+from hooklens.parallel.spread import GradientSums
 from hooklens.parallel.wire import DONE, FAILED, FIRED, GRADIENT, Wire
 
 if TYPE_CHECKING:
@@ -51,13 +52,22 @@ class StageRun(Relay):
         points: the network's hook points, in an order that all processes have.
         call: who listens.
         rows: the rows of the batch that this process runs; None: all.
+        sums: the parameters whose gradients are summed over processes.
     """
 
     def __init__(
-        self, wire: Wire, stage: int, points: Sequence[HookPoint], call: Call, rows: OwnRows | None, *, is_own: bool
+        self,
+        wire: Wire,
+        stage: int,
+        points: Sequence[HookPoint],
+        call: Call,
+        rows: OwnRows | None,
+        sums: GradientSums,
+        *,
+        is_own: bool,
     ) -> None:
         self.wire, self.stage, self.is_own, self.points, self.rows = wire, stage, is_own, points, rows
-        self.call = call
+        self.call, self.sums = call, sums
         self.awaited: list[Awaited] = []
         self._numbers = {id(point): number for number, point in enumerate(points)}
         self._traces = torch.is_grad_enabled()
@@ -171,14 +181,16 @@ class StageRun(Relay):
         wanted = [entered, *parameters]
         self._goes_back = True
         try:
-            found = torch.autograd.grad(left, wanted, gradient, allow_unused=True, retain_graph=True)
+            entering, *own = torch.autograd.grad(left, wanted, gradient, allow_unused=True, retain_graph=True)
+            own = [self.sums.take(parameter, one) for parameter, one in zip(parameters, own, strict=True)]
         except BaseException:
             self.wire.send(self.stage, FAILED)
             raise
         finally:
             self._goes_back = False
-        self.wire.send(self.stage, DONE, tensor=torch.zeros_like(entered) if found[0] is None else found[0])
-        return found
+        entering = torch.zeros_like(entered) if entering is None else entering
+        self.wire.send(self.stage, DONE, tensor=entering)
+        return [entering, *own]
 
     def _follow_back(self) -> list[Tensor | None]:
         problem: BaseException | None = None

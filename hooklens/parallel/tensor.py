@@ -24,7 +24,7 @@ from hooklens.model.attention.attention import Attention
 from hooklens.model.attention.head_norm import HeadNorm
 from hooklens.model.decoder import Decoder
 from hooklens.model.mlp import MLP
-from hooklens.parallel.spread import MeshSpread, sum_gradients
+from hooklens.parallel.spread import GradientSums, MeshSpread
 
 _OF_HEADS = ("head", "kv_head")
 _OF_NEURONS = ("d_mlp",)
@@ -91,10 +91,10 @@ class TensorParallel:
         """Whether weights that all processes have act on each one's own heads or neurons."""
         return bool(self._replicated)
 
-    def sum_gradients(self) -> None:
+    def sum_gradients(self, sums: GradientSums) -> None:
         """Have the gradients of weights that act on each process's own heads or neurons summed over the processes."""
         for module, name in self._replicated:
-            sum_gradients(module._parameters[name], self.mesh)
+            sums.add(module._parameters[name], self.mesh)
 
     def _install_attention(self, attn: Attention) -> None:
         attn.keys_are_whole = _has_whole_keys(attn, self.spread.n_parts)

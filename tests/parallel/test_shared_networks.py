@@ -91,6 +91,12 @@ def test_parts_of_other_families_are_shared(folder: Path) -> None:
     compare(sources, [{"tensor": 2}], n=2, n_edits=6)
 
 
+def test_stages_beside_rows(folder: Path) -> None:
+    """Sums of parameters' gradients were taken twice in a pipeline, whose stages have backward passes of their own."""
+    source = save_variant("neox-sequential", folder / "stages beside rows")
+    compare([source], [{"pipeline": 2, "data": 2}], n=4, n_edits=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_with_an_edit_at_every_point(variant: str, folder: Path) -> None:
@@ -120,4 +126,7 @@ def test_checkpoints_of_every_family(family: str, folder: Path) -> None:
 def test_four_processes(config: dict[str, int], folder: Path) -> None:
     names = ("llama-gqa", "falcon-7b", "neox-sequential")
     sources = [save_variant(name, folder / f"{name} {config}") for name in names]
+    if config != {"tensor": 2, "fully_sharded": 2}:
+        # Norms of single heads, which is refused there.
+        sources.append(save(folder / f"qwen3 {config}", "qwen3", **_FAMILIES["qwen3"]))
     compare(sources, [config], n=4, n_edits=12)
