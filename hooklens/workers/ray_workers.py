@@ -33,6 +33,14 @@ class _Task:
     deaths: int = 0
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What stands in a task's place when it could not be done: raised after the results before it are passed on."""
+
+    error: Exception
+    cause: Exception
+
+
 @dataclass(eq=False)
 class _Worker:
     """A process, by machine and number; `given` has the tasks that it has not done, by what Ray calls their results."""
@@ -95,7 +103,7 @@ class RayWorkers:
             self._ray.shutdown()
 
     def run(self, tasks: Iterable[Any], shared: Any = None) -> Iterator[Any]:
-        """The results of tasks, in their order.
+        """The results of tasks, in their order; those before a task that fails are passed on before its error is raised.
 
         Args:
             tasks: what `Work.run` takes; read as workers become free.
@@ -116,6 +124,7 @@ class RayWorkers:
                 if again:
                     self._give(worker, again.popleft(), reference)
                     continue
+                is_over = is_over or any(isinstance(result, _Failure) for result in done.values())
                 has_room = n_given - n_passed < _AHEAD * self.n_workers
                 task = next(source, None) if has_room and not is_over else None
                 is_over = is_over or (has_room and task is None)
@@ -125,6 +134,8 @@ class RayWorkers:
                 self._give(worker, task, reference)
             if n_passed in done:
                 result = done.pop(n_passed)
+                if isinstance(result, _Failure):
+                    raise result.error from result.cause
                 n_passed += 1
                 yield result
             elif is_over and n_passed == n_given:
@@ -176,9 +187,13 @@ class RayWorkers:
         try:
             value = self._ray.get(result)
         except errors.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+            failure = _Failure(error.cause if isinstance(error.cause, Exception) else error, error)
+            if not worker.is_ready:
+                raise failure.error from error
+            done[worker.given.pop(result).number] = failure
+            return
         except (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError) as error:
-            self._replace(worker, again, error)
+            self._replace(worker, done, again, error)
             return
         if not worker.is_ready:
             worker.is_ready, worker.process, self._failed_starts = True, value, 0
@@ -186,7 +201,7 @@ class RayWorkers:
         task = worker.given.pop(result)
         done[task.number] = value
 
-    def _replace(self, worker: _Worker, again: "deque[_Task]", error: Exception) -> None:
+    def _replace(self, worker: _Worker, done: dict[int, Any], again: "deque[_Task]", error: Exception) -> None:
         """Have what a dead worker was given done by others, and start another one in its place."""
         lost = list(worker.given.values())
         if not worker.is_ready:
@@ -196,10 +211,13 @@ class RayWorkers:
         deaths = max([self._failed_starts, *(task.deaths for task in lost)])
         if deaths >= _MOST_DEATHS:
             where = "the same task" if worker.is_ready else "taking up the model"
-            raise WorkerError(
+            failure = WorkerError(
                 f"{self._what}: {deaths} workers died at {where}, perhaps for want of memory (each keeps a copy of the "
                 "model); give fewer workers, or smaller batches"
-            ) from error
+            )
+            if not worker.is_ready:
+                raise failure from error
+            done[lost.pop(0).number] = _Failure(failure, error)
         again.extendleft(reversed(lost))
         # It may only be out of reach.
         self._ray.kill(worker.actor)

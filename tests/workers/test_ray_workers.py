@@ -47,6 +47,16 @@ class Refuses(Work):
         return task
 
 
+class FailsEarly(Work):
+    """Takes its time for the tasks before the one that fails at once."""
+
+    def run(self, task):
+        if task == 3:
+            raise CheckpointError("three")
+        time.sleep(0.5 if task < 3 else 0)
+        return task
+
+
 class Holds(Work):
     """Gives back what it holds of a model: a tensor that two names share, its strides, and whether they share still."""
 
@@ -107,6 +117,18 @@ def test_errors_are_those_that_were_raised() -> None:
         pytest.raises(CheckpointError, match=r"^three$"),
     ):
         list(team.run(range(10)))
+
+
+def test_what_stands_before_an_error_is_passed_on() -> None:
+    """An error of a later task was raised before results of earlier ones, which were still being computed, came."""
+    passed = []
+    with (
+        RayWorkers(FailsEarly(), device=CPU, workers=2, what="f") as team,
+        pytest.raises(CheckpointError, match=r"^three$"),
+    ):
+        for result in team.run(range(20)):
+            passed.append(result)
+    assert passed == [0, 1, 2]
 
 
 def test_models_arrive_bit_for_bit() -> None:
