@@ -2,14 +2,14 @@
 
 jaxtyping's import hook writes `@jaxtyping.jaxtyped` above each function of `hooklens`. A checked call takes fifty times
 what an unchecked one of a small function does, and a function within another is prepared for it anew each time it is
-made. So `checked_in_first_calls` stands in `jaxtyped`'s place: in each test the first call of a kind is checked, and
-some of the later ones; the rest go straight to the function. A kind is a function and what its arguments are: their
-types, and, where annotations name axes, the dtype and shape of tensors. What annotations say about such arguments
-holds for all calls of a kind or for none, so a wrong one is found by whichever test makes a call that shows it, and the
-thousandth call of a loop costs next to nothing. Later calls are checked for the sake of what is inside containers and
+made. So `checked_in_first_calls` stands in `jaxtyped`'s place: in each file of tests the first call of a kind is
+checked, and some of the later ones; the rest go straight to the function. A kind is a function and what its arguments
+are: their types, and, where annotations name axes, the dtype and shape of tensors. What annotations say about such
+arguments holds for all calls of a kind or for none, so a wrong one is found by whichever test makes a call that shows
+it, and the thousandth call costs next to nothing. Later calls are checked for the sake of what is inside containers and
 of what is returned.
 
-With small models this is half of what a test costs, so what is done in every call is kept short.
+With small models this is much of what a test costs, so what is done in every call is kept short.
 """
 
 import functools
@@ -58,7 +58,7 @@ def check_annotations(package: str) -> Any:
 
 
 def count_anew() -> None:
-    """Begin a test, in which no call has been checked."""
+    """Begin a file of tests, in which no call has been checked."""
     _calls.clear()
 
 

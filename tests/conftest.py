@@ -1,5 +1,6 @@
 """What every test runs under: no network, shape annotations checked on every call, one profile for hypothesis."""
 
+import gc
 import os
 import sys
 from typing import Any
@@ -56,7 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(autouse=True)
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what is there for all tests, a million objects, whenever it looks."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _checks_of_annotations() -> None:
     count_anew()
 

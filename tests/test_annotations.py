@@ -152,7 +152,7 @@ def test_some_later_calls_are_checked(module) -> None:
         assert _fails(lambda kind=kind: kind(["a"]))
 
 
-def test_each_test_begins_anew(module) -> None:
+def test_each_file_begins_anew(module) -> None:
     module.takes_all([0])
     count_anew()
 

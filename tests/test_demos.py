@@ -31,7 +31,9 @@ def check_question_and_answer(printed: str) -> None:
     assert lines[-1].startswith("Answer: ")
 
 
-@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+@pytest.mark.parametrize(
+    "name", ["tiny-gpt-neox", *(pytest.param(name, marks=pytest.mark.long) for name in ("tiny-llama", "tiny-falcon"))]
+)
 def test_indirect_object(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = load("indirect_object")
     numbers = demo.main(["--model", f"bundled:{name}", "--pairs", "4", "--out", str(tmp_path / "out")])
@@ -47,6 +49,7 @@ def test_indirect_object(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     check_question_and_answer(printed)
 
 
+@pytest.mark.long
 def test_induction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both heads form together, late and fast, and the loss on repeated tokens falls with them."""
     demo = load("induction")
@@ -70,6 +73,7 @@ def test_induction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "steps=40 is behind it" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_modular_addition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rule comes long after the training pairs are known, and lies in a few frequencies that all of it needs."""
     demo = load("modular_addition")
@@ -109,6 +113,7 @@ def test_fourier_parts_of_modular_addition() -> None:
     torch.testing.assert_close(shares, expected)
 
 
+@pytest.mark.long
 def test_superposition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The sparser features are, the more are represented: first as many as dimensions, then pairs, then a pentagon."""
     demo = load("superposition")
@@ -147,6 +152,7 @@ def test_impossible_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The heads that count, all of them in the layer without positions, are needed for mistakes of the count alone."""
     demo = load("brackets")
@@ -215,7 +221,11 @@ def test_without_matplotlib_the_way_out_is_told(
 
 @pytest.mark.parametrize(
     ("name", "mlp_restores", "mover"),
-    [("tiny-gpt-neox", True, 2), ("tiny-llama", True, None), ("tiny-falcon", False, 0)],
+    [
+        ("tiny-gpt-neox", True, 2),
+        pytest.param("tiny-llama", True, None, marks=pytest.mark.long),
+        pytest.param("tiny-falcon", False, 0, marks=pytest.mark.long),
+    ],
 )
 def test_factual_recall(
     name: str, mlp_restores: bool, mover: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -256,7 +266,7 @@ def test_noise_is_on_the_country_alone() -> None:
         assert restored == task.probability([])
 
 
-@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama"])
+@pytest.mark.parametrize("name", ["tiny-gpt-neox", pytest.param("tiny-llama", marks=pytest.mark.long)])
 def test_steering_vector(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A vector beats random ones of its length within the limit of damage; it is baked where there is a bias for it."""
     demo = load("steering_vector")

@@ -59,9 +59,14 @@ EVERY_KIND = (
 @pytest.mark.parametrize(
     ("variant", "layers"),
     [
-        *((name, None) for name in CHECKED),
         # Their layers are alike, so one is looked at.
-        *((name, [number % 2]) for number, name in enumerate(EVERY_KIND) if name not in CHECKED),
+        *((name, [number % 2]) for number, name in enumerate(CHECKED)),
+        *(
+            pytest.param(name, [number % 2], marks=pytest.mark.long)
+            for number, name in enumerate(EVERY_KIND)
+            if name not in CHECKED
+        ),
+        *(pytest.param(name, None, marks=pytest.mark.long) for name in CHECKED),
         *(pytest.param(name, None, marks=pytest.mark.slow) for name in VARIANTS if name not in CHECKED),
     ],
 )
@@ -78,7 +83,7 @@ def test_variant_passes_every_check(variant: str, layers: list[int] | None, tmp_
     _assert_bounds_as_promised(report, variant)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in EVERY_KIND])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in CHECKED])
 def test_variant_computes_what_transformers_does(variant: str, tmp_path: Path) -> None:
     model = HookedCausalLM.from_pretrained(save_variant(variant, tmp_path))
     whole = verify_whole(model)
@@ -126,9 +131,9 @@ def _assert_bounds_as_promised(report: VerificationReport, variant: str) -> None
 @pytest.mark.parametrize(
     ("variant", "dtype", "layers"),
     [
-        ("neox-parallel", torch.float64, [0]),
         ("llama-gqa", torch.bfloat16, [1]),
-        ("falcon-rw", torch.bfloat16, [0]),
+        pytest.param("neox-parallel", torch.float64, [0], marks=pytest.mark.long),
+        pytest.param("falcon-rw", torch.bfloat16, [0], marks=pytest.mark.long),
         *(
             pytest.param(variant, dtype, None, marks=pytest.mark.slow)
             for variant in ("neox-parallel", "llama-gqa", "falcon-rw")

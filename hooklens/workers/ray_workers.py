@@ -103,7 +103,7 @@ class RayWorkers:
             self._ray.shutdown()
 
     def run(self, tasks: Iterable[Any], shared: Any = None) -> Iterator[Any]:
-        """The results of tasks, in their order; those before a task that fails are passed on before its error is raised.
+        """The results of tasks, in their order; those before a task that fails come before its error is raised.
 
         Args:
             tasks: what `Work.run` takes; read as workers become free.

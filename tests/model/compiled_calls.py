@@ -40,12 +40,18 @@ def calls(model):
     }
 
 
-# Each call of one network, and of the others one that holds the rest: every capture, and edits of each kind.
-CASES = [
-    pytest.param(network, call, marks=() if network == "grouped" or call == "everything, edited" else pytest.mark.slow)
-    for network in ALL_CONFIGS
-    for call in calls(None)
-]
+# A call that holds the rest: every capture, and edits of each kind. Of one network `long` makes each call.
+ALL_IN_ONE = "everything, edited"
+BY_DEFAULT = ("grouped", "alibi", "latent attention")
+
+
+def mark(network, call):
+    if call == ALL_IN_ONE:
+        return () if network in BY_DEFAULT else pytest.mark.long
+    return pytest.mark.long if network == "grouped" else pytest.mark.slow
+
+
+CASES = [pytest.param(network, call, marks=mark(network, call)) for network in ALL_CONFIGS for call in calls(None)]
 
 
 @pytest.mark.parametrize(("network", "call"), CASES)
@@ -63,7 +69,7 @@ def test_no_graph_break(network, call):
         torch.testing.assert_close(cache[name], kept[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("said", ["document_ids", "document_borders"])
+@pytest.mark.parametrize("said", ["document_ids", pytest.param("document_borders", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "network",
     ["alibi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "learned, tied", "capped"))],
@@ -82,6 +88,7 @@ def test_documents_break_no_graph(network, said):
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_compiled_code_and_its_gradients():
     """With the compiler's own code; one network, since that takes its time."""
     model, tokens = make_model("grouped", dtype=torch.float32), random_tokens(2, 6)
@@ -100,6 +107,7 @@ def test_compiled_code_and_its_gradients():
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lies", ["disk", "cpu"])
 def test_offloaded_weights_break_no_graph(lies, tmp_path):
     model, tokens = make_model("grouped", dtype=torch.float32), random_tokens(2, 6)

@@ -16,8 +16,14 @@ pytestmark = traces_whole
 
 
 def test_compiled_calls():
-    """A call of every network, seven of one, documents and offloaded weights in two ways each, and two tests more."""
-    assert run("not slow") == len(ALL_CONFIGS) + 6 + 2 + 2 + 2
+    """A call of three networks, documents, and hooks that outlive a call."""
+    assert run("not slow and not long") == 3 + 1 + 1
+
+
+@pytest.mark.long
+def test_calls_of_every_network():
+    """A call of every other network, six more of one, documents, offloaded weights, and the compiler's own code."""
+    assert run("long") == len(ALL_CONFIGS) - 3 + 6 + 1 + 2 + 1
 
 
 @pytest.mark.slow

@@ -47,10 +47,17 @@ EVERY_KIND = (
 # last: what it does is what the other does, and `slow` looks at both.
 EVERY_LAYER = ("not-causal", "qk-norm-per-head-after-rotary", "parts-by-layer", "shortformer", "sinks", *CHECKED)
 ONE_LAYER = [name for name in EVERY_KIND if name not in EVERY_LAYER]
+# What the default run looks at point by point; of the others it sees that the whole computes what is defined.
+BY_DEFAULT = ("mixture", "parts-by-layer", "qk-rms-norm", "learned-offset-tied", "norms-in-branches-and-on-stream")
+
+
+def mark(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in BY_DEFAULT else (pytest.mark.long,)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in EVERY_LAYER else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+    "name",
+    [pytest.param(name, marks=mark(name) if name in EVERY_LAYER else pytest.mark.slow) for name in CONFIGS],
 )
 def test_every_configuration_passes(name: str) -> None:
     run = verify if name in CHECKED else verify_points
@@ -59,7 +66,9 @@ def test_every_configuration_passes(name: str) -> None:
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize(("name", "layer"), [(name, number % 2) for number, name in enumerate(ONE_LAYER)])
+@pytest.mark.parametrize(
+    ("name", "layer"), [pytest.param(name, number % 2, marks=mark(name)) for number, name in enumerate(ONE_LAYER)]
+)
 def test_a_layer_of_every_kind_passes(name: str, layer: int) -> None:
     report = verify_points(build(name), layers=[layer], gradients=True)
 
@@ -67,7 +76,7 @@ def test_a_layer_of_every_kind_passes(name: str, layer: int) -> None:
     assert {SHOWN, EXPLICIT} <= set(report.by_check())
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in EVERY_KIND])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in BY_DEFAULT])
 def test_every_configuration_computes_what_is_defined(name: str) -> None:
     report = verify_whole(build(name))
 
@@ -78,10 +87,11 @@ def test_every_configuration_computes_what_is_defined(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        ("qk-rms-norm", [0]),
         ("norms-around", [1]),
-        ("learned", [1]),
-        ("gated-shared-norm", [0]),
+        *(
+            pytest.param(name, layers, marks=pytest.mark.long)
+            for name, layers in (("qk-rms-norm", [0]), ("learned", [1]), ("gated-shared-norm", [0]))
+        ),
         *(
             pytest.param(name, None, marks=pytest.mark.slow)
             for name in ("qk-rms-norm", "norms-around", "learned", "gated-shared-norm")
@@ -118,10 +128,19 @@ def test_verifying_leaves_the_model_as_it_was() -> None:
 
 def test_layers_are_sampled_in_a_deep_model_and_the_report_says_so() -> None:
     model = HookedCausalLM(
-        HookedConfig(d_model=8, n_layers=7, n_heads=1, d_vocab=11, n_ctx=16, attn_only=True, positions=NoPositions())
+        HookedConfig(
+            d_model=8,
+            n_layers=7,
+            n_heads=1,
+            d_vocab=11,
+            n_ctx=16,
+            attn_only=True,
+            norm_before=False,
+            positions=NoPositions(),
+        )
     )
 
-    report = verify_points(model)
+    report = verify_points(model, n_tokens=8)
 
     assert report.notes[0].startswith("hook points were checked in layers 0, 3, 6 of 7; layers=range(7) checks every")
     subjects = {result.subject for result in report.results}
@@ -153,6 +172,6 @@ def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_report() -> None:
-    one, other = (verify_points(build(), seed=3, layers=[1]) for _ in range(2))
+    one, other = (verify_points(build("attention-only"), seed=3, layers=[1], n_tokens=8) for _ in range(2))
 
     assert one.results == other.results

@@ -121,14 +121,11 @@ def test_errors_are_those_that_were_raised() -> None:
 
 def test_what_stands_before_an_error_is_passed_on() -> None:
     """An error of a later task was raised before results of earlier ones, which were still being computed, came."""
-    passed = []
-    with (
-        RayWorkers(FailsEarly(), device=CPU, workers=2, what="f") as team,
-        pytest.raises(CheckpointError, match=r"^three$"),
-    ):
-        for result in team.run(range(20)):
-            passed.append(result)
-    assert passed == [0, 1, 2]
+    with RayWorkers(FailsEarly(), device=CPU, workers=2, what="f") as team:
+        results = team.run(range(20))
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(CheckpointError, match=r"^three$"):
+            next(results)
 
 
 def test_models_arrive_bit_for_bit() -> None:

@@ -191,6 +191,7 @@ def test_nothing_is_read_back(softcap, tracked):
             z.sum().backward()
 
 
+@pytest.mark.long
 @traces_whole
 def test_compiled_whole():
     """In a process of its own: torch.compile cannot see through the checks of annotations that tests run under."""

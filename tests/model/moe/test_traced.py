@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from hooklens.model.moe.traced import declare_operations
@@ -25,6 +26,7 @@ def test_operation_and_its_gradients():
     torch.library.opcheck(operation, (x, weight, ends), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.long
 @traces_whole
 def test_compiled_mixtures():
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CASES)]
