@@ -11,7 +11,7 @@ from tests.verification.networks import NeverFires, build, verify_points
 def test_a_report_reads_as_a_table() -> None:
     model = build()
     model.block_list()[0].attn.hook_z = NeverFires()
-    report = verify_points(model)
+    report = verify_points(model, layers=[0], n_tokens=8)
     text, table = str(report), report.to_dataframe()
 
     assert "FAILED" in text.splitlines()[0]

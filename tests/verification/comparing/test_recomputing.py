@@ -12,7 +12,7 @@ from hooklens.verification.comparing.ways import ways_to_run
 from hooklens.verification.probe import make_probe
 from hooklens.verification.report import CheckResult
 from tests.annotations import unchecked
-from tests.verification.networks import CONFIGS, build, verify_points
+from tests.verification.networks import CONFIGS, build, verify_points, verify_whole
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -33,7 +33,7 @@ def test_wrong_positions_of_padded_rows_are_named(dtype: torch.dtype, monkeypatc
 
     monkeypatch.setattr(TokenPlan, "positions", property(count_columns))
 
-    report = verify_points(build("learned").to(dtype))
+    report = verify_whole(build("learned").to(dtype))
 
     failed = {failure.subject for failure in report.failures if failure.check == SHOWN}
     assert "hook_pos_embed, left-padded" in failed
