@@ -1,5 +1,7 @@
 """Decompositions against sums over plain loops, on every wiring, norm and kind of position."""
 
+import functools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -21,10 +23,24 @@ def network(request):
     return request.param
 
 
-def run(network, *, dtype=torch.float64, names_filter=None, **keywords):
+@functools.cache
+def _run(network, dtype, names_filter, keywords):
     model = make_model(network, dtype=dtype)
-    logits, cache = model.run_with_cache(random_tokens(2, 5), names_filter=names_filter, **keywords)
+    names = list(names_filter) if isinstance(names_filter, tuple) else names_filter
+    logits, cache = model.run_with_cache(random_tokens(2, 5), names_filter=names, **dict(keywords))
     return model, logits, cache
+
+
+def run(network, *, dtype=torch.float64, names_filter=None, **keywords):
+    """A model, its logits and its activations, which tests share: nothing here writes to them."""
+    names = tuple(names_filter) if isinstance(names_filter, list) else names_filter
+    return _run(network, dtype, names, tuple(keywords.items()))
+
+
+@functools.cache
+def whole_stack(network, method, apply_ln):
+    """A stack of all positions and components."""
+    return getattr(run(network)[2], method)(apply_ln=apply_ln)
 
 
 def stream_entering(cache, layer):
@@ -221,14 +237,12 @@ class TestPositionsAndProjections:
     @pytest.mark.parametrize("apply_ln", [False, True])
     def test_positions_are_those_of_the_whole(self, network, pos_slice, apply_ln):
         _, _, cache = run(network)
-        keywords = {"apply_ln": apply_ln}
         for method in (
             "accumulated_resid", "decompose_resid", "stack_head_results", "stack_neuron_results",
             "get_full_resid_decomposition",
         ):  # fmt: skip
-            whole = getattr(cache, method)(**keywords)
-            part = getattr(cache, method)(pos_slice=pos_slice, **keywords)
-            assert_close(part, whole[:, :, pos_slice])
+            part = getattr(cache, method)(pos_slice=pos_slice, apply_ln=apply_ln)
+            assert_close(part, whole_stack(network, method, apply_ln)[:, :, pos_slice])
 
     def test_positions_backwards(self, network):
         """torch has no slices with a negative step, Python's sequences do."""
@@ -241,7 +255,7 @@ class TestPositionsAndProjections:
         _, _, cache = run(network)
         directions = torch.randn(12, 3, dtype=torch.float64)
         for method in ("stack_head_results", "stack_neuron_results", "get_full_resid_decomposition"):
-            whole = getattr(cache, method)(apply_ln=apply_ln)
+            whole = whole_stack(network, method, apply_ln)
             assert_close(getattr(cache, method)(apply_ln=apply_ln, project_output_onto=directions), whole @ directions)
             one = getattr(cache, method)(apply_ln=apply_ln, project_output_onto=directions[:, 0], pos_slice=-1)
             assert_close(one, whole[:, :, -1] @ directions[:, 0])
