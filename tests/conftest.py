@@ -1,5 +1,6 @@
 """What every test runs under: no network, shape annotations checked on every call, one profile for hypothesis."""
 
+import gc
 import os
 import sys
 from typing import Any
@@ -54,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage looks only at what tests make, not at all modules and tests, which are a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

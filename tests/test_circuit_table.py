@@ -1,6 +1,7 @@
 import pytest
 
 from tests.circuit_table import LEARNED, METHODS, MODELS, NORMS, measure, measure_known, read_known, read_page
+from tests.slow_cases import slow_but
 
 # Sums in another order move a curve by rounding, which can exchange edges of nearly equal scores.
 AWAY = 0.02
@@ -15,7 +16,7 @@ def check(row) -> None:
     assert (row.cpr, row.cmd) == pytest.approx(read_page()[row.model, row.method, row.rules], abs=AWAY)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, ["tiny-llama", "tiny-falcon"]))
 def test_circuits_of_the_bundled_models(name):
     for row in measure(name, [("eap", "norms"), ("eap-ig-inputs", "gradient")]):
         check(row)

@@ -11,8 +11,9 @@ from hooklens.activation_cache import MissingActivationError
 from hooklens.config import LearnedPositions
 from hooklens.errors import CacheError, InputError
 from tests.annotations import unchecked
-from tests.checkpoints import VARIANTS, build_variant
+from tests.checkpoints import build_variant
 from tests.model.networks import CONFIGS, Allocations, make_model, random_tokens
+from tests.patching.variants import variants
 
 SEQUENTIAL = [name for name, cfg in CONFIGS.items() if cfg.wiring == "sequential"]
 PARALLEL = [name for name, cfg in CONFIGS.items() if cfg.wiring == "parallel"]
@@ -138,7 +139,7 @@ class TestSums:
         assert_close(stack.sum(0), stream_entering(cache, 2 if layer == -1 else layer), rtol=0, atol=1e-10)
         assert labels[-1] == "remainder"
 
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("variant", variants())
     def test_every_checkpoint_variant_in_float32(self, variant):
         """1e-5 of the stream's size: float32 sums of some hundred terms."""
         model = HookedCausalLM.from_hf(build_variant(variant))

@@ -517,15 +517,6 @@ def run_on_cache(model):
 OTHER_RUNS = (run_cache, run_gradients, run_generate, run_on_cache)
 
 
-@pytest.fixture
-def little_garbage():
-    """Collecting garbage looks only at what the test made, not at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def reached_by(run, model):
     """The lines of the package that a run reaches, in the order in which it first does."""
     with Interrupter() as every:
@@ -579,7 +570,7 @@ NETWORK = [Path(SOURCES, name) for name in ("model", "kv_cache", "weights")]
 
 @pytest.fixture(scope="module")
 def is_of_the_network():
-    """Whether a line is beside those where hooks are attached and taken off: an exception leaves all in the same way."""
+    """Whether a line is beside those that attach hooks and take them off: an exception leaves all in the same way."""
     model = make_model(TINY)
     with unchecked():
         run_hooks(copy.deepcopy(model))
@@ -592,7 +583,6 @@ def is_of_the_network():
     return check
 
 
-@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize(
     ("run", "every_line"),
     [
@@ -610,7 +600,6 @@ def test_an_interrupt_at_any_line_leaves_nothing(run, every_line, is_of_the_netw
     assert broken_off == len(reached) if run is not run_generate else broken_off > 20
 
 
-@pytest.mark.usefixtures("little_garbage")
 def test_an_interrupt_in_a_with_block_leaves_nothing(is_of_the_network):
     """Of the caller's own block: at any line but those of `__exit__` before its `try`, where Python looks for none."""
 
@@ -625,7 +614,6 @@ def test_an_interrupt_in_a_with_block_leaves_nothing(is_of_the_network):
     assert set(wrong) <= set(sorted(in_exit)[:2])
 
 
-@pytest.mark.usefixtures("little_garbage")
 def test_an_interrupt_right_behind_the_entering_leaves_nothing():
     """Python may raise it after the call that opens the block, in the middle of a line."""
     model = make_model("bare")

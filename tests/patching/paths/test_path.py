@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, PARTIAL_CONFIGS, make_model, pad_rows, random_tokens
 from tests.patching.live_bytes import LiveBytes
 from tests.patching.path_reference import PathTree
+from tests.slow_cases import slow_but
 
 METRIC = LogitDiff(3, 5)
 # Sequential with grouped queries, parallel, parallel with one norm and one key-value head, sequential with biases.
@@ -219,8 +221,13 @@ def test_equals_three_passes_where_receivers_do_not_reach_each_other(network, th
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("network", ["grouped", "rotary", "shared norm"])
+@pytest.mark.parametrize(
+    ("network", "direction"),
+    slow_but(
+        product(["grouped", "rotary", "shared norm"], ["denoise", "noise"]),
+        [("grouped", "noise"), ("rotary", "denoise"), ("shared norm", "noise")],
+    ),
+)
 def test_ragged_pairs_equal_pairs_alone(network, direction):
     model = make_model(network)
     lengths, shared = (6, 4, 5), (2, 0, 4)
