@@ -178,7 +178,7 @@ def test_edits_between_a_patch_and_the_next_block_act_on_the_patch(network):
             assert abs(value - expected) <= TOLERANCE * (1 + abs(expected)), (edit, cell)
 
 
-@pytest.mark.parametrize("network", ["grouped", "capped"])
+@pytest.mark.parametrize("network", ["grouped", "alibi, grouped"])
 @pytest.mark.parametrize(
     "edit",
     [

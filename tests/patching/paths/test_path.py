@@ -112,9 +112,17 @@ def test_layers_without_attention_or_mlp(network, receivers, through_mlps):
         patching.path_patch(model, clean, corrupted, senders, ["m1"], METRIC, progress=False)
 
 
-@pytest.mark.parametrize("through_mlps", [True, False])
-@pytest.mark.parametrize("receivers", RECEIVERS.values(), ids=RECEIVERS)
-@pytest.mark.parametrize("network", WIRINGS)
+# Each wiring with all receivers, which two of the four wirings have with MLPs on the way, and the others without.
+BY_TURNS = [
+    (network, receivers, (row + column) % 2 == 0)
+    for row, network in enumerate(WIRINGS)
+    for column, receivers in enumerate(RECEIVERS)
+]
+
+
+@pytest.mark.parametrize(
+    ("network", "receivers", "through_mlps"), slow_but(product(WIRINGS, RECEIVERS, [True, False]), BY_TURNS)
+)
 def test_equals_the_network_path_by_path(network, receivers, through_mlps):
     """Each path counts once, in one run.
 
@@ -122,6 +130,7 @@ def test_equals_the_network_path_by_path(network, receivers, through_mlps):
     sender's own change on top of what the receivers had made of it: with `["m0", "logits"]` and `through_mlps`, paths
     over `m0` to the logits were in both parts.
     """
+    receivers = RECEIVERS[receivers]
     model = small_model(network)
     clean, corrupted = two_prompts(model)
     senders = ["embed", "a0.h0", "m0", "a1.h1", "m1"]
