@@ -231,11 +231,19 @@ class TestComponents:
         assert cache.stack_activation("scale", 1, "ln2").equal(cache["scale", 0, "ln2"][None])
 
 
+POSITIONS = [2, slice(1, 4), -1, slice(None, None, 2), slice(4, 4), [0, -1], torch.tensor([3, 1])]
+
+
 class TestPositionsAndProjections:
+    # Positions are chosen in the same way with a norm, which has to choose them among its denominators, too.
     @pytest.mark.parametrize(
-        "pos_slice", [2, -1, slice(1, 4), slice(None, None, 2), slice(4, 4), [0, -1], torch.tensor([3, 1])]
+        ("apply_ln", "pos_slice"),
+        [
+            *((True, pos_slice) for pos_slice in POSITIONS),
+            *((False, pos_slice) for pos_slice in POSITIONS[:2]),
+            *(pytest.param(False, pos_slice, marks=pytest.mark.slow) for pos_slice in POSITIONS[2:]),
+        ],
     )
-    @pytest.mark.parametrize("apply_ln", [False, True])
     def test_positions_are_those_of_the_whole(self, network, pos_slice, apply_ln):
         _, _, cache = run(network)
         for method in (
