@@ -3,12 +3,13 @@
 import random
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hooklens import HookedCausalLM, patching
 from hooklens.patching import EstimateCheck, EstimateWarning, LogitDiff, Pair
@@ -114,18 +115,32 @@ def make_pairs(model: HookedCausalLM, prompts: str, *, seed: int = 0, n_pairs: i
     return pairs
 
 
+@cache
+def _load_pairs(model: str, prompts: str, seed: int) -> list[Pair]:
+    return make_pairs(load(model), prompts, seed=seed)
+
+
+@cache
+def _run_exactly(model: str, site: str, prompts: str, seed: int) -> Tensor:
+    """The exact effects of all cells of a site, in the order of the sweep: the same whatever estimates them."""
+    pairs, grid = _load_pairs(model, prompts, seed), patching.grid(site, positions="each")
+    estimate = patching.attribution(load(model), pairs, sites=grid, metric=LogitDiff(), progress=False)
+    assert estimate.run_exactly is not None
+    return estimate.run_exactly(list(range(len(estimate.cells))), progress=False)
+
+
 def measure(model: str, site: str, prompts: str, method: str, *, seed: int = 0) -> Row:
     """Estimate all cells of a site, and run all of them."""
-    loaded = load(model)
-    grid = patching.grid(site, positions="each")
     estimate = patching.attribution(
-        loaded,
-        make_pairs(loaded, prompts, seed=seed),
-        sites=grid,
+        load(model),
+        _load_pairs(model, prompts, seed),
+        sites=patching.grid(site, positions="each"),
         metric=LogitDiff(),
         progress=False,
         **METHODS[method],
     )
+    exact = _run_exactly(model, site, prompts, seed)
+    estimate = replace(estimate, run_exactly=lambda cells, *, progress: exact[list(cells)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EstimateWarning)
         return Row(model, site, prompts, method, estimate.check(None, progress=False))

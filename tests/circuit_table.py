@@ -40,6 +40,7 @@ METHODS = (
 LEARNED = ("learn_circuit", "kl")
 _SHARE = 0.05
 NORMS = (None, "layer", "rms")
+GATES = "`learn_circuit`, gates of 5 edges, KL"
 THRESHOLD = 0.1
 NAMES = ("Mary", "John", "Anna", "Paul", "Alice", "Tom", "Sarah", "James")
 SENTENCE = "When {first} and {second} went to the store , {subject} gave a drink to"
@@ -147,10 +148,13 @@ def curves_of_gates(model: HookedCausalLM, pairs: list[Pair]) -> tuple[Faithfuln
     return curve, curve
 
 
-def measure_known() -> dict[str, tuple[float, ...]]:
-    """The areas of each way to find the known circuit, without a norm, with a LayerNorm and with an RMS norm."""
+def measure_known(norms: Sequence[str | None] = NORMS, *, learn: bool = True) -> dict[str, tuple[float, ...]]:
+    """The areas of each way to find the known circuit, for each norm; gates are left out unless they are to be learned.
+
+    Without a norm, with a LayerNorm and with an RMS norm, it is the page's table.
+    """
     areas: dict[str, tuple[float, ...]] = {}
-    for norm in NORMS:
+    for norm in norms:
         task = known.induction(norm=norm)
         pairs = task.pairs(32)
         found = {}
@@ -158,8 +162,9 @@ def measure_known() -> dict[str, tuple[float, ...]]:
             scores = edge_attribution(task.model, pairs, metric=task.metric, method=method, rules=rules, progress=False)
             words = f"`{method}`" if rules is None else f"`{method}`, rules `{rules}`"
             found[f"`edge_attribution`, {words}"] = scores.auroc(task.circuit)
-        gates = learn_circuit(task.model, pairs, target_size=len(task.circuit), progress=False)
-        found["`learn_circuit`, gates of 5 edges, KL"] = gates.scores.auroc(task.circuit)
+        if learn:
+            gates = learn_circuit(task.model, pairs, target_size=len(task.circuit), progress=False)
+            found[GATES] = gates.scores.auroc(task.circuit)
         acdc = discover_circuit(task.model, pairs, metric=task.metric, threshold=THRESHOLD, progress=False).circuit
         found[f"`discover_circuit` (ACDC), threshold {THRESHOLD}"] = edge_auroc(acdc, task.circuit, edges=scores.edges)
         # Connected circuits of the true one's size.

@@ -1,5 +1,7 @@
 """Decompositions against sums over plain loops, on every wiring, norm and kind of position."""
 
+import functools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,8 +11,9 @@ from hooklens.activation_cache import MissingActivationError
 from hooklens.config import LearnedPositions
 from hooklens.errors import CacheError, InputError
 from tests.annotations import unchecked
-from tests.checkpoints import VARIANTS, build_variant
+from tests.checkpoints import build_variant
 from tests.model.networks import CONFIGS, Allocations, make_model, random_tokens
+from tests.patching.variants import variants
 
 SEQUENTIAL = [name for name, cfg in CONFIGS.items() if cfg.wiring == "sequential"]
 PARALLEL = [name for name, cfg in CONFIGS.items() if cfg.wiring == "parallel"]
@@ -21,10 +24,24 @@ def network(request):
     return request.param
 
 
-def run(network, *, dtype=torch.float64, names_filter=None, **keywords):
+@functools.cache
+def _run(network, dtype, names_filter, keywords):
     model = make_model(network, dtype=dtype)
-    logits, cache = model.run_with_cache(random_tokens(2, 5), names_filter=names_filter, **keywords)
+    names = list(names_filter) if isinstance(names_filter, tuple) else names_filter
+    logits, cache = model.run_with_cache(random_tokens(2, 5), names_filter=names, **dict(keywords))
     return model, logits, cache
+
+
+def run(network, *, dtype=torch.float64, names_filter=None, **keywords):
+    """A model, its logits and its activations, which tests share: nothing here writes to them."""
+    names = tuple(names_filter) if isinstance(names_filter, list) else names_filter
+    return _run(network, dtype, names, tuple(keywords.items()))
+
+
+@functools.cache
+def whole_stack(network, method, apply_ln):
+    """A stack of all positions and components."""
+    return getattr(run(network)[2], method)(apply_ln=apply_ln)
 
 
 def stream_entering(cache, layer):
@@ -122,7 +139,7 @@ class TestSums:
         assert_close(stack.sum(0), stream_entering(cache, 2 if layer == -1 else layer), rtol=0, atol=1e-10)
         assert labels[-1] == "remainder"
 
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("variant", variants())
     def test_every_checkpoint_variant_in_float32(self, variant):
         """1e-5 of the stream's size: float32 sums of some hundred terms."""
         model = HookedCausalLM.from_hf(build_variant(variant))
@@ -214,21 +231,27 @@ class TestComponents:
         assert cache.stack_activation("scale", 1, "ln2").equal(cache["scale", 0, "ln2"][None])
 
 
+POSITIONS = [2, slice(1, 4), -1, slice(None, None, 2), slice(4, 4), [0, -1], torch.tensor([3, 1])]
+
+
 class TestPositionsAndProjections:
+    # Positions are chosen in the same way with a norm, which has to choose them among its denominators, too.
     @pytest.mark.parametrize(
-        "pos_slice", [2, -1, slice(1, 4), slice(None, None, 2), slice(4, 4), [0, -1], torch.tensor([3, 1])]
+        ("apply_ln", "pos_slice"),
+        [
+            *((True, pos_slice) for pos_slice in POSITIONS),
+            *((False, pos_slice) for pos_slice in POSITIONS[:2]),
+            *(pytest.param(False, pos_slice, marks=pytest.mark.slow) for pos_slice in POSITIONS[2:]),
+        ],
     )
-    @pytest.mark.parametrize("apply_ln", [False, True])
     def test_positions_are_those_of_the_whole(self, network, pos_slice, apply_ln):
         _, _, cache = run(network)
-        keywords = {"apply_ln": apply_ln}
         for method in (
             "accumulated_resid", "decompose_resid", "stack_head_results", "stack_neuron_results",
             "get_full_resid_decomposition",
         ):  # fmt: skip
-            whole = getattr(cache, method)(**keywords)
-            part = getattr(cache, method)(pos_slice=pos_slice, **keywords)
-            assert_close(part, whole[:, :, pos_slice])
+            part = getattr(cache, method)(pos_slice=pos_slice, apply_ln=apply_ln)
+            assert_close(part, whole_stack(network, method, apply_ln)[:, :, pos_slice])
 
     def test_positions_backwards(self, network):
         """torch has no slices with a negative step, Python's sequences do."""
@@ -241,7 +264,7 @@ class TestPositionsAndProjections:
         _, _, cache = run(network)
         directions = torch.randn(12, 3, dtype=torch.float64)
         for method in ("stack_head_results", "stack_neuron_results", "get_full_resid_decomposition"):
-            whole = getattr(cache, method)(apply_ln=apply_ln)
+            whole = whole_stack(network, method, apply_ln)
             assert_close(getattr(cache, method)(apply_ln=apply_ln, project_output_onto=directions), whole @ directions)
             one = getattr(cache, method)(apply_ln=apply_ln, project_output_onto=directions[:, 0], pos_slice=-1)
             assert_close(one, whole[:, :, -1] @ directions[:, 0])

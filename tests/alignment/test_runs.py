@@ -1,5 +1,7 @@
 """Runs under interchanges against plain full forwards with hooks."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from tests.annotations import unchecked
 from tests.model.networks import CONFIGS, D_VOCAB, make_model, random_tokens
 
 LENGTH = 5
+model_of = functools.cache(make_model)
 SITES = [
     ("hook_embed", None), ("blocks.0.hook_resid_pre", None), ("blocks.1.hook_resid_pre", None),
     ("blocks.1.hook_resid_post", None), ("blocks.0.hook_attn_out", None), ("blocks.1.hook_mlp_out", None),
@@ -69,7 +72,7 @@ def run_whole(model, data, name, positions, head, bases):
     batch_size=st.sampled_from(["auto", 1, 4]),
 )
 def test_an_interchange_is_that_of_whole_runs(network, site, pos, read_at, variables, whole, batch_size):
-    model = make_model(network)
+    model = model_of(network)
     name, head = site
     if name not in model.hook_points() or not model.cfg.causal:
         return

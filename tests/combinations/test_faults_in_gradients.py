@@ -10,6 +10,7 @@ from hooklens.errors import InputError
 from hooklens.hooks.edits import Replace, Scale, Zero
 from tests.combinations.reference import PlainEdit, Reference
 from tests.model.networks import ALL_CONFIGS, activations_of, make_config, make_model, pad_rows, random_tokens
+from tests.slow_cases import slow_but
 
 # The same sums in another order, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -29,7 +30,9 @@ def assert_finite(tensors: dict[str, Tensor]) -> None:
 # Gradients where a query sees no key.
 
 
-@pytest.mark.parametrize("network", ALL_CONFIGS)
+@pytest.mark.parametrize(
+    "network", slow_but(ALL_CONFIGS, ["grouped", "alibi", "capped", "heads and MLPs apart", "latent attention"])
+)
 def test_gradients_at_every_point_are_finite_with_padding_on_the_left(network):
     """A captured gradient at the pattern, or a soft cap, gave NaN everywhere as soon as a row was padded on the left.
 

@@ -29,7 +29,7 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 2000 * 2**-23, torch.bfloat16: 60 
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=SUPPRESSED)
+@settings(deadline=None, max_examples=120, suppress_health_check=SUPPRESSED)
 @given(draw_case())
 def test_what_is_used_together_gives_what_the_plain_network_gives(case: Case) -> None:
     check_case(case)

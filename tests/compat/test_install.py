@@ -1,20 +1,28 @@
-"""`import transformer_lens` finds the layer, once it is installed; in processes of their own."""
+"""`import transformer_lens` finds the layer, once it is installed."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hooklens.compat import install_transformer_lens
+from hooklens.errors import HookLensError
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    path = [str(ROOT), *map(str, paths)]
-    lines = f"import sys; sys.path[:0] = {path!r}\n{code}"
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
 
 
-def test_modules_are_the_same_under_both_names() -> None:
+def test_modules_are_the_same_under_both_names_and_none_comes_with_hooklens() -> None:
     code = """
+import hooklens, hooklens.patching
+assert not [one for one in sys.modules if one.startswith("hooklens.compat")]
 import hooklens.compat.transformer_lens.install
 import transformer_lens, transformer_lens.utils
 import transformer_lens.HookedTransformer as module
@@ -37,24 +45,13 @@ except ModuleNotFoundError:
     assert done.stdout.endswith("fine\n"), done.stderr
 
 
-def test_the_real_package_must_not_have_been_imported(tmp_path: Path) -> None:
+def test_the_real_package_must_not_have_been_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "transformer_lens.py").write_text("")
-    code = """
-import transformer_lens
-from hooklens.compat import install_transformer_lens
-from hooklens.errors import HookLensError
-try:
-    install_transformer_lens()
-except HookLensError as error:
-    print(error)
-"""
-    done = run(code, tmp_path)
-    assert "has already been imported from" in done.stdout, done.stderr
-    assert str(tmp_path) in done.stdout
-
-
-def test_nothing_of_the_layer_is_imported_with_hooklens() -> None:
-    code = (
-        "import hooklens, hooklens.patching\nprint([one for one in sys.modules if one.startswith('hooklens.compat')])"
-    )
-    assert run(code).stdout == "[]\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    # Put back behind the test, whatever stood there.
+    monkeypatch.setitem(sys.modules, "transformer_lens", ModuleType("transformer_lens"))
+    del sys.modules["transformer_lens"]
+    importlib.import_module("transformer_lens")
+    with pytest.raises(HookLensError, match="has already been imported from") as caught:
+        install_transformer_lens()
+    assert str(tmp_path) in str(caught.value)

@@ -1,6 +1,7 @@
 """Continuations behind a prefix that is text, against the whole text, for tokenizers of every kind."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hooklens.errors import InputError
 from hooklens.evaluation import multiple_choice, score_continuations
 from hooklens.evaluation.prefix import encode_continuations, encode_in_place, extend_prefix, make_prefix, run_behind
 from tests.evaluation.networks import score_alone
+from tests.slow_cases import slow_but
 from tests.text_models import reader_of
 from tests.tokens.kinds import KINDS, TEMPLATES
 
@@ -23,8 +25,15 @@ def encode_open(model, text):
     return ids[:-1] if ids[-1] == model.tokenizer.eos_token_id else ids
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", KINDS)
+# Each kind with two templates, of which one puts a token behind the text.
+BY_TURNS = [
+    (kind, template)
+    for number, kind in enumerate(KINDS)
+    for template in (("none", "EOS") if number % 2 else ("BOS", "both"))
+]
+
+
+@pytest.mark.parametrize(("kind", "template"), slow_but(product(KINDS, TEMPLATES), BY_TURNS))
 def test_continuations_score_as_in_the_whole_text(kind, template):
     """They were encoded alone: behind "A: yes\\n" the tokens of " no" were scored in the place of "no"."""
     model = reader_of(kind, template)
@@ -56,8 +65,7 @@ ITEMS = [
 
 
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: repr(item["question"]))
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "template"), slow_but(product(KINDS, TEMPLATES), BY_TURNS))
 def test_choices_and_questions_score_as_in_the_whole_text(kind, template, item):
     """Questions behind a prefix and choices behind a question were encoded alone, which changed the answers."""
     model = reader_of(kind, template)

@@ -96,8 +96,8 @@ def test_work_per_token_stays_flat(monkeypatch):
 
     Times are in `tests/benchmarks/test_generation.py`.
     """
-    cfg = pair()[0].cfg.replace(n_ctx=2048, origin=None)
-    model, n_tokens = HookedCausalLM(cfg), 2000
+    cfg = pair()[0].cfg.replace(n_ctx=512, origin=None)
+    model, n_tokens = HookedCausalLM(cfg), 500
     moved, widths = [], []
     grow = HookedKeyValueCacheEntry._grow
 

@@ -168,12 +168,7 @@ def tell_apart(model, prefix, text, kv, options):
     return out, listening.put_in[1:], streamed, forms
 
 
-@settings(max_examples=40)
-@given(kind=st.sampled_from(KINDS_OF_GENERATION), template=st.sampled_from(["none", "BOS", "both"]),
-       first=WORDS, second=WORDS, options=OPTIONS, draws=DRAWS, acting=EDITS)  # fmt: skip
-def test_generation_on_a_cached_prefix_gives_what_the_whole_text_gives(
-    kind, template, first, second, options, draws, acting
-):
+def check_generation_on_a_cached_prefix(kind, template, first, second, options, draws, acting):
     """Penalties, processors and criteria saw the suffix alone; returned and streamed text lost its first space."""
     model = reader_of(kind, template)
     prefix, text = "the mat" + "".join(first), "".join(second)
@@ -205,6 +200,25 @@ def test_generation_on_a_cached_prefix_gives_what_the_whole_text_gives(
         assert [shown + one for one in rows] == ([forms[form]] if isinstance(forms[form], str) else forms[form])
     assert part_streamed == streamed
     assert [one.tolist() for one in part_put] == [one.tolist() for one in put]
+
+
+DRAWN = given(
+    kind=st.sampled_from(KINDS_OF_GENERATION), template=st.sampled_from(["none", "BOS", "both"]),
+    first=WORDS, second=WORDS, options=OPTIONS, draws=DRAWS, acting=EDITS,
+)  # fmt: skip
+
+
+@settings(max_examples=20)
+@DRAWN
+def test_generation_on_a_cached_prefix_gives_what_the_whole_text_gives(**drawn):
+    check_generation_on_a_cached_prefix(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@DRAWN
+def test_in_more_cases_generation_on_a_cached_prefix_gives_what_the_whole_text_gives(**drawn):
+    check_generation_on_a_cached_prefix(**drawn)
 
 
 def test_ragged_texts_and_ragged_prefixes_are_seen_whole_by_processors():

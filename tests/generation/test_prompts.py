@@ -17,11 +17,14 @@ from tests.generation.networks import pair, reader, with_padding_id
 ROW = st.lists(st.integers(1, 96), min_size=1, max_size=6)
 
 
+PADDING = with_padding_id(pair()[0])
+
+
 @given(rows=st.lists(st.tuples(ROW, st.booleans()), min_size=1, max_size=4))
 def test_padding_on_either_side_becomes_padding_on_the_left(rows):
     width = max(len(ids) for ids, _ in rows)
     batch = [ids + [0] * (width - len(ids)) if right else [0] * (width - len(ids)) + ids for ids, right in rows]
-    prompts = read_prompts(with_padding_id(pair()[0]), torch.tensor(batch), GenerationOptions())
+    prompts = read_prompts(PADDING, torch.tensor(batch), GenerationOptions())
     assert prompts.lengths == [len(ids) for ids, _ in rows]
     assert prompts.padding == [width - len(ids) for ids, _ in rows]
     for found, padding, (ids, _) in zip(prompts.ids.tolist(), prompts.padding, rows, strict=True):

@@ -517,20 +517,19 @@ def run_on_cache(model):
 OTHER_RUNS = (run_cache, run_gradients, run_generate, run_on_cache)
 
 
-@pytest.fixture
-def little_garbage():
-    """Collecting garbage looks only at what the test made, not at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def reached_by(run, model):
+    """The lines of the package that a run reaches, in the order in which it first does."""
+    with Interrupter() as every:
+        run(model)
+    return every.reached
 
 
-def break_off_everywhere(run, *, spared=frozenset()):
+def break_off_everywhere(run, *, spared=lambda place: False):
     """Interrupt a run at each line that it reaches: these lines, those that left something, and how often it broke off.
 
     Of lines that are spared, it is at every tenth. What the process keeps (parsed names, shapes) is made in a first
-    run; the model's own things in each.
+    run. What a model keeps is made in its own first run: lines that only that one reaches have a new model each, all
+    others one that has run, for as long as nothing is left on it.
     """
     pristine, broken_off, wrong = make_model(TINY), 0, []
     with unchecked(), warnings.catch_warnings():
@@ -539,12 +538,17 @@ def break_off_everywhere(run, *, spared=frozenset()):
         expected = make_model(TINY)(IDS)
         run(copy.deepcopy(pristine))
         model = copy.deepcopy(pristine)
-        with Interrupter() as every:
-            run(model)
-        assert len(every.reached) > 100, "the trace sees the package's lines"
-        places = [place for number, place in enumerate(every.reached) if place not in spared or number % 10 == 0]
+        reached = reached_by(run, model)
+        assert len(reached) > 100, "the trace sees the package's lines"
+        again = reached_by(run, model)
+        places = [place for number, place in enumerate(reached) if not spared(place) or number % 10 == 0]
+        used = None
         for place in places:
-            model = copy.deepcopy(pristine)
+            model = used if used is not None and place in again else copy.deepcopy(pristine)
+            if place in again and model is not used:
+                run(model)
+                model.zero_grad()
+                used = model
             try:
                 with Interrupter(place):
                     run(model)
@@ -555,22 +559,30 @@ def break_off_everywhere(run, *, spared=frozenset()):
                 wrong.append(place)
                 call_module._entries.set(())
                 call_module._all_entries.clear()
+                used = None
     return places, wrong, broken_off
 
 
+HOOKS = Path(call_module.__file__).parent
+# What every forward runs through, whoever calls it; what the hooked run reaches beside it is in the fixture below.
+NETWORK = [Path(SOURCES, name) for name in ("model", "kv_cache", "weights")]
+
+
 @pytest.fixture(scope="module")
-def lines_of_the_network():
-    """Those of a hooked run beside where hooks are attached and taken off: an exception leaves all in the same way."""
+def is_of_the_network():
+    """Whether a line is beside those that attach hooks and take them off: an exception leaves all in the same way."""
     model = make_model(TINY)
     with unchecked():
         run_hooks(copy.deepcopy(model))
-        with Interrupter() as every:
-            run_hooks(model)
-    hooks = Path(call_module.__file__).parent
-    return frozenset(place for place in every.reached if hooks not in Path(place[0]).parents)
+        hooked = reached_by(run_hooks, model)
+
+    def check(place):
+        parents = Path(place[0]).parents
+        return HOOKS not in parents and (place in hooked or any(folder in parents for folder in NETWORK))
+
+    return check
 
 
-@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize(
     ("run", "every_line"),
     [
@@ -579,31 +591,29 @@ def lines_of_the_network():
         *(pytest.param(run, True, marks=pytest.mark.slow) for run in OTHER_RUNS),
     ],
 )
-def test_an_interrupt_at_any_line_leaves_nothing(run, every_line, lines_of_the_network):
+def test_an_interrupt_at_any_line_leaves_nothing(run, every_line, is_of_the_network):
     """An interrupt between attaching and the `try` left hooks on the model for good."""
-    spared = frozenset() if every_line else lines_of_the_network
-    reached, wrong, broken_off = break_off_everywhere(run, spared=spared)
+    options = {} if every_line else {"spared": is_of_the_network}
+    reached, wrong, broken_off = break_off_everywhere(run, **options)
     assert wrong == []
     # generate gives back what it has when it is interrupted between two tokens.
     assert broken_off == len(reached) if run is not run_generate else broken_off > 20
 
 
-@pytest.mark.usefixtures("little_garbage")
-def test_an_interrupt_in_a_with_block_leaves_nothing(lines_of_the_network):
+def test_an_interrupt_in_a_with_block_leaves_nothing(is_of_the_network):
     """Of the caller's own block: at any line but those of `__exit__` before its `try`, where Python looks for none."""
 
     def run(model):
         with model.hooks([("pattern", lambda t, hook: t * 2)], edits=[edits.Zero("z")]), model.capture("*"):
             model(IDS)
 
-    reached, wrong, broken_off = break_off_everywhere(run, spared=lines_of_the_network)
+    reached, wrong, broken_off = break_off_everywhere(run, spared=is_of_the_network)
     assert broken_off == len(reached)
     lines, first = inspect.getsourcelines(inspect.unwrap(call_module.ListeningBlock.__exit__))
     in_exit = [place for place in reached if place[0] == call_module.__file__ and 0 <= place[1] - first < len(lines)]
     assert set(wrong) <= set(sorted(in_exit)[:2])
 
 
-@pytest.mark.usefixtures("little_garbage")
 def test_an_interrupt_right_behind_the_entering_leaves_nothing():
     """Python may raise it after the call that opens the block, in the middle of a line."""
     model = make_model("bare")
@@ -630,7 +640,7 @@ def test_an_interrupt_right_behind_the_entering_leaves_nothing():
     assert is_clean(model)
 
 
-def test_interrupts_show_what_is_left(lines_of_the_network):
+def test_interrupts_show_what_is_left(is_of_the_network):
     """The check itself: a hook that is taken off without a `finally` stays at every line of the call."""
 
     def run(model):
@@ -638,7 +648,7 @@ def test_interrupts_show_what_is_left(lines_of_the_network):
         model(IDS)
         handle.remove()
 
-    reached, wrong, broken_off = break_off_everywhere(run, spared=lines_of_the_network)
+    reached, wrong, broken_off = break_off_everywhere(run, spared=is_of_the_network)
     assert broken_off == len(reached)
     in_model = [place for place in reached if "/hooklens/model/block.py" in place[0]]
     assert in_model

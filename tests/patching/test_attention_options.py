@@ -18,6 +18,7 @@ from tests.patching.estimates import published
 from tests.patching.estimates.test_edges import assert_scores
 from tests.patching.masked_reference import MaskedReference
 from tests.patching.sweeps.test_sweep import METRIC, assert_exact, every_grid, pair
+from tests.slow_cases import slow_but
 
 NETWORKS = {
     "shortformer, clipped": make_config(
@@ -37,7 +38,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("network", ["shortformer, clipped", "sinks"])
+@pytest.mark.parametrize("network", slow_but(["shortformer, clipped", "sinks"], ["shortformer, clipped"]))
 def test_sweeps(network):
     model = make_model(NETWORKS[network])
     clean, corrupted = pair(n=5)

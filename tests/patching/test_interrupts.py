@@ -38,7 +38,6 @@ RUNS = {
         MODEL, CLEAN, CORRUPTED, threshold=0.05, batch_size=30, progress=False
     ),
 }
-N_SAMPLES = 12
 
 
 class _Interrupt:
@@ -98,8 +97,9 @@ def check_partial(part, whole, *, is_sum):
             assert torch.equal(found[known], expected[known])
 
 
+@pytest.mark.parametrize("n_samples", [6, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
-def test_an_interrupt_at_any_line_gives_what_was_measured_or_nothing(name):
+def test_an_interrupt_at_any_line_gives_what_was_measured_or_nothing(name, n_samples):
     """Outside sweeps, Ctrl-C beside the progress bar or on the way out of it, lost all that was measured."""
     run = RUNS[name]
     logits = MODEL(CLEAN)
@@ -108,8 +108,8 @@ def test_an_interrupt_at_any_line_gives_what_was_measured_or_nothing(name):
     assert n_lines > 200
     kept = set()
     # Each sample in another part of the call, at places that no loop repeats.
-    for number in range(N_SAMPLES):
-        at = 1 + math.floor((number + (number * 0.618) % 1) * n_lines / N_SAMPLES) % n_lines
+    for number in range(n_samples):
+        at = 1 + math.floor((number + (number * 0.618) % 1) * n_lines / n_samples) % n_lines
         _, found = interrupt(run, at)
         where = f"{name}: line {at} of {n_lines}: {found!r}"
         if type(found) is KeyboardInterrupt:

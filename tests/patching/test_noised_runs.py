@@ -5,6 +5,7 @@ on prompts that hold these words. The words have no logits of their own to speak
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from hooklens.hooks import edits
 from hooklens.patching import LogitDiff, Noise
 from hooklens.patching.pairs.prompts import read_pairs
 from tests.model.networks import ALL_CONFIGS, D_VOCAB, make_model, random_tokens
+from tests.slow_cases import slow_but
 
 METRIC = LogitDiff(3, 5)
-NETWORKS = ["rotary", "grouped", "learned, tied", "capped", "latent attention"]
-NETWORKS += [pytest.param(network, marks=pytest.mark.slow) for network in ("alibi", "shared norm")]
+NETWORKS = ["rotary", "grouped", "learned, tied", "capped", "latent attention", "alibi", "shared norm"]
 NOISE = Noise(pos=[1, -2], std=0.7, draws=2, seed=3)
 # float64 rounding through two layers, far below any real difference.
 TOLERANCE = 1e-10
@@ -71,8 +72,13 @@ ENDS = patching.grid("resid_post", positions=[1, -2, -1])
 SITES = ["hook_embed", "resid_pre", "attn_out", "mlp_out", "z", "q", "v", "pattern"]
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "direction"),
+    slow_but(
+        product(NETWORKS, ["denoise", "noise"]),
+        [("rotary", "noise"), *((network, "denoise") for network in NETWORKS[1:5])],
+    ),
+)
 def test_sweeps(network, direction):
     ours, theirs = make_both(network)
     sites = [patching.grid(site, positions=[1, -2, -1]) for site in SITES]

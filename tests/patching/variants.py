@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
-
 from tests.checkpoints import VARIANTS
+from tests.slow_cases import slow_but
 
 KINDS = (
     "neox-parallel",
@@ -23,5 +22,4 @@ KINDS = (
 
 def variants(kinds: Iterable[str] = KINDS) -> list[Any]:
     """All variants as parameters of a test, those that are not of these kinds marked slow."""
-    kept = set(kinds)
-    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in VARIANTS]
+    return slow_but(VARIANTS, tuple(kinds))

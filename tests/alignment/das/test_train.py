@@ -35,7 +35,7 @@ def differences(rows):
 
 
 def test_a_variable_is_found_where_it_is():
-    result = fit(n_dims=2, options=DasOptions(steps=200, lr=0.05))
+    result = fit(n_dims=2, options=DasOptions(steps=120, lr=0.05))
     assert result.accuracy == 1.0
     assert result.unpatched_accuracy == 0.0
     assert result.basis.overlap(differences(PAIRS.first)) > 0.9
@@ -49,7 +49,7 @@ def test_it_is_not_found_where_it_is_not(site):
 
 
 def test_several_variables_get_orthogonal_parts():
-    result = fit(BOTH, n_dims={"second": 2, "first": 2}, options=DasOptions(steps=200, lr=0.05))
+    result = fit(BOTH, n_dims={"second": 2, "first": 2}, options=DasOptions(steps=120, lr=0.05))
     assert result.accuracy == 1.0
     assert list(result.bases) == ["first", "second"]
     products = result.bases["first"].rows @ result.bases["second"].rows.T

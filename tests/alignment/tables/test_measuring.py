@@ -8,7 +8,7 @@ from hooklens.alignment import Basis
 from hooklens.alignment.runs import margin_of
 from hooklens.alignment.tables import measuring
 from hooklens.alignment.tables.measuring import measure_cells
-from tests.alignment.test_runs import LENGTH, make_bases, make_data, run_whole
+from tests.alignment.test_runs import LENGTH, make_bases, make_data, model_of, run_whole
 from tests.model.networks import CONFIGS, make_model
 
 WORDS = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
@@ -26,7 +26,7 @@ WORDS = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
     batch_size=st.sampled_from(["auto", 2]),
 )
 def test_margins_are_those_of_whole_runs(network, word, layer, positions, read_at, variables, whole, batch_size):
-    model, name = make_model(network), f"blocks.{layer}.{word}"
+    model, name = model_of(network), f"blocks.{layer}.{word}"
     if name not in model.hook_points() or not model.cfg.causal:
         return
     variables = variables[:1] if whole else variables

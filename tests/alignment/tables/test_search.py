@@ -14,7 +14,7 @@ ONE = Counterfactuals.draw(PAIRS.causal_model, PAIRS.prompts, 200, variables=["f
 BOTH = Counterfactuals.draw(PAIRS.causal_model, PAIRS.prompts, 200, changed=False)
 # Where the first token's identity is: at its own position before layer 0 has copied it, at the last one afterwards.
 TRUTH = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-SHORT = DasOptions(steps=60, lr=0.05)
+SHORT = DasOptions(steps=45, lr=0.05)
 
 
 def find(data=ONE, **options):

@@ -16,6 +16,7 @@ from hooklens.config import HookedConfig, NoPositions
 from hooklens.errors import InputError, TransformError
 from tests.annotations import unchecked
 from tests.model.networks import ALL_CONFIGS, make_config, make_model, random_tokens
+from tests.slow_cases import slow_but
 from tests.word_models import make_word_model
 
 PROMPT = "When Mary and John went to the store , John gave a drink to"
@@ -36,7 +37,8 @@ def check_code(found, model, transport=None):
         assert_frame_equal(table, found[name], **close)
 
 
-@pytest.fixture(scope="module", params=["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+# What networks have and lack is tried on all configurations below.
+@pytest.fixture(scope="module", params=slow_but(["tiny-gpt-neox", "tiny-llama", "tiny-falcon"], ["tiny-gpt-neox"]))
 def model(request):
     return hl.HookedCausalLM.from_pretrained(f"bundled:{request.param}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.compat.transformer_lens import HookedTransformer, patching, utils
 from tests.compat.transformer_lens.models import NETWORKS, build, tokens
+from tests.slow_cases import slow_but
 
 ALL = slice(None)
 HEADS = [("out", "z"), ("q", "q"), ("k", "k"), ("v", "v")]
@@ -52,7 +53,7 @@ def assert_equals_runs(model: HookedTransformer, cache: Any, kind: Any, values: 
         torch.testing.assert_close(values[tuple(index)].double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(NETWORKS, ["gpt2", "llama", "attn_only"]))
 def test_ready_made_functions(name: str) -> None:
     model = build(name)
     _, cache = model.run_with_cache(CLEAN)

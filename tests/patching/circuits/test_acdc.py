@@ -65,12 +65,13 @@ def damage_by_evaluation(model, metric, ablation):
 @pytest.mark.parametrize(
     ("network", "metric", "threshold", "ablation"),
     [
-        ("grouped", "KL", 0.001, "resample"),
+        # By default, those on the reference below.
+        pytest.param("grouped", "KL", 0.001, "resample", marks=pytest.mark.slow),
         pytest.param("grouped", "KL", 0.01, "resample", marks=pytest.mark.slow),
         pytest.param("grouped", "LogitDiff", 0.03, "zero", marks=pytest.mark.slow),
         pytest.param("rotary", "KL", 0.001, "mean", marks=pytest.mark.slow),
         ("rotary", "LogProb", 0.01, "resample"),
-        ("shared norm", "LogitDiff", 0.01, "resample"),
+        pytest.param("shared norm", "LogitDiff", 0.01, "resample", marks=pytest.mark.slow),
         ("alibi, grouped", "KL", 0.003, "zero"),
         ("learned, tied", "LogitDiff", 0.02, "mean"),
     ],

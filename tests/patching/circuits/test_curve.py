@@ -19,6 +19,7 @@ from hooklens.patching import (
 from hooklens.patching.graph.nodes import list_edges
 from tests.annotations import unchecked
 from tests.model.networks import make_model, random_tokens
+from tests.slow_cases import slow_but
 
 MODEL = make_model("grouped")
 CLEAN, CORRUPTED = random_tokens(2, 5, seed=1), random_tokens(2, 5, seed=2)
@@ -149,7 +150,7 @@ NAMES = [("Mary", "John"), ("Anna", "Paul"), ("Alice", "Tom"), ("Sarah", "James"
 SENTENCE = "When {first} and {second} went to the store , {subject} gave a drink to"
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+@pytest.mark.parametrize("checkpoint", slow_but(["tiny-gpt-neox", "tiny-llama", "tiny-falcon"], ["tiny-falcon"]))
 def test_few_edges_carry_the_indirect_object(checkpoint):
     model = HookedCausalLM.from_pretrained(f"bundled:{checkpoint}")
     couples = [*NAMES, *(couple[::-1] for couple in NAMES)]

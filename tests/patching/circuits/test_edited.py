@@ -53,7 +53,7 @@ def draw_circuit(data, model):
     return Circuit(edge for edge, keep in zip(chosen_edges, kept, strict=True) if keep)
 
 
-@pytest.mark.parametrize("n_examples", [4, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_examples", [2, pytest.param(15, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_circuits_of_edited_models_equal_the_reference(network, n_examples):
     model = MODELS[network]

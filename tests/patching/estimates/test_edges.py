@@ -39,8 +39,8 @@ METHODS = [
     ({"method": "exact"}, published.exact),
 ]
 # One gradient is taken in every network; methods that take it at other points, and patches, see these kinds.
-TRIED_WITH_ALL = {"eap": WIRINGS, "exact": ["grouped", "shared norm", "attention only", *WIRINGS[-2:]]}
-TRIED_OTHERWISE = ["grouped", "shared norm", "heads and MLPs apart"]
+TRIED_WITH_ALL = {"eap": WIRINGS, "exact": ["grouped", "shared norm", *WIRINGS[-2:]]}
+TRIED_OTHERWISE = ["grouped", "heads and MLPs apart"]
 
 
 def methods_and_networks():

@@ -40,7 +40,7 @@ def effect_by_autograd(model, from_tokens, into_tokens, cell, made, pair):
     return value.detach() + change[index].sum()
 
 
-@pytest.mark.parametrize("n_examples", [10, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_examples", [6, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_attribution_is_the_gradient_of_the_edited_model(network, n_examples):
     model = MODELS[network]

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from hooklens.patching import ExactSoftmax, HoldNormScale, LogitDiff
 from tests.model.networks import CONFIGS, make_config, make_model, pad_rows, random_tokens
 from tests.patching.estimates import published
 from tests.patching.estimates.surrogates import index_of
+from tests.slow_cases import slow_but
 
 METRIC = LogitDiff(3, 5)
 SITES = [
@@ -56,8 +59,10 @@ def expected_effect(model, clean, corrupted, cell):
     return ((new - old) * slope_of_pattern(model, corrupted, pattern)).sum((1, 2, 3))
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 40.0])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "sharpness"),
+    slow_but(product(NETWORKS, [1.0, 40.0]), [*((network, 40.0) for network in NETWORKS), ("grouped", 1.0)]),
+)
 def test_patterns_are_those_of_patched_runs(network, sharpness):
     """One key has all of a row where scores are sharp: what it leaves to the others was lost to rounding."""
     model = make_model(NETWORKS[network])

@@ -12,7 +12,7 @@ from tests.patching.known.tasks import make_claim
 
 
 def train(claim, **options):
-    return patching.known.train(claim, **{"steps": 150, "batch_size": 64, "progress": False, **options})
+    return patching.known.train(claim, **{"steps": 80, "batch_size": 64, "progress": False, **options})
 
 
 def parameters_of(known):

@@ -56,7 +56,7 @@ def test_a_circuit_of_few_edges_is_as_faithful_on_new_prompts_as_that_of_scores(
     assert by_chance < 0.3
 
 
-@pytest.mark.parametrize("metric", ["kl", None])
+@pytest.mark.parametrize("metric", ["kl", pytest.param(None, marks=pytest.mark.slow)])
 def test_the_edges_of_a_known_circuit_have_the_gates_most_likely_open(metric):
     known = patching.known.induction(seed=0)
     found = patching.learn_circuit(
@@ -131,7 +131,7 @@ def test_the_target_is_reached():
 
 
 def test_a_price_on_gates_closes_more_the_higher_it_is():
-    sizes = [float(learn(penalty=price, steps=30, lr=0.2).sizes[-1]) for price in (0.01, 100.0)]
+    sizes = [float(learn(penalty=price, steps=20, lr=0.2).sizes[-1]) for price in (0.01, 100.0)]
     assert sizes[1] < sizes[0] - 20
     found = learn(penalty=0.01)
     assert found.size == int((found.probabilities > 0.5).sum())
@@ -168,9 +168,9 @@ def test_the_seed_says_what_comes_out_and_nothing_else_is_moved():
 
 
 def test_grounds_made_anew_give_what_grounds_held_do(monkeypatch):
-    held = learn(batch_size=2, steps=8)
+    held = learn(batch_size=2, steps=5)
     monkeypatch.setattr(training.CircuitRunner, "grounds_to_hold", lambda self, ground, n: 0)
-    anew = learn(batch_size=2, steps=8)
+    anew = learn(batch_size=2, steps=5)
     assert torch.equal(held.log_alpha, anew.log_alpha)
     assert anew.stats.forwards > held.stats.forwards
 

@@ -43,7 +43,7 @@ def test_metrics_measured_together_are_those_measured_alone(names, lengths, dire
     cleans, corrupteds = make_pairs(lengths)
     (clean, mask), (corrupted, _) = pad_rows(cleans, "right"), pad_rows(corrupteds, "right")
     options = {"attention_mask": mask, "direction": direction, "batch_size": batch_size, "edits": given_edits}
-    sites = [patching.grid("resid_mid", positions=[-1, 1]), "z"]
+    sites = [patching.grid("resid_mid", positions=[-1, 1]), patching.grid("z", positions=[-2])]
 
     def run(metric):
         return patching.sweep(MODEL, clean, corrupted, sites, metric, progress=False, **options)

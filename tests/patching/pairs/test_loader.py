@@ -1,5 +1,6 @@
 import gc
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.checkpoints import D_VOCAB, build_variant
 from tests.model.networks import make_model, random_tokens
 from tests.patching.naive import patch_naively
 from tests.patching.variants import variants
+from tests.slow_cases import slow_but
 
 LENGTHS = (6, 4, 5, 6, 3)
 ANSWERS = ([3, 4], [5], [6, 7, 8], [9], [1, 2])
@@ -43,9 +45,11 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("group", [1, 2, 100])
-def test_pairs_in_every_form_equal_each_pair_alone(form, group, monkeypatch):
+@pytest.mark.parametrize(
+    ("group", "form"),
+    slow_but(product([1, 2, 100], FORMS), [*((2, form) for form in FORMS), (1, "pairs"), (100, "mappings")]),
+)
+def test_pairs_in_every_form_equal_each_pair_alone(group, form, monkeypatch):
     monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: group)
     model = make_model("grouped")
     pairs = ragged_pairs()
@@ -69,7 +73,7 @@ def test_loaders_of_ragged_pairs_equal_one_forward_per_cell_in_every_wiring(vari
     pairs = ragged_pairs(D_VOCAB)
     sites = [patching.grid(word, positions=[-1, 1]) for word in ("resid_pre", "z", "v", "mlp_out")]
     result = patching.sweep(model, iter(pairs), sites=sites, metric=LogitDiff(over=over), progress=False)
-    for index in range(0, len(result.cells), 7):
+    for index in range(0, len(result.cells), 11):
         cell = result.cells[index]
         for number, pair in enumerate(pairs):
             metric = LogitDiff([pair.answer], pair.wrong, over=over)
@@ -92,13 +96,10 @@ def test_texts_and_torchs_own_loader():
     torch.testing.assert_close(result.values, expected.values, rtol=0, atol=1e-6)
 
 
-def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch, request):
+def test_no_more_pairs_are_in_memory_than_a_group(monkeypatch):
     monkeypatch.setattr("hooklens.patching.sweeps.run.pairs_per_group", lambda *given: 2)
     model = make_model("grouped")
     alive, most = weakref.WeakSet(), 0
-    # What other tests have left is not looked through for each pair.
-    gc.freeze()
-    request.addfinalizer(gc.unfreeze)
 
     def loader():
         nonlocal most

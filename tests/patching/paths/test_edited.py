@@ -105,7 +105,7 @@ def drawn_edits(draw, model):
     return made, changes
 
 
-@pytest.mark.parametrize("n_examples", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_examples", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", WIRINGS)
 def test_every_sender_equals_the_tree_of_paths(network, n_examples):
     model = small_model(network)

@@ -1,5 +1,7 @@
 """Another model as the source of activations, against one full forward per cell."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from hooklens.patching.errors import SiteError
 from tests.annotations import unchecked
 from tests.model.networks import PARTIAL_CONFIGS, make_config, make_model, random_tokens
 from tests.patching.naive import cell_index
+from tests.slow_cases import slow_but
 from tests.text_models import make_text_model
 from tests.tokens.kinds import make_tokenizer
 
@@ -32,8 +35,13 @@ def patch_from(model, other, from_tokens, into_tokens, cell, metric):
     return metric(model.run_with_hooks(into_tokens, fwd_hooks=[(name, replace)]))
 
 
-@pytest.mark.parametrize("network", ["grouped", "shared norm", "capped", "latent attention"])
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(
+    ("network", "direction"),
+    slow_but(
+        product(["grouped", "shared norm", "capped", "latent attention"], ["denoise", "noise"]),
+        [("grouped", "denoise"), ("shared norm", "noise"), ("capped", "denoise"), ("latent attention", "noise")],
+    ),
+)
 def test_every_cell_equals_one_full_forward(network, direction):
     model, other = make_model(network), make_model(network, seed=1)
     clean, corrupted = random_tokens(2, 5), random_tokens(2, 5, seed=2)

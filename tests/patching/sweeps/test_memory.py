@@ -17,9 +17,9 @@ NEOX, LLAMA = "bundled:tiny-gpt-neox", "bundled:tiny-llama"
 @pytest.mark.parametrize(
     ("name", "n_pairs", "sites", "options"),
     [
-        (NEOX, 1, "mlp_out", {}),
+        pytest.param(NEOX, 1, "mlp_out", {}, marks=pytest.mark.slow),
         (NEOX, 4, "pattern", {}),
-        (LLAMA, 4, patching.grid("z", heads="each"), {"batch_size": 16}),
+        pytest.param(LLAMA, 4, patching.grid("z", heads="each"), {"batch_size": 16}, marks=pytest.mark.slow),
         (LLAMA, 2, "q", {"direction": "noise", "edits": [edits.Zero("blocks.1.attn.hook_z", head=2)]}),
         (NEOX, 4, "resid_post", {"source": "zero"}),
     ],

@@ -1,5 +1,6 @@
 import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.checkpoints import D_VOCAB, build_variant
 from tests.model.networks import CONFIGS, activations_of, make_model, pad_rows, random_tokens
 from tests.patching.naive import patch_naively
 from tests.patching.variants import variants
+from tests.slow_cases import slow_but
 
 METRIC = LogitDiff(3, 5)
 N_TOKENS = 6
@@ -52,7 +54,7 @@ def assert_exact(model, clean, corrupted, result, tolerance, *, n_cells=2, into_
         assert bool(((found - expected).abs() <= bound).all()), (result.cells[index], found, expected)
 
 
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("network", slow_but(CONFIGS, ["grouped", "capped", "shared norm", "learned, tied"]))
 def test_every_site_equals_one_full_forward_per_cell(network):
     model = make_model(network)
     clean, corrupted = pair(n=4)
@@ -94,7 +96,9 @@ def test_the_last_mlp_runs_for_tokens_that_are_read_only(network):
 
 
 @pytest.mark.parametrize("variant", variants())
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (torch.float64, 1e-10)]
+)
 def test_checkpoint_variants(variant, dtype, tolerance):
     model = HookedCausalLM.from_hf(build_variant(variant, dtype=dtype))
     clean, corrupted = pair(n=20 if "dynamic" in variant else N_TOKENS, d_vocab=D_VOCAB)
@@ -105,8 +109,13 @@ def test_checkpoint_variants(variant, dtype, tolerance):
     assert_exact(model, clean, corrupted, result, tolerance, n_cells=8)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("network", ["rotary", "alibi, grouped", "capped", "learned, tied"])
+@pytest.mark.parametrize(
+    ("network", "side"),
+    slow_but(
+        product(["rotary", "alibi, grouped", "capped", "learned, tied"], ["left", "right"]),
+        [("rotary", "left"), ("alibi, grouped", "left"), ("capped", "right"), ("learned, tied", "right")],
+    ),
+)
 def test_padded_batches_equal_single_rows(network, side):
     model = make_model(network)
     lengths = (6, 4, 5)
@@ -209,7 +218,7 @@ def test_batch_size_changes_nothing_but_the_number_of_passes(batch_size):
     assert (result.stats.forwards == whole.stats.forwards) == (batch_size == "auto")
 
 
-@pytest.mark.parametrize("pos", [-1, 2, [1, 4], None])
+@pytest.mark.parametrize("pos", slow_but([-1, 2, [1, 4], None], [[1, 4], None]))
 def test_metrics_read_where_they_say(pos):
     """Positions before a patch keep the unpatched run's logits; those after the last one read are not run."""
     model = make_model("capped")

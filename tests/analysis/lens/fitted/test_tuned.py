@@ -12,9 +12,10 @@ from hooklens.errors import CheckpointError, InputError, TransformError
 from hooklens.model.stream_reader import StreamReader
 from tests.analysis.lens.corpus import make_texts
 from tests.model.networks import make_model, random_tokens
+from tests.slow_cases import slow_but
 
 
-@pytest.mark.parametrize("name", ["tiny-gpt-neox", "tiny-llama", "tiny-falcon"])
+@pytest.mark.parametrize("name", slow_but(["tiny-gpt-neox", "tiny-llama", "tiny-falcon"], ["tiny-falcon"]))
 def test_it_lowers_the_losses_of_every_layer_on_held_out_text(name):
     """The contract: divergence and cross-entropy, on text that is drawn apart from what the lens was fitted on."""
     model = hl.HookedCausalLM.from_pretrained(f"bundled:{name}")
