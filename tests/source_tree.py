@@ -134,6 +134,9 @@ class Module:
 
     def family_words(self) -> Iterator[tuple[int, str]]:
         """Lines on which a family's name stands in an identifier, a string or a comment, and the name."""
+        # Most files have none, wherever in them one looks.
+        if FAMILY_WORD.search(self.source) is None:
+            return
         for token in tokenize.generate_tokens(io.StringIO(self.source).readline):
             text = ALLOWED_PHRASES.sub("", token.string)
             for match in FAMILY_WORD.finditer(text):
@@ -146,6 +149,7 @@ class SourceTree:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.modules = {module.name: module for module in self._read_modules()}
+        self._imports: dict[str, list[Import]] = {}
 
     def _read_modules(self) -> Iterator[Module]:
         for path in sorted(self.folder.rglob("*.py")):
@@ -156,9 +160,11 @@ class SourceTree:
 
     def imports_of(self, module: Module) -> list[Import]:
         """Every import in a module; `from package import name` is the submodule `name` where there is one."""
-        found: list[Import] = []
-        self._collect(module.tree, found, in_function=False, for_types_only=False)
-        return found
+        if module.name not in self._imports:
+            found: list[Import] = []
+            self._collect(module.tree, found, in_function=False, for_types_only=False)
+            self._imports[module.name] = found
+        return self._imports[module.name]
 
     def _collect(self, node: ast.AST, found: list[Import], *, in_function: bool, for_types_only: bool) -> None:
         for child in ast.iter_child_nodes(node):

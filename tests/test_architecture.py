@@ -86,21 +86,13 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_import_loads_no_heavy_package() -> None:
-    """torch itself may bring some of them, so what counts is what `import hooklens` adds."""
-    code = (
-        "import sys, torch; before = set(sys.modules); import hooklens;"
-        f"print(*sorted({set(HEAVY)!r} & (set(sys.modules) - before)))"
-    )
-    assert run_python(code).split() == []
-
-
-def test_import_is_quick() -> None:
-    """Calls are counted, not seconds: their number is the same on every machine, however busy, and cached or not."""
+@pytest.fixture(scope="module")
+def imported() -> tuple[int, set[str]]:
+    """What `import hooklens` adds to `import torch`, in a process of its own: calls of functions, and modules."""
     code = """
 import sys, torch
 
-calls = 0
+before, calls = set(sys.modules), 0
 
 def count(frame, event, argument):
     global calls
@@ -109,9 +101,23 @@ def count(frame, event, argument):
 sys.setprofile(count)
 import hooklens
 sys.setprofile(None)
-print(calls)
+print(calls, *(set(sys.modules) - before))
 """
-    assert int(run_python(code)) < MOST_CALLS
+    calls, *modules = run_python(code).split()
+    return int(calls), set(modules)
+
+
+def test_import_loads_no_heavy_package(imported: tuple[int, set[str]]) -> None:
+    """torch itself may bring some of them, so what counts is what `import hooklens` adds."""
+    _, modules = imported
+    assert "hooklens" in modules
+    assert modules & HEAVY == set()
+
+
+def test_import_is_quick(imported: tuple[int, set[str]]) -> None:
+    """Calls are counted, not seconds: their number is the same on every machine, however busy, and cached or not."""
+    calls, _ = imported
+    assert calls < MOST_CALLS
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,8 @@ from hooklens.activation_cache import ActivationCache
 from hooklens.errors import CacheError
 from hooklens.files import read_safetensors, replace_file, write_safetensors
 from tests.activation_cache.captures import assert_same_tensors, make_cache
+from tests.forks import needs_fork, run_in_child, wait_for
 from tests.kv_cache.test_cache import assert_same, fill, read
-
-
-def run_python(program: str, *arguments: object) -> "subprocess.Popen[str]":
-    """A Python process with the package at hand."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
 
 
 def fail_half_way(error: BaseException):
@@ -143,44 +136,24 @@ def test_a_full_disk_loses_no_cache_that_is_saved_over_its_own_file(tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kv", "run"]
 
 
-LIMITED = """
-import resource, sys, torch
-from hooklens.files import write_safetensors
-write_safetensors(sys.argv[1], {"x": torch.zeros(10)})
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    write_safetensors(sys.argv[1], {"x": torch.ones(100_000)})
-except OSError as error:
-    print("refused:", error)
-"""
-
-
+@needs_fork
 def test_a_write_that_the_system_cuts_off(tmp_path):
     """The same with the real writer: the system lets no file grow past 4 kB."""
-    process = run_python(LIMITED, tmp_path / "file")
-    said, _ = process.communicate()
-    assert (process.returncode, said[:8]) == (0, "refused:")
-    assert load_file(tmp_path / "file")["x"].tolist() == [0] * 10
+    resource = pytest.importorskip("resource")
+    target = tmp_path / "file"
+    write_safetensors(target, {"x": torch.zeros(10)})
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with pytest.raises(OSError, match="File too large"):
+            write_safetensors(target, {"x": torch.ones(100_000)})
+
+    assert wait_for(run_in_child(work)) == 0
+    assert load_file(target)["x"].tolist() == [0] * 10
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-DYING = """
-import os, signal, sys, torch
-from hooklens import files
-path, place = sys.argv[1:]
-files.write_safetensors(path, {"x": torch.zeros(10)})
-def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-def half(tensors, draft, metadata):
-    draft.write_bytes(b"half of it")
-    die()
-if place == "writing":
-    files.save_file = half
-else:
-    setattr(os, place, die)
-files.write_safetensors(path, {"x": torch.ones(10)})
-"""
-
-
+@needs_fork
 @pytest.mark.parametrize("place", ["writing", "fsync", "replace"])
 def test_kill_at_any_step_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path, place):
     target = tmp_path / "file"
@@ -189,8 +162,23 @@ def test_kill_at_any_step_leaves_the_old_file_and_the_next_write_cleans_up(tmp_p
     others.append(tmp_path / f"{files._draft_prefix(target)}{os.getppid()}-1.draft")
     for other in others:
         other.mkdir()
-    process = run_python(DYING, target, place)
-    assert process.wait() == -signal.SIGKILL
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_half(tensors, draft, metadata):
+        draft.write_bytes(b"half of it")
+        die()
+
+    def work():
+        write_safetensors(target, {"x": torch.zeros(10)})
+        if place == "writing":
+            files.save_file = write_half
+        else:
+            setattr(os, place, die)
+        write_safetensors(target, {"x": torch.ones(10)})
+
+    assert wait_for(run_in_child(work)) == -signal.SIGKILL
     assert load_file(target)["x"].tolist() == [0] * 10
     assert len(list(tmp_path.iterdir())) == 4
     write_safetensors(target, {"x": torch.full((10,), 2.0)})
@@ -198,24 +186,25 @@ def test_kill_at_any_step_leaves_the_old_file_and_the_next_write_cleans_up(tmp_p
     assert set(tmp_path.iterdir()) == {target, *others}
 
 
-REWRITING = """
-import sys, torch
-from hooklens.files import write_safetensors
-while True:
-    for value in (0.0, 1.0):
-        write_safetensors(sys.argv[1], {"x": torch.full((300_000,), value)})
-        print(value, flush=True)
-"""
-
-
+@needs_fork
 @pytest.mark.parametrize("n_writes", [1, 4, 9])
 def test_kill_at_a_moment_of_chance_leaves_a_whole_file(tmp_path, n_writes):
     target = tmp_path / "file"
-    process = run_python(REWRITING, target)
+    reader, writer = os.pipe()
+
+    def rewrite():
+        while True:
+            for value in (0.0, 1.0):
+                write_safetensors(target, {"x": torch.full((300_000,), value)})
+                os.write(writer, b".")
+
+    process = run_in_child(rewrite)
+    os.close(writer)
     for _ in range(n_writes):
-        process.stdout.readline()
-    process.kill()
-    process.communicate()
+        assert os.read(reader, 1) == b"."
+    os.kill(process, signal.SIGKILL)
+    assert wait_for(process) == -signal.SIGKILL
+    os.close(reader)
     found = read_safetensors(target)[0]["x"]
     assert found.shape == (300_000,)
     assert (found == found[0]).all()

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from hooklens.causal_lm.memory.plan import _add, _count_brought
 from hooklens.errors import InputError
 from hooklens.evaluation.fingerprint import model_fingerprint
 from tests.adapted_models import TOKENS, load, make_adapted
+from tests.forks import needs_fork, run_in_child, wait_for
 from tests.model.networks import make_model, random_tokens
 from tests.pretended_devices import FIRST, pretending
 
@@ -169,7 +172,7 @@ def test_arguments_are_refused_before_a_weight_is_read(monkeypatch, tmp_path):
 # Processes of their own: what a process has of memory, and what it leaves behind.
 
 _MEASURE = """
-import json, pathlib, sys, threading
+import json, os, pathlib, sys, threading
 import torch
 import hooklens as hl
 
@@ -177,31 +180,36 @@ def anonymous():
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
-source, options = sys.argv[1], json.loads(sys.argv[2])
+def measure(options):
+    before, peak, ended = anonymous(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not ended.wait(0.001):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = hl.HookedCausalLM.from_pretrained(source, dtype="float32", **options)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.arange(16)[None])
+    peak = max(peak, anonymous())
+    ended.set()
+    watcher.join()
+    return peak - before, sum(one.nbytes for one in model.parameters())
+
+source, ways = sys.argv[1], json.loads(sys.argv[2])
+torch.set_num_threads(1)
 hl.HookedCausalLM.from_pretrained("bundled:tiny-llama")(torch.arange(5)[None])
-before, peak, ended = anonymous(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not ended.wait(0.001):
-        peak = max(peak, anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = hl.HookedCausalLM.from_pretrained(source, dtype="float32", **options)
-with torch.no_grad():
-    for _ in range(2):
-        model(torch.arange(16)[None])
-peak = max(peak, anonymous())
-ended.set()
-watcher.join()
-print(json.dumps([peak - before, sum(one.nbytes for one in model.parameters())]))
+# A process for each way, which finds nothing that another has left.
+for way, options in ways.items():
+    child = os.fork()
+    if not child:
+        print(json.dumps([way, *measure(options)]), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
-
-
-def run(script, *arguments, check=False):
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -220,44 +228,41 @@ def test_memory_stays_below_the_weights(large, tmp_path):
     """While loading and running; the same of the whole model shows that it is seen."""
     places = {"embed": "cpu", "blocks": "disk", "ln_final": "cpu", "unembed": "cpu"}
     ways = {"whole": {}, "disk": {"device_map": places, "offload_folder": str(tmp_path)}}
+    command = [sys.executable, "-c", _MEASURE, str(large), json.dumps(ways)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     taken, weights = {}, 0
-    for way, options in ways.items():
-        taken[way], weights = json.loads(run(_MEASURE, large, json.dumps(options), check=True).stdout.splitlines()[-1])
+    for line in done.stdout.splitlines()[-2:]:
+        way, peak, weights = json.loads(line)
+        taken[way] = peak
     assert weights > 100e6
     assert taken["whole"] > weights
     # What the call itself takes, and what a process takes as it goes on.
     assert taken["disk"] < weights / 10
 
 
-_LOAD = """
-import os, signal, sys
-import hooklens as hl
-if sys.argv[3] == "limit":
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    model = hl.HookedCausalLM.from_pretrained(sys.argv[1], device_map={"": "disk"}, offload_folder=sys.argv[2])
-except hl.errors.InputError as error:
-    print(error)
-    raise SystemExit
-print(len(model.offloaded))
-model.run_with_hooks("When", fwd_hooks=[("blocks.1.hook_resid_pre", lambda *_: os.kill(os.getpid(), signal.SIGKILL))])
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not remove a mapped file")
+@needs_fork
 def test_a_process_that_is_killed_leaves_nothing_behind(tmp_path):
-    ran = run(_LOAD, SOURCE, tmp_path / "weights", "")
-    assert (ran.returncode, ran.stdout.split()) == (-9, ["7"])
+    def work():
+        model = HookedCausalLM.from_pretrained(SOURCE, device_map={"": "disk"}, offload_folder=tmp_path / "weights")
+        assert len(model.offloaded) == 7
+        kill = ("blocks.1.hook_resid_pre", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        model.run_with_hooks("When", fwd_hooks=[kill])
+
+    assert wait_for(run_in_child(work)) == -signal.SIGKILL
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sets a limit of POSIX systems")
+@needs_fork
 def test_a_file_that_cannot_be_written_whole_is_told(tmp_path):
     """The system refuses to go on inside a file, as a full disk does."""
-    ran = run(_LOAD, SOURCE, tmp_path / "weights", "limit", check=True)
-    assert "'embed.W_E' of 127 kB could not be written there" in ran.stdout
-    assert "File too large" in ran.stdout
+    resource = pytest.importorskip("resource")
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(InputError, match=r"'embed\.W_E' of 127 kB could not be written there(.|\n)*File too large"):
+            HookedCausalLM.from_pretrained(SOURCE, device_map={"": "disk"}, offload_folder=tmp_path / "weights")
+
+    assert wait_for(run_in_child(work)) == 0
     assert list((tmp_path / "weights").iterdir()) == []
 
 

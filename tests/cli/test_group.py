@@ -1,17 +1,16 @@
 """How commands end: a message and an exit code, whatever happens."""
 
+import io
 import itertools
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import Result
 
@@ -110,26 +109,15 @@ def test_help_tells_the_exit_codes(run: Run, command: str | None) -> None:
     assert ("; 1 " in told) == (command in (None, "verify", "score", "plan"))
 
 
-def test_output_that_the_encoding_lacks_is_escaped(checkpoint: Path) -> None:
+def test_output_that_the_encoding_lacks_is_escaped(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text beyond the terminal's encoding was a traceback in the middle of the output."""
-    command = [
-        sys.executable,
-        "-m",
-        "hooklens.cli",
-        "generate",
-        str(checkpoint),
-        "Mary \u6f22",
-        "--max-new-tokens",
-        "1",
-    ]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONIOENCODING": "latin-1", "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"Mary \\u6f22")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    with pytest.raises(SystemExit) as ended:
+        app(["generate", str(checkpoint), "Mary \u6f22", "--max-new-tokens", "1"])
+    sys.stdout.flush()
+    assert ended.value.code == 0
+    assert written.getvalue().startswith(b"Mary \\u6f22")
 
 
 PROMPTS = ("--clean", "Mary gave a drink to", "--corrupted", "John gave a drink to", "--answer", "John")
@@ -200,12 +188,21 @@ VALUES = [
 ]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
+@pytest.mark.parametrize("n_examples", [25, pytest.param(60, marks=pytest.mark.slow)])
 def test_any_value_of_any_option_ends_in_words(
-    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, data: st.DataObject
+    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, n_examples: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
+
+    @settings(max_examples=n_examples)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        end_in_words(run, checkpoint, tmp_path, data)
+
+    check()
+
+
+def end_in_words(run: Run, checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
     command, option = data.draw(st.sampled_from([(name, one) for name, list_ in OPTIONS.items() for one in list_]))
     value = data.draw(st.sampled_from(VALUES) | st.text(min_size=1, max_size=5).filter(lambda text: "/" not in text))
     check_ending(call(run, command, checkpoint, tmp_path, option, value))

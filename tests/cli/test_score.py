@@ -1,16 +1,18 @@
 """`hooklens score`: results, errors by line, and a run that is killed half-way and finished later."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from hooklens.evaluation.results_file import ResultsFile
 from tests.cli.conftest import Run
+from tests.forks import needs_fork, run_in_child, wait_for
 
 PREFIX = "When Mary and John went to the store ,"
 # A word of the vocabulary, since the tokenizer knows whole words only.
@@ -82,24 +84,19 @@ def test_files_that_cannot_be_read_are_errors(run: Run, checkpoint: Path, files:
     assert f"cannot read items from {items}" in result.stderr
 
 
-KILLED_AFTER_FIVE = """
-import itertools, os, signal
-from hooklens.cli import app
-from hooklens.evaluation.results_file import ResultsFile
+def send_after_five(kind: signal.Signals) -> None:
+    """Have this process send itself a signal once five results stand in the file."""
+    append, calls = ResultsFile.append, itertools.count(1)
 
-append, calls = ResultsFile.append, itertools.count(1)
+    def append_and_send(self: ResultsFile, records: Any) -> None:
+        append(self, records)
+        if next(calls) == 5:
+            os.kill(os.getpid(), kind)
 
-def append_or_die(self, records):
-    append(self, records)
-    if next(calls) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ResultsFile.append = append_or_die
-app()
-"""
+    ResultsFile.append = append_and_send  # type: ignore[method-assign]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that no process can catch")
+@needs_fork
 def test_killed_run_is_finished_by_the_next(run: Run, checkpoint: Path, files: tuple[Path, Path, Path]) -> None:
     """The process is killed once five results stand in the file, which then also ends in half a line.
 
@@ -107,9 +104,12 @@ def test_killed_run_is_finished_by_the_next(run: Run, checkpoint: Path, files: t
     process had to wait for a core.
     """
     prefix, _, out = files
-    command = [sys.executable, "-c", KILLED_AFTER_FIVE, *arguments(checkpoint, files)]
-    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert killed.returncode == -signal.SIGKILL
+
+    def work() -> None:
+        send_after_five(signal.SIGKILL)
+        run(*arguments(checkpoint, files))
+
+    assert wait_for(run_in_child(work)) == -signal.SIGKILL
     before = out.read_bytes()
     assert before.count(b"\n") == 5
     done = {json.loads(line)["id"] for line in before.splitlines()}
@@ -122,20 +122,23 @@ def test_killed_run_is_finished_by_the_next(run: Run, checkpoint: Path, files: t
     assert prefix.read_text() == PREFIX + "\n"
 
 
-INTERRUPTED_AFTER_FIVE = KILLED_AFTER_FIVE.replace("SIGKILL", "SIGINT")
-
-
+@needs_fork
 def test_interrupted_run_says_what_is_kept_and_is_finished_by_the_next(
     run: Run, checkpoint: Path, files: tuple[Path, Path, Path]
 ) -> None:
     out = files[2]
-    command = [sys.executable, "-c", INTERRUPTED_AFTER_FIVE, *arguments(checkpoint, files)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 130
-    assert f"hooklens: interrupted; results so far are kept in {out}; run the same command again" in done.stderr
-    assert "Traceback" not in done.stderr
+
+    def work() -> None:
+        # As an interpreter has it that was just started.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        send_after_five(signal.SIGINT)
+        interrupted = run(*arguments(checkpoint, files))
+        assert interrupted.exit_code == 130
+        told = f"hooklens: interrupted; results so far are kept in {out}; run the same command again"
+        assert told in interrupted.stderr
+        assert "Traceback" not in interrupted.stderr
+
+    assert wait_for(run_in_child(work)) == 0
     assert len(read_results(out)) == 5
     result = run(*arguments(checkpoint, files))
     assert result.stdout == f"{out}: 7 items scored, 5 were there already\n"

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+# Processes are forked from one that has imported what they run, and where that cannot be, each imports it.
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+# Pages of the documentation are run in copies of the same process, if they come later.
+_IMPORTED = ["tests.documentation.preloaded", "tests.parallel.preloaded"]
+
 
 def run_in_processes(n: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What a function gives in each of some processes that are joined by gloo.
@@ -23,8 +28,9 @@ def run_in_processes(n: int, work: Callable[..., Any], *arguments: Any) -> list[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run, (n, port, folder, work, arguments), nprocs=n)
+        multiprocessing.start_processes(_run, (n, port, folder, work, arguments), nprocs=n, start_method=_METHOD)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(n)]
 
 

@@ -82,12 +82,13 @@ COMPARED = {
 
 
 def test_each_way_of_sharing_gives_what_one_process_gives(folder: Path) -> None:
-    names = ("llama-gqa", "falcon-rw-6-heads")
-    assert compare([save_variant(name, folder / name) for name in names], TWO, n=2, n_edits=6) == COMPARED
+    """Of one variant, a large part of which is shared in each way; the slow tests have all variants."""
+    assert compare([save_variant("llama-gqa", folder / "llama-gqa")], TWO, n=2, n_edits=6) == COMPARED
 
 
 def test_parts_of_other_families_are_shared(folder: Path) -> None:
     sources = [save(folder / family, family, **config) for family, config in _FAMILIES.items()]
+    sources.append(save_variant("falcon-rw-6-heads", folder / "falcon-rw-6-heads"))
     compare(sources, [{"tensor": 2}], n=2, n_edits=6)
 
 

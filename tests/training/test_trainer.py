@@ -74,28 +74,39 @@ def test_what_trainer_saves_is_read_back(tmp_path) -> None:
     assert equal_states(other.state_dict(), model.state_dict())
 
 
+def count_runs(model):
+    """How often each layer's MLP runs from here on."""
+    runs = dict.fromkeys(range(model.cfg.n_layers), 0)
+
+    def count(layer):
+        def hook(*_):
+            runs[layer] += 1
+
+        return hook
+
+    for layer, block in enumerate(model.block_list()):
+        block.mlp.register_forward_pre_hook(count(layer))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """A model that was trained without checkpointing, and how often its layers ran."""
+    torch.manual_seed(0)
+    model = make_model()
+    runs = count_runs(model)
+    fit(for_trainer(model), tmp_path_factory.mktemp("plain"))
+    return model, runs
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("options", "every"), [(None, 1), ({"use_reentrant": False}, 1), ({"every_n_layers": 2}, 2)])
-def test_trainer_turns_gradient_checkpointing_on(tmp_path, options, every) -> None:
+def test_trainer_turns_gradient_checkpointing_on(tmp_path, plain_run, options, every) -> None:
     """Trainer asks the model for it by a method that what `for_trainer` makes did not have."""
-
-    def count_runs(model):
-        runs = dict.fromkeys(range(model.cfg.n_layers), 0)
-
-        def count(layer):
-            def hook(*_):
-                runs[layer] += 1
-
-            return hook
-
-        for layer, block in enumerate(model.block_list()):
-            block.mlp.register_forward_pre_hook(count(layer))
-        return runs
-
-    model, plain = make_model(), make_model()
-    runs, plain_runs = count_runs(model), count_runs(plain)
+    plain, plain_runs = plain_run
+    model = make_model()
+    runs = count_runs(model)
     fit(for_trainer(model), tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
-    fit(for_trainer(plain), tmp_path)
     assert {layer: n / plain_runs[layer] for layer, n in runs.items()} == {
         layer: 2 if layer % every == 0 else 1 for layer in runs
     }

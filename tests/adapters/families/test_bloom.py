@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, read_published, save, verify_folder
 from tests.checkpoints import edit_config
 
 TINY = {
@@ -73,10 +73,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
     # ALiBi and the softmax are float32 in transformers, whatever the model's dtype.
-    check(save(tmp_path, "bloom", **{**TINY, **VARIANTS[variant]}), float64=1e-5)
+    check(save(tmp_path, "bloom", **{**TINY, **VARIANTS[variant]}), whole=whole, float64=1e-5)
 
 
 @pytest.mark.slow

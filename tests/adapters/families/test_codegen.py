@@ -4,7 +4,7 @@ import pytest
 
 from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, read_published, save, verify_folder
 from tests.checkpoints import edit_config
 
 TINY = {
@@ -62,10 +62,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
     # Scores and rotary tables are float32 in transformers, whatever the model's dtype.
-    check(save(tmp_path, "codegen", **{**TINY, **VARIANTS[variant]}), float64=1e-5)
+    check(save(tmp_path, "codegen", **{**TINY, **VARIANTS[variant]}), whole=whole, float64=1e-5)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import (
     D_VOCAB,
     TOLERANCE,
+    cases,
     check,
     check_logits,
     load_reference,
@@ -109,11 +110,11 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
     # No part of it computes in float32, but the rotary tables.
     folder = save(tmp_path, "dbrx", **{**TINY, **VARIANTS[variant]})
-    check_routing(check(folder), folder)
+    check_routing(check(folder, whole=whole), folder)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.adapters.families.checks import D_VOCAB, check, check_defaults, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, check_defaults, read_published, save, verify_folder
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -66,10 +66,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
     # RMSNorm and the rotation compute in float32 in transformers, whatever the model's dtype.
-    check(save(tmp_path, "ernie4_5", **{**TINY, **VARIANTS[variant]}), float64=1e-5)
+    check(save(tmp_path, "ernie4_5", **{**TINY, **VARIANTS[variant]}), whole=whole, float64=1e-5)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.config import HookedConfig, LearnedPositions
 from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, read_published, save, verify_folder
 from tests.checkpoints import edit_config, load_apart
 
 TINY = {
@@ -116,9 +116,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
-    check(save(tmp_path, "gpt2", **{**TINY, **VARIANTS[variant]}))
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
+    check(save(tmp_path, "gpt2", **{**TINY, **VARIANTS[variant]}), whole=whole)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from hooklens.adapters import open_checkpoint
 from hooklens.config import MoEConfig, NoPositions, NormConfig, QueryTemperature, RotaryPositions
 from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, read_published, save, verify_folder
 from tests.adapters.families.routers import check_routing
 from tests.checkpoints import edit_config
 
@@ -144,12 +144,12 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
     # Norms, rotation and the router's sigmoid compute in float32 in transformers, whatever the model's dtype.
     folder = save(tmp_path, "llama4_text", **{**TINY, **VARIANTS[variant]})
     is_tuned = VARIANTS[variant].get("attn_temperature_tuning", True)
-    check_routing(check(folder, float64=1e-5, counts_padding=is_tuned), folder)
+    check_routing(check(folder, whole=whole, float64=1e-5, counts_padding=is_tuned), folder)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from hooklens import HookedCausalLM
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, read_published, save, verify_folder
 from tests.checkpoints import load_apart
 
 TINY = {
@@ -92,9 +92,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
-    check(save(tmp_path, "opt", **{**TINY, **VARIANTS[variant]}))
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
+    check(save(tmp_path, "opt", **{**TINY, **VARIANTS[variant]}), whole=whole)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.adapters.families.checks import D_VOCAB, check, check_defaults, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, check_defaults, read_published, save, verify_folder
 
 TINY = {
     "vocab_size": D_VOCAB,
@@ -77,9 +77,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
-    check(save(tmp_path, "persimmon", **{**TINY, **VARIANTS[variant]}))
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
+    check(save(tmp_path, "persimmon", **{**TINY, **VARIANTS[variant]}), whole=whole)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 from hooklens.config import RotaryPositions
 from tests.adapters.families.checks import (
     D_VOCAB,
+    cases,
     check,
     check_defaults,
     read_config,
@@ -130,9 +131,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
-    check(save(tmp_path, "phi", **{**TINY, **VARIANTS[variant]}))
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
+    check(save(tmp_path, "phi", **{**TINY, **VARIANTS[variant]}), whole=whole)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 from hooklens import HookedCausalLM
 from hooklens.adapters import open_checkpoint
 from hooklens.errors import UnsupportedModelError
-from tests.adapters.families.checks import D_VOCAB, check, read_published, save, verify_folder
+from tests.adapters.families.checks import D_VOCAB, cases, check, read_published, save, verify_folder
 from tests.adapters.families.routers import check_routing
 from tests.checkpoints import edit_config
 
@@ -108,11 +108,11 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
     # No part of it computes in float32, but the rotary tables.
     folder = save(tmp_path, "phimoe", **{**TINY, **VARIANTS[variant]})
-    check_routing(check(folder), folder)
+    check_routing(check(folder, whole=whole), folder)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from hooklens.config import RotaryPositions
 from hooklens.errors import UnsupportedModelError
 from tests.adapters.families.checks import (
     D_VOCAB,
+    cases,
     check,
     check_defaults,
     read_config,
@@ -125,9 +126,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_transformers(variant: str, tmp_path) -> None:
-    check(save(tmp_path, "stablelm", **{**TINY, **VARIANTS[variant]}))
+@pytest.mark.parametrize(("variant", "whole"), cases(VARIANTS))
+def test_variant_equals_transformers(variant: str, whole: bool, tmp_path) -> None:
+    check(save(tmp_path, "stablelm", **{**TINY, **VARIANTS[variant]}), whole=whole)
 
 
 @pytest.mark.slow

@@ -48,7 +48,6 @@ def join(rows):
     return ids, of_each.masked_fill(mask == 0, -1)
 
 
-@settings(max_examples=120)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=3),
     positions=OF_LAYER | st.just(LearnedPositions(offset=2)) | st.tuples(OF_LAYER, OF_LAYER),
@@ -60,9 +59,7 @@ def join(rows):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 99),
 )
-def test_a_packed_row_gives_what_its_documents_give_alone(
-    lengths, positions, windows, wiring, n_kv_heads, attn_softcap, causal, dtype, seed
-):
+def compare_packed(lengths, positions, windows, wiring, n_kv_heads, attn_softcap, causal, dtype, seed):
     has_bias = AlibiPositions() in (positions if isinstance(positions, tuple) else (positions,))
     cfg = make_config(
         positions=positions, windows=windows, wiring=wiring, n_kv_heads=n_kv_heads, attn_softcap=attn_softcap,
@@ -83,7 +80,11 @@ def test_a_packed_row_gives_what_its_documents_give_alone(
         torch.testing.assert_close(found, expected, **slack)
 
 
-@settings(max_examples=60)
+@pytest.mark.parametrize("n_examples", [40, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_packed_row_gives_what_its_documents_give_alone(n_examples):
+    settings(max_examples=n_examples)(compare_packed)()
+
+
 @given(
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     cuts=st.lists(st.integers(1, 19), max_size=3),
@@ -93,7 +94,7 @@ def test_a_packed_row_gives_what_its_documents_give_alone(
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
-def test_a_cache_goes_on_within_a_document_and_with_the_next_one(lengths, cuts, network, says_ids, frozen, seed):
+def continue_cached(lengths, cuts, network, says_ids, frozen, seed):
     model, rows = make_model(network), [draw_tokens(lengths, seed)]
     ids, of_each = join(rows)
     n = ids.shape[1]
@@ -117,6 +118,11 @@ def test_a_cache_goes_on_within_a_document_and_with_the_next_one(lengths, cuts, 
     torch.testing.assert_close(torch.cat(found, 1)[0], alone, **CLOSE[torch.float64])
     kept = cache.document_ids
     assert torch.equal(kept[:, 1:] != kept[:, :-1], starts[:, 1:])
+
+
+@pytest.mark.parametrize("n_examples", [25, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_cache_goes_on_within_a_document_and_with_the_next_one(n_examples):
+    settings(max_examples=n_examples)(continue_cached)()
 
 
 @torch.no_grad()

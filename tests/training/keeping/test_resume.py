@@ -1,23 +1,24 @@
 """A run that was interrupted and is started again ends as one that ran through, bit for bit."""
 
+import importlib
 import itertools
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hooklens import edits
 from hooklens.errors import CheckpointError, InputError
 from hooklens.training import DivergedError, TrainConfig, TrainingInterruptedError, train
+from tests.annotations import unchecked
+from tests.forks import needs_fork, run_in_child, wait_for
 from tests.training.networks import (
     D_VOCAB,
     classify,
@@ -28,7 +29,6 @@ from tests.training.networks import (
     make_rows,
 )
 
-ROOT = Path(__file__).parents[3]
 CONFIG = TrainConfig(
     steps=11, learning_rate=1e-2, schedule="cosine", warmup_steps=2, accumulate=2, seed=4, log_every=2, eval_every=4,
     checkpoint_every=3,
@@ -201,87 +201,78 @@ def test_a_language_model_with_steps_left_unmade(tmp_path) -> None:
     assert len(calls) == 9 - 5
 
 
-KILLED = """
-import hashlib, os, signal, sys
-from pathlib import Path
-import torch, torch._dynamo, tqdm.auto, transformers.optimization
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from hooklens.training import TrainConfig, train
-from tests.training.networks import make_model, make_rows
+def train_in_child(folder, kill_at=None, count_in=None):
+    """Train in a process of its own, which dies at a call of any function, Python's or C's; give its exit code.
 
-config = TrainConfig(steps=5, learning_rate=1e-2, seed=4, log_every=1, checkpoint_every=2, keep_checkpoints=2)
-folder = Path(sys.argv[1])
+    Args:
+        folder: of the run.
+        kill_at: the number of the call; None: the process ends by itself.
+        count_in: a file for the number of all calls; None: nobody asks.
+    """
+    config = TrainConfig(steps=5, learning_rate=1e-2, seed=4, log_every=1, checkpoint_every=2, keep_checkpoints=2)
 
-def once(name, kill_at=None):
-    # A process of its own, which dies at a call of any function, Python's or C's.
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
+    def work():
         torch.manual_seed(os.getpid())
         model, loader = make_model(d_model=8), DataLoader(make_rows(), batch_size=4, shuffle=True)
         calls = 0
+
         def count(frame, event, argument):
             nonlocal calls
             calls += event in ("call", "c_call")
             if calls == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-        sys.setprofile(count)
-        train(model, loader, config, folder=folder / name, progress=False)
+
+        # Counting takes as long as the training.
+        if kill_at is not None or count_in is not None:
+            sys.setprofile(count)
+        train(model, loader, config, folder=folder, progress=False)
         sys.setprofile(None)
-        os.write(writer, f"{calls}".encode())
-        os._exit(0)
-    os.close(writer)
-    _, status = os.waitpid(child, 0)
-    written = os.read(reader, 100)
-    os.close(reader)
-    return os.waitstatus_to_exitcode(status), int(written or 0)
+        if count_in is not None:
+            count_in.write_text(str(calls))
 
-def plain(value):
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-def read(path):
-    # What files hold counts, not the order of a header, nor which of a pickle's tensors are one object.
-    loads = {".pt": torch.load, ".safetensors": load_file}
-    return repr(plain(loads[path.suffix](path))).encode() if path.suffix in loads else path.read_bytes()
-
-def contents(name):
-    return {path.relative_to(folder / name).as_posix(): hashlib.sha256(read(path)).hexdigest()
-            for path in sorted((folder / name).rglob("*")) if path.is_file()}
-
-_, calls = once("whole")
-expected = contents("whole")
-assert len(expected) == 7, expected
-n, unequal = 6, []
-for i in range(n):
-    code, _ = once(str(i), kill_at=(2 * i + 1) * calls // (2 * n))
-    assert code == -signal.SIGKILL, code
-    assert once(str(i))[0] == 0
-    if contents(str(i)) != expected:
-        unequal.append(i)
-# Killed again and again.
-runs = 0
-while once("often", kill_at=(7 + runs) * calls // 10)[0] and runs < 9:
-    runs += 1
-print(unequal, contents("often") == expected, runs)
-"""
+    with unchecked():
+        return wait_for(run_in_child(work))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def contents(folder):
+    """What the files of a run hold: not the order of a header, nor which of a pickle's tensors are one object."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(one) for one in value]
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    def read(path):
+        loads = {".pt": torch.load, ".safetensors": load_file}
+        return repr(plain(loads[path.suffix](path))).encode() if path.suffix in loads else path.read_bytes()
+
+    return {path.relative_to(folder).as_posix(): read(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_fork
 def test_killed_at_any_moment(tmp_path) -> None:
     """All files are those of a run that was never killed: weights, optimiser, generators, place in data, metrics."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], capture_output=True, text=True, check=False,
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    unequal, often, runs = done.stdout.rsplit(maxsplit=2)
-    assert (unequal.strip(), often) == ("[]", "True")
-    assert 1 <= int(runs) < 9
+    # What training imports when it is used is imported here, so that what is counted is the training.
+    for name in ("torch._dynamo", "tqdm.auto", "transformers.optimization"):
+        importlib.import_module(name)
+    assert train_in_child(tmp_path / "whole", count_in=tmp_path / "calls") == 0
+    calls, expected = int((tmp_path / "calls").read_text()), contents(tmp_path / "whole")
+    assert len(expected) == 7
+    n, unequal = 6, []
+    for i in range(n):
+        assert train_in_child(tmp_path / str(i), kill_at=(2 * i + 1) * calls // (2 * n)) == -signal.SIGKILL
+        assert train_in_child(tmp_path / str(i)) == 0
+        if contents(tmp_path / str(i)) != expected:
+            unequal.append(i)
+    assert unequal == []
+    # Killed again and again.
+    runs = 0
+    while train_in_child(tmp_path / "often", kill_at=(7 + runs) * calls // 10) and runs < 9:
+        runs += 1
+    assert 1 <= runs < 9
+    assert contents(tmp_path / "often") == expected
 
 
 @pytest.fixture
