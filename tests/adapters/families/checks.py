@@ -65,14 +65,14 @@ def load_reference(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def cases(variants: Iterable[str]) -> list[Any]:
     """Variants of a family, and whether each is held against transformers as a whole (see `check`).
 
-    The first is by default, the others among the slow tests.
+    The first is by default, the others among the long tests.
     """
     first, *others = variants
     briefly = [pytest.param(name, False, id=f"{name}, briefly") for name in others]
     return [
         pytest.param(first, True, id=first),
         *briefly,
-        *(pytest.param(name, True, id=name, marks=pytest.mark.slow) for name in others),
+        *(pytest.param(name, True, id=name, marks=pytest.mark.long) for name in others),
     ]
 
 
