@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from hooklens.errors import InputError
 from hooklens.evaluation.results_file import ResultsFile
-from tests.test_files import run_python
+from tests.forks import needs_fork, run_in_child, wait_for
 
 RUN = {"model": "m", "prefix": "p"}
 
@@ -169,24 +170,25 @@ def test_one_run_at_a_time_writes_a_file(tmp_path):
         assert list(out.done) == ["1", "2"]
 
 
-HOLDING = """
-import sys, threading
-from hooklens.evaluation.results_file import ResultsFile
-with ResultsFile(sys.argv[1], {"model": "m", "prefix": "p"}) as out:
-    out.append([{"id": "1", "item": "hash 1"}])
-    print("holds", flush=True)
-    threading.Event().wait()
-"""
-
-
+@needs_fork
 def test_the_lock_of_a_process_that_was_killed_is_open(tmp_path):
     path = tmp_path / "results.jsonl"
-    process = run_python(HOLDING, path)
-    assert process.stdout.readline() == "holds\n"
+    says, hears = os.pipe()
+
+    def hold():
+        with ResultsFile(path, RUN) as out:
+            out.append([record(1)])
+            os.write(hears, b"holds")
+            signal.pause()
+
+    child = run_in_child(hold)
+    assert os.read(says, 5) == b"holds"
     with pytest.raises(InputError, match="another process is writing"):
         ResultsFile(path, RUN).__enter__()
-    process.kill()
-    process.communicate()
+    os.kill(child, signal.SIGKILL)
+    assert wait_for(child) == -signal.SIGKILL
+    os.close(says)
+    os.close(hears)
     with ResultsFile(path, RUN) as out:
         assert out.done == {"1": "hash 1"}
 

@@ -22,6 +22,7 @@ def found() -> list[dict[str, Any]]:
     return run_in_processes(2, behaviours.find_all, CONFIGS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 class TestBehaviours:
     def test_experiments_give_the_same(self, config: dict[str, int], found: list[dict[str, Any]]) -> None:
@@ -61,6 +62,7 @@ class TestBehaviours:
             assert ("gather_cache" in told["cache.save"]) == bool(holds_part)
 
 
+@pytest.mark.long
 def test_parts_are_shown_where_they_are_asked_for(found: list[dict[str, Any]]) -> None:
     for of_process in found:
         shown = of_process["show_parts", "{'tensor': 2}"]
@@ -72,6 +74,7 @@ def test_parts_are_shown_where_they_are_asked_for(found: list[dict[str, Any]]) -
         assert rows["equal"]
 
 
+@pytest.mark.long
 def test_gradient_through_what_a_hook_kept_in_a_stage_is_refused(found: list[dict[str, Any]]) -> None:
     """It ended where the stage began, so that earlier layers had a gradient that was wrong, or none."""
     told = [of_process["keep_inside", "{'pipeline': 2}"] for of_process in found]

@@ -69,6 +69,7 @@ def tiny() -> hl.HookedConfig:
     )
 
 
+@pytest.mark.long
 def test_checkers_know_every_keyword(tmp_path: Path) -> None:
     """Overloads state keywords once more, and one that a function got later could be missing there."""
     need("mypy")

@@ -1,5 +1,6 @@
 """Gradients that are not those of an edit are named."""
 
+import pytest
 import torch
 
 from hooklens.verification.probe import make_probe
@@ -29,6 +30,7 @@ def test_gradients_in_single_precision_are_held_against_a_leaf() -> None:
     assert not all(result.passed for result in results)
 
 
+@pytest.mark.long
 def test_gradients_next_to_nothing_are_not_held_against_their_own_size() -> None:
     """A correct gradient of 1e-18 failed: its rounding is that of the loss, not its own."""
     report = verify_points(make_model("alibi, grouped"), gradients=True)

@@ -95,6 +95,7 @@ def _for_each_layer(positions: Any, d_head: int) -> Any:
     return NoPositions() if isinstance(positions, ShortformerPositions) else positions
 
 
+@pytest.mark.long
 @settings(max_examples=N_NETWORKS, derandomize="HOOKLENS_RANDOM_NETWORKS" not in os.environ)
 @given(draw_network(), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 10**6), N_TOKENS)
 def test_any_network_passes(cfg: HookedConfig, dtype: torch.dtype, seed: int, n_tokens: int) -> None:

@@ -45,6 +45,7 @@ def test_weights_that_differ_from_the_reference_fail_in_every_dtype(tmp_path: Pa
     assert "the logits are not those of the reference" in str(report)
 
 
+@pytest.mark.long
 def test_a_model_in_memory_is_held_against_its_own_export() -> None:
     report = verify(HookedCausalLM.from_hf(build_variant("neox-tied")), layers=[0], progress=False)
 

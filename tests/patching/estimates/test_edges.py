@@ -50,7 +50,7 @@ def methods_and_networks():
         yield pytest.param(network, options, reference, id=name, marks=() if is_tried else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("network", "options", "reference"), methods_and_networks())
+@pytest.mark.parametrize(("network", "options", "reference"), list(methods_and_networks()))
 def test_scores_are_the_published_ones(network, options, reference):
     """The default was the corrupted run's gradient, and integrated gradients took midpoints, under the papers' names.
 

@@ -126,7 +126,7 @@ def networks_and_rules():
             yield pytest.param(network, rules, id=f"{rules}-{network}", marks=() if is_tried else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("network", "rules"), networks_and_rules())
+@pytest.mark.parametrize(("network", "rules"), list(networks_and_rules()))
 def test_edges_feel_the_rules(network, rules, monkeypatch):
     """Edges into queries and keys: the reader's own copy moved in a run of its own, times the gradient at the pattern.
 
