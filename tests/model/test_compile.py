@@ -23,7 +23,7 @@ def test_compiled_calls():
 @pytest.mark.long
 def test_calls_of_every_network():
     """A call of every other network, six more of one, documents, offloaded weights, and the compiler's own code."""
-    assert run("long") == len(ALL_CONFIGS) - 3 + 6 + 1 + 2 + 1
+    assert run("long and not slow") == len(ALL_CONFIGS) - 3 + 6 + 1 + 2 + 1
 
 
 @pytest.mark.slow

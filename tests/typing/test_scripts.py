@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 RIGHT = sorted((HERE / "right").glob("*.py"))
 WRONG = sorted((HERE / "wrong").glob("*.py"))
+# mypy begins without its cache in a new environment.
+CHECKERS = [pytest.param("mypy", marks=pytest.mark.long), "pyright"]
 MARK = re.compile(r"# wrong: (?P<mypy>\S+) (?P<pyright>\S+)$")
 
 Found = dict[tuple[str, int], set[str]]
@@ -69,14 +71,14 @@ def marked(script: Path, checker: str) -> dict[int, str]:
     return {number: mark[checker] for number, line in lines if (mark := MARK.search(line))}
 
 
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", CHECKERS)
 @pytest.mark.parametrize("script", RIGHT, ids=lambda script: script.stem)
 def test_right_scripts_pass(checker: str, script: Path, request: pytest.FixtureRequest) -> None:
     found: Found = request.getfixturevalue(checker)
     assert {line: codes for (name, line), codes in found.items() if name == script.name} == {}
 
 
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", CHECKERS)
 @pytest.mark.parametrize("script", WRONG, ids=lambda script: script.stem)
 def test_each_mistake_is_reported(checker: str, script: Path, request: pytest.FixtureRequest) -> None:
     """A misspelt keyword of a call passed, since what a module's call takes and gives was anything."""
