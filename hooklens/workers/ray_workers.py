@@ -202,7 +202,10 @@ class RayWorkers:
         done[task.number] = value
 
     def _replace(self, worker: _Worker, done: dict[int, Any], again: "deque[_Task]", error: Exception) -> None:
-        """Have what a dead worker was given done by others, and start another one in its place."""
+        """Have what a dead worker was given done by others, and start another one in its place.
+
+        A task at which several have died is not given again: its failure stands among what is done.
+        """
         lost = list(worker.given.values())
         if not worker.is_ready:
             self._failed_starts += 1

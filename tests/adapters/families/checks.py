@@ -89,7 +89,8 @@ def check(
     Args:
         folder: the checkpoint.
         whole: False leaves out what another variant of the family shows as well once the network is the right one:
-            bfloat16, generation, and models of transformers that are taken over, given, or loaded from what is saved.
+            bfloat16, float32 where float64 is compared, generation, and models of transformers that are taken over,
+            given, or loaded from what is saved.
         float64: how near float64 logits come, as a share of their standard deviation; None: the reference cannot run
             in float64. Where transformers computes parts in float32 whatever the dtype, 1e-5.
         generates: whether transformers' own cached generation is right, so that it can be compared with.
