@@ -5,7 +5,18 @@ import pytest
 
 from hooklens import patching
 from hooklens.patching import EstimateWarning, LogitDiff
-from tests.attribution_table import METHODS, MODELS, PAGE, PROMPTS, SITES, load, make_pairs, measure
+from tests.attribution_table import (
+    METHODS,
+    MODELS,
+    PAGE,
+    PROMPTS,
+    SITES,
+    UNIT_METHODS,
+    load,
+    make_pairs,
+    measure,
+    measure_units,
+)
 from tests.slow_cases import slow_but
 
 # The sites for which estimates are made most.
@@ -50,8 +61,21 @@ def test_a_check_of_some_cells_warns_where_it_has_to(site, rules, poor):
     assert any(issubclass(one.category, EstimateWarning) for one in caught) == poor
 
 
+@pytest.mark.parametrize(
+    ("model", "ablation"), slow_but(product(MODELS, ["resample", "mean"]), [(MODELS[1], "resample")])
+)
+def test_scores_of_neurons_agree_best_by_the_gradient(model, ablation):
+    """A neuron is a small step: rules that are right between two prompts fall to 0.2 there."""
+    found = measure_units(model, ablation, "names", ("gradient", "norms", "relp"), layers=[1], n_pairs=4)
+    assert found["gradient"].pearson >= 0.95
+    assert found["gradient"].pearson == max(check.pearson for check in found.values())
+    assert found["gradient"].sign_agreement >= 0.95
+
+
 def test_the_page_has_every_row():
     text = PAGE.read_text(encoding="utf-8")
+    of_units = text.split("## Neurons\n")[1]
+    assert all(f"\n| {method} | " in of_units for method in UNIT_METHODS)
     for model in MODELS:
         table = text.split(f"## {model}\n")[1].split("##")[0]
         for method in METHODS:

@@ -85,8 +85,9 @@ from hooklens.patching.sweeps.patch_setters import (
     make_df_from_ranges,
 )
 from hooklens.patching.sweeps.sweep import sweep
-from hooklens.patching.units.circuit import UnitCircuit, UnitScores
+from hooklens.patching.units.circuit import UnitCircuit
 from hooklens.patching.units.evaluate import UnitResult, evaluate_units
+from hooklens.patching.units.scored import UnitScores
 from hooklens.patching.units.scores import score_units
 
 __all__ = [

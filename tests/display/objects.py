@@ -53,8 +53,9 @@ from hooklens.patching.studies.held_out import HeldOutCurve
 from hooklens.patching.studies.minimality import Minimality
 from hooklens.patching.studies.split import PairSplit
 from hooklens.patching.studies.stability import Stability
-from hooklens.patching.units.circuit import UnitCircuit, UnitScores
+from hooklens.patching.units.circuit import UnitCircuit
 from hooklens.patching.units.evaluate import UnitResult
+from hooklens.patching.units.scored import UnitScores
 from hooklens.pool.causal_lm_pool import CausalLMPool
 from hooklens.pool.comparing.result import ModelComparison
 from hooklens.pool.lazy import LazyWeights
@@ -481,7 +482,7 @@ OBJECTS: dict[type[Any], Callable[[], Any]] = {
     HeldOutCurve: lambda: HeldOutCurve(scores=_edges(), curve=_curve(), discovery_rows=(0,), evaluation_rows=(1, 2)),
     UnitCircuit: lambda: UnitCircuit({"blocks.0.mlp.hook_post": [3, 17], HOSTILE: []}),
     UnitScores: lambda: UnitScores(
-        scores={HOSTILE: torch.tensor([1.0, NAN])}, metric="KL", method="atp", ablation="zero"
+        scores={HOSTILE: torch.tensor([1.0, NAN])}, metric="KL", method="atp", rules=HOSTILE, ablation="zero"
     ),
     ScoredEdges: _scored,
     ScoredGraph: lambda: ScoredGraph(edges=_scored(), circuit=CIRCUIT),

@@ -114,8 +114,14 @@ class AttributionResult(SweepResult):
         return cls(**read_fields(_FILE, path))
 
 
-def warn_if_poor(check: EstimateCheck) -> None:
+def warn_if_poor(
+    check: EstimateCheck, *, instead: str = "other rules (rules=...), method='ig', or patching.sweep"
+) -> None:
     """Warn of an estimate that does not go with what patches do.
+
+    Args:
+        check: what was found.
+        instead: what to try.
 
     Warns:
         EstimateWarning: the correlation is below 0.9, or there is none.
@@ -124,7 +130,7 @@ def warn_if_poor(check: EstimateCheck) -> None:
     if has_effects and not check.pearson >= TRUSTED:
         warnings.warn(
             f"the estimate ({check.method}) has a correlation of {check.pearson:.2f} with exact patches, below "
-            f"{TRUSTED}: {check.summary}. Try other rules (rules=...), method='ig', or patching.sweep",
+            f"{TRUSTED}: {check.summary}. Try {instead}",
             EstimateWarning,
             stacklevel=3,
         )

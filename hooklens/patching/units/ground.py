@@ -20,6 +20,7 @@ from hooklens.hooks import HookPoint
 from hooklens.hooks.edits import Add
 from hooklens.hooks.splice import Splice
 from hooklens.patching.errors import MetricError, SiteError
+from hooklens.patching.estimates.rules import GRADIENT, ReadRules, RuleHook
 from hooklens.patching.metrics.metric import Metric, Runs, prepare_metric
 from hooklens.patching.pairs.prompts import PromptPairs
 from hooklens.patching.runs.memory import BatchSize
@@ -168,8 +169,19 @@ class UnitRunner:
         read = _read(logits, ground.reads.repeat(n_circuits, 1))
         return ground.metric.measure(read.view(n_circuits, n_pairs, *read.shape[1:]))
 
-    def gradients(self, ground: UnitGround) -> dict[str, Tensor]:
-        """The gradient of the metric's sum over pairs with respect to each activation of the clean run."""
+    def gradients(
+        self, ground: UnitGround, rules: ReadRules = GRADIENT, drops: Sequence[RuleHook] = ()
+    ) -> dict[str, Tensor]:
+        """The gradient of the metric's sum over pairs with respect to each activation of the clean run.
+
+        Args:
+            ground: the pairs.
+            rules: how the backward pass departs from the gradient.
+            drops: what acts besides them.
+
+        Raises:
+            MetricError: the metric has no gradient.
+        """
         held: dict[str, Tensor] = {}
 
         def hold(tensor: Tensor, hook: HookPoint) -> Tensor:
@@ -177,7 +189,8 @@ class UnitRunner:
             held[str(hook.name)] = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
             return held[str(hook.name)]
 
-        with torch.enable_grad():
+        # What is held stands behind the rules of its own point: their slopes are of what leads to it.
+        with torch.enable_grad(), self.model.hooks([*rules.hooks(self.model), *drops]):
             logits = self._run(ground.tokens, ground.lengths, hold)
             value = ground.metric.measure(_read(logits, ground.reads)[None]).sum()
             if not value.requires_grad:

@@ -8,27 +8,33 @@ With `a` a unit's activation on the clean prompt, `a'` its ablated value and `m`
 where `s` is 1 where the metric is larger on the clean prompts than on the corrupted ones, and -1 otherwise, so that a
 score above 0 says that the unit works for the behaviour (attribution patching, Nanda 2023; of neurons and latents,
 Marks et al. 2024, "Sparse Feature Circuits").
+
+`rules` says how the backward pass departs from the gradient: see `hooklens.patching.estimates.rules`. A single unit is
+a small step, for which the tangent is right, so the gradient itself is the default: over the neurons of the bundled
+models no rule comes near it (`docs/attribution.md` has a table). `scores.check(k)` runs the strongest units and some
+of the others exactly.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.arguments import read_one_of, reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import HookLensError, InputError
 from hooklens.hooks.splice import Splice
+from hooklens.patching.estimates.rules import GRADIENT, ReadRules, Rules, join_dropped, read_rules
 from hooklens.patching.metrics.function import MetricFunction, as_metric
 from hooklens.patching.metrics.metric import Metric
 from hooklens.patching.pairs.loader import Pairs, read_all_pairs
 from hooklens.patching.pairs.prompts import Corrupted
 from hooklens.patching.runs.memory import BatchSize
 from hooklens.patching.runs.options import RunOptions, refuse_missing
-from hooklens.patching.units.circuit import UnitScores
 from hooklens.patching.units.ground import UnitAblation, UnitGround, UnitRunner
+from hooklens.patching.units.scored import UnitScores
 from hooklens.progress import progress_bar
 
 
@@ -42,6 +48,7 @@ def score_units(
     metric: Metric | MetricFunction | None = None,
     *,
     method: Literal["atp", "exact"] = "atp",
+    rules: Rules | None = None,
     splices: Sequence[Splice] = (),
     ablation: UnitAblation = "resample",
     batch_size: BatchSize = "auto",
@@ -59,6 +66,8 @@ def score_units(
             `"blocks.0.hook_mlp_out.hook_sae_acts"` for latents.
         metric: as for a sweep; differentiable but for `method="exact"`.
         method: how units are scored, see the module.
+        rules: how gradients are taken: a named set (`"gradient"`, `"norms"`, `"linear"`, `"relp"`, `"gim"`, `"atp*"`),
+            or a list of rules; None: `"gradient"`, no rule.
         splices: autoencoders and the like, which act in every run.
         ablation: what is put in the place of a unit's own value: that on the corrupted prompt (`"resample"`), its mean
             over the corrupted prompts (`"mean"`), 0 (`"zero"`), or tensors by hook name.
@@ -68,7 +77,8 @@ def score_units(
         allow_training: accept a model in training mode.
 
     Raises:
-        InputError: names or an ablation that are none, or prompts that do not go together.
+        InputError: names or an ablation that are none, prompts that do not go together, or rules that are none, do not
+            go with the network, or are given with exact scores.
         HookNameError: the model and the splices have no such hook point.
         SiteError: activations with other axes.
         MetricError: the metric is NaN or infinite for an unpatched run, or has no gradient.
@@ -80,29 +90,15 @@ def score_units(
     options = RunOptions.read(model, batch_size=batch_size, progress=progress, allow_training=allow_training)
     how = read_one_of(method, what="score_units: method", options=("atp", "exact"))
     points = read_names(names, "score_units")
+    if how == "exact" and rules is not None:
+        raise InputError("score_units: method='exact' takes no gradients, so rules= says nothing; leave it out")
+    taken = GRADIENT if how == "exact" else read_rules(model, rules, what="score_units", default="gradient")
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     runner = UnitRunner(
         model, prompts, points, as_metric(metric).encode(model), splices=splices, ablation=ablation,
         batch_size=options.batch_size,
     )  # fmt: skip
-    totals: dict[str, Tensor] = {}
-    side = 0.0
-    with progress_bar("scoring units", total=len(prompts), unit="pair", progress=options.progress) as bar:
-        for pairs in runner.groups():
-            ground = runner.prepare(pairs)
-            side += float((ground.clean - ground.corrupted).double().sum())
-            found = _estimate(runner, ground) if how == "atp" else _try_each(runner, ground)
-            for name, part in found.items():
-                totals[name] = totals[name] + part if name in totals else part
-            bar.update(len(pairs))
-    if side == 0:
-        raise HookLensError(
-            f"score_units: the clean and the corrupted run have the same {runner.metric.name}; no unit can work for or "
-            "against what tells them apart"
-        )
-    sign = 1.0 if side > 0 else -1.0
-    scores = {name: (sign * total / len(prompts)).to(model.dtype) for name, total in totals.items()}
-    return UnitScores(scores=scores, metric=runner.metric.name, method=how, ablation=runner.ablation_name)
+    return _Scoring(runner, taken).finish(how, progress=options.progress)
 
 
 def read_names(given: object, what: str) -> list[str]:
@@ -117,25 +113,85 @@ def read_names(given: object, what: str) -> list[str]:
     return list(dict.fromkeys(listed))
 
 
-def _estimate(runner: UnitRunner, ground: UnitGround) -> dict[str, Tensor]:
-    """To first order, summed over pairs."""
-    gradients = runner.gradients(ground)
-    return {
-        name: ((ground.own[name] - ground.ablated[name]) * gradients[name]).double().sum((0, 1))
-        for name in runner.names
-    }
+class _Scoring:
+    """The scores of units, summed over groups of pairs."""
 
+    def __init__(self, runner: UnitRunner, rules: ReadRules) -> None:
+        self.runner, self.rules = runner, rules
+        self.side = 0.0
+        # By hook name, how many units there are.
+        self.widths: dict[str, int] = {}
 
-@torch.no_grad()
-def _try_each(runner: UnitRunner, ground: UnitGround) -> dict[str, Tensor]:
-    """One run for each unit, summed over pairs."""
-    widths = {name: own.shape[-1] for name, own in ground.own.items()}
-    found = {}
-    for name, width in widths.items():
-        parts = []
-        for some in torch.split(torch.arange(width), runner.circuits_per_pass(ground)):
-            masks = {other: torch.ones(len(some), widths[other], dtype=torch.bool) for other in runner.names}
-            masks[name][torch.arange(len(some)), some] = False
-            parts.append((ground.clean - runner.measure(ground, masks)).double().sum(1))
-        found[name] = torch.cat(parts)
-    return found
+    def finish(self, method: Literal["atp", "exact"], *, progress: bool) -> UnitScores:
+        """Score all units.
+
+        Raises:
+            HookLensError: both unpatched runs have the same metric.
+        """
+        is_exact = method == "exact"
+        if is_exact:
+            scores = self._sum(lambda ground: self._try(ground, None), "scoring units", progress=progress)
+        else:
+            scores = self._sum(self._estimate, "scoring units", progress=progress)
+        if self.side == 0:
+            raise HookLensError(
+                f"score_units: the clean and the corrupted run have the same {self.runner.metric.name}; no unit can "
+                "work for or against what tells them apart"
+            )
+        parts = scores.to(self.runner.model.dtype).split(list(self.widths.values()))
+        return UnitScores(
+            scores=dict(zip(self.widths, parts, strict=True)),
+            metric=self.runner.metric.name,
+            method=method,
+            rules=self.rules.name,
+            ablation=self.runner.ablation_name,
+            run_exactly=None if is_exact else self.run_exactly,
+        )
+
+    def run_exactly(self, chosen: Sequence[int], *, progress: bool) -> Float[Tensor, " run"]:
+        """The exact scores of some units, counted over all hook points."""
+        with torch.inference_mode(mode=False):
+            return self._sum(lambda ground: self._try(ground, chosen), "checking units", progress=progress)
+
+    def _sum(
+        self, score: Callable[[UnitGround], Float[Tensor, " unit"]], what: str, *, progress: bool
+    ) -> Float[Tensor, " unit"]:
+        """Scores averaged over pairs, with the sign of what tells the unpatched runs apart."""
+        total: Tensor | None = None
+        side, n_pairs = 0.0, len(self.runner.prompts)
+        with progress_bar(what, total=n_pairs, unit="pair", progress=progress) as bar:
+            for pairs in self.runner.groups():
+                ground = self.runner.prepare(pairs)
+                self.widths = {name: own.shape[-1] for name, own in ground.own.items()}
+                side += float((ground.clean - ground.corrupted).double().sum())
+                part = score(ground)
+                total = part if total is None else total + part
+                bar.update(len(pairs))
+        self.side = side
+        assert total is not None
+        return total * ((1.0 if side > 0 else -1.0) / n_pairs)
+
+    def _estimate(self, ground: UnitGround) -> Float[Tensor, " unit"]:
+        """To first order, summed over pairs."""
+        found = []
+        for dropped in ([], *self.rules.drops(self.runner.model)):
+            gradients = self.runner.gradients(ground, self.rules, dropped)
+            of_names = [
+                ((ground.own[name] - ground.ablated[name]) * gradients[name]).double().sum(1)
+                for name in self.runner.names
+            ]
+            found.append(torch.cat(of_names, 1).T)
+        return join_dropped(found).sum(1)
+
+    @torch.no_grad()
+    def _try(self, ground: UnitGround, chosen: Sequence[int] | None) -> Float[Tensor, " unit"]:
+        """One run for each unit (None: for all), summed over pairs."""
+        n_units = sum(self.widths.values())
+        units = torch.arange(n_units) if chosen is None else torch.tensor(chosen, dtype=torch.long)
+        found = []
+        for some in units.split(self.runner.circuits_per_pass(ground)):
+            kept = torch.ones(len(some), n_units, dtype=torch.bool)
+            kept[torch.arange(len(some)), some] = False
+            masks = dict(zip(self.widths, kept.split(list(self.widths.values()), 1), strict=True))
+            found.append((ground.clean - self.runner.measure(ground, masks)).double().sum(1))
+        return torch.cat(found)

@@ -105,11 +105,60 @@ def test_circuits_of_nodes_ablate_all_others():
     torch.testing.assert_close(found.per_pair, units.per_pair, rtol=0, atol=1e-10)
 
 
+RULES = ["gradient", "norms", "linear", "relp", "gim", "atp*", [patching.HoldPattern()]]
+
+
+@pytest.mark.parametrize("network", ["grouped", "rotary", "shared norm", "learned, tied"])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_units_of_a_point_have_its_effect_by_the_same_rules(network, rules):
+    """The units' scores of one hook point add up to what attribution says of a patch of the whole of it."""
+    model = make_model(network)
+    name = "blocks.0.mlp.hook_post"
+    whole = patching.attribution(model, CLEAN, CORRUPTED, name, METRIC, rules=rules, direction="noise", progress=False)
+    found = score_units(model, CLEAN, CORRUPTED, [name], METRIC, rules=rules, progress=False)
+    assert found.rules == whole.rules
+    drops = rules == "atp*"
+    side = 1 if float((whole.clean_per_pair - whole.corrupted_per_pair).mean()) > 0 else -1
+    if not drops:
+        # Magnitudes, which dropping layers averages, do not add up.
+        assert float(found.scores[name].sum()) == pytest.approx(-side * float(whole.effects.sum()), abs=1e-10)
+    else:
+        plain = score_units(model, CLEAN, CORRUPTED, [name], METRIC, progress=False)
+        assert not torch.allclose(found.scores[name], plain.scores[name])
+
+
+def test_dropped_layers_are_averaged_by_magnitude_for_each_pair():
+    """By hand: the gradient with one layer's outputs cut out of the graph at a time."""
+    name = "blocks.0.mlp.hook_post"
+    found = score_units(MODEL, CLEAN, CORRUPTED, [name], METRIC, rules="atp*", progress=False).scores[name]
+    with torch.no_grad():
+        own, other = (MODEL.run_with_cache(tokens, names_filter=[name])[1][name] for tokens in (CLEAN, CORRUPTED))
+        side = 1 if float((value(MODEL(CLEAN)) - value(MODEL(CORRUPTED))).mean()) > 0 else -1
+
+    def effects(cut):
+        leaf = own.clone().requires_grad_()
+        hooks = [(name, lambda tensor, hook: leaf)]
+        hooks += [(point, lambda tensor, hook: tensor.detach()) for point in cut]
+        [gradient] = torch.autograd.grad(value(MODEL.run_with_hooks(CLEAN, fwd_hooks=hooks)).sum(), leaf)
+        return ((own - other) * gradient).sum(1)
+
+    plain = effects([])
+    dropped = [effects([f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"]) for layer in (1,)]
+    # Without its own layer nothing of a unit is left.
+    magnitude = torch.stack([torch.zeros_like(plain), *(one.abs() for one in dropped)]).sum(0)
+    expected = side * torch.where(plain < 0, -magnitude, magnitude).mean(0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 def test_refusals():
     with unchecked(), pytest.raises(InputError, match="score_units: names are 'mlp_post'; expected a list"):
         score(names="mlp_post")
     with unchecked(), pytest.raises(InputError, match="score_units: method is 'ig'"):
         score(method="ig")
+    with pytest.raises(InputError, match="method='exact' takes no gradients, so rules= says nothing"):
+        score(method="exact", rules="norms")
+    with unchecked(), pytest.raises(InputError, match="score_units: rules is 'best'; expected one of 'gradient'"):
+        score(rules="best")
     same = score_units
     with pytest.raises(HookLensError, match="the clean and the corrupted run have the same LogProb"):
         same(MODEL, CLEAN, CLEAN, NAMES, LogProb(3), progress=False)
