@@ -165,7 +165,9 @@ def measure_known(norms: Sequence[str | None] = NORMS, *, learn: bool = True) ->
         if learn:
             gates = learn_circuit(task.model, pairs, target_size=len(task.circuit), progress=False)
             found[GATES] = gates.scores.auroc(task.circuit)
-        acdc = discover_circuit(task.model, pairs, metric=task.metric, threshold=THRESHOLD, progress=False).circuit
+        acdc = discover_circuit(
+            task.model, pairs, metric=task.metric, threshold=THRESHOLD, holdout=0, progress=False
+        ).circuit
         found[f"`discover_circuit` (ACDC), threshold {THRESHOLD}"] = edge_auroc(acdc, task.circuit, edges=scores.edges)
         # Connected circuits of the true one's size.
         drawn = [

@@ -270,6 +270,7 @@ def sweep_latents(shown: bool) -> None:
 
 
 UNITS = ["blocks.0.mlp.hook_post"]
+UNIT_SCORES = patching.score_units(**GIVEN, names=UNITS, progress=False)
 CALLS = {
     "alignment.das.train.train_das": lambda shown, _: align(
         shown,
@@ -374,6 +375,7 @@ CALLS = {
     "patching.units.evaluate.evaluate_units": lambda shown, _: patching.evaluate_units(
         **GIVEN, circuits={"one": patching.UnitCircuit({UNITS[0]: [0]})}, progress=shown
     ),
+    "patching.units.scored.UnitScores.check": lambda shown, _: UNIT_SCORES.check(1, sample=1, progress=shown),
     "patching.units.scores.score_units": lambda shown, _: patching.score_units(**GIVEN, names=UNITS, progress=shown),
     "pool.comparing.compare.compare_models": lambda shown, _: compare_models(
         {"one": MODEL, "two": make_model("grouped", seed=3)}, CLEAN, progress=shown

@@ -158,7 +158,13 @@ def test_work_of_circuit_discovery(name: str, record: Any) -> None:
     one = _pair_of(model, _SENTENCES["they differ late"])
     for pairs, batch_size in ((1, "auto"), (8, "auto"), (8, 32)):
         found = patching.discover_circuit(
-            model, [one] * pairs, metric=patching.LogitDiff(), threshold=0.5, batch_size=batch_size, progress=False
+            model,
+            [one] * pairs,
+            metric=patching.LogitDiff(),
+            threshold=0.5,
+            holdout=0,
+            batch_size=batch_size,
+            progress=False,
         ).stats
         record(
             f"circuit discovery, {pairs} pairs, batch_size={batch_size}, {name}: forwards' worth a decision",
@@ -186,7 +192,7 @@ def test_work_of_circuit_discovery_in_little_memory(name: str, record: Any, monk
     ]
     for threshold in (0.05, 0.5):
         found = patching.discover_circuit(
-            model, pairs, metric=patching.LogitDiff(), threshold=threshold, progress=False
+            model, pairs, metric=patching.LogitDiff(), threshold=threshold, holdout=0, progress=False
         ).stats
         record(
             f"circuit discovery in groups, threshold {threshold}, {name}: forwards' worth a decision",

@@ -402,6 +402,8 @@ def _discovery() -> Discovery:
             naive_forwards=99,
             naive_tokens=9,
         ),
+        held_out_damage=NAN,
+        held_out_pairs=torch.tensor([False, True]),
     )
 
 

@@ -12,6 +12,9 @@ For `KL()`, the default, the clean run has 0, so the damage is the divergence it
 metrics a circuit that overshoots is as damaged as one that falls short, and what pairs lose and gain does not
 cancel. A node from which no edge leads on does nothing: its incoming edges are removed without a run.
 
+A search follows the chance of its prompts, too, so a part of the pairs is held out, and the damage is told for these as
+well (`holdout`).
+
 The threshold is in the metric's units, and counts for each edge: many small losses may add up. What is found
 depends on it, on the order, and on the ablation; it is a circuit that suffices, not the only one.
 
@@ -36,16 +39,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooklens.arguments import reads, show
+from hooklens.arguments import read_seed, reads, show
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.hooks.edits import Edit
 from hooklens.patching.circuits.ablation import Ablation
 from hooklens.patching.circuits.discovery import Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats, Verdict
 from hooklens.patching.circuits.ground import Ground
+from hooklens.patching.circuits.held_out import draw_held_out, read_holdout
 from hooklens.patching.circuits.masked_run import MaskedRun
 from hooklens.patching.circuits.reach import Masks
 from hooklens.patching.circuits.runner import CircuitRunner
@@ -81,6 +85,8 @@ def discover_circuit(
     *,
     threshold: float,
     ablation: Ablation = "resample",
+    holdout: float = 0.25,
+    seed: int = 0,
     batch_size: BatchSize = "auto",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     edits: Sequence[Edit] = (),
@@ -97,6 +103,9 @@ def discover_circuit(
         threshold: an edge is removed where that raises the damage by less than this, in the metric's units. At 0
             every edge stays that can be told from nothing, at infinity none.
         ablation: what removed edges carry, as for `evaluate_circuits`.
+        holdout: the share of pairs, at least one, that the search does not see and its circuit is measured on. Of a
+            single pair nothing is held out.
+        seed: draws them. The global random state is neither read nor moved.
         batch_size: prompts run at once, circuits times pairs; `"auto"` by memory.
         attention_mask: real tokens (1) of padded ids, the same for both.
         edits: values from `hooklens.edits` that act in every run: inside nodes, at their outputs, at the embeddings or
@@ -106,14 +115,15 @@ def discover_circuit(
         allow_training: accept a model in training mode.
 
     Raises:
-        InputError: a threshold below 0, prompts that do not go together, or a norm between heads and stream.
+        InputError: a threshold below 0, a share that is none, leaves no pair to search on, or is of a metric that sees
+            all pairs at once; prompts that do not go together, or a norm between heads and stream.
         EditError: an edit that does not fit the model or the prompts, or stands between nodes.
         MetricError: the metric gives another shape than one value per row, or NaN; or an unpatched run's is infinite.
         DiscoveryInterruptedError: stopped, or failed on the way; it holds what was decided.
 
     Example:
         >>> found = discover_circuit(model, clean, corrupted, threshold=0.05)
-        >>> found.circuit.heads()
+        >>> found.circuit.heads(), found.damage, found.held_out_damage
     """
     options = RunOptions.read(
         model, batch_size=batch_size, progress=progress, allow_training=allow_training, edits=edits
@@ -123,6 +133,7 @@ def discover_circuit(
     is_number = isinstance(threshold, int | float | np.integer | np.floating) and not isinstance(threshold, bool)
     if not is_number or math.isnan(threshold) or threshold < 0:
         raise InputError(f"discover_circuit: threshold={show(threshold)}; expected a number >= 0 in the metric's units")
+    share, drawn_by = read_holdout(holdout, what="discover_circuit"), read_seed(seed, what="discover_circuit: seed")
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     if isinstance(metric, Mapping):
         raise MetricError(
@@ -130,11 +141,14 @@ def discover_circuit(
             "evaluate_circuits(..., metric={...})"
         )
     measured = KL() if metric is None else as_metric(metric).encode(model)
+    if len(prompts.apart) == 1:
+        share = 0.0
+    held_out = draw_held_out(prompts, measured, share, drawn_by, what="discover_circuit")
     with torch.no_grad():
         runner = CircuitRunner(
             model, prompts, measured, ablation=ablation, batch_size=options.batch_size, edits=options.edits
         )
-        return _Search(runner, float(threshold)).finish(progress=options.progress)
+        return _Search(runner, float(threshold), held_out).finish(progress=options.progress)
 
 
 @dataclass(frozen=True)
@@ -154,8 +168,10 @@ class _Try:
 class _Search:
     """A search in progress: the edges still in the circuit, and those to come."""
 
-    def __init__(self, runner: CircuitRunner, threshold: float) -> None:
-        self.runner, self.threshold = runner, threshold
+    def __init__(self, runner: CircuitRunner, threshold: float, held_out: Bool[Tensor, " pair"]) -> None:
+        self.runner, self.threshold, self.held_out = runner, threshold, held_out
+        self.pairs = (~held_out).nonzero()[:, 0].tolist()
+        self.held_out_damage: float | None = None
         graph = runner.graph
         self.kept = graph.exists()
         self.candidates = [
@@ -164,7 +180,7 @@ class _Search:
             for writer in reversed(range(graph.n_inputs[reader]))
         ]
         self.fed_by = runner.wiring.fed_by
-        self.groups = list(runner.groups())
+        self.groups = list(runner.groups(self.pairs))
         self.held: dict[int, Ground] = {}
         self.runs: dict[int, MaskedRun] = {}
         # How often guesses were wrong of late: those that nothing had shown, and those that an earlier batch had.
@@ -186,6 +202,8 @@ class _Search:
             # Before the first edge is tried, a failure is a mistake in the call and not an interruption.
             self.has_begun = True
             self._search(most, progress=progress)
+            self.held.clear()
+            self._measure_held_out()
 
         def stopped(why: str, partial: Discovery) -> Exception:
             return DiscoveryInterruptedError(
@@ -231,7 +249,7 @@ class _Search:
 
     def _plan(self, most: int) -> tuple[list[_Try], Masks]:
         """The next edges with their guesses, and the circuits to run."""
-        fewest = -(-_TOKENS_OF_A_PASS // (len(self.runner.prompts) * self.held[0].width))
+        fewest = -(-_TOKENS_OF_A_PASS // (len(self.pairs) * self.held[0].width))
         if len(self.held) < len(self.groups):
             fewest = _ROWS_OF_A_GROUND
         n_wrong, top = 0.0, None
@@ -284,6 +302,15 @@ class _Search:
         n_pairs = sum(len(self.groups[number]) for number in numbers)
         return (total / n_pairs).tolist()
 
+    def _measure_held_out(self) -> None:
+        """The damage of what was found, on the pairs that the search has not seen."""
+        pairs, total = self.held_out.nonzero()[:, 0].tolist(), 0.0
+        for group in self.runner.groups(pairs):
+            ground = self.runner.prepare(group)
+            values = self.runner.measure(ground, self.kept[None])
+            total += float((values[0] - ground.clean).abs().double().sum())
+        self.held_out_damage = total / len(pairs) if pairs else None
+
     def _decide(self, plan: list[_Try], damages: list[float]) -> None:
         """Read a batch up to the first wrong guess, and keep the run of the circuit that is left."""
         damage, astray, last_removed = self.damage, False, None
@@ -324,7 +351,9 @@ class _Search:
     def result(self) -> Discovery:
         """What is decided so far."""
         runner, graph = self.runner, self.runner.graph
-        n_pairs, n_tokens = len(runner.prompts), sum(runner.prompts.lengths)
+        lengths = torch.tensor(runner.prompts.lengths)
+        n_pairs, n_tokens = len(self.pairs), int(lengths[~self.held_out].sum())
+        n_others, n_other_tokens = int(self.held_out.sum()), int(lengths[self.held_out].sum())
         n_unreachable = sum(each.verdict == "unreachable" for each in self.decisions)
         n_naive = len(self.decisions) - n_unreachable + 2
         gone = {(each.writer, each.reader) for each in self.decisions if each.verdict != "kept"}
@@ -342,7 +371,9 @@ class _Search:
                 circuits_run=self.circuits_run,
                 forwards=runner.forwards,
                 tokens=runner.token_layers / runner.model.cfg.n_layers,
-                naive_forwards=n_naive * n_pairs,
-                naive_tokens=n_naive * n_tokens,
+                naive_forwards=n_naive * n_pairs + 3 * n_others,
+                naive_tokens=n_naive * n_tokens + 3 * n_other_tokens,
             ),
+            held_out_damage=self.held_out_damage,
+            held_out_pairs=self.held_out,
         )

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from hooklens.display import Displayed, Summary, format_number
 from hooklens.errors import HookLensError
 from hooklens.optional import import_package
@@ -41,10 +44,11 @@ class DiscoveryStats:
         edges: edges of the network.
         decided: edges decided.
         unreachable: those among them that were removed without a run.
-        circuits_run: circuits run on all pairs, those that turned out not to be needed included.
+        circuits_run: circuits run on all pairs of the search, those that turned out not to be needed included.
         forwards: passes through the model, those of the unpatched runs included.
         tokens: tokens run through all layers, or as many through some as comes to the same.
-        naive_forwards: one per pair and edge that is not unreachable, and the two unpatched runs.
+        naive_forwards: one per pair of the search and edge that is not unreachable, and the two unpatched runs; of
+            each held-out pair one circuit and these two.
         naive_tokens: the tokens of those.
     """
 
@@ -65,7 +69,10 @@ class Discovery(Displayed):
     Attributes:
         circuit: the edges that were kept. Where the search was stopped, also those it had not come to.
         decisions: what became of each edge, in the order of the search.
-        damage: the circuit's, averaged over pairs.
+        damage: the circuit's, averaged over the pairs that it was searched on.
+        held_out_damage: the same of the pairs that the search has not seen: what is left of it elsewhere. None: no pair
+            was held out, or the search was stopped before.
+        held_out_pairs: which pairs these are.
         threshold: how much more damage an edge's removal could do.
         metric: the metric's name.
         stats: what it took.
@@ -77,6 +84,8 @@ class Discovery(Displayed):
     threshold: float
     metric: str
     stats: DiscoveryStats
+    held_out_damage: float | None = None
+    held_out_pairs: Bool[Tensor, " pair"]
 
     def _summary(self) -> Summary:
         stats = self.stats
@@ -84,7 +93,7 @@ class Discovery(Displayed):
         return Summary(
             title=f"Discovery: {len(self.circuit):,} of {stats.edges:,} edges, {self.metric}",
             facts={
-                "damage": format_number(self.damage),
+                "damage": f"{format_number(self.damage)} on the pairs of the search, {self._elsewhere}",
                 "threshold": f"{format_number(self.threshold)} more damage for each edge removed",
                 "decided": f"{stats.decided:,} edges: {n_removed:,} removed, {stats.unreachable:,} unreachable"
                 + (f"; {stats.edges - stats.decided:,} were not come to" if stats.decided < stats.edges else ""),
@@ -93,6 +102,18 @@ class Discovery(Displayed):
             },
             listing=self.circuit.edge_listing(),
             notes=["trace has what became of each edge"],
+        )
+
+    @property
+    def _elsewhere(self) -> str:
+        n_held_out = int(self.held_out_pairs.sum())
+        if not n_held_out:
+            return "none were held out"
+        pairs = f"{n_held_out} held-out pair{'s' if n_held_out > 1 else ''}"
+        return (
+            f"{pairs} not measured"
+            if self.held_out_damage is None
+            else f"{format_number(self.held_out_damage)} on {pairs}"
         )
 
     @property

@@ -4,7 +4,7 @@ The two sizes are chosen one after the other: as many pairs stand on one `Ground
 the metric cannot be measured for some alone), and as many circuits run at once on it as fit beside it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -92,9 +92,9 @@ class CircuitRunner:
         """The metric, of several the first."""
         return next(iter(self.metrics.metrics.values()))
 
-    def groups(self) -> Iterator[list[int]]:
-        """The pairs that stand on one ground."""
-        return self.prompts.split(None if self.metrics.needs_all_pairs else self._pairs_per_group())
+    def groups(self, among: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """The pairs that stand on one ground, of all pairs or of some."""
+        return self.prompts.split(None if self.metrics.needs_all_pairs else self._pairs_per_group(), among)
 
     def prepare(self, pairs: list[int]) -> Ground:
         """The ground for some pairs.

@@ -27,6 +27,7 @@ from hooklens.arguments import read_int, read_number, read_one_of, read_seed, re
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.errors import InputError
 from hooklens.patching.circuits.ablation import Ablation
+from hooklens.patching.circuits.held_out import draw_held_out, read_holdout
 from hooklens.patching.circuits.runner import CircuitRunner
 from hooklens.patching.errors import SweepInterruptedError
 from hooklens.patching.graph.nodes import check_additive, check_heads_apart
@@ -122,12 +123,7 @@ def learn_circuit(
     n_steps = read_int(steps, what="learn_circuit: steps", least=1)
     rate = _read_above_zero(lr, "lr")
     drawn_by = read_seed(seed, what="learn_circuit: seed")
-    share = read_number(
-        holdout,
-        what="learn_circuit: holdout",
-        expected="a share from 0 to below 1",
-        allows=lambda found: 0 <= found < 1,
-    )
+    share = read_holdout(holdout, what="learn_circuit")
     check_additive(model.cfg)
     check_heads_apart(model.cfg)
     match metric:
@@ -135,11 +131,6 @@ def learn_circuit(
             measured: Metric = KL()
         case _:
             measured = as_metric(metric)
-    if share and measured.needs_all_pairs:
-        raise InputError(
-            f"learn_circuit: metric {measured.name} is a function that sees all pairs at once, so none can be held "
-            "out; pass holdout=0 and measure the circuit on other prompts, or use a metric such as patching.LogitDiff"
-        )
     prompts = read_all_pairs(model, clean, corrupted, attention_mask)
     with torch.no_grad():
         encoded = measured.encode(model)
@@ -147,7 +138,7 @@ def learn_circuit(
     layout = GateLayout.of(runner.graph, level)
     schedule = _read_target(target_size, target_sparsity, penalty, len(layout), n_steps, rate)
     first = _first_log_alpha(runner, layout, warm_start)
-    held_out = _draw_held_out(prompts, share, drawn_by)
+    held_out = draw_held_out(prompts, measured, share, drawn_by, what="learn_circuit")
     learning = _Learning(runner, prompts, GateTraining(layout, first), schedule, held_out, drawn_by)
     return learning.finish(progress=options.progress)
 
@@ -264,21 +255,6 @@ def _read_above_zero(given: object, name: str) -> float:
     return read_number(
         given, what=f"learn_circuit: {name}", expected="a number above 0", allows=lambda found: found > 0
     )
-
-
-def _draw_held_out(prompts: PromptPairs, share: float, seed: int) -> Tensor:
-    """Which pairs are not trained on; the draws of noise for one prompt stay together."""
-    held_out, apart = torch.zeros(len(prompts), dtype=torch.bool), prompts.apart
-    n_held_out = max(1, round(share * len(apart))) if share else 0
-    if n_held_out >= len(apart):
-        raise InputError(
-            f"learn_circuit: holdout={share} of {len(apart)} pairs leaves none to train on; give more pairs, or "
-            "holdout=0"
-        )
-    order = torch.randperm(len(apart), generator=torch.Generator().manual_seed(seed))
-    for place in order[:n_held_out].tolist():
-        held_out[apart[place]] = True
-    return held_out
 
 
 def _first_log_alpha(runner: CircuitRunner, layout: GateLayout, warm_start: object) -> Tensor:

@@ -98,11 +98,12 @@ class PromptPairs:
             together.setdefault(number, []).append(pair)
         return list(together.values())
 
-    def split(self, size: int | None) -> Iterator[list[int]]:
-        """The places of the pairs, in groups of so many; None: all together."""
-        step = len(self) if size is None else max(1, size)
-        for first in range(0, len(self), step):
-            yield list(range(first, min(first + step, len(self))))
+    def split(self, size: int | None, among: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """The places of the pairs, or of those among them, in groups of so many; a size of None: all together."""
+        places = range(len(self)) if among is None else among
+        step = max(1, len(places) if size is None else size)
+        for first in range(0, len(places), step):
+            yield list(places[first : first + step])
 
 
 def read_pairs(

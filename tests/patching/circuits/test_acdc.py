@@ -20,7 +20,7 @@ METRICS = {"KL": KL(), "LogitDiff": LogitDiff(3, [5, 6, 7]), "LogProb": LogProb(
 
 
 def find(model, metric=None, **options):
-    return patching.discover_circuit(model, CLEAN, CORRUPTED, metric, **{"progress": False, **options})
+    return patching.discover_circuit(model, CLEAN, CORRUPTED, metric, **{"progress": False, "holdout": 0, **options})
 
 
 def discover_naively(cfg, threshold, damage_of):
@@ -120,6 +120,58 @@ def test_batches_change_nothing(batch_size):
         assert one.stats.circuits_run == one.stats.decided - one.stats.unreachable
 
 
+@pytest.mark.parametrize(("metric", "ablation"), [("KL", "resample"), ("LogProb", "zero")])
+@pytest.mark.parametrize("batch_size", ["auto", 1])
+def test_held_out_pairs_are_measured_and_not_searched_on(metric, ablation, batch_size):
+    model = make_model("rotary")
+    clean, corrupted = random_tokens(6, 6, seed=1), random_tokens(6, 6, seed=2)
+    options = {"threshold": 0.003, "ablation": ablation, "batch_size": batch_size, "progress": False}
+    found = patching.discover_circuit(model, clean, corrupted, METRICS[metric], holdout=0.3, seed=4, **options)
+    out = found.held_out_pairs
+    assert int(out.sum()) == 2
+    alone = patching.discover_circuit(model, clean[~out], corrupted[~out], METRICS[metric], holdout=0, **options)
+    assert [(each.writer, each.reader, each.verdict) for each in found.decisions] == [
+        (each.writer, each.reader, each.verdict) for each in alone.decisions
+    ]
+    assert found.damage == pytest.approx(alone.damage, abs=1e-10)
+    assert (alone.held_out_damage, int(alone.held_out_pairs.sum())) == (None, 0)
+    value = patching.evaluate_circuits(
+        model, clean[out], corrupted[out], [found.circuit], METRICS[metric], ablation=ablation, progress=False
+    )
+    damage = float((value.per_pair[0] - value.full_per_pair).abs().mean())
+    assert found.held_out_damage == pytest.approx(damage, abs=1e-10)
+    assert abs(damage - found.damage) > 1e-6
+    # Of each held-out pair a circuit is run, and the two runs without a patch.
+    assert found.stats.naive_forwards == alone.stats.naive_forwards + 3 * 2
+    assert found.stats.naive_tokens == alone.stats.naive_tokens + 3 * 2 * 6
+
+
+def test_pairs_are_held_out_by_default_where_there_are_several():
+    model = make_model("grouped")
+    by_default = [
+        patching.discover_circuit(model, CLEAN[:n], CORRUPTED[:n], threshold=0.01, progress=False) for n in (1, 2, 3)
+    ]
+    assert [int(found.held_out_pairs.sum()) for found in by_default] == [0, 1, 1]
+    assert [found.held_out_damage is None for found in by_default] == [True, False, False]
+    drawn = {
+        tuple(
+            patching.discover_circuit(
+                model, CLEAN, CORRUPTED, threshold=math.inf, seed=seed, progress=False
+            ).held_out_pairs.tolist()
+        )
+        for seed in range(8)
+    }
+    assert len(drawn) == 3
+
+
+def test_draws_of_one_prompt_are_held_out_together():
+    model = make_model("grouped")
+    noise = patching.Noise(pos=[1, 2], draws=3)
+    found = patching.discover_circuit(model, CLEAN, noise, threshold=math.inf, holdout=0.4, progress=False)
+    assert found.held_out_pairs.view(3, 3).all(1).tolist() == found.held_out_pairs.view(3, 3).any(1).tolist()
+    assert int(found.held_out_pairs.sum()) == 3
+
+
 def test_thresholds_at_the_ends():
     model = make_model("grouped")
     n_edges = len(list_edges(model.cfg))
@@ -151,7 +203,9 @@ def test_losses_and_gains_of_pairs_do_not_cancel():
         away = (value - last["clean"])[:1]
         return torch.cat([away, -away])
 
-    found = patching.discover_circuit(model, clean, corrupted, FunctionMetric(opposed), threshold=1e-6, progress=False)
+    found = patching.discover_circuit(
+        model, clean, corrupted, FunctionMetric(opposed), threshold=1e-6, holdout=0, progress=False
+    )
     assert len(found.circuit) > 10
 
 
@@ -160,14 +214,16 @@ def test_padded_pairs_equal_the_mean_over_pairs():
     lengths = (6, 4)
     rows = [[row[:n] for row, n in zip(tokens, lengths, strict=False)] for tokens in (CLEAN, CORRUPTED)]
     (clean, mask), (corrupted, _) = pad_rows(rows[0], "left"), pad_rows(rows[1], "left")
-    found = patching.discover_circuit(model, clean, corrupted, threshold=0.001, attention_mask=mask, progress=False)
+    found = patching.discover_circuit(
+        model, clean, corrupted, threshold=0.001, holdout=0, attention_mask=mask, progress=False
+    )
     damages = [
         patching.evaluate_circuits(model, one[None], other[None], [found.circuit], KL(), progress=False).values
         for one, other in zip(*rows, strict=True)
     ]
     assert found.damage == pytest.approx(float(torch.cat(damages).mean()), abs=1e-9)
     split = patching.discover_circuit(
-        model, clean, corrupted, threshold=0.001, attention_mask=mask, batch_size=1, progress=False
+        model, clean, corrupted, threshold=0.001, holdout=0, attention_mask=mask, batch_size=1, progress=False
     )
     assert split.circuit == found.circuit
 
@@ -195,7 +251,7 @@ def test_a_decision_takes_little(checkpoint):
         for who in (1, 0)
     )
     metric = LogitDiff(*([couple[who] for couple in couples] for who in (0, 1)))
-    stats = patching.discover_circuit(model, clean, corrupted, metric, threshold=0.2, progress=False).stats
+    stats = patching.discover_circuit(model, clean, corrupted, metric, threshold=0.2, holdout=0, progress=False).stats
     n_run = stats.decided - stats.unreachable
     one_forward = stats.naive_tokens / (n_run + 2)
     assert stats.tokens / one_forward < 0.2 * n_run
@@ -208,7 +264,7 @@ def test_a_decision_takes_little_where_every_edge_counts(wiring):
     positions = RotaryPositions(dim=4)
     model = make_model(make_config(n_layers=4, d_model=16, d_mlp=32, wiring=wiring, positions=positions))
     clean, corrupted = random_tokens(3, 8, seed=1), random_tokens(3, 8, seed=2)
-    stats = patching.discover_circuit(model, clean, corrupted, threshold=3e-5, progress=False).stats
+    stats = patching.discover_circuit(model, clean, corrupted, threshold=3e-5, holdout=0, progress=False).stats
     assert stats.unreachable < stats.decided / 3
     assert stats.tokens / clean.numel() < 0.3 * (stats.decided - stats.unreachable)
 
@@ -290,6 +346,14 @@ def test_refusals():
             find(model, threshold=threshold)
     with unchecked():
         assert find(model, threshold=np.float32(0.5)).threshold == 0.5
+    for holdout, error in (
+        (1.0, "holdout is 1.0, expected a share from 0 to below 1"),
+        (0.9, "discover_circuit: holdout=0.9 of 3 pairs leaves none to find a circuit on"),
+    ):
+        with pytest.raises(InputError, match=error):
+            find(model, threshold=0.1, holdout=holdout)
+    with pytest.raises(InputError, match="sees all pairs at once, so none can be held out; pass holdout=0"):
+        find(model, FunctionMetric(lambda logits: logits[:, -1, 0]), threshold=0.1, holdout=0.25)
     with pytest.raises(InputError, match="a norm follows each branch"):
         find(make_model("capped"), threshold=0.1)
     with pytest.raises(InputError, match="training mode"):

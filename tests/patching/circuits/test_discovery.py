@@ -1,3 +1,7 @@
+from dataclasses import replace
+
+import torch
+
 from hooklens.patching import Circuit, Decision, Discovery, DiscoveryInterruptedError, DiscoveryStats
 
 STATS = DiscoveryStats(
@@ -13,6 +17,8 @@ FOUND = Discovery(
     threshold=0.5,
     metric="KL",
     stats=STATS,
+    held_out_damage=0.5,
+    held_out_pairs=torch.tensor([False, True]),
 )
 
 
@@ -26,7 +32,7 @@ def test_the_trace_is_a_table():
 
 
 def test_an_empty_trace_has_the_same_columns():
-    empty = Discovery(circuit=Circuit(), decisions=(), damage=0.0, threshold=0.5, metric="KL", stats=STATS).trace
+    empty = replace(FOUND, circuit=Circuit(), decisions=()).trace
     assert list(empty.columns) == list(FOUND.trace.columns)
 
 
@@ -34,3 +40,11 @@ def test_the_error_carries_the_result():
     error = DiscoveryInterruptedError("stopped", FOUND)
     assert error.result is FOUND
     assert str(error) == "stopped"
+
+
+def test_both_damages_are_shown():
+    assert "0.250 on the pairs of the search, 0.500 on 1 held-out pair" in repr(FOUND)
+    stopped = replace(FOUND, held_out_damage=None, held_out_pairs=torch.tensor([True, False, True]))
+    assert "0.250 on the pairs of the search, 2 held-out pairs not measured" in repr(stopped)
+    alone = replace(FOUND, held_out_damage=None, held_out_pairs=torch.zeros(2, dtype=torch.bool))
+    assert "0.250 on the pairs of the search, none were held out" in repr(alone)

@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_number_is_refused():
         ({"steps": 0}, "learn_circuit: steps is 0"),
         ({"lr": -1}, "learn_circuit: lr is -1, expected a number above 0"),
         ({"holdout": 1.0}, "learn_circuit: holdout is 1.0, expected a share from 0 to below 1"),
-        ({"holdout": 0.99}, "learn_circuit: holdout=0.99 of 8 pairs leaves none to train on"),
+        ({"holdout": 0.99}, "learn_circuit: holdout=0.99 of 8 pairs leaves none to find a circuit on"),
         ({"seed": 1.5}, "learn_circuit: seed is 1.5"),
         ({"ablation": "noise"}, "ablation is 'noise'; expected 'resample'"),
         ({"warm_start": 3}, "learn_circuit: warm_start is 3; expected EdgeScores, a LearnedCircuit, or None"),
