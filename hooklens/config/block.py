@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from hooklens.config.network import HookedConfig
 
 Option = str | int | float | bool | None
-Value = TypeVar("Value", bound="PartConfig | NormConfig | QueryTemperature | float | None")
 
 
 class _Options(dict[str, Option]):
@@ -97,6 +96,9 @@ def read_part(given: object, what: str = "part") -> Any:
     if type(given) is PartConfig and given.kind in PartConfig.typed:
         return read_fields(PartConfig.typed[given.kind], f"part of the kind {given.kind!r}", given.options)
     return given
+
+
+Value = TypeVar("Value", bound=PartConfig | NormConfig | QueryTemperature | float | None)
 
 
 @dataclass(frozen=True, repr=False)

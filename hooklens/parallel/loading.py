@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hooklens.adapters import open_checkpoint
 from hooklens.arguments import optional, reads, require
@@ -67,7 +67,8 @@ def load(
         local_files_only: use what the hub's cache holds, and no network.
 
     Raises:
-        InputError: not under `torchrun`, or with another number of processes than the config says.
+        InputError: not under `torchrun`, with another number of processes than the config says, or weights in shares
+            with a PyTorch that only averages their gradients.
         ConfigError: heads or neurons that processes cannot share equally, or more stages than layers.
         CheckpointError: files or tensors are missing, damaged, or too many.
         UnsupportedModelError: the architecture is not implemented.
@@ -78,6 +79,7 @@ def load(
             model = hl.parallel.load("bundled:tiny-llama", hl.parallel.ParallelConfig(tensor=2))
             logits, cache = model.run_with_cache("When Mary and John went to the store ,")
     """
+    _check_torch(config)
     mesh = make_mesh(config)
     device = own_device()
     checkpoint = open_checkpoint(
@@ -119,6 +121,20 @@ def load(
     model.transforms = checkpoint.transforms
     model.generation_config = dict(checkpoint.generation_config)
     return model
+
+
+def _check_torch(config: ParallelConfig) -> None:
+    """Refuse what this PyTorch cannot do.
+
+    Raises:
+        InputError: says what, and what to take instead.
+    """
+    if config.fully_sharded > 1 and not hasattr(FSDPModule, "set_gradient_divide_factor"):
+        raise InputError(
+            f"fully_sharded={config.fully_sharded} needs a PyTorch whose fully_shard sums gradients, 2.8 or newer, and "
+            f"this is {torch.__version__}: install a newer one, or share layers (pipeline=), heads (tensor=) or rows "
+            "(data=), which older ones do"
+        )
 
 
 def _check_combination(config: ParallelConfig, heads: TensorParallel | None) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
+from torch.distributed.fsdp import FSDPModule
+
+SHARES_WEIGHTS = hasattr(FSDPModule, "set_gradient_divide_factor")
+"""Whether this PyTorch sums gradients of weights in shares; the oldest one that HookLens runs with averages them."""
 
 # Processes are forked from one that has imported what they run, and where that cannot be, each imports it.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -32,6 +36,11 @@ def run_in_processes(n: int, work: Callable[..., Any], *arguments: Any) -> list[
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(_run, (n, port, folder, work, arguments), nprocs=n, start_method=_METHOD)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(n)]
+
+
+def possible(configs: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Those of some ways of sharing that this PyTorch can do."""
+    return [config for config in configs if SHARES_WEIGHTS or "fully_sharded" not in config]
 
 
 def _run(rank: int, n: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

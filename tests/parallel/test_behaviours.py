@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import hooklens as hl
 from hooklens.parallel import ParallelConfig, load
@@ -11,9 +12,9 @@ from hooklens.parallel.processes import SharedBlocks
 from hooklens.parallel.tensor import TensorParallel
 from tests.annotations import unchecked
 from tests.parallel import behaviours
-from tests.parallel.launching import run_in_processes
+from tests.parallel.launching import SHARES_WEIGHTS, possible, run_in_processes
 
-CONFIGS = [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"fully_sharded": 2}]
+CONFIGS = possible([{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"fully_sharded": 2}])
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,8 @@ def test_parts_are_shown_where_they_are_asked_for(found: list[dict[str, Any]]) -
         assert shown["whole"][2] == shown["heads"] == 2 * shown["own"][2]
         assert shown["weight"] == "DTensor"
         assert shown["equal"]
+        if not SHARES_WEIGHTS:
+            continue
         rows = of_process["show_parts", "{'fully_sharded': 2}"]
         assert rows["weight"] == "DTensor"
         assert rows["equal"]
@@ -84,6 +87,13 @@ def test_gradient_through_what_a_hook_kept_in_a_stage_is_refused(found: list[dic
 def test_process_that_was_started_by_itself_is_told_how() -> None:
     with pytest.raises(hl.HookLensError, match="torchrun --nproc-per-node=2"):
         load("bundled:tiny-llama", ParallelConfig(tensor=2))
+
+
+def test_weights_in_shares_are_refused_where_gradients_would_be_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.6 failed with an AttributeError after the checkpoint had been opened."""
+    monkeypatch.delattr(FSDPModule, "set_gradient_divide_factor", raising=False)
+    with pytest.raises(hl.HookLensError, match=r"fully_sharded=2 needs a PyTorch whose fully_shard sums gradients"):
+        load("no such folder", ParallelConfig(fully_sharded=2))
 
 
 @pytest.mark.parametrize("size", [0, -1, True])

@@ -11,19 +11,21 @@ from tests.adapters.families.checks import save
 from tests.adapters.families.drawing import draw_config, families, model_type_of
 from tests.checkpoints import VARIANTS, save_variant
 from tests.parallel.comparing import compare_checkpoints
-from tests.parallel.launching import run_in_processes
+from tests.parallel.launching import possible, run_in_processes
 
-TWO = [{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"fully_sharded": 2}]
-FOUR = [
-    {"tensor": 4},
-    {"tensor": 2, "pipeline": 2},
-    {"tensor": 2, "data": 2},
-    {"pipeline": 2, "data": 2},
-    {"data": 2, "fully_sharded": 2},
-    {"tensor": 2, "fully_sharded": 2},
-    {"data": 4},
-    {"fully_sharded": 4},
-]
+TWO = possible([{"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"fully_sharded": 2}])
+FOUR = possible(
+    [
+        {"tensor": 4},
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "data": 2},
+        {"pipeline": 2, "data": 2},
+        {"data": 2, "fully_sharded": 2},
+        {"tensor": 2, "fully_sharded": 2},
+        {"data": 4},
+        {"fully_sharded": 4},
+    ]
+)
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
