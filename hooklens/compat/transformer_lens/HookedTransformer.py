@@ -10,14 +10,12 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
-from hooklens.compat.transformer_lens._fresh import draw_weights
-from hooklens.compat.transformer_lens._hook_point import Dir, HookPoint
 from hooklens.compat.transformer_lens._loading import LoadingMethods
-from hooklens.compat.transformer_lens._state import StateMethods
-from hooklens.compat.transformer_lens._text import TextMethods
+from hooklens.compat.transformer_lens._state import StateMethods, draw_weights
+from hooklens.compat.transformer_lens._text import Side, TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 from hooklens.compat.transformer_lens.components import adopt
-from hooklens.compat.transformer_lens.hook_points import HookedRootModule
+from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
@@ -118,22 +116,22 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         for name in [name for name in self.hook_dict if name.endswith(_UNKNOWN)]:
             del self.hook_dict[name], self.mod_dict[name]
         for name, point in self.hook_dict.items():
-            setting = next((word for end, word in _SETTINGS.items() if name.endswith(end)), None)
-            point.__dict__["turned_on"] = None if setting is None else partial(_is_on, self.cfg, setting)
+            setting = _find_setting(name)
+            point.__dict__["turned_on"] = None if setting is None else partial(getattr, self.cfg, setting)
 
     def check_hooks_to_add(
         self, hook_point: HookPoint, hook_point_name: str, hook: Callable[..., Any], dir: Dir = "fwd",
         is_permanent: bool = False, prepend: bool = False,
     ) -> None:  # fmt: skip
         """Refuse hooks where a setting is off."""
-        setting = next((word for end, word in _SETTINGS.items() if hook_point_name.endswith(end)), None)
+        setting = _find_setting(hook_point_name)
         assert setting is None or getattr(self.cfg, setting), (
             f"{hook_point_name}: no hook acts while cfg.{setting} is off"
         )
 
     def forward(
         self, input: Input, return_type: str | None = "logits", loss_per_token: bool = False,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Side = USE_DEFAULT_VALUE,
         start_at_layer: int | None = None, tokens: Int[Tensor, "batch pos"] | None = None,
         shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None, attention_mask: Tensor | None = None,
         stop_at_layer: int | None = None, past_kv_cache: HookedTransformerKeyValueCache | None = None,
@@ -202,7 +200,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     def input_to_embed(
         self, input: Input, prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE, attention_mask: Tensor | None = None,
+        padding_side: Side = USE_DEFAULT_VALUE, attention_mask: Tensor | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The stream entering block 0, token ids, shortformer's position embeddings, and the mask."""
@@ -295,7 +293,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         self, input: Input = "", max_new_tokens: int = 10, stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None, do_sample: bool = True, top_k: int | None = None,
         top_p: float | None = None, temperature: float = 1.0, freq_penalty: float = 0.0, use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Side = USE_DEFAULT_VALUE,
         return_type: str | None = "input", verbose: bool = True,
     ) -> Any:  # fmt: skip
         """Choose tokens one after another, with torch's own generator; texts of a list are padded on the left."""
@@ -351,5 +349,5 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         return stops, stops[0] if given is None or isinstance(given, int) or own is None else own
 
 
-def _is_on(cfg: HookedTransformerConfig, setting: str) -> bool:
-    return bool(getattr(cfg, setting))
+def _find_setting(name: str) -> str | None:
+    return next((setting for end, setting in _SETTINGS.items() if name.endswith(end)), None)

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hooklens.compat.transformer_lens._hook_point import HookPoint
 from hooklens.compat.transformer_lens.components._parts import (
     CLASSES,
     AnyNorm,
@@ -16,6 +15,7 @@ from hooklens.compat.transformer_lens.components._parts import (
     bias_or_zeros,
     network_of,
 )
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.utilities import SUPPORTED_ACTIVATIONS, XIELU
 from hooklens.model import mlp

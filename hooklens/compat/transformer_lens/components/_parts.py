@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens import hooks
-from hooklens.compat.transformer_lens._hook_point import HookPoint
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.kv_cache import HookedKeyValueCacheEntry
