@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
-from hooklens.compat.transformer_lens._loading import LoadingMethods
 from hooklens.compat.transformer_lens._state import StateMethods, draw_weights
 from hooklens.compat.transformer_lens._text import Side, TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 from hooklens.compat.transformer_lens.components import adopt
 from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.loading_from_pretrained import LoadingMethods
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
 from hooklens.progress import progress_bar

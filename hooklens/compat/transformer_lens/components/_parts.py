@@ -180,13 +180,9 @@ class PosEmbed(Component, embed.PosEmbed):
     changes: ClassVar[dict[str, Any]] = {"positional_embedding_type": "standard"}
 
     def forward(
-        self,
-        tokens: Tensor | None = None,
-        past_kv_pos_offset: int = 0,
-        attention_mask: Tensor | None = None,
-        *,
+        self, tokens: Tensor | None = None, past_kv_pos_offset: int = 0, attention_mask: Tensor | None = None, *,
         positions: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The vectors of the positions of tokens, 0 at padding; HookLens gives the positions themselves."""
         if positions is not None or tokens is None:
             return super().forward(positions=positions)  # type: ignore[arg-type]
