@@ -302,7 +302,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             side: Any = "left" if isinstance(input, list) and len(input) > 1 else USE_DEFAULT_VALUE
             tokens = self.to_tokens(input, padding_side=side) if isinstance(input, str | list) else input
-            tokens = tokens.to(self.hooked.device)
+            tokens = new = tokens.to(self.hooked.device)
             are_ids = tokens.ndim == 2 and not tokens.is_floating_point()
             assert are_ids, "generate takes texts, or token ids [batch, pos]"
             mask = torch.ones_like(tokens)
@@ -315,7 +315,6 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                 cache = HookedTransformerKeyValueCache.init_cache(self.cfg, self.hooked.device, len(tokens))
             finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             self.eval()
-            new = tokens
             with progress_bar("generating", range(max_new_tokens), unit="token", progress=verbose) as bar:
                 for _ in bar:
                     logits = self.forward(
@@ -341,12 +340,12 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     def _stop_tokens(self, given: int | Sequence[int] | None) -> tuple[list[int], int]:
         """The tokens that end a row, and the one that fills it up then."""
-        own: Any = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        assert given is not None or own is not None, (
-            "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
-        )
-        stops = [own if given is None else given] if given is None or isinstance(given, int) else list(given)
-        return stops, stops[0] if given is None or isinstance(given, int) or own is None else own
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        if given is not None and not isinstance(given, int):
+            return list(given), given[0] if own is None else own
+        stop = own if given is None else given
+        assert stop is not None, "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
+        return [stop], stop
 
 
 def _find_setting(name: str) -> str | None:

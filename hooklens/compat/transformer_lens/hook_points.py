@@ -28,9 +28,14 @@ _PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
 
 
 class LensHandle(Hook):
-    """A hook with its level; that of a point which a setting turns off (`use_attn_result`) is silent meanwhile."""
+    """A hook with its level; that of a point which a setting turns off (`use_attn_result`) is silent meanwhile.
 
-    __slots__ = ("context_level", "dir")
+    Attributes:
+        user_hook: the function.
+        is_permanent: whether `reset_hooks` leaves it.
+    """
+
+    __slots__ = ("context_level", "dir", "is_permanent", "user_hook")
 
     def __init__(
         self, fn: HookFunction, point: "HookPoint", *, dir: str = "fwd", permanent: bool = False,
@@ -38,20 +43,10 @@ class LensHandle(Hook):
     ) -> None:  # fmt: skip
         # 2.x calls every hook so.
         super().__init__(fn, point, permanent=permanent, form="hook=")
-        self.dir, self.context_level = dir, level
+        self.user_hook, self.is_permanent, self.dir, self.context_level = fn, permanent, dir, level
 
     # PyTorch hands backward hooks to the graph in the forward pass: they act in it, though they are removed since.
     removed = property(lambda self: False, lambda self, value: None)
-
-    @property
-    def is_permanent(self) -> bool:
-        """Whether `reset_hooks` leaves it."""
-        return self.permanent
-
-    @property
-    def user_hook(self) -> HookFunction:
-        """The function."""
-        return self.fn
 
     @property
     def hook(self) -> "LensHandle":
@@ -304,11 +299,7 @@ class HookedRootModule(nn.Module):
 
     def _select(self, names_filter: NamesFilter) -> list[str]:
         """The names of the points that a filter selects and that are turned on."""
-        if (
-            names_filter is not None
-            and not isinstance(names_filter, str | list | tuple | set)
-            and not callable(names_filter)
-        ):
+        if not (isinstance(names_filter, str | list | tuple | set | None) or callable(names_filter)):
             raise ValueError("names_filter must be a string, list of strings, or function")
         given = {names_filter} if isinstance(names_filter, str) else names_filter
         if isinstance(given, list | tuple | set) and (unknown := sorted(set(given) - self.hook_dict.keys())):

@@ -159,10 +159,12 @@ class LoadingMethods(nn.Module):
         else:
             found = find_source(model_name, checkpoint_index, checkpoint_value)
             words |= found.words
-            keywords: dict[str, Any] = {**found.keywords, **where}
-            n_ctx = _cap(n_ctx, found.n_ctx, found.source, keywords)
+            where = {**found.keywords, **where}
+            # A checkpoint's context may be longer than 2.x lets it be.
+            if n_ctx is None and found.n_ctx is not None and open_config(found.source, **where).n_ctx > found.n_ctx:
+                n_ctx = found.n_ctx
             hooked = HookedCausalLM.from_pretrained(
-                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx, **keywords,
+                found.source, tokenizer=tokenizer, dtype=dtype, layers=layers, n_ctx=n_ctx, **where,
             )  # fmt: skip
         starts_with_bos = prepends_bos(hooked) if default_prepend_bos is None else default_prepend_bos
         hooked = bake(hooked)
@@ -176,8 +178,7 @@ class LoadingMethods(nn.Module):
             logging.warning("With reduced precision, it is advised to use `from_pretrained_no_processing`")
         processed = process(hooked, cfg, **steps)
         if processed is not hooked:
-            kind = HookedTransformerConfig.from_hooked_config(processed.cfg).normalization_type
-            cfg.normalization_type = kind
+            cfg.normalization_type = HookedTransformerConfig.from_hooked_config(processed.cfg).normalization_type
         tokenizer = processed.tokenizer if tokenizer is None else tokenizer
         model = cls(cfg, tokenizer, move_to_device, default_padding_side, hooked=processed)
         print(f"Loaded pretrained model {model_name} into HookedTransformer")
@@ -197,13 +198,6 @@ class LoadingMethods(nn.Module):
             dtype=dtype, default_prepend_bos=default_prepend_bos, default_padding_side=default_padding_side,
             **from_pretrained_kwargs,
         )  # fmt: skip
-
-
-def _cap(n_ctx: int | None, most: int | None, source: str, where: dict[str, Any]) -> int | None:
-    """The context asked for, or that of a checkpoint where it is longer than 2.x lets it be."""
-    if n_ctx is not None or most is None:
-        return n_ctx
-    return most if open_config(source, **where).n_ctx > most else None
 
 
 def bake(hooked: HookedCausalLM) -> HookedCausalLM:
