@@ -193,9 +193,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     def _embed_positions(self, stream: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         if self.cfg.positional_embedding_type not in ("standard", "shortformer"):
             return None
-        mask = torch.ones(stream.shape[:2], device=stream.device) if attention_mask is None else attention_mask
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        found: Tensor = self.W_pos[positions] * mask[..., None].to(self.W_pos)
+        found: Tensor = self.hooked.pos_embed(stream[..., 0].long(), attention_mask=attention_mask)
         return found
 
     def input_to_embed(

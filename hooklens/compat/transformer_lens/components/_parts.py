@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hooklens import hooks
 from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.utils import get_offset_position_ids
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
@@ -188,8 +189,7 @@ class PosEmbed(Component, embed.PosEmbed):
             return super().forward(positions=positions)  # type: ignore[arg-type]
         mask = tokens.new_ones(len(tokens), past_kv_pos_offset + tokens.shape[1])
         mask = mask if attention_mask is None else attention_mask
-        at = (mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
-        found = super().forward(positions=at)
+        found = super().forward(positions=get_offset_position_ids(past_kv_pos_offset, mask))
         return found * mask[:, past_kv_pos_offset:, None].to(found)
 
 
