@@ -27,6 +27,11 @@ LossPerToken = Float[Tensor, "batch pos-1"]
 Loss = SingleLoss | LossPerToken
 Input = str | list[str] | Tensor
 
+DTYPE_FROM_STRING = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
+
 # Points that act only while a setting of the config is on, by the end of their names.
 _SETTINGS = {
     "attn.hook_result": "use_attn_result", "hook_q_input": "use_split_qkv_input", "hook_k_input": "use_split_qkv_input",
@@ -208,6 +213,30 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             stream = self.forward(tokens, attention_mask=attention_mask, past_kv_cache=frozen, stop_at_layer=0)
             is_short = self.cfg.positional_embedding_type == "shortformer"
             return stream, tokens, self._embed_positions(stream, attention_mask) if is_short else None, attention_mask
+
+    def get_pos_offset(self, past_kv_cache: HookedTransformerKeyValueCache | None, batch_size: int) -> int:
+        """How many columns a cache holds of each of so many rows."""
+        if past_kv_cache is None:
+            return 0
+        keys = past_kv_cache[0].past_keys
+        wanted = (batch_size, keys.shape[1], self.cfg.n_key_value_heads or self.cfg.n_heads, self.cfg.d_head)
+        assert keys.shape == wanted, f"past_kv_cache: its keys are {list(keys.shape)}, expected {list(wanted)}"
+        return int(keys.shape[1])
+
+    def get_residual(
+        self, embed: Tensor, pos_offset: int, prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        attention_mask: Tensor | None = None, tokens: Tensor | None = None, return_shortformer_pos_embed: bool = True,
+        device: Any = None,
+    ) -> Any:  # fmt: skip
+        """The stream entering block 0 of embedded tokens, and shortformer's position embeddings."""
+        positions = None
+        if self.cfg.positional_embedding_type in ("standard", "shortformer"):
+            ids = embed[..., 0].long() if tokens is None else tokens
+            model: Any = self
+            positions = model.hook_pos_embed(model.pos_embed(ids, pos_offset, attention_mask))
+        is_short = self.cfg.positional_embedding_type == "shortformer"
+        stream = embed if positions is None or is_short else embed + positions
+        return (stream, positions if is_short else None) if return_shortformer_pos_embed else stream
 
     def loss_fn(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"],

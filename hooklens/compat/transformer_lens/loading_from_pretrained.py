@@ -29,13 +29,20 @@ MODEL_ALIASES = {name: aliases for name, aliases in model_names.ALIASES.items() 
 NON_HF_HOSTED_MODEL_NAMES = model_names.NOT_HOSTED
 DEFAULT_MODEL_ALIASES = [MODEL_ALIASES.get(name, [name])[0] for name in OFFICIAL_MODEL_NAMES]
 STANFORD_CRFM_CHECKPOINTS, PYTHIA_V0_CHECKPOINTS, PYTHIA_CHECKPOINTS = (run[1] for run in model_names.RUNS.values())
-make_model_alias_map, get_official_model_name = model_names.name_table, model_names.official_name
+make_model_alias_map = model_names.name_table
+# Code of a model's own is not run.
+NEED_REMOTE_CODE_MODELS: tuple[str, ...] = ()
 _BUNDLED, _MODEL = "bundled:", "hooklens.compat.transformer_lens.HookedTransformer"
 _SIZES = {
     "d_model": 768, "debug": True, "layer_norm_eps": 1e-5, "d_vocab": 50257, "init_range": 0.02, "n_ctx": 1024,
     "d_head": 64, "d_mlp": 3072, "n_heads": 12, "n_layers": 12,
 }  # fmt: skip
 Config = make_dataclass("Config", [(name, type(value), value) for name, value in _SIZES.items()])
+
+
+def get_official_model_name(model_name: str) -> str:
+    """The official name of a model by name or alias."""
+    return model_names.official_name(model_name)
 
 
 def get_checkpoint_labels(model_name: str, **kwargs: Any) -> tuple[list[int], str]:

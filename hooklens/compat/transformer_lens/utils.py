@@ -28,7 +28,7 @@ get_attention_mask, get_cumsum_along_dim = _tokenizing.get_attention_mask, _toke
 get_input_with_manually_prepended_bos = _tokenizing.get_input_with_manually_prepended_bos
 get_tokenizer_with_bos = _tokenizing.get_tokenizer_with_bos
 get_tokens_with_bos_removed = _tokenizing.get_tokens_with_bos_removed
-keep_single_column = _tokenizing.keep_single_column
+get_offset_position_ids, keep_single_column = _tokenizing.get_offset_position_ids, _tokenizing.keep_single_column
 override_or_use_default_value = _tokenizing.override_or_use_default_value
 tokenize_and_concatenate = _tokenizing.tokenize_and_concatenate
 ACTIVATION_FN_DICT, XIELU, xielu = utilities.SUPPORTED_ACTIVATIONS, utilities.XIELU, utilities.xielu
@@ -153,11 +153,6 @@ def sample_logits(
     chosen: dict[str, Any] = {"top_k": top_k} if top_k is not None else {"top_p": top_p}
     penalty: dict[str, Any] = {"freq_penalty": freq_penalty, "tokens": tokens} if freq_penalty > 0 else {}
     return generation.sample_logits(final_logits, temperature=temperature, **chosen, **penalty)
-
-
-def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
-    """Positions of tokens, counted without padding."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
 
 
 def test_prompt(

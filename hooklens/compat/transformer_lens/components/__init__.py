@@ -29,9 +29,12 @@ _MODULES: dict[Any, tuple[str, ...]] = {
         "unembed",
     ),
 }  # fmt: skip
-_ENCODERS = (
-    "BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler", "T5Attention", "T5Block", "TokenTypeEmbed",
-)  # fmt: skip
+_ENCODERS = {
+    "BertBlock": "bert_block", "BertEmbed": "bert_embed", "BertMLMHead": "bert_mlm_head",
+    "BertNSPHead": "bert_nsp_head", "BertPooler": "bert_pooler", "T5Attention": "t5_attention", "T5Block": "t5_block",
+    "TokenTypeEmbed": "token_typed_embed",
+}  # fmt: skip
+_MODULES[sys.modules[__name__]] = tuple(_ENCODERS.values())
 sys.modules |= {f"{__name__}.{name}": module for module, names in _MODULES.items() for name in names}
 mlps = _mlps
 

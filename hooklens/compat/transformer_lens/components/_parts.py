@@ -233,6 +233,13 @@ class TransformerBlock(Component, block.Block):
         is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
         return super().forward(resid_pre, *rest, **words) if is_planned else self._run_as_2x(resid_pre, *rest, **words)
 
+    def apply_mlp(self, normalized_resid: Tensor) -> Tensor:
+        """What the MLP adds to the stream, as `hook_mlp_out` shows it."""
+        _, call = plan_alone(normalized_resid, self.cfg)
+        out, norm = self.mlp(normalized_resid, call), getattr(self, "ln2_post", None)
+        found: Tensor = self.hook_mlp_out(out if norm is None else norm(out, call), call)
+        return found
+
     def _run_as_2x(
         self, resid_pre: Tensor, shortformer_pos_embed: Tensor | None = None,
         past_kv_cache_entry: HookedKeyValueCacheEntry | None = None, attention_mask: Tensor | None = None,
