@@ -1,9 +1,8 @@
 """`transformer_lens.evals` of 2.x. `hooklens.evaluation` is more than this."""
 
 import random
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,7 +52,12 @@ def sanity_check(model: Any) -> Tensor:
     return loss
 
 
-def _loader_of(name: str, title: str) -> Callable[..., DataLoader[Any]]:
+@runtime_checkable
+class _MakesLoader(Protocol):
+    def __call__(self, tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]: ...
+
+
+def _loader_of(name: str, title: str) -> _MakesLoader:
     where, column = _CORPORA[name]
 
     def make(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:

@@ -144,14 +144,15 @@ class LoadingMethods(nn.Module):
         Raises:
             TypeError: an argument of Hugging Face's that has no meaning here.
         """
-        quantised = [name for name in ("load_in_8bit", "load_in_4bit") if from_pretrained_kwargs.pop(name, False)]
+        given = from_pretrained_kwargs
+        quantised = [name for name in ("load_in_8bit", "load_in_4bit") if given.pop(name, False)]
         assert not quantised, "Quantization not supported: load with hooklens.HookedCausalLM.from_pretrained(quantize=)"
-        where = {name: from_pretrained_kwargs.pop(name) for name in _WHERE if name in from_pretrained_kwargs}
-        dtype = from_pretrained_kwargs.pop("torch_dtype", dtype)
+        where: dict[str, Any] = {name: given.pop(name) for name in _WHERE if name in given}
+        dtype = given.pop("torch_dtype", dtype)
         for name in _WITHOUT_EFFECT:
-            from_pretrained_kwargs.pop(name, None)
-        if from_pretrained_kwargs:
-            raise TypeError(f"from_pretrained: unknown arguments {sorted(from_pretrained_kwargs)}")
+            given.pop(name, None)
+        if given:
+            raise TypeError(f"from_pretrained: unknown arguments {sorted(given)}")
         if n_devices != 1:
             raise NotImplementedError("n_devices: load with hooklens.HookedCausalLM.from_pretrained(device_map=)")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,12 @@ get_act_patch_attn_head_v_all_pos = _ready("v", "layer head")
 get_act_patch_attn_head_pattern_all_pos = _ready("pattern", "layer head_index")
 
 
-def _every(functions: Sequence[Callable[..., Any]], doc: str) -> Callable[..., Tensor]:
+@runtime_checkable
+class _PatchesSeveral(Protocol):
+    def __call__(self, model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any) -> Tensor: ...
+
+
+def _every(functions: Sequence[Callable[..., Any]], doc: str) -> _PatchesSeveral:
     """The results of several functions as one; of key-value heads with zeros for the rest of the heads."""
 
     def patch(model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any) -> Tensor:

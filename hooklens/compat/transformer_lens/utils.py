@@ -6,7 +6,6 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -355,15 +354,17 @@ def init_xavier_normal_(param: Tensor, gain: float = 1.0) -> Tensor:
     return _init(param, gain, sum(calc_fan_in_and_fan_out(param)) / 2, "normal")
 
 
-def _kaiming(kind: Literal["uniform", "normal"]) -> Callable[..., Tensor]:
-    def init(
-        param: Tensor, a: float = 0, nonlinearity: Any = "relu", gain: float = 1.0, mode: str = "fan_in"
-    ) -> Tensor:
-        over = calc_fan_in_and_fan_out(param)[mode == "fan_out"]
-        return _init(param, gain * nn.init.calculate_gain(nonlinearity, a), over, kind)
-
-    init.__doc__ = f"He et al. 2015, {kind}."
-    return init
+def init_kaiming_uniform_(
+    param: Tensor, a: float = 0, nonlinearity: Any = "relu", gain: float = 1.0, mode: str = "fan_in"
+) -> Tensor:
+    """He et al. 2015, uniform."""
+    over = calc_fan_in_and_fan_out(param)[mode == "fan_out"]
+    return _init(param, gain * nn.init.calculate_gain(nonlinearity, a), over, "uniform")
 
 
-init_kaiming_uniform_, init_kaiming_normal_ = _kaiming("uniform"), _kaiming("normal")
+def init_kaiming_normal_(
+    param: Tensor, a: float = 0, nonlinearity: Any = "relu", gain: float = 1.0, mode: str = "fan_in"
+) -> Tensor:
+    """He et al. 2015, normal."""
+    over = calc_fan_in_and_fan_out(param)[mode == "fan_out"]
+    return _init(param, gain * nn.init.calculate_gain(nonlinearity, a), over, "normal")
