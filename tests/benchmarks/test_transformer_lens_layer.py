@@ -396,3 +396,53 @@ def test_hooks_of_levels_stay_and_go_alike() -> None:
 
     expected, found = both("gpt2", run)
     assert found == expected
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_steps_of_attention(name: str) -> None:
+    """What each step makes of its input, called by itself; `hook_q` and the like act in them."""
+    peer, model = models(name)
+    for number, (theirs, ours) in enumerate(zip(peer.blocks, model.blocks, strict=True)):
+        one, other = theirs.attn, ours.attn
+        generator = torch.Generator().manual_seed(number)
+        stream = torch.randn(2, 6, peer.cfg.d_model, dtype=torch.float64, generator=generator)
+        heads = [attn.calculate_qkv_matrices(stream, stream + 1, stream - 1) for attn in (one, other)]
+        assert_same(heads[1], heads[0])
+        q, k, v = heads[0]
+        scores = one.calculate_attention_scores(q, k)
+        assert_same(other.calculate_attention_scores(q, k), scores)
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[0, :2] = 0
+        for given in (None, mask):
+            assert_same(other.apply_causal_mask(scores, 0, given), one.apply_causal_mask(scores, 0, given))
+        late = scores[:, :, 4:]
+        assert_same(other.apply_causal_mask(late, 4), one.apply_causal_mask(late, 4))
+        with pytest.raises(ValueError, match="past_kv_pos_offset 3"):
+            other.apply_causal_mask(late, 3)
+        pattern = one.apply_causal_mask(scores).softmax(-1)
+        assert_same(other.calculate_z_scores(v, pattern), one.calculate_z_scores(v, pattern))
+        if peer.cfg.positional_embedding_type == "rotary":
+            assert_same(other.rotate_every_two(q), one.rotate_every_two(q))
+            for start, given in ((0, None), (3, None), (0, mask)):
+                assert_same(other.apply_rotary(q, start, given), one.apply_rotary(q, start, given))
+            waves = [attn.calculate_sin_cos_rotary(4, 24, base=500, dtype=torch.float64) for attn in (one, other)]
+            assert_same(waves[1], waves[0])
+        if not peer.cfg.attn_only:
+            assert_same(ours.apply_mlp(stream), theirs.apply_mlp(stream))
+
+
+@pytest.mark.parametrize("name", _LANGUAGE)
+def test_the_stream_of_embedded_tokens(name: str) -> None:
+    peer, model = models(name)
+    embedded = [one.embed(tokens()) for one in (peer, model)]
+    for start in (0, 5):
+        streams = [one.get_residual(stream, start) for one, stream in zip((peer, model), embedded, strict=True)]
+        assert_same(streams[1], streams[0])
+    cache = layer.HookedTransformerKeyValueCache.init_cache(model.cfg, "cpu", 2)
+    assert model.get_pos_offset(None, 2) == 0
+    assert model.get_pos_offset(cache, 2) == 0
+    if name != "shortformer":
+        model(tokens(), past_kv_cache=cache)
+        assert model.get_pos_offset(cache, 2) == tokens().shape[1]
+    with pytest.raises(AssertionError):
+        model.get_pos_offset(cache, 3)

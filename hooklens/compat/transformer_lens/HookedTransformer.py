@@ -10,15 +10,13 @@ from torch import Tensor
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
-from hooklens.compat.transformer_lens._fresh import draw_weights
-from hooklens.compat.transformer_lens._hook_point import Dir, HookPoint
-from hooklens.compat.transformer_lens._loading import LoadingMethods
-from hooklens.compat.transformer_lens._state import StateMethods
-from hooklens.compat.transformer_lens._text import TextMethods
+from hooklens.compat.transformer_lens._state import StateMethods, draw_weights
+from hooklens.compat.transformer_lens._text import Side, TextMethods
 from hooklens.compat.transformer_lens.ActivationCache import ActivationCache
 from hooklens.compat.transformer_lens.components import adopt
-from hooklens.compat.transformer_lens.hook_points import HookedRootModule
+from hooklens.compat.transformer_lens.hook_points import Dir, HookedRootModule, HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.loading_from_pretrained import LoadingMethods
 from hooklens.compat.transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 from hooklens.compat.transformer_lens.utils import USE_DEFAULT_VALUE
 from hooklens.progress import progress_bar
@@ -28,6 +26,11 @@ SingleLoss = Float[Tensor, ""]
 LossPerToken = Float[Tensor, "batch pos-1"]
 Loss = SingleLoss | LossPerToken
 Input = str | list[str] | Tensor
+
+DTYPE_FROM_STRING = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
 
 # Points that act only while a setting of the config is on, by the end of their names.
 _SETTINGS = {
@@ -118,22 +121,22 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         for name in [name for name in self.hook_dict if name.endswith(_UNKNOWN)]:
             del self.hook_dict[name], self.mod_dict[name]
         for name, point in self.hook_dict.items():
-            setting = next((word for end, word in _SETTINGS.items() if name.endswith(end)), None)
-            point.__dict__["turned_on"] = None if setting is None else partial(_is_on, self.cfg, setting)
+            setting = _find_setting(name)
+            point.__dict__["turned_on"] = None if setting is None else partial(getattr, self.cfg, setting)
 
     def check_hooks_to_add(
         self, hook_point: HookPoint, hook_point_name: str, hook: Callable[..., Any], dir: Dir = "fwd",
         is_permanent: bool = False, prepend: bool = False,
     ) -> None:  # fmt: skip
         """Refuse hooks where a setting is off."""
-        setting = next((word for end, word in _SETTINGS.items() if hook_point_name.endswith(end)), None)
+        setting = _find_setting(hook_point_name)
         assert setting is None or getattr(self.cfg, setting), (
             f"{hook_point_name}: no hook acts while cfg.{setting} is off"
         )
 
     def forward(
         self, input: Input, return_type: str | None = "logits", loss_per_token: bool = False,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Side = USE_DEFAULT_VALUE,
         start_at_layer: int | None = None, tokens: Int[Tensor, "batch pos"] | None = None,
         shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None, attention_mask: Tensor | None = None,
         stop_at_layer: int | None = None, past_kv_cache: HookedTransformerKeyValueCache | None = None,
@@ -195,14 +198,12 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
     def _embed_positions(self, stream: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         if self.cfg.positional_embedding_type not in ("standard", "shortformer"):
             return None
-        mask = torch.ones(stream.shape[:2], device=stream.device) if attention_mask is None else attention_mask
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        found: Tensor = self.W_pos[positions] * mask[..., None].to(self.W_pos)
+        found: Tensor = self.hooked.pos_embed(stream[..., 0].long(), attention_mask=attention_mask)
         return found
 
     def input_to_embed(
         self, input: Input, prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE, attention_mask: Tensor | None = None,
+        padding_side: Side = USE_DEFAULT_VALUE, attention_mask: Tensor | None = None,
         past_kv_cache: HookedTransformerKeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The stream entering block 0, token ids, shortformer's position embeddings, and the mask."""
@@ -212,6 +213,30 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
             stream = self.forward(tokens, attention_mask=attention_mask, past_kv_cache=frozen, stop_at_layer=0)
             is_short = self.cfg.positional_embedding_type == "shortformer"
             return stream, tokens, self._embed_positions(stream, attention_mask) if is_short else None, attention_mask
+
+    def get_pos_offset(self, past_kv_cache: HookedTransformerKeyValueCache | None, batch_size: int) -> int:
+        """How many columns a cache holds of each of so many rows."""
+        if past_kv_cache is None:
+            return 0
+        keys = past_kv_cache[0].past_keys
+        wanted = (batch_size, keys.shape[1], self.cfg.n_key_value_heads or self.cfg.n_heads, self.cfg.d_head)
+        assert keys.shape == wanted, f"past_kv_cache: its keys are {list(keys.shape)}, expected {list(wanted)}"
+        return int(keys.shape[1])
+
+    def get_residual(
+        self, embed: Tensor, pos_offset: int, prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        attention_mask: Tensor | None = None, tokens: Tensor | None = None, return_shortformer_pos_embed: bool = True,
+        device: Any = None,
+    ) -> Any:  # fmt: skip
+        """The stream entering block 0 of embedded tokens, and shortformer's position embeddings."""
+        positions = None
+        if self.cfg.positional_embedding_type in ("standard", "shortformer"):
+            ids = embed[..., 0].long() if tokens is None else tokens
+            model: Any = self
+            positions = model.hook_pos_embed(model.pos_embed(ids, pos_offset, attention_mask))
+        is_short = self.cfg.positional_embedding_type == "shortformer"
+        stream = embed if positions is None or is_short else embed + positions
+        return (stream, positions if is_short else None) if return_shortformer_pos_embed else stream
 
     def loss_fn(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"],
@@ -295,7 +320,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         self, input: Input = "", max_new_tokens: int = 10, stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None, do_sample: bool = True, top_k: int | None = None,
         top_p: float | None = None, temperature: float = 1.0, freq_penalty: float = 0.0, use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Literal["left", "right"] | None = USE_DEFAULT_VALUE,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE, padding_side: Side = USE_DEFAULT_VALUE,
         return_type: str | None = "input", verbose: bool = True,
     ) -> Any:  # fmt: skip
         """Choose tokens one after another, with torch's own generator; texts of a list are padded on the left."""
@@ -304,7 +329,7 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
         with utils.LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             side: Any = "left" if isinstance(input, list) and len(input) > 1 else USE_DEFAULT_VALUE
             tokens = self.to_tokens(input, padding_side=side) if isinstance(input, str | list) else input
-            tokens = tokens.to(self.hooked.device)
+            tokens = new = tokens.to(self.hooked.device)
             are_ids = tokens.ndim == 2 and not tokens.is_floating_point()
             assert are_ids, "generate takes texts, or token ids [batch, pos]"
             mask = torch.ones_like(tokens)
@@ -317,7 +342,6 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
                 cache = HookedTransformerKeyValueCache.init_cache(self.cfg, self.hooked.device, len(tokens))
             finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
             self.eval()
-            new = tokens
             with progress_bar("generating", range(max_new_tokens), unit="token", progress=verbose) as bar:
                 for _ in bar:
                     logits = self.forward(
@@ -343,13 +367,13 @@ class HookedTransformer(TextMethods, StateMethods, LoadingMethods, HookedRootMod
 
     def _stop_tokens(self, given: int | Sequence[int] | None) -> tuple[list[int], int]:
         """The tokens that end a row, and the one that fills it up then."""
-        own: Any = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        assert given is not None or own is not None, (
-            "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
-        )
-        stops = [own if given is None else given] if given is None or isinstance(given, int) else list(given)
-        return stops, stops[0] if given is None or isinstance(given, int) or own is None else own
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        if given is not None and not isinstance(given, int):
+            return list(given), given[0] if own is None else own
+        stop = own if given is None else given
+        assert stop is not None, "stop_at_eos: give eos_token_id; there is no tokenizer that has one"
+        return [stop], stop
 
 
-def _is_on(cfg: HookedTransformerConfig, setting: str) -> bool:
-    return bool(getattr(cfg, setting))
+def _find_setting(name: str) -> str | None:
+    return next((setting for end, setting in _SETTINGS.items() if name.endswith(end)), None)

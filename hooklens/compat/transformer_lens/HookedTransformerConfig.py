@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import pprint
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from hooklens.adapters.formats.transformer_lens_config import read_words, write_
 from hooklens.compat.transformer_lens.utilities import SUPPORTED_ACTIVATIONS
 from hooklens.config import HookedConfig
 from hooklens.errors import ConfigError, warn_caller
+from hooklens.training.keeping.randomness import seed_random
 
 _INIT_MODES = ("gpt2", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "muP")
 
@@ -167,9 +167,7 @@ class HookedTransformerConfig(_OfModel):
 
     def set_seed_everywhere(self, seed: int) -> None:
         """Seed torch, Python and NumPy."""
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
+        seed_random(seed)
 
     def is_layer_norm_activation(self) -> bool:
         """Whether a norm stands behind the activation."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VECTOR_TYPES = ["OV", "w_in", "w_out"]
+OUTPUT_EMBEDDING, VECTOR_TYPES = "unembed.W_U", ["OV", "w_in", "w_out"]
 
 
 class SVDInterpreter:

@@ -4,7 +4,10 @@ The modules and what they hold are laid out as there. `hooklens.compat.install_t
 `import transformer_lens` mean this package, for code of others. Where it differs stands in docs/transformer_lens.md.
 """
 
+import sys
+
 from hooklens.compat.transformer_lens import (
+    _absent,
     components,
     evals,
     factories,
@@ -26,6 +29,9 @@ from hooklens.compat.transformer_lens.past_key_value_caching import (
     HookedTransformerKeyValueCacheEntry,
 )
 from hooklens.compat.transformer_lens.SVDInterpreter import SVDInterpreter
+
+for _name in ("HookedEncoder", "HookedEncoderDecoder", "BertNextSentencePrediction"):
+    sys.modules[f"{__name__}.{_name}"] = _absent
 
 EasyTransformer, EasyTransformerConfig = HookedTransformer, HookedTransformerConfig
 EasyTransformerKeyValueCache = HookedTransformerKeyValueCache

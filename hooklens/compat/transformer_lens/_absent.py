@@ -1,9 +1,11 @@
-"""Models of 2.x that are no decoders: code that names them can be imported, and using one says that it is not there."""
+"""What 2.x has beside decoders: code that names it can be imported, and using it says that it is not there."""
 
 from typing import Any, NoReturn
 
 
-class _Absent:
+class Absent:
+    """A model or part that is not implemented."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.from_pretrained(*args, **kwargs)
 
@@ -15,13 +17,13 @@ class _Absent:
         )
 
 
-class HookedEncoder(_Absent):
+class HookedEncoder(Absent):
     """BERT; not implemented."""
 
 
-class HookedEncoderDecoder(_Absent):
+class HookedEncoderDecoder(Absent):
     """T5; not implemented."""
 
 
-class BertNextSentencePrediction(_Absent):
+class BertNextSentencePrediction(Absent):
     """BERT's head for pairs of sentences; not implemented."""

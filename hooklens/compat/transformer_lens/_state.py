@@ -1,14 +1,15 @@
-"""Weights of a `HookedTransformer`: stacked, as a state dict of 2.x, and processed."""
+"""Weights of a `HookedTransformer`: stacked, as a state dict of 2.x, processed, and drawn anew."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.compat.transformer_lens._fresh import draw_weights
+from hooklens.compat.transformer_lens import utils
 from hooklens.compat.transformer_lens.components import state_of
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
@@ -24,6 +25,19 @@ def _stacked(name: str, per_query_head: bool = False) -> Any:
         return weight if group == 1 else weight.repeat_interleave(group, dim=1)
 
     return property(read, doc=f"{name} of all layers.")
+
+
+def _process_state(model: "StateMethods", state_dict: State, step: str) -> State:
+    other: Any = _Bare(model.cfg, process(model._from_state(state_dict), model.cfg, **{step: True}))
+    return {**state_dict, **other.state_dict()}
+
+
+def _step(name: str, doc: str) -> Callable[["StateMethods", State], State]:
+    def run(self: "StateMethods", state_dict: State) -> State:
+        return _process_state(self, state_dict, name)
+
+    run.__doc__ = f"The state dict {doc}."
+    return run
 
 
 class StateMethods(nn.Module):
@@ -134,30 +148,17 @@ class StateMethods(nn.Module):
         """The state dict with this model's values for what it lacks."""
         return {**self.state_dict(), **state_dict}
 
-    def _process_state(self, state_dict: State, **step: bool) -> State:
-        other: Any = _Bare(self.cfg, process(self._from_state(state_dict), self.cfg, **step))
-        return {**state_dict, **other.state_dict()}
+    center_writing_weights = _step("center_writing_weights", "with the weights centred that write to the stream")
+    center_unembed = _step("center_unembed", "with the unembedding centred")
+    fold_value_biases = _step("fold_value_biases", "with value biases folded into `b_O`")
+    refactor_factored_attn_matrices = _step(
+        "refactor_factored_attn_matrices", "with `W_Q W_K^T` and `W_V W_O` factored evenly"
+    )
 
     def fold_layer_norm(self, state_dict: State, fold_biases: bool = True, center_weights: bool = True) -> State:
         """The state dict with norms folded."""
-        folded = self._process_state(state_dict, fold_ln=True)
+        folded = _process_state(self, state_dict, "fold_ln")
         return {name: one for name, one in folded.items() if not name.endswith((".w", ".b"))}
-
-    def center_writing_weights(self, state_dict: State) -> State:
-        """The state dict with the weights centred that write to the stream."""
-        return self._process_state(state_dict, center_writing_weights=True)
-
-    def center_unembed(self, state_dict: State) -> State:
-        """The state dict with the unembedding centred."""
-        return self._process_state(state_dict, center_unembed=True)
-
-    def fold_value_biases(self, state_dict: State) -> State:
-        """The state dict with value biases folded into `b_O`."""
-        return self._process_state(state_dict, fold_value_biases=True)
-
-    def refactor_factored_attn_matrices(self, state_dict: State) -> State:
-        """The state dict with `W_Q W_K^T` and `W_V W_O` factored evenly."""
-        return self._process_state(state_dict, refactor_factored_attn_matrices=True)
 
 
 class _Bare(StateMethods):
@@ -206,3 +207,50 @@ def _without_weights(hooked: HookedCausalLM) -> HookedCausalLM:
     model = HookedCausalLM.from_state_dict(state, plain, hooked.tokenizer)
     model.transforms, model.generation_config = hooked.transforms, dict(hooked.generation_config)
     return model
+
+
+@torch.no_grad()
+def draw_weights(hooked: HookedCausalLM, cfg: HookedTransformerConfig) -> None:
+    """Draw all maps and embeddings anew, on the host; biases and norms stay.
+
+    One seed gives the numbers that it gives there, since each weight is drawn in its turn.
+    """
+    if cfg.seed is not None:
+        torch.manual_seed(cfg.seed)
+    for name, weight in _in_turn(hooked, cfg):
+        drawn = torch.empty(weight.shape, dtype=cfg.dtype)
+        _draw(drawn, name, cfg)
+        weight.copy_(drawn)
+
+
+def _in_turn(hooked: HookedCausalLM, cfg: HookedTransformerConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights in the order and shape of 2.x's parameters."""
+    yield "embed.W_E", hooked.embed.W_E
+    if cfg.positional_embedding_type != "rotary":
+        # Networks with linear biases have such a table there.
+        yield "pos_embed.W_pos", getattr(hooked.pos_embed, "W_pos", torch.empty(cfg.n_ctx, cfg.d_model))
+    for block in hooked.block_list():
+        for name in ("W_Q", "W_O", "W_K", "W_V"):
+            yield name, block.attn.read_weight(name)
+        if not block.has_mlp:
+            continue
+        if cfg.num_experts:
+            for expert in range(cfg.num_experts):
+                yield from ((name, getattr(block.mlp, name)[expert].mT) for name in ("W_in", "W_out", "W_gate"))
+            yield "W_gate", block.mlp.W_router.mT
+            continue
+        for name in ("W_in", "W_out", "W_gate") if cfg.gated_mlp else ("W_in", "W_out"):
+            yield name, getattr(block.mlp, name)
+    yield "unembed.W_U", hooked.unembed.W_U
+
+
+def _draw(weight: Tensor, name: str, cfg: HookedTransformerConfig) -> None:
+    gain, mode = float(cfg.initializer_range), cfg.init_mode
+    if mode == "gpt2":
+        nn.init.normal_(weight, std=gain)
+    elif mode == "muP":
+        # There, the unembedding counts as an embedding.
+        fan_in, _ = utils.calc_fan_in_and_fan_out(weight)
+        nn.init.normal_(weight, std=1.0 if "embed" in name else 1 / math.sqrt(fan_in))
+    else:
+        getattr(utils, f"init_{mode}_")(weight, gain=gain)

@@ -32,6 +32,11 @@ def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Ten
     return mask
 
 
+def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
+    """Positions of tokens, counted without padding."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
+
+
 def override_or_use_default_value(default_flag: Any, override: Any = None) -> Any:
     """The override, where there is one."""
     return default_flag if override is USE_DEFAULT_VALUE else override

@@ -2,7 +2,7 @@
 
 import random
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,34 +52,26 @@ def sanity_check(model: Any) -> Tensor:
     return loss
 
 
-def _make_loader(name: str, tokenizer: Any, batch_size: int) -> DataLoader[Any]:
+@runtime_checkable
+class _MakesLoader(Protocol):
+    def __call__(self, tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]: ...
+
+
+def _loader_of(name: str, title: str) -> _MakesLoader:
     where, column = _CORPORA[name]
-    texts = import_package("datasets").load_dataset(*where, split="train")
-    print(len(texts))
-    rows = utils.tokenize_and_concatenate(texts, tokenizer, column_name=column)
-    return DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=True)
+
+    def make(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
+        texts = import_package("datasets").load_dataset(*where, split="train")
+        print(len(texts))
+        rows = utils.tokenize_and_concatenate(texts, tokenizer, column_name=column)
+        return DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=True)
+
+    make.__doc__ = f"Batches of {title}."
+    return make
 
 
-def make_wiki_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
-    """Batches of Wikitext 2."""
-    return _make_loader("wiki", tokenizer, batch_size)
-
-
-def make_owt_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
-    """Batches of OpenWebText."""
-    return _make_loader("owt", tokenizer, batch_size)
-
-
-def make_pile_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
-    """Batches of the Pile."""
-    return _make_loader("pile", tokenizer, batch_size)
-
-
-def make_code_data_loader(tokenizer: Any, batch_size: int = 8) -> DataLoader[Any]:
-    """Batches of CodeParrot."""
-    return _make_loader("code", tokenizer, batch_size)
-
-
+make_wiki_data_loader, make_owt_data_loader = _loader_of("wiki", "Wikitext 2"), _loader_of("owt", "OpenWebText")
+make_pile_data_loader, make_code_data_loader = _loader_of("pile", "the Pile"), _loader_of("code", "CodeParrot")
 DATASET_LOADERS = [make_wiki_data_loader, make_owt_data_loader, make_pile_data_loader, make_code_data_loader]
 
 

@@ -1,4 +1,4 @@
-"""Modules that hold hook points, as TransformerLens 2.x has them: hooks stay on the points, in levels."""
+"""Hook points with the methods of TransformerLens 2.x, and modules that hold them: hooks stay on points, in levels."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hooklens.compat.transformer_lens._hook_point import Dir, HookFunction, HookPoint, LensHandle
+from hooklens import hooks
 from hooklens.compat.transformer_lens.utils import Slice, SliceInput
+from hooklens.hooks.call import Call, Hook
 
+# "fwd", "bwd" or, where hooks are removed, "both".
+Dir = Any
+HookFunction = Callable[..., Any]
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
 HookList = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 Root = TypeVar("Root", bound="HookedRootModule")
@@ -21,6 +25,124 @@ DeviceType = torch.device | str | None
 _POSITIONS = ("pos", "query")
 # Points of modules of one's own say it by their name: these have a head axis behind their positions.
 _PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
+
+
+class LensHandle(Hook):
+    """A hook with its level; that of a point which a setting turns off (`use_attn_result`) is silent meanwhile.
+
+    Attributes:
+        user_hook: the function.
+        is_permanent: whether `reset_hooks` leaves it.
+    """
+
+    __slots__ = ("context_level", "dir", "is_permanent", "user_hook")
+
+    def __init__(
+        self, fn: HookFunction, point: "HookPoint", *, dir: str = "fwd", permanent: bool = False,
+        level: int | None = None,
+    ) -> None:  # fmt: skip
+        # 2.x calls every hook so.
+        super().__init__(fn, point, permanent=permanent, form="hook=")
+        self.user_hook, self.is_permanent, self.dir, self.context_level = fn, permanent, dir, level
+
+    # PyTorch hands backward hooks to the graph in the forward pass: they act in it, though they are removed since.
+    removed = property(lambda self: False, lambda self, value: None)
+
+    @property
+    def hook(self) -> "LensHandle":
+        """What has `remove()`."""
+        return self
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self.point._keep_hooks(lambda one: one is not self)
+
+    def run(self, tensor: Tensor, call: Call) -> Any:
+        """What the function makes of a tensor."""
+        if isinstance(self.point, HookPoint) and not self.point.is_on():
+            return None
+        returned: Any = self.fn(tensor, hook=self.point)
+        # PyTorch takes a gradient as a tuple of one.
+        is_wrapped = self.dir == "bwd" and isinstance(returned, tuple) and len(returned) == 1
+        return returned[0] if is_wrapped else returned
+
+
+class HookPoint(hooks.HookPoint):
+    """A hook point with the methods of 2.x.
+
+    Attributes:
+        turned_on: says whether the model's settings let hooks act here; None: they do.
+    """
+
+    turned_on: Callable[[], bool] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def is_on(self) -> bool:
+        """Whether the model's settings let hooks act here."""
+        return self.turned_on is None or self.turned_on()
+
+    @property
+    def fwd_hooks(self) -> list[Any]:
+        """The hooks on the activation."""
+        return list(self.own.hooks) if self.own else []
+
+    @property
+    def bwd_hooks(self) -> list[Any]:
+        """The hooks on its gradient."""
+        return list(self.own.gradient_hooks) if self.own else []
+
+    def add_perma_hook(self, hook: HookFunction, dir: Dir = "fwd") -> None:
+        """Attach a hook that `reset_hooks` leaves."""
+        self.add_hook(hook, dir=dir, is_permanent=True)
+
+    def add_hook(  # type: ignore[override]
+        self, hook: HookFunction, dir: Dir = "fwd", is_permanent: bool = False, level: int | None = None,
+        prepend: bool = False,
+    ) -> None:  # fmt: skip
+        """Attach `hook(tensor, hook=point)`."""
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"Invalid direction {dir}")
+        self.attach(LensHandle(hook, self, dir=dir, permanent=is_permanent, level=level), dir=dir, prepend=prepend)
+
+    # By position or by name takes all that by name alone does; pyright says otherwise.
+    def remove_hooks(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, dir: Dir = "fwd", including_permanent: bool = False, level: int | None = None
+    ) -> None:
+        """Remove the hooks of a direction and level; of all levels where permanent ones go, too."""
+        chosen = self.select_hooks(dir, including_permanent, None if including_permanent else level)
+        self._keep_hooks(lambda hook: hook not in chosen, dir=dir)
+
+    def has_hooks(self, dir: Dir = "both", including_permanent: bool = True, level: int | None = None) -> bool:
+        """Whether there are hooks of a direction and level."""
+        return bool(self.select_hooks(dir, including_permanent, level))
+
+    def select_hooks(self, dir: Dir = "both", including_permanent: bool = True, level: int | None = None) -> list[Any]:
+        """The hooks of a direction and level."""
+        if dir not in ("fwd", "bwd", "both"):
+            raise ValueError(f"Invalid direction {dir}")
+        return [
+            one
+            for one in [*(self.fwd_hooks if dir != "bwd" else ()), *(self.bwd_hooks if dir != "fwd" else ())]
+            if (including_permanent or not one.permanent)
+            and (level is None or getattr(one, "context_level", None) == level)
+        ]
+
+    def _check_replacement(self, returned: Any, expected: Tensor, hook: Hook, *, source: str) -> None:
+        # Modules of one's own may change shapes.
+        if self.site is not None:
+            super()._check_replacement(returned, expected, hook, source=source)
+
+    def clear_context(self) -> None:
+        """Empty `ctx`."""
+        self.__dict__["ctx"] = {}
+
+    def layer(self) -> int:
+        """The layer in the name."""
+        if self.name is None:
+            raise ValueError("Name cannot be None")
+        return int(self.name.split(".")[1])
 
 
 class HookedRootModule(nn.Module):
@@ -95,26 +217,19 @@ class HookedRootModule(nn.Module):
         level: int | None = None, prepend: bool = False,
     ) -> None:  # fmt: skip
         """Attach a hook to the point of a name, or to all whose names a function says yes to."""
-        if isinstance(name, str):
-            point = self.mod_dict[name]
-            assert isinstance(point, HookPoint), f"{name} is no hook point"
-            chosen = {name: point}
-        else:
-            chosen = {own: point for own, point in self.hook_dict.items() if name(own)}
-        for own, point in chosen.items():
+        for own, point in self._choose(name).items():
+            assert isinstance(point, HookPoint), f"{own} is no hook point"
             self.check_and_add_hook(point, own, hook, dir, is_permanent, level, prepend)
 
     def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Dir = "fwd") -> None:
         """Attach a hook that `reset_hooks` leaves."""
         self.add_hook(name, hook, dir=dir, is_permanent=True)
 
-    def _enable_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Dir) -> None:
+    def _choose(self, name: str | Callable[[str], bool]) -> dict[str, Any]:
+        """The point of a name, or those of all names that a function says yes to."""
         if isinstance(name, str):
-            chosen: list[Any] = [self.mod_dict[name]]
-        else:
-            chosen = [point for own, point in self.hook_dict.items() if name(own)]
-        for point in chosen:
-            point.add_hook(hook, dir=dir, level=self.context_level)
+            return {name: self.mod_dict[name]}
+        return {own: point for own, point in self.hook_dict.items() if name(own)}
 
     @contextmanager
     def hooks(
@@ -126,7 +241,8 @@ class HookedRootModule(nn.Module):
             self.context_level += 1
             for dir, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                 for name, hook in pairs:
-                    self._enable_hook(name, hook, dir)
+                    for point in self._choose(name).values():
+                        point.add_hook(hook, dir=dir, level=self.context_level)
             yield self
         finally:
             if reset_hooks_end:
@@ -183,11 +299,7 @@ class HookedRootModule(nn.Module):
 
     def _select(self, names_filter: NamesFilter) -> list[str]:
         """The names of the points that a filter selects and that are turned on."""
-        if (
-            names_filter is not None
-            and not isinstance(names_filter, str | list | tuple | set)
-            and not callable(names_filter)
-        ):
+        if not (isinstance(names_filter, str | list | tuple | set | None) or callable(names_filter)):
             raise ValueError("names_filter must be a string, list of strings, or function")
         given = {names_filter} if isinstance(names_filter, str) else names_filter
         if isinstance(given, list | tuple | set) and (unknown := sorted(set(given) - self.hook_dict.keys())):

@@ -30,9 +30,9 @@ class HookedTransformerKeyValueCache(HookedKeyValueCache):
         """An empty cache."""
         return super().init_cache(_network(cfg), device, batch_size, dtype=cfg.dtype)
 
-    def __getitem__(self, layer: int) -> HookedKeyValueCacheEntry:
+    def __getitem__(self, idx: int) -> HookedKeyValueCacheEntry:
         """The entry of a layer."""
-        return self.entries[layer]
+        return self.entries[idx]
 
 
 def _network(cfg: HookedTransformerConfig) -> HookedConfig:

@@ -27,7 +27,7 @@ get_attention_mask, get_cumsum_along_dim = _tokenizing.get_attention_mask, _toke
 get_input_with_manually_prepended_bos = _tokenizing.get_input_with_manually_prepended_bos
 get_tokenizer_with_bos = _tokenizing.get_tokenizer_with_bos
 get_tokens_with_bos_removed = _tokenizing.get_tokens_with_bos_removed
-keep_single_column = _tokenizing.keep_single_column
+get_offset_position_ids, keep_single_column = _tokenizing.get_offset_position_ids, _tokenizing.keep_single_column
 override_or_use_default_value = _tokenizing.override_or_use_default_value
 tokenize_and_concatenate = _tokenizing.tokenize_and_concatenate
 ACTIVATION_FN_DICT, XIELU, xielu = utilities.SUPPORTED_ACTIVATIONS, utilities.XIELU, utilities.xielu
@@ -154,11 +154,6 @@ def sample_logits(
     return generation.sample_logits(final_logits, temperature=temperature, **chosen, **penalty)
 
 
-def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
-    """Positions of tokens, counted without padding."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
-
-
 def test_prompt(
     prompt: str, answer: str | list[str], model: Any, prepend_space_to_answer: bool = True,
     print_details: bool = True, prepend_bos: bool | None = USE_DEFAULT_VALUE, top_k: int = 10,
@@ -175,25 +170,26 @@ def test_prompt(
     if print_details:
         print("Tokenized prompt:", asked)
         print("Tokenized answers:" if several else "Tokenized answer:", words if several else words[0])
-    logits = model(tokens)
-    probs, ranks, rows = logits.softmax(-1), [], range(len(answers))
+    logits, ranks = model(tokens), []
     for index in range(len(asked), len(asked) + (1 if several else len(words[0]))):
-        ids, texts = tokens[:, index], [one[index - len(asked)] for one in words]
-        order = probs[:, index - 1].argsort(descending=True, stable=False)
-        places = order.argsort(-1)[list(rows), ids.cpu()].tolist()
-        ranks.append(list(zip(texts, places, strict=True)))
+        texts = [one[index - len(asked)] for one in words]
+        found = list(map(_look_up, logits[:, index - 1], tokens[:, index].tolist()))
+        ranks.append([(text, one.Index) for text, one in zip(texts, found, strict=True)])
         if not print_details:
             continue
-        lines = [
-            f"[b]Rank: {places[row]: <8} Logit: {logits[row, index - 1, ids[row]].item():5.2f} "
-            f"Prob: {probs[row, index - 1, ids[row]].item():6.2%} Token: |{texts[row]}|[/b]"
-            for row in rows
-        ]
+        lines = [f"[b]Rank: {one.Index: <8} {_tell(one, text)}[/b]" for text, one in zip(texts, found, strict=True)]
         rprint("\n".join([f"Performance on answer token{'s' if several else ''}:", *lines]))
-        for place, best in enumerate(order[0, :top_k]):
-            logit, prob = logits[0, index - 1, best].item(), probs[0, index - 1, best].item()
-            print(f"Top {place}th token. Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{model.to_string(best)}|")
+        for best in analysis.logits_to_frame(logits[0, index - 1], k=max(top_k, 1)).head(top_k).itertuples():
+            print(f"Top {best.Index}th token. {_tell(best, model.to_string(best.token))}")
     rprint(f"[b]Ranks of the answer tokens:[/b] {ranks if several else [one[0] for one in ranks]}")
+
+
+def _look_up(logits: Tensor, token: int) -> Any:
+    return next(analysis.logits_to_frame(logits, tokens=[token]).itertuples())
+
+
+def _tell(found: Any, text: str) -> str:
+    return f"Logit: {found.logit:5.2f} Prob: {found.probability:6.2%} Token: |{text}|"
 
 
 test_prompt.__test__ = False  # type: ignore[attr-defined]
@@ -213,7 +209,7 @@ def composition_scores(left: Any, right: Any, broadcast_dims: bool = True) -> Te
 
 def logits_to_df(logits: Float[Tensor, " d_vocab"], tokenizer: Any = None, top_k: int | None = None) -> Any:
     """The tokens of one position, the likeliest first."""
-    table = analysis.logits_to_frame(logits, tokenizer, k=top_k)
+    table = analysis.logits_to_frame(logits, tokenizer, k=top_k).reset_index(drop=True)
     return table.rename(columns={"token": "token_index", "text": "token_string", "logprob": "log_prob"})
 
 

@@ -26,9 +26,9 @@ from hooklens.hooks import HookPoint
 from hooklens.hooks.call import thread_listeners
 from hooklens.patching.errors import MetricError
 from hooklens.patching.metrics.metric import Cells, Metric, Positions, Values
-from hooklens.patching.runs.checks import check_source
+from hooklens.patching.runs.checks import check_model, check_source
 from hooklens.patching.runs.sites import Grid, grid, lay_out
-from hooklens.patching.sweeps.patch_setters import make_df_from_ranges
+from hooklens.patching.sweeps.patch_setters import SETTERS, make_df_from_ranges
 from hooklens.patching.sweeps.sweep import sweep
 from hooklens.precision import wide_dtype
 from hooklens.progress import progress_bar
@@ -89,9 +89,11 @@ def generic_activation_patch(
     *,
     attention_mask: Mask | None = None,
 ) -> "Tensor | tuple[Tensor, pandas.DataFrame]":
-    """Patch by a function of one's own: one run per index, from the patched layer on.
+    """Patch by a function: one run per index, from the patched layer on.
 
-    Where hooks are attached to the model, they act in each run, which is whole then.
+    A patch setter of this package over all indices of its axes is one sweep, as in the functions beside this one, where
+    nothing is out of the ordinary: a causal network in evaluation mode, without hooks or padding, and a clean run of as
+    many rows and positions. Where hooks are attached to the model, they act in each run, which is whole then.
 
     Args:
         model: the model.
@@ -129,6 +131,11 @@ def generic_activation_patch(
     layers = sorted({index[0] for index in indices})
     measure = _as_function(patching_metric)
     mask = _mask_of(model, corrupted_tokens) if attention_mask is None else attention_mask
+    ready = _find_sweep(activation_name, patch_setter, index_axis_names or ())
+    if ready is not None and _can_sweep(model, corrupted_tokens, clean_cache, activation_name, mask):
+        swept = ready(model, corrupted_tokens, clean_cache, patching_metric, attention_mask=mask)
+        result = swept.to(torch.get_default_dtype())
+        return (result, index_df) if return_index_df else result
     # A hook at the stream that a run starts from would have acted in it already.
     starts = not thread_listeners() and all(point.own is None for point in model.hook_points().values())
     values = []
@@ -229,6 +236,34 @@ class _Patch(Protocol):
     ) -> Float[Tensor, "..."]: ...
 
 
+_SWEEPS: dict[tuple[str, str], _Patch] = {}
+"""The sweeps that give what `generic_activation_patch` does, by activation and axes."""
+
+
+def _find_sweep(activation_name: str, patch_setter: PatchSetter, axis_names: Sequence[str]) -> _Patch | None:
+    """The sweep that gives what a patch setter does over all indices of some axes, where there is one."""
+    # Heads have two names.
+    axes = " ".join("head" if name == "head_index" else name for name in axis_names)
+    is_own = SETTERS.get((activation_name == "pattern", axes)) is patch_setter
+    return _SWEEPS.get((activation_name, axes)) if is_own else None
+
+
+def _can_sweep(
+    model: HookedCausalLM, tokens: Tensor, clean_cache: Cache, activation_name: str, mask: Tensor | None
+) -> bool:
+    """Whether nothing is out of the ordinary: hooks, training, padding, a clean run of other rows or positions."""
+    try:
+        check_model(model, allow_training=False)
+    except InputError:
+        return False
+    if thread_listeners() or not (mask is None or bool(mask.all())):
+        return False
+    names = [get_act_name(activation_name, layer) for layer in range(model.cfg.n_layers)]
+    pos_axis = 2 if activation_name == "pattern" else 1
+    held = [clean_cache[name].shape for name in names if name in clean_cache]
+    return len(held) == len(names) and all((shape[0], shape[pos_axis]) == tokens.shape for shape in held)
+
+
 def _make(word: str, index: str, **spans: str) -> _Patch:
     """A function that patches one kind of activation over a grid."""
     site = grid(word, **spans)  # type: ignore[arg-type]
@@ -256,6 +291,7 @@ def _make(word: str, index: str, **spans: str) -> _Patch:
         patching_metric: from logits to a number.
         attention_mask: real tokens (1) of padded ids; None: as in a call of the model.
     """
+    _SWEEPS[word, index.replace("kv_head", "head")] = patch
     return patch
 
 

@@ -3,7 +3,7 @@
 `generic_activation_patch` calls them with each index of its table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -77,3 +77,14 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
     rows = product(*(range(most) for most in column_max_ranges))
     table: pandas.DataFrame = import_package("pandas").DataFrame(list(rows), columns=list(column_names))
     return table
+
+
+SETTERS: dict[tuple[bool, str], Callable[[Tensor, Sequence[int], Tensor], Tensor]] = {
+    (False, "layer pos"): layer_pos_patch_setter,
+    (False, "layer pos head"): layer_pos_head_vector_patch_setter,
+    (False, "layer head"): layer_head_vector_patch_setter,
+    (True, "layer head"): layer_head_pattern_patch_setter,
+    (True, "layer head dest_pos"): layer_head_pos_pattern_patch_setter,
+    (True, "layer head dest_pos src_pos"): layer_head_dest_src_pos_pattern_patch_setter,
+}
+"""The patch setter of an index: of patterns or not, and its axes."""

@@ -125,6 +125,75 @@ def test_generic_takes_a_setter_of_ones_own(setting):
         patching.generic_activation_patch(*arguments)
 
 
+def axes_of(kind):
+    """The index of a case, and the setter of this package for it."""
+    _, site, _, axes = kind
+    positions = iter(("dest_pos", "src_pos"))
+    names = ["head" if axis == "kv_head" else axis for axis in axes]
+    names = ["layer", *(next(positions) if site == "pattern" and axis == "pos" else axis for axis in names)]
+    return names, patching.sweeps.patch_setters.SETTERS[site == "pattern", " ".join(names)]
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind[0])
+def test_generic_is_one_sweep_with_the_setters_of_this_package(setting, kind, monkeypatch):
+    """It ran the model once for each index, where the function of that name shares runs."""
+    model, corrupted, cache = setting
+    names, setter = axes_of(kind)
+    ran = []
+    one_by_one = patching.sweeps.act_patch._Setter
+
+    def count(*given):
+        ran.append(given[1])
+        return one_by_one(*given)
+
+    monkeypatch.setattr(patching.sweeps.act_patch, "_Setter", count)
+    given = (model, corrupted, cache, metric, setter, kind[1])
+    values, table = patching.generic_activation_patch(*given, names, return_index_df=True)
+    assert not ran
+    assert list(table.columns) == names
+    assert values.dtype == torch.get_default_dtype()
+    # Rows of a table are run one by one, whatever they are.
+    expected = patching.generic_activation_patch(*given, index_df=table)
+    assert len(ran) == len(table)
+    torch.testing.assert_close(values.flatten(), expected, rtol=0, atol=1e-6)
+    if "head" in names:
+        renamed = [name.replace("head", "head_index") for name in names]
+        assert torch.equal(patching.generic_activation_patch(*given, renamed), values)
+        assert len(ran) == len(table)
+
+
+@pytest.mark.parametrize("case", ["training", "longer clean run", "padding", "another setter's activation"])
+def test_generic_runs_index_by_index_where_no_sweep_would_do(case):
+    """Each is answered as one plain run for each index says."""
+    model = make_model("alibi")
+    clean, corrupted = random_tokens(2, 4), random_tokens(2, 4, seed=9)
+    word, axes, setter, mask = "attn_out", ("layer", "pos"), patching.layer_pos_patch_setter, None
+    place = (EVERY, 2)
+    if case == "training":
+        model.train()
+    elif case == "longer clean run":
+        clean = torch.cat([clean, random_tokens(2, 2)], 1)
+    elif case == "padding":
+        mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    else:
+        # Of a pattern this is a query, where of queries it is a head.
+        word, axes, setter = "pattern", ("layer", "head"), patching.layer_head_vector_patch_setter
+        place = (EVERY, EVERY, 2)
+    _, cache = model.run_with_cache(clean)
+    values = patching.generic_activation_patch(model, corrupted, cache, metric, setter, word, axes, attention_mask=mask)
+    name = get_act_name(word, 1)
+
+    def patch(tensor, hook):
+        patched = tensor.clone()
+        patched[place] = cache[name][:, :, 2] if word == "pattern" else cache[name][:, 2]
+        return patched
+
+    with torch.no_grad():
+        expected = metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)], attention_mask=mask))
+    # 1e-6: the values are of the default dtype.
+    torch.testing.assert_close(values[1, 2].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_metrics_of_this_package_are_averaged(setting):
     model, corrupted, cache = setting
     own = patching.get_act_patch_resid_pre(model, corrupted, cache, LogitDiff(3, 5))

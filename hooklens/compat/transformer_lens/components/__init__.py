@@ -1,8 +1,9 @@
 """The parts of networks, as TransformerLens 2.x lays them out."""
 
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
+from hooklens.compat.transformer_lens._absent import Absent
 from hooklens.compat.transformer_lens.components import _attention, _mlps, _parts
 from hooklens.compat.transformer_lens.components._attention import AbstractAttention, Attention, GroupedQueryAttention
 from hooklens.compat.transformer_lens.components._mlps import MLP, CanBeUsedAsMLP, GatedMLP, MoE
@@ -28,24 +29,18 @@ _MODULES: dict[Any, tuple[str, ...]] = {
         "unembed",
     ),
 }  # fmt: skip
-_ENCODERS = (
-    "BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler", "T5Attention", "T5Block", "TokenTypeEmbed",
-)  # fmt: skip
+_ENCODERS = {
+    "BertBlock": "bert_block", "BertEmbed": "bert_embed", "BertMLMHead": "bert_mlm_head",
+    "BertNSPHead": "bert_nsp_head", "BertPooler": "bert_pooler", "T5Attention": "t5_attention", "T5Block": "t5_block",
+    "TokenTypeEmbed": "token_typed_embed",
+}  # fmt: skip
+_MODULES[sys.modules[__name__]] = tuple(_ENCODERS.values())
 sys.modules |= {f"{__name__}.{name}": module for module, names in _MODULES.items() for name in names}
 mlps = _mlps
 
 
-class _OfEncoders:
-    """A part of encoders."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{type(self).__name__}: HookLens builds decoders, and parts of encoders are not here"
-        )
-
-
 BertBlock, BertEmbed, BertMLMHead, BertNSPHead, BertPooler, T5Attention, T5Block, TokenTypeEmbed = (
-    type(name, (_OfEncoders,), {"__module__": __name__}) for name in _ENCODERS
+    type(name, (Absent,), {"__module__": __name__}) for name in _ENCODERS
 )
 
 __all__ = [

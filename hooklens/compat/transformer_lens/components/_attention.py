@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hooklens.compat.transformer_lens.components._parts import CLASSES, Component, Config, bias_or_zeros, network_of
+from hooklens.compat.transformer_lens.components._steps import AttentionSteps
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.utilities import create_alibi_bias, create_alibi_slope
@@ -31,7 +32,7 @@ def _derived(read: Callable[[Any], Tensor | None], doc: str) -> Any:
     return property(read, check, doc=doc)
 
 
-class AbstractAttention(Component, attention.Attention):
+class AbstractAttention(Component, AttentionSteps, attention.Attention):
     """What both kinds of attention have."""
 
     is_ungrouped = property(lambda self: False, doc="Whether query heads have copies of keys and values they share.")

@@ -5,17 +5,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hooklens.compat.transformer_lens._hook_point import HookPoint
-from hooklens.compat.transformer_lens.components._parts import (
-    CLASSES,
-    AnyNorm,
-    Component,
-    Config,
-    LayerNorm,
-    LayerNormPre,
-    bias_or_zeros,
-    network_of,
-)
+from hooklens.compat.transformer_lens.components import _parts
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.compat.transformer_lens.utilities import SUPPORTED_ACTIVATIONS, XIELU
 from hooklens.model import mlp
@@ -27,9 +18,9 @@ class CanBeUsedAsMLP(nn.Module, metaclass=ABCMeta):
 
     act_fn: Any
     hook_mid: HookPoint
-    ln: AnyNorm
+    ln: _parts.AnyNorm
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: _parts.Config) -> None:
         super().__init__()
         self.cfg = HookedTransformerConfig.unwrap(cfg)
         if self.cfg.d_mlp is None:
@@ -42,7 +33,7 @@ class CanBeUsedAsMLP(nn.Module, metaclass=ABCMeta):
         if self.cfg.is_layer_norm_activation():
             self.hook_mid = HookPoint()
             has_weight = self.cfg.normalization_type == "LN"
-            self.ln = LayerNorm(self.cfg, self.d_mlp) if has_weight else LayerNormPre(self.cfg)
+            self.ln = _parts.LayerNorm(self.cfg, self.d_mlp) if has_weight else _parts.LayerNormPre(self.cfg)
 
 
 def pick_activation(cfg: HookedTransformerConfig) -> Any:
@@ -54,17 +45,17 @@ def pick_activation(cfg: HookedTransformerConfig) -> Any:
     return XIELU() if cfg.act_fn == "xielu" else SUPPORTED_ACTIVATIONS[cfg.act_fn]
 
 
-class _MLP(Component):
+class _MLP(_parts.Component):
     """What MLPs have in common."""
 
     d_mlp = property(lambda self: self.cfg.d_mlp, doc="Neurons.")
     act_fn = property(lambda self: self.act, doc="The activation.")
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: _parts.Config) -> None:
         CanBeUsedAsMLP(cfg)
-        own = network_of(cfg, attn_only=False, **self.changes).block(0)
+        own = _parts.network_of(cfg, attn_only=False, **self.changes).block(0)
         assert own.mlp is not None
-        super(Component, self).__init__(own.of(own.mlp))
+        super(_parts.Component, self).__init__(own.of(own.mlp))
         self.start(cfg)
 
 
@@ -72,7 +63,7 @@ class _MLP(Component):
 class MLP(_MLP, mlp.MLP):
     """MLP without gate."""
 
-    b_in, b_out = map(bias_or_zeros, ("b_in", "b_out"))
+    b_in, b_out = map(_parts.bias_or_zeros, ("b_in", "b_out"))
     changes: ClassVar[dict[str, Any]] = {"gated_mlp": False, "num_experts": None}
 
 
@@ -88,10 +79,10 @@ class GatedMLP(_MLP, mlp.MLP):
 class MoE(_MLP, mixture.MoE):
     """Mixture of experts."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: _parts.Config) -> None:
         words = HookedTransformerConfig.unwrap(cfg)
         assert words.num_experts is not None, "num_experts must be specified for MoE layer"
         super().__init__(words)
 
 
-CLASSES.update({mlp.MLP: (MLP, GatedMLP), mixture.MoE: MoE})
+_parts.CLASSES.update({mlp.MLP: (MLP, GatedMLP), mixture.MoE: MoE})

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hooklens import hooks
-from hooklens.compat.transformer_lens._hook_point import HookPoint
+from hooklens.compat.transformer_lens.hook_points import HookPoint
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.utils import get_offset_position_ids
 from hooklens.config import HookedConfig, NormConfig
 from hooklens.kv_cache import HookedKeyValueCacheEntry
 from hooklens.model import block, embed, mlp, norm
@@ -180,20 +181,15 @@ class PosEmbed(Component, embed.PosEmbed):
     changes: ClassVar[dict[str, Any]] = {"positional_embedding_type": "standard"}
 
     def forward(
-        self,
-        tokens: Tensor | None = None,
-        past_kv_pos_offset: int = 0,
-        attention_mask: Tensor | None = None,
-        *,
+        self, tokens: Tensor | None = None, past_kv_pos_offset: int = 0, attention_mask: Tensor | None = None, *,
         positions: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The vectors of the positions of tokens, 0 at padding; HookLens gives the positions themselves."""
         if positions is not None or tokens is None:
             return super().forward(positions=positions)  # type: ignore[arg-type]
         mask = tokens.new_ones(len(tokens), past_kv_pos_offset + tokens.shape[1])
         mask = mask if attention_mask is None else attention_mask
-        at = (mask.cumsum(1) - 1).clamp(min=0)[:, past_kv_pos_offset:]
-        found = super().forward(positions=at)
+        found = super().forward(positions=get_offset_position_ids(past_kv_pos_offset, mask))
         return found * mask[:, past_kv_pos_offset:, None].to(found)
 
 
@@ -236,6 +232,13 @@ class TransformerBlock(Component, block.Block):
         """The stream leaving the block; a plan behind the stream makes it a call of HookLens's."""
         is_planned = bool(rest) and isinstance(rest[0], TokenPlan)
         return super().forward(resid_pre, *rest, **words) if is_planned else self._run_as_2x(resid_pre, *rest, **words)
+
+    def apply_mlp(self, normalized_resid: Tensor) -> Tensor:
+        """What the MLP adds to the stream, as `hook_mlp_out` shows it."""
+        _, call = plan_alone(normalized_resid, self.cfg)
+        out, norm = self.mlp(normalized_resid, call), getattr(self, "ln2_post", None)
+        found: Tensor = self.hook_mlp_out(out if norm is None else norm(out, call), call)
+        return found
 
     def _run_as_2x(
         self, resid_pre: Tensor, shortformer_pos_embed: Tensor | None = None,

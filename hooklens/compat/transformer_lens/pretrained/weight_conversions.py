@@ -12,9 +12,9 @@ from torch import Tensor
 from hooklens.adapters.formats.early_layouts import in_todays_layout
 from hooklens.adapters.formats.nanogpt import open_tensors
 from hooklens.causal_lm import HookedCausalLM
-from hooklens.compat.transformer_lens._loading import bake
 from hooklens.compat.transformer_lens.HookedTransformer import HookedTransformer
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from hooklens.compat.transformer_lens.loading_from_pretrained import bake
 
 State = dict[str, Tensor]
 _BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hooklens.compat.transformer_lens.utilities import _devices
 from hooklens.model import activations
 from hooklens.model.activations import ACTIVATIONS
 from hooklens.model.attention.alibi import alibi_slopes
@@ -14,6 +15,10 @@ from hooklens.model.attention.alibi import alibi_slopes
 gelu_new = gelu_fast = gelu_pytorch_tanh = ACTIVATIONS["gelu_tanh"]
 solu = ACTIVATIONS["solu"]
 vanilla_addmm = torch.addmm
+get_best_available_device, move_to_and_update_config = (
+    _devices.get_best_available_device,
+    _devices.move_to_and_update_config,
+)
 
 
 class XIELU(nn.Module):
@@ -37,7 +42,8 @@ def xielu(input: Tensor) -> Tensor:
     return out
 
 
-SUPPORTED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+ActivationFunction = Callable[..., Tensor]
+SUPPORTED_ACTIVATIONS: dict[str, ActivationFunction] = {
     "solu": solu, "solu_ln": solu, "gelu_new": gelu_new, "gelu_fast": gelu_fast, "silu": ACTIVATIONS["silu"],
     "relu": ACTIVATIONS["relu"], "gelu": ACTIVATIONS["gelu"], "gelu_pytorch_tanh": gelu_pytorch_tanh, "xielu": xielu,
 }  # fmt: skip
@@ -69,15 +75,6 @@ def create_alibi_bias(n_heads: int, n_ctx: int, device: Any = "cpu") -> Tensor:
     return alibi_slopes(n_heads, device)[:, None, None] * create_alibi_slope(n_ctx, device)
 
 
-def get_best_available_device(cfg: Any) -> torch.device:
-    """The device of a config."""
-    return torch.device(cfg.device)
-
-
-def move_to_and_update_config(model: Any, device_or_dtype: Any, print_details: bool = True) -> Any:
-    """`model.to`, which says so in its config."""
-    return model.to(device_or_dtype, print_details=print_details)
-
-
-for _name in ("activation_functions", "addmm", "attention", "devices"):
+sys.modules[f"{__name__}.devices"] = _devices
+for _name in ("activation_functions", "addmm", "attention"):
     sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooklens import HookedCausalLM
-from hooklens.compat.transformer_lens._fresh import draw_weights
+from hooklens.compat.transformer_lens._state import draw_weights
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 
 BASE: dict[str, Any] = {
