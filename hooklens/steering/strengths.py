@@ -22,7 +22,7 @@ from hooklens.arguments import optional, read_flag, read_number, read_one_of, re
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.evaluation.batching import BatchSize, check_batch_size, choose_batch_size, plan_batches
 from hooklens.evaluation.prefix import Text
-from hooklens.hooks.choice import Choice
+from hooklens.hooks.choice import Choice, read_choice, resolve_choice
 from hooklens.hooks.edits import Edit
 from hooklens.model.plan.positions import LogitsAt
 from hooklens.patching.metrics.function import MetricFunction, as_metric
@@ -78,7 +78,8 @@ def sweep_strength(
         progress: show a progress bar.
 
     Raises:
-        SteeringError: arguments that are none, prompts that do not fit, or vectors of another shape or place.
+        SteeringError: arguments that are none, prompts that do not fit or lack a position of `pos`, or vectors of
+            another shape or place.
         TransformError: the model's weights were processed otherwise than where the vectors come from.
     """
     check_batch_size(batch_size)
@@ -97,6 +98,8 @@ def sweep_strength(
         )
     if short := [place for place, length in enumerate(plain_text.lengths) if length < 2]:
         raise SteeringError(f"neutral: texts {short[:10]} have one token, which has no successor to predict")
+    for what, given in (("prompts", asked), ("neutral", plain_text)):
+        _check_positions(pos, given, what)
     steered = [
         [vector.edits(strength=strength, how=how, pos=pos, dtype=model.dtype) for strength in chosen]
         for vector in (one.to(model.device) for one in listed)
@@ -122,6 +125,17 @@ def sweep_strength(
         n_neutral_tokens=damage.n_tokens,
         provenance=listed[0].provenance,
     )
+
+
+def _check_positions(pos: Choice, prompts: Prompts, what: str) -> None:
+    """Refuse positions that a prompt does not have, before anything is run.
+
+    Raises:
+        SteeringError: names the first such prompt.
+    """
+    index = read_choice(pos, what="pos", error=SteeringError)
+    for place, length in enumerate(prompts.lengths):
+        resolve_choice(index, length, what="pos", noun=f"tokens in {what} {place}", error=SteeringError)
 
 
 def _read_strengths(given: object) -> tuple[float, ...]:

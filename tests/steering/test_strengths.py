@@ -184,6 +184,8 @@ def test_steering_a_trained_model_costs_what_the_table_says():
     [
         ({"strengths": []}, r"strengths is \[\], expected a list of at least one number"),
         ({"strengths": [1.0, "2"]}, r"strengths: entry 1 is '2', expected a finite number"),
+        ({"pos": 6}, r"pos: 6 out of range; there are 6 tokens in prompts 0"),
+        ({"pos": [-1, -4], "neutral": [[5, 6, 7]]}, r"pos: \[-4\] out of range; there are 3 tokens in neutral 0"),
         ({"neutral": [[5], "Tom"]}, r"neutral: texts \[0\] have one token"),
         ({"how": "ablate"}, r"how is 'ablate', expected 'add' or 'clamp'"),
         ({"vectors": 3}, r"vectors is 3, expected steering vectors"),
