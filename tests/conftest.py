@@ -14,8 +14,9 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 
 from tests.annotations import check_annotations, count_anew
 
-# Benchmarks time the package as users run it, without the checks.
-if not any("benchmarks" in argument for argument in sys.argv):
+# Benchmarks time the package as users run it, without the checks. In Python 3.10 `Unpack` and unions in texts come from
+# elsewhere, and beartype does not know them there.
+if sys.version_info >= (3, 11) and not any("benchmarks" in argument for argument in sys.argv):
     check_annotations("hooklens")
 
 import pytest

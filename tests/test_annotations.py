@@ -13,6 +13,8 @@ from jaxtyping import TypeCheckError
 from hooklens.precision import widen
 from tests.annotations import ONE_IN, check_annotations, count_anew, unchecked
 
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="annotations are checked from Python 3.11 on")
+
 # Every function is right for whole numbers and for float tensors of one axis.
 MODULE = """
 from dataclasses import dataclass

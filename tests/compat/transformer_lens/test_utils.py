@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hooklens.compat.transformer_lens import FactoredMatrix, HookedTransformer, utils
+from tests.torch_version import draws_tokens_anew
 
 
 @functools.cache
@@ -79,6 +80,7 @@ SCORES = torch.linspace(-1, 1, 20).repeat(6, 1) * torch.arange(1, 7)[:, None]
 PENALISED = {"freq_penalty": 2.0, "tokens": torch.arange(24).view(6, 4) % 20}
 
 
+@draws_tokens_anew
 @pytest.mark.parametrize(
     ("options", "drawn"),
     [
