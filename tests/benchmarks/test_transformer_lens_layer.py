@@ -446,3 +446,19 @@ def test_the_stream_of_embedded_tokens(name: str) -> None:
         assert model.get_pos_offset(cache, 2) == tokens().shape[1]
     with pytest.raises(AssertionError):
         model.get_pos_offset(cache, 3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_are_chosen_by_name(name: str) -> None:
+    """Code that froze all of a name, such as biases, found none and froze nothing."""
+    peer, model = models(name)
+    theirs, ours = (dict(one.named_parameters()) for one in (peer, model))
+    # A bias or map that is 0, or nothing, is no parameter here; experts lie in one.
+    assert set(ours) <= set(theirs)
+    assert {own for own in set(theirs) - set(ours) if bool(theirs[own].any())} <= set()
+    for own, parameter in ours.items():
+        assert parameter.numel() == theirs[own].numel(), own
+        assert float(parameter.norm()) == pytest.approx(float(theirs[own].norm()), rel=1e-6), own
+    assert [id(one) for one in model.parameters()] == [id(one) for one in ours.values()]
+    named = dict(model.named_parameters(prefix="model"))
+    assert list(named) == [f"model.{own}" for own in ours]

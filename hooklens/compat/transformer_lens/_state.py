@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooklens.causal_lm import HookedCausalLM
 from hooklens.compat.transformer_lens import utils
-from hooklens.compat.transformer_lens.components import state_of
+from hooklens.compat.transformer_lens.components import parameter_names, state_of
 from hooklens.compat.transformer_lens.FactoredMatrix import FactoredMatrix
 from hooklens.compat.transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from hooklens.weights.constants import drop_trivial_norms, is_trivial
@@ -50,6 +50,18 @@ class StateMethods(nn.Module):
     W_Q, W_O, b_Q, b_O = (_stacked(name) for name in ("W_Q", "W_O", "b_Q", "b_O"))
     W_K, W_V, b_K, b_V = (_stacked(name, per_query_head=True) for name in ("W_K", "W_V", "b_K", "b_V"))
     W_in, W_out, b_in, b_out = (_stacked(name) for name in ("W_in", "W_out", "b_in", "b_out"))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters by 2.x's names, so that those of a name can be chosen; linear maps hold `[out, in]`."""
+        names, before = parameter_names(self), f"{prefix}." if prefix else ""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield before + names[id(parameter)] if id(parameter) in names else name, parameter
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters, of which nobody asks the names."""
+        return (parameter for _, parameter in super().named_parameters(recurse=recurse))
 
     @property
     def W_gate(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from hooklens.compat.transformer_lens.components._parts import (
     TransformerBlock,
     Unembed,
     adopt,
+    parameter_names,
     state_of,
 )
 
@@ -47,5 +48,5 @@ __all__ = [
     "MLP", "AbstractAttention", "Attention", "BertBlock", "BertEmbed", "BertMLMHead", "BertNSPHead", "BertPooler",
     "CanBeUsedAsMLP", "Embed", "GatedMLP", "GroupedQueryAttention", "LayerNorm", "LayerNormPre", "MoE", "PosEmbed",
     "RMSNorm", "RMSNormPre", "T5Attention", "T5Block", "TokenTypeEmbed", "TransformerBlock", "Unembed", "adopt",
-    "state_of",
+    "parameter_names", "state_of",
 ]  # fmt: skip
