@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 import hooklens as hl
 from hooklens.parallel import ParallelConfig, load
+from hooklens.parallel.config import own_device
 
 # float64, where sums in another order differ by some units of 2e-16 times the size of the terms.
 CLOSE = 1e-9
@@ -31,10 +32,11 @@ class Compared:
 
     def __init__(self, source: str | Path, config: Mapping[str, int], *, seed: int = 0, batch: int = 3) -> None:
         self.source, self.config = str(source), ParallelConfig(**config)
-        self.alone = hl.HookedCausalLM.from_pretrained(source, dtype=torch.float64)
         self.shared = load(source, self.config, dtype=torch.float64)
+        device = own_device()
+        self.alone = hl.HookedCausalLM.from_pretrained(source, dtype=torch.float64).to(device)
         generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(2, self.alone.cfg.d_vocab, (batch, 7), generator=generator)
+        self.ids = torch.randint(2, self.alone.cfg.d_vocab, (batch, 7), generator=generator).to(device)
         self.mask = torch.ones_like(self.ids, dtype=torch.bool)
         self.mask[0, :2] = False
         self.rng = random.Random(seed)
@@ -140,7 +142,7 @@ class Compared:
     def compare_documents(self) -> None:
         """Rows of several documents, positions of one's own, logits of some positions, a stream in and a stream out."""
         ids, calls = self.ids, []
-        borders = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(len(ids), -1)
+        borders = torch.tensor([[0, 0, 0, 1, 1, 1, 1]], device=ids.device).expand(len(ids), -1)
         calls.append({"document_ids": borders.contiguous()})
         calls.append({"attention_mask": self.mask, "logits_at": [-1, 0]})
         calls.append({"stop_at_layer": 1})
@@ -172,7 +174,7 @@ def edit(tensor: Tensor, hook: hl.HookPoint) -> Tensor:
     turned = 0.5 * tensor + 0.5 * tensor.roll(1, 0)
     if "query" in (hook.site.axes if hook.site else ()):
         # Between scores that are -inf somewhere nothing is added up.
-        return tensor * torch.linspace(0.5, 1.5, tensor.shape[1])[:, None, None]
+        return tensor * torch.linspace(0.5, 1.5, tensor.shape[1], device=tensor.device)[:, None, None]
     if tensor.ndim == 4:
         turned[:, :, -1] = 1.5 * turned[:, :, 0]
     return turned + 0.1 * tensor.flip(-1)
@@ -210,3 +212,9 @@ def compare_checkpoints(
             compared.compare_all(n_edits=n_edits)
             results.append((source, str(config), compared.problems, compared.worst))
     return results
+
+
+def compare_by_nccl(source: str, config: dict[str, int]) -> tuple[str, str, list[str], dict[str, float]]:
+    """In each process, which has a GPU of its own: a checkpoint shared in one way, and by what they talk."""
+    [(_, _, problems, worst)] = compare_checkpoints([source], [config], 6)
+    return distributed.get_backend(), own_device().type, problems, worst
