@@ -32,7 +32,7 @@ EXPERIMENTS = {
         patching.faithfulness_curve(MODEL, *prompts, scores=SCORES, sizes=[3, 9], **given).result.per_pair
     ),
     "discover_circuit": lambda *prompts, **given: torch.tensor(
-        patching.discover_circuit(MODEL, *prompts, threshold=0.05, **given).damage
+        patching.discover_circuit(MODEL, *prompts, threshold=0.05, holdout=0, **given).damage
     ),
 }
 

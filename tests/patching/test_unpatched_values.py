@@ -63,6 +63,23 @@ def test_fractions_of_an_infinite_difference_are_refused(experiment):
             experiment(PAIRS, metric=FractionRecovered(inner), progress=False)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_held_out_pair_without_a_finite_value_is_refused_before_the_search(seed):
+    """It would have been told after hours of search."""
+
+    @dataclass(frozen=True, eq=False)
+    class BrokenForOne(LogitDiff):
+        def measure_ends(self, runs: Runs) -> Ends:
+            ends = torch.stack(list(super().measure_ends(runs)))
+            ends[:, [pair == 1 for pair in runs.pairs]] = NAN
+            return ends[0], ends[1]
+
+    with pytest.raises(patching.MetricError, match=r"NaN for the unpatched runs of pairs \[1\]"):
+        patching.discover_circuit(
+            MODEL, PAIRS, metric=BrokenForOne(ANSWERS, WRONGS), threshold=0.05, seed=seed, progress=False
+        )
+
+
 def test_no_finite_value_of_the_empty_circuit_is_refused():
     """Faithfulness was NaN."""
     circuits = [patching.Circuit([("embed", "logits")])]

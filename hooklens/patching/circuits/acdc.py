@@ -170,7 +170,7 @@ class _Search:
 
     def __init__(self, runner: CircuitRunner, threshold: float, held_out: Bool[Tensor, " pair"]) -> None:
         self.runner, self.threshold, self.held_out = runner, threshold, held_out
-        self.pairs = (~held_out).nonzero()[:, 0].tolist()
+        self.pairs, self.held_out_numbers = (part.nonzero()[:, 0].tolist() for part in (~held_out, held_out))
         self.held_out_damage: float | None = None
         graph = runner.graph
         self.kept = graph.exists()
@@ -222,6 +222,9 @@ class _Search:
 
     def _prepare(self) -> int:
         """Run the pairs without a patch, and hold as many of them as memory has room for; gives the rows of a batch."""
+        # A held-out pair that cannot be measured is told before the search.
+        for group in self.runner.groups(self.held_out_numbers):
+            self.runner.prepare(group)
         first = self.held[0] = self.runner.prepare(self.groups[0])
         most = self.runner.rows_per_batch(first)
         n_held = self.runner.grounds_to_hold(first, most)
@@ -304,7 +307,7 @@ class _Search:
 
     def _measure_held_out(self) -> None:
         """The damage of what was found, on the pairs that the search has not seen."""
-        pairs, total = self.held_out.nonzero()[:, 0].tolist(), 0.0
+        pairs, total = self.held_out_numbers, 0.0
         for group in self.runner.groups(pairs):
             ground = self.runner.prepare(group)
             values = self.runner.measure(ground, self.kept[None])

@@ -76,9 +76,9 @@ def test_the_best_of_all_circuits_is_found(signed, margin, monkeypatch):
     """Whatever edges are tried first: hardly any, some, or all."""
     monkeypatch.setattr(programme, "_FIRST_MARGIN", margin)
     cfg = make_config(n_layers=2, n_heads=1, attn_only=True)
-    for seed in range(4):
+    for seed in range(2):
         edges = draw_edges(cfg, seed)
-        for k in (2, 4, 6):
+        for k in (2, 5):
             found = solve(edges, k, signed=signed, time_limit=None)
             assert len(found) == k
             assert found.pruned(cfg) == found
