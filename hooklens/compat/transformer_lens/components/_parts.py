@@ -134,9 +134,10 @@ def state_of(root: nn.Module) -> dict[str, Tensor]:
 def parameter_names(root: nn.Module) -> dict[int, str]:
     """By the `id` of each parameter that holds one weight of 2.x, however it lies, the name that this has there."""
     found: dict[int, str] = {}
-    for path, part in root.named_modules():
+    for path, module in root.named_modules():
+        part: Any = module
         for name in (one.name for one, _ in part.weight_table()) if isinstance(part, Part) else ():
-            weight = part.read_weight(name)
+            weight: Tensor = part.read_weight(name)
             held = weight if weight._base is None else weight._base
             own = f"_{name}" if f"_{name}" in _SHARED and isinstance(part, Component) and part.shares_heads else name
             if held.numel() == weight.numel():

@@ -16,7 +16,10 @@ from hooklens.model.attention.attend import compute_scores, weigh_values
 from hooklens.model.attention.rotary import rotary_tables
 from hooklens.model.parts.alone import plan_alone
 
-Heads = Float[Tensor, "batch pos head d_head"]
+Queries = Float[Tensor, "batch query head d_head"]
+# As many as share one where query heads do.
+Keys = Float[Tensor, "batch key kv_head d_head"]
+Heads = Float[Tensor, "batch pos heads d_head"]
 
 
 class AttentionSteps:
@@ -24,20 +27,21 @@ class AttentionSteps:
 
     def calculate_qkv_matrices(
         self: Any, query_input: Tensor, key_input: Tensor, value_input: Tensor
-    ) -> tuple[Heads, Heads, Heads]:
+    ) -> tuple[Queries, Keys, Keys]:
         """Queries, keys and values, as their hook points show them; with norms of queries and keys, behind these."""
         plan, call = plan_alone(query_input, self.cfg)
         plan.embedded_positions = query_input.new_zeros(1, 1, 1)
         inputs = {"q": query_input, "k": key_input, "v": value_input}
         q, k, v = (getattr(self, f"hook_{one}")(self.project(one, x, plan, call), call) for one, x in inputs.items())
-        has_norms = self.q_norm is not None and not self.norms_last
-        return (self.q_norm(q, call), self.k_norm(k, call), v) if has_norms else (q, k, v)
+        if self.q_norm is None or self.k_norm is None or self.norms_last:
+            return q, k, v
+        return self.q_norm(q, call), self.k_norm(k, call), v
 
-    def calculate_attention_scores(self: Any, q: Heads, k: Heads) -> Float[Tensor, "batch head query key"]:
+    def calculate_attention_scores(self: Any, q: Queries, k: Keys) -> Float[Tensor, "batch head query key"]:
         """Scaled and capped products of queries and keys."""
         return compute_scores(q, k, score_scale=self.score_scale, term=None, softcap=self.cfg.attn_softcap, mask=None)
 
-    def calculate_z_scores(self: Any, v: Heads, pattern: Float[Tensor, "batch head query key"]) -> Heads:
+    def calculate_z_scores(self: Any, v: Keys, pattern: Float[Tensor, "batch head query key"]) -> Queries:
         """Values weighed by a pattern, as `hook_z` shows them."""
         z: Tensor = self.hook_z(weigh_values(pattern, v), open_call())
         return z
