@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from hooklens.errors import HookLensError
-from hooklens.patching.estimates.check import EstimateCheck, choose_cells, make_check
-from hooklens.patching.estimates.estimate import RunExactly, warn_if_poor
+from hooklens.patching.estimates.check import EstimateCheck
+from hooklens.patching.estimates.estimate import Chosen, RunExactly
 from hooklens.patching.results.edge_scores import EdgeScores
 
 
@@ -55,14 +55,10 @@ class EdgeAttributionResult(EdgeScores):
             )
         edges = self.exists.nonzero()
         estimated = self.scores[self.exists]
-        chosen = choose_cells(estimated, k, sample, seed, what="check")
-        exact = self.run_exactly([*chosen[0], *chosen[1]], progress=progress)
+        chosen = Chosen.of(estimated, k, sample, seed)
         cells = [{"writer": self.writers[writer], "reader": self.readers[reader]} for writer, reader in edges.tolist()]
-        found = make_check(chosen, cells, estimated, exact, method=f"{self.method}, rules {self.rules}")
-        # What is known of a value is no part of it: the scores stay the same.
-        object.__setattr__(self, "checked", found)
-        warn_if_poor(found)
-        return found
+        how = f"{self.method}, rules {self.rules}"
+        return chosen.keep(self, cells, self.run_exactly, method=how, progress=progress)
 
     def _heading(self) -> str:
         return super()._heading() if self.checked is None else f"{super()._heading()}<br>{self.checked.summary}"

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -69,14 +69,8 @@ class AttributionResult(SweepResult):
                 "this estimate was read from a file, which holds neither model nor prompts, so nothing can be run; "
                 "estimate anew with patching.attribution, or run the cells with patching.sweep"
             )
-        estimated = self.effects.flatten()
-        chosen = choose_cells(estimated, k, sample, seed, what="check")
-        exact = self.run_exactly([*chosen[0], *chosen[1]], progress=progress)
-        found = make_check(chosen, self.cells, estimated, exact, method=self._how)
-        # What is known of a value is no part of it: the estimate stays the same.
-        object.__setattr__(self, "checked", found)
-        warn_if_poor(found)
-        return found
+        chosen = Chosen.of(self.effects.flatten(), k, sample, seed)
+        return chosen.keep(self, self.cells, self.run_exactly, method=self._how, progress=progress)
 
     @property
     def _how(self) -> str:
@@ -114,9 +108,59 @@ class AttributionResult(SweepResult):
         return cls(**read_fields(_FILE, path))
 
 
-def warn_if_poor(
-    check: EstimateCheck, *, instead: str = "other rules (rules=...), method='ig', or patching.sweep"
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What a check runs.
+
+    Attributes:
+        estimated: the estimated effects of all cells.
+        places: the top cells, and those drawn from the others.
+    """
+
+    estimated: Float[Tensor, " cell"]
+    places: tuple[list[int], list[int]]
+
+    @classmethod
+    def of(cls, estimated: Float[Tensor, " cell"], k: int | None, sample: int, seed: int) -> "Chosen":
+        """The `k` strongest cells (None: all), and a sample of the others.
+
+        Raises:
+            InputError: no numbers of cells.
+        """
+        return cls(estimated, choose_cells(estimated, k, sample, seed, what="check"))
+
+    def keep(
+        self,
+        owner: object,
+        cells: Sequence[dict[str, Any]],
+        run_exactly: RunExactly,
+        *,
+        method: str,
+        progress: bool,
+        instead: str = "other rules (rules=...), method='ig', or patching.sweep",
+    ) -> EstimateCheck:
+        """Run the cells exactly, and set `checked` of the estimate to what that says.
+
+        Args:
+            owner: the estimate.
+            cells: all its cells.
+            run_exactly: runs some of them.
+            method: how the effects were estimated.
+            progress: show a progress bar.
+            instead: what to try where the estimate is poor.
+
+        Warns:
+            EstimateWarning: the correlation is below 0.9, or there is none.
+        """
+        exact = run_exactly([*self.places[0], *self.places[1]], progress=progress)
+        found = make_check(self.places, cells, self.estimated, exact, method=method)
+        # What is known of a value is no part of it: the estimate stays the same.
+        object.__setattr__(owner, "checked", found)
+        _warn_if_poor(found, instead)
+        return found
+
+
+def _warn_if_poor(check: EstimateCheck, instead: str) -> None:
     """Warn of an estimate that does not go with what patches do.
 
     Args:
@@ -132,7 +176,7 @@ def warn_if_poor(
             f"the estimate ({check.method}) has a correlation of {check.pearson:.2f} with exact patches, below "
             f"{TRUSTED}: {check.summary}. Try {instead}",
             EstimateWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

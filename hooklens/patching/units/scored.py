@@ -13,8 +13,8 @@ from hooklens.arguments import read_int, read_one_of, read_seed
 from hooklens.display import Displayed, Listing, Summary
 from hooklens.errors import HookLensError, InputError
 from hooklens.optional import import_package
-from hooklens.patching.estimates.check import EstimateCheck, choose_cells, make_check
-from hooklens.patching.estimates.estimate import RunExactly, warn_if_poor
+from hooklens.patching.estimates.check import EstimateCheck
+from hooklens.patching.estimates.estimate import Chosen, RunExactly
 from hooklens.patching.results.file import TEXT, Expectation, ResultFile
 from hooklens.patching.units.circuit import UnitCircuit, UnitName
 
@@ -108,15 +108,10 @@ class UnitScores(Displayed):
                 "check: these scores were read from a file, which holds neither model nor prompts, so nothing can be "
                 "run; estimate anew with patching.score_units"
             )
-        estimated = torch.cat(list(self.scores.values()))
-        chosen = choose_cells(estimated, k, sample, seed, what="check")
-        exact = self.run_exactly([*chosen[0], *chosen[1]], progress=progress)
+        chosen = Chosen.of(torch.cat(list(self.scores.values())), k, sample, seed)
         cells = [{"name": name, "unit": entry} for name, entry in self._units()]
-        found = make_check(chosen, cells, estimated, exact, method=self._how)
-        # What is known of a value is no part of it: the scores stay the same.
-        object.__setattr__(self, "checked", found)
-        warn_if_poor(found, instead="other rules (rules=...), or score_units(..., method='exact')")
-        return found
+        instead = "other rules (rules=...), or score_units(..., method='exact')"
+        return chosen.keep(self, cells, self.run_exactly, method=self._how, progress=progress, instead=instead)
 
     def _units(self) -> list[UnitName]:
         return [(name, entry) for name, scores in self.scores.items() for entry in range(len(scores))]
